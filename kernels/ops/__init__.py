@@ -1,0 +1,1 @@
+"""Kernels: each has a plain PyTorch definition here, and faster twins where a device has them."""

@@ -1,0 +1,255 @@
+"""Every setting of the product: frozen dataclasses of plain types, and one table of model presets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Method = Literal["pfstorer", "vico", "dreambooth"]
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True)
+class StructureConfig:
+    """Sizes of the time-aware structure encoder (StableSR's `EncoderUNetModelWT`)."""
+
+    width: int
+    multipliers: tuple[int, ...]
+    heads: int
+    """Heads of every attention; the head size follows from the width."""
+    out_channels: int
+    """Channels of each structure map, the input of every SPADE."""
+    res_blocks: int = 2
+    norm_groups: int = 32
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """All that is needed to build an untrained base; `config.json` of a base directory."""
+
+    name: str
+    tile: int
+    """Side in pixels of the square that the networks are trained on."""
+    unet: dict[str, Any]
+    """Keyword arguments of diffusers' UNet2DConditionModel."""
+    structure: StructureConfig
+    vae: dict[str, Any]
+    """`class`: AutoencoderTiny or AutoencoderKL, and its keyword arguments."""
+    text: dict[str, Any]
+    """Keyword arguments of transformers' CLIPTextConfig."""
+    layers: tuple[str, ...]
+    """Modules of the UNet that a personalization block follows, in execution order."""
+    head_size: int = 64
+    """Head size of the personalization blocks."""
+    spade_hidden: int = 128
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    factor: int = 8
+    """Pixels per latent pixel."""
+    prompt: str = ""
+    tokenizer: Literal["bytes", "clip"] = "bytes"
+    sampler: str = "ddpm"
+    steps: int = 200
+    licence: str = "unknown"
+
+    @property
+    def latent_tile(self) -> int:
+        """Side of a tile in latent pixels."""
+        return self.tile // self.factor
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return int(self.unet["in_channels"])
+
+    @property
+    def context_width(self) -> int:
+        """Width of a prompt token."""
+        return int(self.unet["cross_attention_dim"])
+
+
+def _unet(channels: int, widths: tuple[int, ...], heads: tuple[int, ...], context: int, **more: Any) -> dict[str, Any]:
+    """SD 2.1's block order at other widths: attention at every level but the deepest of four."""
+    plain = (False,) * (len(widths) - 1) + (len(widths) == 4,)
+    down = tuple("DownBlock2D" if p else "CrossAttnDownBlock2D" for p in plain)
+    up = tuple("UpBlock2D" if p else "CrossAttnUpBlock2D" for p in reversed(plain))
+    return {
+        "in_channels": channels, "out_channels": channels, "block_out_channels": widths,
+        "attention_head_dim": heads, "cross_attention_dim": context, "down_block_types": down,
+        "up_block_types": up, "use_linear_projection": True, "layers_per_block": 2, **more,
+    }  # fmt: skip
+
+
+def _tiny_vae(width: int, encoder: tuple[int, ...], decoder: tuple[int, ...], channels: int) -> dict[str, Any]:
+    return {
+        "class": "AutoencoderTiny", "latent_channels": channels,
+        "encoder_block_out_channels": (width,) * 4, "decoder_block_out_channels": (width,) * 4,
+        "num_encoder_blocks": encoder, "num_decoder_blocks": decoder,
+    }  # fmt: skip
+
+
+def _byte_text(width: int) -> dict[str, Any]:
+    return {
+        "vocab_size": 260, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1,
+        "num_attention_heads": width // 32, "max_position_embeddings": 24, "bos_token_id": 256, "eos_token_id": 257,
+    }  # fmt: skip
+
+
+_SD21_LAYERS = (
+    "up_blocks.1.attentions.1",
+    "up_blocks.2.attentions.0",
+    "up_blocks.2.attentions.2",
+    "up_blocks.3.attentions.1",
+)
+_SD21_VAE = {
+    "class": "AutoencoderKL", "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "scaling_factor": 0.18215, "sample_size": 512,
+}  # fmt: skip
+_SD21_TEXT = {
+    "vocab_size": 49408, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
+    "num_attention_heads": 16, "max_position_embeddings": 77, "hidden_act": "gelu",
+    "bos_token_id": 49406, "eos_token_id": 49407,
+}  # fmt: skip
+
+PRESETS: dict[str, BaseConfig] = {
+    # For tests: SD 2.1's topology at the smallest widths that its norms and heads allow.
+    "nano": BaseConfig(
+        name="nano", tile=64, layers=_SD21_LAYERS, head_size=8, spade_hidden=8,
+        unet=_unet(4, (8, 16, 16, 16), (1, 2, 2, 2), 32, norm_num_groups=4),
+        structure=StructureConfig(width=8, multipliers=(1, 1, 2, 2), heads=1, out_channels=8, norm_groups=4),
+        vae=_tiny_vae(8, (1, 1, 1, 1), (1, 1, 1, 1), 4), text=_byte_text(32), steps=4, licence="none",
+    ),
+    # The shipped base: three levels, all weights together under 24 MB in fp16.
+    "tiny": BaseConfig(
+        name="tiny", tile=192, head_size=32, spade_hidden=32, prediction_type="v_prediction",
+        layers=("up_blocks.0.attentions.1", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1",
+                "up_blocks.2.attentions.1"),
+        unet=_unet(8, (64, 128, 160), (2, 4, 5), 64, layers_per_block=1),
+        structure=StructureConfig(width=32, multipliers=(1, 2, 2), heads=1, out_channels=48, res_blocks=1,
+                                  norm_groups=16),
+        vae=_tiny_vae(64, (0, 1, 2, 3), (3, 2, 1, 0), 8), text=_byte_text(64),
+        sampler="ddim", steps=8, licence="research, non-commercial",
+    ),
+    # StableSR on SD 2.1-base at 512 pixels (method: StableSR sections 2.1-2.5).
+    "sd21": BaseConfig(
+        name="sd21", tile=512, layers=_SD21_LAYERS,
+        unet=_unet(4, (320, 640, 1280, 1280), (5, 10, 20, 20), 1024, sample_size=64),
+        structure=StructureConfig(width=256, multipliers=(1, 1, 2, 2), heads=4, out_channels=256),
+        vae=_SD21_VAE, text=_SD21_TEXT, tokenizer="clip", licence="NTU S-Lab 1.0 (non-commercial)",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings that every training shares."""
+
+    iterations: int = 500
+    batch: int = 4
+    """Samples in one iteration of one process."""
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.01
+    warmup: int = 0
+    """Iterations of linear warm-up."""
+    decay: float = 0.0
+    """Final share of the iterations over which the learning rate falls to zero along a cosine."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema: float = 0.0
+    """Decay of the averaged weights; 0 keeps none."""
+    precision: Precision = "fp32"
+    device: str = "auto"
+    seed: int = 0
+    workers: int = 0
+    """Processes that prepare batches ahead of time."""
+    checkpoint_every: int = 100
+
+
+@dataclass(frozen=True)
+class PersonalizeConfig:
+    """How an identity is learned; the open points of the paper are fields (PFStorer section 3)."""
+
+    method: Method = "pfstorer"
+    train: TrainConfig = field(default_factory=TrainConfig)
+    layers: tuple[str, ...] = ()
+    """Modules that a block follows; empty takes the base's own list."""
+    tap: Literal["post", "inner"] = "post"
+    """Where a block sits: after the spatial transformer, or inside it before proj_out (ViCo)."""
+    residual: Literal["delta", "full"] = "delta"
+    ref_source: Literal["cached", "self", "live"] = "cached"
+    ref_sft: Literal["self", "bypass"] = "self"
+    ref_timestep: Literal["0", "same"] = "0"
+    main_prompt: Literal["null", "subject"] = "null"
+    null_cond: Literal["zero_latent", "bypass"] = "zero_latent"
+    p_self: float = 0.1
+    """Share of the iterations in which the blocks see no reference (`self` stays usable)."""
+    lambda_gen: float = 0.1
+    lambda_pers: float = 5e-4
+    gamma_learning_rate: float = 5e-3
+    token_learning_rate: float = 5e-3
+    init_word: str = "face"
+    subject_prompt: str = "a photo of a {}"
+    level: Literal["light", "heavy"] = "heavy"
+    p_hq: float = 0.03
+    rank: int = 0
+    """Rank of the blocks' matrices; 0 keeps them whole."""
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How a picture is cut (StableSR section 3.4)."""
+
+    overlap: int | None = None
+    """Pixels shared by neighbouring tiles; None is half a tile."""
+    chop: int = 1280
+    """Pictures with a longer side are restored in squares of this many pixels."""
+    chop_stride: int = 1000
+    batch: int = 4
+    """Tiles that go through the denoiser at once."""
+
+
+@dataclass(frozen=True)
+class RestoreConfig:
+    """How a picture is restored; None takes what the plan or base says."""
+
+    steps: int | None = None
+    sampler: str | None = None
+    seed: int = 0
+    strength: float = 1.0
+    """Scale of the identity: 0 is the base, 1 as trained."""
+    scale: float = 1.0
+    """Size of the result relative to the input."""
+    color_fix: Literal["auto", "adain", "wavelet", "none"] = "auto"
+    """`auto`: adain for one tile, wavelet for several."""
+    init: Literal["lq", "noise"] = "lq"
+    eta: float = 0.0
+    """Share of fresh noise in DDIM: 0 is deterministic, 1 is as noisy as DDPM."""
+    tile: TileConfig = field(default_factory=TileConfig)
+
+
+def to_json(config: Any) -> str:
+    """Write a configuration as stable, indented JSON."""
+    return json.dumps(asdict(config), indent=2, sort_keys=True)
+
+
+def base_config_from_dict(data: Mapping[str, Any]) -> BaseConfig:
+    """Read a `BaseConfig` from its JSON form; raises `ValueError` for unknown or missing fields."""
+    known = {f.name for f in fields(BaseConfig)}
+    unknown = sorted(set(data) - known)
+    missing = sorted({"name", "tile", "unet", "structure", "vae", "text", "layers"} - set(data))
+    if unknown or missing:
+        raise ValueError(f"base configuration: unknown fields {unknown}, missing fields {missing}")
+    structure = dict(data["structure"])
+    structure["multipliers"] = tuple(structure["multipliers"])
+    values = {**data, "layers": tuple(data["layers"]), "structure": StructureConfig(**structure)}
+    for part in ("unet", "vae"):
+        values[part] = {k: tuple(v) if isinstance(v, list) else v for k, v in data[part].items()}
+    return BaseConfig(**values)
+
+
+def changed(config: ConfigT, **values: Any) -> ConfigT:
+    """Return a copy of a configuration with those of `values` that are not None."""
+    return replace(config, **{k: v for k, v in values.items() if v is not None})  # type: ignore[type-var]

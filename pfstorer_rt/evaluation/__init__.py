@@ -1,0 +1,1 @@
+"""Evaluation: metrics with their requirements, and the report over folders of pictures."""

@@ -1,0 +1,139 @@
+"""Whole files or none: atomic writing, and the digests that artefacts name each other by."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pfstorer_rt.errors import BadFileError, PFStorerError
+
+_CHUNK = 1 << 20  # bytes read at once by sha256_file
+
+_ADVICE = {
+    errno.ENOSPC: "free some space or choose another folder",
+    errno.EDQUOT: "free some space or choose another folder",
+    errno.EFBIG: "choose a file system that takes files of this size",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder that you may write to",
+    errno.ENOENT: "create its folder first",
+    errno.ENOTDIR: "a part of its path is a file; choose a name inside a folder",
+    errno.EISDIR: "it is a folder; choose a file name",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def show_path(path: str | os.PathLike[str]) -> str:
+    """Spell a path on one line, so that a message with it can always be printed.
+
+    Returns the path itself, or its `repr` where it holds line breaks or bytes that are not text.
+    """
+    text = os.fspath(path)
+    return text if text.isprintable() else repr(text)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[BinaryIO]:
+    """Write a file so that its name holds the old bytes or all of the new ones, never a part.
+
+    Yields a binary file under a temporary name in the target's folder. Leaving the block normally
+    flushes, fsyncs and renames it; any exception, KeyboardInterrupt included, removes it and leaves
+    an existing target as it was. A symbolic link is followed.
+    mode: permission bits, set before the first byte is written (0o600 for biometric data); None
+    leaves them to the umask.
+    Raises PFStorerError where the file cannot be written. An OSError about another file, raised
+    inside the block, is passed on as it is.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        _refuse_special(target)
+        temporary, handle = _open_temporary(target.parent, mode)
+    except OSError as error:
+        raise _write_error(path, error) from error
+    try:
+        yield handle
+        handle.flush()
+        os.fsync(handle.fileno())
+        handle.close()
+        os.replace(temporary, target)
+    except BaseException as error:
+        _discard(temporary, handle)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            raise _write_error(path, error) from error
+        raise
+    _sync_folder(target.parent)
+
+
+def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
+    """Digest bytes: 64 lower-case hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Digest a file without holding it in memory: 64 lower-case hexadecimal digits.
+
+    Raises BadFileError where the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as handle:
+            while chunk := handle.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        message = f"{show_path(path)}: cannot be read ({reason}); check the path and its permissions"
+        raise BadFileError(message) from error
+    return digest.hexdigest()
+
+
+def _refuse_special(target: Path) -> None:
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    # os.replace would put a plain file in the place of /dev/null, or of a pipe that others read.
+    if target.exists() and not target.is_file():
+        raise PFStorerError(f"{show_path(target)}: not a plain file; choose another output name")
+
+
+def _open_temporary(folder: Path, mode: int | None) -> tuple[Path, BinaryIO]:
+    # A short name of its own: the target's name may already be as long as the file system allows.
+    temporary = folder / f".pfstorer-{secrets.token_hex(8)}.tmp"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(temporary, flags, 0o666 if mode is None else mode)
+    handle = os.fdopen(descriptor, "wb")
+    try:
+        if mode is not None and hasattr(os, "fchmod"):
+            os.fchmod(descriptor, mode)  # the umask may have taken bits away from os.open's mode
+    except BaseException:
+        _discard(temporary, handle)
+        raise
+    return temporary, handle
+
+
+def _discard(temporary: Path, handle: BinaryIO) -> None:
+    # Closing flushes, which fails again on a full disk; the first error is the one to report.
+    with contextlib.suppress(OSError, ValueError):
+        handle.close()
+    with contextlib.suppress(OSError):
+        temporary.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename is on disk only when the folder is. Windows cannot open folders; nor can some mounts sync.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_error(path: str | os.PathLike[str], error: OSError) -> PFStorerError:
+    reason = (error.strerror or str(error)).lower()
+    advice = _ADVICE.get(error.errno or 0, "check the path and the disk")
+    return PFStorerError(f"{show_path(path)}: cannot be written ({reason}); {advice}")

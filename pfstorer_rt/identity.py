@@ -1,0 +1,150 @@
+"""Identity files: what was learned of one person, as safetensors with string metadata. Biometric data."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+
+from pfstorer_rt.errors import BadFileError, MismatchError
+from pfstorer_rt.files import atomic_write, show_path
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA = "1"
+KIND = "pfstorer-identity"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass
+class Identity:
+    """One learned person.
+
+    Tensors: `blocks.{i}.*` (personalization block i, with its `gamma`), `token` (D,), `reference.{i}`
+    (S_i, C_i) and `mask.{i}` (S_i,) of the cached reference; or for `dreambooth`, `unet.*`.
+    """
+
+    name: str
+    base_fingerprint: str
+    base_name: str
+    method: str
+    layers: tuple[str, ...]
+    settings: dict[str, Any]
+    """The training's configuration, as JSON values."""
+    references: tuple[str, ...]
+    """sha256 of each reference photograph's file."""
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    gamma: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Mean and largest |gamma| by layer."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the sorted names and bytes of the tensors."""
+        from pfstorer_rt.models.base import fingerprint_tensors
+
+        return fingerprint_tensors(sorted(self.tensors.items()))
+
+    def check_base(self, fingerprint: str) -> None:
+        """Raise `MismatchError` unless the identity was learned on this base."""
+        if fingerprint != self.base_fingerprint:
+            raise MismatchError(
+                f"identity {self.name!r} was learned on base {self.base_name!r} ({self.base_fingerprint[:12]}), "
+                f"got base {fingerprint[:12]}; use its own base or personalize again"
+            )
+
+    def save(self, path: Path) -> Path:
+        """Write the file, readable by its owner only; returns the path."""
+        import safetensors.torch
+
+        tensors = {k: v.detach().cpu().contiguous() for k, v in sorted(self.tensors.items())}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = safetensors.torch.save(tensors, metadata=self.metadata())
+        with atomic_write(path, mode=0o600) as file:
+            file.write(data)
+        return path
+
+    def metadata(self) -> dict[str, str]:
+        """Return everything but the tensors, as strings."""
+        return {
+            "kind": KIND, "schema": SCHEMA, "name": self.name, "base_fingerprint": self.base_fingerprint,
+            "base_name": self.base_name, "method": self.method, "layers": json.dumps(self.layers),
+            "settings": json.dumps(self.settings, sort_keys=True), "references": json.dumps(self.references),
+            "gamma": json.dumps(self.gamma, sort_keys=True),
+        }  # fmt: skip
+
+    @classmethod
+    def load(cls, path: Path, tensors: bool = True) -> Identity:
+        """Read an identity file, without its tensors when only the metadata are wanted.
+
+        Raises `BadFileError` when it is missing, damaged, foreign or from a newer version.
+        """
+        meta = read_metadata(path)
+        try:
+            values = {key: json.loads(meta[key]) for key in ("layers", "settings", "references", "gamma")}
+            identity = cls(
+                meta["name"], meta["base_fingerprint"], meta["base_name"], meta["method"], tuple(values["layers"]),
+                values["settings"], tuple(values["references"]), gamma=values["gamma"],
+            )  # fmt: skip
+        except (KeyError, ValueError) as error:
+            raise BadFileError(f"{show_path(path)}: metadata are incomplete ({error}); personalize again") from error
+        if tensors:
+            import safetensors.torch
+
+            identity.tensors = safetensors.torch.load_file(path)
+        return identity
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read an identity file's strings; raises `BadFileError` when it is not one of ours."""
+    from safetensors import SafetensorError, safe_open
+
+    name = show_path(path)
+    if not path.is_file():
+        raise BadFileError(f"{name}: no such identity file; `pfstorer-rt identities list` shows the known ones")
+    try:
+        with safe_open(path, "np") as handle:
+            meta: dict[str, str] = handle.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise BadFileError(f"{name}: not a readable safetensors file ({error}); personalize again") from error
+    if meta.get("kind") != KIND:
+        raise BadFileError(f"{name}: a safetensors file, but not an identity made by `pfstorer-rt personalize`")
+    if meta.get("schema") != SCHEMA:
+        raise BadFileError(
+            f"{name}: identity schema {meta.get('schema')}, this version reads {SCHEMA}; update pfstorer-rt or personalize again"
+        )
+    return meta
+
+
+def home() -> Path:
+    """Return the user's data directory; the environment variable PFSTORER_HOME overrides it."""
+    override = os.environ.get("PFSTORER_HOME")
+    return Path(override) if override else Path(platformdirs.user_data_dir("pfstorer-rt", appauthor=False))
+
+
+def identities_dir() -> Path:
+    """Return the folder of the named identities."""
+    return home() / "identities"
+
+
+def identity_path(name_or_file: str | Path) -> Path:
+    """Return the file of an identity given by name (in the user's data directory) or by path.
+
+    Raises `ValueError` for a name that could not be a file of that folder.
+    """
+    text = str(name_or_file)
+    if text.endswith(".safetensors") or os.sep in text:
+        return Path(text)
+    if not _NAME.fullmatch(text):
+        raise ValueError(f"identity name {text!r}: expected letters, digits, '_', '-' or '.', at most 64 of them")
+    return identities_dir() / f"{text}.safetensors"
+
+
+def list_identities() -> list[Path]:
+    """List the named identity files, sorted."""
+    return sorted(identities_dir().glob("*.safetensors"))

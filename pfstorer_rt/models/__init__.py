@@ -1,0 +1,1 @@
+"""The networks: restorer UNet, structure encoder, personalization blocks, autoencoder, base."""

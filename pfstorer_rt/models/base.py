@@ -1,0 +1,224 @@
+"""A base: the frozen networks that identities are learned on, as a directory in diffusers' layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from diffusers import DDPMScheduler
+from safetensors import safe_open
+from torch import nn
+from transformers import CLIPTextModel
+
+from pfstorer_rt.attention import choose
+from pfstorer_rt.config import PRESETS, BaseConfig, base_config_from_dict, to_json
+from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.files import atomic_write
+from pfstorer_rt.models.prompt import PromptEncoder, tokenize
+from pfstorer_rt.models.structure import StructureEncoder
+from pfstorer_rt.models.unet import RestorationUNet
+from pfstorer_rt.models.vae import Autoencoder, build_vae, decode, encode_moments
+
+BUILTIN = Path(__file__).parent.parent / "bases"
+"""Bases that are shipped with the package, one folder each."""
+COMPONENTS = ("unet", "structure_encoder", "vae", "text_encoder")
+
+
+@dataclass
+class Base:
+    """The networks of a base, with plain tensors in and out."""
+
+    config: BaseConfig
+    unet: RestorationUNet
+    structure_encoder: StructureEncoder
+    vae: Autoencoder
+    text_encoder: PromptEncoder
+    scheduler: DDPMScheduler
+    fingerprint: str
+    """sha256 over the sorted names and bytes of all tensors, as they are on disk."""
+    cfw: nn.Module | None = None
+    """Controllable feature wrapping decoder (StableSR 3.3), where the base has one."""
+    path: Path | None = field(default=None, compare=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return torch.device(self.unet.device)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the networks by their folder's name."""
+        return {
+            "unet": self.unet, "structure_encoder": self.structure_encoder, "vae": self.vae,
+            "text_encoder": self.text_encoder.model,
+        }  # fmt: skip
+
+    def encode(self, image: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Encode (B, 3, H, W) in [-1, 1] to a scaled latent (B, C, H/f, W/f).
+
+        A variational encoder gives a sample of the posterior drawn from `generator`, or its mean
+        without one (StableSR samples).
+        """
+        mean, std = encode_moments(self.vae, image)
+        if std is None or generator is None:
+            return mean
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
+        return mean + std * noise
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """Decode a scaled latent (B, C, h, w) to (B, 3, h*f, w*f), nominally in [-1, 1]."""
+        return decode(self.vae, latent)
+
+    def encode_prompt(self, text: str | None = None, token: torch.Tensor | None = None) -> torch.Tensor:
+        """Encode a prompt (the base's own when None) to a context (1, L, D); `S*` stands for `token`."""
+        ids = tokenize(self.config.prompt if text is None else text, self.config).to(self.device)
+        return self.text_encoder(ids, token)
+
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Base:
+        """Move every network in place; returns self."""
+        for module in self.modules().values():
+            nn.Module.to(module, device=device, dtype=dtype)
+        return self
+
+    def freeze(self) -> Base:
+        """Switch every network to evaluation without gradients; returns self."""
+        for module in self.modules().values():
+            module.eval().requires_grad_(False)
+        return self
+
+    def set_attention(self, backend: str = "auto") -> str:
+        """Choose the attention backend of UNet and structure encoder; returns the name taken."""
+        choice = choose(backend, self.device)
+        self.unet.set_attention(choice.function)
+        self.structure_encoder.set_attention(choice.function)
+        return choice.name
+
+    def save(self, path: Path, dtype: torch.dtype = torch.float32) -> Path:
+        """Write the base as a directory (safetensors of `dtype`) and update `fingerprint`; returns the path.
+
+        The weights in memory are rounded too, so that they stay those on disk. The configuration is
+        written last: a directory without it is not a base, so an interrupted
+        save is never taken for one.
+        """
+        (path / "config.json").unlink(missing_ok=True)
+        for name, module in self.modules().items():
+            kept = next(module.parameters()).dtype
+            nn.Module.to(module, dtype)
+            _save_network(module, path / name)
+            nn.Module.to(module, kept)
+        self.scheduler.save_pretrained(path / "scheduler")
+        with atomic_write(path / "config.json") as file:
+            file.write(to_json(self.config).encode())
+        self.fingerprint, self.path = fingerprint_directory(path), path
+        return path
+
+
+def make_scheduler(config: BaseConfig) -> DDPMScheduler:
+    """Return Stable Diffusion's noise schedule (StableSR section 4: 1000 steps, scaled linear)."""
+    return DDPMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.0120, beta_schedule="scaled_linear",
+        prediction_type=config.prediction_type, clip_sample=False, timestep_spacing="trailing",
+    )  # fmt: skip
+
+
+def build_base(preset: str | BaseConfig, seed: int = 0) -> Base:
+    """Build a base with random weights.
+
+    preset: a name in `PRESETS` or a configuration. Raises `ValueError` for an unknown name.
+    """
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+    config = PRESETS[preset] if isinstance(preset, str) else preset
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = Base(
+            config, RestorationUNet.from_base_config(config), StructureEncoder.from_base_config(config),
+            build_vae(config.vae), PromptEncoder.from_base_config(config), make_scheduler(config), "",
+        )  # fmt: skip
+    base.fingerprint = fingerprint_modules(base.modules())
+    return base.freeze()
+
+
+def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> Base:
+    """Load a base directory, or by name one that is shipped, to fp32 networks in evaluation mode.
+
+    Raises `BadFileError` when it is not a base directory or a part of it is damaged.
+    """
+    path = find_base(path_or_name)
+    try:
+        config = base_config_from_dict(json.loads((path / "config.json").read_text()))
+        base = build_base(config)
+        base.scheduler = DDPMScheduler.from_pretrained(path / "scheduler")
+        for name, module in base.modules().items():
+            module.load_state_dict(_read_tensors(path / name))
+        base.fingerprint, base.path = fingerprint_directory(path), path
+    except Exception as error:  # each library has its own errors for a damaged file
+        reason = " ".join(str(error).split())[:300]
+        raise BadFileError(f"{path}: not a usable base directory ({reason}); import or train it again") from error
+    return base.freeze().to(device)
+
+
+def _save_network(module: nn.Module, folder: Path) -> None:
+    """Write one network as diffusers and transformers do: its configuration and one safetensors file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(module, CLIPTextModel):
+        module.config.save_pretrained(folder)
+    else:
+        module.save_config(folder)  # type: ignore[operator]
+    file = "model.safetensors" if isinstance(module, CLIPTextModel) else "diffusion_pytorch_model.safetensors"
+    tensors = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
+    with atomic_write(folder / file) as handle:
+        handle.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no safetensors file in {folder.name}/")
+    return {k: v for file in files for k, v in safetensors.torch.load_file(file).items()}
+
+
+def find_base(path_or_name: str | Path) -> Path:
+    """Return the directory of a base given by path or by a shipped name; raises `BadFileError`."""
+    for path in (Path(path_or_name), BUILTIN / str(path_or_name)):
+        if (path / "config.json").is_file():
+            return path
+    shipped = sorted(p.parent.name for p in BUILTIN.glob("*/config.json"))
+    raise BadFileError(
+        f"{path_or_name}: no base there (no config.json); expected a base directory or one of: {', '.join(shipped) or 'none shipped'}"
+    )
+
+
+def fingerprint_directory(path: Path) -> str:
+    """Fingerprint a base directory from its safetensors files, one tensor at a time."""
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in sorted(COMPONENTS):
+            for file in sorted((path / name).glob("*.safetensors")):
+                with safe_open(file, "pt") as handle:
+                    for key in sorted(handle.keys()):
+                        yield f"{name}.{key}", handle.get_tensor(key)
+
+    return fingerprint_tensors(tensors())
+
+
+def fingerprint_modules(modules: Mapping[str, nn.Module]) -> str:
+    """Fingerprint networks in memory, equal to that of a directory saved in their dtype."""
+    return fingerprint_tensors(
+        (f"{name}.{key}", tensor)
+        for name in sorted(modules)
+        for key, tensor in sorted(modules[name].state_dict().items())
+    )
+
+
+def fingerprint_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hash names and bytes in the order given; returns 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(name.encode() + b"\0" + str(tensor.dtype).encode() + b"\0")
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,145 @@
+"""The personalization blocks: `F + strength * gamma (.) (Block(F, ref) - F)` (PFStorer section 3.2, eq. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from pfstorer_rt.attention import AttentionFn, AttentionProcessor, sdpa
+from pfstorer_rt.models.unet import RestorationUNet
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer whose matrix is the product of two of rank R."""
+
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(linear.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, linear.out_features, bias=linear.bias is not None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        out: torch.Tensor = self.up(self.down(x))
+        return out
+
+
+def make_low_rank(module: nn.Module, rank: int) -> None:
+    """Replace every linear layer that a rank-R factorization makes smaller."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            if rank * (child.in_features + child.out_features) < child.in_features * child.out_features:
+                setattr(module, name, LowRankLinear(child, rank))
+        else:
+            make_low_rank(child, rank)
+
+
+class PersonalizationBlock(nn.Module):
+    """Self-attention, attention to the reference, GEGLU feed-forward; gated per channel by gamma.
+
+    The block is ViCo's image block at the width of the features; gamma = 1 is the ViCo update and
+    gamma = 0, its start, is the base.
+    """
+
+    def __init__(self, channels: int, head_size: int, rank: int = 0, residual: str = "delta") -> None:
+        super().__init__()
+        self.block = BasicTransformerBlock(
+            channels, channels // head_size, head_size, cross_attention_dim=channels, activation_fn="geglu"
+        )
+        if rank:
+            make_low_rank(self.block, rank)
+        self.gamma = nn.Parameter(torch.zeros(channels))
+        self.residual = residual
+        self.set_attention(sdpa)
+
+    def set_attention(self, attention: AttentionFn) -> None:
+        """Send both attention layers through `attention`."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.set_processor(AttentionProcessor(attention))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        reference: torch.Tensor | None,
+        mask: torch.Tensor | None = None,
+        strength: torch.Tensor | float = 1.0,
+    ) -> torch.Tensor:
+        """Move the tokens towards the person.
+
+        x: (B, L, C). reference: (B, S, C), not normalised; None lets x attend to itself. mask: bool
+        (B, S), True is attended. strength: scalar or (B, 1, 1). Returns (B, L, C).
+        """
+        out = self.block(x, encoder_hidden_states=reference, encoder_attention_mask=mask)
+        delta = out - x if self.residual == "delta" else out
+        return x + strength * self.gamma * delta
+
+
+def layer_width(unet: RestorationUNet, layer: str) -> int:
+    """Channels at a spatial transformer of the UNet; raises `ValueError` when it is not one."""
+    known = [n for n, m in unet.named_modules() if hasattr(m, "transformer_blocks")]
+    if layer not in known:
+        raise ValueError(f"layer {layer!r}: not a spatial transformer of this UNet; expected one of {', '.join(known)}")
+    return int(unet.get_submodule(layer).norm.num_channels)
+
+
+class PersonalizationBlocks(nn.ModuleList):
+    """One block for each personalized layer, in execution order."""
+
+    def __init__(
+        self, layers: Sequence[str], widths: Sequence[int], head_size: int, rank: int = 0, residual: str = "delta"
+    ) -> None:
+        super().__init__(PersonalizationBlock(w, head_size, rank, residual) for w in widths)
+        self.layers = tuple(layers)
+
+    @classmethod
+    def for_unet(
+        cls, unet: RestorationUNet, layers: Sequence[str], head_size: int, rank: int = 0, residual: str = "delta"
+    ) -> PersonalizationBlocks:
+        """Build blocks of the widths that `unet` has at `layers`."""
+        return cls(layers, [layer_width(unet, layer) for layer in layers], head_size, rank, residual)
+
+    def taps(
+        self,
+        references: Mapping[str, torch.Tensor] | None,
+        masks: Mapping[str, torch.Tensor] | None = None,
+        strength: torch.Tensor | float = 1.0,
+    ) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """Return the UNet's taps for fixed references.
+
+        references: {layer: (1 or B, S, C)} or None for `self`; masks: {layer: bool (1 or B, S)}.
+        """
+
+        def tap(block: nn.Module, layer: str) -> Callable[[torch.Tensor], torch.Tensor]:
+            def run(x: torch.Tensor) -> torch.Tensor:
+                reference = None if references is None else references[layer].to(x.dtype).expand(len(x), -1, -1)
+                mask = None if not masks or layer not in masks else masks[layer].expand(len(x), -1)
+                out: torch.Tensor = block(x, reference, mask, strength)
+                return out
+
+            return run
+
+        return {layer: tap(block, layer) for layer, block in zip(self.layers, self, strict=True)}
+
+
+def reference_mask(attention: torch.Tensor) -> torch.Tensor:
+    """Which reference tokens show the subject: Otsu's threshold on the token's attention (ViCo 3.2).
+
+    attention: (B, S) head-mean attention of the reference tokens to the learned token.
+    Returns bool (B, S); a constant map keeps every token.
+    """
+    low = attention.amin(1, keepdim=True)
+    spread = attention.amax(1, keepdim=True) - low
+    v = (attention - low) / spread.where(spread > 0, torch.ones_like(spread))
+    steps = torch.arange(1, 10, device=v.device, dtype=v.dtype) / 10
+    below = (v[:, None] < steps[None, :, None]).to(v.dtype)  # (B, 9, S)
+    n_low, n_high = below.mean(-1), 1 - below.mean(-1)
+    sum_low, total = (below * v[:, None]).mean(-1), v.mean(-1, keepdim=True)
+    mean_low = sum_low / n_low.clamp(min=1e-12)
+    mean_high = (total - sum_low) / n_high.clamp(min=1e-12)
+    between = n_low * n_high * (mean_low - mean_high).square()
+    threshold = steps[between.argmax(1)][:, None]  # argmax takes the first of equals
+    return ((v >= threshold) & (v != 0)) | (spread <= 0)

@@ -1,0 +1,81 @@
+"""The prompt encoder: transformers' CLIPTextModel with one learned token, over CLIP's or plain byte tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from pfstorer_rt.config import BaseConfig
+
+SUBJECT = "S*"
+PLACEHOLDER = -1
+"""Stands for the learned token among token ids."""
+CLIP_WORDS = {
+    "a": 320, "photo": 1125, "of": 539, "face": 1710, "person": 2533, "man": 786, "woman": 2308,
+}  # fmt: skip
+"""CLIP's ids of the words that a prompt here is made of; a whole vocabulary is not needed for them."""
+
+
+def tokenize(text: str, config: BaseConfig) -> torch.Tensor:
+    """Turn a prompt into token ids (1, L): start, words, end, padding with 0 (open_clip's way).
+
+    `S*` becomes `PLACEHOLDER`. Raises `ValueError` for a word that the vocabulary lacks or a prompt
+    that is too long.
+    """
+    settings = config.text
+    ids: list[int] = [settings["bos_token_id"]]
+    for i, word in enumerate(text.split()):
+        if word == SUBJECT:
+            ids.append(PLACEHOLDER)
+        elif config.tokenizer == "bytes":
+            ids.extend((" " * (i > 0) + word).encode())
+        elif word in CLIP_WORDS:
+            ids.append(CLIP_WORDS[word])
+        else:
+            raise ValueError(f"prompt word {word!r}: expected one of {', '.join(CLIP_WORDS)}")
+    ids.append(settings["eos_token_id"])
+    length = settings["max_position_embeddings"]
+    if len(ids) > length:
+        raise ValueError(f"prompt {text!r} has {len(ids)} tokens; at most {length} fit")
+    return torch.tensor([ids + [0] * (length - len(ids))])
+
+
+def token_position(ids: torch.Tensor, token: int) -> int:
+    """Position of the first `token` in (1, L) ids."""
+    return int((ids[0] == token).nonzero()[0])
+
+
+class PromptEncoder(nn.Module):
+    """Encodes token ids, with the learned token put in where they hold `PLACEHOLDER`."""
+
+    def __init__(self, model: CLIPTextModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @classmethod
+    def from_base_config(cls, config: BaseConfig) -> PromptEncoder:
+        """Build an untrained encoder of a base's sizes."""
+        return cls(CLIPTextModel(CLIPTextConfig(pad_token_id=0, **config.text)))
+
+    def word_embedding(self, ids: torch.Tensor) -> torch.Tensor:
+        """Mean embedding (D,) of the ids between start and end: where a learned token begins."""
+        end = int((ids[0] == self.model.config.eos_token_id).nonzero()[0])
+        embedding: torch.Tensor = self.model.get_input_embeddings().weight[ids[0, 1:end]].mean(0)
+        return embedding.detach().clone()
+
+    def forward(self, ids: torch.Tensor, token: torch.Tensor | None = None) -> torch.Tensor:
+        """ids (B, L), token (D,) or None -> context (B, L, D) after the final norm."""
+        is_token = ids == PLACEHOLDER
+        if token is None and bool(is_token.any()):
+            raise ValueError(f"the prompt holds {SUBJECT} but no learned token was given")
+
+        def insert(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+            return output if token is None else torch.where(is_token[..., None], token.to(output.dtype), output)
+
+        hook = self.model.get_input_embeddings().register_forward_hook(insert)
+        try:
+            context: torch.Tensor = self.model(input_ids=ids.clamp(min=0)).last_hidden_state
+        finally:
+            hook.remove()
+        return context

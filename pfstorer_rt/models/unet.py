@@ -1,0 +1,160 @@
+"""The restorer: diffusers' UNet with a SPADE on the output of every residual block's conv2 (StableSR 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from pfstorer_rt.attention import AttentionFn, AttentionProcessor, sdpa
+from pfstorer_rt.config import BaseConfig
+
+StructureMaps = Mapping[int, torch.Tensor]
+"""Structure maps by width: {w: (B, out_channels, h, w)}."""
+Tap = Callable[[torch.Tensor], torch.Tensor]
+"""Changes the tokens (B, L, C) of one spatial transformer."""
+
+
+class Spade(nn.Module):
+    """`n * (1 + gamma(a)) + beta(a)` with `n = GroupNorm(h)`, `a = ReLU(conv(s))` (method: SPADE).
+
+    Names follow StableSR's checkpoint; `param_free_norm` is affine there in spite of its name.
+    """
+
+    def __init__(self, channels: int, map_channels: int, hidden: int, groups: int) -> None:
+        super().__init__()
+        self.param_free_norm = nn.GroupNorm(groups, channels, eps=1e-5)
+        self.mlp_shared = nn.Sequential(nn.Conv2d(map_channels, hidden, 3, padding=1), nn.ReLU())
+        self.mlp_gamma = nn.Conv2d(hidden, channels, 3, padding=1)
+        self.mlp_beta = nn.Conv2d(hidden, channels, 3, padding=1)
+
+    def forward(self, h: torch.Tensor, structure: torch.Tensor) -> torch.Tensor:
+        """h (B, C, H, W), structure (B, map_channels, H, W) -> (B, C, H, W)."""
+        a = self.mlp_shared(structure)
+        modulated: torch.Tensor = self.param_free_norm(h) * (1 + self.mlp_gamma(a)) + self.mlp_beta(a)
+        return modulated
+
+
+class RestorationUNet(UNet2DConditionModel):  # type: ignore[misc]
+    """UNet2DConditionModel whose residual blocks carry a `spade` child and whose forward is spelled out.
+
+    The forward is written out because two things enter it that diffusers has no argument for: the
+    structure maps, and the personalization taps after chosen spatial transformers.
+    """
+
+    def __init__(self, *, map_channels: int = 256, spade_hidden: int = 128, **config: Any) -> None:
+        super().__init__(**config)
+        self.register_to_config(map_channels=map_channels, spade_hidden=spade_hidden, **config)
+        for module in self.modules():
+            if isinstance(module, ResnetBlock2D):
+                groups = module.norm2.num_groups
+                module.spade = Spade(module.out_channels, map_channels, spade_hidden, groups)
+        self.set_attention(sdpa)
+
+    @classmethod
+    def from_base_config(cls, config: BaseConfig) -> RestorationUNet:
+        """Build an untrained UNet of a base's sizes."""
+        sizes = {"map_channels": config.structure.out_channels, "spade_hidden": config.spade_hidden}
+        return cls(**sizes, sample_size=config.latent_tile, **config.unet)
+
+    def set_attention(self, attention: AttentionFn) -> None:
+        """Send every attention layer through `attention`."""
+        self.set_attn_processor(AttentionProcessor(attention))
+
+    def forward(  # type: ignore[override]
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        context: torch.Tensor,
+        structure: StructureMaps,
+        taps: Mapping[str, Tap] | None = None,
+        inner_taps: Mapping[str, Tap] | None = None,
+        bypass: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Predict eps or v.
+
+        x: noisy latent (B, C, h, w), sides multiples of 2^(levels - 1). t: (B,) in 0..999.
+        context: prompt (B, L, D). structure: {width: map}. taps: changes to the output tokens of the
+        named spatial transformers; inner_taps: the same before proj_out and the residual (ViCo's place).
+        bypass: bool (B,), rows that skip every SPADE. Returns (B, C, h, w).
+        """
+        run = _Run(context, structure, taps or {}, inner_taps or {}, bypass)
+        temb = self.time_embedding(self.time_proj(t).to(x.dtype))
+        h = self.conv_in(x)
+        skips = [h]
+        for i, block in enumerate(self.down_blocks):
+            for j, resnet in enumerate(block.resnets):
+                h = run.level(block, f"down_blocks.{i}", j, resnet, h, temb)
+                skips.append(h)
+            for downsample in block.downsamplers or ():
+                h = downsample(h)
+                skips.append(h)
+        h = run.resnet(self.mid_block.resnets[0], h, temb)
+        for attn, resnet in zip(self.mid_block.attentions, self.mid_block.resnets[1:], strict=True):
+            h = run.resnet(resnet, run.transformer("mid_block.attentions.0", attn, h), temb)
+        for i, block in enumerate(self.up_blocks):
+            for j, resnet in enumerate(block.resnets):
+                h = run.level(block, f"up_blocks.{i}", j, resnet, torch.cat([h, skips.pop()], 1), temb)
+            for upsample in block.upsamplers or ():
+                h = upsample(h)
+        out: torch.Tensor = self.conv_out(self.conv_act(self.conv_norm_out(h)))
+        return out
+
+
+class _Run:
+    """One forward pass: what every level needs besides its input."""
+
+    def __init__(
+        self,
+        context: torch.Tensor,
+        structure: StructureMaps,
+        taps: Mapping[str, Tap],
+        inner_taps: Mapping[str, Tap],
+        bypass: torch.Tensor | None,
+    ) -> None:
+        self.context, self.structure, self.taps, self.inner_taps = context, structure, taps, inner_taps
+        self.keep = None if bypass is None else bypass[:, None, None, None]
+
+    def level(self, block: Any, name: str, j: int, resnet: Any, h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        h = self.resnet(resnet, h, temb)
+        if getattr(block, "has_cross_attention", False):
+            h = self.transformer(f"{name}.attentions.{j}", block.attentions[j], h)
+        return h
+
+    def resnet(self, block: Any, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """ResnetBlock2D with SPADE after conv2, before the skip addition."""
+        h = block.conv1(F.silu(block.norm1(x)))
+        h = h + block.time_emb_proj(F.silu(temb))[:, :, None, None]
+        h = block.conv2(F.silu(block.norm2(h)))
+        modulated = block.spade(h, self.structure[h.shape[-1]])
+        h = modulated if self.keep is None else torch.where(self.keep, h, modulated)
+        skip: torch.Tensor = x if block.conv_shortcut is None else block.conv_shortcut(x)
+        return skip + h
+
+    def transformer(self, name: str, attn: Any, h: torch.Tensor) -> torch.Tensor:
+        """Transformer2DModel with linear projections, and the taps."""
+        size = h.shape[-2:]
+        tokens = attn.proj_in(to_tokens(attn.norm(h)))
+        for block in attn.transformer_blocks:
+            tokens = block(tokens, encoder_hidden_states=self.context)
+        if name in self.inner_taps:
+            tokens = self.inner_taps[name](tokens)
+        h = to_map(attn.proj_out(tokens), size) + h
+        if name in self.taps:
+            h = to_map(self.taps[name](to_tokens(h)), size)
+        return h
+
+
+def to_tokens(h: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, H*W, C)."""
+    return h.flatten(2).transpose(1, 2)
+
+
+def to_map(tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(B, H*W, C) -> (B, C, H, W)."""
+    return tokens.transpose(1, 2).unflatten(2, size)

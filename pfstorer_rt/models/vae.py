@@ -1,0 +1,64 @@
+"""The autoencoder: diffusers' AutoencoderTiny or AutoencoderKL behind two plain functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import nn
+
+Autoencoder = AutoencoderKL | AutoencoderTiny
+CLASSES = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
+
+
+def build_vae(config: dict[str, Any]) -> Autoencoder:
+    """Build an untrained autoencoder from `BaseConfig.vae`; raises `ValueError` for an unknown class."""
+    settings = dict(config)
+    name = settings.pop("class")
+    if name not in CLASSES:
+        raise ValueError(f"autoencoder class {name!r}: expected one of {', '.join(CLASSES)}")
+    return CLASSES[name](**settings)
+
+
+def encode_moments(vae: Autoencoder, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Encode (B, 3, H, W) in [-1, 1] to the scaled posterior's mean and deviation, (B, C, H/f, W/f).
+
+    The deviation is None where the encoder is deterministic (AutoencoderTiny).
+    """
+    scale = vae.config.scaling_factor
+    if isinstance(vae, AutoencoderTiny):
+        return vae.encode(image).latents * scale, None
+    posterior = vae.encode(image).latent_dist
+    return posterior.mean * scale, posterior.std * scale
+
+
+def decode(vae: Autoencoder, latent: torch.Tensor) -> torch.Tensor:
+    """Decode a scaled latent (B, C, h, w) to (B, 3, h*f, w*f), nominally in [-1, 1]."""
+    decoded: torch.Tensor = vae.decode(latent / vae.config.scaling_factor).sample
+    return decoded
+
+
+class Encoder(nn.Module):
+    """The `encoder` component: image -> mean (and std for a variational autoencoder)."""
+
+    def __init__(self, vae: Autoencoder) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """image (B, 3, H, W) in [-1, 1] -> mean[, std], each (B, C, H/f, W/f), scaled."""
+        mean, std = encode_moments(self.vae, image)
+        return (mean,) if std is None else (mean, std)
+
+
+class Decoder(nn.Module):
+    """The `decoder` component: latent -> image."""
+
+    def __init__(self, vae: Autoencoder) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """latent (B, C, h, w), scaled -> image (B, 3, h*f, w*f), nominally in [-1, 1]."""
+        return decode(self.vae, latent)

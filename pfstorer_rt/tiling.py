@@ -1,0 +1,173 @@
+"""Plan overlapping tiles, weigh them, and blend what was computed on each: pure functions on numpy arrays.
+
+T is a tile's side, O the overlap, L the length of an axis, W the weights, as in StableSR. The unit is
+the caller's, pixels or latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.floating[Any]]
+
+_VARIANCE = 0.01  # of the gaussian, in units of the squared tile side
+
+
+class Tile(NamedTuple):
+    """A rectangle of the canvas: its first row and column, and its size."""
+
+    y: int
+    x: int
+    height: int
+    width: int
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Rows and columns; `canvas[..., *tile.slices]` is the tile."""
+        return slice(self.y, self.y + self.height), slice(self.x, self.x + self.width)
+
+
+def axis_offsets(length: int, tile: int, overlap: int) -> list[int]:
+    """Place the fewest tiles that cover one axis, neighbours sharing at least `overlap`.
+
+    n is the least n >= 1 with (n-1)(T-O)+T >= L; the offsets are k(T-O), the last one L-T, so that no
+    tile leaves the axis.
+    Raises ValueError where the axis is shorter than a tile, or the overlap is not in 0..tile-1.
+    Source: StableSR's `_sliding_windows`.
+    """
+    if not 0 <= overlap < tile:
+        raise ValueError(f"overlap {overlap} for a tile of {tile}; expected 0 to {tile - 1}")
+    if length < tile:
+        raise ValueError(f"length {length} is shorter than the tile of {tile}; enlarge or pad first")
+    stride = tile - overlap
+    n = 1 + -(-(length - tile) // stride)
+    return [k * stride for k in range(n - 1)] + [length - tile]
+
+
+def plan_tiles(height: int, width: int, tile: int, overlap: int) -> list[Tile]:
+    """Cover a canvas with square tiles, row by row from the top left.
+
+    Raises ValueError as `axis_offsets` does.
+    """
+    rows = axis_offsets(height, tile, overlap)
+    columns = axis_offsets(width, tile, overlap)
+    return [Tile(y, x, tile, tile) for y in rows for x in columns]
+
+
+@lru_cache(maxsize=16)
+def gaussian_weights(height: int, width: int) -> npt.NDArray[np.float64]:
+    """Weigh a tile's pixels by how far they are from its border: (height, width), read-only.
+
+    W[y, x] = g(y) g(x) with g(u) = exp(-(u-m)^2 / (2 * 0.01 T^2)) / sqrt(2 pi * 0.01), T the side along
+    that axis, m = T/2 along y and (T-1)/2 along x. The asymmetry is StableSR's and kept for parity. The
+    corners weigh about 3e-10, which float16 cannot hold: accumulate in float32 or wider.
+    Source: StableSR's `_gaussian_weights`, with a side per axis.
+    """
+    weights = np.outer(_gaussian(height, height / 2), _gaussian(width, (width - 1) / 2))
+    weights.flags.writeable = False  # every caller gets the same cached array
+    return weights
+
+
+def _gaussian(side: int, middle: float) -> npt.NDArray[np.float64]:
+    u = np.arange(side, dtype=np.float64)
+    density = np.exp(-((u - middle) ** 2) / (2 * _VARIANCE * side**2)) / np.sqrt(2 * np.pi * _VARIANCE)
+    return np.asarray(density, dtype=np.float64)
+
+
+class Blender:
+    """Weighted mean of patches on a canvas, one patch at a time, in float32 or the patches' wider type.
+
+    weights: (h, w), for tiles all of that size; None for `gaussian_weights` of each tile.
+    """
+
+    def __init__(self, channels: int, height: int, width: int, weights: Array | None = None) -> None:
+        self._shape = (channels, height, width)
+        self._weights = weights
+        self._whole: Array | None = None
+        self._total: Array | None = None
+        self._mass: Array = np.zeros(0, np.float32)
+
+    def add(self, tile: Tile, patch: Array) -> None:
+        """Add what was computed on one tile: (C, tile.height, tile.width).
+
+        Raises ValueError where the tile leaves the canvas, or the patch or the weights are of another size.
+        """
+        self._check(tile, patch)
+        if self._total is None and self._whole is None and patch.shape == self._shape:
+            # (p * w) / w is not p in floating point; one tile must equal no tiling, bit for bit.
+            self._whole = patch.astype(np.result_type(patch.dtype, np.float32), copy=True)
+            return
+        if self._whole is not None:  # a second patch after a whole one: an ordinary blend after all
+            whole, self._whole = self._whole, None
+            self._accumulate(Tile(0, 0, *self._shape[1:]), whole)
+        self._accumulate(tile, patch)
+
+    def result(self) -> Array:
+        """Blend what was added: (C, height, width), float32 or wider.
+
+        Raises ValueError where a pixel of the canvas lies under no tile.
+        """
+        if self._whole is not None:
+            return self._whole
+        if self._total is None:
+            raise ValueError("nothing was added to blend")
+        if missing := np.count_nonzero(self._mass == 0):
+            raise ValueError(f"{missing} of {self._mass.size} pixels lie under no tile")
+        return self._total / self._mass
+
+    def _accumulate(self, tile: Tile, patch: Array) -> None:
+        if self._total is None:
+            dtype = np.result_type(patch.dtype, np.float32)
+            self._total = np.zeros(self._shape, dtype)
+            self._mass = np.zeros(self._shape[1:], dtype)
+        wide = gaussian_weights(tile.height, tile.width) if self._weights is None else self._weights
+        weights = wide.astype(self._total.dtype, copy=False)
+        rows, columns = tile.slices
+        self._total[:, rows, columns] += patch * weights
+        self._mass[rows, columns] += weights
+
+    def _check(self, tile: Tile, patch: Array) -> None:
+        channels, height, width = self._shape
+        inside = 0 <= tile.y <= height - tile.height and 0 <= tile.x <= width - tile.width
+        if not inside:
+            raise ValueError(f"{tile} is not inside the canvas of {height} x {width}")
+        if patch.shape != (channels, tile.height, tile.width):
+            raise ValueError(f"patch of shape {patch.shape}; expected {(channels, tile.height, tile.width)}")
+        if self._weights is not None and self._weights.shape != patch.shape[1:]:
+            raise ValueError(f"weights of shape {self._weights.shape}; expected {patch.shape[1:]}")
+
+
+def blend(
+    tiles: Sequence[Tile],
+    patches: Iterable[Array],
+    height: int,
+    width: int,
+    weights: Array | None = None,
+) -> Array:
+    """Blend one patch a tile into a canvas by their weighted mean.
+
+    tiles: at least one. patches: (C, h, w) arrays in the order of `tiles`, taken one at a time.
+    weights: as for `Blender`. Returns (C, height, width), float32 or the patches' wider type; a single
+    tile over the whole canvas is returned unchanged.
+    Raises ValueError where a pixel is uncovered, sizes differ, or there is not one patch a tile.
+    """
+    blender: Blender | None = None
+    for tile, patch in zip(tiles, patches, strict=True):
+        blender = blender or Blender(patch.shape[0], height, width, weights)
+        blender.add(tile, patch)
+    if blender is None:
+        raise ValueError("no tiles to blend")
+    return blender.result()
+
+
+def pad_to_multiple(height: int, width: int, multiple: int) -> tuple[int, int]:
+    """Count the rows and columns to add below and to the right: (-h % m, -w % m).
+
+    StableSR adds a whole extra multiple to an axis that needs none when the other does; this does not.
+    """
+    return -height % multiple, -width % multiple

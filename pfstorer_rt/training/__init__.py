@@ -1,0 +1,1 @@
+"""Training: degradation, data, losses, and the two jobs `train-base` and `personalize`."""

@@ -1,0 +1,201 @@
+"""`train-base`: an autoencoder on photographs, then a restorer on pairs of their latents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from pfstorer_rt.config import PRESETS, TrainConfig
+from pfstorer_rt.console import stderr
+from pfstorer_rt.models.base import Base, build_base, fingerprint_modules
+from pfstorer_rt.models.vae import Autoencoder, build_vae
+from pfstorer_rt.training.data import Batch, Photographs, find_images, prefetch
+from pfstorer_rt.training.degradation import LEVELS, degrade
+from pfstorer_rt.training.loop import make_accelerator, train
+from pfstorer_rt.training.losses import AutoencoderObjective, RestorerObjective
+
+PAIR_CHUNK = 64
+"""Latent pairs that are made and written at once."""
+
+
+@dataclass(frozen=True)
+class BaseTrainConfig:
+    """How a base is trained; the defaults made the shipped `tiny` base."""
+
+    preset: str = "tiny"
+    autoencoder: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            iterations=6000, batch=16, learning_rate=1e-3, warmup=100, decay=0.5, ema=0.998, precision="bf16"
+        )
+    )
+    restorer: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            iterations=8000, batch=16, learning_rate=5e-4, warmup=200, decay=0.4, ema=0.999, precision="bf16"
+        )
+    )
+    crop: int = 128
+    """Side in pixels of the autoencoder's training squares (it is convolutional: any size serves)."""
+    zoom: float = 1.5
+    """Squares are cut at up to this magnification."""
+    variations: int = 1
+    """Degraded pairs made of each photograph."""
+    level: Literal["light", "heavy"] = "heavy"
+    p_hq: float = 0.03
+    frozen_prior: bool = False
+    """Train SPADEs and the structure encoder alone, on a UNet that is a diffusion prior already."""
+    holdout: float = 0.02
+    """Share of the photographs (chosen by name) that no training sees."""
+
+
+def split_holdout(paths: list[Path], share: float) -> tuple[list[Path], list[Path]]:
+    """Split into (training, held out) by a hash of the file name, so that it does not depend on the list."""
+    held = [p for p in paths if int(hashlib.sha256(p.name.encode()).hexdigest()[:8], 16) < share * 2**32]
+    return [p for p in paths if p not in set(held)], held
+
+
+def signature(settings: Any, paths: list[Path]) -> str:
+    """Identify a training by its settings (anything JSON) and the names and sizes of its photographs."""
+    names = [(p.name, p.stat().st_size) for p in paths]
+    text = json.dumps([settings, names], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def train_autoencoder(paths: list[Path], work: Path, config: BaseTrainConfig) -> Autoencoder:
+    """Train the preset's autoencoder on random squares; resumes from `work/autoencoder.pt`."""
+    settings, preset = config.autoencoder, PRESETS[config.preset]
+    accelerator = make_accelerator(settings)
+    vae = build_vae(preset.vae).to(memory_format=torch.channels_last)
+    photos = Photographs(paths, settings.seed)
+    side = config.crop // preset.factor
+
+    def make_batch(iteration: int) -> Batch:
+        first = (iteration * accelerator.num_processes + accelerator.process_index) * settings.batch
+        crops = [photos.crop(first + i, config.crop, config.zoom)[0] for i in range(settings.batch)]
+        noise = torch.Generator().manual_seed(settings.seed * 1_000_003 + first)
+        shape = (settings.batch, preset.latent_channels, side, side)
+        return {"image": torch.stack(crops) * 2 - 1, "noise": torch.randn(shape, generator=noise)}
+
+    objective = AutoencoderObjective(vae)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    mark = signature([asdict(settings), config.preset, config.crop, config.zoom], paths)
+    train(
+        objective, optimizer, make_batch, settings, accelerator, work / "autoencoder.pt", mark, "autoencoder",
+        log_to(work / "autoencoder.csv"),
+    )  # fmt: skip
+    return vae.eval().requires_grad_(False)
+
+
+def latent_pairs(paths: list[Path], base: Base, work: Path, config: BaseTrainConfig) -> np.ndarray[Any, Any]:
+    """Make (hq, lq) latents of degraded squares once; returns a memory map (pairs, 2, C, h, w) of fp16.
+
+    Pair k shows photograph `order(k)` and depends on the seed and k alone. The file grows in chunks and
+    is continued after an interruption.
+    """
+    count, side = len(paths) * config.variations, base.config.latent_tile
+    shape = (count, 2, base.config.latent_channels, side, side)
+    file, progress_file = work / "pairs.npy", work / "pairs.json"
+    mark = signature(asdict(config), paths) + base.fingerprint
+    done = 0
+    if file.exists() and progress_file.exists():
+        progress = json.loads(progress_file.read_text())
+        done = progress["done"] if progress["signature"] == mark else 0
+    pairs = np.lib.format.open_memmap(file, "r+" if done else "w+", np.float16, shape)
+    make = pair_maker(paths, base, config)
+    chunks = prefetch(make, done // PAIR_CHUNK, -(-count // PAIR_CHUNK), config.restorer.workers)
+    for chunk in track(chunks, "latent pairs", console=stderr()):
+        size = min(PAIR_CHUNK, count - done)
+        with torch.no_grad():
+            latents = torch.stack([base.encode(chunk[k][:size]) for k in ("hq", "lq")], 1)
+        pairs[done : done + size] = latents.half().numpy()
+        pairs.flush()
+        done += size
+        progress_file.write_text(json.dumps({"done": done, "signature": mark}))
+    return pairs
+
+
+def pair_maker(paths: list[Path], base: Base, config: BaseTrainConfig) -> Callable[[int], Batch]:
+    """Return a function chunk number -> `hq` and `lq` images (PAIR_CHUNK, 3, tile, tile) in [-1, 1]."""
+    photos = Photographs(paths, config.restorer.seed)
+    level = replace(LEVELS[config.level], p_hq=config.p_hq)
+
+    def make(chunk: int) -> Batch:
+        samples = [photos.crop(chunk * PAIR_CHUNK + i, base.config.tile, config.zoom) for i in range(PAIR_CHUNK)]
+        hq = torch.stack([image for image, _ in samples])
+        lq = torch.stack([degrade(image, level, rng) for image, rng in samples])
+        return {"hq": hq * 2 - 1, "lq": lq * 2 - 1}
+
+    return make
+
+
+def train_restorer(paths: list[Path], base: Base, work: Path, config: BaseTrainConfig) -> None:
+    """Train UNet, structure encoder and prompt encoder on latent pairs; resumes from `work/restorer.pt`.
+
+    A UNet that already is a diffusion prior stays frozen but for its SPADEs (StableSR section 3.1).
+    """
+    settings = config.restorer
+    accelerator = make_accelerator(settings)
+    pairs = latent_pairs(paths, base, work, config)
+    objective = RestorerObjective(base).to(memory_format=torch.channels_last)
+    for name, parameter in objective.named_parameters():
+        parameter.requires_grad_(not config.frozen_prior or ".spade." in name or name.startswith("structure_encoder"))
+    trainable = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+    def make_batch(iteration: int) -> Batch:
+        first = (iteration * accelerator.num_processes + accelerator.process_index) * settings.batch
+        rng = np.random.default_rng([settings.seed, 3, first])
+        chosen = torch.from_numpy(pairs[np.sort(rng.choice(len(pairs), settings.batch, replace=False))]).float()
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + first)
+        noise = torch.randn(chosen[:, 0].shape, generator=generator)
+        t = torch.randint(0, 1000, (settings.batch,), generator=generator)
+        return {"hq": chosen[:, 0], "lq": chosen[:, 1], "noise": noise, "t": t}
+
+    mark = signature(asdict(config), paths) + base.fingerprint
+    train(
+        objective, optimizer, make_batch, settings, accelerator, work / "restorer.pt", mark, "restorer",
+        log_to(work / "restorer.csv"),
+    )  # fmt: skip
+    base.freeze()
+
+
+def train_base(
+    sources: Sequence[Path], out: Path, config: BaseTrainConfig, work: Path, prior: Base | None = None
+) -> Base:
+    """Train a base on photographs and write it to `out` in fp16.
+
+    sources: photographs, or folders of them; `config.holdout` of them is left out. work: where
+    checkpoints are kept; the same call goes on from them. prior: a base whose autoencoder and UNet are
+    taken as they are, so that only SPADEs and the structure encoder train.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    paths, _ = split_holdout(find_images(sources), config.holdout)
+    if prior is None:
+        base = build_base(config.preset, config.restorer.seed)
+        base.vae = train_autoencoder(paths, work, config)
+        base.fingerprint = fingerprint_modules(base.modules())
+    else:
+        base, config = prior, replace(config, frozen_prior=True)
+    train_restorer(paths, base, work, config)
+    base.save(out, torch.float16)
+    return base
+
+
+def log_to(path: Path) -> Callable[[int, dict[str, float]], None]:
+    """Return a function that appends (iteration, losses) to a CSV file."""
+
+    def log(iteration: int, losses: dict[str, float]) -> None:
+        new = not path.exists()
+        with path.open("a") as file:
+            if new:
+                file.write("iteration," + ",".join(losses) + "\n")
+            file.write(f"{iteration}," + ",".join(f"{v:.6f}" for v in losses.values()) + "\n")
+
+    return log

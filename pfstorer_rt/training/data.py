@@ -1,0 +1,121 @@
+"""Photographs as training samples: every sample is a pure function of (seed, number), so training can resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.image import IMAGE_SUFFIXES, load_image, resize_bicubic
+
+Batch = dict[str, torch.Tensor]
+
+
+def find_images(sources: Sequence[Path]) -> list[Path]:
+    """List the image files among `sources` (files, or folders searched recursively), sorted by path.
+
+    Raises `BadFileError` when a source is missing or nothing is found.
+    """
+    found: set[Path] = set()
+    for source in sources:
+        if source.is_dir():
+            found.update(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        elif source.exists():
+            found.add(source)
+        else:
+            raise BadFileError(f"{source}: no such file or folder")
+    if not found:
+        raise BadFileError(f"no photographs in {', '.join(map(str, sources))}; expected {' '.join(IMAGE_SUFFIXES)}")
+    return sorted(found)
+
+
+def read_photo(path: Path) -> torch.Tensor:
+    """Read a photograph as (3, H, W) float32 in [0, 1]; transparency is dropped."""
+    pixels = load_image(path).pixels
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).contiguous()
+
+
+def random_crop(
+    image: torch.Tensor, size: int, rng: np.random.Generator, zoom: float = 1.5, flip: bool = True
+) -> torch.Tensor:
+    """Cut a random square and resize it, without alignment to the face (PFStorer section 4.1).
+
+    image: (3, H, W) in [0, 1]. The square's side is the short side divided by U(1, zoom).
+    Returns (3, size, size) in [0, 1], mirrored half of the time when `flip`.
+    """
+    height, width = image.shape[-2:]
+    side = max(1, round(min(height, width) / rng.uniform(1.0, zoom)))
+    top, left = (int(rng.integers(0, n - side + 1)) for n in (height, width))
+    return resize_square(image[:, top : top + side, left : left + side], size, flip and rng.random() < 0.5)
+
+
+def center_crop(image: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut the central square of (3, H, W) in [0, 1] and resize it to (3, size, size)."""
+    height, width = image.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return resize_square(image[:, top : top + side, left : left + side], size)
+
+
+def resize_square(image: torch.Tensor, size: int, flip: bool = False) -> torch.Tensor:
+    """Resize (3, s, s) in [0, 1] to (3, size, size), mirrored when `flip`."""
+    if flip:
+        image = image.flip(-1)
+    if image.shape[-1] == size:
+        return image.contiguous()
+    resized = resize_bicubic(image[None] * 2 - 1, (size, size), antialias=size < image.shape[-1])
+    return (resized[0] + 1) / 2
+
+
+class Photographs:
+    """A list of photographs, read when asked for; those of very few pixels still serve, enlarged.
+
+    `crops(size, zoom)[k]` of a (seed, k) is always the same crop.
+    """
+
+    def __init__(self, paths: Sequence[Path], seed: int) -> None:
+        self.paths = list(paths)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def order(self, k: int) -> int:
+        """Index of the photograph that sample `k` shows: every epoch is another permutation."""
+        epoch, position = divmod(k, len(self.paths))
+        return int(np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.paths))[position])
+
+    def crop(self, k: int, size: int, zoom: float = 1.5) -> tuple[torch.Tensor, np.random.Generator]:
+        """Return crop `k`, (3, size, size) in [0, 1], and the generator to go on with (for degradation)."""
+        rng = np.random.default_rng([self.seed, 2, k])
+        return random_crop(read_photo(self.paths[self.order(k)]), size, rng, zoom), rng
+
+
+class Iterations(Dataset[Batch]):
+    """Turns a function iteration -> batch into something that a DataLoader can prefetch."""
+
+    def __init__(self, make: Callable[[int], Batch], start: int, stop: int) -> None:
+        self.make, self.start, self.stop = make, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.make(self.start + index)
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def prefetch(make: Callable[[int], Batch], start: int, stop: int, workers: int) -> DataLoader[Any]:
+    """Yield `make(start) ... make(stop - 1)` in order, prepared by `workers` processes."""
+    return DataLoader(
+        Iterations(make, start, stop), batch_size=None, num_workers=workers, worker_init_fn=_one_thread,
+        prefetch_factor=4 if workers else None,
+    )  # fmt: skip

@@ -1,0 +1,180 @@
+"""The one training loop: accelerate underneath, resumable at any iteration, the same weights for a seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from pfstorer_rt.config import TrainConfig
+from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
+from pfstorer_rt.files import atomic_write
+from pfstorer_rt.training.data import Batch, prefetch
+
+Losses = dict[str, torch.Tensor]
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Start accelerate for this device and precision.
+
+    Raises `MissingBackendError` when the machine cannot do it, such as fp16 training on a CPU.
+    """
+    cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise MissingBackendError(f"device {config.device}: no CUDA device is visible to torch; use --device cpu")
+    if cpu and config.precision == "fp16":
+        raise MissingBackendError("fp16 training needs a GPU; on a CPU use --precision bf16 or fp32")
+    precision = "no" if config.precision == "fp32" else config.precision
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+    set_seed(config.seed)
+    return accelerator
+
+
+def learning_rate_factor(iteration: int, config: TrainConfig) -> float:
+    """Return the factor on every learning rate: linear warm-up, then constant, then a cosine to zero."""
+    if iteration < config.warmup:
+        return (iteration + 1) / config.warmup
+    start = config.iterations * (1 - config.decay)
+    if config.decay and iteration > start:
+        return 0.5 + 0.5 * math.cos(math.pi * (iteration - start) / (config.iterations - start))
+    return 1.0
+
+
+def cpu_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Prefer plain matrix products on a CPU, where the backward of the fused attention is several times slower."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+class TrainState:
+    """What has to be kept to go on: trainable weights, their average, optimizer and iteration."""
+
+    def __init__(self, objective: nn.Module, optimizer: Any, accelerator: Accelerator, config: TrainConfig) -> None:
+        self.parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+        self.optimizer, self.accelerator, self.config = optimizer, accelerator, config
+        self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema else {}
+
+    @torch.no_grad()
+    def update_average(self, iteration: int) -> None:
+        """Move the averaged weights; the decay starts low so that early weights are forgotten."""
+        decay = min(self.config.ema, (1 + iteration) / (10 + iteration))
+        for name, value in self.average.items():
+            value.lerp_(self.parameters[name].detach(), 1 - decay)
+
+    @torch.no_grad()
+    def use_average(self) -> None:
+        """Put the averaged weights into the model."""
+        for name, value in self.average.items():
+            self.parameters[name].copy_(value)
+
+    def save(self, path: Path, iteration: int, signature: str) -> None:
+        """Write everything to one file, atomically."""
+        scaler = self.accelerator.scaler
+        state = {
+            "iteration": iteration, "signature": signature,
+            "parameters": {n: p.detach().cpu() for n, p in self.parameters.items()},
+            "average": {n: p.cpu() for n, p in self.average.items()},
+            "optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {},
+        }  # fmt: skip
+        with atomic_write(path, mode=0o600) as file:
+            torch.save(state, file)
+
+    @torch.no_grad()
+    def load(self, path: Path, signature: str) -> int:
+        """Take up the state in `path` and return its iteration.
+
+        Raises `BadFileError` for a damaged file, `MismatchError` for one made with other settings.
+        """
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            found = state["signature"]
+        except Exception as error:  # torch.load raises many kinds for a damaged file
+            raise BadFileError(f"{path}: not a readable training checkpoint ({error}); delete it to start anew") from error
+        if found != signature:
+            raise MismatchError(
+                f"{path}: begun with other settings or photographs; delete it to start anew, or repeat the command it was begun with"
+            )
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state["parameters"][name])
+            if self.average:
+                self.average[name].copy_(state["average"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        return int(state["iteration"])
+
+
+def _progress(accelerator: Accelerator) -> Progress:
+    from pfstorer_rt.console import stderr
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.2f} it/s"), TimeRemainingColumn(),
+    )  # fmt: skip
+    return Progress(*columns, console=stderr(), disable=not accelerator.is_local_main_process, refresh_per_second=2)
+
+
+def train(
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    make_batch: Callable[[int], Batch],
+    config: TrainConfig,
+    accelerator: Accelerator,
+    checkpoint: Path,
+    signature: str,
+    title: str,
+    on_log: Callable[[int, dict[str, float]], None] | None = None,
+) -> None:
+    """Minimise `objective(batch)["loss"]` over `make_batch(0) ... make_batch(iterations - 1)`.
+
+    The state is saved every `checkpoint_every` iterations and when interrupted (Ctrl-C); a call with the
+    same arguments goes on from `checkpoint` and ends with the same weights as one uninterrupted call on
+    the same device. At the end the averaged weights, where kept, are put into the model.
+    `on_log(iteration, losses)` is called every 50 iterations and after the last.
+    """
+    state = TrainState(objective, optimizer, accelerator, config)
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+    state.optimizer = optimizer
+    start = state.load(checkpoint, signature) if checkpoint.exists() else 0
+    trainable = list(state.parameters.values())
+    done = start
+    objective.train()
+    with _progress(accelerator) as progress:
+        bar = progress.add_task(title, total=config.iterations, completed=start, loss=math.nan, rate=0.0)
+        try:
+            for batch in prefetch(make_batch, start, config.iterations, config.workers):
+                for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+                    group["lr"] = rate * learning_rate_factor(done, config)
+                with cpu_attention(accelerator.device):
+                    losses = objective({k: v.to(accelerator.device) for k, v in batch.items()})
+                    accelerator.backward(losses["loss"])
+                accelerator.clip_grad_norm_(trainable, config.clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                if state.average:
+                    state.update_average(done)
+                done += 1
+                speed = progress.tasks[bar].speed or 0.0
+                progress.update(bar, completed=done, loss=losses["loss"].item(), rate=speed)
+                if on_log and accelerator.is_main_process and (done % 50 == 0 or done == config.iterations):
+                    on_log(done, {k: v.item() for k, v in losses.items()})
+                if done % config.checkpoint_every == 0 and accelerator.is_main_process:
+                    state.save(checkpoint, done, signature)
+        except KeyboardInterrupt:
+            if accelerator.is_main_process:
+                state.save(checkpoint, done, signature)
+            raise
+        if accelerator.is_main_process and done > start:
+            state.save(checkpoint, done, signature)
+    accelerator.wait_for_everyone()
+    state.use_average()

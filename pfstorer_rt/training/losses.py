@@ -1,0 +1,224 @@
+"""The objectives: plain functions of tensors, and the modules that accelerate trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pfstorer_rt.config import PersonalizeConfig
+from pfstorer_rt.models.base import Base
+from pfstorer_rt.models.personalization import PersonalizationBlocks, reference_mask
+from pfstorer_rt.models.prompt import tokenize
+from pfstorer_rt.models.reference import RecordingProcessor, record_text_attention, subject_ids
+from pfstorer_rt.models.unet import Tap
+from pfstorer_rt.models.vae import encode_moments
+from pfstorer_rt.training.data import Batch
+
+Losses = dict[str, torch.Tensor]
+
+
+def gradient_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of the horizontal and vertical first differences of (B, C, H, W)."""
+    dx = (output.diff(dim=-1) - target.diff(dim=-1)).abs().mean()
+    dy = (output.diff(dim=-2) - target.diff(dim=-2)).abs().mean()
+    return dx + dy
+
+
+def moment_loss(latent: torch.Tensor) -> torch.Tensor:
+    """Squared distance of each latent channel's batch mean and deviation from 0 and 1; (B, C, h, w)."""
+    flat = latent.transpose(0, 1).flatten(1)
+    return flat.mean(1).square().mean() + (flat.std(1) - 1).square().mean()
+
+
+class AutoencoderObjective(nn.Module):
+    """Reconstruction through a noisy latent: L1 + gradient L1 + unit moments.
+
+    The noise makes the decoder forgive the small errors that a diffusion model leaves in a latent.
+    """
+
+    def __init__(self, vae: nn.Module, noise: float = 0.05, moments: float = 0.02) -> None:
+        super().__init__()
+        self.vae, self.noise, self.moments = vae, noise, moments
+
+    def forward(self, batch: Batch) -> Losses:
+        """Take `image` (B, 3, H, W) in [-1, 1] and `noise` (B, C, h, w)."""
+        latent = self.vae.encode(batch["image"].contiguous(memory_format=torch.channels_last)).latents
+        output = self.vae.decode(latent + self.noise * batch["noise"]).sample.float()
+        reconstruction = F.l1_loss(output, batch["image"])
+        moments = moment_loss(latent.float())
+        loss = reconstruction + gradient_loss(output, batch["image"]) + self.moments * moments
+        return {"loss": loss, "l1": reconstruction, "moments": moments}
+
+
+def add_noise(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """`sqrt(abar_t) x0 + sqrt(1 - abar_t) noise` for (B, C, h, w) and t (B,) in 0..999 (DDPM eq. 4)."""
+    abar = alphas_cumprod[t][:, None, None, None]
+    return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+
+def prediction_target(
+    x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str
+) -> torch.Tensor:
+    """What the UNet is to predict: eps, or `v = sqrt(abar) eps - sqrt(1 - abar) x0`."""
+    if prediction_type == "epsilon":
+        return noise
+    abar = alphas_cumprod[t][:, None, None, None]
+    return abar.sqrt() * noise - (1 - abar).sqrt() * x0
+
+
+class RestorerObjective(nn.Module):
+    """L_diff on latent pairs: MSE of the prediction at a uniform t (StableSR section 3.1)."""
+
+    alphas_cumprod: torch.Tensor
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        self.unet, self.structure_encoder = base.unet, base.structure_encoder
+        self.text_encoder, self.prediction_type = base.text_encoder, base.config.prediction_type
+        self.register_buffer("alphas_cumprod", base.scheduler.alphas_cumprod.clone(), persistent=False)
+        self.register_buffer("ids", tokenize(base.config.prompt, base.config), persistent=False)
+
+    def forward(self, batch: Batch) -> Losses:
+        """Take latents `hq` and `lq` (B, C, h, w), `noise` of the same shape, `t` (B,)."""
+        x0, t = batch["hq"], batch["t"]
+        context = self.text_encoder(self.ids).expand(len(x0), -1, -1)
+        x = add_noise(x0, batch["noise"], t, self.alphas_cumprod)
+        prediction = self.unet(x, t, context, self.structure_encoder(batch["lq"], t))
+        target = prediction_target(x0, batch["noise"], t, self.alphas_cumprod, self.prediction_type)
+        loss = F.mse_loss(prediction.float(), target)
+        return {"loss": loss}
+
+
+def attention_loss(probabilities: torch.Tensor, subject: int, end: int) -> torch.Tensor:
+    """L_pers of one layer: the learned token's map follows that of the end of the text (ViCo 3.3).
+
+    probabilities: (B, S, L) head-mean text attention of the reference rows.
+    """
+    p, e = probabilities[:, :, subject], probabilities[:, :, end].detach()
+    return F.mse_loss(p / p.amax(1, keepdim=True), e / e.amax(1, keepdim=True))
+
+
+class PersonalizationObjective(nn.Module):
+    """`L_diff + lambda_gen L_gen + lambda_pers L_pers` (PFStorer section 3.3).
+
+    Rows of one pass through the frozen base: LQ-conditioned, null-conditioned, reference.
+    """
+
+    alphas_cumprod: torch.Tensor
+    ids: torch.Tensor
+    base_context: torch.Tensor
+
+    def __init__(self, base: Base, config: PersonalizeConfig) -> None:
+        super().__init__()
+        self.config, self.base_config = config, base.config
+        self.unet, self.structure_encoder, self.vae = base.unet, base.structure_encoder, base.vae
+        self.text_encoder = base.text_encoder
+        layers = config.layers or base.config.layers
+        self.blocks = PersonalizationBlocks.for_unet(
+            base.unet, layers, base.config.head_size, config.rank, config.residual
+        )
+        if config.method == "vico":
+            for block in self.blocks:
+                block.gamma.requires_grad_(False).fill_(1.0)
+        ids, self.positions = subject_ids(base, config.subject_prompt)
+        self.token = nn.Parameter(self.text_encoder.word_embedding(tokenize(config.init_word, base.config)))
+        self.register_buffer("ids", ids, persistent=False)
+        with torch.no_grad():
+            self.register_buffer("base_context", base.encode_prompt(), persistent=False)
+        self.register_buffer("alphas_cumprod", base.scheduler.alphas_cumprod.clone(), persistent=False)
+
+    @torch.no_grad()
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """Encode images without gradients; the posterior's mean where there is one."""
+        return encode_moments(self.vae, image)[0].float()
+
+    def forward(self, batch: Batch) -> Losses:
+        """Take images `hq`, `lq`, `reference` (B, 3, H, W) in [-1, 1], `noise`, `t` (B,), `self` bool ()."""
+        x0, z_lq, z_ref = (self.encode(batch[k]) for k in ("hq", "lq", "reference"))
+        t, noise, n = batch["t"], batch["noise"], len(x0)
+        x = add_noise(x0, noise, t, self.alphas_cumprod)
+        t_ref = t if self.config.ref_timestep == "same" else torch.zeros_like(t)
+        rows_t = torch.cat([t, t, t_ref])
+        structure = self.structure_encoder(torch.cat([z_lq, torch.zeros_like(z_lq), z_ref]), rows_t)
+        with record_text_attention(self.unet, self.blocks.layers, n) as recording:
+            prediction = self.unet(
+                torch.cat([x, x, z_ref]), rows_t, self.contexts(n), structure, bypass=self.bypass(n, x.device),
+                **self.taps(n, recording, bool(batch["self"])),
+            )  # fmt: skip
+        target = prediction_target(x0, noise, t, self.alphas_cumprod, self.base_config.prediction_type)
+        diff = F.mse_loss(prediction[:n].float(), target)
+        gen = F.mse_loss(prediction[n : 2 * n].float(), target)
+        pers = sum((attention_loss(r.probabilities, *self.positions) for r in recording.values()), diff.new_zeros(()))
+        loss = diff + self.config.lambda_gen * gen + self.config.lambda_pers * pers
+        return {"loss": loss, "diff": diff, "gen": gen, "pers": pers}
+
+    def contexts(self, n: int) -> torch.Tensor:
+        """Contexts of the 3n rows, (3n, L, D): the base's prompt twice (or the subject's), the subject's."""
+        subject = self.text_encoder(self.ids, self.token)
+        main = subject if self.config.main_prompt == "subject" else self.base_context
+        return torch.cat([main.expand(2 * n, -1, -1), subject.expand(n, -1, -1)])
+
+    def bypass(self, n: int, device: torch.device) -> torch.Tensor | None:
+        """Rows that skip SPADE, bool (3n,); None when no row does."""
+        null, reference = self.config.null_cond == "bypass", self.config.ref_sft == "bypass"
+        if not (null or reference):
+            return None
+        return torch.tensor([False, null, reference], device=device).repeat_interleave(n)
+
+    def taps(self, n: int, recording: Mapping[str, RecordingProcessor], use_self: bool) -> dict[str, dict[str, Tap]]:
+        """Return the taps for rows (2n restored, n reference); reference rows pass unchanged."""
+
+        def tap(block: nn.Module, layer: str) -> Tap:
+            def run(tokens: torch.Tensor) -> torch.Tensor:
+                restored, reference = tokens[: 2 * n], tokens[2 * n :]
+                if use_self:
+                    return torch.cat([block(restored, None), reference])
+                with torch.no_grad():
+                    mask = reference_mask(recording[layer].probabilities[:, :, self.positions.subject])
+                return torch.cat([block(restored, reference.repeat(2, 1, 1), mask.repeat(2, 1)), reference])
+
+            return run
+
+        taps = {layer: tap(block, layer) for layer, block in zip(self.blocks.layers, self.blocks, strict=True)}
+        return {"taps" if self.config.tap == "post" else "inner_taps": taps}
+
+
+class DreamBoothObjective(nn.Module):
+    """DreamBooth on the restorer: the UNet itself is tuned, with prior preservation (the paper's ablation row).
+
+    The prior is preserved on the null-conditioned rows, where the tuned UNet has to predict what the
+    frozen one does: the base's own predictions take the place of generated class pictures.
+    """
+
+    alphas_cumprod: torch.Tensor
+    base_context: torch.Tensor
+
+    def __init__(self, base: Base, config: PersonalizeConfig) -> None:
+        super().__init__()
+        self.config, self.base_config = config, base.config
+        self.structure_encoder, self.vae, self.frozen = base.structure_encoder, base.vae, base.unet
+        self.unet = deepcopy(base.unet).requires_grad_(True)
+        with torch.no_grad():
+            self.register_buffer("base_context", base.encode_prompt(), persistent=False)
+        self.register_buffer("alphas_cumprod", base.scheduler.alphas_cumprod.clone(), persistent=False)
+
+    def forward(self, batch: Batch) -> Losses:
+        """Take the same batch as `PersonalizationObjective`; the reference picture is not used."""
+        with torch.no_grad():
+            x0, z_lq = (encode_moments(self.vae, batch[k])[0].float() for k in ("hq", "lq"))
+        t, n = torch.cat([batch["t"]] * 2), len(x0)
+        x = add_noise(x0, batch["noise"], batch["t"], self.alphas_cumprod).repeat(2, 1, 1, 1)
+        structure = self.structure_encoder(torch.cat([z_lq, torch.zeros_like(z_lq)]), t)
+        context = self.base_context.expand(2 * n, -1, -1)
+        prediction = self.unet(x, t, context, structure).float()
+        with torch.no_grad():
+            prior = self.frozen(x[n:], t[n:], context[n:], {k: m[n:] for k, m in structure.items()}).float()
+        target = prediction_target(
+            x0, batch["noise"], batch["t"], self.alphas_cumprod, self.base_config.prediction_type
+        )
+        diff, keep = F.mse_loss(prediction[:n], target), F.mse_loss(prediction[n:], prior)
+        return {"loss": diff + keep, "diff": diff, "prior": keep}

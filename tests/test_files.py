@@ -1,0 +1,185 @@
+import errno
+import hashlib
+import os
+import stat
+import zipfile
+
+import pytest
+
+from pfstorer_rt import files
+from pfstorer_rt.errors import BadFileError, PFStorerError
+
+
+def names(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def one_line(raised):
+    text = str(raised.value)
+    assert text and "\n" not in text
+    return text
+
+
+def test_writes_all_bytes_and_leaves_no_temporary_file(tmp_path):
+    target = tmp_path / "a.bin"
+    with files.atomic_write(target) as handle:
+        handle.write(b"new")
+        assert not target.exists()  # the name appears only with all of the bytes
+    assert target.read_bytes() == b"new"
+    assert names(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), SystemExit(3)])
+def test_any_exception_keeps_the_old_file(tmp_path, error):
+    target = tmp_path / "a.bin"
+    target.write_bytes(b"old")
+    with pytest.raises(type(error)), files.atomic_write(target) as handle:
+        handle.write(b"half of the n")
+        raise error
+    assert target.read_bytes() == b"old"
+    assert names(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, call):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target = tmp_path / "a.bin"
+    if call != "write":
+        monkeypatch.setattr(os, call, full)
+    with pytest.raises(PFStorerError) as raised, files.atomic_write(target) as handle:
+        handle.write(b"x")
+        if call == "write":
+            full()
+    text = one_line(raised)
+    assert str(target) in text and "no space left" in text and "free some space" in text
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_a_disk_that_is_really_full(tmp_path, monkeypatch):
+    real_open = os.open
+
+    def open_full(path, flags, *rest):
+        if str(path).endswith(".tmp"):
+            os.close(real_open(path, flags, *rest))
+            return real_open("/dev/full", os.O_WRONLY)
+        return real_open(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", open_full)
+    # The bytes sit in the buffer, so that the flush at the end and the close after it both fail.
+    target = tmp_path / "a.bin"
+    with pytest.raises(PFStorerError, match="no space left"), files.atomic_write(target) as handle:
+        handle.write(b"x")
+    assert names(tmp_path) == []
+
+
+def test_no_permission_says_so(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "somewhere")
+
+    monkeypatch.setattr(os, "open", refuse)  # root may write anywhere, so the refusal is played
+    with pytest.raises(PFStorerError) as raised, files.atomic_write(tmp_path / "a.bin"):
+        pass
+    assert "permission denied" in one_line(raised) and "may write to" in str(raised.value)
+
+
+def test_unusable_targets_are_one_line(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    cases = {
+        tmp_path / "file" / "a.bin": "a part of its path is a file",
+        tmp_path / "missing" / "a.bin": "create its folder first",
+        tmp_path: "it is a folder",
+        tmp_path / ("n" * 300): "shorter name",
+    }
+    for target, advice in cases.items():
+        with pytest.raises(PFStorerError) as raised, files.atomic_write(target) as handle:
+            handle.write(b"x")
+        assert advice in one_line(raised)
+    assert names(tmp_path) == ["file"]
+
+
+def test_longest_file_name_still_has_a_temporary_one(tmp_path):
+    target = tmp_path / ("n" * 255)
+    with files.atomic_write(target) as handle:
+        handle.write(b"x")
+    assert target.read_bytes() == b"x"
+
+
+def test_a_pipe_or_device_is_refused_and_survives(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(PFStorerError, match="not a plain file"), files.atomic_write(pipe):
+        pass
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_error_about_another_file_is_not_renamed(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised, files.atomic_write(tmp_path / "a.bin"):
+        (tmp_path / "input that is missing").read_bytes()
+    assert "input that is missing" in str(raised.value)
+    assert names(tmp_path) == []
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("real")
+    with files.atomic_write(tmp_path / "link") as handle:
+        handle.write(b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"new"
+
+
+def test_mode_holds_before_the_first_byte_and_umask_otherwise(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with files.atomic_write(tmp_path / "plain") as handle:
+            handle.write(b"x")
+        with files.atomic_write(tmp_path / "private", mode=0o600) as handle:
+            assert stat.S_IMODE(os.fstat(handle.fileno()).st_mode) == 0o600
+        with files.atomic_write(tmp_path / "open", mode=0o644):
+            pass
+    finally:
+        os.umask(old)
+    found = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "private", "open")]
+    assert found == [0o640, 0o600, 0o644]
+
+
+def test_private_file_is_never_readable_by_others(tmp_path, monkeypatch):
+    seen = []
+    real_open = os.open
+
+    def watched(path, flags, *mode):
+        seen.append(mode)
+        return real_open(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", watched)
+    with files.atomic_write(tmp_path / "private", mode=0o600):
+        pass
+    assert seen[0] == (0o600,)  # from the moment that the name exists, not by a later chmod
+
+
+def test_a_seekable_writer_such_as_zipfile_works(tmp_path):
+    with files.atomic_write(tmp_path / "a.zip") as handle, zipfile.ZipFile(handle, "w") as archive:
+        archive.writestr("m.json", "{}")
+    assert zipfile.ZipFile(tmp_path / "a.zip").read("m.json") == b"{}"
+
+
+def test_digests_agree_with_hashlib_over_several_chunks(tmp_path):
+    data = os.urandom(files._CHUNK * 2 + 17)
+    (tmp_path / "a").write_bytes(data)
+    assert files.sha256_file(tmp_path / "a") == files.sha256_bytes(data) == hashlib.sha256(data).hexdigest()
+    # FIPS 180-2, appendix B.1
+    assert files.sha256_bytes(b"abc").startswith("ba7816bf8f01cfea")
+
+
+def test_digest_of_a_missing_file(tmp_path):
+    with pytest.raises(BadFileError) as raised:
+        files.sha256_file(tmp_path / "missing")
+    assert str(tmp_path / "missing") in one_line(raised)
+
+
+def test_paths_are_shown_on_one_printable_line():
+    assert files.show_path("/a/é b.png") == "/a/é b.png"
+    assert files.show_path("a\nb") == "'a\\nb'"
+    files.show_path(os.fsdecode(b"\xff.png")).encode()  # a lone surrogate would raise here

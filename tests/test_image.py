@@ -1,0 +1,746 @@
+import errno
+import io
+import os
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms, ImageOps, JpegImagePlugin
+from skimage.color import lab2rgb
+
+from pfstorer_rt import image as images
+from pfstorer_rt.errors import BadFileError, PFStorerError
+from pfstorer_rt.image import encode_image, load_image, save_image
+
+
+def picture(height=6, width=9, channels=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def smooth(height, width, seed=0):
+    coarse = torch.tensor(np.random.default_rng(seed).random((1, 3, 4, 5)), dtype=torch.float32) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+
+
+def stream(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    buffer.seek(0)
+    return buffer
+
+
+def levels(pixels):
+    """Back to 8 bits, for a comparison with what was written."""
+    assert pixels.dtype == np.float32 and pixels.min() >= 0 and pixels.max() <= 1
+    return np.rint(pixels * 255).astype(np.uint8)
+
+
+def one_line(raised, *words):
+    text = str(raised.value)
+    assert "\n" not in text and len(text) < 400
+    assert all(word in text for word in words), text
+
+
+# ---- reading
+
+
+def test_importing_the_module_does_not_import_torch():
+    code = "import pfstorer_rt.image, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5000), (6, 9)])
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_rgb_is_read_exactly(tmp_path, size, kind):
+    values = picture(*size)
+    Image.fromarray(values).save(tmp_path / "a", kind)
+    read = load_image(tmp_path / "a")
+    assert np.array_equal(levels(read.pixels), values)
+    assert (read.alpha, read.icc, read.exif, read.frames, read.notes) == (None, None, None, 1, ())
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_orientation_is_applied_once_and_reset(orientation, kind):
+    # The eight cases of EXIF 2.3, table of tag 274, as what a viewer must do with the stored rows.
+    upright = {
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: np.rot90(a.transpose(1, 0, 2), 2),
+        8: np.rot90,
+    }[orientation]
+    stored = np.zeros((16, 24, 3), np.uint8)
+    stored[:8, :8] = (250, 0, 0)
+    stored[:8, 16:] = (0, 250, 0)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x013B] = "Dorothea"
+    read = load_image(stream(Image.fromarray(stored), kind, exif=exif, quality=100))
+    assert read.pixels.shape == upright(stored).shape
+    centre = (slice(2, None, 4), slice(2, None, 4))  # away from the block borders that lossy codecs smear
+    assert np.abs(levels(read.pixels)[centre].astype(int) - upright(stored)[centre].astype(int)).max() < 90
+    kept = Image.Exif()
+    kept.load(read.exif)
+    assert kept[0x0112] == 1 and kept[0x013B] == "Dorothea"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG"])
+def test_exif_keeps_camera_and_place_but_not_the_old_size_or_layout(kind):
+    exif = Image.Exif()
+    exif[0x0110] = "Leica"
+    exif.get_ifd(0x8769).update({0x9003: "1936:03:01 12:00:00", 0xA002: 9, 0xA003: 6})
+    exif.get_ifd(0x8825).update({1: "N"})
+    for directory in (0x8769, 0x8825):
+        exif[directory] = exif.get_ifd(directory)
+    read = load_image(stream(Image.fromarray(picture()), kind, exif=exif))
+    kept = Image.Exif()
+    kept.load(read.exif)
+    assert kept.get_ifd(0x8769) == {0x9003: "1936:03:01 12:00:00"}
+    assert kept.get_ifd(0x8825)[1] == "N"
+    assert set(kept) == {0x0110, 0x0112, 0x8769, 0x8825}  # none of TIFF's strip offsets
+
+
+def test_damaged_exif_is_noted_and_the_picture_read():
+    values = picture()
+    read = load_image(stream(Image.fromarray(values), "PNG", exif=b"Exif\0\0XX*\0nonsense"))
+    assert np.array_equal(levels(read.pixels), values)
+    assert read.exif is None and "EXIF" in read.notes[0]
+
+
+def test_grey_and_grey_alpha():
+    grey = picture(channels=2)
+    read = load_image(stream(Image.fromarray(grey[..., 0]), "PNG"))
+    assert np.array_equal(levels(read.pixels), np.repeat(grey[..., :1], 3, -1)) and read.alpha is None
+    read = load_image(stream(Image.fromarray(grey, "LA"), "PNG"))
+    assert np.array_equal(levels(read.pixels), np.repeat(grey[..., :1], 3, -1))
+    assert np.array_equal(levels(read.alpha), grey[..., 1])
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("PNG", np.uint16), ("TIFF", np.uint16), ("TIFF", np.int32)])
+def test_16_bit_grey_keeps_its_depth(kind, dtype):
+    values = np.array([[0, 1, 128, 255, 256], [257, 32767, 40000, 65534, 65535]], dtype)
+    pixels = load_image(stream(Image.fromarray(values), kind)).pixels
+    assert pixels.shape == (2, 5, 3) and (pixels == pixels[..., :1]).all()
+    np.testing.assert_allclose(pixels[..., 0], values / 65535, atol=1e-7)  # far below a step of 1.5e-5
+
+
+def test_16_bit_grey_with_one_transparent_value():
+    values = np.array([[0, 4660, 65535]], np.uint16)
+    plain = stream(Image.fromarray(values), "PNG").getvalue()
+    # Pillow writes no tRNS for this mode: put one by hand before IDAT (PNG specification, 11.3.2.1).
+    body = b"tRNS" + struct.pack(">H", 4660)
+    chunk = struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body))
+    at = plain.index(b"IDAT") - 4
+    read = load_image(io.BytesIO(plain[:at] + chunk + plain[at:]))
+    assert read.alpha.tolist() == [[1, 0, 1]]
+
+
+def test_float_grey_in_range_is_taken_and_out_of_range_refused():
+    values = np.array([[0, 0.25, 1]], np.float32)
+    np.testing.assert_allclose(load_image(stream(Image.fromarray(values), "TIFF")).pixels[..., 1], values)
+    with pytest.raises(BadFileError) as raised:
+        load_image(stream(Image.fromarray(values * 200), "TIFF"))
+    one_line(raised, "0 to 200", "expected 0 to 1")
+
+
+@pytest.mark.filterwarnings("error")  # Pillow warns of palettes that are converted carelessly
+def test_palette_without_and_with_transparency():
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+    index = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
+    image = Image.fromarray(index, "P")
+    image.putpalette(colours.tobytes())
+    read = load_image(stream(image, "PNG"))
+    assert np.array_equal(levels(read.pixels), colours[index]) and read.alpha is None
+    read = load_image(stream(image, "PNG", transparency=bytes([255, 128, 0])))
+    assert np.array_equal(levels(read.pixels), colours[index])
+    assert np.array_equal(levels(read.alpha), np.array([255, 128, 0], np.uint8)[index])
+    read = load_image(stream(image, "GIF", transparency=1))
+    assert np.array_equal(levels(read.alpha), np.where(index == 1, 0, 255))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_alpha_is_read_beside_untouched_colours(kind):
+    values = picture(channels=4)
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    read = load_image(stream(Image.fromarray(values), kind, **options))
+    assert np.array_equal(levels(read.pixels), values[..., :3])
+    assert np.array_equal(levels(read.alpha), values[..., 3])
+
+
+def test_rgb_with_a_transparent_colour():
+    values = np.array([[[9, 8, 7], [1, 2, 3]]], np.uint8)
+    read = load_image(stream(Image.fromarray(values), "PNG", transparency=(1, 2, 3)))
+    assert np.array_equal(levels(read.pixels), values) and read.alpha.tolist() == [[1, 0]]
+
+
+def test_cmyk_without_a_profile_is_the_plain_conversion_and_noted():
+    values = np.array([[[0, 0, 0, 0], [255, 0, 0, 0], [0, 0, 0, 255]]], np.uint8)
+    read = load_image(stream(Image.fromarray(values, "CMYK"), "TIFF"))
+    assert levels(read.pixels).tolist() == [[[255, 255, 255], [0, 255, 255], [0, 0, 0]]]
+    assert "CMYK" in read.notes[0] and read.icc is None
+
+
+def test_cmyk_jpeg_is_not_inverted():
+    read = load_image(stream(Image.new("CMYK", (16, 16), (0, 0, 0, 0)), "JPEG"))
+    assert read.pixels.min() > 0.95
+
+
+# ---- colour profiles
+
+
+# Small profiles by hand, in the layout of ICC.1:2001-04, so that the expected colours follow from a formula.
+
+D50 = (0.9642, 1, 0.8249)
+
+
+def s15(*values):
+    return b"".join(struct.pack(">i", round(v * 65536)) for v in values)
+
+
+def gamma_curve(gamma):
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+
+
+def matrix_profile(primaries, curve):
+    tags = {
+        name: b"XYZ \0\0\0\0" + s15(*column)
+        for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=True)
+    }
+    tags.update(dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve))
+    return assemble(b"RGB ", tags)
+
+
+def grey_profile(gamma):
+    return assemble(b"GRAY", {b"kTRC": gamma_curve(gamma)})
+
+
+def cmyk_profile(value):
+    """A CMYK profile with one 8-bit Lab value for all colours without K, and black for full K."""
+    identity = bytes(range(256))
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + s15(1, 0, 0, 0, 1, 0, 0, 0, 1) + identity * 4
+    table += (bytes(value) + b"\0\x80\x80") * 8 + identity * 3
+    return assemble(b"CMYK", {b"A2B0": table}, b"prtr", b"Lab ")
+
+
+def assemble(space, tags, kind=b"mntr", connection=b"XYZ "):
+    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(81)
+    white = b"XYZ \0\0\0\0" + s15(*D50)
+    tags = {b"desc": text, b"cprt": b"text\0\0\0\0none\0", b"wtpt": white, **tags}
+    directory, body, at = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for name, data in tags.items():
+        data += bytes(-len(data) % 4)
+        directory += name + struct.pack(">II", at + len(body), len(data))
+        body += data
+    total = at + len(body)
+    date = struct.pack(">6H", 2000, 1, 1, 0, 0, 0)
+    head = struct.pack(">I", total) + bytes(4) + b"\x02\x10\0\0" + kind + space + connection + date + b"acsp"
+    head += bytes(28) + s15(*D50)
+    return head.ljust(128, b"\0") + directory + body
+
+
+# Red, green, blue, adapted to D50 by Bradford (Lindbloom's table).
+SRGB_XYZ = ((0.43607, 0.22250, 0.01393), (0.38506, 0.71688, 0.09710), (0.14308, 0.06062, 0.71417))
+
+
+def test_profile_is_converted_to_srgb_by_the_formula():
+    # sRGB's own primaries under gamma 1: the conversion is the sRGB curve (IEC 61966-2-1) and nothing else.
+    values = picture(16, 16)
+    linear = values / 255
+    expected = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    image = Image.fromarray(values)
+    read = load_image(stream(image, "PNG", icc_profile=matrix_profile(SRGB_XYZ, gamma_curve(1.0))))
+    # lcms computes 8-bit curves with 8-bit results: half a level of rounding, one of its own.
+    np.testing.assert_allclose(read.pixels, expected, atol=1.6 / 255)
+    assert read.icc == images.srgb_profile() and read.notes == ()
+
+
+def test_wide_gamut_primaries_are_converted():
+    # Red and green swapped: a profile that no gamma can imitate.
+    swapped = matrix_profile((SRGB_XYZ[1], SRGB_XYZ[0], SRGB_XYZ[2]), gamma_curve(2.2))
+    read = load_image(stream(Image.new("RGB", (2, 2), (200, 30, 90)), "PNG", icc_profile=swapped))
+    red, green, blue = levels(read.pixels)[0, 0].astype(int)
+    assert abs(green - 200) < 6 and abs(red - 30) < 12 and abs(blue - 90) < 6
+
+
+def matrix_srgb_profile():
+    """sRGB as another maker rounds it: the curve as 1024 samples."""
+    x = np.linspace(0, 1, 1024)
+    curve = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    table = b"curv\0\0\0\0" + struct.pack(">I", 1024) + np.rint(curve * 65535).astype(">u2").tobytes()
+    return matrix_profile(SRGB_XYZ, table)
+
+
+def test_srgb_profiles_change_nothing():
+    values = picture(64, 64)
+    for profile in (images.srgb_profile(), matrix_srgb_profile()):
+        read = load_image(stream(Image.fromarray(values), "PNG", icc_profile=profile))
+        assert np.array_equal(levels(read.pixels), values) and read.icc == images.srgb_profile()
+
+
+def test_grey_with_a_grey_profile_at_8_and_16_bits():
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16)[None]
+    linear = ramp[0] / 65535
+    expected = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    eight = Image.fromarray((ramp // 257).astype(np.uint8))
+    for image in (eight, Image.fromarray(ramp)):
+        read = load_image(stream(image, "PNG", icc_profile=grey_profile(1.0)))
+        np.testing.assert_allclose(read.pixels[0, :, 1], expected, atol=1.6 / 255)
+        assert read.icc is not None
+    # Between two 8-bit levels a 16-bit file has values of its own.
+    fine = Image.fromarray(np.array([[25700, 25800, 25900, 25957]], np.uint16))
+    read = load_image(stream(fine, "PNG", icc_profile=grey_profile(1.0)))
+    assert (np.diff(read.pixels[0, :, 0]) > 0).all()
+
+
+def test_cmyk_with_a_profile_is_converted_by_it():
+    # Lab 8-bit encoding: L = 255/100, a and b offset by 128; skimage gives the sRGB value.
+    lab = (153, 168, 108)
+    expected = lab2rgb([[[lab[0] * 100 / 255, lab[1] - 128, lab[2] - 128]]])
+    image = Image.new("CMYK", (3, 2), (10, 20, 30, 0))
+    read = load_image(stream(image, "TIFF", icc_profile=cmyk_profile(lab)))
+    assert read.icc is not None and read.notes == ()
+    # From D50 to D65, lcms adapts by Bradford, and skimage's relative Lab by XYZ scaling: close, not equal.
+    np.testing.assert_allclose(read.pixels[0, 0], expected[0, 0], atol=0.03)
+    assert np.ptp(read.pixels, axis=(0, 1)).max() == 0
+
+
+@pytest.mark.parametrize("profile", [b"not a profile", cmyk_profile((128, 128, 128)), grey_profile(1.0)])
+def test_useless_profiles_are_noted_and_ignored(profile):
+    values = picture()
+    read = load_image(stream(Image.fromarray(values), "PNG", icc_profile=profile))
+    assert np.array_equal(levels(read.pixels), values)
+    assert read.icc is None and "colour profile ignored" in read.notes[0] and "\n" not in read.notes[0]
+
+
+def test_lab_tiff():
+    image = Image.fromarray(np.full((2, 2, 3), (153, 0, 0), np.uint8), "LAB")
+    red, green, blue = levels(load_image(stream(image, "TIFF")).pixels)[0, 0].astype(int)
+    # L* = 60 is Y = 0.2812, which sRGB encodes as 145
+    assert max(red, green, blue) - min(red, green, blue) <= 1 and abs(red - 145) <= 2
+
+
+# ---- animations
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_first_frame_of_several_is_read_and_noted(kind):
+    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    first, *rest = [Image.new("RGB", (16, 12), colour) for colour in colours]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    read = load_image(stream(first, kind, save_all=True, append_images=rest, **options))
+    assert (levels(read.pixels) == (250, 0, 0)).all()
+    assert read.frames == 3 and "3 frames: the first was used" in read.notes
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
+@pytest.mark.parametrize("kind", ["GIF", "TIFF"])
+def test_damaged_later_frames_do_not_hide_the_first(kind):
+    frames = [Image.fromarray(picture(20, 20, seed=k)).quantize() for k in range(4)]
+    data = stream(frames[0], kind, save_all=True, append_images=frames[1:]).getvalue()
+    for kept in range(len(data) // 2, len(data), 29):
+        read = load_image(io.BytesIO(data[:kept]))
+        assert np.array_equal(levels(read.pixels), np.asarray(frames[0].convert("RGB")))
+
+
+# ---- what cannot be read
+
+
+def test_missing_empty_folder_and_foreign_files(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.jpg").write_text("hello " * 100)
+    (tmp_path / "drawing.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    cases = {
+        "missing.png": ("no such file",),
+        "empty.png": ("empty", "0 bytes"),
+        ".": ("folder", "expected an image file"),
+        "text.jpg": ("not a readable image", "expected PNG"),
+        "drawing.eps": ("not a readable image",),
+        "text.jpg/a.png": ("cannot be opened",),
+        "nul\0.png": ("cannot be opened",),
+    }
+    for name, words in cases.items():
+        with pytest.raises(BadFileError) as raised:
+            load_image(tmp_path / name)
+        one_line(raised, *words)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"])
+def test_every_truncation_is_a_clear_error(kind):
+    image = Image.fromarray(picture(40, 40))
+    data = stream(image, kind, **({"compression": "tiff_lzw"} if kind == "TIFF" else {})).getvalue()
+    for kept in (1, 3, 10, 30, len(data) // 4, len(data) // 2, len(data) * 3 // 4):
+        with pytest.raises(BadFileError) as raised:
+            load_image(io.BytesIO(data[:kept]))
+        one_line(raised, "the input stream", "copy it again")
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF"])
+def test_random_damage_is_read_or_refused_but_never_crashes(kind):
+    data = bytearray(stream(Image.fromarray(picture(24, 24)), kind).getvalue())
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        broken = bytearray(data)
+        for at in rng.integers(0, len(data), 6):
+            broken[at] = rng.integers(256)
+        try:
+            assert load_image(io.BytesIO(broken), max_pixels=10**6).pixels.ndim == 3
+        except BadFileError as error:
+            assert "\n" not in str(error)
+
+
+def test_too_many_pixels_is_refused_before_decoding():
+    data = stream(Image.new("L", (300, 200)), "PNG").getvalue()
+    assert load_image(io.BytesIO(data), max_pixels=60000).pixels.shape == (200, 300, 3)
+    with pytest.raises(BadFileError) as raised:
+        load_image(io.BytesIO(data[:60]), max_pixels=59999)  # the pixels are not even there
+    one_line(raised, "300 x 200", "59999", "--max-pixels")
+
+
+def test_our_limit_replaces_that_of_pillow(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    data = stream(Image.new("L", (30, 20)), "PNG")
+    assert load_image(data).pixels.shape == (20, 30, 3)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_no_read_permission(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(BadFileError) as raised:
+        load_image(tmp_path / "a.png")
+    monkeypatch.undo()
+    one_line(raised, "Permission denied", "a.png")
+
+
+def test_a_pipe_is_read_to_its_end():
+    values = picture()
+    data = stream(Image.fromarray(values), "PNG").getvalue()
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as end:
+        end.write(data)
+    with os.fdopen(reading, "rb") as source:
+        assert np.array_equal(levels(load_image(source).pixels), values)
+
+
+# ---- writing
+
+
+@pytest.mark.parametrize("suffix", [".png", ".TIF", ".tiff", ".bmp"])
+def test_lossless_round_trip(tmp_path, suffix):
+    values = picture()
+    save_image(tmp_path / f"a{suffix}", values / np.float32(255))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / f"a{suffix}")), values)
+    assert np.array_equal(levels(load_image(tmp_path / f"a{suffix}").pixels), values)
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [(".jpg", "JPEG"), (".jpeg", "JPEG"), (".webp", "WEBP")])
+def test_lossy_formats_keep_colours_and_heed_quality(tmp_path, suffix, kind):
+    values = np.ascontiguousarray(images.from_tensor(smooth(40, 60)))
+    sizes = []
+    for quality in (30, 95):
+        save_image(tmp_path / f"a{suffix}", values, quality=quality, overwrite=True)
+        sizes.append((tmp_path / f"a{suffix}").stat().st_size)
+    assert sizes[0] < sizes[1]
+    image = Image.open(tmp_path / f"a{suffix}")
+    assert image.format == kind
+    assert np.abs(np.asarray(image) / 255 - values).mean() < 3 / 255  # WebP halves the chroma planes
+
+
+def test_jpeg_has_no_chroma_subsampling():
+    image = Image.open(io.BytesIO(encode_image(np.zeros((16, 16, 3)), "jpg")))
+    assert JpegImagePlugin.get_sampling(image) == 0
+
+
+def test_rounding_is_half_up_and_clamped():
+    steps = np.array([0, 0.49, 0.5, 0.51, 1.5, 2.5, 254.49, 254.5, 255, 300, -7], np.float32)
+    expected = [0, 0, 1, 1, 2, 3, 254, 255, 255, 255, 0]
+    pixels = np.repeat((steps / np.float32(255))[None, :, None], 3, -1)
+    assert np.asarray(Image.open(io.BytesIO(encode_image(pixels))))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_every_level_survives_every_float_type(dtype):
+    values = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, -1)
+    pixels = (values / 255).astype(dtype)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_image(pixels)))), values)
+
+
+@pytest.mark.parametrize("format", ["png", "webp", "tif"])
+def test_alpha_is_kept_where_the_format_has_it(format):
+    values = picture(channels=4)
+    data = encode_image(values[..., :3] / 255.0, format, alpha=values[..., 3] / 255.0)
+    found = np.asarray(Image.open(io.BytesIO(data)))
+    assert np.array_equal(found[..., 3], values[..., 3])
+    if format != "webp":
+        assert np.array_equal(found, values)
+
+
+@pytest.mark.parametrize("format", ["jpg", "bmp"])
+def test_alpha_is_laid_over_white_elsewhere(format):
+    values = np.full((16, 16, 4), (200, 100, 0, 64), np.uint8)
+    white = Image.new("RGBA", (16, 16), "white")
+    expected = np.asarray(Image.alpha_composite(white, Image.fromarray(values)).convert("RGB"), int)
+    data = encode_image(values[..., :3] / 255.0, format, alpha=values[..., 3] / 255.0)
+    found = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), int)
+    assert np.abs(found - expected).max() <= (1 if format == "bmp" else 3)
+
+
+@pytest.mark.parametrize("format", ["png", "jpg", "webp", "tif"])
+def test_profile_and_exif_come_back(format):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x013B] = 1, "Dorothea"
+    exif[0x8769], exif[0x8825] = {0x9003: "1936:03:01 12:00:00"}, {1: "N"}
+    data = encode_image(picture() / 255.0, format, icc=images.srgb_profile(), exif=exif.tobytes())
+    image = Image.open(io.BytesIO(data))
+    assert image.info["icc_profile"] == images.srgb_profile()
+    assert image.getexif()[0x013B] == "Dorothea" and image.getexif()[0x0112] == 1
+    assert image.getexif().get_ifd(0x8769) == {0x9003: "1936:03:01 12:00:00"}
+    assert image.getexif().get_ifd(0x8825)[1] == "N"
+
+
+def test_nothing_is_embedded_unasked():
+    for format in ("png", "jpg", "webp"):
+        info = Image.open(io.BytesIO(encode_image(picture() / 255.0, format))).info
+        assert "icc_profile" not in info and "exif" not in info
+
+
+def test_exif_too_long_for_jpeg_is_left_out():
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 70_000
+    data = encode_image(picture() / 255.0, "jpg", exif=exif.tobytes())
+    assert not Image.open(io.BytesIO(data)).getexif()
+
+
+@pytest.mark.parametrize("format", ["png", "jpg", "webp", "tif", "bmp"])
+def test_bytes_are_the_same_in_another_process(format):
+    code = (
+        "import sys, numpy as np; from pfstorer_rt import image;"
+        "pixels = np.linspace(0, 1, 540).reshape(12, 15, 3);"
+        f"data = image.encode_image(pixels, {format!r}, icc=image.srgb_profile());"
+        "sys.stdout.buffer.write(data)"
+    )
+    pixels = np.linspace(0, 1, 540).reshape(12, 15, 3)
+    other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
+    assert encode_image(pixels, format, icc=images.srgb_profile()) == other
+
+
+def test_profile_has_no_clock_in_it():
+    made = images.srgb_profile()
+    assert made[24:36].hex() == "07d000010001000000000000"
+    assert ImageCms.getProfileName(ImageCms.ImageCmsProfile(io.BytesIO(made))).startswith("sRGB")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(tmp_path, bad):
+    pixels = np.zeros((4, 4, 3), np.float32)
+    pixels[1, 2, 0] = bad
+    with pytest.raises(PFStorerError) as raised:
+        save_image(tmp_path / "a.png", pixels)
+    one_line(raised, "NaN", "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_suffix_lists_the_known_ones(tmp_path):
+    for name in ("a.gif", "a", "a.png.bak"):
+        with pytest.raises(PFStorerError) as raised:
+            save_image(tmp_path / name, np.zeros((2, 2, 3)))
+        one_line(raised, ".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+
+
+def test_existing_file_needs_overwrite(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"precious")
+    with pytest.raises(PFStorerError) as raised:
+        save_image(path, np.zeros((2, 2, 3)))
+    one_line(raised, "--overwrite", str(path))
+    assert path.read_bytes() == b"precious"
+    save_image(path, np.zeros((2, 2, 3)), overwrite=True)
+    assert Image.open(path).size == (2, 2)
+
+
+def test_full_disk_keeps_the_old_picture(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"precious")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(PFStorerError, match="no space left"):
+        save_image(path, np.zeros((2, 2, 3)), overwrite=True)
+    assert path.read_bytes() == b"precious" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_unwritable_places(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for path in (tmp_path / "file" / "a.png", tmp_path / "missing" / "a.png", tmp_path / "folder.png"):
+        with pytest.raises(PFStorerError) as raised:
+            save_image(path, np.zeros((2, 2, 3)))
+        one_line(raised, str(path), "cannot be written")
+
+
+@pytest.mark.parametrize(("suffix", "side"), [(".webp", 16384), (".jpg", 65501)])
+def test_formats_with_a_size_limit_say_so(tmp_path, suffix, side):
+    with pytest.raises(PFStorerError) as raised:
+        save_image(tmp_path / f"a{suffix}", np.zeros((1, side, 3), np.float32))
+    one_line(raised, str(side), "png")
+    save_image(tmp_path / f"a{suffix}", np.zeros((1, side - 1, 3), np.float32))  # the limit is the real one
+
+
+def test_wrong_arguments_are_the_callers_mistake():
+    pixels = np.zeros((2, 2, 3))
+    for call in (
+        lambda: encode_image(pixels.astype(np.uint8)),
+        lambda: encode_image(pixels[0]),
+        lambda: encode_image(pixels[:0]),
+        lambda: encode_image(pixels, alpha=np.zeros((2, 3))),
+        lambda: encode_image(pixels, "gif"),
+        lambda: encode_image(pixels, "jpg", quality=0),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            call()
+
+
+def test_read_and_write_again_changes_nothing(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0110] = 6, "Leica"
+    source = tmp_path / "a.png"
+    Image.fromarray(picture(channels=4)).save(
+        source, exif=exif, icc_profile=matrix_profile(SRGB_XYZ, gamma_curve(1.8))
+    )
+    once = load_image(source)
+    save_image(tmp_path / "b.png", once.pixels, alpha=once.alpha, icc=once.icc, exif=once.exif)
+    twice = load_image(tmp_path / "b.png")
+    assert np.array_equal(once.pixels, twice.pixels) and np.array_equal(once.alpha, twice.alpha)
+    assert (once.icc, once.exif) == (twice.icc, twice.exif)
+    assert Image.open(tmp_path / "b.png").size == ImageOps.exif_transpose(Image.open(source)).size
+
+
+# ---- tensors
+
+
+def test_tensors_are_planes_from_minus_one_to_one():
+    pixels = picture().astype(np.float32) / 255
+    tensor = images.to_tensor(pixels)
+    assert tensor.shape == (1, 3, 6, 9) and tensor.dtype == torch.float32
+    assert tensor[0, 1, 2, 3].item() == pytest.approx(float(pixels[2, 3, 1]) * 2 - 1)
+    assert np.array_equal(levels(images.from_tensor(tensor)), picture())
+    assert images.to_tensor(pixels[::-1, ::-1]).shape == (1, 3, 6, 9)  # negative strides
+
+
+def test_from_tensor_clamps_and_keeps_nan():
+    tensor = torch.tensor([-3.0, 0.0, 3.0]).reshape(1, 3, 1, 1).to(torch.bfloat16).requires_grad_()
+    assert images.from_tensor(tensor).tolist() == [[[0, 0.5, 1]]]
+    assert np.isnan(images.from_tensor(torch.full((1, 3, 1, 1), torch.nan))).all()
+    with pytest.raises(ValueError, match="expected"):
+        images.from_tensor(torch.zeros(2, 3, 4, 4))
+
+
+def test_shrinking_agrees_with_pillow():
+    x = torch.rand(1, 3, 47, 31, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
+    out = images.resize_bicubic(x, (20, 13), antialias=True)
+    for c in range(3):
+        expected = Image.fromarray(x[0, c].numpy()).resize((13, 20), Image.Resampling.BICUBIC)
+        np.testing.assert_allclose(out[0, c], np.asarray(expected).clip(-1, 1), atol=1e-5)
+
+
+def test_enlarging_is_the_cubic_convolution_and_is_clamped():
+    row = torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0])
+    out = images.resize_bicubic(row.expand(1, 3, 6, 6), (12, 12))
+    assert out.min() == -1 and out.max() == 1  # the kernel alone overshoots the step
+
+    def kernel(d, a=-0.75):  # Keys 1981
+        d = abs(d)
+        near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+        return near if d <= 1 else a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
+
+    at = (5 + 0.5) / 2 - 0.5  # the place of output column 5, half-pixel centres
+    expected = sum(row[k].item() * kernel(at - k) for k in range(6))
+    assert out[0, 0, 6, 5].item() == pytest.approx(max(-1, expected), abs=1e-5)
+
+
+def test_adain_gives_the_statistics_of_the_style():
+    content, style = smooth(20, 30, 1) * 0.5 + 0.1, smooth(24, 12, 2)
+    out = images.adain_color_fix(content, style).numpy()
+    c, s = content.numpy().astype(np.float64), style.numpy().astype(np.float64)
+
+    def statistics(a):
+        std = np.sqrt(a.var(axis=(2, 3), ddof=1, keepdims=True) + 1e-5)
+        return a.mean(axis=(2, 3), keepdims=True), std
+
+    (cm, cs), (sm, ss) = statistics(c), statistics(s)
+    np.testing.assert_allclose(out, (c - cm) / cs * ss + sm, atol=1e-5)
+
+
+def test_adain_of_flat_and_single_pixel_pictures_is_finite():
+    flat = torch.full((1, 3, 8, 8), 0.3)
+    np.testing.assert_allclose(images.adain_color_fix(flat, smooth(8, 8)).var(), 0, atol=0.2)
+    one = images.adain_color_fix(torch.zeros(1, 3, 1, 1), torch.full((1, 3, 1, 1), 0.5))
+    np.testing.assert_allclose(one, 0.5, atol=1e-6)
+
+
+def wavelet_by_hand(content, style):
+    """The published loop on one channel, with numpy's own padding."""
+
+    def split(a):
+        high = np.zeros_like(a)
+        for i in range(5):
+            r = 2**i
+            p = np.pad(a, r, mode="edge")
+            h, w = a.shape
+            low = sum(
+                ky * kx / 16 * p[dy * r : dy * r + h, dx * r : dx * r + w]
+                for dy, ky in enumerate((1, 2, 1))
+                for dx, kx in enumerate((1, 2, 1))
+            )
+            high, a = high + (a - low), low
+        return high, a
+
+    return split(content)[0] + split(style)[1]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 3), (40, 33)])
+def test_wavelet_agrees_with_the_published_loop_at_any_size(size):
+    rng = np.random.default_rng(4)
+    content, style = rng.uniform(-1, 1, (2, 2, 3, *size))
+    to32 = [torch.tensor(a, dtype=torch.float32) for a in (content, style)]
+    out = images.wavelet_color_fix(*to32)
+    for b in range(2):
+        for c in range(3):
+            expected = wavelet_by_hand(content[b, c], style[b, c])
+            np.testing.assert_allclose(out[b, c], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_color_fixes_take_half_precision(dtype):
+    content, style = smooth(9, 9, 1), smooth(9, 9, 2)
+    for kind in ("adain", "wavelet"):
+        out = images.color_fix(content.to(dtype), style.to(dtype), kind)
+        assert out.dtype == dtype
+        # Inputs and output are rounded to the type; AdaIN multiplies the rounding by std_s/std_c, here < 4.
+        error = (out.float() - images.color_fix(content, style, kind)).abs().max()
+        assert error < 8 * torch.finfo(dtype).eps
+
+
+def test_color_fix_dispatch():
+    content, style = smooth(9, 9, 1), smooth(9, 9, 2)
+    assert images.color_fix(content, style, "none") is content
+    assert torch.equal(images.color_fix(content, style, "adain"), images.adain_color_fix(content, style))
+    assert torch.equal(images.color_fix(content, style, "wavelet"), images.wavelet_color_fix(content, style))
+    with pytest.raises(ValueError, match="adain, wavelet, none"):
+        images.color_fix(content, style, "lab")
+    with pytest.raises(ValueError, match="one shape"):
+        images.wavelet_color_fix(content, style[..., :1])

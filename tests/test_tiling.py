@@ -1,0 +1,167 @@
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from pfstorer_rt.tiling import (
+    Blender,
+    Tile,
+    axis_offsets,
+    blend,
+    gaussian_weights,
+    pad_to_multiple,
+    plan_tiles,
+)
+
+
+def walked_offsets(length, tile, overlap):
+    """The same rule by walking along the axis until the end is covered."""
+    n = 1
+    while (n - 1) * (tile - overlap) + tile < length:
+        n += 1
+    return [min(k * (tile - overlap), length - tile) for k in range(n)]
+
+
+def test_offsets_agree_with_the_walk_and_cover_the_axis():
+    for tile in (1, 2, 7, 64):
+        for overlap in {0, 1, tile // 2, tile - 1} & set(range(tile)):
+            for length in range(tile, 3 * tile + 5):
+                offsets = axis_offsets(length, tile, overlap)
+                assert offsets == walked_offsets(length, tile, overlap)
+                assert offsets[-1] + tile == length
+                assert all(0 < b - a <= tile - overlap for a, b in pairwise(offsets))
+
+
+def test_offsets_of_known_sizes():
+    assert axis_offsets(64, 64, 32) == [0]
+    assert axis_offsets(65, 64, 32) == [0, 1]
+    assert axis_offsets(128, 64, 32) == [0, 32, 64]
+    assert axis_offsets(1281, 1280, 280) == [0, 1]
+
+
+@pytest.mark.parametrize(("length", "tile", "overlap"), [(63, 64, 0), (64, 64, 64), (64, 64, -1), (0, 0, 0)])
+def test_impossible_tilings_are_refused(length, tile, overlap):
+    with pytest.raises(ValueError, match=r"expected|shorter"):
+        axis_offsets(length, tile, overlap)
+
+
+def test_tiles_run_row_by_row():
+    assert plan_tiles(5, 7, 4, 1) == [Tile(0, 0, 4, 4), Tile(0, 3, 4, 4), Tile(1, 0, 4, 4), Tile(1, 3, 4, 4)]
+
+
+def test_tile_slices_cut_the_tile():
+    canvas = np.arange(42).reshape(6, 7)
+    assert np.array_equal(canvas[Tile(1, 3, 2, 4).slices], canvas[1:3, 3:7])
+
+
+def test_weights_are_the_published_ones():
+    weights = gaussian_weights(64, 64)
+    assert weights.dtype == np.float64
+    # Values of the reference implementation at T = 64, rows first; six digits are given.
+    for place, value in {
+        (0, 0): 3.25671e-10,
+        (63, 0): 7.02700e-10,
+        (31, 31): 15.674487,
+        (32, 32): 15.866998,
+    }.items():
+        assert weights[place] == pytest.approx(value, rel=2e-6)
+
+
+def test_weights_take_each_side_by_itself():
+    tall, square = gaussian_weights(48, 20), gaussian_weights(20, 20)
+    assert tall.shape == (48, 20)
+    # The formula of the reference, with each axis' own side in the place of T.
+    near = math.exp(-((5 - 24) ** 2) / 48**2 / 0.02) * math.exp(-((3 - 9.5) ** 2) / 20**2 / 0.02)
+    assert tall[5, 3] == pytest.approx(near / (2 * math.pi * 0.01), rel=1e-12)
+    # Along x the profile is that of a 20-wide tile, whatever the height.
+    np.testing.assert_allclose(tall[24] / tall[24, 9], square[10] / square[10, 9], rtol=1e-12)
+    np.testing.assert_allclose(tall, tall[:, ::-1], rtol=1e-9)  # m = (T-1)/2 is symmetric
+    assert np.argmax(tall[:, 0]) == 24  # m = T/2 is not
+
+
+def test_shared_weights_cannot_be_changed():
+    with pytest.raises(ValueError, match="read-only"):
+        gaussian_weights(8, 8)[0, 0] = 1
+
+
+def blended_in_float64(tiles, patches, height, width):
+    total = np.zeros((patches[0].shape[0], height, width))
+    mass = np.zeros((height, width))
+    for (y, x, h, w), patch in zip(tiles, patches, strict=True):
+        for i in range(h):
+            for j in range(w):
+                weight = gaussian_weights(h, w)[i, j]
+                total[:, y + i, x + j] += weight * patch[:, i, j].astype(np.float64)
+                mass[y + i, x + j] += weight
+    return total / mass
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_blend_is_the_weighted_mean(dtype):
+    rng = np.random.default_rng(0)
+    tiles = plan_tiles(13, 17, 8, 3)
+    patches = [rng.standard_normal((2, 8, 8)).astype(dtype) for _ in tiles]
+    out = blend(tiles, iter(patches), 13, 17)
+    assert out.dtype == (np.float64 if dtype is np.float64 else np.float32)
+    # float32 accumulators: a few roundings of 6e-8 on values of about 3
+    tolerance = 1e-12 if dtype is np.float64 else 2e-6
+    np.testing.assert_allclose(out, blended_in_float64(tiles, patches, 13, 17), atol=tolerance)
+
+
+def test_tiles_of_one_picture_blend_into_that_picture():
+    picture = np.random.default_rng(1).random((3, 100, 71))
+    tiles = plan_tiles(100, 71, 64, 32)
+    patches = (picture[:, rows, columns].astype(np.float16) for rows, columns in (t.slices for t in tiles))
+    out = blend(tiles, patches, 100, 71)
+    # The corners weigh 3e-10: half-precision accumulators would give 0/0 there.
+    np.testing.assert_allclose(out, picture.astype(np.float16), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_one_tile_is_returned_bit_for_bit(dtype):
+    # A full range of magnitudes, where (p * w) / w does differ from p.
+    rng = np.random.default_rng(2)
+    patch = (rng.standard_normal((4, 64, 64)) * 10.0 ** rng.integers(-30, 30, (4, 64, 64))).astype(dtype)
+    out = blend(plan_tiles(64, 64, 64, 32), [patch], 64, 64)
+    assert out.dtype == dtype and out.tobytes() == patch.tobytes()
+    assert not np.shares_memory(out, patch)
+
+
+def test_a_second_whole_patch_is_averaged():
+    blender = Blender(1, 4, 4)
+    blender.add(Tile(0, 0, 4, 4), np.full((1, 4, 4), 1, np.float32))
+    blender.add(Tile(0, 0, 4, 4), np.full((1, 4, 4), 2, np.float32))
+    np.testing.assert_allclose(blender.result(), 1.5, rtol=1e-6)
+
+
+def test_given_weights_are_used():
+    left, right = Tile(0, 0, 1, 2), Tile(0, 1, 1, 2)
+    patches = [np.zeros((1, 1, 2), np.float32), np.ones((1, 1, 2), np.float32)]
+    out = blend([left, right], patches, 1, 3, weights=np.array([[3.0, 1.0]]))
+    np.testing.assert_allclose(out, [[[0, 3 / 4, 1]]])
+
+
+def test_uncovered_pixels_and_wrong_patches_are_refused():
+    patch = np.zeros((1, 4, 4), np.float32)
+    with pytest.raises(ValueError, match="4 of 20 pixels lie under no tile"):
+        blend([Tile(0, 0, 4, 4)], [patch], 4, 5)
+    with pytest.raises(ValueError, match="nothing"):
+        Blender(1, 4, 4).result()
+    with pytest.raises(ValueError, match="no tiles"):
+        blend([], [], 4, 4)
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        blend(plan_tiles(4, 7, 4, 1), [patch], 4, 7)
+    with pytest.raises(ValueError, match="inside"):
+        Blender(1, 4, 5).add(Tile(0, 2, 4, 4), patch)
+    with pytest.raises(ValueError, match="patch of shape"):
+        Blender(1, 4, 5).add(Tile(0, 0, 4, 4), patch[:, :3])
+    with pytest.raises(ValueError, match="weights of shape"):
+        Blender(1, 4, 5, np.ones((2, 2))).add(Tile(0, 0, 4, 4), patch)
+
+
+def test_padding_reaches_the_next_multiple_of_each_axis_alone():
+    assert pad_to_multiple(512, 513, 32) == (0, 31)  # the reference would give (32, 31)
+    for height in (1, 31, 32, 33, 512):
+        below, right = pad_to_multiple(height, 32, 32)
+        assert right == 0 and 0 <= below < 32 and (height + below) % 32 == 0
