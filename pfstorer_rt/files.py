@@ -7,11 +7,14 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from pfstorer_rt.errors import BadFileError, PFStorerError
+
+if TYPE_CHECKING:
+    import torch
 
 _CHUNK = 1 << 20  # bytes read at once by sha256_file
 
@@ -89,6 +92,17 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         reason = error.strerror or str(error)
         message = f"{show_path(path)}: cannot be read ({reason}); check the path and its permissions"
         raise BadFileError(message) from error
+    return digest.hexdigest()
+
+
+def fingerprint_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hash names, types and bytes in the order given: 64 lower-case hexadecimal digits."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(name.encode() + b"\0" + str(tensor.dtype).encode() + b"\0")
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from pfstorer_rt.errors import BadFileError, MismatchError
-from pfstorer_rt.files import atomic_write, show_path
+from pfstorer_rt.files import atomic_write, fingerprint_tensors, show_path
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +46,6 @@ class Identity:
     @property
     def fingerprint(self) -> str:
         """sha256 over the sorted names and bytes of the tensors."""
-        from pfstorer_rt.models.base import fingerprint_tensors
-
         return fingerprint_tensors(sorted(self.tensors.items()))
 
     def check_base(self, fingerprint: str) -> None:
@@ -116,7 +114,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise BadFileError(f"{name}: a safetensors file, but not an identity made by `pfstorer-rt personalize`")
     if meta.get("schema") != SCHEMA:
         raise BadFileError(
-            f"{name}: identity schema {meta.get('schema')}, this version reads {SCHEMA}; update pfstorer-rt or personalize again"
+            f"{name}: identity schema {meta.get('schema')}, this version reads {SCHEMA}; "
+            "update pfstorer-rt or personalize again"
         )
     return meta
 

@@ -165,9 +165,7 @@ def encode_image(
     image = _to_pillow(pixels, alpha, kind)
     if max(image.size) > _MAX_SIDE.get(kind, max(image.size)):
         size = f"{image.width} x {image.height}"
-        raise PFStorerError(
-            f"{size} is too large for {kind}, at most {_MAX_SIDE[kind]} a side; use png or tif"
-        )
+        raise PFStorerError(f"{size} is too large for {kind}, at most {_MAX_SIDE[kind]} a side; use png or tif")
     buffer = io.BytesIO()
     try:
         image.save(buffer, kind, **_save_options(kind, icc, exif, quality))

@@ -28,7 +28,7 @@ class Tile(NamedTuple):
 
     @property
     def slices(self) -> tuple[slice, slice]:
-        """Rows and columns; `canvas[..., *tile.slices]` is the tile."""
+        """Rows and columns; `canvas[..., rows, columns]` is the tile."""
         return slice(self.y, self.y + self.height), slice(self.x, self.x + self.width)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from transformers import CLIPTextModel
 from pfstorer_rt.attention import choose
 from pfstorer_rt.config import PRESETS, BaseConfig, base_config_from_dict, to_json
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.files import atomic_write
+from pfstorer_rt.files import atomic_write, fingerprint_tensors
 from pfstorer_rt.models.prompt import PromptEncoder, tokenize
 from pfstorer_rt.models.structure import StructureEncoder
 from pfstorer_rt.models.unet import RestorationUNet
@@ -189,7 +188,8 @@ def find_base(path_or_name: str | Path) -> Path:
             return path
     shipped = sorted(p.parent.name for p in BUILTIN.glob("*/config.json"))
     raise BadFileError(
-        f"{path_or_name}: no base there (no config.json); expected a base directory or one of: {', '.join(shipped) or 'none shipped'}"
+        f"{path_or_name}: no base there (no config.json); expected a base directory or one of: "
+        f"{', '.join(shipped) or 'none shipped'}"
     )
 
 
@@ -213,12 +213,3 @@ def fingerprint_modules(modules: Mapping[str, nn.Module]) -> str:
         for name in sorted(modules)
         for key, tensor in sorted(modules[name].state_dict().items())
     )
-
-
-def fingerprint_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Hash names and bytes in the order given; returns 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(name.encode() + b"\0" + str(tensor.dtype).encode() + b"\0")
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -90,14 +90,24 @@ class PersonalizationBlocks(nn.ModuleList):
     """One block for each personalized layer, in execution order."""
 
     def __init__(
-        self, layers: Sequence[str], widths: Sequence[int], head_size: int, rank: int = 0, residual: str = "delta"
+        self,
+        layers: Sequence[str],
+        widths: Sequence[int],
+        head_size: int,
+        rank: int = 0,
+        residual: str = "delta",
     ) -> None:
         super().__init__(PersonalizationBlock(w, head_size, rank, residual) for w in widths)
         self.layers = tuple(layers)
 
     @classmethod
     def for_unet(
-        cls, unet: RestorationUNet, layers: Sequence[str], head_size: int, rank: int = 0, residual: str = "delta"
+        cls,
+        unet: RestorationUNet,
+        layers: Sequence[str],
+        head_size: int,
+        rank: int = 0,
+        residual: str = "delta",
     ) -> PersonalizationBlocks:
         """Build blocks of the widths that `unet` has at `layers`."""
         return cls(layers, [layer_width(unet, layer) for layer in layers], head_size, rank, residual)
@@ -115,7 +125,7 @@ class PersonalizationBlocks(nn.ModuleList):
 
         def tap(block: nn.Module, layer: str) -> Callable[[torch.Tensor], torch.Tensor]:
             def run(x: torch.Tensor) -> torch.Tensor:
-                reference = None if references is None else references[layer].to(x.dtype).expand(len(x), -1, -1)
+                reference = None if references is None else references[layer].to(x.dtype).expand(x.shape[0], -1, -1)
                 mask = None if not masks or layer not in masks else masks[layer].expand(len(x), -1)
                 out: torch.Tensor = block(x, reference, mask, strength)
                 return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -34,9 +36,7 @@ class Level(nn.Module):
     def __init__(self, entry: int, channels: int, blocks: int, temb: int, heads: int, groups: int) -> None:
         super().__init__()
         widths = [entry] + [channels] * blocks
-        self.resnets = nn.ModuleList(
-            residual(a, b, temb, groups) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.resnets = nn.ModuleList(residual(a, b, temb, groups) for a, b in pairwise(widths))
         attentions = [SpatialAttention(channels, heads, groups) if heads else nn.Identity() for _ in range(blocks)]
         self.attentions = nn.ModuleList(attentions)
 
@@ -52,7 +52,7 @@ def residual(entry: int, channels: int, temb: int, groups: int) -> ResnetBlock2D
     return ResnetBlock2D(in_channels=entry, out_channels=channels, temb_channels=temb, groups=groups, eps=1e-5)
 
 
-class StructureEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class StructureEncoder(ModelMixin, ConfigMixin):
     """StableSR's `EncoderUNetModelWT`: half a UNet whose taps are brought to one width.
 
     Attention at every level but the deepest of four, as in StableSR.
@@ -93,7 +93,13 @@ class StructureEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Build an untrained encoder of a base's sizes."""
         s = config.structure
         return cls(
-            config.latent_channels, s.width, s.multipliers, s.heads, s.out_channels, s.res_blocks, s.norm_groups
+            config.latent_channels,
+            s.width,
+            s.multipliers,
+            s.heads,
+            s.out_channels,
+            s.res_blocks,
+            s.norm_groups,
         )
 
     def set_attention(self, attention: AttentionFn) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Spade(nn.Module):
         return modulated
 
 
-class RestorationUNet(UNet2DConditionModel):  # type: ignore[misc]
+class RestorationUNet(UNet2DConditionModel):
     """UNet2DConditionModel whose residual blocks carry a `spade` child and whose forward is spelled out.
 
     The forward is written out because two things enter it that diffusers has no argument for: the
@@ -66,7 +66,7 @@ class RestorationUNet(UNet2DConditionModel):  # type: ignore[misc]
         """Send every attention layer through `attention`."""
         self.set_attn_processor(AttentionProcessor(attention))
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: torch.Tensor,
         t: torch.Tensor,
@@ -155,6 +155,6 @@ def to_tokens(h: torch.Tensor) -> torch.Tensor:
     return h.flatten(2).transpose(1, 2)
 
 
-def to_map(tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def to_map(tokens: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """(B, H*W, C) -> (B, C, H, W)."""
     return tokens.transpose(1, 2).unflatten(2, size)

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from rich.progress import track
+from torch import nn
 
 from pfstorer_rt.config import PRESETS, TrainConfig
 from pfstorer_rt.console import stderr
@@ -93,7 +95,9 @@ def train_autoencoder(paths: list[Path], work: Path, config: BaseTrainConfig) ->
     return vae.eval().requires_grad_(False)
 
 
-def latent_pairs(paths: list[Path], base: Base, work: Path, config: BaseTrainConfig) -> np.ndarray[Any, Any]:
+def latent_pairs(
+    paths: list[Path], base: Base, work: Path, config: BaseTrainConfig, accelerator: Accelerator
+) -> np.ndarray[Any, Any]:
     """Make (hq, lq) latents of degraded squares once; returns a memory map (pairs, 2, C, h, w) of fp16.
 
     Pair k shows photograph `order(k)` and depends on the seed and k alone. The file grows in chunks and
@@ -112,9 +116,10 @@ def latent_pairs(paths: list[Path], base: Base, work: Path, config: BaseTrainCon
     chunks = prefetch(make, done // PAIR_CHUNK, -(-count // PAIR_CHUNK), config.restorer.workers)
     for chunk in track(chunks, "latent pairs", console=stderr()):
         size = min(PAIR_CHUNK, count - done)
-        with torch.no_grad():
-            latents = torch.stack([base.encode(chunk[k][:size]) for k in ("hq", "lq")], 1)
-        pairs[done : done + size] = latents.half().numpy()
+        with torch.no_grad(), accelerator.autocast():
+            images = (chunk[k][:size].to(base.device, memory_format=torch.channels_last) for k in ("hq", "lq"))
+            latents = torch.stack([base.encode(image) for image in images], 1)
+        pairs[done : done + size] = latents.half().cpu().numpy()
         pairs.flush()
         done += size
         progress_file.write_text(json.dumps({"done": done, "signature": mark}))
@@ -142,8 +147,9 @@ def train_restorer(paths: list[Path], base: Base, work: Path, config: BaseTrainC
     """
     settings = config.restorer
     accelerator = make_accelerator(settings)
-    pairs = latent_pairs(paths, base, work, config)
-    objective = RestorerObjective(base).to(memory_format=torch.channels_last)
+    base.to(accelerator.device)
+    pairs = latent_pairs(paths, base, work, config, accelerator)
+    objective = nn.Module.to(RestorerObjective(base), memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, parameter in objective.named_parameters():
         parameter.requires_grad_(not config.frozen_prior or ".spade." in name or name.startswith("structure_encoder"))
     trainable = [p for p in objective.parameters() if p.requires_grad]

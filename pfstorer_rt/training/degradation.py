@@ -232,9 +232,7 @@ def resize(image: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tenso
     return F.interpolate(image[None], size=size, mode=mode, align_corners=align)[0]
 
 
-def add_gaussian_noise(
-    image: torch.Tensor, sigma: float, rng: np.random.Generator, grey: bool = False
-) -> torch.Tensor:
+def add_gaussian_noise(image: torch.Tensor, sigma: float, rng: np.random.Generator, grey: bool = False) -> torch.Tensor:
     """Add white noise of standard deviation sigma (of 255) to (C, H, W) in [0, 1].
 
     grey gives all channels the same noise. Returns the same shape, clamped to [0, 1].
@@ -243,9 +241,7 @@ def add_gaussian_noise(
     return (image + _normal(shape, rng, image) * (sigma / 255)).clamp(0, 1)
 
 
-def add_poisson_noise(
-    image: torch.Tensor, scale: float, rng: np.random.Generator, grey: bool = False
-) -> torch.Tensor:
+def add_poisson_noise(image: torch.Tensor, scale: float, rng: np.random.Generator, grey: bool = False) -> torch.Tensor:
     """Add photon noise to (C, H, W) in [0, 1]: 256 photons at white, and the deviation multiplied by scale.
 
     The variance at a value v is scale^2 * v / 256; grey takes the noise of the channels' mean for all of

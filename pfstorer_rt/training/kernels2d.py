@@ -36,9 +36,7 @@ def generalized_kernel(
     return _normalized(1 / (1 + power) if plateau else torch.exp(-power / 2))
 
 
-def gaussian_kernel(
-    size: int, sigma_x: float, sigma_y: float | None = None, theta: float = 0.0
-) -> torch.Tensor:
+def gaussian_kernel(size: int, sigma_x: float, sigma_y: float | None = None, theta: float = 0.0) -> torch.Tensor:
     """Make a gaussian with the given standard deviations in pixels, turned by theta (radians).
 
     Returns (size, size) float32; the same arguments and errors as `generalized_kernel`.

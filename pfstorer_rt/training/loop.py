@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -55,6 +57,31 @@ def cpu_attention(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
+class Interruption:
+    """Takes Ctrl-C and SIGTERM between iterations, where weights, optimizer and count agree.
+
+    A second Ctrl-C is not held back. Outside the main thread signals are left alone.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True
+        signal.signal(number, self._before[number])
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
 class TrainState:
     """What has to be kept to go on: trainable weights, their average, optimizer and iteration."""
 
@@ -98,10 +125,13 @@ class TrainState:
             state = torch.load(path, map_location="cpu", weights_only=True)
             found = state["signature"]
         except Exception as error:  # torch.load raises many kinds for a damaged file
-            raise BadFileError(f"{path}: not a readable training checkpoint ({error}); delete it to start anew") from error
+            raise BadFileError(
+                f"{path}: not a readable training checkpoint ({error}); delete it to start anew"
+            ) from error
         if found != signature:
             raise MismatchError(
-                f"{path}: begun with other settings or photographs; delete it to start anew, or repeat the command it was begun with"
+                f"{path}: begun with other settings or photographs; delete it to start anew, "
+                "or repeat the command it was begun with"
             )
         for name, parameter in self.parameters.items():
             parameter.copy_(state["parameters"][name])
@@ -136,10 +166,11 @@ def train(
 ) -> None:
     """Minimise `objective(batch)["loss"]` over `make_batch(0) ... make_batch(iterations - 1)`.
 
-    The state is saved every `checkpoint_every` iterations and when interrupted (Ctrl-C); a call with the
-    same arguments goes on from `checkpoint` and ends with the same weights as one uninterrupted call on
-    the same device. At the end the averaged weights, where kept, are put into the model.
-    `on_log(iteration, losses)` is called every 50 iterations and after the last.
+    The state is saved every `checkpoint_every` iterations and when interrupted (Ctrl-C, which raises
+    `KeyboardInterrupt` after the iteration); a call with the same arguments goes on from `checkpoint`
+    and ends with the same weights as one uninterrupted call on the same device. At the end the averaged
+    weights, where kept, are put into the model. `on_log(iteration, losses)` is called every 50
+    iterations and after the last.
     """
     state = TrainState(objective, optimizer, accelerator, config)
     base_rates = [group["lr"] for group in optimizer.param_groups]
@@ -149,32 +180,27 @@ def train(
     trainable = list(state.parameters.values())
     done = start
     objective.train()
-    with _progress(accelerator) as progress:
+    with _progress(accelerator) as progress, Interruption() as interruption:
         bar = progress.add_task(title, total=config.iterations, completed=start, loss=math.nan, rate=0.0)
-        try:
-            for batch in prefetch(make_batch, start, config.iterations, config.workers):
-                for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-                    group["lr"] = rate * learning_rate_factor(done, config)
-                with cpu_attention(accelerator.device):
-                    losses = objective({k: v.to(accelerator.device) for k, v in batch.items()})
-                    accelerator.backward(losses["loss"])
-                accelerator.clip_grad_norm_(trainable, config.clip)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                if state.average:
-                    state.update_average(done)
-                done += 1
-                speed = progress.tasks[bar].speed or 0.0
-                progress.update(bar, completed=done, loss=losses["loss"].item(), rate=speed)
-                if on_log and accelerator.is_main_process and (done % 50 == 0 or done == config.iterations):
-                    on_log(done, {k: v.item() for k, v in losses.items()})
-                if done % config.checkpoint_every == 0 and accelerator.is_main_process:
-                    state.save(checkpoint, done, signature)
-        except KeyboardInterrupt:
+        for batch in prefetch(make_batch, start, config.iterations, config.workers):
+            for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+                group["lr"] = rate * learning_rate_factor(done, config)
+            with cpu_attention(accelerator.device):
+                losses = objective({k: v.to(accelerator.device) for k, v in batch.items()})
+                accelerator.backward(losses["loss"])
+            accelerator.clip_grad_norm_(trainable, config.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            state.update_average(done)
+            done += 1
+            progress.update(bar, completed=done, loss=losses["loss"].item(), rate=progress.tasks[bar].speed or 0.0)
+            last = done == config.iterations or interruption.requested
             if accelerator.is_main_process:
-                state.save(checkpoint, done, signature)
-            raise
-        if accelerator.is_main_process and done > start:
-            state.save(checkpoint, done, signature)
+                if on_log and (done % 50 == 0 or last):
+                    on_log(done, {k: v.item() for k, v in losses.items()})
+                if done % config.checkpoint_every == 0 or last:
+                    state.save(checkpoint, done, signature)
+            if interruption.requested:
+                raise KeyboardInterrupt(f"stopped after iteration {done} of {config.iterations}")
     accelerator.wait_for_everyone()
     state.use_average()

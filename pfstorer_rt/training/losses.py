@@ -15,7 +15,7 @@ from pfstorer_rt.models.personalization import PersonalizationBlocks, reference_
 from pfstorer_rt.models.prompt import tokenize
 from pfstorer_rt.models.reference import RecordingProcessor, record_text_attention, subject_ids
 from pfstorer_rt.models.unet import Tap
-from pfstorer_rt.models.vae import encode_moments
+from pfstorer_rt.models.vae import Autoencoder, decode, encode_moments
 from pfstorer_rt.training.data import Batch
 
 Losses = dict[str, torch.Tensor]
@@ -40,14 +40,16 @@ class AutoencoderObjective(nn.Module):
     The noise makes the decoder forgive the small errors that a diffusion model leaves in a latent.
     """
 
-    def __init__(self, vae: nn.Module, noise: float = 0.05, moments: float = 0.02) -> None:
+    def __init__(self, vae: Autoencoder, noise: float = 0.05, moments: float = 0.02) -> None:
         super().__init__()
         self.vae, self.noise, self.moments = vae, noise, moments
 
     def forward(self, batch: Batch) -> Losses:
         """Take `image` (B, 3, H, W) in [-1, 1] and `noise` (B, C, h, w)."""
-        latent = self.vae.encode(batch["image"].contiguous(memory_format=torch.channels_last)).latents
-        output = self.vae.decode(latent + self.noise * batch["noise"]).sample.float()
+        image = batch["image"].contiguous(memory_format=torch.channels_last)
+        latent, std = encode_moments(self.vae, image)
+        deviation = self.noise if std is None else std + self.noise
+        output = decode(self.vae, latent + deviation * batch["noise"]).float()
         reconstruction = F.l1_loss(output, batch["image"])
         moments = moment_loss(latent.float())
         loss = reconstruction + gradient_loss(output, batch["image"]) + self.moments * moments
@@ -122,8 +124,8 @@ class PersonalizationObjective(nn.Module):
             base.unet, layers, base.config.head_size, config.rank, config.residual
         )
         if config.method == "vico":
-            for block in self.blocks:
-                block.gamma.requires_grad_(False).fill_(1.0)
+            for gamma in (p for n, p in self.blocks.named_parameters() if n.endswith("gamma")):
+                gamma.requires_grad_(False).fill_(1.0)
         ids, self.positions = subject_ids(base, config.subject_prompt)
         self.token = nn.Parameter(self.text_encoder.word_embedding(tokenize(config.init_word, base.config)))
         self.register_buffer("ids", ids, persistent=False)

@@ -87,7 +87,12 @@ class BatchMaker:
     """Iteration -> batch: random targets, one random other photograph as the reference of each."""
 
     def __init__(
-        self, photos: Sequence[torch.Tensor], base: Base, config: PersonalizeConfig, rank: int = 0, processes: int = 1
+        self,
+        photos: Sequence[torch.Tensor],
+        base: Base,
+        config: PersonalizeConfig,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
         self.config, self.rank, self.processes = config, rank, processes
         self.photos = list(photos)
@@ -150,10 +155,14 @@ def make_identity(
     return identity
 
 
-def cache_reference(photo: torch.Tensor, token: torch.Tensor, base: Base, identity: Identity) -> dict[str, torch.Tensor]:
+def cache_reference(
+    photo: torch.Tensor, token: torch.Tensor, base: Base, identity: Identity
+) -> dict[str, torch.Tensor]:
     """Return `reference.{i}` (S, C) fp16 and `mask.{i}` (S,) of one photograph (3, H, W) in [0, 1]."""
     image = (center_crop(photo, base.config.tile) * 2 - 1)[None].to(base.device)
-    found = reference_features(base, base.encode(image), token.float().to(base.device), identity.settings, identity.layers)
+    found = reference_features(
+        base, base.encode(image), token.float().to(base.device), identity.settings, identity.layers
+    )
     tensors = {}
     for i, layer in enumerate(identity.layers):
         tensors[f"reference.{i}"] = found.features[layer][0].half().cpu()
@@ -178,5 +187,3 @@ def gamma_summary(tensors: dict[str, torch.Tensor], layers: Sequence[str]) -> di
     """Mean and largest |gamma| of every layer."""
     gammas = {layer: tensors[f"blocks.{i}.gamma"].float().abs() for i, layer in enumerate(layers)}
     return {k: {"mean": round(g.mean().item(), 6), "max": round(g.max().item(), 6)} for k, g in gammas.items()}
-
-

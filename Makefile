@@ -1,0 +1,31 @@
+# `make demo` and `make test` need Python 3.10-3.12 and nothing else; both set up .venv first.
+PYTHON ?= python3
+# Extra arguments for pip, such as an index with CPU-only builds of torch.
+PIP_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: setup demo test lint types clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13) and "Python 3.10-3.12 is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt --disable-pip-version-check -q torch setuptools
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt --disable-pip-version-check -q -e '.[metrics,dev]'
+	touch $@
+
+demo: .venv/ready
+	$(BIN)/pfstorer-rt demo -o demo
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+
+types: .venv/ready
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info demo

@@ -1,0 +1,101 @@
+"""The command line: each command in its own file, imported only when it is called."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "personalize": ("personalize", "Learn a person from 3-5 photographs."),
+    "export": ("export", "Compile a base and an identity into one plan file."),
+    "restore": ("restore", "Restore pictures with a plan or a base."),
+    "degrade": ("degrade", "Make bad pictures of good ones, for tests."),
+    "evaluate": ("evaluate", "Measure restored pictures against the originals."),
+    "bench": ("bench", "Time a plan on this machine."),
+    "inspect": ("inspect", "Show what a base, identity or plan holds."),
+    "identities": ("identities", "List, show, verify or remove learned identities."),
+    "import-base": ("import_base", "Turn StableSR / SD 2.1 checkpoints into a base."),
+    "train-base": ("train_base", "Train a base on photographs."),
+    "doctor": ("doctor", "Say what this machine can run, and what to install for more."),
+    "demo": ("demo", "Run the whole path on a public-domain portrait."),
+}
+"""Command -> (module, one-line help): the table keeps `--help` free of every heavy import."""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"pfstorer_rt.cli.{COMMANDS[cmd_name][0]}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands from the table alone."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="pfstorer-rt")
+def cli() -> None:
+    """Personalized face restoration: learn a face from a few photographs, restore the bad ones.
+
+    \b
+    Example:
+      pfstorer-rt personalize --identity alice photos/alice/*.jpg
+      pfstorer-rt export      --identity alice -o alice.plan
+      pfstorer-rt restore     --engine alice.plan old.jpg -o restored.png
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; errors become one line and an exit status.
+
+    0: all done. 1: some inputs failed, the others are done. 2: the call was wrong. 130: interrupted.
+    """
+    if os.environ.get("PFSTORER_DEBUG"):
+        cli.main(arguments, prog_name="pfstorer-rt")
+    quiet_libraries()
+    try:
+        cli.main(arguments, prog_name="pfstorer-rt", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.Abort:
+        fail("interrupted", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt as error:
+        fail(f"interrupted {error}".rstrip() + "; the same command goes on from here where it can", 130)
+    except (BadFileError, MismatchError, MissingBackendError, ValueError) as error:
+        fail(str(error), 2)
+    except (PFStorerError, OSError, MemoryError) as error:
+        fail(str(error) or type(error).__name__, 1)
+
+
+def fail(message: str, status: int) -> None:
+    """Print one line on stderr and exit."""
+    click.echo("Error: " + " ".join(message.split()), err=True)
+    sys.exit(status)
+
+
+def quiet_libraries() -> None:
+    """Keep libraries from writing into our output; set before they are imported."""
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")

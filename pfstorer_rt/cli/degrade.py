@@ -1,0 +1,44 @@
+"""`pfstorer-rt degrade`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import click
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUTS...")
+@click.option("-o", "--output", required=True, help="File for one picture, folder for several; - is stdout.")
+@click.option("--level", type=click.Choice(["light", "heavy"]), default="heavy", show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the first picture; the next has seed + 1.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per picture.")
+def command(inputs: tuple[str, ...], output: str, level: str, seed: int, overwrite: bool, as_json: bool) -> None:
+    """Blur, shrink, add noise and compress pictures as old and bad ones are; the size stays.
+
+    \b
+    Example:
+      pfstorer-rt degrade clean/ -o bad/ --level heavy --seed 1
+    """
+    from pfstorer_rt.cli.pictures import Pixels, plan_jobs, run_jobs
+
+    jobs = plan_jobs(inputs, output, "_degraded")
+    import torch
+
+    from pfstorer_rt.training.degradation import degrade
+
+    seeds = iter(range(seed, seed + len(jobs)))
+
+    def work(pixels: Pixels, step: Callable[[int, int], None]) -> Pixels:
+        image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return degrade(image, level, next(seeds)).permute(1, 2, 0).numpy()
+
+    sys.exit(run_jobs(jobs, work, overwrite=overwrite, as_json=as_json, title="degrade"))

@@ -1,0 +1,104 @@
+"""`pfstorer-rt doctor`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import click
+
+PACKAGES = (
+    "torch", "diffusers", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
+    "openvino", "xformers", "tensorrt", "tensorrt-rtx-cu13", "polygraphy", "dlib-bin",
+)  # fmt: skip
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(as_json: bool) -> None:
+    """Say what this machine can run, and what to install for more.
+
+    \b
+    Example:
+      pfstorer-rt doctor
+    """
+    report = examine()
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    machine = report["machine"]
+    click.echo(
+        f"machine   {machine['system']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
+        f"Python {machine['python']}"
+    )
+    click.echo(f"gpu       {machine['gpu'] or 'none visible to torch'}")
+    for title, key in (("engine", "engines"), ("attention", "attention"), ("metrics", "metrics")):
+        for name, refusal in report[key].items():
+            click.echo(f"{title:<9} {name}: {'ready' if refusal is None else refusal}")
+    click.echo(f"bases     {', '.join(report['bases']) or 'none shipped'}")
+    click.echo(f"home      {report['home']} ({report['identities']} identities)")
+    click.echo("packages  " + ", ".join(f"{k} {v}" for k, v in report["packages"].items() if v))
+
+
+def examine() -> dict[str, Any]:
+    """Collect everything that `doctor` prints; a refusal of None means ready."""
+    import torch
+
+    from pfstorer_rt.engine.session import BACKENDS
+    from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, face_models
+    from pfstorer_rt.identity import home, list_identities
+    from pfstorer_rt.models.base import BUILTIN
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    engines: dict[str, str | None] = {name: refusal(import_module(m).check) for name, m in BACKENDS.items()}
+    return {
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(), "gpu": gpu,
+            "memory_gb": memory_gb(), "python": platform.python_version(),
+        },
+        "engines": {"torch": None, **engines}, "attention": attention_refusals("cuda" if gpu else "cpu"),
+        "metrics": {
+            "psnr, ssim": None,
+            "identity (dlib)": None if face_models() else f"missing: {INSTALL_METRICS}",
+        },
+        "bases": sorted(p.parent.name for p in BUILTIN.glob("*/config.json")),
+        "home": str(home()), "identities": len(list_identities()),
+        "packages": {name: installed(name) for name in PACKAGES},
+    }  # fmt: skip
+
+
+def attention_refusals(device: str) -> dict[str, str | None]:
+    """Return for each attention backend why it is refused on a device, None when it is not."""
+    from pfstorer_rt.attention import BACKENDS, choose
+
+    return {name: refusal(lambda name=name: choose(name, device)) for name in BACKENDS}
+
+
+def refusal(attempt: Any) -> str | None:
+    """Return the reason with which an attempt is refused, None when it is not."""
+    from pfstorer_rt.errors import MissingBackendError
+
+    try:
+        attempt()
+    except MissingBackendError as error:
+        return str(error)
+    return None
+
+
+def memory_gb() -> float:
+    """Return the machine's memory in GB."""
+    import psutil
+
+    return round(psutil.virtual_memory().total / 1e9, 1)
+
+
+def installed(name: str) -> str | None:
+    """Return a package's version, None when it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,140 @@
+"""`pfstorer-rt identities`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.group()
+def command() -> None:
+    """List, show, verify or remove learned identities (biometric data, kept for you alone).
+
+    \b
+    Example:
+      pfstorer-rt identities list
+    """
+
+
+@command.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per identity.")
+def list_command(as_json: bool) -> None:
+    """List the named identities.
+
+    \b
+    Example:
+      pfstorer-rt identities list --json
+    """
+    from pfstorer_rt.errors import BadFileError
+    from pfstorer_rt.identity import Identity, identities_dir, list_identities
+
+    paths = list_identities()
+    if not paths and not as_json:
+        click.echo(f"no identities in {identities_dir()}; make one with `pfstorer-rt personalize`", err=True)
+    for path in paths:
+        try:
+            identity = Identity.load(path, tensors=False)
+        except BadFileError as error:
+            click.echo(
+                json.dumps({"name": path.stem, "error": str(error)}) if as_json else f"{path.stem}  unreadable: {error}"
+            )
+            continue
+        report: dict[str, Any] = {
+            "name": path.stem,
+            "base": identity.base_name,
+            "method": identity.method,
+            "references": len(identity.references),
+            "bytes": path.stat().st_size,
+        }
+        click.echo(
+            json.dumps(report) if as_json
+            else f"{path.stem}  {identity.method} on {identity.base_name}, {len(identity.references)} references, "
+            f"{report['bytes'] / 1e6:.1f} MB"
+        )  # fmt: skip
+
+
+@command.command("show")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True)
+def show_command(name: str, as_json: bool) -> None:
+    """Show one identity.
+
+    \b
+    Example:
+      pfstorer-rt identities show alice
+    """
+    from pfstorer_rt.cli.inspect import describe_identity, print_report
+    from pfstorer_rt.identity import identity_path
+
+    print_report(describe_identity(identity_path(name)), as_json)
+
+
+@command.command("verify")
+@click.argument("name")
+@click.argument("photos", nargs=-1, type=click.Path(path_type=Path))
+def verify_command(name: str, photos: tuple[Path, ...]) -> None:
+    """Check that a file is whole, that its base is here, and which PHOTOS it was learned from.
+
+    \b
+    Example:
+      pfstorer-rt identities verify alice photos/alice/*.jpg
+    """
+    from pfstorer_rt.errors import PFStorerError
+    from pfstorer_rt.files import sha256_file
+    from pfstorer_rt.identity import Identity, identity_path
+    from pfstorer_rt.models.base import find_base, fingerprint_directory
+
+    path = identity_path(name)
+    identity = Identity.load(path)
+    failed = False
+
+    def say(good: bool, text: str) -> None:
+        nonlocal failed
+        failed |= not good
+        click.echo(("ok      " if good else "FAILED  ") + text)
+
+    finite = all(bool(t.isfinite().all()) for t in identity.tensors.values() if t.is_floating_point())
+    say(bool(identity.tensors) and finite, f"{len(identity.tensors)} tensors, all finite")
+    say(path.stat().st_mode & 0o077 == 0, "readable by its owner only")
+    try:
+        here = fingerprint_directory(find_base(identity.base_name))
+        say(
+            here == identity.base_fingerprint,
+            f"base {identity.base_name} is here and the one it was learned on",
+        )
+    except PFStorerError as error:
+        say(False, str(error))
+    for photo in photos:
+        say(sha256_file(photo) in identity.references, f"learned from {photo}")
+    sys.exit(1 if failed else 0)
+
+
+@command.command("rm")
+@click.argument("names", nargs=-1, required=True)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm_command(names: tuple[str, ...], yes: bool) -> None:
+    """Delete identities for good, with what an interrupted training left of them.
+
+    \b
+    Example:
+      pfstorer-rt identities rm alice --yes
+    """
+    from pfstorer_rt.errors import BadFileError
+    from pfstorer_rt.identity import identity_path
+
+    paths: list[tuple[str, list[Path]]] = []
+    for name in names:
+        path = identity_path(name)
+        present = [p for p in (path, path.with_name(path.stem + ".training.pt")) if p.exists()]
+        if not present:
+            raise BadFileError(f"{name}: no such identity; `pfstorer-rt identities list` shows the known ones")
+        paths.append((name, present))
+    for name, present in paths:
+        if yes or click.confirm(f"delete {name}?", err=True):
+            for path in present:
+                path.unlink()
+            click.echo(f"{name}: deleted")

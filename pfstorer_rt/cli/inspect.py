@@ -1,0 +1,96 @@
+"""`pfstorer-rt inspect`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("path", metavar="FILE")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(path: str, as_json: bool) -> None:
+    """Show what a base directory, an identity file or a plan holds, and check that it is whole.
+
+    \b
+    Examples:
+      pfstorer-rt inspect alice.plan
+      pfstorer-rt inspect tiny --json
+    """
+    print_report(describe(path), as_json)
+
+
+def describe(path: str) -> dict[str, Any]:
+    """Describe any of the three artefacts; raises `BadFileError` for anything else."""
+    from pfstorer_rt.identity import identity_path
+
+    file = Path(path)
+    if path.endswith(".safetensors"):
+        return describe_identity(file)
+    if file.is_file():
+        return describe_plan(file)
+    if not file.exists() and os.sep not in path and identity_path(path).is_file():
+        return describe_identity(identity_path(path))
+    return describe_base(path)
+
+
+def describe_plan(path: Path) -> dict[str, Any]:
+    """Describe a plan after reading every payload."""
+    from pfstorer_rt.plan import COMPONENTS, Plan
+
+    plan = Plan.open(path)
+    sizes = {name: len(plan.read(name)) for name in COMPONENTS}
+    report = json.loads(plan.manifest.to_json())
+    for name, size in sizes.items():
+        report["payloads"][name]["bytes"] = size
+    return {"artefact": "plan", "file": str(path), "bytes": path.stat().st_size, **report}
+
+
+def describe_identity(path: Path) -> dict[str, Any]:
+    """Describe an identity after reading every tensor."""
+    from pfstorer_rt.identity import Identity
+
+    identity = Identity.load(path)
+    return {
+        "artefact": "identity", "file": str(path), "bytes": path.stat().st_size, "name": identity.name,
+        "method": identity.method, "base": identity.base_name, "base_fingerprint": identity.base_fingerprint,
+        "fingerprint": identity.fingerprint, "references": list(identity.references),
+        "layers": list(identity.layers), "gamma": identity.gamma, "settings": identity.settings,
+        "tensors": {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in identity.tensors.items()},
+    }  # fmt: skip
+
+
+def describe_base(path: str) -> dict[str, Any]:
+    """Describe a base after loading it."""
+    from pfstorer_rt.config import to_json
+    from pfstorer_rt.models.base import load_base
+
+    base = load_base(path)
+    parameters = {n: sum(p.numel() for p in m.parameters()) for n, m in base.modules().items()}
+    return {
+        "artefact": "base", "folder": str(base.path), "fingerprint": base.fingerprint, "parameters": parameters,
+        "config": json.loads(to_json(base.config)),
+    }  # fmt: skip
+
+
+def print_report(report: dict[str, Any], as_json: bool) -> None:
+    """Print a description as JSON, or indented and shortened for reading."""
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    _print_level({k: v for k, v in report.items() if k not in ("tensors", "settings", "config")}, "")
+    if "tensors" in report:
+        click.echo(f"tensors: {len(report['tensors'])} (--json lists them, and the settings)")
+
+
+def _print_level(values: dict[str, Any], indent: str) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            click.echo(f"{indent}{key}:")
+            _print_level(value, indent + "  ")
+        else:
+            click.echo(f"{indent}{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")

@@ -1,0 +1,67 @@
+"""`pfstorer-rt personalize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("references", nargs=-1, required=True, metavar="REFS...")
+@click.option("--identity", "name", required=True, help="Name of the person; the file is kept under it.")
+@click.option("--base", default="tiny", show_default=True, help="tiny, or a base directory.")
+@click.option("--method", type=click.Choice(["pfstorer", "vico", "dreambooth"]), default="pfstorer", show_default=True)
+@click.option("--iterations", type=click.IntRange(1), default=500, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--learning-rate", type=float, default=5e-5, show_default=True, help="Of the blocks.")
+@click.option("--lambda-gen", type=click.FloatRange(0), default=0.1, show_default=True)
+@click.option("--rank", type=click.IntRange(0), default=0, help="Rank of the blocks' matrices; 0 keeps them whole.")
+@click.option("--ref-source", type=click.Choice(["cached", "self"]), default="cached", show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File, in place of the named one.")
+@click.option("--overwrite", is_flag=True, help="Replace an identity of that name.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(references: tuple[str, ...], name: str, **options: Any) -> None:
+    """Learn a person from 3-5 photographs (files or folders) on a frozen base.
+
+    The identity is biometric data: its file is readable by you alone, and
+    `pfstorer-rt identities rm NAME` deletes it. An interrupted run goes on with the same command.
+
+    \b
+    Example:
+      pfstorer-rt personalize --identity alice photos/alice/*.jpg
+    """
+    from pfstorer_rt.config import PersonalizeConfig, TrainConfig
+    from pfstorer_rt.errors import PFStorerError
+    from pfstorer_rt.identity import identity_path
+
+    target = options["output"] or identity_path(name)
+    identity_path(name)
+    if target.exists() and not options["overwrite"]:
+        raise PFStorerError(f"{target}: exists already; choose another name or pass --overwrite")
+    import json
+
+    from pfstorer_rt.training.data import find_images
+    from pfstorer_rt.training.personalize import personalize
+
+    photos = find_images([Path(r) for r in references])
+    if len(photos) < 3:
+        click.echo(f"note: {len(photos)} photograph(s); 3-5 give a better likeness", err=True)
+    train = TrainConfig(
+        iterations=options["iterations"], batch=options["batch"], learning_rate=options["learning_rate"],
+        precision=options["precision"], device=options["device"], seed=options["seed"],
+    )  # fmt: skip
+    config = PersonalizeConfig(
+        method=options["method"], train=train, lambda_gen=options["lambda_gen"], rank=options["rank"],
+        ref_source=options["ref_source"],
+    )  # fmt: skip
+    identity = personalize(name, photos, options["base"], config, target)
+    if options["as_json"]:
+        click.echo(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))
+        return
+    click.echo(f"{name}: learned from {len(photos)} photographs on base {identity.base_name}, kept in {target}")
+    click.echo(f"next: pfstorer-rt export --identity {options['output'] or name} -o {name}.plan")

@@ -1,0 +1,54 @@
+"""`pfstorer-rt train-base`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PHOTOS...")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the finished base.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder of checkpoints. [default: OUTPUT.training]")
+@click.option("--preset", type=click.Choice(["nano", "tiny", "sd21"]), default="tiny", show_default=True)
+@click.option("--prior", help="Base whose autoencoder and UNet are kept; only SPADEs and structure encoder train.")
+@click.option("--autoencoder-iterations", type=click.IntRange(1), help="[default: the shipped base's]")
+@click.option("--iterations", type=click.IntRange(1), help="Of the restorer. [default: the shipped base's]")
+@click.option("--batch", type=click.IntRange(2), help="[default: 16]")
+@click.option("--crop", type=click.IntRange(16), help="Pixels of the autoencoder's squares. [default: 128]")
+@click.option("--variations", type=click.IntRange(1), help="Degraded pairs made of each photograph. [default: 2]")
+@click.option("--level", type=click.Choice(["light", "heavy"]), default="heavy", show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="bf16", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
+@click.option("--workers", type=click.IntRange(0), default=1, show_default=True, help="Processes preparing batches.")
+def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options: Any) -> None:
+    """Train a base on photographs: an autoencoder, then the restorer on degraded pairs.
+
+    An interrupted run goes on with the same command. `accelerate launch -m pfstorer_rt.cli train-base ...`
+    trains on several devices.
+
+    \b
+    Example:
+      pfstorer-rt train-base photos/ -o my-base
+    """
+    from dataclasses import replace
+
+    from pfstorer_rt.config import changed
+    from pfstorer_rt.models.base import load_base
+    from pfstorer_rt.training.base import BaseTrainConfig, train_base
+
+    common = {k: options[k] for k in ("batch", "seed", "precision", "device", "workers")}
+    config = BaseTrainConfig()
+    config = replace(
+        changed(config, preset=options["preset"], crop=options["crop"], variations=options["variations"]),
+        level=options["level"],
+        autoencoder=changed(config.autoencoder, iterations=options["autoencoder_iterations"], **common),
+        restorer=changed(config.restorer, iterations=options["iterations"], **common),
+    )
+    work = work or output.with_name(output.name + ".training")
+    prior = load_base(options["prior"]) if options["prior"] else None
+    base = train_base(photos, output, config, work, prior)
+    click.echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; checkpoints in {work} can go")

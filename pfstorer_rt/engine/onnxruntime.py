@@ -1,0 +1,68 @@
+"""ONNX Runtime: CUDA where the installed build and the machine have it, else the CPU."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from pfstorer_rt.engine.session import Array
+from pfstorer_rt.errors import BadFileError, MissingBackendError
+from pfstorer_rt.files import show_path
+from pfstorer_rt.plan import Plan
+
+
+def check() -> None:
+    """Raise `MissingBackendError` unless ONNX Runtime can be imported."""
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise MissingBackendError("onnxruntime is not installed: pip install onnxruntime") from error
+
+
+def providers() -> list[str]:
+    """Return the execution providers to ask for, best first."""
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    return [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
+
+
+class OnnxRuntimeSession:
+    """One ONNX payload in ONNX Runtime."""
+
+    def __init__(self, model: bytes) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self._session: Any = onnxruntime.InferenceSession(model, options, providers=providers())
+        self.inputs = tuple(i.name for i in self._session.get_inputs())
+        self.outputs = tuple(o.name for o in self._session.get_outputs())
+        self.provider: str = self._session.get_providers()[0]
+
+    def run(self, **arrays: Array) -> dict[str, Array]:
+        """Compute all outputs from all inputs, by name."""
+        return dict(zip(self.outputs, self._session.run(None, arrays), strict=True))
+
+    def __enter__(self) -> OnnxRuntimeSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session = None
+
+
+def open_component(plan: Plan, component: str) -> OnnxRuntimeSession:
+    """Open a component of an ONNX plan; raises `BadFileError` when ONNX Runtime cannot load it."""
+    if plan.manifest.target != "onnx":
+        raise MissingBackendError(
+            f"{show_path(plan.path)} was built for {plan.manifest.target}; "
+            "ONNX Runtime runs plans of `export --target onnx`"
+        )
+    data = plan.read(component)
+    try:
+        return OnnxRuntimeSession(data)
+    except Exception as error:  # ONNX Runtime raises its own kinds, one for each status
+        reason = " ".join(str(error).split())[:200]
+        raise BadFileError(f"{show_path(plan.path)}: ONNX Runtime cannot load the {component} ({reason})") from error

@@ -1,0 +1,140 @@
+"""The plan file: one uncompressed zip of `manifest.json` and one payload for each component."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.files import atomic_write, sha256_bytes, show_path
+
+SCHEMA = 1
+KIND = "pfstorer-plan"
+COMPONENTS = ("encoder", "denoiser", "decoder")
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same bytes for the same content
+
+
+@dataclass(frozen=True)
+class Payload:
+    """One component inside a plan."""
+
+    file: str
+    sha256: str
+    inputs: dict[str, dict[str, Any]]
+    """By name: `shape` (integers and dimension names) and `type` (numpy name)."""
+    outputs: dict[str, dict[str, Any]]
+    parity: dict[str, float] = field(default_factory=dict)
+    """How far it is from the PyTorch original, measured when it was built."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a runtime has to know; also made for a base in memory (`target="torch"`)."""
+
+    target: str
+    precision: str
+    tile: int
+    """Pixels."""
+    factor: int
+    """Pixels per latent pixel."""
+    latent_channels: int
+    prediction_type: str
+    sampler: str
+    steps: int
+    base_name: str
+    base_fingerprint: str
+    identity_name: str | None = None
+    identity_fingerprint: str | None = None
+    method: str | None = None
+    strength: bool = False
+    """Whether the denoiser takes `strength`."""
+    licence: str = "unknown"
+    tools: dict[str, str] = field(default_factory=dict)
+    payloads: dict[str, Payload] = field(default_factory=dict)
+    kind: str = KIND
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """Return stable, indented JSON."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
+        """Read the JSON form; raises `ValueError` for what does not fit."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(data) - known):
+            raise ValueError(f"unknown fields {unknown}")
+        payloads = {name: Payload(**payload) for name, payload in data["payloads"].items()}
+        try:
+            return cls(**{**data, "payloads": payloads})
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan on disk: its manifest, and its payloads read one at a time when asked for."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Plan:
+        """Open and check a plan without reading its payloads.
+
+        Raises `BadFileError` when it is missing, empty, damaged, foreign or from a newer version.
+        """
+        path, name = Path(path), show_path(path)
+        if not path.is_file():
+            raise BadFileError(f"{name}: no such plan; make one with `pfstorer-rt export`")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                data = json.loads(archive.read("manifest.json"))
+                present = set(archive.namelist())
+        except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError) as error:
+            raise BadFileError(f"{name}: not a plan, or cut off ({error}); export it again") from error
+        if not isinstance(data, dict) or data.get("kind") != KIND:
+            raise BadFileError(f"{name}: a zip file, but not a plan made by `pfstorer-rt export`")
+        if data.get("schema") != SCHEMA:
+            raise BadFileError(
+                f"{name}: plan schema {data.get('schema')}, this version reads {SCHEMA}; export it again"
+            )
+        try:
+            manifest = Manifest.from_dict(data)
+        except (ValueError, TypeError, KeyError) as error:
+            raise BadFileError(f"{name}: its manifest does not fit ({error}); export it again") from error
+        missing = [c for c in COMPONENTS if c not in manifest.payloads or manifest.payloads[c].file not in present]
+        if missing:
+            raise BadFileError(f"{name}: lacks {', '.join(missing)}; export it again")
+        return cls(path, manifest)
+
+    def read(self, component: str) -> bytes:
+        """Return a component's payload, checked against its sha256; raises `BadFileError` when damaged."""
+        payload = self.manifest.payloads[component]
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                data = archive.read(payload.file)
+        except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
+            raise BadFileError(f"{show_path(self.path)}: {component} is damaged ({error}); export it again") from error
+        if sha256_bytes(data) != payload.sha256:
+            raise BadFileError(
+                f"{show_path(self.path)}: the {component} does not match its sha256; copy or export the plan again"
+            )
+        return data
+
+
+def write_plan(path: Path, manifest: Manifest, payloads: Mapping[str, bytes]) -> Plan:
+    """Write a plan atomically and open it; the same content gives the same bytes.
+
+    payloads: {component: bytes}, for each entry of `manifest.payloads`.
+    """
+    mode = 0o600 if manifest.identity_name else None  # with an identity it is biometric data
+    with atomic_write(path, mode) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(zipfile.ZipInfo("manifest.json", _EPOCH), manifest.to_json())
+        for component, data in payloads.items():
+            archive.writestr(zipfile.ZipInfo(manifest.payloads[component].file, _EPOCH), data)
+    return Plan.open(path)
