@@ -30,6 +30,23 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor |
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def math(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Plain matrix products in the inputs' type: on a CPU its backward is several times faster than SDPA's."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def training_backend(device: torch.device) -> str:
+    """Return the backend that trains fastest on a device."""
+    return "math" if device.type == "cpu" else "auto"
+
+
+def _load_math(device: torch.device) -> AttentionFn:
+    return math
+
+
 def _load_sdpa(device: torch.device) -> AttentionFn:
     return sdpa
 
@@ -60,6 +77,7 @@ def _load_xformers(device: torch.device) -> AttentionFn:
 BACKENDS: dict[str, Callable[[torch.device], AttentionFn]] = {
     "sdpa": _load_sdpa,
     "xformers": _load_xformers,
+    "math": _load_math,
     "reference": _load_reference,
 }
 """Every backend, best first: a loader that returns the function or raises `MissingBackendError`."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Method = Literal["pfstorer", "vico", "dreambooth"]
 ConfigT = TypeVar("ConfigT")
 
@@ -136,7 +136,7 @@ PRESETS: dict[str, BaseConfig] = {
     # StableSR on SD 2.1-base at 512 pixels (method: StableSR sections 2.1-2.5).
     "sd21": BaseConfig(
         name="sd21", tile=512, layers=_SD21_LAYERS,
-        unet=_unet(4, (320, 640, 1280, 1280), (5, 10, 20, 20), 1024, sample_size=64),
+        unet=_unet(4, (320, 640, 1280, 1280), (5, 10, 20, 20), 1024),
         structure=StructureConfig(width=256, multipliers=(1, 1, 2, 2), heads=4, out_channels=256),
         vae=_SD21_VAE, text=_SD21_TEXT, tokenizer="clip", licence="NTU S-Lab 1.0 (non-commercial)",
     ),
@@ -160,7 +160,8 @@ class TrainConfig:
     """Largest norm of the gradient."""
     ema: float = 0.0
     """Decay of the averaged weights; 0 keeps none."""
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
+    """`auto` is bf16 where the device computes it natively, else fp32."""
     device: str = "auto"
     seed: int = 0
     workers: int = 0

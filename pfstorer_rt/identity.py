@@ -57,12 +57,12 @@ class Identity:
             )
 
     def save(self, path: Path) -> Path:
-        """Write the file, readable by its owner only; returns the path."""
+        """Write the file, readable by its owner only, the same bytes for the same content; returns the path."""
         import safetensors.torch
 
         tensors = {k: v.detach().cpu().contiguous() for k, v in sorted(self.tensors.items())}
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = safetensors.torch.save(tensors, metadata=self.metadata())
+        data = _with_sorted_header(safetensors.torch.save(tensors, metadata=self.metadata()))
         with atomic_write(path, mode=0o600) as file:
             file.write(data)
         return path
@@ -96,6 +96,14 @@ class Identity:
 
             identity.tensors = safetensors.torch.load_file(path)
         return identity
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """Sort a safetensors file's header: the library writes metadata in another order each time."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)  # the tensors stay aligned
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -139,9 +147,17 @@ def identity_path(name_or_file: str | Path) -> Path:
     text = str(name_or_file)
     if text.endswith(".safetensors") or os.sep in text:
         return Path(text)
-    if not _NAME.fullmatch(text):
-        raise ValueError(f"identity name {text!r}: expected letters, digits, '_', '-' or '.', at most 64 of them")
-    return identities_dir() / f"{text}.safetensors"
+    return named_identity(text)
+
+
+def named_identity(name: str) -> Path:
+    """Return the file of a name in the user's data directory; raises `ValueError` for what is not a name."""
+    if not _NAME.fullmatch(name) or name.endswith(".safetensors"):
+        raise ValueError(
+            f"identity name {name!r}: expected letters, digits, '_', '-' or '.', at most 64 of them, "
+            "without .safetensors at the end"
+        )
+    return identities_dir() / f"{name}.safetensors"
 
 
 def list_identities() -> list[Path]:

@@ -105,7 +105,7 @@ class Plan:
             )
         try:
             manifest = Manifest.from_dict(data)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadFileError(f"{name}: its manifest does not fit ({error}); export it again") from error
         missing = [c for c in COMPONENTS if c not in manifest.payloads or manifest.payloads[c].file not in present]
         if missing:

@@ -164,6 +164,16 @@ class Restorer:
             )
         if config.tile.batch < 1:
             raise ValueError(f"tile batch {config.tile.batch}: expected at least 1")
+        if config.tile.chop < 1 or config.tile.chop % PADDING:
+            raise ValueError(f"chop {config.tile.chop}: expected a multiple of {PADDING} pixels")
+        if config.tile.chop_stride < 1:
+            raise ValueError(f"chop_stride {config.tile.chop_stride}: expected at least 1 pixel")
+        if config.color_fix not in ("auto", "adain", "wavelet", "none"):
+            raise ValueError(f"colour fix {config.color_fix!r}: expected auto, adain, wavelet or none")
+        if config.init not in ("lq", "noise"):
+            raise ValueError(f"init {config.init!r}: expected lq or noise")
+        if not 0 <= config.eta <= 1:
+            raise ValueError(f"eta {config.eta}: expected 0 to 1")
 
     def steps(self, config: RestoreConfig) -> int:
         """Return the number of diffusion steps."""

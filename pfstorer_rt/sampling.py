@@ -22,10 +22,10 @@ Noise = Callable[[], torch.Tensor]
 TRAIN_STEPS = 1000
 
 
-def betas() -> npt.NDArray[np.float64]:
+def betas() -> npt.NDArray[Any]:
     """The 1000 noise variances: linspace of square roots, squared (StableSR section 4, "scaled linear")."""
-    roots: npt.NDArray[np.float64] = np.linspace(0.00085**0.5, 0.0120**0.5, TRAIN_STEPS, dtype=np.float64)
-    return roots * roots
+    roots = np.linspace(0.00085**0.5, 0.0120**0.5, TRAIN_STEPS, dtype=np.float64)
+    return np.square(roots)
 
 
 def alphas_cumprod() -> npt.NDArray[np.float64]:

@@ -35,10 +35,8 @@ def command(inputs: tuple[str, ...], output: str, level: str, seed: int, overwri
 
     from pfstorer_rt.training.degradation import degrade
 
-    seeds = iter(range(seed, seed + len(jobs)))
-
-    def work(pixels: Pixels, step: Callable[[int, int], None]) -> Pixels:
+    def work(number: int, pixels: Pixels, step: Callable[[int, int], None]) -> Pixels:
         image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-        return degrade(image, level, next(seeds)).permute(1, 2, 0).numpy()
+        return degrade(image, level, seed + number).permute(1, 2, 0).numpy()
 
     sys.exit(run_jobs(jobs, work, overwrite=overwrite, as_json=as_json, title="degrade"))

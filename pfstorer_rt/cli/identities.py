@@ -124,7 +124,7 @@ def rm_command(names: tuple[str, ...], yes: bool) -> None:
       pfstorer-rt identities rm alice --yes
     """
     from pfstorer_rt.errors import BadFileError
-    from pfstorer_rt.identity import identity_path
+    from pfstorer_rt.identity import identities_dir, identity_path, read_metadata
 
     paths: list[tuple[str, list[Path]]] = []
     for name in names:
@@ -132,6 +132,8 @@ def rm_command(names: tuple[str, ...], yes: bool) -> None:
         present = [p for p in (path, path.with_name(path.stem + ".training.pt")) if p.exists()]
         if not present:
             raise BadFileError(f"{name}: no such identity; `pfstorer-rt identities list` shows the known ones")
+        if path in present and path.parent != identities_dir():
+            read_metadata(path)  # a file given by its path is deleted only when it is an identity
         paths.append((name, present))
     for name, present in paths:
         if yes or click.confirm(f"delete {name}?", err=True):

@@ -20,7 +20,7 @@ import click
 @click.option("--rank", type=click.IntRange(0), default=0, help="Rank of the blocks' matrices; 0 keeps them whole.")
 @click.option("--ref-source", type=click.Choice(["cached", "self"]), default="cached", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File, in place of the named one.")
 @click.option("--overwrite", is_flag=True, help="Replace an identity of that name.")
@@ -37,10 +37,12 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
     """
     from pfstorer_rt.config import PersonalizeConfig, TrainConfig
     from pfstorer_rt.errors import PFStorerError
-    from pfstorer_rt.identity import identity_path
+    from pfstorer_rt.identity import identities_dir, identity_path
 
-    target = options["output"] or identity_path(name)
-    identity_path(name)
+    named = identity_path(name)
+    if named.parent != identities_dir():
+        raise ValueError(f"identity name {name!r}: expected a name, not a path; give a file with -o")
+    target = options["output"] or named
     if target.exists() and not options["overwrite"]:
         raise PFStorerError(f"{target}: exists already; choose another name or pass --overwrite")
     import json

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from pfstorer_rt.image import (
 )
 
 Pixels = npt.NDArray[np.float32]
-Work = Callable[[Pixels, Callable[[int, int], None]], Pixels]
-"""work(pixels (H, W, 3) in [0, 1], step(done, total)) -> pixels."""
+Work = Callable[[int, Pixels, Callable[[int, int], None]], Pixels]
+"""work(number of the job from 0, pixels (H, W, 3) in [0, 1], step(done, total)) -> pixels."""
 STREAM = "-"
 
 
@@ -112,7 +113,7 @@ def run_jobs(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr(), transient=True) as progress:
         overall = progress.add_task(title, total=len(jobs)) if len(jobs) > 1 else None
-        for job in jobs:
+        for number, job in enumerate(jobs):
             bar = progress.add_task(job.source.name if job.source else "stdin", total=None)
             started = time.perf_counter()
             report: dict[str, Any] = {"input": str(job.source or STREAM), "output": str(job.target or STREAM)}
@@ -121,7 +122,7 @@ def run_jobs(
                 progress.update(bar, completed=done, total=total)
 
             try:
-                report |= run_job(job, work, overwrite, max_pixels, step)
+                report |= run_job(job, partial(work, number), overwrite, max_pixels, step)
                 if report["status"] == "done":
                     report |= {"seconds": round(time.perf_counter() - started, 3), **facts()}
             except (PFStorerError, OSError, MemoryError) as error:
@@ -134,7 +135,10 @@ def run_jobs(
     return 1 if failures else 0
 
 
-def run_job(job: Job, work: Work, overwrite: bool, max_pixels: int, step: Callable[[int, int], None]) -> dict[str, Any]:
+def run_job(
+    job: Job, work: Callable[[Pixels, Callable[[int, int], None]], Pixels], overwrite: bool, max_pixels: int,
+    step: Callable[[int, int], None],
+) -> dict[str, Any]:  # fmt: skip
     """Do one job; returns its status, size and notes. A target that exists already is not touched."""
     if job.target is not None and job.target.exists() and not overwrite:
         if job.explicit:
@@ -155,7 +159,11 @@ def write(job: Job, picture: Picture, pixels: Pixels, overwrite: bool) -> None:
     if job.target is None:
         sys.stdout.buffer.write(encode_image(pixels, "png", **kept))
         return
-    job.target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise PFStorerError(f"{job.target}: its folder cannot be made ({reason}); choose another one") from error
     save_image(job.target, pixels, overwrite=overwrite, **kept)
 
 

@@ -83,7 +83,7 @@ def command(
             "strength": config.strength, "backend": restorer.backend, "provider": restorer.provider,
         }  # fmt: skip
         status = run_jobs(
-            jobs, lambda pixels, step: restorer.restore(pixels, config, step), overwrite=options["overwrite"],
+            jobs, lambda _, pixels, step: restorer.restore(pixels, config, step), overwrite=options["overwrite"],
             as_json=options["as_json"], title="restore", max_pixels=options["max_pixels"], facts=lambda: facts,
         )  # fmt: skip
     sys.exit(status)

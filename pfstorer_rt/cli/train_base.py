@@ -21,7 +21,7 @@ import click
 @click.option("--variations", type=click.IntRange(1), help="Degraded pairs made of each photograph. [default: 2]")
 @click.option("--level", type=click.Choice(["light", "heavy"]), default="heavy", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="bf16", show_default=True)
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
 @click.option("--workers", type=click.IntRange(0), default=1, show_default=True, help="Processes preparing batches.")
 def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options: Any) -> None:

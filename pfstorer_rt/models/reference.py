@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from pfstorer_rt.attention import AttentionProcessor, split_heads
 from pfstorer_rt.models.base import Base
@@ -79,6 +80,43 @@ class References(NamedTuple):
     """{layer: bool (B, S)}"""
 
 
+class ReferencePass(NamedTuple):
+    """What one pass of the base over reference rows leaves at each layer."""
+
+    features: Mapping[str, torch.Tensor]
+    """{layer: (B, S, C)}"""
+    probabilities: Mapping[str, torch.Tensor]
+    """{layer: (B, S, L)} head-mean text attention, fp32."""
+
+
+def reference_pass(
+    unet: RestorationUNet,
+    structure_encoder: nn.Module,
+    latent: torch.Tensor,
+    t: torch.Tensor,
+    context: torch.Tensor,
+    layers: Sequence[str],
+    tap: str = "post",
+    bypass_sft: bool = False,
+) -> ReferencePass:
+    """Run clean reference latents (B, C, h, w) through the base and keep what the personalized layers see.
+
+    t: (B,). context: the subject prompt, (B, L, D). tap, bypass_sft: `tap` and `ref_sft == "bypass"` of a
+    `PersonalizeConfig`. Gradients flow to the context.
+    """
+    features: dict[str, torch.Tensor] = {}
+
+    def keep(layer: str) -> Any:
+        return lambda tokens: features.setdefault(layer, tokens)
+
+    taps = {layer: keep(layer) for layer in layers}
+    where = {"taps" if tap == "post" else "inner_taps": taps}
+    bypass = torch.ones(len(latent), dtype=torch.bool, device=latent.device) if bypass_sft else None
+    with record_text_attention(unet, layers, len(latent)) as recording:
+        unet(latent, t, context, structure_encoder(latent, t), bypass=bypass, **where)
+    return ReferencePass(features, {layer: r.probabilities for layer, r in recording.items()})
+
+
 @torch.no_grad()
 def reference_features(
     base: Base, latent: torch.Tensor, token: torch.Tensor, settings: Mapping[str, Any], layers: Sequence[str]
@@ -91,15 +129,8 @@ def reference_features(
     ids, positions = subject_ids(base, settings["subject_prompt"])
     context = base.text_encoder(ids, token).expand(len(latent), -1, -1)
     t = torch.zeros(len(latent), dtype=torch.long, device=latent.device)
-    bypass = torch.full((len(latent),), settings["ref_sft"] == "bypass", device=latent.device)
-    features: dict[str, torch.Tensor] = {}
-
-    def keep(layer: str) -> Any:
-        return lambda tokens: features.setdefault(layer, tokens)
-
-    taps = {layer: keep(layer) for layer in layers}
-    where = {"taps" if settings["tap"] == "post" else "inner_taps": taps}
-    with record_text_attention(base.unet, layers, len(latent)) as recording:
-        base.unet(latent, t, context, base.structure_encoder(latent, t), bypass=bypass, **where)
-    masks = {k: reference_mask(r.probabilities[:, :, positions.subject]) for k, r in recording.items()}
-    return References(features, masks)
+    found = reference_pass(
+        base.unet, base.structure_encoder, latent, t, context, layers, settings["tap"], settings["ref_sft"] == "bypass"
+    )
+    masks = {layer: reference_mask(p[:, :, positions.subject]) for layer, p in found.probabilities.items()}
+    return References(found.features, masks)

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from rich.progress import track
 from torch import nn
 
+from pfstorer_rt.attention import training_backend
 from pfstorer_rt.config import PRESETS, TrainConfig
 from pfstorer_rt.console import stderr
 from pfstorer_rt.models.base import Base, build_base, fingerprint_modules
@@ -35,18 +36,22 @@ class BaseTrainConfig:
     preset: str = "tiny"
     autoencoder: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            iterations=6000, batch=16, learning_rate=1e-3, warmup=100, decay=0.5, ema=0.998, precision="bf16"
+            iterations=6000, batch=16, learning_rate=1e-3, warmup=100, decay=0.5, ema=0.998
         )
     )
     restorer: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            iterations=8000, batch=16, learning_rate=5e-4, warmup=200, decay=0.4, ema=0.999, precision="bf16"
+            iterations=8000, batch=16, learning_rate=5e-4, warmup=200, decay=0.4, ema=0.999
         )
     )
     crop: int = 128
     """Side in pixels of the autoencoder's training squares (it is convolutional: any size serves)."""
     zoom: float = 1.5
     """Squares are cut at up to this magnification."""
+    latent_crop: int = 16
+    """Side of the latent squares that the restorer first learns on: the same network at a third of the cost."""
+    cropped: float = 0.8
+    """Share of the iterations on such squares; the rest sees whole tiles."""
     variations: int = 1
     """Degraded pairs made of each photograph."""
     level: Literal["light", "heavy"] = "heavy"
@@ -106,7 +111,8 @@ def latent_pairs(
     count, side = len(paths) * config.variations, base.config.latent_tile
     shape = (count, 2, base.config.latent_channels, side, side)
     file, progress_file = work / "pairs.npy", work / "pairs.json"
-    mark = signature(asdict(config), paths) + base.fingerprint
+    made = [config.variations, config.zoom, config.level, config.p_hq, config.restorer.seed, base.config.tile]
+    mark = signature(made, paths) + base.fingerprint
     done = 0
     if file.exists() and progress_file.exists():
         progress = json.loads(progress_file.read_text())
@@ -147,9 +153,11 @@ def train_restorer(paths: list[Path], base: Base, work: Path, config: BaseTrainC
     """
     settings = config.restorer
     accelerator = make_accelerator(settings)
-    base.to(accelerator.device)
+    base.to(accelerator.device).set_attention(training_backend(accelerator.device))
     pairs = latent_pairs(paths, base, work, config, accelerator)
-    objective = nn.Module.to(RestorerObjective(base), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    objective: nn.Module = RestorerObjective(base)
+    if not config.frozen_prior:  # with frozen norms, the CPU's backward of GroupNorm crashes in this format
+        objective = nn.Module.to(objective, memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, parameter in objective.named_parameters():
         parameter.requires_grad_(not config.frozen_prior or ".spade." in name or name.startswith("structure_encoder"))
     trainable = [p for p in objective.parameters() if p.requires_grad]
@@ -162,6 +170,10 @@ def train_restorer(paths: list[Path], base: Base, work: Path, config: BaseTrainC
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + first)
         noise = torch.randn(chosen[:, 0].shape, generator=generator)
         t = torch.randint(0, 1000, (settings.batch,), generator=generator)
+        if iteration < config.cropped * settings.iterations:
+            side = min(config.latent_crop, base.config.latent_tile)
+            y, x = rng.integers(0, chosen.shape[-1] - side + 1, 2)
+            chosen, noise = (z[..., y : y + side, x : x + side] for z in (chosen, noise))
         return {"hq": chosen[:, 0], "lq": chosen[:, 1], "noise": noise, "t": t}
 
     mark = signature(asdict(config), paths) + base.fingerprint
@@ -169,7 +181,7 @@ def train_restorer(paths: list[Path], base: Base, work: Path, config: BaseTrainC
         objective, optimizer, make_batch, settings, accelerator, work / "restorer.pt", mark, "restorer",
         log_to(work / "restorer.csv"),
     )  # fmt: skip
-    base.freeze()
+    base.freeze().set_attention()
 
 
 def train_base(

@@ -6,12 +6,12 @@ import math
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -34,10 +34,22 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise MissingBackendError(f"device {config.device}: no CUDA device is visible to torch; use --device cpu")
     if cpu and config.precision == "fp16":
         raise MissingBackendError("fp16 training needs a GPU; on a CPU use --precision bf16 or fp32")
-    precision = "no" if config.precision == "fp32" else config.precision
+    wanted: str = config.precision
+    if wanted == "auto":
+        wanted = "bf16" if has_native_bf16(cpu) else "fp32"
+    precision = "no" if wanted == "fp32" else wanted
+    AcceleratorState._reset_state()  # else the first call's precision would bind the whole process
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     set_seed(config.seed)
     return accelerator
+
+
+def has_native_bf16(cpu: bool) -> bool:
+    """Whether bf16 is fast here: on a CPU that takes AVX512-BF16 or AMX, on a GPU compute capability 8."""
+    if not cpu:
+        return bool(torch.cuda.is_bf16_supported())
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def learning_rate_factor(iteration: int, config: TrainConfig) -> float:
@@ -48,13 +60,6 @@ def learning_rate_factor(iteration: int, config: TrainConfig) -> float:
     if config.decay and iteration > start:
         return 0.5 + 0.5 * math.cos(math.pi * (iteration - start) / (config.iterations - start))
     return 1.0
-
-
-def cpu_attention(device: torch.device) -> AbstractContextManager[None]:
-    """Prefer plain matrix products on a CPU, where the backward of the fused attention is several times slower."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 class Interruption:
@@ -185,9 +190,8 @@ def train(
         for batch in prefetch(make_batch, start, config.iterations, config.workers):
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * learning_rate_factor(done, config)
-            with cpu_attention(accelerator.device):
-                losses = objective({k: v.to(accelerator.device) for k, v in batch.items()})
-                accelerator.backward(losses["loss"])
+            losses = objective({k: v.to(accelerator.device) for k, v in batch.items()})
+            accelerator.backward(losses["loss"])
             accelerator.clip_grad_norm_(trainable, config.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 
 import torch
@@ -13,7 +12,7 @@ from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.personalization import PersonalizationBlocks, reference_mask
 from pfstorer_rt.models.prompt import tokenize
-from pfstorer_rt.models.reference import RecordingProcessor, record_text_attention, subject_ids
+from pfstorer_rt.models.reference import ReferencePass, reference_pass, subject_ids
 from pfstorer_rt.models.unet import Tap
 from pfstorer_rt.models.vae import Autoencoder, decode, encode_moments
 from pfstorer_rt.training.data import Batch
@@ -107,7 +106,7 @@ def attention_loss(probabilities: torch.Tensor, subject: int, end: int) -> torch
 class PersonalizationObjective(nn.Module):
     """`L_diff + lambda_gen L_gen + lambda_pers L_pers` (PFStorer section 3.3).
 
-    Rows of one pass through the frozen base: LQ-conditioned, null-conditioned, reference.
+    Rows that pass the frozen base: reference rows, then LQ-conditioned and null-conditioned ones.
     """
 
     alphas_cumprod: torch.Tensor
@@ -143,50 +142,53 @@ class PersonalizationObjective(nn.Module):
         x0, z_lq, z_ref = (self.encode(batch[k]) for k in ("hq", "lq", "reference"))
         t, noise, n = batch["t"], batch["noise"], len(x0)
         x = add_noise(x0, noise, t, self.alphas_cumprod)
-        t_ref = t if self.config.ref_timestep == "same" else torch.zeros_like(t)
-        rows_t = torch.cat([t, t, t_ref])
-        structure = self.structure_encoder(torch.cat([z_lq, torch.zeros_like(z_lq), z_ref]), rows_t)
-        with record_text_attention(self.unet, self.blocks.layers, n) as recording:
-            prediction = self.unet(
-                torch.cat([x, x, z_ref]), rows_t, self.contexts(n), structure, bypass=self.bypass(n, x.device),
-                **self.taps(n, recording, bool(batch["self"])),
-            )  # fmt: skip
+        subject = self.text_encoder(self.ids, self.token)
+        reference = self.reference(z_ref, t, subject)
+        rows_t = torch.cat([t, t])
+        prediction = self.unet(
+            torch.cat([x, x]), rows_t, self.main_context(subject).expand(2 * n, -1, -1),
+            self.structure_encoder(torch.cat([z_lq, torch.zeros_like(z_lq)]), rows_t), bypass=self.bypass(n, x.device),
+            **self.taps(reference, bool(batch["self"])),
+        ).float()  # fmt: skip
         target = prediction_target(x0, noise, t, self.alphas_cumprod, self.base_config.prediction_type)
-        diff = F.mse_loss(prediction[:n].float(), target)
-        gen = F.mse_loss(prediction[n : 2 * n].float(), target)
-        pers = sum((attention_loss(r.probabilities, *self.positions) for r in recording.values()), diff.new_zeros(()))
+        diff, gen = F.mse_loss(prediction[:n], target), F.mse_loss(prediction[n:], target)
+        pers = diff.new_zeros(())
+        for probabilities in reference.probabilities.values():
+            pers = pers + attention_loss(probabilities, *self.positions)
         loss = diff + self.config.lambda_gen * gen + self.config.lambda_pers * pers
         return {"loss": loss, "diff": diff, "gen": gen, "pers": pers}
 
-    def contexts(self, n: int) -> torch.Tensor:
-        """Contexts of the 3n rows, (3n, L, D): the base's prompt twice (or the subject's), the subject's."""
-        subject = self.text_encoder(self.ids, self.token)
-        main = subject if self.config.main_prompt == "subject" else self.base_context
-        return torch.cat([main.expand(2 * n, -1, -1), subject.expand(n, -1, -1)])
+    def main_context(self, subject: torch.Tensor) -> torch.Tensor:
+        """Context of the restored rows, (1, L, D): the base's prompt, or the subject's."""
+        return subject if self.config.main_prompt == "subject" else self.base_context
+
+    def reference(self, z_ref: torch.Tensor, t: torch.Tensor, subject: torch.Tensor) -> ReferencePass:
+        """Run the reference rows through the base.
+
+        The paper puts them into the batch of the restored rows; apart, the outcome is the same, and
+        the restored rows need no gradients before the first personalized layer.
+        """
+        t_ref = t if self.config.ref_timestep == "same" else torch.zeros_like(t)
+        return reference_pass(
+            self.unet, self.structure_encoder, z_ref, t_ref, subject.expand(len(z_ref), -1, -1), self.blocks.layers,
+            self.config.tap, self.config.ref_sft == "bypass",
+        )  # fmt: skip
 
     def bypass(self, n: int, device: torch.device) -> torch.Tensor | None:
-        """Rows that skip SPADE, bool (3n,); None when no row does."""
-        null, reference = self.config.null_cond == "bypass", self.config.ref_sft == "bypass"
-        if not (null or reference):
+        """Rows that skip SPADE, bool (2n,): the null-conditioned ones with `null_cond: bypass`, else None."""
+        if self.config.null_cond != "bypass":
             return None
-        return torch.tensor([False, null, reference], device=device).repeat_interleave(n)
+        return torch.tensor([False, True], device=device).repeat_interleave(n)
 
-    def taps(self, n: int, recording: Mapping[str, RecordingProcessor], use_self: bool) -> dict[str, dict[str, Tap]]:
-        """Return the taps for rows (2n restored, n reference); reference rows pass unchanged."""
-
-        def tap(block: nn.Module, layer: str) -> Tap:
-            def run(tokens: torch.Tensor) -> torch.Tensor:
-                restored, reference = tokens[: 2 * n], tokens[2 * n :]
-                if use_self:
-                    return torch.cat([block(restored, None), reference])
-                with torch.no_grad():
-                    mask = reference_mask(recording[layer].probabilities[:, :, self.positions.subject])
-                return torch.cat([block(restored, reference.repeat(2, 1, 1), mask.repeat(2, 1)), reference])
-
-            return run
-
-        taps = {layer: tap(block, layer) for layer, block in zip(self.blocks.layers, self.blocks, strict=True)}
-        return {"taps" if self.config.tap == "post" else "inner_taps": taps}
+    def taps(self, reference: ReferencePass, use_self: bool) -> dict[str, dict[str, Tap]]:
+        """Return the UNet's taps; both kinds of restored rows attend to their reference."""
+        where = "taps" if self.config.tap == "post" else "inner_taps"
+        if use_self:
+            return {where: self.blocks.taps(None)}
+        with torch.no_grad():
+            masks = {k: reference_mask(p[:, :, self.positions.subject]) for k, p in reference.probabilities.items()}
+        features = {k: f.repeat(2, 1, 1) for k, f in reference.features.items()}
+        return {where: self.blocks.taps(features, {k: m.repeat(2, 1) for k, m in masks.items()})}
 
 
 class DreamBoothObjective(nn.Module):

@@ -12,11 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from pfstorer_rt.attention import choose, training_backend
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.files import sha256_file
-from pfstorer_rt.identity import Identity, identity_path
+from pfstorer_rt.identity import Identity, named_identity
 from pfstorer_rt.models.base import Base, load_base
+from pfstorer_rt.models.personalization import PersonalizationBlock
 from pfstorer_rt.models.reference import reference_features
+from pfstorer_rt.models.unet import RestorationUNet
 from pfstorer_rt.training.base import signature
 from pfstorer_rt.training.data import Batch, center_crop, find_images, random_crop, read_photo
 from pfstorer_rt.training.degradation import LEVELS, degrade
@@ -43,7 +46,7 @@ def personalize(
     """
     config = config or PersonalizeConfig()
     base = base if isinstance(base, Base) else load_base(base)
-    target = output or identity_path(name)
+    target = output or named_identity(name)
     paths = find_images(references)
     photos = [read_photo(path) for path in paths]
     accelerator = make_accelerator(config.train)
@@ -51,18 +54,29 @@ def personalize(
     objective: nn.Module = (
         DreamBoothObjective(base, config) if config.method == "dreambooth" else PersonalizationObjective(base, config)
     )
-    objective.to(accelerator.device)
+    nn.Module.to(objective, accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    set_attention(objective, base, training_backend(accelerator.device))
     mark = signature([asdict(config), base.fingerprint], paths)
     checkpoint = target.with_name(target.stem + ".training.pt")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(objective, config)
     batches = BatchMaker(photos, base, config, accelerator.process_index, accelerator.num_processes)
     train(objective, optimizer, batches, config.train, accelerator, checkpoint, mark, f"personalize {name}")
+    set_attention(objective, base, "auto")
     identity = make_identity(name, objective, base, config, paths, photos)
     if accelerator.is_main_process:
         identity.save(target)
         checkpoint.unlink(missing_ok=True)
     return identity
+
+
+def set_attention(objective: nn.Module, base: Base, backend: str) -> None:
+    """Send the attention of the base and of what is trained on it through a backend."""
+    base.set_attention(backend)
+    function = choose(backend, base.device).function
+    for module in objective.modules():
+        if isinstance(module, (PersonalizationBlock, RestorationUNet)):
+            module.set_attention(function)
 
 
 def make_optimizer(objective: nn.Module, config: PersonalizeConfig) -> torch.optim.Optimizer:

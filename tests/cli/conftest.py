@@ -1,0 +1,103 @@
+import io
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    stdout: bytes
+    err: str
+
+    @property
+    def out(self):
+        return self.stdout.decode()
+
+    @property
+    def errors(self):
+        """The lines that report a failure."""
+        return [line for line in self.err.splitlines() if "Error:" in line or "failed:" in line]
+
+
+@pytest.fixture
+def run(capsysbinary, monkeypatch):
+    """Function (*arguments, stdin=b"") -> Outcome of one command, in this process."""
+    from pfstorer_rt.cli import main
+
+    def call(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsysbinary.readouterr()
+        status = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as error:
+            status = error.code or 0
+        captured = capsysbinary.readouterr()
+        outcome = Outcome(status, captured.out, captured.err.decode())
+        assert "Traceback" not in outcome.err and b"Traceback" not in outcome.stdout
+        return outcome
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """Like `run`, for a call that must end with a status, one line on stderr, and nothing on stdout."""
+
+    def call(status, *arguments, words=()):
+        outcome = run(*arguments)
+        lines = [line for line in outcome.err.splitlines() if line.strip()]
+        assert (outcome.status, outcome.out, len(lines)) == (status, "", 1), outcome
+        assert lines[0].startswith("Error: ") and all(word in lines[0] for word in words), lines
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture
+def save(make_picture):
+    """Function (path, width, height, seed=0, **options of Pillow's save) -> path of a new RGB picture."""
+
+    def write(path, width=40, height=24, seed=0, **options):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        levels = (make_picture(height, width, seed) * 255).round().astype(np.uint8)
+        Image.fromarray(levels).save(path, **options)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def photos(save, tmp_path):
+    """Three reference photographs."""
+    return [save(tmp_path / "refs" / f"{i}.png", 72, 80, seed=i) for i in range(3)]
+
+
+@pytest.fixture
+def tree():
+    """Function folder -> {relative name: bytes} of every file below it."""
+
+    def read(folder):
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+    return read
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Every fsync fails as on a full disk; call `.undo()` on the result for an empty one."""
+    import errno
+    import os
+
+    real = os.fsync
+
+    def fail(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    return SimpleNamespace(undo=lambda: monkeypatch.setattr(os, "fsync", real))

@@ -1,0 +1,342 @@
+import json
+import stat
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def people(monkeypatch, tmp_path, nano_identity):
+    """A data directory with the identity `alice` in it; returns its folder of identities."""
+    monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "home"))
+    nano_identity.save(tmp_path / "home" / "identities" / "alice.safetensors")
+    return tmp_path / "home" / "identities"
+
+
+@pytest.fixture
+def other_base_dir(tmp_path):
+    from pfstorer_rt.models.base import build_base
+
+    return build_base("nano", seed=7).save(tmp_path / "other")
+
+
+def learn(run, base, photos, *more):
+    return run("personalize", "--base", base, "--iterations", 2, "--batch", 1, *photos, *more)
+
+
+# ---- inspect
+
+
+def test_inspect_shows_a_base(run, nano_base_dir, nano_base):
+    report = json.loads(run("inspect", nano_base_dir, "--json").out)
+    assert report["artefact"] == "base" and report["fingerprint"] == nano_base.fingerprint
+    assert report["config"]["name"] == "nano"
+    assert report["parameters"]["unet"] == sum(p.numel() for p in nano_base.unet.parameters())
+    assert f"fingerprint: {nano_base.fingerprint}" in run("inspect", nano_base_dir).out
+
+
+def test_inspect_shows_an_identity_by_file_and_by_name(run, people, nano_identity):
+    by_file = json.loads(run("inspect", people / "alice.safetensors", "--json").out)
+    assert by_file == json.loads(run("inspect", "alice", "--json").out)
+    assert by_file["artefact"] == "identity" and by_file["fingerprint"] == nano_identity.fingerprint
+    assert by_file["tensors"]["token"] == ["float16", *nano_identity.tensors["token"].shape]
+    text = run("inspect", "alice").out
+    assert "method: pfstorer" in text and f"tensors: {len(nano_identity.tensors)}" in text
+
+
+def test_inspect_shows_a_plan(run, nano_plan):
+    report = json.loads(run("inspect", nano_plan.path, "--json").out)
+    assert report["artefact"] == "plan" and report["identity_name"] == "alice"
+    sizes = {name: payload["bytes"] for name, payload in report["payloads"].items()}
+    assert sizes == {name: len(nano_plan.read(name)) for name in ("encoder", "denoiser", "decoder")}
+    assert "identity_name: alice" in run("inspect", nano_plan.path).out
+
+
+def cut_plan(path, plan, base):
+    path.write_bytes(plan.path.read_bytes()[:-100])
+
+
+def changed_plan(path, plan, base):
+    data = bytearray(plan.path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def base_without_unet(path, plan, base):
+    import shutil
+
+    shutil.copytree(base, path)
+    shutil.rmtree(path / "unet")
+
+
+def base_with_cut_weights(path, plan, base):
+    import shutil
+
+    shutil.copytree(base, path)
+    weights = next((path / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("missing", lambda path, plan, base: None),
+        ("empty.plan", lambda path, plan, base: path.write_bytes(b"")),
+        ("text", lambda path, plan, base: path.write_text("{}")),
+        ("cut.plan", cut_plan),
+        ("changed.plan", changed_plan),
+        ("folder", lambda path, plan, base: path.mkdir()),
+        ("no-unet", base_without_unet),
+        ("cut-weights", base_with_cut_weights),
+        ("missing.safetensors", lambda path, plan, base: None),
+        ("text.safetensors", lambda path, plan, base: path.write_text("{}")),
+        ("other.safetensors", lambda path, plan, base: safetensors_file(path)),
+        ("cut.safetensors", lambda path, plan, base: safetensors_file(path, cut=4)),
+    ],
+)
+def test_inspect_refuses_garbage_in_one_line(refused, tmp_path, nano_plan, nano_base_dir, name, make):
+    make(tmp_path / name, nano_plan, nano_base_dir)
+    refused(2, "inspect", tmp_path / name, "--json", words=[name])
+
+
+def safetensors_file(path, cut=0):
+    import safetensors.numpy
+
+    data = safetensors.numpy.save({"x": np.zeros(8, np.float32)})
+    path.write_bytes(data[: len(data) - cut])
+
+
+# ---- identities
+
+
+def test_identities_are_listed_with_those_that_cannot_be_read(run, people):
+    (people / "broken.safetensors").write_bytes(b"")
+    (people / "notes.txt").write_text("not an identity")
+    rows = [json.loads(line) for line in run("identities", "list", "--json").out.splitlines()]
+    assert [row["name"] for row in rows] == ["alice", "broken"]
+    assert rows[0]["method"] == "pfstorer" and rows[0]["references"] == 1 and "error" in rows[1]
+    text = run("identities", "list")
+    assert text.status == 0 and "alice  pfstorer on nano" in text.out and "broken  unreadable" in text.out
+
+
+def test_an_empty_list_is_no_failure(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "nowhere"))
+    assert (run("identities", "list", "--json").out, run("identities", "list").status) == ("", 0)
+    assert "personalize" in run("identities", "list").err and not (tmp_path / "nowhere").exists()
+
+
+def test_show(run, people, nano_identity):
+    report = json.loads(run("identities", "show", "alice", "--json").out)
+    assert report["base_fingerprint"] == nano_identity.base_fingerprint and set(report["gamma"]) == set(
+        nano_identity.layers
+    )
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "rm"])
+@pytest.mark.parametrize("name", ["bob", "no such/bob.safetensors", "?", ""])
+def test_names_that_are_not_there_are_refused(refused, people, tree, command, name):
+    before = tree(people)
+    refused(2, "identities", command, name)
+    assert tree(people) == before
+
+
+def test_verify_tells_whole_private_known_and_learned_from(run, people, save, monkeypatch, nano_base_dir):
+    monkeypatch.chdir(nano_base_dir.parent)  # the base is found by its name there
+    good = run("identities", "verify", "alice")
+    assert good.status == 0 and "FAILED" not in good.out and good.out.count("ok ") == 3
+    stranger = run("identities", "verify", "alice", save(people / "x.png"))
+    assert stranger.status == 1 and "FAILED  learned from" in stranger.out
+    (people / "alice.safetensors").chmod(0o644)
+    assert "FAILED  readable by its owner only" in run("identities", "verify", "alice").out
+
+
+def test_verify_fails_without_the_base_or_on_another(run, people, monkeypatch, other_base_dir):
+    missing = run("identities", "verify", "alice")
+    assert missing.status == 1 and "no base there" in missing.out
+    other_base_dir.rename(other_base_dir.with_name("nano"))
+    monkeypatch.chdir(other_base_dir.parent)
+    assert "FAILED  base nano" in run("identities", "verify", "alice").out
+
+
+def test_rm_deletes_an_identity_with_what_its_training_left(run, people, tree):
+    (people / "alice.training.pt").write_bytes(b"weights")
+    (people / "notes.txt").write_text("kept")
+    assert run("identities", "rm", "alice", stdin=b"n\n").status == 0
+    assert len(tree(people)) == 3
+    assert run("identities", "rm", "alice", "--yes").out == "alice: deleted\n"
+    assert list(tree(people)) == ["notes.txt"]
+
+
+def test_rm_deletes_nothing_when_one_name_is_wrong(refused, people, tree):
+    before = tree(people)
+    refused(2, "identities", "rm", "alice", "bob", "--yes", words=["bob"])
+    assert tree(people) == before
+
+
+def test_rm_takes_a_damaged_identity_but_no_foreign_file(run, refused, people, tmp_path):
+    (people / "broken.safetensors").write_bytes(b"cut off")
+    assert run("identities", "rm", "broken", "--yes").status == 0
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("years of work")
+    refused(2, "identities", "rm", thesis, "--yes", words=["thesis.txt"])
+    assert thesis.read_text() == "years of work"
+
+
+# ---- doctor
+
+
+def test_doctor_reports_every_door(run):
+    from pfstorer_rt.attention import BACKENDS as ATTENTION
+    from pfstorer_rt.engine.session import BACKENDS
+
+    report = json.loads(run("doctor", "--json").out)
+    assert set(report["engines"]) == {"torch", *BACKENDS} and set(report["attention"]) == set(ATTENTION)
+    assert report["engines"]["onnxruntime"] is None and report["attention"]["reference"] is None
+    for refusals in (report["engines"], report["attention"], report["metrics"]):
+        assert all(reason is None or len(reason) > 10 for reason in refusals.values())
+    text = run("doctor").out
+    assert "engine    onnxruntime: ready" in text and report["home"] in text
+
+
+def test_doctor_says_what_to_install(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    report = json.loads(run("doctor", "--json").out)
+    assert "pip install" in report["engines"]["openvino"]
+
+
+# ---- degrade
+
+
+def test_degrade_is_fixed_by_its_seed(run, save, tree, tmp_path):
+    picture = save(tmp_path / "a.png", 64, 48)
+
+    def bad(*arguments):
+        assert run("degrade", picture, "-o", tmp_path / "b.png", "--overwrite", *arguments).status == 0
+        with Image.open(tmp_path / "b.png") as result:
+            assert result.size == (64, 48)
+        return (tmp_path / "b.png").read_bytes()
+
+    first = bad("--seed", 4)
+    assert bad("--seed", 4) == first
+    others = [bad("--seed", 5), bad("--seed", 4, "--level", "light"), picture.read_bytes()]
+    assert len({first, *others}) == 4
+
+
+def test_heavy_is_further_from_the_original_than_light(run, save, tmp_path):
+    pictures = [save(tmp_path / "in" / f"{i}.png", 64, 64, seed=i) for i in range(6)]
+
+    def distance(level):
+        assert run("degrade", tmp_path / "in", "-o", tmp_path / level, "--level", level).status == 0
+        pairs = [(p, tmp_path / level / f"{p.stem}_degraded.png") for p in pictures]
+        return np.mean([np.abs(pixels(a) - pixels(b)).mean() for a, b in pairs])
+
+    assert distance("heavy") > distance("light")
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image, np.float32)
+
+
+def test_a_second_degrade_makes_what_the_first_would_have(run, save, tree, tmp_path):
+    for i in range(3):
+        save(tmp_path / "in" / f"{i}.png", 48, 48, seed=i)
+    (tmp_path / "in" / "1.png").write_bytes(b"damaged")
+    assert run("degrade", tmp_path / "in", "-o", tmp_path / "out").status == 1
+    save(tmp_path / "in" / "1.png", 48, 48, seed=1)
+    (tmp_path / "out" / "2_degraded.png").unlink()
+    assert run("degrade", tmp_path / "in", "-o", tmp_path / "out").status == 0
+    assert run("degrade", tmp_path / "in", "-o", tmp_path / "at once").status == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "at once")
+
+
+# ---- personalize
+
+
+def test_personalize_keeps_a_private_file_and_nothing_else(run, tree, photos, tmp_path, nano_base_dir):
+    done = learn(run, nano_base_dir, photos, "--identity", "bob", "-o", tmp_path / "out" / "bob.safetensors")
+    assert done.status == 0 and "bob" in done.out, done.err
+    assert list(tree(tmp_path / "out")) == ["bob.safetensors"]
+    assert stat.S_IMODE((tmp_path / "out" / "bob.safetensors").stat().st_mode) == 0o600
+
+
+def test_personalize_by_name_is_listed_and_printed_as_json(run, people, photos, nano_base_dir):
+    done = learn(run, nano_base_dir, photos, "--identity", "bob", "--json")
+    report = json.loads(done.out)
+    assert report["identity"] == "bob" and Path(report["file"]) == people / "bob.safetensors"
+    assert [json.loads(x)["name"] for x in run("identities", "list", "--json").out.splitlines()] == ["alice", "bob"]
+
+
+def test_personalize_replaces_an_identity_only_on_demand(run, people, tree, photos, nano_base_dir):
+    before = tree(people)
+    done = learn(run, nano_base_dir, photos, "--identity", "alice")
+    assert done.status and len(done.errors) == 1 and "--overwrite" in done.errors[0] and tree(people) == before
+    assert learn(run, nano_base_dir, photos, "--identity", "alice", "--overwrite").status == 0
+    assert list(tree(people)) == ["alice.safetensors"] and tree(people) != before
+
+
+@pytest.mark.parametrize("bad", [b"", b"\x89PNG\r\n", b"text"])
+def test_one_bad_photograph_stops_personalize_before_any_work(
+    refused, people, tree, photos, nano_base_dir, bad
+):
+    photos[1].write_bytes(bad)
+    before = tree(people)
+    refused(2, "personalize", "--identity", "bob", "--base", nano_base_dir, *photos, words=["1.png"])
+    assert tree(people) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "extra"),
+    [
+        ("../bob", None, None), ("bob.safetensors", None, None), ("a b", None, None), ("bob", "no-base", None),
+        ("bob", None, "no-photograph"),
+    ],
+)  # fmt: skip
+def test_wrong_calls_of_personalize_are_one_line(
+    refused, people, tree, photos, nano_base_dir, tmp_path, monkeypatch, name, base, extra
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    before = tree(tmp_path)
+    more = [tmp_path / extra] if extra else []
+    refused(2, "personalize", "--identity", name, "--base", base or nano_base_dir, *photos, *more)
+    assert tree(tmp_path) == before
+
+
+def test_a_full_disk_is_one_line(run, people, tree, photos, nano_base_dir, full_disk):
+    before = tree(people)
+    done = learn(run, nano_base_dir, photos, "--identity", "bob")
+    assert done.status == 1 and len(done.errors) == 1 and "no space left" in done.errors[0]
+    assert tree(people) == before
+
+
+# ---- export: what it refuses before any work (what it makes: tests/export)
+
+
+def test_export_refuses_an_existing_output(run, tree, tmp_path, nano_base_dir):
+    (tmp_path / "a.plan").write_bytes(b"precious")
+    before = tree(tmp_path)
+    done = run("export", "--base", nano_base_dir, "-o", tmp_path / "a.plan")
+    assert done.status and len(done.errors) == 1 and "--overwrite" in done.errors[0] and tree(tmp_path) == before
+
+
+def test_export_refuses_a_base_that_the_identity_is_not_of(refused, people, tmp_path, other_base_dir):
+    wrong = ("export", "--identity", "alice", "--base", other_base_dir, "-o", tmp_path / "a.plan")
+    refused(2, *wrong, words=["alice", "learned on base"])
+    assert not (tmp_path / "a.plan").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--identity", "nobody"), ("--base", "no-base"), ("--identity", "?"), ()]
+)
+def test_export_of_what_is_not_there_is_a_wrong_call(run, people, tmp_path, arguments):
+    done = run("export", *arguments, "-o", tmp_path / "a.plan")
+    assert done.status == 2 and len(done.errors) == 1 and not (tmp_path / "a.plan").exists()
+
+
+def test_export_into_a_folder_that_is_not_there_is_refused(run, tmp_path, nano_base_dir):
+    done = run("export", "--base", nano_base_dir, "-o", tmp_path / "no" / "a.plan")
+    assert done.status and len(done.errors) == 1 and "folder" in done.errors[0]

@@ -1,0 +1,77 @@
+import os
+import subprocess
+import sys
+
+import click
+import pytest
+
+from pfstorer_rt.cli import COMMANDS, cli
+
+HEAVY = {
+    "torch", "diffusers", "numpy", "transformers", "accelerate", "onnx", "onnxruntime", "PIL", "skimage", "rich",
+    "safetensors", "scipy",
+}  # fmt: skip
+OPTIONS = {  # those that scripts rely on
+    "personalize": "--identity --base --method --iterations --rank --seed -o",
+    "export": "--identity --base --target --precision -o",
+    "restore": "--engine --base -o --steps --sampler --seed --strength --scale --backend --color-fix",
+    "degrade": "-o --level --seed",
+    "inspect": "--json",
+    "bench": "--engine --json",
+    "evaluate": "--refs --hq --outputs --json",
+    "import-base": "--cfw --sd --dtype -o",
+}
+
+
+def load(name):
+    command = cli.get_command(click.Context(cli), name)
+    assert isinstance(command, click.Command)
+    return command
+
+
+def leaves(name):
+    """A command and its sub-commands, as lists of words."""
+    command = load(name)
+    return [[name], *([name, sub] for sub in getattr(command, "commands", {}))]
+
+
+def test_help_imports_nothing_heavy():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pfstorer_rt.cli", "--help"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    imported = {line.rsplit("|", 1)[1].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "click" in imported, "the import log was not understood"
+    assert not imported & HEAVY
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_help_is_quick():
+    def seconds():
+        process = subprocess.Popen([sys.executable, "-m", "pfstorer_rt.cli", "--help"], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return usage.ru_utime + usage.ru_stime  # not wall clock: the machine may be busy with other work
+
+    assert min(seconds() for _ in range(3)) < 0.4
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_shows_an_example_of_itself(run, name):
+    for words in leaves(name):
+        shown = run(*words, "--help")
+        assert shown.status == 0 and "Example" in shown.out
+        assert f"pfstorer-rt {' '.join(words)}" in shown.out.split("Example", 1)[1]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_that_scripts_rely_on(name):
+    known = {option for parameter in load(name).params for option in parameter.opts}
+    assert set(OPTIONS[name].split()) <= known
+
+
+def test_unknown_command_and_version(run):
+    wrong = run("restrore")
+    assert wrong.status == 2 and "restrore" in wrong.err
+    assert run("--version").out.startswith("pfstorer-rt, version ")

@@ -1,0 +1,109 @@
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# `kernels` and `export` are folders of the checkout, and `kernels` is also a package that diffusers looks for.
+sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != ROOT]
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_home(tmp_path_factory):
+    """A data directory of the tests' own; a user's identities are never seen."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PFSTORER_HOME", str(home))
+        yield home
+
+
+def picture(height, width, seed=0):
+    """A smooth colourful picture with edges and a little noise, (H, W, 3) float32 in [0, 1]."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    planes = [np.sin((1 + c) * x / 17 + seed) * np.cos((2 + c) * y / 23) / 3 + 0.5 for c in range(3)]
+    pixels = np.stack(planes, -1) + 0.2 * ((x // 16 + y // 16) % 2)[..., None] - 0.1
+    return np.clip(pixels + rng.normal(0, 0.02, pixels.shape), 0, 1).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def make_picture():
+    return picture
+
+
+@pytest.fixture(scope="session")
+def nano_base():
+    from pfstorer_rt.models.base import build_base
+
+    return build_base("nano", seed=0)
+
+
+@pytest.fixture(scope="session")
+def nano_base_dir(nano_base, tmp_path_factory):
+    """The same base on disk; fp32, so that its fingerprint is that of `nano_base`."""
+    return nano_base.save(tmp_path_factory.mktemp("bases") / "nano")
+
+
+@pytest.fixture(scope="session")
+def make_nano_identity(nano_base, tmp_path_factory):
+    """Function (gammas=..., **PersonalizeConfig fields) -> Identity with random gammas, as if trained."""
+    from PIL import Image
+
+    from pfstorer_rt.config import PersonalizeConfig
+    from pfstorer_rt.training.losses import DreamBoothObjective, PersonalizationObjective
+    from pfstorer_rt.training.personalize import make_identity
+
+    pixels = picture(80, 72, seed=5)
+    path = tmp_path_factory.mktemp("references") / "reference.png"
+    Image.fromarray((pixels * 255).astype(np.uint8)).save(path)
+    photo = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+    def make(name="alice", gammas=(1.0, 1.0, 1.0, 1.0), seed=1, **settings):
+        config = replace(PersonalizeConfig(), **settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if config.method == "dreambooth":
+                objective = DreamBoothObjective(nano_base, config)
+            else:
+                objective = PersonalizationObjective(nano_base, config)
+                with torch.no_grad():
+                    for block, scale in zip(objective.blocks, gammas, strict=True):
+                        block.gamma.copy_(scale * torch.randn(block.gamma.shape))
+        return make_identity(name, objective, nano_base, config, [path], [photo])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def nano_identity(make_nano_identity):
+    """Its second gamma is all zero, so that the plan made of it has a block less."""
+    return make_nano_identity(gammas=(1.5, 0.0, 1.5, 1.5))
+
+
+@pytest.fixture(scope="session")
+def nano_plan(nano_base, nano_identity, tmp_path_factory):
+    from pfstorer_rt.export import export_plan
+
+    return export_plan(tmp_path_factory.mktemp("plans") / "alice.plan", nano_identity, nano_base)
+
+
+@pytest.fixture(scope="session")
+def base_plan(nano_base, tmp_path_factory):
+    from pfstorer_rt.export import export_plan
+
+    return export_plan(tmp_path_factory.mktemp("plans") / "base.plan", None, nano_base)
+
+
+@pytest.fixture(scope="session")
+def settings():
+    """The settings of an identity trained with the defaults, as JSON values."""
+    import json
+
+    from pfstorer_rt.config import PersonalizeConfig
+
+    return json.loads(json.dumps(asdict(PersonalizeConfig())))

@@ -1,0 +1,170 @@
+import json
+import sys
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import pfstorer_rt.engine.session as session_module
+from pfstorer_rt.engine import onnxruntime as ort_engine
+from pfstorer_rt.engine import openvino as openvino_engine
+from pfstorer_rt.engine.session import BACKENDS, PREFERENCE, choose_backend, open_session
+from pfstorer_rt.engine.torch import component_names, manifest, open_sessions
+from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
+from pfstorer_rt.files import sha256_bytes
+from pfstorer_rt.plan import COMPONENTS, Plan, write_plan
+from pfstorer_rt.restore import Restorer
+
+
+def without(monkeypatch, *modules):
+    """Make `import module` fail as if it were not installed."""
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)
+
+
+def test_every_preference_is_a_backend():
+    assert set(PREFERENCE) == set(BACKENDS)
+
+
+def test_auto_takes_the_first_that_is_there(monkeypatch):
+    assert choose_backend().name == "onnxruntime"
+    assert choose_backend().refused == {}
+    monkeypatch.setattr(openvino_engine, "check", lambda: None)
+    without(monkeypatch, "onnxruntime")
+    choice = choose_backend()
+    assert choice.name == "openvino"
+    assert choice.open_component is openvino_engine.open_component
+    assert choice.refused == {"onnxruntime": "onnxruntime is not installed: pip install onnxruntime"}
+
+
+def test_refusals_say_what_to_install(monkeypatch):
+    without(monkeypatch, "onnxruntime", "openvino")
+    with pytest.raises(MissingBackendError, match=r"openvino is not installed: pip install 'pfstorer-rt\[openvino\]'"):
+        choose_backend("openvino")
+    with pytest.raises(MissingBackendError, match="pip install onnxruntime"):
+        choose_backend("onnxruntime")
+    with pytest.raises(MissingBackendError, match=r"onnxruntime: .*; openvino: "):
+        choose_backend("auto")
+
+
+def test_unknown_backends_are_refused():
+    with pytest.raises(ValueError, match="expected auto, torch or one of onnxruntime, openvino"):
+        choose_backend("coreml")
+
+
+def test_a_backend_is_asked_by_its_own_name(monkeypatch):
+    monkeypatch.setattr(session_module, "import_module", lambda name: pytest.fail(name))
+    with pytest.raises(pytest.fail.Exception, match=r"pfstorer_rt\.engine\.openvino"):
+        choose_backend("openvino")
+
+
+def test_onnxruntime_session(base_plan):
+    with open_session(base_plan, "decoder") as session:
+        assert (session.inputs, session.outputs) == (("latent",), ("image",))
+        assert session.provider in ort_engine.providers()
+        found = session.run(latent=np.zeros((2, 4, 8, 8), np.float32))
+    assert found["image"].shape == (2, 3, 64, 64)
+    assert found["image"].dtype == np.float32
+
+
+@pytest.mark.parametrize("identity", [False, True])
+def test_torch_sessions_have_the_plans_ports(identity, nano_base, nano_identity, nano_plan, base_plan):
+    plan = nano_plan if identity else base_plan
+    for name, session in open_sessions(nano_base, nano_identity if identity else None).items():
+        payload = plan.manifest.payloads[name]
+        with open_session(plan, name, "onnxruntime") as other:
+            assert (session.inputs, session.outputs) == (other.inputs, other.outputs)
+        assert set(session.inputs) == payload.inputs.keys()
+        assert set(session.outputs) == payload.outputs.keys()
+
+
+def test_a_variational_encoder_gives_mean_and_deviation(nano_base):
+    config = replace(nano_base.config, vae={"class": "AutoencoderKL"})
+    assert component_names("encoder", replace(nano_base, config=config), False) == (("image",), ("mean", "std"))
+
+
+def test_manifest_in_memory_is_that_of_the_plan(nano_base, nano_identity, nano_plan):
+    made = manifest(nano_base, nano_identity, "onnx")
+    expected = replace(nano_plan.manifest, payloads={}, tools={})
+    assert made == expected
+
+
+def with_payload(plan, path, component, data, **changes):
+    """A plan whose manifest is right about a payload that is not."""
+    parts = {c: plan.read(c) for c in COMPONENTS} | {component: data}
+    entries = dict(plan.manifest.payloads)
+    entries[component] = replace(entries[component], sha256=sha256_bytes(data))
+    return write_plan(path, replace(plan.manifest, payloads=entries, **changes), parts)
+
+
+@pytest.mark.parametrize("data", [b"", b"not a graph at all", bytes(200)])
+def test_payloads_that_are_no_graph_are_refused(base_plan, tmp_path, data):
+    plan = with_payload(base_plan, tmp_path / "bad.plan", "decoder", data)
+    with pytest.raises(BadFileError, match="ONNX Runtime cannot load the decoder") as caught:
+        open_session(plan, "decoder", "onnxruntime")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_byte_is_refused_before_it_runs(base_plan, tmp_path):
+    raw = bytearray(base_plan.path.read_bytes())
+    raw[raw.index(base_plan.read("denoiser")) + 1000] ^= 4
+    path = tmp_path / "flipped.plan"
+    path.write_bytes(raw)
+    with pytest.raises(BadFileError, match="denoiser"):
+        Restorer.from_plan(path, "onnxruntime")
+
+
+@pytest.mark.parametrize("engine", [ort_engine, openvino_engine])
+def test_plans_for_another_target_are_refused(base_plan, engine):
+    foreign = Plan(base_plan.path, replace(base_plan.manifest, target="tensorrt"))
+    with pytest.raises(MissingBackendError, match="was built for tensorrt"):
+        engine.open_component(foreign, "decoder")
+
+
+def test_torch_backend_finds_base_and_identity(nano_plan, nano_base_dir, nano_identity, make_picture):
+    from pfstorer_rt.identity import identity_path
+
+    with pytest.raises(MismatchError, match="is not among the identities here"):
+        Restorer.from_plan(nano_plan.path, "torch", nano_base_dir)
+    file = nano_identity.save(identity_path("kept-under-another-name"))
+    try:
+        with Restorer.from_plan(nano_plan.path, "torch", nano_base_dir) as restorer:
+            assert restorer.backend == "torch"
+            assert restorer.manifest.identity_fingerprint == nano_identity.fingerprint
+    finally:
+        file.unlink()
+
+
+def test_torch_backend_refuses_another_base(base_plan, tmp_path):
+    from pfstorer_rt.models.base import build_base
+
+    other = build_base("nano", seed=5).save(tmp_path / "other")
+    with pytest.raises(MismatchError, match="the plan was made of base 'nano'"):
+        Restorer.from_plan(base_plan.path, "torch", other)
+
+
+def test_sessions_are_closed_with_the_restorer(base_plan):
+    with Restorer.from_plan(base_plan.path, "onnxruntime") as restorer:
+        session = restorer._sessions["decoder"]
+        session.run(latent=np.zeros((1, 4, 8, 8), np.float32))
+    with pytest.raises((AttributeError, TypeError)):
+        session.run(latent=np.zeros((1, 4, 8, 8), np.float32))
+
+
+def test_a_torch_session_keeps_no_graph(nano_base):
+    session = open_sessions(nano_base)["decoder"]
+    found = session.run(latent=np.zeros((1, 4, 8, 8), np.float32))
+    with torch.no_grad():
+        expected = nano_base.decode(torch.zeros(1, 4, 8, 8)).numpy()
+    assert np.array_equal(found["image"], expected)
+
+
+def test_the_manifest_says_what_a_reader_needs(base_plan):
+    with zipfile.ZipFile(base_plan.path) as archive:
+        data = json.loads(archive.read("manifest.json"))
+    assert data["kind"] == "pfstorer-plan"
+    assert data["schema"] == 1
+    assert data["payloads"]["denoiser"]["inputs"]["x"]["shape"][1:] == [4, 8, 8]
+    assert isinstance(data["payloads"]["denoiser"]["inputs"]["x"]["shape"][0], str)  # any batch

@@ -1,0 +1,288 @@
+import getpass
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pfstorer_rt.export.build as build
+import pytest
+import torch
+from pfstorer_rt.export import export_plan, parity
+from pfstorer_rt.export.graph import component_modules, example_inputs, fused_modules
+from torch import nn
+
+from pfstorer_rt.config import RestoreConfig
+from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
+from pfstorer_rt.engine.session import open_session
+from pfstorer_rt.errors import MismatchError, ParityError
+from pfstorer_rt.files import sha256_bytes
+from pfstorer_rt.models.base import build_base
+from pfstorer_rt.models.denoiser import Denoiser
+from pfstorer_rt.plan import COMPONENTS, Plan
+from pfstorer_rt.restore import Restorer
+
+
+def inputs(base, batch=2, strength=True):
+    return example_inputs("denoiser", base, strength, batch)
+
+
+def fuse(base, identity=None):
+    return fused_modules(base, identity)["denoiser"]
+
+
+@torch.no_grad()
+def run(module, arrays, strength=None):
+    arrays = {**arrays, "strength": torch.tensor([strength])} if strength is not None else arrays
+    return module(*arrays.values())
+
+
+def psnr(first, second):
+    return -10 * np.log10(max(np.mean((first.astype(np.float64) - second) ** 2), 1e-20))
+
+
+def restore(engine, pixels, **settings):
+    with engine as restorer:
+        return restorer.restore(pixels, RestoreConfig(**settings))
+
+
+@pytest.mark.parametrize("settings", [{}, {"tap": "inner"}, {"residual": "full"}, {"ref_source": "self"}, {"rank": 2},
+                                      {"main_prompt": "subject"}, {"method": "vico"}])  # fmt: skip
+def test_fused_is_unfused(nano_base, make_nano_identity, settings):
+    identity = make_nano_identity(gammas=(1.0, 0.0, 1.0, 1.0), **settings)
+    arrays = inputs(nano_base)
+    unfused, fused = Denoiser(nano_base, identity), fuse(nano_base, identity)
+    for strength in (1.0, 0.4):
+        expected = run(unfused, arrays, strength)
+        # The same matrix products, at most in another batch: fp32 rounding.
+        assert torch.allclose(run(fused, arrays, strength), expected, rtol=0, atol=2e-5)
+    assert not torch.allclose(expected, run(unfused, arrays, 0.0), rtol=0, atol=1e-3)
+
+
+def test_fusing_the_base_alone(nano_base):
+    arrays = inputs(nano_base, strength=False)
+    assert torch.allclose(run(fuse(nano_base), arrays), run(Denoiser(nano_base), arrays), rtol=0, atol=2e-5)
+
+
+def test_dreambooth_is_fused_as_a_base_of_its_own(nano_base, make_nano_identity):
+    identity = make_nano_identity(method="dreambooth")
+    identity.tensors["unet.conv_out.bias"] = identity.tensors["unet.conv_out.bias"] + 1
+    fused, arrays = fuse(nano_base, identity), inputs(nano_base, strength=False)
+    assert not fused.has_strength
+    assert torch.allclose(run(fused, arrays), run(Denoiser(nano_base, identity), arrays), rtol=0, atol=2e-5)
+    # The weights are stored in fp16; what is left of the difference is the bias.
+    assert torch.allclose(run(fused, arrays), run(Denoiser(nano_base), arrays) + 1, rtol=0, atol=2e-2)
+
+
+def test_fusing_leaves_the_base_alone(nano_base, nano_identity):
+    arrays = inputs(nano_base)
+    before = run(Denoiser(nano_base, nano_identity), arrays)
+    names = set(nano_base.unet.state_dict())
+    fuse(nano_base, nano_identity)
+    assert set(nano_base.unet.state_dict()) == names
+    assert torch.equal(run(Denoiser(nano_base, nano_identity), arrays), before)
+
+
+def test_prompt_and_reference_projections_are_gone(nano_base, nano_identity):
+    fused = fuse(nano_base, nano_identity)
+    for name, module in fused.named_modules():
+        if name.endswith("attn2"):
+            assert isinstance(module.to_k, nn.Identity) and isinstance(module.to_v, nn.Identity)
+            assert module.k.shape == module.v.shape
+            assert module.k.shape[0] == 1
+
+
+def test_blocks_with_zero_gamma_are_left_out(nano_base, nano_identity, make_nano_identity):
+    fused = fuse(nano_base, nano_identity)
+    layers = nano_base.config.layers
+    assert fused.denoiser.blocks.layers == (layers[0], *layers[2:])
+    assert len(fused.denoiser.blocks) == 3
+    nothing = fuse(nano_base, make_nano_identity(gammas=(0.0,) * 4))
+    assert not nothing.has_strength
+    assert nothing.identity_tensors() == {}
+    arrays = inputs(nano_base, strength=False)
+    assert torch.equal(run(nothing, arrays), run(fuse(nano_base), arrays))
+
+
+def test_identity_tensors_of_a_fused_denoiser(nano_base, nano_identity):
+    tensors = fuse(nano_base, nano_identity).identity_tensors()
+    kept = [layer for layer in nano_base.config.layers if layer != nano_base.config.layers[1]]
+    assert {name.rsplit(".", 1)[0] for name in tensors if name.endswith(".gamma")} == set(kept)
+    for layer in kept:
+        i = nano_identity.layers.index(layer)
+        stored = {k: v.float() for k, v in nano_identity.tensors.items()}
+        tokens = stored[f"reference.{i}"][stored[f"mask.{i}"].bool()].double()
+        assert torch.equal(tensors[f"{layer}.gamma"], stored[f"blocks.{i}.gamma"])
+        for kind in "kv":
+            expected = tokens @ stored[f"blocks.{i}.block.attn2.to_{kind}.weight"].double().T
+            found = tensors[f"{layer}.{kind}"]
+            assert found.shape == (1, *expected.shape)
+            assert torch.allclose(found[0].double(), expected, rtol=0, atol=1e-5)
+        assert f"{layer}.attn1.to_q.weight" in tensors
+
+
+@pytest.mark.parametrize("name", ["nano_plan", "base_plan"])
+def test_parity_is_measured_and_small(name, request):
+    plan = request.getfixturevalue(name)
+    for component in COMPONENTS:
+        figures = plan.manifest.payloads[component].parity
+        assert figures.keys() == {"max_abs", "std", "relative"}
+        assert 0 <= figures["relative"] <= 1e-4
+        assert figures["std"] > 1e-3
+
+
+def test_manifest_of_an_identitys_plan(nano_plan, nano_base, nano_identity):
+    m = nano_plan.manifest
+    assert (m.target, m.precision, m.method, m.strength) == ("onnx", "fp32", "pfstorer", True)
+    assert (m.base_fingerprint, m.identity_fingerprint) == (nano_base.fingerprint, nano_identity.fingerprint)
+    assert (m.base_name, m.identity_name) == ("nano", "alice")
+    assert (m.tile, m.factor, m.latent_channels, m.steps, m.sampler) == (64, 8, 4, 4, "ddpm")
+    assert {"torch", "onnx", "onnxruntime", "diffusers", "pfstorer-rt", "opset"} <= m.tools.keys()
+    for component in COMPONENTS:
+        payload = m.payloads[component]
+        model = onnx.load_from_string(nano_plan.read(component))
+        assert sha256_bytes(nano_plan.read(component)) == payload.sha256
+        assert {i.name for i in model.graph.input} == payload.inputs.keys()
+        assert {o.name for o in model.graph.output} == payload.outputs.keys()
+        assert all(port["type"] == "float32" for port in (payload.inputs | payload.outputs).values())
+    assert m.payloads["denoiser"].inputs.keys() == {"x", "t", "z_lq", "strength"}
+
+
+def test_manifest_of_a_bases_plan(base_plan):
+    m = base_plan.manifest
+    assert (m.identity_name, m.identity_fingerprint, m.method, m.strength) == (None, None, None, False)
+    assert m.payloads["denoiser"].inputs.keys() == {"x", "t", "z_lq"}
+
+
+def test_pictures_of_plan_and_torch_agree(nano_plan, base_plan, nano_base, nano_identity, make_picture):
+    pixels = make_picture(64, 96)
+    for plan, identity in ((nano_plan, nano_identity), (base_plan, None)):
+        ours = restore(Restorer.from_plan(plan.path, "onnxruntime"), pixels, seed=3)
+        expected = restore(Restorer.from_base(nano_base, identity, device="cpu"), pixels, seed=3)
+        assert psnr(ours, expected) >= 50
+        assert expected.std() > 0.02
+
+
+def test_strength_zero_is_the_bases_plan(nano_plan, base_plan, make_picture):
+    pixels = make_picture(64, 64)
+    off = restore(Restorer.from_plan(nano_plan.path), pixels, strength=0.0)
+    base = restore(Restorer.from_plan(base_plan.path), pixels)
+    assert psnr(off, base) >= 90  # two graphs: operators may be scheduled differently
+    assert psnr(restore(Restorer.from_plan(nano_plan.path), pixels), base) < 60
+
+
+def test_a_batch_is_its_rows(nano_plan, nano_base):
+    arrays = {k: v.numpy() for k, v in inputs(nano_base, batch=3).items()}
+    with open_session(nano_plan, "denoiser", "onnxruntime") as session:
+        together = session.run(**arrays)["prediction"]
+        for i in range(3):
+            one = {k: v if k == "strength" else v[i : i + 1] for k, v in arrays.items()}
+            assert np.allclose(session.run(**one)["prediction"][0], together[i], rtol=0, atol=2e-5)
+
+
+def test_encoder_and_decoder_take_any_size(base_plan, nano_base):
+    for height, width in ((64, 64), (96, 160), (128, 32)):
+        image = np.random.default_rng(0).uniform(-1, 1, (1, 3, height, width)).astype(np.float32)
+        with open_session(base_plan, "encoder", "onnxruntime") as session:
+            mean = session.run(image=image)["mean"]
+        with torch.no_grad():
+            expected = nano_base.encode(torch.from_numpy(image)).numpy()
+        assert np.allclose(mean, expected, rtol=0, atol=1e-4 * expected.std())
+        with open_session(base_plan, "decoder", "onnxruntime") as session:
+            assert session.run(latent=mean)["image"].shape == image.shape
+
+
+def test_no_trace_of_the_machine_in_a_plan(nano_plan):
+    data = nano_plan.path.read_bytes()
+    root = Path(build.__file__).resolve().parent.parent
+    traces = {str(root), str(Path.home()), str(nano_plan.path.parent), torch.__path__[0], "site-packages", ".py"}
+    user = getpass.getuser() if os.environ.get("USER") else ""
+    for trace in {t for t in traces | {user} if len(t) > 2 and t != "root"}:
+        assert trace.encode() not in data, trace
+
+
+def test_the_same_base_gives_the_same_payloads(nano_plan, base_plan):
+    # Two exports in one process; encoder and decoder do not depend on the identity.
+    for component in ("encoder", "decoder"):
+        assert nano_plan.read(component) == base_plan.read(component)
+    assert nano_plan.read("denoiser") != base_plan.read("denoiser")
+
+
+def tampered(model_bytes):
+    """The same graph with one thing changed: the largest constant, by 1 %."""
+    model = onnx.load_from_string(model_bytes)
+    largest = max(model.graph.initializer, key=lambda i: int(np.prod(i.dims)) if i.data_type == 1 else 0)
+    array = onnx.numpy_helper.to_array(largest) * np.float32(1.01)
+    largest.CopyFrom(onnx.numpy_helper.from_array(array, largest.name))
+    return model.SerializeToString()
+
+
+def test_a_changed_graph_is_found(nano_plan, nano_base, nano_identity):
+    original = component_modules(nano_base, nano_identity)["denoiser"]
+    good = nano_plan.read("denoiser")
+    figures = build.check_component("denoiser", good, original, nano_base, "fp32")
+    assert figures["relative"] <= 1e-4
+    with pytest.raises(ParityError, match="denoiser: the exported graph differs from PyTorch"):
+        build.check_component("denoiser", tampered(good), original, nano_base, "fp32")
+
+
+def test_a_graph_that_differs_leaves_no_file(nano_base, nano_identity, tmp_path, monkeypatch):
+    def tamper(base, identity=None):
+        modules = fused_modules(base, identity)
+        with torch.no_grad():
+            next(modules["encoder"].parameters()).mul_(1.05)
+        return modules
+
+    monkeypatch.setattr(build, "fused_modules", tamper)
+    with pytest.raises(ParityError, match=r"encoder.*no plan was written"):
+        export_plan(tmp_path / "a.plan", nano_identity, nano_base)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parity_figures():
+    class Twice(nn.Module):
+        def forward(self, a):
+            return 2 * a
+
+    class Session:
+        inputs, outputs, provider = ("a",), ("b",), "test"
+
+        def __init__(self, error):
+            self.error = error
+
+        def run(self, a):
+            return {"b": 2 * a + self.error}
+
+    a = torch.tensor([[0.0, 1.0, 2.0, 5.0]])
+    error = np.array([[0.0, 0.25, -0.5, 0.0]], np.float32)
+    figures = parity.measure(Twice(), Session(error), {"a": a})
+    spread = float(np.std([0.0, 2.0, 4.0, 10.0]))
+    assert figures == pytest.approx({"max_abs": 0.5, "std": spread, "relative": 0.5 / spread})
+    for bad in (np.nan, np.inf):
+        figures = parity.measure(Twice(), Session(error + np.float32(bad)), {"a": a})
+        with pytest.raises(ParityError):
+            parity.check("denoiser", figures, "fp32")
+    parity.check("denoiser", {"relative": 1e-4}, "fp32")
+    with pytest.raises(ParityError, match="at most 1e-04"):
+        parity.check("denoiser", {"relative": 1.1e-4}, "fp32")
+
+
+def test_what_cannot_be_exported_is_refused(nano_base, make_nano_identity, tmp_path):
+    output = tmp_path / "a.plan"
+    with pytest.raises(MismatchError, match="ref_source live"):
+        export_plan(output, make_nano_identity(ref_source="live"), nano_base)
+    with pytest.raises(MismatchError, match="was learned on base"):
+        export_plan(output, make_nano_identity(), build_base("nano", seed=8))
+    with pytest.raises(ValueError, match="expected one of"):
+        export_plan(output, None, nano_base, target="coreml")
+    with pytest.raises(ValueError, match="expected one of"):
+        export_plan(output, None, nano_base, precision="int4")
+    assert not output.exists()
+
+
+def test_a_plan_opens_anywhere(nano_plan, tmp_path):
+    moved = tmp_path / "moved.plan"
+    moved.write_bytes(nano_plan.path.read_bytes())
+    assert replace(Plan.open(moved), path=nano_plan.path) == nano_plan
+    with OnnxRuntimeSession(Plan.open(moved).read("decoder")) as session:
+        assert session.outputs == ("image",)

@@ -1,0 +1,208 @@
+import hashlib
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.models import base as base_module
+from pfstorer_rt.models.base import (
+    build_base,
+    find_base,
+    fingerprint_directory,
+    fingerprint_modules,
+    load_base,
+    make_scheduler,
+)
+
+NETWORKS = ("unet", "structure_encoder", "vae", "text_encoder")
+
+
+@pytest.fixture
+def copied(nano_base_dir, tmp_path):
+    """A copy of the base directory that a test may damage."""
+    return shutil.copytree(nano_base_dir, tmp_path / "copy")
+
+
+def weights_file(folder):
+    (file,) = folder.glob("*.safetensors")
+    return file
+
+
+def test_a_saved_base_is_loaded_whole(nano_base, nano_base_dir):
+    loaded = load_base(nano_base_dir)
+    assert loaded.config == nano_base.config
+    assert loaded.path == nano_base_dir
+    for name, module in nano_base.modules().items():
+        found = loaded.modules()[name].state_dict()
+        expected = module.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[k], expected[k]) for k in expected), name
+        assert not any(p.requires_grad for p in loaded.modules()[name].parameters())
+        assert not loaded.modules()[name].training
+
+
+def test_fingerprint_is_the_hash_of_the_tensors_on_disk(nano_base, nano_base_dir):
+    digest = hashlib.sha256()
+    for name in sorted(NETWORKS):
+        tensors = safetensors.torch.load_file(weights_file(nano_base_dir / name))
+        for key in sorted(tensors):
+            raw = tensors[key].numpy().tobytes()
+            digest.update(f"{name}.{key}".encode() + b"\0" + str(tensors[key].dtype).encode() + b"\0" + raw)
+    assert load_base(nano_base_dir).fingerprint == digest.hexdigest()
+    assert nano_base.fingerprint == fingerprint_modules(nano_base.modules()) == digest.hexdigest()
+
+
+def test_half_precision_rounds_memory_and_disk_alike(tmp_path):
+    base = build_base("nano", seed=3)
+    before = base.fingerprint
+    base.save(tmp_path / "half", torch.float16)
+    loaded = load_base(tmp_path / "half")
+    assert base.fingerprint == loaded.fingerprint != before
+    weight = weights_file(tmp_path / "half" / "unet")
+    assert {t.dtype for t in safetensors.torch.load_file(weight).values()} == {torch.float16}
+    for name, module in base.modules().items():
+        found = loaded.modules()[name].state_dict()
+        assert all(torch.equal(found[k], v) for k, v in module.state_dict().items()), name
+        assert next(module.parameters()).dtype == torch.float32
+
+
+def test_saving_twice_gives_the_same_bytes(nano_base_dir, tmp_path):
+    again = load_base(nano_base_dir).save(tmp_path / "again")
+    files = sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(nano_base_dir) for p in nano_base_dir.rglob("*") if p.is_file())
+    for file in files:
+        assert (again / file).read_bytes() == (nano_base_dir / file).read_bytes(), file
+
+
+def test_a_seed_is_one_base():
+    state = torch.random.get_rng_state()
+    first, same, other = build_base("nano", 1), build_base("nano", 1), build_base("nano", 2)
+    assert first.fingerprint == same.fingerprint != other.fingerprint
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_one_changed_weight_changes_the_fingerprint(copied):
+    before = fingerprint_directory(copied)
+    file = weights_file(copied / "vae")
+    tensors = safetensors.torch.load_file(file)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] += 1e-3
+    safetensors.torch.save_file(tensors, file)
+    assert fingerprint_directory(copied) != before
+
+
+def test_the_directory_is_diffusers_own(nano_base, nano_base_dir):
+    config = UNet2DConditionModel.load_config(nano_base_dir / "unet")
+    assert tuple(config["block_out_channels"]) == (8, 16, 16, 16)
+    scheduler = DDPMScheduler.from_pretrained(nano_base_dir / "scheduler")
+    expected = make_scheduler(nano_base.config)
+    assert torch.equal(scheduler.alphas_cumprod, expected.alphas_cumprod)
+    assert scheduler.config.prediction_type == nano_base.config.prediction_type
+
+
+def test_encode_and_decode_sizes(nano_base):
+    image = torch.zeros(2, 3, 64, 32)
+    with torch.no_grad():
+        latent = nano_base.encode(image)
+        assert latent.shape == (2, 4, 8, 4)
+        assert nano_base.decode(latent).shape == image.shape
+        # A deterministic encoder has nothing to draw.
+        assert torch.equal(nano_base.encode(image, torch.Generator().manual_seed(0)), latent)
+
+
+def test_prompts(nano_base):
+    with torch.no_grad():
+        empty, face = nano_base.encode_prompt(), nano_base.encode_prompt("a photo of a face")
+        assert empty.shape == (1, 24, 32)
+        assert not torch.equal(empty, face)
+        first, second = (nano_base.encode_prompt("a photo of a S*", torch.full((32,), v)) for v in (0.1, -0.3))
+    assert not torch.equal(first, second)
+    with pytest.raises(ValueError, match="no learned token"):
+        nano_base.encode_prompt("a photo of a S*")
+    with pytest.raises(ValueError, match="at most 24"):
+        nano_base.encode_prompt("face " * 20)
+
+
+def test_bases_are_found_by_path_and_by_shipped_name(nano_base_dir, tmp_path, monkeypatch):
+    assert find_base(nano_base_dir) == nano_base_dir
+    assert find_base(str(nano_base_dir)) == nano_base_dir
+    monkeypatch.setattr(base_module, "BUILTIN", nano_base_dir.parent)
+    assert find_base(nano_base_dir.name) == nano_base_dir
+    with pytest.raises(BadFileError, match=f"one of: {nano_base_dir.name}"):
+        find_base("no-such-base")
+    for wrong in (tmp_path, nano_base_dir / "config.json", tmp_path / "missing"):
+        with pytest.raises(BadFileError, match=r"no config\.json"):
+            find_base(wrong)
+
+
+def test_unknown_presets_are_refused():
+    with pytest.raises(ValueError, match="expected one of nano, tiny, sd21"):
+        build_base("huge")
+
+
+def empty_weights(folder):
+    weights_file(folder / "unet").write_bytes(b"")
+
+
+def short_weights(folder):
+    file = weights_file(folder / "vae")
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def foreign_weights(folder):
+    weights_file(folder / "structure_encoder").write_bytes(b"PK\x03\x04" + bytes(500))
+
+
+def no_weights(folder):
+    weights_file(folder / "text_encoder").unlink()
+
+
+def lacking_tensor(folder):
+    file = weights_file(folder / "unet")
+    tensors = safetensors.torch.load_file(file)
+    del tensors["conv_in.weight"]
+    safetensors.torch.save_file(tensors, file)
+
+
+def empty_config(folder):
+    (folder / "config.json").write_bytes(b"")
+
+
+def unknown_field(folder):
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**data, "depth": 3}))
+
+
+def no_scheduler(folder):
+    shutil.rmtree(folder / "scheduler")
+
+
+DAMAGES = (
+    empty_weights, short_weights, foreign_weights, no_weights, lacking_tensor, empty_config, unknown_field, no_scheduler
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
+def test_damaged_bases_are_refused(copied, damage):
+    damage(copied)
+    with pytest.raises(BadFileError, match="not a usable base directory") as caught:
+        load_base(copied)
+    assert "\n" not in str(caught.value)
+    assert "import or train it again" in str(caught.value)
+
+
+def test_an_interrupted_save_is_no_base(copied, nano_base_dir, monkeypatch):
+    base = load_base(nano_base_dir)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(base_module, "_save_network", fail)
+    with pytest.raises(KeyboardInterrupt):
+        base.save(copied)
+    with pytest.raises(BadFileError, match=r"no config\.json"):
+        find_base(copied)

@@ -1,0 +1,226 @@
+import pickle
+from collections import OrderedDict
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pfstorer_rt.config import PRESETS
+from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.models.base import build_base, load_base
+from pfstorer_rt.models.checkpoint import (
+    convert_structure_encoder,
+    import_base,
+    load_strict,
+    read_checkpoint,
+    spade_name,
+)
+from pfstorer_rt.models.structure import StructureEncoder
+
+WIDTH, HEADS, OUT, GROUPS = 8, 2, 8, 4
+
+
+class ResBlock(nn.Module):
+    """StableSR's residual block under StableSR's names, written from the formulas."""
+
+    def __init__(self, entry, channels, temb):
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(GROUPS, entry), nn.SiLU(), nn.Conv2d(entry, channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(temb, channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(GROUPS, channels), nn.SiLU(), nn.Dropout(0), nn.Conv2d(channels, channels, 3, padding=1)
+        )
+        self.skip_connection = nn.Identity() if entry == channels else nn.Conv2d(entry, channels, 1)
+
+    def forward(self, x, emb):
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class AttentionBlock(nn.Module):
+    """Heads are split before q, k and v; the scale is put on both q and k."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv1d(channels, channels, 1)
+
+    def forward(self, x, emb):
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x).reshape(b, c, h * w)).reshape(b * HEADS, 3 * c // HEADS, h * w)
+        q, k, v = qkv.split(c // HEADS, dim=1)
+        scale = (c // HEADS) ** -0.25
+        weight = torch.einsum("bct,bcs->bts", q * scale, k * scale).softmax(-1)
+        a = torch.einsum("bts,bcs->bct", weight, v).reshape(b, c, h * w)
+        return x + self.proj_out(a).reshape(b, c, h, w)
+
+
+class Down(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x, emb):
+        return self.op(x)
+
+
+class Reference(nn.Module):
+    """EncoderUNetModelWT at multipliers 1 1 2 2, attention at all levels but the deepest."""
+
+    def __init__(self):
+        super().__init__()
+        temb = 4 * WIDTH
+        self.time_embed = nn.Sequential(nn.Linear(WIDTH, temb), nn.SiLU(), nn.Linear(temb, temb))
+        blocks, width, taps = [nn.ModuleList([nn.Conv2d(4, WIDTH, 3, padding=1)])], WIDTH, []
+        for level, channels in enumerate((WIDTH, WIDTH, 2 * WIDTH, 2 * WIDTH)):
+            for _ in range(2):
+                parts = [ResBlock(width, channels, temb)] + ([AttentionBlock(channels)] if level < 3 else [])
+                blocks.append(nn.ModuleList(parts))
+                width = channels
+            taps.append(width)
+            if level < 3:
+                blocks.append(nn.ModuleList([Down(width)]))
+        self.input_blocks = nn.ModuleList(blocks)
+        self.middle_block = nn.ModuleList(
+            [ResBlock(width, width, temb), AttentionBlock(width), ResBlock(width, width, temb)]
+        )
+        self.fea_tran = nn.ModuleList(ResBlock(w, OUT, temb) for w in taps)
+
+    def forward(self, x, t):
+        half = WIDTH // 2
+        frequency = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half) / half)
+        angle = t[:, None].float() * frequency
+        emb = self.time_embed(torch.cat([angle.cos(), angle.sin()], -1))
+        h, taps = self.input_blocks[0][0](x), []
+        for block in list(self.input_blocks)[1:]:
+            if isinstance(block[0], Down):
+                taps.append(h)
+            for part in block:
+                h = part(h, emb)
+        for part in self.middle_block:
+            h = part(h, emb)
+        taps.append(h)
+        return [tran(tap, emb) for tran, tap in zip(self.fea_tran, taps, strict=True)]
+
+
+def test_structure_encoder_computes_what_stablesr_does_from_its_checkpoint():
+    torch.manual_seed(0)
+    reference = Reference().eval()
+    for p in reference.parameters():  # norms too, which start at one and zero and would hide a mix-up
+        nn.init.normal_(p, std=0.3)
+    ours = StructureEncoder(4, WIDTH, (1, 1, 2, 2), HEADS, OUT, 2, GROUPS).eval()
+    load_strict(ours, convert_structure_encoder(dict(reference.state_dict()), HEADS), "test")
+    x, t = torch.randn(2, 4, 16, 16), torch.tensor([3, 999])
+    with torch.no_grad():
+        maps, expected = ours(x, t), reference(x, t)
+    for size, wanted in zip((16, 8, 4, 2), expected, strict=True):
+        torch.testing.assert_close(maps[size], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_spade_places_follow_the_table():
+    inputs = {1: (0, 0), 2: (0, 1), 4: (1, 0), 5: (1, 1), 7: (2, 0), 8: (2, 1), 10: (3, 0), 11: (3, 1)}
+    for n, (i, j) in inputs.items():
+        assert spade_name(f"input_blocks.{n}.0.spade.x") == f"down_blocks.{i}.resnets.{j}.spade.x"
+    assert spade_name("middle_block.2.spade.mlp_shared.0.bias") == "mid_block.resnets.1.spade.mlp_shared.0.bias"
+    assert spade_name("output_blocks.7.0.spade.x") == "up_blocks.2.resnets.1.spade.x"
+
+
+class Bomb:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch exploded",)
+
+
+def test_code_in_a_checkpoint_is_refused_by_name_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"a": torch.ones(1)}, "x": Bomb()}, tmp_path / "bad.ckpt")
+    with pytest.raises(BadFileError, match="system"):
+        read_checkpoint(tmp_path / "bad.ckpt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_lightning_objects_become_stubs_and_optimizer_state_is_left(tmp_path, monkeypatch):
+    import sys
+    import types
+
+    module = types.ModuleType("pytorch_lightning.callbacks")
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks"})
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", types.ModuleType("pytorch_lightning"))
+    monkeypatch.setitem(sys.modules, "pytorch_lightning.callbacks", module)
+    weights = OrderedDict(a=torch.arange(4.0), b=torch.ones(2, dtype=torch.float16))
+    data = {
+        "state_dict": weights,
+        "callbacks": {"x": module.ModelCheckpoint()},
+        "optimizer_states": [{"m": torch.ones(9)}],
+    }
+    torch.save(data, tmp_path / "lightning.ckpt")
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.delitem(sys.modules, name)
+    found = read_checkpoint(tmp_path / "lightning.ckpt")
+    assert set(found) == {"a", "b"} and torch.equal(found["a"], weights["a"])
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps({"state_dict": {}})])
+def test_damaged_checkpoints_are_bad_files(tmp_path, content):
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(BadFileError, match=r"x\.ckpt"):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
+def ldm_names_of_parts(base, reference):
+    """StableSR's own parts (SPADEs and structure encoder) under StableSR's names."""
+    inverse = {"down_blocks": lambda i, j: f"input_blocks.{1 + 3 * i + j}.0",
+               "up_blocks": lambda i, j: f"output_blocks.{3 * i + j}.0"}  # fmt: skip
+    tensors = {f"structcond_stage_model.{k}": v for k, v in reference.state_dict().items()}
+    for key, value in base.unet.state_dict().items():
+        if ".spade." not in key:
+            continue
+        place, leaf = key.split(".spade.")
+        parts = place.split(".")
+        block = f"middle_block.{2 * int(parts[2])}" if parts[0] == "mid_block" else inverse[parts[0]](
+            int(parts[1]), int(parts[3])
+        )  # fmt: skip
+        tensors[f"model.diffusion_model.{block}.spade.{leaf}"] = value
+    return tensors
+
+
+def test_parts_checkpoint_with_sd_directory_becomes_a_base(tmp_path):
+    structure = replace(PRESETS["nano"].structure, heads=HEADS)
+    config = replace(PRESETS["nano"], structure=structure)
+    spades, sd = build_base(config, seed=1), build_base(config, seed=2)
+    reference = Reference()
+    torch.save({"state_dict": ldm_names_of_parts(spades, reference)}, tmp_path / "webui_768v.ckpt")
+    sd.save(tmp_path / "sd")
+    import_base(tmp_path / "webui_768v.ckpt", tmp_path / "out", tmp_path / "sd", torch.float32, config=config)
+    base = load_base(tmp_path / "out")
+    assert base.config.prediction_type == "v_prediction" and base.config.tile == 768
+    for key, value in base.unet.state_dict().items():
+        assert torch.equal(value, (spades if ".spade." in key else sd).unet.state_dict()[key]), key
+    x, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
+    with torch.no_grad():
+        torch.testing.assert_close(base.structure_encoder(x, t)[16], reference(x, t)[0], rtol=1e-4, atol=1e-5)
+    assert F.mse_loss(base.encode(torch.zeros(1, 3, 64, 64)), sd.encode(torch.zeros(1, 3, 64, 64))) == 0
+
+
+def test_keys_that_do_not_fit_are_listed(tmp_path):
+    base = build_base("nano")
+    state = dict(base.vae.state_dict())
+    gone = next(iter(state))
+    del state[gone]
+    state["surplus"] = torch.ones(1)
+    with pytest.raises(BadFileError, match=f"missing {gone}.*unexpected surplus"):
+        load_strict(base.vae, state, "x.ckpt: vae")
+
+
+def test_parts_without_sd_say_what_to_give(tmp_path):
+    config = replace(PRESETS["nano"], structure=replace(PRESETS["nano"].structure, heads=HEADS))
+    torch.save(ldm_names_of_parts(build_base(config), Reference()), tmp_path / "parts.ckpt")
+    with pytest.raises(BadFileError, match="--sd"):
+        import_base(tmp_path / "parts.ckpt", tmp_path / "out", config=config)
+    assert not (tmp_path / "out" / "config.json").exists()

@@ -1,0 +1,162 @@
+"""The house: who may import whom, what is installed, and how long files and functions are."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {
+    "pfstorer_rt": ROOT / "pfstorer_rt",
+    "pfstorer_rt.export": ROOT / "export",
+    "pfstorer_rt.kernels": ROOT / "kernels" / "ops",
+}
+
+# A part and the parts below it that it may import; a part is a module or package of pfstorer_rt.
+LOW = {"errors", "config", "files", "console"}
+FORMATS = {"image", "tiling", "sampling", "identity", "plan"}
+MAY_IMPORT = {
+    "errors": set(),
+    "config": {"errors"},
+    "console": {"errors"},
+    "files": {"errors"},
+    **{part: {"errors", "config", "files"} for part in FORMATS},
+    "kernels": {"errors"},
+    "attention": {"errors", "kernels"},
+    "models": LOW | FORMATS | {"attention"},
+    "engine": LOW | FORMATS | {"attention", "models"},
+    "restore": LOW | FORMATS | {"attention", "models", "engine"},
+    "evaluation": {"image", "errors", "console", "files"},
+    "training": LOW | FORMATS | {"attention", "models", "evaluation"},
+    "export": LOW | FORMATS | {"attention", "models", "engine"},
+    "cli": LOW | FORMATS | {"attention", "models", "engine", "restore", "evaluation", "training", "export"},
+    "": set(),  # pfstorer_rt/__init__.py: names only, resolved on first use
+}
+"""Not here on purpose: anything -> cli, restore -> training or export, pfstorer_rt -> kernels but by attention."""
+
+
+def source_files():
+    """(module name, path) of every file that is installed."""
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            words = path.relative_to(folder).with_suffix("").parts
+            yield ".".join([package, *words]).removesuffix(".__init__"), path
+
+
+MODULES = dict(source_files())
+
+
+def imports(name, path, tables=True):
+    """(line, absolute module name) of every import in a file, in functions too, and of names in string tables."""
+    tree = ast.parse(path.read_text())
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif tables and isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in MODULES:
+            yield node.lineno, node.value
+
+
+def part_of(module):
+    """Which part of pfstorer_rt a module name lies in; None for other packages."""
+    words = module.split(".")
+    if words[0] != "pfstorer_rt":
+        return None
+    return words[1] if len(words) > 1 and words[1] in MAY_IMPORT else ""
+
+
+def test_every_part_is_in_the_graph():
+    assert {part_of(name) for name in MODULES} == set(MAY_IMPORT) and len(MODULES) > 40
+    unknown = [name for name in MODULES if part_of(name) == "" and name != "pfstorer_rt"]
+    assert not unknown, "say in MAY_IMPORT what these may import"
+
+
+def test_imports_follow_the_graph():
+    wrong = []
+    for name, path in MODULES.items():
+        part = part_of(name)
+        for line, module in imports(name, path):
+            target = part_of(module)
+            table = part == ""  # the public names are strings, looked up when they are used
+            if target is not None and target != part and target not in MAY_IMPORT[part] and not table:
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {part} imports {target or module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_package_itself_imports_nothing_but_the_standard_library():
+    tree = ast.parse((ROOT / "pfstorer_rt" / "__init__.py").read_text())
+    nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    found = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    found |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+    assert found and {name.split(".")[0] for name in found} <= set(sys.stdlib_module_names)
+
+
+def test_the_graph_has_no_circle():
+    order, left = [], {part: set(below) for part, below in MAY_IMPORT.items()}
+    while left:
+        ready = [part for part, below in left.items() if below <= set(order)]
+        assert ready, f"a circle among {sorted(left)}"
+        order += ready
+        left = {part: below for part, below in left.items() if part not in ready}
+
+
+def test_no_two_modules_import_each_other():
+    left = {}
+    for name, path in MODULES.items():
+        found = {m if m in MODULES else m.rpartition(".")[0] for _, m in imports(name, path, tables=False)}
+        left[name] = (found & set(MODULES)) - {name, "pfstorer_rt"}
+    while left:
+        ready = {name for name, below in left.items() if not below & set(left)}
+        assert ready, left
+        left = {name: below for name, below in left.items() if name not in ready}
+
+
+def test_kernels_need_torch_and_triton_alone():
+    for name, path in MODULES.items():
+        if part_of(name) == "kernels":
+            foreign = {m.split(".")[0] for _, m in imports(name, path)} - set(sys.stdlib_module_names)
+            assert foreign <= {"torch", "triton", "pfstorer_rt"}, name
+
+
+def test_folders_of_the_checkout_are_imported_by_their_installed_names():
+    for name, path in MODULES.items():
+        for line, module in imports(name, path):
+            assert module.split(".")[0] not in ("export", "kernels", "tests", "benchmarks"), f"{name}:{line}"
+        if part_of(name) in ("export", "kernels"):  # siblings relatively, so that the folder may move
+            nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+            own = [n.module for n in nodes if not n.level and part_of(n.module) == part_of(name)]
+            assert not own, name
+
+
+def test_the_package_list_names_every_folder():
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    on_disk = {
+        ".".join([package, *path.parent.relative_to(folder).parts])
+        for package, folder in FOLDERS.items()
+        for path in folder.rglob("__init__.py")
+    }
+    assert sorted(setup["packages"]) == sorted(on_disk)
+    assert setup["package-dir"] == {"pfstorer_rt.export": "export", "pfstorer_rt.kernels": "kernels/ops"}
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    loose = [p for folder in FOLDERS.values() for p in folder.rglob("*.py") if not (p.parent / "__init__.py").exists()]
+    assert not loose
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_and_functions_are_short(name):
+    text = MODULES[name].read_text()
+    assert len(text.splitlines()) <= 500
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            kernel = any("jit" in ast.unparse(d) for d in node.decorator_list)  # a Triton kernel is one body
+            assert kernel or node.end_lineno - node.lineno < 80, f"{node.name} in {name}"

@@ -1,0 +1,211 @@
+import json
+import os
+import stat
+import zipfile
+
+import pytest
+
+from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.files import sha256_bytes
+from pfstorer_rt.plan import COMPONENTS, Manifest, Payload, Plan, write_plan
+
+PAYLOADS = {"encoder": b"first" * 100, "denoiser": bytes(range(256)) * 40, "decoder": b"last"}
+
+
+def make_manifest(**changes):
+    ports = {"x": {"shape": ["batch", 4, 8, 8], "type": "float32"}}
+    payloads = {
+        c: Payload(f"{c}.onnx", sha256_bytes(data), ports, ports, {"relative": 1e-6}) for c, data in PAYLOADS.items()
+    }
+    values = {
+        "target": "onnx", "precision": "fp32", "tile": 64, "factor": 8, "latent_channels": 4,
+        "prediction_type": "epsilon", "sampler": "ddpm", "steps": 4, "base_name": "nano", "base_fingerprint": "0" * 64,
+        "tools": {"torch": "2"}, "payloads": payloads,
+    }  # fmt: skip
+    return Manifest(**{**values, **changes})
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return write_plan(tmp_path / "a.plan", make_manifest(), PAYLOADS)
+
+
+def rewrite(path, change_manifest=lambda data: data, without=()):
+    """Write the zip anew with another manifest, CRCs and all."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    parts["manifest.json"] = json.dumps(change_manifest(json.loads(parts["manifest.json"]))).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            if name not in without:
+                archive.writestr(name, data)
+
+
+def test_a_written_plan_is_read_whole(plan):
+    opened = Plan.open(plan.path)
+    assert opened.manifest == make_manifest()
+    assert {c: opened.read(c) for c in COMPONENTS} == PAYLOADS
+    assert Manifest.from_dict(json.loads(opened.manifest.to_json())) == opened.manifest
+
+
+def test_a_plan_is_a_plain_uncompressed_zip(plan):
+    with zipfile.ZipFile(plan.path) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == ["manifest.json", "encoder.onnx", "denoiser.onnx", "decoder.onnx"]
+        assert all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+        assert archive.read("denoiser.onnx") == PAYLOADS["denoiser"]
+    assert PAYLOADS["denoiser"] in plan.path.read_bytes()
+
+
+def test_same_content_same_bytes(plan, tmp_path):
+    again = write_plan(tmp_path / "other name.plan", make_manifest(), dict(PAYLOADS))
+    assert again.path.read_bytes() == plan.path.read_bytes()
+
+
+def test_a_persons_plan_is_private(plan, tmp_path):
+    mask = os.umask(0o022)
+    try:
+        private = write_plan(tmp_path / "b.plan", make_manifest(identity_name="alice"), PAYLOADS)
+        public = write_plan(tmp_path / "c.plan", make_manifest(), PAYLOADS)
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE(private.path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(public.path.stat().st_mode) == 0o644
+
+
+def test_opening_does_not_read_payloads(plan, monkeypatch):
+    read = zipfile.ZipFile.read
+    names = []
+    monkeypatch.setattr(
+        zipfile.ZipFile, "read", lambda self, name, *more: names.append(name) or read(self, name, *more)
+    )
+    Plan.open(plan.path)
+    assert names == ["manifest.json"]
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_flipped_byte_is_refused(plan, component):
+    raw = bytearray(plan.path.read_bytes())
+    raw[raw.index(PAYLOADS[component]) + 2] ^= 1
+    plan.path.write_bytes(raw)
+    opened = Plan.open(plan.path)
+    with pytest.raises(BadFileError, match=component):
+        opened.read(component)
+    assert all(opened.read(c) == PAYLOADS[c] for c in COMPONENTS if c != component)
+
+
+def test_an_exchanged_payload_is_refused(plan):
+    # The zip's own CRC is right here; only the manifest knows.
+    with zipfile.ZipFile(plan.path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    parts["denoiser.onnx"] = b"something else"
+    with zipfile.ZipFile(plan.path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    with pytest.raises(BadFileError, match="denoiser does not match its sha256"):
+        Plan.open(plan.path).read("denoiser")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def foreign(path):
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(3000))
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def half(path):
+    raw = path.read_bytes()
+    path.write_bytes(raw[: len(raw) // 2])
+
+
+def other_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("word/document.xml", "<xml/>")
+
+
+def other_manifest(path):
+    rewrite(path, lambda data: {"name": "an app"})
+
+
+def manifest_is_a_list(path):
+    rewrite(path, lambda data: [data])
+
+
+def newer(path):
+    rewrite(path, lambda data: {**data, "schema": 2, "something": "new"})
+
+
+def unknown_field(path):
+    rewrite(path, lambda data: {**data, "something": 1})
+
+
+def lacking_field(path):
+    rewrite(path, lambda data: {k: v for k, v in data.items() if k != "tile"})
+
+
+def payloads_are_a_list(path):
+    rewrite(path, lambda data: {**data, "payloads": []})
+
+
+def odd_payload(path):
+    rewrite(path, lambda data: {**data, "payloads": {"encoder": "encoder.onnx"}})
+
+
+def lacking_component(path):
+    rewrite(path, lambda data: {**data, "payloads": {k: v for k, v in data["payloads"].items() if k != "decoder"}})
+
+
+def lacking_file(path):
+    rewrite(path, without=("denoiser.onnx",))
+
+
+DAMAGES = {
+    empty: "not a plan, or cut off",
+    foreign: "not a plan, or cut off",
+    truncated: "not a plan, or cut off",
+    half: "not a plan, or cut off",
+    other_zip: "not a plan, or cut off",
+    other_manifest: "not a plan made by",
+    manifest_is_a_list: "not a plan made by",
+    newer: "plan schema 2, this version reads 1",
+    unknown_field: "manifest does not fit.*something",
+    lacking_field: "manifest does not fit.*tile",
+    payloads_are_a_list: "manifest does not fit",
+    odd_payload: "manifest does not fit",
+    lacking_component: "lacks decoder",
+    lacking_file: "lacks denoiser",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
+def test_damaged_plans_are_refused(plan, damage):
+    damage(plan.path)
+    with pytest.raises(BadFileError, match=DAMAGES[damage]) as caught:
+        Plan.open(plan.path)
+    assert str(caught.value).startswith(str(plan.path))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_plans_are_refused(tmp_path):
+    for path in (tmp_path / "none.plan", tmp_path):
+        with pytest.raises(BadFileError, match="no such plan"):
+            Plan.open(path)
+
+
+def test_a_plan_cut_off_after_opening_is_refused(plan):
+    half(plan.path)
+    with pytest.raises(BadFileError, match="encoder is damaged"):
+        plan.read("encoder")
+
+
+def test_a_failed_write_leaves_the_old_plan(plan):
+    before = plan.path.read_bytes()
+    with pytest.raises(KeyError):
+        write_plan(plan.path, make_manifest(), {**PAYLOADS, "unknown": b""})
+    assert plan.path.read_bytes() == before
+    assert [p.name for p in plan.path.parent.iterdir()] == ["a.plan"]

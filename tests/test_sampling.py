@@ -1,0 +1,255 @@
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from pfstorer_rt.sampling import (
+    SAMPLERS,
+    alphas_cumprod,
+    betas,
+    posterior,
+    respace,
+    sample_ddim,
+    sample_ddpm,
+    split_prediction,
+    start_from_lq,
+)
+
+SHAPE = (1, 4, 6, 5)
+KINDS = ("epsilon", "v_prediction")
+SCHEDULE = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+}  # fmt: skip
+
+
+def abar_by_hand(t):
+    """Product of 1 - beta up to t, each beta from the two square roots, in Python floats."""
+    a, b = math.sqrt(0.00085), math.sqrt(0.012)
+    return math.prod(1 - (a + (b - a) * k / 999) ** 2 for k in range(t + 1))
+
+
+class NoiseTape:
+    """Normal noise that can be drawn twice in the same order."""
+
+    def __init__(self, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.drawn = 0
+
+    def __call__(self):
+        self.drawn += 1
+        return torch.randn(SHAPE, generator=self.generator)
+
+
+def toy_network(x, t):
+    """Any smooth function of x and t will do for comparing samplers."""
+    return 0.9 * torch.tanh(x) + 0.1 * math.cos(t / 100)
+
+
+def oracle(x0, kind):
+    """The denoiser that knows the clean latent."""
+
+    def denoiser(x, t):
+        abar = abar_by_hand(t)
+        eps = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
+        return eps if kind == "epsilon" else math.sqrt(abar) * eps - math.sqrt(1 - abar) * x0
+
+    return denoiser
+
+
+def start(seed=3):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def test_schedule_is_stable_diffusions():
+    abar = alphas_cumprod()
+    assert abar.dtype == np.float64
+    assert abar.shape == betas().shape == (1000,)
+    assert abar[0] == pytest.approx(0.99915, abs=1e-12)
+    assert abar[499] == pytest.approx(0.27766965, abs=5e-9)
+    assert abar[999] == pytest.approx(0.004660098513, abs=5e-13)
+    for t in (0, 1, 250, 998, 999):
+        assert abar[t] == pytest.approx(abar_by_hand(t), rel=1e-12)
+    # diffusers computes it in fp32.
+    assert np.allclose(abar, DDPMScheduler(**SCHEDULE).alphas_cumprod.numpy(), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "first", "last"),
+    [
+        (4, [0, 333, 666, 999], [0, 333, 666, 999]),
+        (20, [0, 53, 105, 158, 210, 263, 315, 368, 421, 473], [894, 946, 999]),
+        (50, [0, 20, 41, 61, 82, 102, 122, 143], [979, 999]),
+        (100, [0, 10, 20, 30, 40, 50, 61, 71], [989, 999]),
+        (200, [0, 5, 10], [994, 999]),
+    ],
+)
+def test_respacing_takes_the_published_timesteps(steps, first, last):
+    timesteps = respace(steps)
+    assert len(timesteps) == steps
+    assert timesteps[: len(first)] == first
+    assert timesteps[-len(last) :] == last
+
+
+def test_respacing_stays_next_to_the_exact_spacing():
+    assert respace(200)[100] == 502
+    assert respace(1000) == list(range(1000))
+    assert respace(1) == [999]
+    assert respace(2) == [0, 999]
+    for steps in range(2, 1001, 37):
+        timesteps = respace(steps)
+        assert len(timesteps) == steps
+        worst = max(abs(t - Fraction(999 * k, steps - 1)) for k, t in enumerate(timesteps))
+        assert worst <= Fraction(1, 2) + Fraction(1, 10**9)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_impossible_step_counts_are_refused(steps):
+    with pytest.raises(ValueError, match="expected 1 to 1000"):
+        respace(steps)
+
+
+def test_posterior_has_the_published_numbers():
+    q = posterior(respace(200))
+    published = {
+        1: (0.00431329, 0.000710590, 0.8356110, 0.1643886),
+        100: (0.02384418, 0.02362473, 0.01738204, 0.97891285),
+        199: (0.05840939, 0.05839243, 0.004128362, 0.97007410),
+    }
+    for i, (beta, variance, c1, c2) in published.items():
+        # Published from fp32 buffers: 1 - abar / abar_prev is good to 2e-7, which c1 and c2 divide by 5e-3 at i = 1.
+        assert q.beta[i] == pytest.approx(beta, abs=2e-7)
+        assert q.variance[i] == pytest.approx(variance, abs=2e-7)
+        assert q.c1[i] == pytest.approx(c1, abs=6e-6)
+        assert q.c2[i] == pytest.approx(c2, abs=6e-6)
+    assert (q.variance[0], q.c1[0], q.c2[0]) == (0, pytest.approx(1, abs=1e-12), 0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 1000])
+def test_posterior_keeps_the_marginals(steps):
+    # x_t ~ N(sqrt(abar) x0, 1 - abar) must become x_prev ~ N(sqrt(abar_prev) x0, 1 - abar_prev).
+    timesteps = respace(steps)
+    q, abar = posterior(timesteps), alphas_cumprod()[timesteps]
+    previous = np.concatenate([[1.0], abar[:-1]])
+    assert np.allclose(q.c1 + q.c2 * np.sqrt(abar), np.sqrt(previous), rtol=1e-10)
+    assert np.allclose(q.c2**2 * (1 - abar) + q.variance, 1 - previous, rtol=1e-10, atol=1e-14)
+
+
+def test_start_state_takes_the_unrespaced_end():
+    z, noise = start(1), start(2)
+    expected = 0.0682649 * z.double() + 0.9976672 * noise.double()
+    # The published factors have 7 digits.
+    assert torch.allclose(start_from_lq(z, noise).double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prediction_is_split_into_what_it_was_mixed_from(kind):
+    x0, eps = start(1).double(), start(2).double()
+    for t in (0, 500, 999):
+        abar = abar_by_hand(t)
+        x = math.sqrt(abar) * x0 + math.sqrt(1 - abar) * eps
+        v = math.sqrt(abar) * eps - math.sqrt(1 - abar) * x0
+        found = split_prediction(x, eps if kind == "epsilon" else v, abar, kind)
+        assert torch.allclose(found[0], x0, rtol=0, atol=1e-12)
+        assert torch.allclose(found[1], eps, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [2, 7, 50])
+def test_ddpm_is_diffusers_ddpm_on_the_same_timesteps(kind, steps, monkeypatch):
+    timesteps = respace(steps)
+    tape = NoiseTape()
+    scheduler = DDPMScheduler(**SCHEDULE, prediction_type=kind, variance_type="fixed_small")
+    scheduler.set_timesteps(timesteps=timesteps[::-1])
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: tape())
+    x = start()
+    for t in scheduler.timesteps:
+        x = scheduler.step(toy_network(x, int(t)), t, x).prev_sample
+    ours = NoiseTape()
+    found = sample_ddpm(toy_network, start(), timesteps, kind, ours)
+    assert ours.drawn == tape.drawn == steps - 1  # none at the last step
+    # diffusers keeps abar in fp32 and divides by it where it is 5e-3: about 1e-5 a step.
+    assert torch.allclose(found, x, rtol=0, atol=1e-3)
+    assert found.std() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ddim_without_noise_is_diffusers_ddim_where_the_spacing_agrees(kind):
+    # 1000 / 4 steps of "leading" spacing with offset 249 are not ours; set by hand, they are.
+    timesteps = [0, 333, 666, 999]
+    scheduler = DDIMScheduler(**SCHEDULE, prediction_type=kind, set_alpha_to_one=True)
+    scheduler.num_inference_steps = 3  # its previous timestep is t - 1000 // 3
+    x = start()
+    for t in reversed(timesteps):
+        x = scheduler.step(toy_network(x, t), t, x, eta=0.0).prev_sample
+    tape = NoiseTape()
+    found = sample_ddim(toy_network, start(), respace(4), kind, tape, eta=0.0)
+    assert tape.drawn == 0
+    assert torch.allclose(found, x, rtol=0, atol=1e-3)  # fp32 abar in diffusers, as above
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ddim_with_full_noise_is_ddpm(kind):
+    # Song 2021, section 4.1: eta = 1 has the posterior's mean and variance.
+    timesteps = respace(9)
+    found = sample_ddim(toy_network, start(), timesteps, kind, NoiseTape(), eta=1.0)
+    expected = sample_ddpm(toy_network, start(), timesteps, kind, NoiseTape())
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_ddim_noise_grows_with_eta():
+    def spread(eta):
+        x = torch.zeros(1, 1, 100, 100)
+        generator = torch.Generator().manual_seed(0)
+        noise = lambda: torch.randn(x.shape, generator=generator)  # noqa: E731
+        return sample_ddim(lambda x, t: torch.zeros_like(x), x, [0, 500], "v_prediction", noise, eta).std().item()
+
+    abar, previous = abar_by_hand(500), abar_by_hand(0)
+    sigma = math.sqrt((1 - previous) / (1 - abar) * (1 - abar / previous))
+    assert spread(0.0) == 0
+    # v = 0 and x = 0 leave sigma * noise, which the last step scales by sqrt(abar_0); 10,000 samples: 1 %.
+    assert spread(1.0) == pytest.approx(sigma * math.sqrt(previous), rel=0.03)
+    assert spread(0.5) == pytest.approx(0.5 * sigma * math.sqrt(previous), rel=0.03)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("steps", [1, 2, 8, 25])
+def test_an_oracle_is_believed(name, kind, steps):
+    x0 = start(11).double()
+    found = SAMPLERS[name](oracle(x0, kind), start().double(), respace(steps), kind, NoiseTape())
+    assert found.shape == x0.shape
+    # The solvers of diffusers end at sigma(0) = 0.029 or at a last sigma of 0; all within 2e-3.
+    assert torch.allclose(found.double(), x0, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_eps_and_v_give_the_same_picture(name):
+    def as_v(x, t):
+        abar = abar_by_hand(t)
+        eps = toy_network(x, t)
+        x0 = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)
+        return math.sqrt(abar) * eps - math.sqrt(1 - abar) * x0
+
+    sample, timesteps = SAMPLERS[name], respace(6)
+    eps = sample(toy_network, start().double(), timesteps, "epsilon", NoiseTape())
+    v = sample(as_v, start().double(), timesteps, "v_prediction", NoiseTape())
+    assert torch.allclose(eps.double(), v.double(), rtol=0, atol=1e-4 * eps.abs().max().item())
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_samplers_ask_for_timesteps_from_999_down(name):
+    asked = []
+
+    def denoiser(x, t):
+        asked.append(t)
+        return torch.zeros_like(x)
+
+    SAMPLERS[name](denoiser, start(), respace(5), "v_prediction", NoiseTape())
+    assert len(asked) == 5
+    assert asked[0] == 999
+    assert asked == sorted(set(asked), reverse=True)
+    assert all(isinstance(t, int) and 0 <= t <= 999 for t in asked)

@@ -1,0 +1,271 @@
+import itertools
+import math
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from pfstorer_rt.config import TrainConfig
+from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
+from pfstorer_rt.training.data import prefetch
+from pfstorer_rt.training.loop import Interruption, learning_rate_factor, make_accelerator, train
+
+
+class Line(nn.Module):
+    """Fits y = a x + b, with a frozen part that no state should hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, batch):
+        error = self.layer(batch["x"]) * self.frozen - batch["x"].sum(1, keepdim=True)
+        return {"loss": error.square().mean()}
+
+
+def make_batch(iteration):
+    return {"x": torch.randn(4, 3, generator=torch.Generator().manual_seed(iteration))}
+
+
+def fit(folder, batches=make_batch, mark="m", on_log=None, rate=0.1, **settings):
+    """Train a line; returns its parameters."""
+    config = TrainConfig(**{"iterations": 6, "device": "cpu", **settings})
+    accelerator = make_accelerator(config)
+    objective = Line()
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=rate)
+    folder.mkdir(exist_ok=True)
+    train(objective, optimizer, batches, config, accelerator, folder / "state.pt", mark, "line", on_log)
+    return [p.detach().clone() for p in objective.layer.parameters()]
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def stopping(at, how):
+    """Batches that call `how` when iteration `at` is asked for."""
+
+    def batches(iteration):
+        if iteration == at:
+            how()
+        return make_batch(iteration)
+
+    return batches
+
+
+def signalled(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def die():
+    raise SystemExit("power cut")
+
+
+# ---- going on
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, number, ema):
+    settings = {"ema": ema, "warmup": 2, "decay": 0.5, "checkpoint_every": 100}
+    whole = fit(tmp_path / "whole", **settings)
+    with pytest.raises(KeyboardInterrupt, match="after iteration 3 of 6"):
+        fit(tmp_path / "parts", stopping(2, signalled(number)), **settings)
+    asked = []
+
+    def noted(iteration):
+        asked.append(iteration)
+        return make_batch(iteration)
+
+    assert equal(fit(tmp_path / "parts", noted, **settings), whole)
+    assert asked == [3, 4, 5], "iterations that were done are not done again"
+
+
+@pytest.mark.parametrize("at", [4, 5])
+def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path, at):
+    whole = fit(tmp_path / "whole", ema=0.5)
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "parts", stopping(at, die), ema=0.5, checkpoint_every=2)
+    state = torch.load(tmp_path / "parts" / "state.pt", weights_only=True)
+    assert state["iteration"] == 4 and set(state["parameters"]) == {"layer.weight", "layer.bias"}
+    # checkpoint_every is no part of the result
+    assert equal(fit(tmp_path / "parts", ema=0.5, checkpoint_every=3), whole)
+
+
+def test_a_finished_training_is_not_trained_further(tmp_path):
+    whole = fit(tmp_path / "a")
+    assert equal(fit(tmp_path / "a", stopping(0, die)), whole)
+
+
+def test_the_checkpoint_is_private(tmp_path):
+    fit(tmp_path / "a")
+    assert (tmp_path / "a" / "state.pt").stat().st_mode & 0o077 == 0
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    fit(tmp_path / "a")
+    before = (tmp_path / "a" / "state.pt").read_bytes()
+    with pytest.raises(MismatchError, match="other settings"):
+        fit(tmp_path / "a", mark="another")
+    assert (tmp_path / "a" / "state.pt").read_bytes() == before
+
+
+def cut(data):
+    return data[: len(data) // 2]
+
+
+def foreign(_):
+    return b"PK\x03\x04 not torch's"
+
+
+def other_state(_):
+    import io
+
+    buffer = io.BytesIO()
+    torch.save({"weights": torch.ones(2)}, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("damage", [cut, foreign, other_state, lambda _: b""])
+def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
+    fit(tmp_path / "a")
+    path = tmp_path / "a" / "state.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(BadFileError, match="delete it"):
+        fit(tmp_path / "a")
+
+
+def test_a_second_interruption_is_not_held_back():
+    before = signal.getsignal(signal.SIGINT)
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_signal_handlers_are_put_back_after_a_failure(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "a", stopping(1, die))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ---- what is computed
+
+
+def test_a_seed_fixes_the_weights(tmp_path):
+    first, again, other = (fit(tmp_path / str(i), seed=seed) for i, seed in enumerate((1, 1, 2)))
+    assert equal(first, again) and not equal(first, other)
+
+
+def test_it_learns(tmp_path):
+    losses = []
+    weight, bias = fit(tmp_path / "a", iterations=200, on_log=lambda i, row: losses.append((i, row["loss"])))
+    assert (weight - 1).abs().max() < 0.05 and bias.abs().max() < 0.05
+    assert [i for i, _ in losses] == [50, 100, 150, 200] and losses[-1][1] < losses[0][1]
+
+
+def test_the_last_iteration_is_logged(tmp_path):
+    rows = []
+    fit(tmp_path / "a", iterations=3, on_log=lambda i, row: rows.append(i))
+    assert rows == [3]
+
+
+def test_the_average_is_what_the_model_ends_with(tmp_path, monkeypatch):
+    history = []
+    real = torch.optim.AdamW.step
+
+    def step(self, closure=None):
+        result = real(self, closure)
+        history.append([p.detach().clone() for p in self.param_groups[0]["params"] if p.requires_grad])
+        return result
+
+    plain = fit(tmp_path / "plain")
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    averaged = fit(tmp_path / "ema", ema=0.3)
+    assert equal(history[-1], plain), "the average is beside the training, not in it"
+    torch.manual_seed(0)
+    expected = [p.detach().clone() for p in Line().layer.parameters()]
+    for i, row in enumerate(history):
+        decay = min(0.3, (1 + i) / (10 + i))
+        expected = [decay * e + (1 - decay) * p for e, p in zip(expected, row, strict=True)]
+    for a, e in zip(averaged, expected, strict=True):
+        torch.testing.assert_close(a, e)  # the same sum in another order
+    assert not equal(averaged, plain)
+
+
+def test_large_gradients_are_clipped(tmp_path, monkeypatch):
+    norms = []
+    real = torch.optim.AdamW.step
+
+    def step(self, closure=None):
+        gradients = [p.grad.flatten() for p in self.param_groups[0]["params"] if p.grad is not None]
+        norms.append(torch.cat(gradients).norm().item())
+        return real(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    fit(tmp_path / "a", clip=0.01)
+    assert norms and max(norms) <= 0.01 * 1.001
+    fit(tmp_path / "b", clip=1e9)
+    assert max(norms) > 0.1
+
+
+def test_learning_rate_warms_up_stays_and_falls():
+    config = TrainConfig(iterations=100, warmup=10, decay=0.5)
+    factors = [learning_rate_factor(i, config) for i in range(100)]
+    assert factors[:10] == [(i + 1) / 10 for i in range(10)]
+    assert factors[10:51] == [1.0] * 41
+    assert all(a > b for a, b in itertools.pairwise(factors[50:])) and 0 < factors[-1] < 0.01
+    assert factors[75] == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 2))
+    plain = TrainConfig(iterations=7)
+    assert [learning_rate_factor(i, plain) for i in range(7)] == [1.0] * 7
+
+
+def test_every_group_keeps_its_own_rate(tmp_path):
+    """Adam's first step is its rate; the warm-up halves both."""
+    objective = Line()
+    start = [p.detach().clone() for p in objective.layer.parameters()]
+    groups = [{"params": [objective.layer.weight], "lr": 0.1}, {"params": [objective.layer.bias], "lr": 0.001}]
+    config = TrainConfig(iterations=1, warmup=2, device="cpu")
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    train(objective, optimizer, make_batch, config, make_accelerator(config), tmp_path / "s.pt", "m", "line")
+    moved = [(p - s).abs().max().item() for p, s in zip(objective.layer.parameters(), start, strict=True)]
+    assert moved == pytest.approx([0.05, 0.0005], rel=1e-3)
+
+
+def test_workers_prepare_the_same_batches():
+    alone = [b["x"] for b in prefetch(make_batch, 2, 7, 0)]
+    helped = [b["x"] for b in prefetch(make_batch, 2, 7, 2)]
+    assert len(alone) == 5 and equal(alone, helped) and torch.equal(alone[0], make_batch(2)["x"])
+
+
+# ---- devices and precisions
+
+
+def test_fp16_on_a_cpu_says_what_to_do():
+    with pytest.raises(MissingBackendError, match="bf16 or fp32"):
+        make_accelerator(TrainConfig(precision="fp16", device="cpu"))
+
+
+def test_a_device_that_is_not_there_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingBackendError, match="--device cpu"):
+        make_accelerator(TrainConfig(device="cuda"))
+
+
+def test_bf16_trains_on_a_cpu_and_near_fp32(tmp_path):
+    full, half = fit(tmp_path / "a"), fit(tmp_path / "b", precision="bf16")
+    assert not equal(full, half)
+    for a, b in zip(full, half, strict=True):
+        assert b.dtype == torch.float32 and (a - b).abs().max() < 0.1  # six steps of 0.1, 8 bits of mantissa
+
+
+def test_precisions_can_change_within_one_process():
+    made = [make_accelerator(TrainConfig(precision=p, device="cpu")) for p in ("bf16", "fp32", "bf16")]
+    assert made[-1].mixed_precision == "bf16"
+    assert make_accelerator(TrainConfig(device="cpu")).mixed_precision == "no"

@@ -1,0 +1,301 @@
+import os
+import signal
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pfstorer_rt.config import PersonalizeConfig, TrainConfig
+from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
+from pfstorer_rt.files import sha256_file
+from pfstorer_rt.identity import Identity
+from pfstorer_rt.models.base import build_base
+from pfstorer_rt.models.prompt import tokenize
+from pfstorer_rt.training import personalize as module
+from pfstorer_rt.training.losses import PersonalizationObjective
+from pfstorer_rt.training.personalize import BatchMaker, make_optimizer, personalize
+
+METHODS = ("pfstorer", "vico", "dreambooth")
+
+
+@pytest.fixture(scope="module")
+def base():
+    return build_base("nano", seed=3)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, make_picture):
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(3):
+        Image.fromarray((make_picture(80, 72, seed=i) * 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture
+def learn(base, photos, tmp_path):
+    """Function (file name, method="pfstorer", **TrainConfig fields) -> Identity, saved in tmp_path."""
+
+    def call(name, method="pfstorer", **settings):
+        train = TrainConfig(**{"iterations": 2, "batch": 1, "device": "cpu", **settings})
+        config = PersonalizeConfig(method=method, train=train, p_self=0.5)
+        return personalize("alice", photos, base, config, tmp_path / f"{name}.safetensors")
+
+    return call
+
+
+def same(a, b):
+    return set(a.tensors) == set(b.tensors) and all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+
+
+def at_iteration(monkeypatch, number, action):
+    """Call `action` when a batch is asked for; returns the function that takes it back."""
+    real = BatchMaker.__call__
+
+    def call(self, iteration):
+        if iteration == number:
+            action()
+        return real(self, iteration)
+
+    monkeypatch.setattr(BatchMaker, "__call__", call)
+    return lambda: monkeypatch.setattr(BatchMaker, "__call__", real)
+
+
+def die():
+    raise SystemExit("power cut")
+
+
+# ---- going on
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(learn, monkeypatch, tmp_path, method):
+    whole = learn("whole", method, iterations=6)
+    undo = at_iteration(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match="after iteration 3 of 6"):
+        learn("parts", method, iterations=6)
+    assert [p.name for p in tmp_path.glob("parts*")] == ["parts.training.pt"]
+    undo()
+    at_iteration(monkeypatch, 0, die)  # it does not begin anew
+    assert same(learn("parts", method, iterations=6), whole)
+    assert (tmp_path / "parts.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(learn, monkeypatch, tmp_path):
+    whole = learn("whole", iterations=6, checkpoint_every=2)
+    undo = at_iteration(monkeypatch, 5, die)
+    with pytest.raises(SystemExit):
+        learn("parts", iterations=6, checkpoint_every=2)
+    assert torch.load(tmp_path / "parts.training.pt", weights_only=True)["iteration"] == 4
+    undo()
+    assert same(learn("parts", iterations=6, checkpoint_every=2), whole)
+
+
+def test_a_run_killed_before_its_identity_was_written_only_writes_it(learn, monkeypatch, tmp_path):
+    whole = learn("whole", iterations=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "make_identity", lambda *_: die())
+        with pytest.raises(SystemExit):
+            learn("parts", iterations=3)
+    assert not (tmp_path / "parts.safetensors").exists()
+    at_iteration(monkeypatch, 0, die)
+    assert same(learn("parts", iterations=3), whole)
+
+
+def test_a_checkpoint_of_another_run_is_refused(learn, monkeypatch, tmp_path, photos):
+    undo = at_iteration(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        learn("a", iterations=6)
+    undo()
+    before = (tmp_path / "a.training.pt").read_bytes()
+    for change in ({"iterations": 7}, {"seed": 1}, {"learning_rate": 1e-3}, {"method": "vico"}):
+        with pytest.raises(MismatchError, match="other settings or photographs"):
+            learn("a", **{"iterations": 6, **change})
+    assert (tmp_path / "a.training.pt").read_bytes() == before
+    (tmp_path / "a.training.pt").write_bytes(before[:-1000])
+    with pytest.raises(BadFileError, match="delete it"):
+        learn("a", iterations=6)
+
+
+# ---- what is learned
+
+
+def test_a_seed_fixes_the_identity(learn):
+    first, again, other = learn("a"), learn("b"), learn("c", seed=1)
+    assert same(first, again) and first.fingerprint == again.fingerprint
+    assert not same(first, other)
+
+
+def test_the_file_holds_what_the_call_returned(learn, base, photos, tmp_path):
+    made = learn("a")
+    read = Identity.load(tmp_path / "a.safetensors")
+    assert same(made, read) and read.metadata() == made.metadata()
+    assert (read.base_fingerprint, read.method, read.layers) == (base.fingerprint, "pfstorer", base.config.layers)
+    assert read.references == tuple(sha256_file(p) for p in photos)
+    assert read.settings["train"]["iterations"] == 2
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o600
+
+
+def test_one_step_moves_every_part_at_its_own_rate(learn, base):
+    """Adam's first step is the rate of each parameter; fp16 keeps three digits."""
+    one = learn("a", iterations=1)
+    config = PersonalizeConfig(train=TrainConfig(iterations=1))
+    for i in range(4):
+        gamma = one.tensors[f"blocks.{i}.gamma"].float().abs()
+        assert gamma.max().item() == pytest.approx(config.gamma_learning_rate, rel=0.01)
+    start = base.text_encoder.word_embedding(tokenize(config.init_word, base.config))
+    moved = (one.tensors["token"].float() - start).abs().max().item()
+    assert moved == pytest.approx(config.token_learning_rate, rel=0.1)
+
+
+def test_gamma_and_token_have_rates_of_their_own_and_do_not_decay(base):
+    config = replace(PersonalizeConfig(), gamma_learning_rate=0.25, token_learning_rate=0.5)
+    objective = PersonalizationObjective(base, config)
+    blocks, gammas, token = make_optimizer(objective, config).param_groups
+    assert [g["lr"] for g in (blocks, gammas, token)] == [config.train.learning_rate, 0.25, 0.5]
+    assert [g["weight_decay"] for g in (blocks, gammas, token)] == [config.train.weight_decay, 0.0, 0.0]
+    assert {id(p) for p in gammas["params"]} == {id(b.gamma) for b in objective.blocks}
+    assert len(token["params"]) == 1 and token["params"][0] is objective.token
+    ours = {id(p) for group in (blocks, gammas, token) for p in group["params"]}
+    assert ours == {id(p) for p in [*objective.blocks.parameters(), objective.token]}, "the base is frozen"
+
+
+def test_pfstorer_starts_at_the_base_and_its_gamma_moves(learn):
+    made = learn("a", iterations=4)
+    assert all(made.tensors[f"blocks.{i}.gamma"].abs().max() > 0 for i in range(4))
+    assert set(made.gamma) == set(made.layers)
+    assert all(0 < row["mean"] <= row["max"] for row in made.gamma.values())
+
+
+def test_vico_keeps_gamma_at_one(learn):
+    made = learn("a", "vico", iterations=4)
+    assert all(bool((made.tensors[f"blocks.{i}.gamma"] == 1).all()) for i in range(4))
+
+
+def test_the_blocks_themselves_learn(learn):
+    few, more = learn("a", iterations=1), learn("b", iterations=5, learning_rate=1e-2)
+    names = [k for k in few.tensors if k.startswith("blocks.") and not k.endswith(".gamma")]
+    assert names and all(few.tensors[k].isfinite().all() for k in names)
+    for i in range(4):  # gamma is zero at first, so the blocks move from the second step on
+        assert any(not torch.equal(few.tensors[k], more.tensors[k]) for k in names if k.startswith(f"blocks.{i}."))
+
+
+def test_dreambooth_tunes_the_unet_and_leaves_the_base(learn, base):
+    before = {k: v.clone() for k, v in base.unet.state_dict().items()}
+    made = learn("a", "dreambooth", iterations=2, learning_rate=1e-2)
+    assert made.layers == () and set(made.tensors) == {f"unet.{k}" for k in before}
+    changed = [k for k, v in before.items() if not torch.equal(made.tensors[f"unet.{k}"], v.half())]
+    assert len(changed) > len(before) / 2
+    assert all(torch.equal(v, before[k]) for k, v in base.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_base_is_left_as_it_was(learn, base, method):
+    from pfstorer_rt.models.base import fingerprint_modules
+
+    learn("a", method, learning_rate=0.1)
+    assert fingerprint_modules(base.modules()) == base.fingerprint
+
+
+def test_bf16_learns_on_a_cpu(learn):
+    full, half = learn("a", iterations=3), learn("b", iterations=3, precision="bf16")
+    assert all(t.isfinite().all() for t in half.tensors.values() if t.is_floating_point())
+    assert not same(full, half)
+    assert all(half.tensors[f"blocks.{i}.gamma"].abs().max() > 0 for i in range(4))
+
+
+def test_fp16_on_a_cpu_is_refused_with_advice(learn, tmp_path):
+    with pytest.raises(MissingBackendError, match="bf16"):
+        learn("a", precision="fp16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_photograph_that_cannot_be_read_stops_it_before_training(learn, photos, base, tmp_path, monkeypatch):
+    at_iteration(monkeypatch, 0, die)
+    (tmp_path / "bad.png").write_bytes(b"")
+    with pytest.raises(BadFileError, match=r"bad\.png"):
+        personalize("alice", [*photos, tmp_path / "bad.png"], base, None, tmp_path / "a.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.png"]
+
+
+# ---- batches
+
+
+def maker(base, photos, rank=0, processes=1, seed=0, **settings):
+    train = TrainConfig(batch=3, seed=seed)
+    pictures = [module.read_photo(p) for p in photos]
+    return BatchMaker(pictures, base, replace(PersonalizeConfig(train=train), **settings), rank, processes)
+
+
+def test_batches_are_pure_functions_of_seed_and_iteration(base, photos):
+    a, b = maker(base, photos), maker(base, photos)
+    b(5)
+    first, again, next_one, other = a(2), b(2), a(3), maker(base, photos, seed=1)(2)
+    assert first["hq"].shape == (3, 3, 64, 64) and first["noise"].shape == (3, 4, 8, 8)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    for k in ("hq", "lq", "noise", "t"):
+        assert not torch.equal(first[k], next_one[k]) and not torch.equal(first[k], other[k])
+    assert all(first[k].abs().max() <= 1 for k in ("hq", "lq", "reference"))
+
+
+def test_processes_see_other_samples_but_the_same_graph(base, photos):
+    ranks = [maker(base, photos, rank, 2, p_self=0.5) for rank in (0, 1)]
+    for i in range(20):
+        first, second = (r(i) for r in ranks)
+        assert torch.equal(first["self"], second["self"]) and not torch.equal(first["noise"], second["noise"])
+
+
+def test_the_reference_is_another_photograph(base, photos):
+    batches = maker(base, photos)
+    for i, picture in enumerate(batches.photos):
+        picture.fill_(i / 2)  # the target's number can be read from its colour
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(40):
+        sample = batches.sample(rng)
+        target = round(sample["hq"].mean().item() + 1)
+        reference = next(i for i, c in enumerate(batches.centered) if c is sample["reference"])
+        seen.add((target, reference))
+    assert seen == {(i, j) for i in range(3) for j in range(3) if i != j}
+    alone = maker(base, photos[:1])
+    assert alone.sample(np.random.default_rng(0))["reference"] is alone.centered[0]
+
+
+@pytest.mark.parametrize(("settings", "share"), [({"p_self": 0.0}, 0), ({"ref_source": "self"}, 1)])
+def test_the_share_without_reference(base, photos, settings, share):
+    batches = maker(base, photos, **settings)
+    assert {bool(batches(i)["self"]) for i in range(5)} == {bool(share)}
+
+
+# ---- launchers
+
+
+def launch(launcher, base, photos, tmp_path):
+    base.save(tmp_path / "base")
+    words = ["personalize", "--identity", "bob", "--base", tmp_path / "base", "--iterations", 2, "--batch", 1]
+    command = [*launcher, "-m", "pfstorer_rt.cli", *words, *photos, "-o", tmp_path / "bob.safetensors"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PFSTORER_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, cwd=tmp_path, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not list(tmp_path.glob("*.pt"))
+    return Identity.load(tmp_path / "bob.safetensors")
+
+
+def test_accelerate_launches_one_process(base, photos, tmp_path):
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    found = launch(launcher, base, photos, tmp_path)
+    config = PersonalizeConfig(train=TrainConfig(iterations=2, batch=1))
+    assert same(found, personalize("bob", photos, base, config, tmp_path / "here.safetensors"))
+
+
+def test_two_processes_train_together(base, photos, tmp_path):
+    found = launch(["-m", "torch.distributed.run", "--nproc-per-node", "2"], base, photos, tmp_path)
+    assert all(t.isfinite().all() for t in found.tensors.values() if t.is_floating_point())
+    assert all(found.tensors[f"blocks.{i}.gamma"].abs().max() > 0 for i in range(4))
