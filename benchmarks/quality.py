@@ -53,7 +53,8 @@ def main(people: Path, output: Path, base: str, tests: int, limit: int, iteratio
         chosen = [row for row in rows if row["method"] == method]
         known = [row["id_distance"] for row in chosen if row["id_distance"] != ""]
         click.echo(
-            f"{method:<10} PSNR {np.mean([r['psnr'] for r in chosen]):.2f}  SSIM {np.mean([r['ssim'] for r in chosen]):.3f}  "
+            f"{method:<10} PSNR {np.mean([r['psnr'] for r in chosen]):.2f}  "
+            f"SSIM {np.mean([r['ssim'] for r in chosen]):.3f}  "
             f"ID {np.mean(known):.3f}  same person {np.mean([d < 0.6 for d in known]):.0%}  "
             f"faces {len(known)}/{len(chosen)}"
         )

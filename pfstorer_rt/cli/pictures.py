@@ -72,8 +72,8 @@ def find_inputs(inputs: Sequence[str], suffix: str) -> list[tuple[Path | None, P
 def plan_jobs(inputs: Sequence[str], output: str | None, suffix: str) -> list[Job]:
     """Decide where every result goes.
 
-    `output` with one picture that was named is a file (or an existing folder), otherwise a folder that
-    keeps sub-folders. Without it results go beside their inputs as `{stem}{suffix}{ext}`, and stdin to
+    `output` with one picture that was named is a file where it has a suffix and is no folder, otherwise a
+    folder that keeps sub-folders. Without it results go beside their inputs as `{stem}{suffix}{ext}`, and stdin to
     stdout. Raises `click.UsageError` when two results would have one name.
     """
     found = find_inputs(inputs, suffix)
@@ -89,11 +89,13 @@ def plan_jobs(inputs: Sequence[str], output: str | None, suffix: str) -> list[Jo
         elif output is None:
             assert source is not None
             target = source.with_name(named.name)
-        elif single and not Path(output).is_dir() and not output.endswith("/"):
+        elif single and Path(output).suffix and not Path(output).is_dir() and not output.endswith("/"):
             target = Path(output)
         else:
             target = Path(output) / named
         jobs.append(Job(source, target, source is None or source in explicit))
+    if any(job.target and job.target.suffix.lower() not in SAVE_FORMATS for job in jobs):
+        raise click.UsageError(f"{output}: cannot write that kind of file; use one of {' '.join(SAVE_FORMATS)}")
     targets = [job.target for job in jobs]
     if len(set(targets)) < len(targets):
         twice = next(t for t in targets if targets.count(t) > 1)

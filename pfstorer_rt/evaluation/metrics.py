@@ -65,7 +65,7 @@ def face_embedder() -> Callable[[Pixels], Embedding | None] | None:
         if not faces:
             return None
         face = max(faces, key=lambda box: box.area())
-        return np.array(network.compute_face_descriptor(image, landmarks(image, face), 5), dtype=np.float64)
+        return np.array(network.compute_face_descriptor(image, landmarks(image, face)), dtype=np.float64)
 
     return embed
 

@@ -156,7 +156,9 @@ def train_restorer(paths: list[Path], base: Base, work: Path, config: BaseTrainC
     base.to(accelerator.device).set_attention(training_backend(accelerator.device))
     pairs = latent_pairs(paths, base, work, config, accelerator)
     objective: nn.Module = RestorerObjective(base)
-    if not config.frozen_prior:  # with frozen norms, the CPU's backward of GroupNorm crashes in this format
+    # On a CPU, torch 2.13 crashes in GroupNorm's backward when weights need a gradient and a channels-last
+    # input does not: the first SPADE on a frozen prior is such a place.
+    if not config.frozen_prior:
         objective = nn.Module.to(objective, memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, parameter in objective.named_parameters():
         parameter.requires_grad_(not config.frozen_prior or ".spade." in name or name.startswith("structure_encoder"))

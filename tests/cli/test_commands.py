@@ -241,6 +241,15 @@ def pixels(path):
         return np.asarray(image, np.float32)
 
 
+def test_every_picture_of_a_call_is_degraded_in_another_way(run, save, tree, tmp_path):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "in" / name, 48, 48)
+    assert run("degrade", tmp_path / "in", "-o", tmp_path / "out", "--seed", 1).status == 0
+    assert run("degrade", tmp_path / "in" / "b.png", "-o", tmp_path / "b.png", "--seed", 2).status == 0
+    out = tree(tmp_path / "out")
+    assert out["a_degraded.png"] != out["b_degraded.png"] == (tmp_path / "b.png").read_bytes()
+
+
 def test_a_second_degrade_makes_what_the_first_would_have(run, save, tree, tmp_path):
     for i in range(3):
         save(tmp_path / "in" / f"{i}.png", 48, 48, seed=i)

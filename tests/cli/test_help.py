@@ -19,7 +19,7 @@ OPTIONS = {  # those that scripts rely on
     "inspect": "--json",
     "bench": "--engine --json",
     "evaluate": "--refs --hq --outputs --json",
-    "import-base": "--cfw --sd --dtype -o",
+    "import-base": "--sd --dtype -o",
 }
 
 

@@ -16,7 +16,7 @@ from pfstorer_rt.training.base import BaseTrainConfig, latent_pairs, split_holdo
 from pfstorer_rt.training.loop import make_accelerator
 from pfstorer_rt.training.losses import AutoencoderObjective, RestorerObjective
 
-SETTINGS = TrainConfig(iterations=4, batch=2, learning_rate=1e-3, ema=0.5, device="cpu")
+SETTINGS = TrainConfig(iterations=4, batch=2, learning_rate=1e-3, ema=0.5, device="cpu", precision="fp32")
 CONFIG = BaseTrainConfig(
     preset="nano", autoencoder=SETTINGS, restorer=SETTINGS, crop=32, variations=1, holdout=0.0
 )

@@ -9,6 +9,7 @@ from torch import nn
 
 from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
+from pfstorer_rt.training import loop
 from pfstorer_rt.training.data import prefetch
 from pfstorer_rt.training.loop import Interruption, learning_rate_factor, make_accelerator, train
 
@@ -32,7 +33,7 @@ def make_batch(iteration):
 
 def fit(folder, batches=make_batch, mark="m", on_log=None, rate=0.1, **settings):
     """Train a line; returns its parameters."""
-    config = TrainConfig(**{"iterations": 6, "device": "cpu", **settings})
+    config = TrainConfig(**{"iterations": 6, "device": "cpu", "precision": "fp32", **settings})
     accelerator = make_accelerator(config)
     objective = Line()
     optimizer = torch.optim.AdamW(objective.parameters(), lr=rate)
@@ -231,7 +232,7 @@ def test_every_group_keeps_its_own_rate(tmp_path):
     objective = Line()
     start = [p.detach().clone() for p in objective.layer.parameters()]
     groups = [{"params": [objective.layer.weight], "lr": 0.1}, {"params": [objective.layer.bias], "lr": 0.001}]
-    config = TrainConfig(iterations=1, warmup=2, device="cpu")
+    config = TrainConfig(iterations=1, warmup=2, device="cpu", precision="fp32")
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     train(objective, optimizer, make_batch, config, make_accelerator(config), tmp_path / "s.pt", "m", "line")
     moved = [(p - s).abs().max().item() for p, s in zip(objective.layer.parameters(), start, strict=True)]
@@ -268,4 +269,10 @@ def test_bf16_trains_on_a_cpu_and_near_fp32(tmp_path):
 def test_precisions_can_change_within_one_process():
     made = [make_accelerator(TrainConfig(precision=p, device="cpu")) for p in ("bf16", "fp32", "bf16")]
     assert made[-1].mixed_precision == "bf16"
-    assert make_accelerator(TrainConfig(device="cpu")).mixed_precision == "no"
+    assert make_accelerator(TrainConfig(precision="fp32", device="cpu")).mixed_precision == "no"
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "no")])
+def test_auto_takes_bf16_where_the_machine_has_it(monkeypatch, native, expected):
+    monkeypatch.setattr(loop, "has_native_bf16", lambda cpu: native)
+    assert make_accelerator(TrainConfig(precision="auto", device="cpu")).mixed_precision == expected

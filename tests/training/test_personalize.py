@@ -41,7 +41,7 @@ def learn(base, photos, tmp_path):
     """Function (file name, method="pfstorer", **TrainConfig fields) -> Identity, saved in tmp_path."""
 
     def call(name, method="pfstorer", **settings):
-        train = TrainConfig(**{"iterations": 2, "batch": 1, "device": "cpu", **settings})
+        train = TrainConfig(**{"iterations": 2, "batch": 1, "device": "cpu", "precision": "fp32", **settings})
         config = PersonalizeConfig(method=method, train=train, p_self=0.5)
         return personalize("alice", photos, base, config, tmp_path / f"{name}.safetensors")
 
@@ -277,6 +277,7 @@ def test_the_share_without_reference(base, photos, settings, share):
 def launch(launcher, base, photos, tmp_path):
     base.save(tmp_path / "base")
     words = ["personalize", "--identity", "bob", "--base", tmp_path / "base", "--iterations", 2, "--batch", 1]
+    words += ["--precision", "fp32"]
     command = [*launcher, "-m", "pfstorer_rt.cli", *words, *photos, "-o", tmp_path / "bob.safetensors"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PFSTORER_HOME": str(tmp_path / "home")}
     done = subprocess.run(
@@ -291,7 +292,7 @@ def launch(launcher, base, photos, tmp_path):
 def test_accelerate_launches_one_process(base, photos, tmp_path):
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
     found = launch(launcher, base, photos, tmp_path)
-    config = PersonalizeConfig(train=TrainConfig(iterations=2, batch=1))
+    config = PersonalizeConfig(train=TrainConfig(iterations=2, batch=1, precision="fp32"))
     assert same(found, personalize("bob", photos, base, config, tmp_path / "here.safetensors"))
 
 

@@ -1,0 +1,96 @@
+"""How good is a base on photographs that its training left out? Autoencoder alone, and restoring by step count.
+
+    python benchmarks/base.py PHOTOS... -o benchmarks/results/base.csv
+
+The held-out photographs are those that `train-base` holds out, by their names. One row for each setting, means
+over the pictures; `faces` is the share in which dlib finds a face, `id_distance` the mean over those pictures in
+which it finds one in every setting, so that all rows speak of the same pictures.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from quality import hwc, machine
+
+from pfstorer_rt.config import RestoreConfig
+from pfstorer_rt.evaluation.metrics import Pixels, face_embedder, identity_distance, psnr, ssim
+from pfstorer_rt.image import from_tensor, to_tensor
+from pfstorer_rt.models.base import Base, load_base
+from pfstorer_rt.restore import Restorer
+from pfstorer_rt.training.base import BaseTrainConfig, split_holdout
+from pfstorer_rt.training.data import center_crop, find_images, read_photo
+from pfstorer_rt.training.degradation import degrade
+
+SETTINGS = [("ddim", 1), ("ddim", 2), ("ddim", 4), ("ddim", 8), ("ddim", 20), ("dpmpp_2m", 4)]
+SETTINGS += [("unipc", 4), ("ddpm", 50)]
+
+
+@click.command()
+@click.argument("photos", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option("--base", "name", default="tiny", show_default=True)
+@click.option("--count", default=48, show_default=True, help="Pictures, evenly drawn from the held-out ones.")
+@click.option("--level", type=click.Choice(["light", "heavy"]), multiple=True, default=["light", "heavy"])
+def main(photos: tuple[Path, ...], output: Path, name: str, count: int, level: tuple[str, ...]) -> None:
+    base = load_base(name)
+    _, held = split_holdout(find_images(photos), BaseTrainConfig().holdout)
+    chosen = held[:: max(1, len(held) // count)][:count]
+    originals = [center_crop(read_photo(path), base.config.tile) for path in chosen]
+    rows = [row for one in level for row in measure(base, originals, one)]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        click.echo("  ".join(f"{k} {row[k]}" for k in ("level", "method", "psnr", "ssim", "faces", "id_distance")))
+
+
+def measure(base: Base, originals: list[torch.Tensor], level: str) -> list[dict[str, Any]]:
+    """Restore every picture with every setting; returns one row of means for each."""
+    embed = face_embedder()
+    assert embed is not None, "install the metrics extra"
+    truths = [hwc(image) for image in originals]
+    inputs = [hwc(degrade(image, level, i)) for i, image in enumerate(originals)]
+    results: dict[str, list[Pixels]] = {"input": inputs, "autoencoder": [reconstruct(base, t) for t in truths]}
+    with Restorer.from_base(base) as restorer:
+        for sampler, steps in SETTINGS:
+            config = RestoreConfig(sampler=sampler, steps=steps)
+            results[f"{sampler} {steps}"] = [restorer.restore(lq, config) for lq in inputs]
+    known = [embed(t) for t in truths]
+    distances = {
+        method: [identity_distance(embed(p), k) for p, k in zip(pictures, known, strict=True)]
+        for method, pictures in results.items()
+    }
+    common = [i for i in range(len(truths)) if all(d[i] is not None for d in distances.values())]
+
+    def mean(metric: Callable[[Pixels, Pixels], float], pictures: list[Pixels]) -> float:
+        return float(np.mean([metric(p, t) for p, t in zip(pictures, truths, strict=True)]))
+
+    return [
+        {
+            "level": level, "method": method, "pictures": len(truths), "psnr": round(mean(psnr, pictures), 2),
+            "ssim": round(mean(ssim, pictures), 3),
+            "faces": round(np.mean([d is not None for d in distances[method]]).item(), 3),
+            "id_distance": round(float(np.mean([distances[method][i] for i in common])), 3) if common else "",
+            "id_pictures": len(common), "base": base.fingerprint[:12], **machine(),
+        }
+        for method, pictures in results.items()
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def reconstruct(base: Base, pixels: Pixels) -> Pixels:
+    """Encode and decode."""
+    return from_tensor(base.decode(base.encode(to_tensor(pixels))))
+
+
+if __name__ == "__main__":
+    main()
