@@ -97,7 +97,7 @@ def choose(name: str = "auto", device: str | torch.device = "cpu") -> Choice:
             return Choice(candidate, BACKENDS[candidate](device), refused)
         except MissingBackendError as error:
             refused[candidate] = str(error)
-    raise MissingBackendError("; ".join(f"{k}: {v}" for k, v in refused.items()))
+    raise MissingBackendError("; ".join(refused.values()))
 
 
 class AttentionProcessor:

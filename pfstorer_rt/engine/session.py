@@ -71,7 +71,7 @@ def choose_backend(name: str = "auto") -> BackendChoice:
             return BackendChoice(candidate, module.open_component, refused)
         except MissingBackendError as error:
             refused[candidate] = str(error)
-    raise MissingBackendError("; ".join(f"{k}: {v}" for k, v in refused.items()))
+    raise MissingBackendError("; ".join(refused.values()))
 
 
 def open_session(plan: Plan, component: str, backend: str = "auto") -> Session:
