@@ -22,7 +22,7 @@ KIND = "pfstorer-identity"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
-@dataclass
+@dataclass(eq=False)
 class Identity:
     """One learned person.
 
@@ -62,7 +62,7 @@ class Identity:
 
         tensors = {k: v.detach().cpu().contiguous() for k, v in sorted(self.tensors.items())}
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = _with_sorted_header(safetensors.torch.save(tensors, metadata=self.metadata()))
+        data = _with_sorted_header(safetensors.torch.save(tensors, metadata={**self.metadata(), "fingerprint": self.fingerprint}))
         with atomic_write(path, mode=0o600) as file:
             file.write(data)
         return path
@@ -95,6 +95,8 @@ class Identity:
             import safetensors.torch
 
             identity.tensors = safetensors.torch.load_file(path)
+            if identity.fingerprint != meta.get("fingerprint"):
+                raise BadFileError(f"{show_path(path)}: its tensors do not match its fingerprint; personalize again")
         return identity
 
 

@@ -234,3 +234,12 @@ def test_two_iterations_make_an_identity(nano_base, make_picture, tmp_path):
     repeated = personalize("carol", paths, nano_base, config, tmp_path / "again.safetensors")
     assert repeated.fingerprint == made.fingerprint
     file.unlink()
+
+
+def test_a_flipped_byte_among_the_tensors_is_noticed(nano_identity, tmp_path):
+    path = nano_identity.save(tmp_path / "one.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadFileError, match="fingerprint"):
+        Identity.load(path)
