@@ -62,7 +62,8 @@ class Identity:
 
         tensors = {k: v.detach().cpu().contiguous() for k, v in sorted(self.tensors.items())}
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = _with_sorted_header(safetensors.torch.save(tensors, metadata={**self.metadata(), "fingerprint": self.fingerprint}))
+        metadata = {**self.metadata(), "fingerprint": self.fingerprint}
+        data = _with_sorted_header(safetensors.torch.save(tensors, metadata=metadata))
         with atomic_write(path, mode=0o600) as file:
             file.write(data)
         return path
