@@ -75,8 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     except click.Abort:
         fail("interrupted", 130)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        fail(f"{error.format_message()} (pfstorer-rt --help)", error.exit_code)
     except KeyboardInterrupt as error:
         fail(f"interrupted {error}".rstrip() + "; the same command goes on from here where it can", 130)
     except (BadFileError, MismatchError, MissingBackendError, ValueError) as error:

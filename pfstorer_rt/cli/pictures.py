@@ -95,7 +95,7 @@ def plan_jobs(inputs: Sequence[str], output: str | None, suffix: str) -> list[Jo
             target = Path(output) / named
         jobs.append(Job(source, target, source is None or source in explicit))
     if any(job.target and job.target.suffix.lower() not in SAVE_FORMATS for job in jobs):
-        raise click.UsageError(f"{output}: cannot write that kind of file; use one of {' '.join(SAVE_FORMATS)}")
+        raise click.UsageError(f"{output}: no kind of picture that can be written; use one of {' '.join(SAVE_FORMATS)}")
     targets = [job.target for job in jobs]
     if len(set(targets)) < len(targets):
         twice = next(t for t in targets if targets.count(t) > 1)

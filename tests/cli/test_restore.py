@@ -307,7 +307,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(restore, save, tmp_path):
 
 def test_a_suffix_that_cannot_be_written_is_one_line(restore, save, tree, tmp_path):
     done = restore(save(tmp_path / "a.png"), "-o", tmp_path / "b.xyz")
-    assert done.status == 1 and ".xyz" in done.errors[0] and list(tree(tmp_path)) == ["a.png"]
+    assert done.status == 2 and len(done.errors) == 1 and ".xyz" in done.errors[0] and list(tree(tmp_path)) == ["a.png"]
 
 
 def test_a_full_disk_leaves_the_old_target_and_no_temporary_file(restore, save, tree, tmp_path, full_disk):
