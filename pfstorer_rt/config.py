@@ -168,6 +168,11 @@ class TrainConfig:
     """Processes that prepare batches ahead of time."""
     checkpoint_every: int = 100
 
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for a learning rate that cannot train."""
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning rate {self.learning_rate}: expected above 0 and below 1")
+
 
 @dataclass(frozen=True)
 class PersonalizeConfig:

@@ -151,3 +151,13 @@ def _write_error(path: str | os.PathLike[str], error: OSError) -> PFStorerError:
     reason = (error.strerror or str(error)).lower()
     advice = _ADVICE.get(error.errno or 0, "check the path and the disk")
     return PFStorerError(f"{show_path(path)}: cannot be written ({reason}); {advice}")
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder and those above it; returns it. Raises PFStorerError where it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise PFStorerError(f"{show_path(path)}: this folder cannot be made ({reason}); choose another one") from error
+    return path

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from pfstorer_rt.errors import BadFileError, MismatchError
-from pfstorer_rt.files import atomic_write, fingerprint_tensors, show_path
+from pfstorer_rt.files import atomic_write, fingerprint_tensors, make_folder, show_path
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ class Identity:
         import safetensors.torch
 
         tensors = {k: v.detach().cpu().contiguous() for k, v in sorted(self.tensors.items())}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         metadata = {**self.metadata(), "fingerprint": self.fingerprint}
         data = _with_sorted_header(safetensors.torch.save(tensors, metadata=metadata))
         with atomic_write(path, mode=0o600) as file:

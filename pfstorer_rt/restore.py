@@ -148,6 +148,7 @@ class Restorer:
     def check(self, config: RestoreConfig) -> None:
         """Raise `ValueError` when a setting does not fit this engine, before any work."""
         respace(self.steps(config))
+        plan_canvas(1, 1, self.manifest.tile, config.scale)
         if self.sampler(config) not in SAMPLERS:
             raise ValueError(f"sampler {config.sampler!r}: expected one of {', '.join(SAMPLERS)}")
         if not np.isfinite(config.strength):

@@ -6,8 +6,11 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import click
+
+from pfstorer_rt.errors import BadFileError
 
 
 @click.command()
@@ -32,6 +35,8 @@ def describe(path: str) -> dict[str, Any]:
     if path.endswith(".safetensors"):
         return describe_identity(file)
     if file.is_file():
+        if file.suffix != ".plan" and not is_zipfile(file):
+            raise BadFileError(f"{path}: neither a base directory, an identity (.safetensors) nor a plan")
         return describe_plan(file)
     if not file.exists() and os.sep not in path and identity_path(path).is_file():
         return describe_identity(identity_path(path))

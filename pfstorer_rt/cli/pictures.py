@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from pfstorer_rt.console import stderr
 from pfstorer_rt.errors import PFStorerError
+from pfstorer_rt.files import make_folder
 from pfstorer_rt.image import (
     IMAGE_SUFFIXES,
     MAX_PIXELS,
@@ -113,7 +114,8 @@ def run_jobs(
     """
     failures = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr(), transient=True) as progress:
+    console = stderr()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         overall = progress.add_task(title, total=len(jobs)) if len(jobs) > 1 else None
         for number, job in enumerate(jobs):
             bar = progress.add_task(job.source.name if job.source else "stdin", total=None)
@@ -146,6 +148,8 @@ def run_job(
         if job.explicit:
             raise PFStorerError(f"{job.target}: exists already; choose another name or pass --overwrite")
         return {"status": "skipped"}
+    if job.target is not None:
+        make_folder(job.target.parent)
     picture = load_image(io.BytesIO(sys.stdin.buffer.read()) if job.source is None else job.source, max_pixels)
     pixels = work(picture.pixels, step)
     write(job, picture, pixels, overwrite)
@@ -161,11 +165,6 @@ def write(job: Job, picture: Picture, pixels: Pixels, overwrite: bool) -> None:
     if job.target is None:
         sys.stdout.buffer.write(encode_image(pixels, "png", **kept))
         return
-    try:
-        job.target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise PFStorerError(f"{job.target}: its folder cannot be made ({reason}); choose another one") from error
     save_image(job.target, pixels, overwrite=overwrite, **kept)
 
 
@@ -185,7 +184,8 @@ def show(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report), err=to_stderr)
     elif report["status"] == "failed":
-        click.echo(f"{report['input']}: failed: {report['error']}", err=True)
+        about = "" if report["error"].startswith(report["input"]) else f"{report['input']}: "
+        click.echo(f"failed: {about}{report['error']}", err=True)
     elif report["status"] == "skipped":
         click.echo(f"{report['output']}: exists, skipped")
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -72,11 +73,13 @@ def read_checkpoint(path: Path) -> Tensors:
     try:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
-        data = torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_restricted())
+        new = zipfile.is_zipfile(path)  # the older format of torch.save cannot be mapped
+        data = torch.load(path, map_location="cpu", mmap=new, weights_only=False, pickle_module=_restricted())
     except BadFileError as error:
         raise BadFileError(f"{show_path(path)}: {error}") from error
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
-        raise BadFileError(f"{show_path(path)}: cannot be read ({' '.join(str(error).split())[:200]})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise BadFileError(f"{show_path(path)}: not a readable .ckpt or .safetensors file ({reason})") from error
     state = data.get("state_dict", data) if isinstance(data, Mapping) else {}
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not tensors:

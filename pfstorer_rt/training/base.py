@@ -18,6 +18,7 @@ from torch import nn
 from pfstorer_rt.attention import training_backend
 from pfstorer_rt.config import PRESETS, TrainConfig
 from pfstorer_rt.console import stderr
+from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, build_base, fingerprint_modules
 from pfstorer_rt.models.vae import Autoencoder, build_vae
 from pfstorer_rt.training.data import Batch, Photographs, find_images, prefetch
@@ -195,7 +196,7 @@ def train_base(
     checkpoints are kept; the same call goes on from them. prior: a base whose autoencoder and UNet are
     taken as they are, so that only SPADEs and the structure encoder train.
     """
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work)
     paths, _ = split_holdout(find_images(sources), config.holdout)
     if prior is None:
         base = build_base(config.preset, config.restorer.seed)

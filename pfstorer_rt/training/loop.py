@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from pfstorer_rt.config import TrainConfig
-from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
+from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError
 from pfstorer_rt.files import atomic_write
 from pfstorer_rt.training.data import Batch, prefetch
 
@@ -198,6 +198,8 @@ def train(
             state.update_average(done)
             done += 1
             progress.update(bar, completed=done, loss=losses["loss"].item(), rate=progress.tasks[bar].speed or 0.0)
+            if not math.isfinite(losses["loss"].item()):
+                raise PFStorerError(f"{title}: the loss is not finite after {done} iterations; train more slowly")
             last = done == config.iterations or interruption.requested
             if accelerator.is_main_process:
                 if on_log and (done % 50 == 0 or last):

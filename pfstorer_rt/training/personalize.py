@@ -14,7 +14,8 @@ from torch import nn
 
 from pfstorer_rt.attention import choose, training_backend
 from pfstorer_rt.config import PersonalizeConfig
-from pfstorer_rt.files import sha256_file
+from pfstorer_rt.errors import PFStorerError
+from pfstorer_rt.files import make_folder, sha256_file
 from pfstorer_rt.identity import Identity, named_identity
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.models.personalization import PersonalizationBlock
@@ -58,12 +59,14 @@ def personalize(
     set_attention(objective, base, training_backend(accelerator.device))
     mark = signature([asdict(config), base.fingerprint], paths)
     checkpoint = target.with_name(target.stem + ".training.pt")
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(checkpoint.parent)
     optimizer = make_optimizer(objective, config)
     batches = BatchMaker(photos, base, config, accelerator.process_index, accelerator.num_processes)
     train(objective, optimizer, batches, config.train, accelerator, checkpoint, mark, f"personalize {name}")
     set_attention(objective, base, "auto")
     identity = make_identity(name, objective, base, config, paths, photos)
+    if not all(bool(torch.isfinite(t).all()) for t in identity.tensors.values()):
+        raise PFStorerError(f"{name}: training left values that are not finite; use a lower learning rate")
     if accelerator.is_main_process:
         identity.save(target)
         checkpoint.unlink(missing_ok=True)
