@@ -1,0 +1,70 @@
+"""Calls that are wrong are refused before any work, in one line that says what to do."""
+
+import math
+
+import pytest
+import torch
+
+from pfstorer_rt.config import TrainConfig
+from pfstorer_rt.errors import PFStorerError
+from pfstorer_rt.training.loop import make_accelerator, train
+
+
+@pytest.mark.parametrize("rate", ["nan", "-1", "0", "inf"])
+def test_a_learning_rate_that_cannot_train(refused, tree, photos, tmp_path, nano_base_dir, rate):
+    target = tmp_path / "x.safetensors"
+    refused(2, "personalize", "--identity", "x", "--base", nano_base_dir, "--learning-rate", rate, "-o", target,
+            *photos, words=["learning rate"])  # fmt: skip
+    assert not target.exists()
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp_path):
+    class Diverging(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, batch):
+            return {"loss": (self.w * batch["x"]).sum()}
+
+    config = TrainConfig(iterations=4, checkpoint_every=1, precision="fp32", device="cpu")
+    objective = Diverging()
+    optimizer = torch.optim.SGD(objective.parameters(), lr=1e-3)
+    checkpoint = tmp_path / "state.pt"
+    values = [1.0, 1.0, math.nan, 1.0]
+    with pytest.raises(PFStorerError, match="after 3 iterations"):
+        train(
+            objective, optimizer, lambda i: {"x": torch.tensor([values[i]])}, config, make_accelerator(config),
+            checkpoint, "mark", "test",
+        )  # fmt: skip
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["iteration"] == 2 and bool(torch.isfinite(state["parameters"]["w"]).all())
+
+
+def test_a_home_that_cannot_be_made(refused, photos, tmp_path, nano_base_dir, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "file" / "home"))
+    line = refused(1, "personalize", "--identity", "x", "--base", nano_base_dir, *photos, words=["cannot be made"])
+    assert "Errno" not in line
+
+
+def test_inspecting_a_picture_says_what_is_expected(refused, save, tmp_path):
+    refused(2, "inspect", save(tmp_path / "a.png"), words=["a.png", "plan", "identity"])
+
+
+@pytest.mark.parametrize("scale", ["0", "nan", "99"])
+def test_a_scale_out_of_range_is_found_before_the_work(refused, save, tree, tmp_path, nano_plan, scale):
+    engine = getattr(nano_plan, "path", nano_plan)
+    picture = save(tmp_path / "in" / "a.png")
+    refused(2, "restore", "--engine", engine, picture, "--scale", scale, words=["scale"])
+    assert list(tree(tmp_path / "in")) == ["a.png"]
+
+
+def test_an_old_format_checkpoint_is_read_and_text_is_called_no_checkpoint(tmp_path, refused):
+    from pfstorer_rt.models.checkpoint import read_checkpoint
+
+    torch.save({"a": torch.arange(3.0)}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_checkpoint(tmp_path / "old.ckpt")["a"], torch.arange(3.0))
+    (tmp_path / "text.ckpt").write_text("hello")
+    line = refused(2, "import-base", tmp_path / "text.ckpt", "-o", tmp_path / "out", words=["text.ckpt"])
+    assert "mmap" not in line
