@@ -41,8 +41,10 @@ class ConstantContext(AttentionProcessor):
 @torch.no_grad()
 def fold_context(attn: Attention, context: torch.Tensor, attention: AttentionFn = sdpa) -> None:
     """Replace a cross-attention's key and value projections by their constant results for (1, S, C)."""
-    attn.register_buffer("k", attn.to_k(context))
-    attn.register_buffer("v", attn.to_v(context))
+    # In fp64, so that two exports of one identity round to the same constants whatever kernel BLAS picks.
+    wide = context.double()
+    attn.register_buffer("k", attn.to_k.double()(wide).to(context.dtype))
+    attn.register_buffer("v", attn.to_v.double()(wide).to(context.dtype))
     attn.to_k, attn.to_v = nn.Identity(), nn.Identity()
     attn.set_processor(ConstantContext(attention))
 

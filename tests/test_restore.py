@@ -322,7 +322,9 @@ def test_strength_turns_the_person_up_and_down(personal, restorer, make_picture)
     pixels = make_picture(64, 64)
     base = restorer.restore(pixels, CONFIG)
     results = {s: personal.restore(pixels, replace(CONFIG, strength=s)) for s in (0.0, 0.5, 1.0)}
-    assert np.array_equal(results[0.0], base)
+    # Two plans: their folded constants may differ in the last bit, as BLAS picks kernels by memory alignment.
+    # Bit for bit is tested where both are the same modules, in models/test_personalization.py.
+    np.testing.assert_allclose(results[0.0], base, atol=1e-5)
     distance = {s: np.abs(r - base).mean() for s, r in results.items()}
     assert 0 < distance[0.5] < distance[1.0]
 
