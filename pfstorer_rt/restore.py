@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.engine.session import Session, choose_backend
-from pfstorer_rt.errors import PFStorerError
+from pfstorer_rt.errors import MismatchError, PFStorerError
 from pfstorer_rt.identity import Identity, identity_path, list_identities
 from pfstorer_rt.image import color_fix, from_tensor, resize_bicubic, to_tensor
 from pfstorer_rt.plan import COMPONENTS, Manifest, Plan
@@ -100,7 +100,6 @@ class Restorer:
         Raises `MismatchError` when the identity, or the manifest that is expected, is of another base.
         """
         from pfstorer_rt.engine.torch import manifest, open_sessions
-        from pfstorer_rt.errors import MismatchError
         from pfstorer_rt.models.base import Base, load_base
 
         loaded = base if isinstance(base, Base) else load_base(str(base))
@@ -280,8 +279,6 @@ def _pad(image: torch.Tensor, canvas: Canvas) -> torch.Tensor:
 
 def _find_identity(manifest: Manifest) -> Identity | None:
     """Find the identity that a plan was made of among the named ones."""
-    from pfstorer_rt.errors import MismatchError
-
     if manifest.identity_name is None:
         return None
     for path in list_identities():
