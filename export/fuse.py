@@ -42,8 +42,10 @@ class ConstantContext(AttentionProcessor):
 def fold_context(attn: Attention, context: torch.Tensor, attention: AttentionFn = sdpa) -> None:
     """Replace a cross-attention's key and value projections by their constant results for (1, S, C)."""
     # In fp64, so that two exports of one identity round to the same constants whatever kernel BLAS picks.
+    # The keys' mean is taken off: it adds the same to all scores of a query, and halves overflow sooner with it.
     wide = context.double()
-    attn.register_buffer("k", attn.to_k.double()(wide).to(context.dtype))
+    k = attn.to_k.double()(wide)
+    attn.register_buffer("k", (k - k.mean(1, keepdim=True)).to(context.dtype))
     attn.register_buffer("v", attn.to_v.double()(wide).to(context.dtype))
     attn.to_k, attn.to_v = nn.Identity(), nn.Identity()
     attn.set_processor(ConstantContext(attention))
@@ -76,19 +78,26 @@ class FusedDenoiser(nn.Module):
         prediction: torch.Tensor = self.denoiser(x, t, z_lq, 1.0 if strength is None else strength)
         return prediction
 
-    def identity_tensors(self) -> dict[str, torch.Tensor]:
-        """Return every tensor that belongs to the person, by name and in order.
+    def identity_paths(self) -> dict[str, str]:
+        """Return where everything that belongs to the person is kept: {name: path of a parameter or buffer}, in order.
 
-        `{layer}.gamma`, `{layer}.k` and `{layer}.v` of the reference, and the blocks' projections.
+        Names are `{layer}.gamma`, `{layer}.k` and `{layer}.v` of the reference, and `{layer}.` with the block's
+        projections. A graph takes these as constants, or as inputs in this order.
         """
         if self.denoiser.blocks is None:
             return {}
-        layers = self.denoiser.blocks.layers
         return {
-            f"{layer}.{key.removeprefix('block.').replace('attn2.k', 'k').replace('attn2.v', 'v')}": tensor
-            for layer, block in zip(layers, self.denoiser.blocks, strict=True)
-            for key, tensor in block.state_dict().items()
+            f"{layer}.{key.removeprefix('block.').replace('attn2.k', 'k').replace('attn2.v', 'v')}": (
+                f"denoiser.blocks.{i}.{key}"
+            )
+            for i, layer in enumerate(self.denoiser.blocks.layers)
+            for key in self.denoiser.blocks[i].state_dict()
         }
+
+    def identity_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of `identity_paths`, by name and in its order."""
+        state = self.state_dict()
+        return {name: state[path] for name, path in self.identity_paths().items()}
 
 
 def _spatial_transformers(unet: nn.Module) -> list[Any]:

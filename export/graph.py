@@ -2,36 +2,91 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
-import onnx
+import onnx_ir
 import torch
 from torch import nn
 
 from pfstorer_rt.engine.torch import component_modules, component_names
+from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.denoiser import Denoiser
+from pfstorer_rt.plan import COMPONENTS
 
 from .fuse import FusedDenoiser
+from .precision import TypedComponent
 
 OPSET = 23
 """The first opset with an `Attention` operator, which engines replace by their own fused kernel."""
 EXAMPLE_BATCH = 2  # 0 and 1 would be taken for constants
+PROTOBUF_LIMIT = 2**31 - 1
+"""Bytes that one ONNX message can have; larger graphs keep their weights in a file beside."""
+
+Binding = Literal["constants", "inputs"]
+"""How a person's tensors enter a graph: fused in, or bound at run time (a plan that several people share)."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An exported component."""
+
+    model: onnx_ir.Model
+    origins: dict[str, str]
+    """The module that each node came from, by the node's name."""
+
+    def weight_bytes(self) -> int:
+        """Bytes of all constants."""
+        return sum(v.const_value.nbytes for v in self.model.graph.initializers.values() if v.const_value is not None)
+
+    def save(self, folder: Path) -> Path:
+        """Write `model.onnx` with its weights in `model.data` beside it; returns the former's path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        onnx_ir.save(self.model, folder / "model.onnx", external_data="model.data")
+        return folder / "model.onnx"
+
+    def to_bytes(self) -> bytes:
+        """Return the graph and its weights as one ONNX message; raises `PFStorerError` above 2 GB."""
+        if self.weight_bytes() >= PROTOBUF_LIMIT:
+            raise PFStorerError(
+                f"a graph of {self.weight_bytes() / 1e9:.1f} GB: an ONNX payload holds at most 2 GB; "
+                "use --precision fp16, or --target tensorrt-rtx"
+            )
+        return bytes(onnx_ir.to_proto(self.model).SerializeToString(deterministic=True))
+
+    def ports(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return names, shapes and types of the inputs and outputs."""
+
+        def describe(values: Any) -> dict[str, Any]:
+            return {
+                value.name: {
+                    "shape": [d if isinstance(d, int) else d.value for d in value.shape],
+                    "type": value.dtype.numpy().name,
+                }
+                for value in values
+            }
+
+        return describe(self.model.graph.inputs), describe(self.model.graph.outputs)
+
+
+def fused_module(component: str, base: Base, identity: Identity | None = None) -> nn.Module:
+    """Return a component's module with its constants folded; the base itself is left as it was."""
+    module = deepcopy(component_modules(base, identity)[component])
+    return FusedDenoiser(module) if isinstance(module, Denoiser) else module
 
 
 def fused_modules(base: Base, identity: Identity | None = None) -> dict[str, nn.Module]:
-    """Return the component modules with constants folded; the base itself is left as it was."""
-    modules = {name: deepcopy(module) for name, module in component_modules(base, identity).items()}
-    denoiser = modules["denoiser"]
-    assert isinstance(denoiser, Denoiser)
-    return {**modules, "denoiser": FusedDenoiser(denoiser)}
+    """Return all component modules with constants folded."""
+    return {name: fused_module(name, base, identity) for name in COMPONENTS}
 
 
 def example_inputs(component: str, base: Base, strength: bool, batch: int = EXAMPLE_BATCH) -> dict[str, torch.Tensor]:
@@ -51,64 +106,77 @@ def example_inputs(component: str, base: Base, strength: bool, batch: int = EXAM
     return {**inputs, "strength": torch.ones(1)} if strength else inputs
 
 
-def dynamic_shapes(component: str, strength: bool) -> dict[str, Any]:
+def dynamic_shapes(component: str, strength: bool, factor: int) -> dict[str, Any]:
     """Return the free dimensions: the batch everywhere, height and width around the denoiser."""
     batch = torch.export.Dim("batch", min=1, max=256)
     if component == "denoiser":
         shapes: dict[str, Any] = {name: {0: batch} for name in ("x", "t", "z_lq")}
         return {**shapes, "strength": None} if strength else shapes
-    name = {"encoder": "image", "decoder": "latent"}[component]
-    return {name: {0: batch, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}}
+    height, width = (torch.export.Dim(name, min=2, max=4096) for name in ("height", "width"))  # of the latent
+    if component == "decoder":
+        return {"latent": {0: batch, 2: height, 3: width}}
+    return {"image": {0: batch, 2: factor * height, 3: factor * width}}
 
 
-def build_graph(component: str, module: nn.Module, base: Base) -> onnx.ModelProto:
-    """Export one component's module to an ONNX model."""
+def build_graph(
+    component: str, module: nn.Module, base: Base, precision: str = "fp32", identity: Binding = "constants"
+) -> Graph:
+    """Export one component's module; for fp16 the module is changed in place.
+
+    identity: whether the tensors of `FusedDenoiser.identity_paths` are constants, or inputs that follow the others
+    in that order, under those names.
+    """
     strength = bool(getattr(module, "has_strength", False))
     inputs, outputs = component_names(component, base, strength)
     example = example_inputs(component, base, strength)
+    shapes = dynamic_shapes(component, strength, base.config.factor)
+    paths = module.identity_paths() if identity == "inputs" and isinstance(module, FusedDenoiser) else {}
+    typed = TypedComponent(module, precision, tuple(paths.values())).eval()
+    if isinstance(module, FusedDenoiser) and paths:
+        example |= module.identity_tensors()
+        # With free token counts the tracer finds bounds of its own for the batch, narrower than those stated.
+        shapes = {name: axes and {0: torch.export.Dim.AUTO} for name, axes in shapes.items()}
+        shapes |= {name: _token_axis(name) for name in paths}
+        inputs = (*inputs, *paths)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            module.eval(), tuple(example[name] for name in inputs), dynamo=True, opset_version=OPSET,
-            input_names=list(inputs), output_names=list(outputs), verbose=False,
-            dynamic_shapes=tuple(dynamic_shapes(component, strength)[name] for name in inputs),
+            typed, tuple(example[name] for name in inputs), dynamo=True, opset_version=OPSET, verbose=False,
+            input_names=list(inputs), output_names=list(outputs),
+            dynamic_shapes=(tuple(shapes[name] for name in inputs),),
         )  # fmt: skip
     assert program is not None
-    return _without_source_notes(program.model_proto)
+    if component == "encoder":  # the exporter's own names for these are those of its symbols
+        for value in program.model.graph.outputs:
+            value.shape = onnx_ir.Shape(["batch", value.shape[1], "height", "width"])
+    return _without_source_notes(program.model)
 
 
-def describe(model: onnx.ModelProto) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return names, shapes and types of a model's inputs and outputs."""
-
-    def ports(values: Any) -> dict[str, Any]:
-        return {
-            value.name: {
-                "shape": [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim],
-                "type": np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)).name,
-            }
-            for value in values
-        }
-
-    return ports(model.graph.input), ports(model.graph.output)
+def _token_axis(name: str) -> dict[int, Any] | None:
+    """A person's reference has as many tokens as its mask kept; every other tensor has one size for all people."""
+    return {1: torch.export.Dim.AUTO} if name.endswith((".k", ".v")) else None
 
 
-def _without_source_notes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Drop what the exporter notes of each node's origin: megabytes, and the paths of the machine it ran on."""
-    model.doc_string = ""
-    del model.metadata_props[:]
-    graph = model.graph
-    for entries in (
-        graph.node,
-        graph.initializer,
-        graph.value_info,
-        graph.input,
-        graph.output,
-        model.functions,
-    ):
-        for entry in entries:
-            entry.doc_string = ""
-            del entry.metadata_props[:]
-    del graph.value_info[:]
-    return model
+def _without_source_notes(model: onnx_ir.Model) -> Graph:
+    """Drop what the exporter notes of each node's origin (megabytes, and paths of its machine) but for the module."""
+    origins: dict[str, str] = {}
+    graphs: list[Any] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        for node in graph:
+            scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+            modules = [scope.removeprefix("module").removeprefix(".") for scope in scopes[:-1]]
+            origins[node.name or ""] = modules[-1] if modules else ""
+            for entry in (node, *node.outputs):
+                _clear(entry)
+        for value in (*graph.inputs, *getattr(graph, "initializers", {}).values()):
+            _clear(value)
+        _clear(graph)
+    _clear(model)
+    return Graph(model, origins)
+
+
+def _clear(entry: Any) -> None:
+    entry.metadata_props.clear()
+    entry.doc_string = None
 
 
 @contextmanager

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
 
-from pfstorer_rt.engine.session import Session
+from pfstorer_rt.engine.session import Array, Session
 from pfstorer_rt.errors import ParityError
 
-LIMIT = {"fp32": 1e-4}
+LIMIT = {"fp32": 1e-4, "fp16": 5e-2}
 """Largest absolute difference allowed, in units of the output's standard deviation."""
+LARGEST_HALF = 65504.0
+HEADROOM = 4.0
+"""How many times over the largest value seen in a component has to fit into a half before it is computed in them."""
 
 
 @torch.no_grad()
-def measure(original: nn.Module, session: Session, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Compare a session with the module it was made from, on one set of inputs.
+def outputs_of(original: nn.Module, inputs: dict[str, torch.Tensor]) -> list[Array]:
+    """Return what the original computes from inputs in their order, as fp64 arrays."""
+    result = original(*inputs.values())
+    return [tensor.double().numpy() for tensor in (result if isinstance(result, tuple) else (result,))]
 
-    Returns `max_abs` (largest absolute difference), `std` (of the original's output) and `relative`
-    (their ratio); the worst output counts. A value that is not finite makes `relative` infinite.
+
+def measure(
+    expected: list[Array], session: Session, inputs: dict[str, torch.Tensor], spread: float = 0.0
+) -> dict[str, float]:
+    """Compare a session with what its original computed from the same inputs.
+
+    spread: the output's deviation in use, where the inputs at hand are flat. Returns `max_abs` (largest absolute
+    difference), `std` (of the original's output, at least `spread`) and `relative` (their ratio); the worst output
+    counts. A value that is not finite makes `relative` infinite.
     """
-    result = original(*(inputs[name] for name in session.inputs))
-    expected = result if isinstance(result, tuple) else (result,)
     found = session.run(**{name: inputs[name].numpy() for name in session.inputs})
     worst = {"max_abs": 0.0, "std": 0.0, "relative": 0.0}
-    for name, tensor in zip(session.outputs, expected, strict=True):
-        reference, output = tensor.double().numpy(), found[name].astype(np.float64)
-        difference = float(np.abs(output - reference).max())
-        spread = float(reference.std())
-        relative = difference / max(spread, 1e-12) if np.isfinite(difference) else float("inf")
+    for name, reference in zip(session.outputs, expected, strict=True):
+        difference = float(np.abs(found[name].astype(np.float64) - reference).max())
+        std = max(float(reference.std()), spread)
+        relative = difference / max(std, 1e-12) if np.isfinite(difference) else float("inf")
         if relative >= worst["relative"]:
-            worst = {"max_abs": difference, "std": spread, "relative": relative}
+            worst = {"max_abs": difference, "std": std, "relative": relative}
     return worst
 
 
@@ -42,3 +53,28 @@ def check(component: str, figures: dict[str, float], precision: str) -> None:
             f"{component}: the exported graph differs from PyTorch by {figures['relative']:.2e} of the output's "
             f"deviation; at most {limit:.0e} is allowed at {precision}; no plan was written"
         )
+
+
+@torch.no_grad()
+def largest_value(original: nn.Module, inputs: dict[str, torch.Tensor]) -> float:
+    """Return the largest magnitude that any module inside gives, computed in fp32: what halves would have to hold."""
+    largest = 0.0
+
+    def look(_: nn.Module, __: Any, output: Any) -> None:
+        nonlocal largest
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
+                largest = max(largest, float(tensor.abs().amax()))
+
+    handles = [module.register_forward_hook(look) for module in original.modules()]
+    try:
+        original(*inputs.values())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return largest
+
+
+def fits_halves(largest: float) -> bool:
+    """Whether a component whose values reach `largest` can be computed in fp16."""
+    return largest * HEADROOM <= LARGEST_HALF

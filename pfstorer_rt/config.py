@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Weighting = Literal["prediction", "x0"]
 Method = Literal["pfstorer", "vico", "dreambooth"]
 ConfigT = TypeVar("ConfigT")
 

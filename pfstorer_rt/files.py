@@ -1,4 +1,4 @@
-"""Whole files or none: atomic writing, and the digests that artefacts name each other by."""
+"""Whole files or none: where they are kept, atomic writing, and the digests that artefacts name each other by."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+
+import platformdirs
 
 from pfstorer_rt.errors import BadFileError, PFStorerError
 
@@ -30,6 +32,18 @@ _ADVICE = {
     errno.EISDIR: "it is a folder; choose a file name",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+
+
+def home() -> Path:
+    """Return the user's data directory; the environment variable PFSTORER_HOME overrides it."""
+    override = os.environ.get("PFSTORER_HOME")
+    return Path(override) if override else Path(platformdirs.user_data_dir("pfstorer-rt", appauthor=False))
+
+
+def cache_home() -> Path:
+    """Return the user's cache directory, whose files can be deleted at any time; under PFSTORER_HOME where set."""
+    override = os.environ.get("PFSTORER_HOME")
+    return Path(override) / "cache" if override else Path(platformdirs.user_cache_dir("pfstorer-rt", appauthor=False))
 
 
 def show_path(path: str | os.PathLike[str]) -> str:

@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import platformdirs
-
 from pfstorer_rt.errors import BadFileError, MismatchError
-from pfstorer_rt.files import atomic_write, fingerprint_tensors, make_folder, show_path
+from pfstorer_rt.files import atomic_write, fingerprint_tensors, home, make_folder, show_path
 
 if TYPE_CHECKING:
     import torch
@@ -129,12 +127,6 @@ def read_metadata(path: Path) -> dict[str, str]:
             "update pfstorer-rt or personalize again"
         )
     return meta
-
-
-def home() -> Path:
-    """Return the user's data directory; the environment variable PFSTORER_HOME overrides it."""
-    override = os.environ.get("PFSTORER_HOME")
-    return Path(override) if override else Path(platformdirs.user_data_dir("pfstorer-rt", appauthor=False))
 
 
 def identities_dir() -> Path:

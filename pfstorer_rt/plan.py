@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from io import SEEK_END, BytesIO
 from pathlib import Path
 from typing import Any
 
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import atomic_write, sha256_bytes, show_path
+from pfstorer_rt.trust import is_signed, sign
 
 SCHEMA = 1
 KIND = "pfstorer-plan"
 COMPONENTS = ("encoder", "denoiser", "decoder")
+DATA_TARGETS = ("onnx",)
+"""Targets whose payloads are plain data; those of all others are executable code, and are signed."""
+SIGNATURE = "signature"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same bytes for the same content
 
 
@@ -29,6 +35,12 @@ class Payload:
     outputs: dict[str, dict[str, Any]]
     parity: dict[str, float] = field(default_factory=dict)
     """How far it is from the PyTorch original, measured when it was built."""
+    precision: str = "fp32"
+    """What it computes in; a component may need more than the plan's."""
+    profiles: list[dict[str, list[list[int]]]] = field(default_factory=list)
+    """For TensorRT, by input: the smallest, usual and largest shape of each optimization profile."""
+    layers: dict[str, int] = field(default_factory=dict)
+    """For TensorRT, how many layers of each kind the network had when it was built."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,8 @@ class Manifest:
     strength: bool = False
     """Whether the denoiser takes `strength`."""
     licence: str = "unknown"
+    compute_capabilities: list[str] = field(default_factory=list)
+    """For TensorRT, the GPUs it was built for, such as `8.9`; a `+` after one takes in all later ones."""
     tools: dict[str, str] = field(default_factory=dict)
     payloads: dict[str, Payload] = field(default_factory=dict)
     kind: str = KIND
@@ -81,11 +95,14 @@ class Plan:
 
     path: Path
     manifest: Manifest
+    trusted: bool = True
+    """Whether its payloads may be run: plain data, code signed by this user, or code that was vouched for."""
 
     @classmethod
-    def open(cls, path: str | Path) -> Plan:
+    def open(cls, path: str | Path, trust: bool = False) -> Plan:
         """Open and check a plan without reading its payloads.
 
+        trust: take executable payloads for good whoever made them.
         Raises `BadFileError` when it is missing, empty, damaged, foreign or from a newer version.
         """
         path, name = Path(path), show_path(path)
@@ -93,8 +110,9 @@ class Plan:
             raise BadFileError(f"{name}: no such plan; make one with `pfstorer-rt export`")
         try:
             with zipfile.ZipFile(path) as archive:
-                data = json.loads(archive.read("manifest.json"))
-                present = set(archive.namelist())
+                written = archive.read("manifest.json")
+                data, present = json.loads(written), set(archive.namelist())
+                signature = archive.read(SIGNATURE).decode("ascii", "replace") if SIGNATURE in present else ""
         except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError) as error:
             raise BadFileError(f"{name}: not a plan, or cut off ({error}); export it again") from error
         if not isinstance(data, dict) or data.get("kind") != KIND:
@@ -110,7 +128,25 @@ class Plan:
         missing = [c for c in COMPONENTS if c not in manifest.payloads or manifest.payloads[c].file not in present]
         if missing:
             raise BadFileError(f"{name}: lacks {', '.join(missing)}; export it again")
-        return cls(path, manifest)
+        plain = manifest.target in DATA_TARGETS
+        return cls(path, manifest, plain or trust or is_signed(written, signature))
+
+    def check_trusted(self) -> None:
+        """Raise `BadFileError` for executable payloads that nobody vouches for; call it before they are run."""
+        if not self.trusted:
+            raise BadFileError(
+                f"{show_path(self.path)}: a {self.manifest.target} plan is executable code, and this one was not built "
+                f"by you on this machine, or was changed; {self.rebuild()}, or pass --trust-plan if you know its maker"
+            )
+
+    def rebuild(self) -> str:
+        """Say how to make this plan again."""
+        m = self.manifest
+        source = f"--identity {m.identity_name}" if m.identity_name else f"--base {m.base_name}"
+        return (
+            f"build it with `pfstorer-rt export {source} --target {m.target} --precision {m.precision} "
+            f"-o {self.path.name} --overwrite`"
+        )
 
     def read(self, component: str) -> bytes:
         """Return a component's payload, checked against its sha256; raises `BadFileError` when damaged."""
@@ -127,14 +163,23 @@ class Plan:
         return data
 
 
-def write_plan(path: Path, manifest: Manifest, payloads: Mapping[str, bytes]) -> Plan:
+def write_plan(path: Path, manifest: Manifest, payloads: Mapping[str, bytes | Path]) -> Plan:
     """Write a plan atomically and open it; the same content gives the same bytes.
 
-    payloads: {component: bytes}, for each entry of `manifest.payloads`.
+    payloads: {component: its bytes, or a file that holds them}, for each entry of `manifest.payloads`.
+    Executable ones are signed: the signature is of the manifest, which names the sha256 of every payload.
     """
+    text = manifest.to_json()
     mode = 0o600 if manifest.identity_name else None  # with an identity it is biometric data
     with atomic_write(path, mode) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr(zipfile.ZipInfo("manifest.json", _EPOCH), manifest.to_json())
+        archive.writestr(zipfile.ZipInfo("manifest.json", _EPOCH), text)
+        if manifest.target not in DATA_TARGETS:
+            archive.writestr(zipfile.ZipInfo(SIGNATURE, _EPOCH), sign(text.encode()))
         for component, data in payloads.items():
-            archive.writestr(zipfile.ZipInfo(manifest.payloads[component].file, _EPOCH), data)
+            entry = zipfile.ZipInfo(manifest.payloads[component].file, _EPOCH)
+            with BytesIO(data) if isinstance(data, bytes) else data.open("rb") as source:
+                entry.file_size = source.seek(0, SEEK_END)  # so that zipfile writes zip64 where it is needed
+                source.seek(0)
+                with archive.open(entry, "w") as out:
+                    shutil.copyfileobj(source, out, 1 << 20)
     return Plan.open(path)

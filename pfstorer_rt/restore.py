@@ -75,15 +75,19 @@ class Restorer:
         self.provider = self._sessions["denoiser"].provider
 
     @classmethod
-    def from_plan(cls, path: str | Path, backend: str = "auto", base: str | Path | None = None) -> Restorer:
+    def from_plan(
+        cls, path: str | Path, backend: str = "auto", base: str | Path | None = None, trust: bool = False
+    ) -> Restorer:
         """Open a plan; with backend `torch`, open the base and identity that it was made of instead.
 
+        trust: run a TensorRT plan, which is executable code, whoever built it.
         Raises `BadFileError`, `MissingBackendError`, or `MismatchError` when `torch` cannot find them.
         """
-        plan = Plan.open(path)
+        plan = Plan.open(path, trust)
         if backend == "torch":
             return cls.from_base(base or plan.manifest.base_name, _find_identity(plan.manifest), plan.manifest)
-        choice = choose_backend(backend)
+        plan.check_trusted()
+        choice = choose_backend(backend, plan.manifest.target)
         sessions = {name: choice.open_component(plan, name) for name in COMPONENTS}
         return cls(plan.manifest, sessions, choice.name)
 
@@ -211,25 +215,29 @@ class Restorer:
     def _restore_square(self, style: torch.Tensor, config: RestoreConfig, step: Step) -> torch.Tensor:
         """Encode, sample, decode, fix colours; every square starts from the same seed."""
         generator = torch.Generator().manual_seed(config.seed)
-        encoded = self._sessions["encoder"].run(image=style.contiguous().numpy())
-        z_lq = torch.from_numpy(encoded["mean"])
+        encoded = self._run("encoder", image=style)
+        z_lq = encoded["mean"].to(self._sessions["denoiser"].device)
 
-        def noise() -> torch.Tensor:
-            return torch.randn(z_lq.shape, generator=generator)
+        def noise() -> torch.Tensor:  # drawn on the host, so that a seed means the same on every device
+            return torch.randn(z_lq.shape, generator=generator).to(z_lq.device)
 
         if "std" in encoded:
-            z_lq = z_lq + torch.from_numpy(encoded["std"]) * noise()
+            z_lq = z_lq + encoded["std"].to(z_lq.device) * noise()
         first = noise()
         x = start_from_lq(z_lq, first) if config.init == "lq" else first
         tiles = self._latent_tiles(z_lq.shape[-2], z_lq.shape[-1], config)
         denoiser = self._tiled_denoiser(z_lq, tiles, config, step)
         sample, timesteps = SAMPLERS[self.sampler(config)], respace(self.steps(config))
         x = sample(denoiser, x, timesteps, self.manifest.prediction_type, noise, eta=config.eta)
-        decoded = torch.from_numpy(self._sessions["decoder"].run(latent=x.contiguous().numpy())["image"])
+        decoded = self._run("decoder", latent=x)["image"].cpu()
         kind = config.color_fix
         if kind == "auto":
             kind = "adain" if len(tiles) == 1 else "wavelet"
         return color_fix(decoded, style, kind).clamp(-1, 1)
+
+    def _run(self, component: str, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        session = self._sessions[component]
+        return session.run_tensors(**{name: tensor.to(session.device) for name, tensor in tensors.items()})
 
     def _latent_tiles(self, height: int, width: int, config: RestoreConfig) -> list[Tile]:
         m = self.manifest
@@ -240,26 +248,26 @@ class Restorer:
     ) -> Callable[[torch.Tensor, int], torch.Tensor]:
         """Return denoiser(x, t) of the canvas: predictions of the tiles, blended with gaussian weights."""
         session, total, done = self._sessions["denoiser"], self.steps(config), 0
-        strength = {"strength": np.array([config.strength], np.float32)} if "strength" in session.inputs else {}
-        conditions = z_lq[0].numpy()
+        strength = torch.full((1,), config.strength, dtype=torch.float32, device=z_lq.device)
+        fixed = {"strength": strength} if "strength" in session.inputs else {}
 
         def denoiser(x: torch.Tensor, t: int) -> torch.Tensor:
             nonlocal done
-            canvas = x[0].numpy()
-            blender = Blender(canvas.shape[0], *canvas.shape[1:])
+            blender = Blender(*x.shape[1:])
             for start in range(0, len(tiles), config.tile.batch):
                 chosen = tiles[start : start + config.tile.batch]
                 stacked = {
-                    name: np.stack([crop(array, tile) for tile in chosen])
-                    for name, array in (("x", canvas), ("z_lq", conditions))
+                    name: torch.stack([crop(canvas[0], tile) for tile in chosen])
+                    for name, canvas in (("x", x), ("z_lq", z_lq))
                 }
-                times = np.full(len(chosen), t, np.float32)
-                predictions = session.run(**stacked, t=times, **strength)["prediction"]
+                times = torch.full((len(chosen),), t, dtype=torch.float32, device=z_lq.device)
+                predictions = session.run_tensors(**stacked, t=times, **fixed)["prediction"]
                 for tile, prediction in zip(chosen, predictions, strict=True):
                     blender.add(tile, prediction)
             done += 1
             step(done, total)
-            return torch.from_numpy(blender.result())[None]
+            blended: torch.Tensor = blender.result()
+            return blended[None]
 
         return denoiser
 

@@ -1,4 +1,4 @@
-"""Plan overlapping tiles, weigh them, and blend what was computed on each: pure functions on numpy arrays.
+"""Plan overlapping tiles, weigh them, and blend what was computed on each: on numpy arrays or tensors.
 
 T is a tile's side, O the overlap, L the length of an axis, W the weights, as in StableSR. The unit is
 the caller's, pixels or latent pixels.
@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Array = npt.NDArray[np.floating[Any]]
+Patch = Array | torch.Tensor
 
 _VARIANCE = 0.01  # of the gaussian, in units of the squared tile side
 
@@ -79,67 +81,84 @@ def _gaussian(side: int, middle: float) -> npt.NDArray[np.float64]:
     return np.asarray(density, dtype=np.float64)
 
 
+@lru_cache(maxsize=16)
+def _weights_on(height: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`gaussian_weights` where they are used, so that they are not copied to a GPU for each tile of each step."""
+    return torch.tensor(gaussian_weights(height, width), dtype=dtype, device=device)
+
+
 class Blender:
     """Weighted mean of patches on a canvas, one patch at a time, in float32 or the patches' wider type.
 
+    Patches are numpy arrays, or tensors of one device; the result is of their kind and stays on their device.
     weights: (h, w), for tiles all of that size; None for `gaussian_weights` of each tile.
     """
 
     def __init__(self, channels: int, height: int, width: int, weights: Array | None = None) -> None:
         self._shape = (channels, height, width)
         self._weights = weights
-        self._whole: Array | None = None
-        self._total: Array | None = None
-        self._mass: Array = np.zeros(0, np.float32)
+        self._numpy = True
+        self._whole: torch.Tensor | None = None
+        self._total: torch.Tensor | None = None
+        self._mass = torch.zeros(0)
 
-    def add(self, tile: Tile, patch: Array) -> None:
+    def add(self, tile: Tile, patch: Patch) -> None:
         """Add what was computed on one tile: (C, tile.height, tile.width).
 
         Raises ValueError where the tile leaves the canvas, or the patch or the weights are of another size.
         """
         self._check(tile, patch)
-        if self._total is None and self._whole is None and patch.shape == self._shape:
+        self._numpy = not isinstance(patch, torch.Tensor)
+        tensor = patch if isinstance(patch, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(patch))
+        if self._total is None and self._whole is None and tuple(tensor.shape) == self._shape:
             # (p * w) / w is not p in floating point; one tile must equal no tiling, bit for bit.
-            self._whole = patch.astype(np.result_type(patch.dtype, np.float32), copy=True)
+            self._whole = tensor.to(_accumulator(tensor.dtype), copy=True)
             return
         if self._whole is not None:  # a second patch after a whole one: an ordinary blend after all
             whole, self._whole = self._whole, None
             self._accumulate(Tile(0, 0, *self._shape[1:]), whole)
-        self._accumulate(tile, patch)
+        self._accumulate(tile, tensor)
 
-    def result(self) -> Array:
+    def result(self) -> Any:
         """Blend what was added: (C, height, width), float32 or wider.
 
         Raises ValueError where a pixel of the canvas lies under no tile.
         """
-        if self._whole is not None:
-            return self._whole
-        if self._total is None:
-            raise ValueError("nothing was added to blend")
-        if missing := np.count_nonzero(self._mass == 0):
-            raise ValueError(f"{missing} of {self._mass.size} pixels lie under no tile")
-        return self._total / self._mass
+        blended = self._whole
+        if blended is None:
+            if self._total is None:
+                raise ValueError("nothing was added to blend")
+            if missing := int((self._mass == 0).sum()):
+                raise ValueError(f"{missing} of {self._mass.numel()} pixels lie under no tile")
+            blended = self._total / self._mass
+        return blended.numpy() if self._numpy else blended
 
-    def _accumulate(self, tile: Tile, patch: Array) -> None:
+    def _accumulate(self, tile: Tile, patch: torch.Tensor) -> None:
         if self._total is None:
-            dtype = np.result_type(patch.dtype, np.float32)
-            self._total = np.zeros(self._shape, dtype)
-            self._mass = np.zeros(self._shape[1:], dtype)
-        wide = gaussian_weights(tile.height, tile.width) if self._weights is None else self._weights
-        weights = wide.astype(self._total.dtype, copy=False)
+            dtype = _accumulator(patch.dtype)
+            self._total = torch.zeros(self._shape, dtype=dtype, device=patch.device)
+            self._mass = torch.zeros(self._shape[1:], dtype=dtype, device=patch.device)
+        if self._weights is None:
+            weights = _weights_on(tile.height, tile.width, self._total.dtype, self._total.device)
+        else:
+            weights = torch.from_numpy(self._weights.astype(np.float64)).to(self._total)
         rows, columns = tile.slices
         self._total[:, rows, columns] += patch * weights
         self._mass[rows, columns] += weights
 
-    def _check(self, tile: Tile, patch: Array) -> None:
+    def _check(self, tile: Tile, patch: Patch) -> None:
         channels, height, width = self._shape
         inside = 0 <= tile.y <= height - tile.height and 0 <= tile.x <= width - tile.width
         if not inside:
             raise ValueError(f"{tile} is not inside the canvas of {height} x {width}")
-        if patch.shape != (channels, tile.height, tile.width):
-            raise ValueError(f"patch of shape {patch.shape}; expected {(channels, tile.height, tile.width)}")
-        if self._weights is not None and self._weights.shape != patch.shape[1:]:
-            raise ValueError(f"weights of shape {self._weights.shape}; expected {patch.shape[1:]}")
+        if tuple(patch.shape) != (channels, tile.height, tile.width):
+            raise ValueError(f"patch of shape {tuple(patch.shape)}; expected {(channels, tile.height, tile.width)}")
+        if self._weights is not None and self._weights.shape != tuple(patch.shape[1:]):
+            raise ValueError(f"weights of shape {self._weights.shape}; expected {tuple(patch.shape[1:])}")
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def blend(

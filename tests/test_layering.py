@@ -26,7 +26,9 @@ MAY_IMPORT = {
     "config": {"errors"},
     "console": {"errors"},
     "files": {"errors"},
-    **{part: {"errors", "config", "files"} for part in FORMATS},
+    "trust": {"errors", "files"},
+    **{part: {"errors", "config", "files"} for part in FORMATS - {"plan"}},
+    "plan": {"errors", "config", "files", "trust"},
     "kernels": {"errors"},
     "attention": {"errors", "kernels"},
     "models": LOW | FORMATS | {"attention"},
@@ -34,7 +36,7 @@ MAY_IMPORT = {
     "restore": LOW | FORMATS | {"attention", "models", "engine"},
     "evaluation": {"image", "errors", "console", "files"},
     "training": LOW | FORMATS | {"attention", "models", "evaluation"},
-    "export": LOW | FORMATS | {"attention", "models", "engine"},
+    "export": LOW | FORMATS | {"attention", "models", "engine", "restore"},
     "cli": LOW | FORMATS | {"attention", "models", "engine", "restore", "evaluation", "training", "export"},
     "": set(),  # pfstorer_rt/__init__.py: names only, resolved on first use
 }

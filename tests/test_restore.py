@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pfstorer_rt.config import RestoreConfig, TileConfig
+from pfstorer_rt.engine.session import HostSession
 from pfstorer_rt.errors import MismatchError, PFStorerError
 from pfstorer_rt.image import adain_color_fix, from_tensor, to_tensor, wavelet_color_fix
 from pfstorer_rt.models.base import build_base
@@ -31,7 +32,7 @@ def tiles(**settings):
     return replace(CONFIG, tile=TileConfig(**settings))
 
 
-class Counting:
+class Counting(HostSession):
     """A session that writes down what goes through it."""
 
     def __init__(self, session):
@@ -129,7 +130,7 @@ def test_scale_sets_the_size(restorer, make_picture, height, width, scale, size)
     assert np.isfinite(found).all()
 
 
-class Perfect:
+class Perfect(HostSession):
     """Networks that lose nothing: pixels are shuffled into channels, and the denoiser knows the clean latent."""
 
     def __init__(self, component):

@@ -27,22 +27,25 @@ METHOD = (
 @click.option("--engine", required=True, type=click.Path(), help="Plan file.")
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "onnxruntime", "openvino", "torch"]),
+    type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt", "torch"]),
     default="auto",
     show_default=True,
 )
 @click.option("--steps", type=click.IntRange(1, 1000), help="Diffusion steps. [default: the engine's own]")
 @click.option("--runs", type=click.IntRange(2), default=10, show_default=True)
 @click.option("--size", type=click.IntRange(1), multiple=True, help="Side of a square picture. [default: a tile, 512]")
+@click.option("--trust-plan", is_flag=True, help="Run a TensorRT plan (executable code) that others built.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(engine: str, backend: str, steps: int | None, runs: int, size: tuple[int, ...], as_json: bool) -> None:
+def command(
+    engine: str, backend: str, steps: int | None, runs: int, size: tuple[int, ...], as_json: bool, trust_plan: bool
+) -> None:  # fmt: skip
     """Time a plan on this machine: cold start, each component, whole pictures.
 
     \b
     Example:
       pfstorer-rt bench --engine alice.plan --json
     """
-    report = measure(engine, backend, steps, runs, size)
+    report = measure(engine, backend, steps, runs, size, trust_plan)
     if as_json:
         click.echo(json.dumps(report))
         return
@@ -54,7 +57,9 @@ def command(engine: str, backend: str, steps: int | None, runs: int, size: tuple
     click.echo(METHOD)
 
 
-def measure(engine: str, backend: str, steps: int | None, runs: int, sizes: tuple[int, ...]) -> dict[str, Any]:
+def measure(
+    engine: str, backend: str, steps: int | None, runs: int, sizes: tuple[int, ...], trust: bool = False
+) -> dict[str, Any]:
     """Measure everything that `bench` prints; times in milliseconds unless a name says otherwise."""
     import numpy as np
 
@@ -63,7 +68,7 @@ def measure(engine: str, backend: str, steps: int | None, runs: int, sizes: tupl
 
     config, rng = RestoreConfig(steps=steps), np.random.default_rng(0)
     started = time.perf_counter()
-    with Restorer.from_plan(engine, backend) as restorer:
+    with Restorer.from_plan(engine, backend, trust=trust) as restorer:
         tile = restorer.manifest.tile
         pictures = {n: rng.random((n, n, 3), np.float32) for n in dict.fromkeys(sizes or (tile, 512))}
         restorer.restore(next(iter(pictures.values())), config)

@@ -36,8 +36,9 @@ def command(as_json: bool) -> None:
         f"Python {machine['python']}"
     )
     click.echo(f"gpu       {machine['gpu'] or 'none visible to torch'}")
-    for title, key in (("engine", "engines"), ("attention", "attention"), ("metrics", "metrics")):
+    for key in ("engines", "builders", "attention", "metrics"):
         for name, refusal in report[key].items():
+            title = key.removesuffix("s") if key != "metrics" else key
             click.echo(f"{title:<9} {name}: {'ready' if refusal is None else refusal}")
     click.echo(f"bases     {', '.join(report['bases']) or 'none shipped'}")
     click.echo(f"home      {report['home']} ({report['identities']} identities)")
@@ -49,8 +50,10 @@ def examine() -> dict[str, Any]:
     import torch
 
     from pfstorer_rt.engine.session import BACKENDS
+    from pfstorer_rt.engine.tensorrt import TARGETS, load_library
     from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, face_models
-    from pfstorer_rt.identity import home, list_identities
+    from pfstorer_rt.files import home
+    from pfstorer_rt.identity import list_identities
     from pfstorer_rt.models.base import BUILTIN
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
@@ -60,7 +63,9 @@ def examine() -> dict[str, Any]:
             "system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(), "gpu": gpu,
             "memory_gb": memory_gb(), "python": platform.python_version(),
         },
-        "engines": {"torch": None, **engines}, "attention": attention_refusals("cuda" if gpu else "cpu"),
+        "engines": {"torch": None, **engines},
+        "builders": {name: refusal(lambda name=name: load_library(name)) for name in TARGETS},
+        "attention": attention_refusals("cuda" if gpu else "cpu"),
         "metrics": {
             "psnr, ssim": None,
             "identity (dlib)": None if face_models() else f"missing: {INSTALL_METRICS}",

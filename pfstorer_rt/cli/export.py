@@ -3,57 +3,133 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from pfstorer_rt.export.build import Progress
+    from pfstorer_rt.plan import Plan
 
 
 @click.command()
 @click.option("--identity", help="Identity to fuse in, by name or file.")
 @click.option("--base", help="tiny or a base directory. [default: the identity's own]")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The plan file to write.")
-@click.option("--target", type=click.Choice(["auto", "onnx"]), default="auto", show_default=True)
-@click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True)
+@click.option(
+    "--target", type=click.Choice(["auto", "onnx", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True,
+    help="onnx runs anywhere; tensorrt-rtx on NVIDIA GPUs, and is built without one; tensorrt on this GPU.",
+)  # fmt: skip
+@click.option(
+    "--precision", type=click.Choice(["auto", "fp32", "fp16"]), default="auto", show_default=True,
+    help="auto: fp32 for onnx, fp16 for TensorRT.",
+)  # fmt: skip
+@click.option(
+    "--compute-capability", "capabilities", multiple=True, metavar="X.Y",
+    help="GPU to build for, such as 8.9, or current; repeat it for several. [default: the library's portable set]",
+)  # fmt: skip
+@click.option("--workspace", type=click.IntRange(1), metavar="MB", help="Scratch memory of a TensorRT layer.")
+@click.option(
+    "--timing-cache", type=click.Path(path_type=Path),
+    help="File of kernel timings for --target tensorrt. [default: in the user's cache directory]",
+)  # fmt: skip
+@click.option("--verbose-engine", is_flag=True, help="List the layers that were built, by kind.")
+@click.option("--check", is_flag=True, help="Compare the finished plan with PyTorch on six kinds of tiles.")
 @click.option("--overwrite", is_flag=True, help="Replace a plan that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest's figures as JSON.")
 def command(
-    identity: str | None,
-    base: str | None,
-    output: Path,
-    target: str,
-    precision: str,
-    overwrite: bool,
+    identity: str | None, base: str | None, output: Path, target: str, precision: str, capabilities: tuple[str, ...],
+    workspace: int | None, timing_cache: Path | None, verbose_engine: bool, check: bool, overwrite: bool,
     as_json: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Fuse a base and an identity into one plan file, checked against PyTorch before it is written.
 
     \b
     Examples:
       pfstorer-rt export --identity alice -o alice.plan
+      pfstorer-rt export --identity alice --target tensorrt-rtx -o alice.plan
       pfstorer-rt export --base tiny -o base.plan
     """
     if identity is None and base is None:
         raise click.UsageError("give --identity NAME|FILE, or --base tiny|DIR for a plan without one")
+    target = "onnx" if target == "auto" else target
+    if target == "onnx" and (capabilities or workspace or timing_cache or verbose_engine):
+        raise click.UsageError(
+            "--compute-capability, --workspace, --timing-cache and --verbose-engine go with --target tensorrt or "
+            "tensorrt-rtx"
+        )
     from pfstorer_rt.errors import PFStorerError
 
     if output.exists() and not overwrite:
         raise PFStorerError(f"{output}: exists already; choose another name or pass --overwrite")
     if not output.resolve().parent.is_dir():
         raise PFStorerError(f"{output}: its folder does not exist; create it first")
-    from pfstorer_rt.console import stderr
     from pfstorer_rt.export import export_plan
+    from pfstorer_rt.export.tensorrt import BuildOptions
 
-    with stderr().status("export") as status:
-        plan = export_plan(
-            output, identity, base, "onnx" if target == "auto" else target, precision, progress=status.update
-        )
-    parity = {name: payload.parity["relative"] for name, payload in plan.manifest.payloads.items()}
-    if as_json:
-        click.echo(json.dumps({"plan": str(output), "target": plan.manifest.target, "parity": parity}))
-        return
-    worst = max(parity.values())
-    size = output.stat().st_size / 1e6
-    click.echo(
-        f"{output}: {plan.manifest.target} {precision}, {size:.1f} MB, "
-        f"differs from PyTorch by {worst:.1e} of the output's deviation"
+    options = BuildOptions(
+        compute_capabilities=capabilities, workspace=workspace and workspace << 20, timing_cache=timing_cache
     )
+    with shown_progress() as progress:
+        plan = export_plan(output, identity, base, target, precision, options, progress)
+    comparison = check_plan(plan, identity, base) if check else None
+    report(plan, comparison, verbose_engine, as_json)
+
+
+@contextmanager
+def shown_progress() -> Iterator[Progress]:
+    """Show an export's stages and a builder's phases on one bar."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    from pfstorer_rt.console import stderr
+    from pfstorer_rt.export.build import Progress
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=stderr(), transient=True) as bar:
+        task = bar.add_task("export", total=None)
+        yield Progress(
+            line=lambda line: bar.update(task, description=line, total=None, completed=0),
+            phase=lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
+        )
+
+
+def check_plan(plan: Plan, identity: str | None, base: str | None) -> list[dict[str, Any]]:
+    """Compare a plan with PyTorch on every backend that can run it here; raises `ParityError` where they differ."""
+    from pfstorer_rt.console import stderr
+    from pfstorer_rt.export.compare import check_rows, compare_plan
+
+    with stderr().status("comparing"):
+        rows = compare_plan(plan, identity, base)
+    check_rows(rows)
+    return rows
+
+
+def report(plan: Plan, comparison: list[dict[str, Any]] | None, verbose_engine: bool, as_json: bool) -> None:
+    """Print what was written."""
+    manifest = plan.manifest
+    parity = {name: payload.parity["relative"] for name, payload in manifest.payloads.items()}
+    precisions = {name: payload.precision for name, payload in manifest.payloads.items()}
+    layers = {name: payload.layers for name, payload in manifest.payloads.items()} if verbose_engine else {}
+    if as_json:
+        facts = {
+            "plan": str(plan.path), "target": manifest.target, "precision": precisions, "parity": parity,
+            "compute_capabilities": manifest.compute_capabilities,
+        }  # fmt: skip
+        extra = {"layers": layers} if layers else {}
+        click.echo(json.dumps({**facts, **extra, **({} if comparison is None else {"comparison": comparison})}))
+        return
+    mixed = [f"{name} in {kind}" for name, kind in precisions.items() if kind != manifest.precision]
+    built_for = f" for {', '.join(manifest.compute_capabilities)}" if manifest.compute_capabilities else ""
+    click.echo(
+        f"{plan.path}: {manifest.target}{built_for}, {manifest.precision}{''.join(f' ({m})' for m in mixed)}, "
+        f"{plan.path.stat().st_size / 1e6:.1f} MB, the graph differs from PyTorch by {max(parity.values()):.1e} of "
+        "the output's deviation"
+    )
+    for name, kinds in layers.items():
+        click.echo(f"{name}: {sum(kinds.values())} layers: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
+    for row in comparison or ():
+        click.echo("  ".join(f"{key} {value}" for key, value in row.items()))

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
 import click
 
 from pfstorer_rt.errors import BadFileError
+
+if TYPE_CHECKING:
+    from pfstorer_rt.plan import Plan
+
+ENGINE_MARKS = {"TensorRT-RTX engine": b"vtrt", "TensorRT engine": b"ftrt"}
+"""What serialized engines begin with."""
 
 
 @click.command()
@@ -51,8 +58,24 @@ def describe_plan(path: Path) -> dict[str, Any]:
     sizes = {name: len(plan.read(name)) for name in COMPONENTS}
     report = json.loads(plan.manifest.to_json())
     for name, size in sizes.items():
-        report["payloads"][name]["bytes"] = size
+        report["payloads"][name] |= {"bytes": size, **describe_payload(plan, name)}
+    report["trusted"] = plan.trusted
     return {"artefact": "plan", "file": str(path), "bytes": path.stat().st_size, **report}
+
+
+def describe_payload(plan: Plan, component: str) -> dict[str, Any]:
+    """Describe what a payload's own bytes say: an ONNX graph's operators, or an engine's mark.
+
+    An engine's layers are in the manifest, as counted when it was built: reading them back needs its GPU.
+    """
+    data = plan.read(component)
+    if plan.manifest.target == "onnx":
+        import onnx
+
+        operators = Counter(node.op_type for node in onnx.load_from_string(data).graph.node)
+        return {"format": "ONNX", "layers": dict(sorted(operators.items()))}
+    known = {mark: name for name, mark in ENGINE_MARKS.items()}
+    return {"format": known.get(data[:4], f"unknown (begins with {data[:4]!r})")}
 
 
 def describe_identity(path: Path) -> dict[str, Any]:
@@ -94,7 +117,9 @@ def print_report(report: dict[str, Any], as_json: bool) -> None:
 
 def _print_level(values: dict[str, Any], indent: str) -> None:
     for key, value in values.items():
-        if isinstance(value, dict):
+        if key == "layers" and isinstance(value, dict) and value:
+            click.echo(f"{indent}layers: {sum(value.values())}: " + ", ".join(f"{n} {k}" for k, n in value.items()))
+        elif isinstance(value, dict):
             click.echo(f"{indent}{key}:")
             _print_level(value, indent + "  ")
         else:

@@ -34,10 +34,11 @@ from pfstorer_rt.image import MAX_PIXELS
 @click.option("--tile-batch", type=click.IntRange(1), default=4, show_default=True, help="Tiles computed at once.")
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "torch", "onnxruntime", "openvino"]),
+    type=click.Choice(["auto", "torch", "onnxruntime", "openvino", "tensorrt"]),
     default="auto",
     show_default=True,
 )
+@click.option("--trust-plan", is_flag=True, help="Run a TensorRT plan (executable code) that others built.")
 @click.option("--max-pixels", type=click.IntRange(1), default=MAX_PIXELS, show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per picture.")
@@ -74,7 +75,7 @@ def command(
             raise click.UsageError("--base runs in PyTorch; export a plan to use another backend")
         restorer = Restorer.from_base(base, identity)
     else:
-        restorer = Restorer.from_plan(engine, options["backend"], base)
+        restorer = Restorer.from_plan(engine, options["backend"], base, options["trust_plan"])
     with restorer:
         restorer.check(config)
         click.echo(f"{restorer.backend} on {restorer.provider}", err=True)

@@ -13,7 +13,15 @@ import click
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the finished base.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder of checkpoints. [default: OUTPUT.training]")
 @click.option("--preset", type=click.Choice(["nano", "tiny", "sd21"]), default="tiny", show_default=True)
-@click.option("--prior", help="Base whose autoencoder and UNet are kept; only SPADEs and structure encoder train.")
+@click.option("--prior", help="Base to go on from: its autoencoder is kept as it is.")
+@click.option(
+    "--train", "trained", type=click.Choice(["auto", "all", "conditions"]), default="auto", show_default=True,
+    help="The whole restorer, or SPADEs and structure encoder alone; auto: those alone on a prior.",
+)  # fmt: skip
+@click.option(
+    "--weighting", type=click.Choice(["prediction", "x0"]), default="prediction", show_default=True,
+    help="Measure errors in the prediction, or in the clean latent: x0 favours few steps.",
+)  # fmt: skip
 @click.option("--autoencoder-iterations", type=click.IntRange(1), help="[default: the shipped base's]")
 @click.option("--iterations", type=click.IntRange(1), help="Of the restorer. [default: the shipped base's]")
 @click.option("--batch", type=click.IntRange(2), help="[default: 16]")
@@ -45,6 +53,8 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
     config = replace(
         changed(config, preset=options["preset"], crop=options["crop"], variations=options["variations"]),
         level=options["level"],
+        trained=options["trained"],
+        weighting=options["weighting"],
         autoencoder=changed(config.autoencoder, iterations=options["autoencoder_iterations"], **common),
         restorer=changed(config.restorer, iterations=options["iterations"], **common),
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pfstorer_rt.engine.session import Array
+from pfstorer_rt.engine.session import Array, HostSession
 from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.files import show_path
 from pfstorer_rt.plan import Plan
+
+TARGETS = ("onnx",)
 
 
 def check() -> None:
@@ -27,10 +30,10 @@ def providers() -> list[str]:
     return [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
 
 
-class OnnxRuntimeSession:
-    """One ONNX payload in ONNX Runtime."""
+class OnnxRuntimeSession(HostSession):
+    """One ONNX payload, or a file with its weights beside it, in ONNX Runtime."""
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes | Path) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -55,11 +58,6 @@ class OnnxRuntimeSession:
 
 def open_component(plan: Plan, component: str) -> OnnxRuntimeSession:
     """Open a component of an ONNX plan; raises `BadFileError` when ONNX Runtime cannot load it."""
-    if plan.manifest.target != "onnx":
-        raise MissingBackendError(
-            f"{show_path(plan.path)} was built for {plan.manifest.target}; "
-            "ONNX Runtime runs plans of `export --target onnx`"
-        )
     data = plan.read(component)
     try:
         return OnnxRuntimeSession(data)

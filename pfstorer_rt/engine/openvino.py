@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from pfstorer_rt.engine.session import Array
+from pfstorer_rt.engine.session import Array, HostSession
 from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.files import show_path
 from pfstorer_rt.plan import Plan
+
+TARGETS = ("onnx",)
 
 
 def check() -> None:
@@ -21,7 +23,7 @@ def check() -> None:
         raise MissingBackendError("openvino is not installed: pip install 'pfstorer-rt[openvino]'") from error
 
 
-class OpenVinoSession:
+class OpenVinoSession(HostSession):
     """One ONNX payload compiled by OpenVINO, in fp32."""
 
     def __init__(self, model: bytes) -> None:
@@ -51,11 +53,6 @@ class OpenVinoSession:
 
 def open_component(plan: Plan, component: str) -> OpenVinoSession:
     """Open a component of an ONNX plan; raises `BadFileError` when OpenVINO cannot load it."""
-    if plan.manifest.target != "onnx":
-        raise MissingBackendError(
-            f"{show_path(plan.path)} was built for {plan.manifest.target}; "
-            "OpenVINO runs plans of `export --target onnx`"
-        )
     data = plan.read(component)
     try:
         return OpenVinoSession(data)

@@ -8,7 +8,9 @@ from importlib import import_module
 from types import TracebackType
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
+import torch
 
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.plan import Plan
@@ -23,9 +25,15 @@ class Session(Protocol):
     outputs: tuple[str, ...]
     provider: str
     """What really runs it, such as `CPUExecutionProvider`."""
+    device: torch.device
+    """Where `run_tensors` takes and gives tensors."""
 
     def run(self, **arrays: Array) -> dict[str, Array]:
         """Compute all outputs from all inputs, by name."""
+        ...
+
+    def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Do the same on tensors of `device`, without a copy over the host (and DLPack, which tensors speak)."""
         ...
 
     def __enter__(self) -> Session: ...
@@ -35,16 +43,38 @@ class Session(Protocol):
     ) -> None: ...
 
 
+class HostSession:
+    """What engines that compute on the host's memory share: tensors are arrays that need no copy."""
+
+    device = torch.device("cpu")
+
+    def run(self, **arrays: Array) -> dict[str, Array]:
+        """Compute all outputs from all inputs, by name."""
+        raise NotImplementedError
+
+    def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Do the same on tensors."""
+        outputs = self.run(**{name: tensor.contiguous().numpy() for name, tensor in tensors.items()})
+        return {name: torch.from_numpy(array) for name, array in outputs.items()}
+
+
+def numpy_run(session: Session, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Run a session whose own way is tensors on numpy arrays."""
+    outputs = session.run_tensors(**{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()})
+    return {name: tensor.float().cpu().numpy() for name, tensor in outputs.items()}
+
+
 BACKENDS: dict[str, str] = {
+    "tensorrt": "pfstorer_rt.engine.tensorrt",
     "onnxruntime": "pfstorer_rt.engine.onnxruntime",
     "openvino": "pfstorer_rt.engine.openvino",
 }
-"""Backends that run a plan: module with `check() -> None` and `open_component(plan, component) -> Session`.
+"""Backends that run a plan, in the order in which `auto` tries them.
 
-PyTorch is no entry: it runs the base and the identity themselves (`engine.torch`), not the plan's payloads.
+Each is a module with `TARGETS`, the kinds of plan it runs, `check() -> None` and
+`open_component(plan, component) -> Session`. PyTorch is no entry: it runs the base and the identity themselves
+(`engine.torch`), not the plan's payloads.
 """
-PREFERENCE = ("onnxruntime", "openvino")
-"""The order in which `auto` tries them."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +86,29 @@ class BackendChoice:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-def choose_backend(name: str = "auto") -> BackendChoice:
-    """Take a backend by name, or with `auto` the first of `PREFERENCE` that is installed.
+def choose_backend(name: str = "auto", target: str = "onnx") -> BackendChoice:
+    """Take a backend by name, or with `auto` the first that is installed, among those that run plans of `target`.
 
-    Raises `ValueError` for an unknown name, `MissingBackendError` when the named one cannot be used.
+    Raises `ValueError` for an unknown name, `MissingBackendError` when the named one, or every one, cannot be used.
     """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend {name!r}: expected auto, torch or one of {', '.join(BACKENDS)}")
     refused: dict[str, str] = {}
-    for candidate in PREFERENCE if name == "auto" else (name,):
+    for candidate in BACKENDS if name == "auto" else (name,):
         try:
             module = import_module(BACKENDS[candidate])
+            if target not in module.TARGETS:
+                if name == "auto":
+                    continue
+                raise MissingBackendError(
+                    f"backend {name} runs plans of `export --target {'|'.join(module.TARGETS)}`, "
+                    f"this one was built for {target}"
+                )
             module.check()
             return BackendChoice(candidate, module.open_component, refused)
         except MissingBackendError as error:
             refused[candidate] = str(error)
-    raise MissingBackendError("; ".join(refused.values()))
+    raise MissingBackendError("; ".join(refused.values()) or f"no backend runs plans that were built for {target}")
 
 
 def open_session(plan: Plan, component: str, backend: str = "auto") -> Session:
@@ -79,4 +116,4 @@ def open_session(plan: Plan, component: str, backend: str = "auto") -> Session:
 
     Raises as `choose_backend` does, and `BadFileError` when the payload is damaged.
     """
-    return choose_backend(backend).open_component(plan, component)
+    return choose_backend(backend, plan.manifest.target).open_component(plan, component)

@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from pfstorer_rt.engine.session import Array
+from pfstorer_rt.engine.session import Array, numpy_run
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.denoiser import Denoiser
@@ -24,12 +24,16 @@ class TorchSession:
         self.module, self.inputs, self.outputs, self.device = module.eval(), inputs, outputs, device
         self.provider = f"PyTorch {torch.__version__} {device}"
 
-    @torch.inference_mode()
     def run(self, **arrays: Array) -> dict[str, Array]:
         """Compute all outputs from all inputs, by name."""
-        result = self.module(*(torch.from_numpy(arrays[name]).to(self.device) for name in self.inputs))
-        tensors = result if isinstance(result, tuple) else (result,)
-        return {name: tensor.float().cpu().numpy() for name, tensor in zip(self.outputs, tensors, strict=True)}
+        return numpy_run(self, arrays)
+
+    @torch.no_grad()
+    def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Do the same on tensors of `device`."""
+        result = self.module(*(tensors[name].to(self.device) for name in self.inputs))
+        outputs = result if isinstance(result, tuple) else (result,)
+        return {name: tensor.float() for name, tensor in zip(self.outputs, outputs, strict=True)}
 
     def __enter__(self) -> TorchSession:
         return self

@@ -75,7 +75,7 @@ class PersonalizationBlock(nn.Module):
         """
         out = self.block(x, encoder_hidden_states=reference, encoder_attention_mask=mask)
         delta = out - x if self.residual == "delta" else out
-        return x + strength * self.gamma * delta
+        return (x + strength * self.gamma * delta).to(x.dtype)
 
 
 def layer_width(unet: RestorationUNet, layer: str) -> int:

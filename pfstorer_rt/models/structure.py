@@ -14,7 +14,7 @@ from torch import nn
 
 from pfstorer_rt.attention import AttentionFn, AttentionProcessor, sdpa
 from pfstorer_rt.config import BaseConfig
-from pfstorer_rt.models.unet import to_map, to_tokens
+from pfstorer_rt.models.unet import embed_time, to_map, to_tokens
 
 
 class SpatialAttention(nn.Module):
@@ -110,7 +110,7 @@ class StructureEncoder(ModelMixin, ConfigMixin):
 
     def forward(self, z_lq: torch.Tensor, t: torch.Tensor) -> dict[int, torch.Tensor]:
         """z_lq (B, C, h, w), t (B,) in 0..999 -> {w: (B, out, h, w), w/2: ..., ...}, one map per level."""
-        temb = self.time_embedding(self.time_proj(t).to(z_lq.dtype))
+        temb = embed_time(self.time_proj, self.time_embedding, t).to(z_lq.dtype)
         h = self.conv_in(z_lq)
         maps: dict[int, torch.Tensor] = {}
         for i, level in enumerate(self.levels):

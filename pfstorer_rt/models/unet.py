@@ -84,7 +84,7 @@ class RestorationUNet(UNet2DConditionModel):
         bypass: bool (B,), rows that skip every SPADE. Returns (B, C, h, w).
         """
         run = _Run(context, structure, taps or {}, inner_taps or {}, bypass)
-        temb = self.time_embedding(self.time_proj(t).to(x.dtype))
+        temb = embed_time(self.time_proj, self.time_embedding, t).to(x.dtype)
         h = self.conv_in(x)
         skips = [h]
         for i, block in enumerate(self.down_blocks):
@@ -148,6 +148,12 @@ class _Run:
         if name in self.taps:
             h = to_map(self.taps[name](to_tokens(h)), size)
         return h
+
+
+def embed_time(sinusoid: nn.Module, embedding: Any, t: torch.Tensor) -> torch.Tensor:
+    """Timesteps (B,) -> (B, D) in the type of the embedding's weights; the sinusoid is computed in fp32."""
+    embedded: torch.Tensor = embedding(sinusoid(t).to(embedding.linear_1.weight.dtype))
+    return embedded
 
 
 def to_tokens(h: torch.Tensor) -> torch.Tensor:

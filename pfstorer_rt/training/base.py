@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import nn
 
 from pfstorer_rt.attention import training_backend
-from pfstorer_rt.config import PRESETS, TrainConfig
+from pfstorer_rt.config import PRESETS, TrainConfig, Weighting
 from pfstorer_rt.console import stderr
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, build_base, fingerprint_modules
@@ -57,8 +57,10 @@ class BaseTrainConfig:
     """Degraded pairs made of each photograph."""
     level: Literal["light", "heavy"] = "heavy"
     p_hq: float = 0.03
-    frozen_prior: bool = False
-    """Train SPADEs and the structure encoder alone, on a UNet that is a diffusion prior already."""
+    weighting: Weighting = "prediction"
+    """What the restorer's error is measured in: the prediction, or the clean latent that it stands for."""
+    trained: Literal["auto", "all", "conditions"] = "auto"
+    """`conditions` are the SPADEs and the structure encoder alone; `auto` takes them when there is a prior."""
     holdout: float = 0.02
     """Share of the photographs (chosen by name) that no training sees."""
 
@@ -150,19 +152,20 @@ def pair_maker(paths: list[Path], base: Base, config: BaseTrainConfig) -> Callab
 def train_restorer(paths: list[Path], base: Base, work: Path, config: BaseTrainConfig) -> None:
     """Train UNet, structure encoder and prompt encoder on latent pairs; resumes from `work/restorer.pt`.
 
-    A UNet that already is a diffusion prior stays frozen but for its SPADEs (StableSR section 3.1).
+    With `trained="conditions"` the UNet, a diffusion prior already, stays frozen but for its SPADEs (StableSR
+    section 3.1).
     """
     settings = config.restorer
-    accelerator = make_accelerator(settings)
+    accelerator, everything = make_accelerator(settings), config.trained != "conditions"
     base.to(accelerator.device).set_attention(training_backend(accelerator.device))
     pairs = latent_pairs(paths, base, work, config, accelerator)
-    objective: nn.Module = RestorerObjective(base)
+    objective: nn.Module = RestorerObjective(base, config.weighting)
     # On a CPU, torch 2.13 crashes in GroupNorm's backward when weights need a gradient and a channels-last
     # input does not: the first SPADE on a frozen prior is such a place.
-    if not config.frozen_prior:
+    if everything:
         objective = nn.Module.to(objective, memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, parameter in objective.named_parameters():
-        parameter.requires_grad_(not config.frozen_prior or ".spade." in name or name.startswith("structure_encoder"))
+        parameter.requires_grad_(everything or ".spade." in name or name.startswith("structure_encoder"))
     trainable = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
@@ -194,7 +197,7 @@ def train_base(
 
     sources: photographs, or folders of them; `config.holdout` of them is left out. work: where
     checkpoints are kept; the same call goes on from them. prior: a base whose autoencoder and UNet are
-    taken as they are, so that only SPADEs and the structure encoder train.
+    taken up; what trains on top of it is `config.trained`.
     """
     make_folder(work)
     paths, _ = split_holdout(find_images(sources), config.holdout)
@@ -203,7 +206,9 @@ def train_base(
         base.vae = train_autoencoder(paths, work, config)
         base.fingerprint = fingerprint_modules(base.modules())
     else:
-        base, config = prior, replace(config, frozen_prior=True)
+        base = prior
+    if config.trained == "auto":
+        config = replace(config, trained="all" if prior is None else "conditions")
     train_restorer(paths, base, work, config)
     base.save(out, torch.float16)
     return base

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pfstorer_rt.config import PersonalizeConfig
+from pfstorer_rt.config import PersonalizeConfig, Weighting
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.personalization import PersonalizationBlocks, reference_mask
 from pfstorer_rt.models.prompt import tokenize
@@ -71,13 +71,27 @@ def prediction_target(
     return abar.sqrt() * noise - (1 - abar).sqrt() * x0
 
 
+def x0_weight(t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str) -> torch.Tensor:
+    """Factor from the squared error of a prediction to that of x0, (B,): `1 - abar` for v, over `abar` for eps.
+
+    Source: x0 solved from `x = sqrt(abar) x0 + sqrt(1 - abar) eps` (Salimans and Ho 2022, section 4 and appendix D).
+    """
+    abar = alphas_cumprod[t]
+    return (1 - abar) / abar if prediction_type == "epsilon" else 1 - abar
+
+
 class RestorerObjective(nn.Module):
-    """L_diff on latent pairs: MSE of the prediction at a uniform t (StableSR section 3.1)."""
+    """L_diff on latent pairs: MSE of the prediction at a uniform t (StableSR section 3.1).
+
+    weighting: `prediction` takes the error of the prediction as it is; `x0` scales it to the error of the clean
+    latent that it stands for, so that the noisy end, where few-step sampling starts, counts most.
+    """
 
     alphas_cumprod: torch.Tensor
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, weighting: Weighting = "prediction") -> None:
         super().__init__()
+        self.weighting = weighting
         self.unet, self.structure_encoder = base.unet, base.structure_encoder
         self.text_encoder, self.prediction_type = base.text_encoder, base.config.prediction_type
         self.register_buffer("alphas_cumprod", base.scheduler.alphas_cumprod.clone(), persistent=False)
@@ -90,8 +104,10 @@ class RestorerObjective(nn.Module):
         x = add_noise(x0, batch["noise"], t, self.alphas_cumprod)
         prediction = self.unet(x, t, context, self.structure_encoder(batch["lq"], t))
         target = prediction_target(x0, batch["noise"], t, self.alphas_cumprod, self.prediction_type)
-        loss = F.mse_loss(prediction.float(), target)
-        return {"loss": loss}
+        error = (prediction.float() - target).square().mean((1, 2, 3))
+        if self.weighting == "x0":
+            error = error * x0_weight(t, self.alphas_cumprod, self.prediction_type)
+        return {"loss": error.mean()}
 
 
 def attention_loss(probabilities: torch.Tensor, subject: int, end: int) -> torch.Tensor:

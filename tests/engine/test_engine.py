@@ -1,3 +1,4 @@
+import importlib
 import json
 import sys
 import zipfile
@@ -6,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pfstorer_rt.export.build import TARGETS
 
 import pfstorer_rt.engine.session as session_module
 from pfstorer_rt.engine import onnxruntime as ort_engine
 from pfstorer_rt.engine import openvino as openvino_engine
-from pfstorer_rt.engine.session import BACKENDS, PREFERENCE, choose_backend, open_session
+from pfstorer_rt.engine.session import BACKENDS, choose_backend, open_session
 from pfstorer_rt.engine.torch import component_names, manifest, open_sessions
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
 from pfstorer_rt.files import sha256_bytes
@@ -24,8 +26,10 @@ def without(monkeypatch, *modules):
         monkeypatch.setitem(sys.modules, module, None)
 
 
-def test_every_preference_is_a_backend():
-    assert set(PREFERENCE) == set(BACKENDS)
+def test_every_target_has_a_backend_and_every_backend_a_target():
+    runs = {name: importlib.import_module(module).TARGETS for name, module in BACKENDS.items()}
+    assert {target for targets in runs.values() for target in targets} == set(TARGETS)
+    assert all(runs.values())
 
 
 def test_auto_takes_the_first_that_is_there(monkeypatch):
@@ -50,7 +54,7 @@ def test_refusals_say_what_to_install(monkeypatch):
 
 
 def test_unknown_backends_are_refused():
-    with pytest.raises(ValueError, match="expected auto, torch or one of onnxruntime, openvino"):
+    with pytest.raises(ValueError, match="expected auto, torch or one of tensorrt, onnxruntime, openvino"):
         choose_backend("coreml")
 
 
@@ -116,11 +120,23 @@ def test_a_flipped_byte_is_refused_before_it_runs(base_plan, tmp_path):
         Restorer.from_plan(path, "onnxruntime")
 
 
-@pytest.mark.parametrize("engine", [ort_engine, openvino_engine])
-def test_plans_for_another_target_are_refused(base_plan, engine):
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_plans_for_another_target_are_refused(base_plan, backend):
     foreign = Plan(base_plan.path, replace(base_plan.manifest, target="tensorrt"))
-    with pytest.raises(MissingBackendError, match="was built for tensorrt"):
-        engine.open_component(foreign, "decoder")
+    with pytest.raises(MissingBackendError, match=r"export --target onnx`, this one was built for tensorrt"):
+        open_session(foreign, "decoder", backend)
+    with pytest.raises(MissingBackendError, match=r"export --target tensorrt\|tensorrt-rtx`.* built for onnx"):
+        open_session(base_plan, "decoder", "tensorrt")
+
+
+def test_sessions_take_tensors_and_arrays_alike(base_plan, nano_base):
+    z = torch.randn(2, nano_base.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    for session in (open_session(base_plan, "decoder", "onnxruntime"), open_sessions(nano_base)["decoder"]):
+        with session:
+            by_array, by_tensor = session.run(latent=z.numpy()), session.run_tensors(latent=z)
+            assert by_tensor["image"].device == session.device
+            assert np.array_equal(by_array["image"], by_tensor["image"].numpy())
+            assert np.from_dlpack(by_tensor["image"]).shape == by_array["image"].shape
 
 
 def test_torch_backend_finds_base_and_identity(nano_plan, nano_base_dir, nano_identity, make_picture):

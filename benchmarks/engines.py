@@ -1,0 +1,92 @@
+"""How large are TensorRT-RTX engines of the denoiser, and how long do they take to build, by how batches are laid out?
+
+    python benchmarks/engines.py -o benchmarks/results/engines.csv [--base tiny|DIR|sd21]
+
+Needs no GPU. Rows: one batch size, a ladder of profiles in one engine, an engine for each batch size, one profile
+over all batch sizes. `fused_attention` counts the attentions that got a fused kernel, once for each profile, read from
+the kernel sources that the engine carries; `fp32_scores` those whose q k^T is summed in fp32. `sd21` is a base of
+Stable Diffusion 2.1's sizes with random weights.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import resource
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+from pfstorer_rt.export import tensorrt
+from pfstorer_rt.export.build import halve_weights
+from pfstorer_rt.export.graph import build_graph, fused_module
+from pfstorer_rt.export.tensorrt import BuildOptions, EngineBuilder
+from quality import machine
+
+from pfstorer_rt.config import PRESETS
+from pfstorer_rt.models.base import Base, build_base, load_base
+
+LADDER = (1, 2, 4, 8)
+
+
+@click.command()
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option("--base", "name", default="tiny", show_default=True, help="A base, or a preset for random weights.")
+@click.option("--layout", "layouts", multiple=True, help="one, ladder, each, range. [default: all]")
+def main(output: Path, name: str, layouts: tuple[str, ...]) -> None:
+    base = build_base(name) if name in PRESETS and name != "tiny" else load_base(name)
+    halve_weights(base)
+    rows = []
+    with TemporaryDirectory() as folder:
+        graph = build_graph("denoiser", fused_module("denoiser", base), base, "fp16")
+        model, origins = graph.save(Path(folder)), graph.origins
+        del graph
+        for layout in layouts or ("one", "ladder", "each", "range"):
+            rows.append({"base": name, "layout": layout, **measure(layout, model, origins, base, Path(folder))})
+            click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:8]))
+    new = not output.exists()
+    with output.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def measure(layout: str, model: Path, origins: dict[str, str], base: Base, folder: Path) -> dict[str, Any]:
+    """Build the engines of one layout; returns their figures."""
+    ladders = {"one": [(1,)], "ladder": [LADDER], "each": [(b,) for b in LADDER], "range": [LADDER]}[layout]
+    plan, started, size, fused, wide = tensorrt.plan_profiles, time.perf_counter(), 0, 0, 0
+    if layout == "range":
+        tensorrt.plan_profiles = one_range
+    try:
+        for batches in ladders:
+            file = folder / "engine"
+            builder = EngineBuilder("tensorrt-rtx", BuildOptions(batches=batches))
+            builder.build("denoiser", origins, model, base, file)
+            data = file.read_bytes()
+            size += len(data)
+            kernels = re.findall(rb"using Kernel_traits = fmha::\w+<\s*fmha::(\w+)", data)
+            fused += len(kernels)
+            wide += sum(b"fp32" in kernel or b"bf16" in kernel for kernel in kernels)
+    finally:
+        tensorrt.plan_profiles = plan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "megabytes": round(size / 1e6, 1), "build_s": round(time.perf_counter() - started, 1),
+        "fused_attention": fused, "fp32_scores": wide, "peak_memory_gb": round(peak / 1e9, 2),
+        "tensorrt_rtx": builder.library.version, **machine(),
+    }  # fmt: skip
+
+
+def one_range(
+    component: str, inputs: dict[str, list[int]], base: Base, options: BuildOptions
+) -> list[dict[str, list[list[int]]]]:
+    """One profile from the smallest to the largest batch, tuned for four."""
+    sizes = (min(options.batches), 4, max(options.batches))
+    return [{n: [[b if d == -1 else d for d in s] for b in sizes] for n, s in inputs.items() if -1 in s}]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""What a component is tried on before it is shipped: a photograph, and the flat and noisy tiles that break halves."""
+
+from __future__ import annotations
+
+import torch
+from skimage import data
+
+from pfstorer_rt.image import resize_bicubic
+from pfstorer_rt.models.base import Base
+
+TIMESTEPS = (999.0, 250.0, 0.0)
+"""Where a denoiser is tried: on noise, halfway, and on an all but clean latent."""
+
+
+def probe_tiles(tile: int) -> dict[str, torch.Tensor]:
+    """Return tiles (1, 3, tile, tile) in [-1, 1] by name: photo, grey, black, white, noise.
+
+    The photograph is scikit-image's public-domain portrait.
+    """
+    photo = torch.from_numpy(data.astronaut()[:256, 96:352]).permute(2, 0, 1)[None].float() / 127.5 - 1
+    flat = {name: torch.full((1, 3, tile, tile), value) for name, value in (("grey", 0.0), ("black", -1.0))}
+    noise = torch.rand((1, 3, tile, tile), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    resized = resize_bicubic(photo, (tile, tile), antialias=tile < photo.shape[-1]).clamp(-1, 1)
+    return {"photo": resized, **flat, "white": torch.ones(1, 3, tile, tile), "noise": noise}
+
+
+@torch.no_grad()
+def probe_inputs(component: str, base: Base, strength: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Return a component's inputs for each of `probe_tiles`, by the tile's name."""
+    probes: dict[str, dict[str, torch.Tensor]] = {}
+    generator = torch.Generator().manual_seed(1)
+    for name, image in probe_tiles(base.config.tile).items():
+        if component == "encoder":
+            probes[name] = {"image": image}
+            continue
+        z = base.encode(image)
+        if component == "decoder":
+            probes[name] = {"latent": z}
+            continue
+        t = torch.tensor(TIMESTEPS)
+        abar = base.scheduler.alphas_cumprod[t.long()][:, None, None, None]
+        x = abar.sqrt() * z + (1 - abar).sqrt() * torch.randn((len(t), *z.shape[1:]), generator=generator)
+        probes[name] = {"x": x, "t": t, "z_lq": z.expand(len(t), -1, -1, -1).contiguous()}
+        if strength:
+            probes[name]["strength"] = torch.ones(1)
+    return probes

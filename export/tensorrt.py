@@ -1,0 +1,254 @@
+"""TensorRT engines from the exported graphs; `tensorrt` and `tensorrt_rtx` through one path.
+
+TensorRT-RTX builds without a GPU, for a set of compute capabilities, and compiles the rest where it runs. The full
+TensorRT times kernels while it builds, so it builds on the machine that it will run on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pfstorer_rt.engine.tensorrt import Library, load_library
+from pfstorer_rt.errors import MissingBackendError, PFStorerError
+from pfstorer_rt.files import atomic_write, cache_home, make_folder
+from pfstorer_rt.models.base import Base
+
+Phase = Callable[[str, int, int], None]
+PORTABLE = ("8.0", "8.6", "8.9", "12.0+")
+"""What TensorRT-RTX builds for when it is not told: these GPUs and, from the last on, all later ones."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How engines are built."""
+
+    compute_capabilities: tuple[str, ...] = ()
+    """GPUs to build for, such as `8.9`, or `current`; empty takes the library's own choice."""
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    """Tiles that the denoiser takes at once: one optimization profile each."""
+    largest_side: int = 1280
+    """Pixels; the encoder and decoder take pictures up to this square, as `TileConfig.chop` cuts them."""
+    workspace: int | None = None
+    """Bytes of scratch memory that a layer may use; None is all that the GPU has."""
+    timing_cache: Path | None = None
+    """Where the full TensorRT keeps the kernels that it timed; None is the user's cache directory."""
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """What is known of an engine after it was written."""
+
+    profiles: list[dict[str, list[list[int]]]]
+    layers: dict[str, int]
+    """How many layers of each kind the parsed network had."""
+
+
+class EngineBuilder:
+    """Builds the engines of one plan.
+
+    Raises `MissingBackendError` at once when the library is missing, cannot build on this machine, or does not
+    know a compute capability.
+    """
+
+    def __init__(self, target: str, options: BuildOptions, phase: Phase = lambda _, __, ___: None) -> None:
+        self.library, self.options, self.phase = load_library(target), options, phase
+        self._messages = self.library.logger()
+        self.capabilities = self._capabilities()
+
+    def build(self, component: str, origins: Mapping[str, str], model: Path, base: Base, file: Path) -> BuiltEngine:
+        """Build one component's engine from its saved ONNX graph and write it to `file`.
+
+        origins: the module that each node came from (`Graph.origins`).
+        Raises `PFStorerError` with the library's reason, the node and the module that it came from.
+        """
+        trt = self.library.module
+        builder = self._created(trt.Builder(self._messages))
+        network = builder.create_network(self._network_flags())
+        self._parse(network, model, origins)
+        _allow_decomposition(self.library, network)
+        config = builder.create_builder_config()
+        profiles = self._add_profiles(builder, config, network, component, base)
+        self._configure(config)
+        cache = self._timing_cache(config)
+        # TensorRT keeps a bare pointer to the monitor: it has to live as long as the build.
+        monitor = _progress_monitor(trt, component, self.phase)
+        config.progress_monitor = monitor
+        serialized = builder.build_serialized_network(network, config)
+        if serialized is None:
+            raise PFStorerError(
+                f"{component}: {self.library.target} {self.library.version} could not build an engine "
+                f"({self._messages.last() or 'it gave no reason'})"
+            )
+        with file.open("wb") as out:
+            out.write(memoryview(serialized))
+        if cache:
+            with atomic_write(cache) as handle:
+                handle.write(memoryview(config.get_timing_cache().serialize()))
+        return BuiltEngine(profiles, dict(_layer_kinds(network)))
+
+    def _capabilities(self) -> list[str]:
+        wanted = self.options.compute_capabilities
+        if self.library.target == "tensorrt-rtx" and not wanted:
+            return list(PORTABLE)
+        if self.library.target == "tensorrt-rtx" and "current" not in wanted:
+            for name in wanted:
+                _capability(self.library, name)
+            return sorted(wanted, key=lambda name: tuple(map(int, name.split("."))))
+        if set(wanted) - {"current"}:
+            raise MissingBackendError(
+                f"compute capability {', '.join(sorted(set(wanted) - {'current'}))}: the full TensorRT times kernels "
+                "on the GPU that it builds for; leave --compute-capability out, or use --target tensorrt-rtx"
+            )
+        return [_current_capability(self.library.target)]
+
+    def _network_flags(self) -> int:
+        flags = self.library.module.NetworkDefinitionCreationFlag
+        # Where the flag is gone, every network is strongly typed.
+        return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
+
+    def _parse(self, network: Any, model: Path, origins: Mapping[str, str]) -> None:
+        parser = self.library.module.OnnxParser(network, self._messages)
+        if parser.parse_from_file(str(model)):
+            return
+        problems = [parser.get_error(i) for i in range(parser.num_errors)]
+        raise PFStorerError(
+            f"{self.library.target} {self.library.version} cannot take the graph: "
+            + "; ".join(_describe_error(problem, origins) for problem in problems)
+        )
+
+    def _add_profiles(
+        self, builder: Any, config: Any, network: Any, component: str, base: Base
+    ) -> list[dict[str, list[list[int]]]]:
+        inputs = {network.get_input(i).name: list(network.get_input(i).shape) for i in range(network.num_inputs)}
+        profiles = plan_profiles(component, inputs, base, self.options)
+        for shapes in profiles:
+            profile = builder.create_optimization_profile()
+            for name, (least, usual, most) in shapes.items():
+                profile.set_shape(name, least, usual, most)
+            if config.add_optimization_profile(profile) < 0:
+                raise PFStorerError(f"{component}: {self.library.target} refused the profile {shapes}")
+        return profiles
+
+    def _configure(self, config: Any) -> None:
+        trt = self.library.module
+        wanted = self.options.compute_capabilities
+        if self.library.target == "tensorrt-rtx" and wanted and self.library.has("ComputeCapability"):
+            config.num_compute_capabilities = len(wanted)
+            for i, name in enumerate(wanted):
+                config.set_compute_capability(_capability(self.library, name), i)
+        if self.options.workspace is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.options.workspace)
+
+    def _timing_cache(self, config: Any) -> Path | None:
+        """Give the full TensorRT what it timed before; returns where to keep what it times now."""
+        if self.library.target != "tensorrt":
+            return None
+        path = self.options.timing_cache or cache_home() / "tensorrt" / f"{self.library.version}.timing"
+        make_folder(path.parent)
+        config.set_timing_cache(config.create_timing_cache(path.read_bytes() if path.is_file() else b""), False)
+        return path
+
+    def _created(self, builder: Any) -> Any:
+        if builder is None or not hasattr(builder, "create_network"):
+            raise MissingBackendError(
+                f"{self.library.target} {self.library.version} cannot build on this machine "
+                f"({self._messages.last() or 'it gave no reason'})"
+            )
+        return builder
+
+
+def plan_profiles(
+    component: str, inputs: dict[str, list[int]], base: Base, options: BuildOptions
+) -> list[dict[str, list[list[int]]]]:
+    """Return the optimization profiles, each {input: [smallest, usual, largest shape]}, for inputs with free axes.
+
+    inputs: shapes with -1 where an axis is free. The denoiser has a profile for each batch size and nothing free in
+    it; encoder and decoder have one, for a single picture of a tile up to `largest_side`.
+    """
+    free = {name: shape for name, shape in inputs.items() if -1 in shape}
+    if component == "denoiser":
+        ladder = [{n: [b if d == -1 else d for d in s] for n, s in free.items()} for b in options.batches]
+        return [{name: [shape] * 3 for name, shape in fixed.items()} for fixed in ladder]
+    unit = 1 if component == "encoder" else base.config.factor
+    least, most = base.config.tile // unit, max(options.largest_side, base.config.tile) // unit
+
+    def sized(shape: Sequence[int], side: int) -> list[int]:
+        return [1, shape[1], side, side]
+
+    return [{name: [sized(s, least), sized(s, least), sized(s, most)] for name, s in free.items()}]
+
+
+def _allow_decomposition(library: Library, network: Any) -> None:
+    """Let an attention that no fused kernel takes (fp32, or an unusual head) run as matrix products.
+
+    Where there is a fused kernel it is still taken; without this the whole build fails.
+    """
+    if not library.has("IAttentionInputLayer"):
+        return
+    trt = library.module
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings' way to reach a kind's own properties
+            layer.attention.decomposable = True
+
+
+def _layer_kinds(network: Any) -> Counter[str]:
+    kinds = (str(network.get_layer(i).type).rpartition(".")[2].lower() for i in range(network.num_layers))
+    return Counter(sorted(kinds))
+
+
+def _capability(library: Library, name: str) -> Any:
+    known = {m.removeprefix("SM") for m in dir(library.module.ComputeCapability) if m.startswith("SM")}
+    digits = "".join(name.split("."))
+    if name.count(".") != 1 or digits not in known:
+        shown = sorted(f"{d[:-1]}.{d[-1]}" for d in known)
+        raise MissingBackendError(
+            f"compute capability {name!r}: {library.target} {library.version} builds for {', '.join(shown)} or current"
+        )
+    return getattr(library.module.ComputeCapability, f"SM{digits}")
+
+
+def _current_capability(target: str) -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise MissingBackendError(
+            f"{target} builds for the GPU of this machine, and torch sees none; "
+            "use --target tensorrt-rtx without `current`, which builds without a GPU"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}"
+
+
+def _describe_error(problem: Any, origins: Mapping[str, str]) -> str:
+    name = problem.node_name()
+    origin = origins.get(name)
+    where = f"{problem.node_operator()} {name!r}" + (f" of {origin}" if origin else "")
+    return f"{where}: {' '.join(problem.desc().split())}"
+
+
+def _progress_monitor(trt: Any, component: str, phase: Phase) -> Any:
+    """Return a monitor that tells `phase(name, done, total)` of the outermost phase under way."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.totals[name] = steps
+            phase(f"{component}: {name.lower()}", 0, steps)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            phase(f"{component}: {name.lower()}", step + 1, self.totals.get(name, step + 1))
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            self.totals.pop(name, None)
+
+    return Monitor()

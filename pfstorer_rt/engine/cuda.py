@@ -1,0 +1,80 @@
+"""The few things that an engine asks of a GPU, all through PyTorch: its allocator, its streams, its graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from pfstorer_rt.errors import MissingBackendError
+
+Replay = Callable[[], None]
+
+
+class Cuda:
+    """One GPU and one stream on it."""
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            built = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no NVIDIA GPU"
+            raise MissingBackendError(
+                f"TensorRT needs an NVIDIA GPU: {built}; `pfstorer-rt export --target onnx` makes a plan that runs here"
+            )
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.stream = torch.cuda.Stream(self.device)
+
+    def name(self) -> str:
+        """Return the GPU's name, such as `NVIDIA H200`."""
+        return torch.cuda.get_device_name(self.device)
+
+    def compute_capability(self) -> tuple[int, int]:
+        """Return (major, minor)."""
+        return torch.cuda.get_device_capability(self.device)
+
+    def stream_handle(self) -> int:
+        """Return the stream as libraries take it."""
+        return int(self.stream.cuda_stream)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return device memory, not filled; once freed it is used again only behind what the stream has to do."""
+        with torch.cuda.stream(self.stream):
+            return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def staged(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the same values where they are copied from without the host waiting: pinned, or on the device."""
+        return tensor if tensor.is_cuda else tensor.pin_memory()
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy on the stream, after what the caller's own stream has still to do."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+        if source.is_cuda:
+            source.record_stream(self.stream)
+
+    def result(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy that the caller's stream may use: the engine writes into `tensor` again at its next run."""
+        with torch.cuda.stream(self.stream):
+            copied = tensor.clone()
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
+        copied.record_stream(current)
+        return copied
+
+    def synchronize(self) -> None:
+        """Wait until the stream is idle."""
+        self.stream.synchronize()
+
+    def capture(self, enqueue: Callable[[int], None]) -> Replay:
+        """Record what `enqueue(stream handle)` does as a CUDA graph; returns a function that runs it again."""
+        graph = torch.cuda.CUDAGraph()
+        self.synchronize()
+        # Other threads may go on calling CUDA: TensorRT-RTX compiles kernels in the background.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            enqueue(self.stream_handle())
+
+        def replay() -> None:
+            with torch.cuda.stream(self.stream):
+                graph.replay()
+
+        return replay

@@ -1,0 +1,228 @@
+"""A TensorRT and a GPU that live on the CPU: engines are pickled descriptions, tensors are found by their address."""
+
+from types import SimpleNamespace
+
+import torch
+
+from pfstorer_rt.engine.session import open_session
+
+ENGINE = b"fake-engine:"
+
+
+class FakeCuda:
+    """Stands in for `engine.cuda.Cuda`: host memory that is looked up by address, and graphs that are replayed."""
+
+    def __init__(self, capability=(8, 9), capturable=True):
+        self.device, self.capability, self.capturable = torch.device("cpu"), capability, capturable
+        self.memory, self.captures, self.replays = {}, 0, 0
+        self.recording = False
+
+    def name(self):
+        return "Fake GPU 4090"
+
+    def compute_capability(self):
+        return self.capability
+
+    def stream_handle(self):
+        return 7
+
+    def empty(self, shape, dtype):
+        tensor = torch.full(shape, float("nan"), dtype=dtype)
+        self.memory[tensor.data_ptr()] = tensor
+        return tensor
+
+    def staged(self, tensor):
+        return tensor
+
+    def copy(self, target, source):
+        target.copy_(source)
+
+    def result(self, tensor):
+        return tensor.clone()
+
+    def synchronize(self):
+        pass
+
+    def capture(self, enqueue):
+        self.captures += 1
+        if not self.capturable:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.recording = True  # nothing is computed while a graph is captured
+        enqueue(self.stream_handle())
+        self.recording = False
+
+        def replay():
+            self.replays += 1
+            enqueue(self.stream_handle())
+
+        return replay
+
+
+class Cache:
+    def __init__(self, log):
+        self.log, self.data = log, b""
+
+    def deserialize(self, blob):
+        if not blob.startswith(b"kernels"):
+            raise RuntimeError("damaged blob")
+        self.log.append(("cache", bytes(blob)))
+        self.data = bytes(blob)
+
+    def serialize(self):
+        return b"kernels" + str(len(self.log)).encode()
+
+
+def make_library(cuda, functions, log=None, version="1.7.1.116", drop=()):
+    """A module with the names that the session asks for.
+
+    functions: {engine name: function of the named input tensors -> named output tensors}; an engine's payload is
+    made by `payload`. drop: names that this "release" does not have.
+    """
+    log = [] if log is None else log
+
+    class Context:
+        def __init__(self, engine):
+            self.engine, self.addresses, self.shapes, self.profile = engine, {}, {}, None
+
+        def set_optimization_profile_async(self, index, stream):
+            assert stream == cuda.stream_handle()
+            self.profile = index
+
+        def set_input_shape(self, name, shape):
+            least, _, most = self.engine.get_tensor_profile_shape(name, self.profile)
+            assert all(a <= s <= b for a, s, b in zip(least, shape, most, strict=True)), (name, shape)
+            self.shapes[name] = tuple(shape)
+            return True
+
+        def get_tensor_shape(self, name):
+            return self.engine.about["outputs"][name](self.shapes)
+
+        def set_tensor_address(self, name, address):
+            self.addresses[name] = address
+
+        def is_stream_capturable(self, stream):
+            return True
+
+        def execute_async_v3(self, stream):
+            if cuda.recording:
+                return True
+            bound = {name: cuda.memory[address] for name, address in self.addresses.items()}
+            inputs = {name: bound[name].clone() for name in self.engine.about["inputs"]}
+            assert all(tuple(t.shape) == self.shapes[n] for n, t in inputs.items()), "bound memory has another shape"
+            for name, value in functions[self.engine.name](**inputs).items():
+                bound[name].copy_(value)
+            log.append(("run", self.engine.name, {n: t.clone() for n, t in inputs.items()}))
+            return True
+
+    class Config:
+        def create_runtime_cache(self):
+            return Cache(log)
+
+        def set_runtime_cache(self, cache):
+            log.append(("set cache",))
+
+    class Engine:
+        def __init__(self, name, about):
+            self.name, self.about = name, about
+            self.names = [*about["inputs"], *about["outputs"]]
+            self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(about["profiles"])
+
+        def get_tensor_name(self, i):
+            return self.names[i]
+
+        def get_tensor_mode(self, name):
+            return TensorIOMode.INPUT if name in self.about["inputs"] else TensorIOMode.OUTPUT
+
+        def get_tensor_dtype(self, name):
+            return self.about.get("types", {}).get(name, "FLOAT")
+
+        def get_tensor_shape(self, name):
+            return self.about["inputs"].get(name, ())
+
+        def get_tensor_profile_shape(self, name, profile):
+            return self.about["profiles"][profile].get(name, [self.about["inputs"][name]] * 3)
+
+        def create_runtime_config(self):
+            return Config()
+
+        def create_execution_context(self, config=None):
+            log.append(("context", config is not None))
+            return Context(self)
+
+    class Runtime:
+        engine_header_size = 12
+
+        def __init__(self, logger):
+            self.logger = logger
+
+        def get_engine_validity(self, header):
+            assert len(header) <= self.engine_header_size
+            return ("INVALID", 1 | 32) if header != ENGINE else ("VALID", 0)
+
+        def deserialize_cuda_engine(self, payload):
+            log.append(("deserialize",))
+            name = payload.removeprefix(ENGINE).decode()
+            if name not in make_library.engines:
+                self.logger.log("ERROR", "magic tag\n does not match")
+                return None
+            return Engine(name, make_library.engines[name])
+
+    class ILogger:
+        ERROR, INTERNAL_ERROR = "ERROR", "INTERNAL_ERROR"
+
+        def __init__(self):
+            pass
+
+    TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
+    kinds = ("FLOAT", "HALF", "BF16", "INT32", "INT64", "BOOL")
+    module = SimpleNamespace(
+        __version__=version, Runtime=Runtime, ILogger=ILogger, TensorIOMode=TensorIOMode,
+        DataType=SimpleNamespace(**{kind: kind for kind in kinds}),
+        EngineValidity=SimpleNamespace(INVALID="INVALID"),
+        EngineInvalidityDiagnostics=SimpleNamespace(__members__={"VERSION_MISMATCH": 1, "MALFORMED_ENGINE": 32}),
+        IRuntimeConfig=Config, IExecutionContext=Context,
+    )  # fmt: skip
+    for path in drop:
+        owner, _, name = path.rpartition(".")
+        delattr(getattr(module, owner) if owner else module, name)
+    module.log = log
+    return module
+
+
+make_library.engines = {}
+
+
+def payload(name, inputs, outputs, profiles, types=None):
+    """Register an engine and return its bytes; `outputs` are functions {name: shapes -> shape}."""
+    make_library.engines[name] = {"inputs": inputs, "outputs": outputs, "profiles": profiles, "types": types or {}}
+    return ENGINE + name.encode()
+
+
+def from_onnx_plan(plan, component, batches=(1, 2, 4)):
+    """A fake engine that computes what a component of an ONNX plan does: (payload, function)."""
+    entry = plan.manifest.payloads[component]
+    inputs = {n: [d if isinstance(d, int) else -1 for d in port["shape"]] for n, port in entry.inputs.items()}
+    session = open_session(plan, component, "onnxruntime")
+
+    def run(**tensors):
+        return session.run_tensors(**tensors)
+
+    def shape_of(name):
+        def shape(shapes):
+            zeros = {n: torch.zeros(s) for n, s in shapes.items()} | {
+                n: torch.zeros(s) for n, s in inputs.items() if n not in shapes
+            }
+            return tuple(run(**zeros)[name].shape)
+
+        return shape
+
+    if component == "denoiser":
+        ladder = [{n: [[b if d == -1 else d for d in s]] * 3 for n, s in inputs.items() if -1 in s} for b in batches]
+    else:
+        ladder = [
+            {n: [[1, s[1], 1, 1], [1, s[1], 8, 8], [1, s[1], 512, 512]] for n, s in inputs.items() if -1 in s}
+        ]
+    outputs = {name: shape_of(name) for name in entry.outputs}
+    return payload(component, inputs, outputs, ladder), run
+
+

@@ -1,0 +1,187 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pfstorer_rt.export import build, export_plan, parity, precision
+from pfstorer_rt.export.graph import build_graph, example_inputs, fused_module
+from pfstorer_rt.export.precision import TypedComponent, centred_attention
+from pfstorer_rt.export.probes import probe_inputs, probe_tiles
+from torch import nn
+
+from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
+from pfstorer_rt.errors import ParityError
+from pfstorer_rt.models.base import build_base
+from pfstorer_rt.restore import Restorer
+
+
+def qkv(offset=0.0, seed=0, tokens=40):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(2, 3, tokens, 16, generator=generator) for _ in range(3))
+    return q + offset, k + offset, v
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_centred_keys_change_nothing(offset):
+    q, k, v = (t.double() for t in qkv(offset))
+    mask = torch.rand(2, 1, 1, 40, generator=torch.Generator().manual_seed(1)) < 0.7
+    for m in (None, mask):
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=m)
+        # The mean is computed in fp32.
+        assert torch.allclose(centred_attention(q, k, v, m), expected, rtol=0, atol=1e-5)
+
+
+def test_centred_keys_keep_scores_of_flat_tokens_small():
+    q, k, v = qkv(offset=300.0)
+    halves = [t.half() for t in (q, k, v)]
+    assert torch.isinf(halves[0] @ halves[1].transpose(-1, -2)).all()
+    seen = {}
+
+    def naive(q, k, v, attn_mask=None):
+        seen["scores"] = q @ k.transpose(-1, -2)
+        return v
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision.F, "scaled_dot_product_attention", naive)
+        centred_attention(*halves)
+    assert torch.isfinite(seen["scores"]).all()
+
+
+def overflowing(base):
+    """The nano base with one self-attention whose queries and keys are large and all but equal on a flat tile."""
+    attn = base.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    norm = base.unet.down_blocks[0].attentions[0].transformer_blocks[0].norm1
+    with torch.no_grad():
+        norm.bias.fill_(20.0)
+        for linear in (attn.to_q, attn.to_k):
+            linear.weight.abs_().mul_(8.0)
+    return base
+
+
+@pytest.mark.parametrize("naive", [True, False])
+def test_flat_tiles_overflow_naive_halves_and_not_ours(naive, monkeypatch):
+    base = overflowing(build_base("nano", seed=0))
+    original = fused_module("denoiser", base)
+    if naive:
+        monkeypatch.setattr(precision, "centred_attention", F.scaled_dot_product_attention)
+    graph = build_graph("denoiser", fused_module("denoiser", base), base, "fp16")
+    with OnnxRuntimeSession(graph.to_bytes()) as session:
+        for tile in ("grey", "black", "white"):
+            inputs = probe_inputs("denoiser", base, False)[tile]
+            inputs["x"] = inputs["z_lq"].clone()  # flat all the way
+            found = session.run(**{name: inputs[name].numpy() for name in session.inputs})["prediction"]
+            expected = parity.outputs_of(original, inputs)[0]
+            if naive:
+                assert not np.isfinite(found).all()
+            else:
+                # Scores this large turn a half's rounding of q and k into percents at single pixels.
+                assert np.square(found - expected).mean() ** 0.5 < 0.02 * expected.std()
+
+
+def test_what_stays_in_fp32(nano_base, nano_identity):
+    typed = TypedComponent(fused_module("denoiser", nano_base, nano_identity), "fp16")
+    fp32 = {n for n, p in typed.named_parameters() if p.dtype == torch.float32}
+    owners = {type(typed.get_submodule(n.rpartition(".")[0])).__name__ for n in fp32}
+    assert owners == {"GroupNorm", "LayerNorm", "Linear"}
+    assert {n for n in fp32 if "norm" not in n} == {n for n, _ in typed.named_parameters() if ".time_embedding." in n}
+    typed.module.denoiser.unet.time_proj.register_forward_hook(
+        lambda _, __, out: pytest.fail("the sinusoid is rounded") if out.dtype != torch.float32 else None
+    )
+    seen = []
+    for module in typed.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            module.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0].dtype, out.dtype)))
+    typed(*example_inputs("denoiser", nano_base, True).values())
+    assert seen and set(seen) == {(torch.float32, torch.float16)}
+
+
+def test_group_norm_statistics_do_not_overflow():
+    norm = nn.GroupNorm(1, 4)
+    precision.compute_in_float32(norm)
+    x = torch.full((1, 4, 64, 64), 300.0, dtype=torch.float16)
+    x[..., ::2] = -300
+    assert torch.isinf((x * x).sum(dtype=torch.float16))
+    assert norm(x).dtype == torch.float16 and torch.allclose(norm(x).abs().float(), torch.ones(()), atol=1e-3)
+
+
+def test_fp16_plans_are_half_the_size_and_restore_the_same(
+    nano_plan, nano_base, nano_identity, tmp_path, make_picture
+):
+    plan = export_plan(tmp_path / "half.plan", nano_identity, nano_base, precision="fp16")
+    assert plan.manifest.precision == "fp16"
+    assert {payload.precision for payload in plan.manifest.payloads.values()} == {"fp16"}
+    assert len(plan.read("denoiser")) < 0.65 * len(nano_plan.read("denoiser"))
+    pixels = make_picture(70, 90)
+    with Restorer.from_plan(nano_plan.path) as full, Restorer.from_plan(plan.path) as half:
+        error = np.mean((full.restore(pixels).astype(np.float64) - half.restore(pixels)) ** 2)
+    assert -10 * np.log10(error) > 45
+
+
+def test_a_decoder_that_would_overflow_stays_in_fp32(tmp_path):
+    base = build_base("nano", seed=0)
+    with torch.no_grad():
+        base.vae.decoder.layers[0].weight.mul_(1e6)
+        base.vae.decoder.layers[2].conv[0].weight.mul_(1e-6)
+    expected = build.expect("decoder", base, None, "fp16")
+    assert expected.largest > 65504
+    told = []
+    plan = export_plan(
+        tmp_path / "a.plan", None, base, precision="fp16", progress=build.Progress(line=told.append)
+    )
+    assert plan.manifest.payloads["decoder"].precision == "fp32"
+    assert plan.manifest.payloads["encoder"].precision == plan.manifest.payloads["denoiser"].precision == "fp16"
+    assert any("decoder: its values reach" in line and "stays in fp32" in line for line in told)
+
+
+def test_a_denoiser_that_would_overflow_is_refused(tmp_path):
+    base = build_base("nano", seed=0)
+    with torch.no_grad():
+        base.unet.conv_in.weight.mul_(1e7)
+    with pytest.raises(ParityError, match=r"denoiser: its values reach .*--precision fp32"):
+        export_plan(tmp_path / "a.plan", None, base, precision="fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exporting_halves_leaves_a_callers_base_alone(nano_base, tmp_path):
+    before = {k: v.clone() for k, v in nano_base.unet.state_dict().items()}
+    export_plan(tmp_path / "a.plan", None, nano_base, precision="fp16")
+    after = nano_base.unet.state_dict()
+    assert all(after[k].dtype == v.dtype and torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_probe_tiles():
+    tiles = probe_tiles(64)
+    assert list(tiles) == ["photo", "grey", "black", "white", "noise"]
+    for image in tiles.values():
+        assert image.shape == (1, 3, 64, 64) and image.min() >= -1 and image.max() <= 1
+    assert [tiles[n].unique().tolist() for n in ("grey", "black", "white")] == [[0.0], [-1.0], [1.0]]
+
+
+def test_identity_tensors_as_inputs_are_those_of_the_constants(nano_base, make_nano_identity):
+    alice, bob = (make_nano_identity(gammas=(1.0,) * 4, seed=seed) for seed in (1, 2))
+    shared = build_graph("denoiser", fused_module("denoiser", nano_base, alice), nano_base, identity="inputs")
+    inputs = example_inputs("denoiser", nano_base, True, 3)
+    with OnnxRuntimeSession(shared.to_bytes()) as session:
+        for person in (alice, bob):
+            fused = fused_module("denoiser", nano_base, person)
+            tensors = {**inputs, **fused.identity_tensors()}
+            assert session.inputs == tuple(tensors)
+            found = session.run(**{name: tensor.numpy() for name, tensor in tensors.items()})["prediction"]
+            expected = parity.outputs_of(fused, inputs)[0]
+            assert np.abs(found - expected).max() < 1e-4 * expected.std()
+    apart = np.abs(parity.outputs_of(fused_module("denoiser", nano_base, alice), inputs)[0] - expected).max()
+    assert apart > 1e-2 * expected.std()
+    constants = build_graph("denoiser", fused_module("denoiser", nano_base, alice), nano_base)
+    assert shared.weight_bytes() < constants.weight_bytes()
+
+
+def test_identity_inputs_in_halves(nano_base, nano_identity):
+    module = fused_module("denoiser", nano_base, nano_identity)
+    graph = build_graph("denoiser", module, nano_base, "fp16", identity="inputs")
+    inputs = example_inputs("denoiser", nano_base, True)
+    with OnnxRuntimeSession(graph.to_bytes()) as session:
+        tensors = {**inputs, **module.identity_tensors()}
+        kinds = {n: t.dtype for n, t in tensors.items() if n.endswith((".k", ".v", ".gamma", ".to_q.weight"))}
+        assert set(kinds.values()) == {torch.float16}
+        found = session.run(**{name: tensor.numpy() for name, tensor in tensors.items()})["prediction"]
+    expected = parity.outputs_of(fused_module("denoiser", nano_base, nano_identity), inputs)[0]
+    assert np.abs(found - expected).max() < 0.05 * expected.std()

@@ -1,0 +1,224 @@
+"""Engines are built for real by TensorRT-RTX, which needs no GPU for that; running them is tested elsewhere."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import onnx
+import pytest
+import torch
+from pfstorer_rt.export import export_plan, tensorrt
+from pfstorer_rt.export.build import Progress
+from pfstorer_rt.export.graph import build_graph, fused_module
+from pfstorer_rt.export.tensorrt import BuildOptions, EngineBuilder, plan_profiles
+
+from pfstorer_rt.engine.tensorrt import Library
+from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError
+from pfstorer_rt.models.base import load_base
+from pfstorer_rt.plan import COMPONENTS, Plan
+from pfstorer_rt.trust import is_signed, key_path, sign
+
+pytest.importorskip("tensorrt_rtx")
+SMALL = BuildOptions(batches=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def rtx_plan(nano_base, nano_identity, tmp_path_factory):
+    phases = []
+    plan = export_plan(
+        tmp_path_factory.mktemp("rtx") / "alice.plan", nano_identity, nano_base, "tensorrt-rtx", options=SMALL,
+        progress=Progress(phase=lambda *step: phases.append(step)),
+    )  # fmt: skip
+    assert phases and all(0 <= done <= total for _, done, total in phases)
+    assert {name.split(":")[0] for name, _, _ in phases} == set(COMPONENTS)
+    return plan
+
+
+def test_a_plan_of_real_engines(rtx_plan, nano_identity):
+    manifest = rtx_plan.manifest
+    assert (manifest.target, manifest.precision) == ("tensorrt-rtx", "fp16")
+    assert manifest.compute_capabilities == ["8.0", "8.6", "8.9", "12.0+"]
+    assert manifest.identity_fingerprint == nano_identity.fingerprint
+    for component in COMPONENTS:
+        payload = manifest.payloads[component]
+        data = rtx_plan.read(component)
+        assert data[:4] == b"vtrt" and payload.file == f"{component}.engine"
+        assert payload.parity["relative"] < 5e-2 and payload.layers["convolution"] > 5
+    layers = manifest.payloads["denoiser"].layers
+    assert layers["attention_input"] == layers["attention_output"] > 10  # the native operator, not matrix products
+
+
+def test_a_plan_of_engines_is_signed(rtx_plan, tmp_path, monkeypatch):
+    assert rtx_plan.trusted and Plan.open(rtx_plan.path).trusted
+    assert key_path().stat().st_mode & 0o777 == 0o600
+    data = rtx_plan.manifest.to_json().encode()
+    assert is_signed(data, sign(data)) and not is_signed(data + b" ", sign(data))
+    monkeypatch.setenv("PFSTORER_HOME", str(tmp_path))
+    assert not Plan.open(rtx_plan.path).trusted
+    assert not key_path().exists()  # looking makes no key
+    assert Plan.open(rtx_plan.path, trust=True).trusted
+    key_path().write_bytes(b"short")
+    with pytest.raises(BadFileError, match="32 bytes, this has 5"):
+        sign(b"")
+
+
+def test_a_corrupted_payload_is_refused(rtx_plan, tmp_path):
+    raw = bytearray(rtx_plan.path.read_bytes())
+    raw[raw.index(rtx_plan.read("denoiser")) + 5000] ^= 1
+    broken = tmp_path / "broken.plan"
+    broken.write_bytes(raw)
+    plan = Plan.open(broken)
+    with pytest.raises(BadFileError, match="denoiser"):
+        plan.read("denoiser")
+
+
+def test_profiles(nano_base):
+    side = nano_base.config.latent_tile
+    inputs = {"x": [-1, 4, side, side], "t": [-1], "strength": [1]}
+    ladder = plan_profiles("denoiser", inputs, nano_base, BuildOptions())
+    assert [profile["x"] for profile in ladder] == [[[b, 4, side, side]] * 3 for b in (1, 2, 4, 8)]
+    assert [profile["t"] for profile in ladder] == [[[b]] * 3 for b in (1, 2, 4, 8)]
+    assert all("strength" not in profile for profile in ladder)
+    tile = nano_base.config.tile
+    assert plan_profiles("encoder", {"image": [-1, 3, -1, -1]}, nano_base, BuildOptions()) == [
+        {"image": [[1, 3, tile, tile], [1, 3, tile, tile], [1, 3, 1280, 1280]]}
+    ]
+    latent = plan_profiles("decoder", {"latent": [-1, 4, -1, -1]}, nano_base, BuildOptions(largest_side=16))
+    assert latent == [{"latent": [[1, 4, side, side]] * 3}]
+
+
+def test_one_engine_with_a_ladder_is_smaller_than_an_engine_for_each_batch(nano_base, tmp_path):
+    graph = build_graph("denoiser", fused_module("denoiser", nano_base), nano_base, "fp16")
+    model = graph.save(tmp_path)
+
+    def size(batches):
+        builder = EngineBuilder("tensorrt-rtx", BuildOptions(batches=batches))
+        builder.build("denoiser", graph.origins, model, nano_base, tmp_path / "engine")
+        return (tmp_path / "engine").stat().st_size
+
+    assert size((1, 2)) < size((1,)) + size((2,))
+
+
+def test_attention_is_fused(nano_base, tmp_path):
+    # The engine keeps the source of the kernels that it compiles where it runs; a fused attention names its traits.
+    base = load_base("tiny")
+    graph = build_graph("denoiser", fused_module("denoiser", base), base, "fp16")
+    file = tmp_path / "engine"
+    EngineBuilder("tensorrt-rtx", BuildOptions(batches=(1,))).build(
+        "denoiser", graph.origins, graph.save(tmp_path), base, file
+    )
+    fused = len(re.findall(rb"using Kernel_traits = fmha::", file.read_bytes()))
+    attention = sum(node.op_type == "Attention" for node in graph.model.graph)
+    assert attention == 24 and fused >= 20  # the structure encoder's four have one head, which no kernel takes
+
+
+def test_fp32_engines_are_built_too(nano_base, tmp_path):
+    plan = export_plan(tmp_path / "a.plan", None, nano_base, "tensorrt-rtx", "fp32", BuildOptions(batches=(1,)))
+    assert plan.manifest.precision == "fp32" and plan.read("denoiser")[:4] == b"vtrt"
+    assert "cast" not in plan.manifest.payloads["decoder"].layers
+
+
+def test_compute_capabilities_are_kept(nano_base, tmp_path):
+    options = replace(SMALL, compute_capabilities=("12.0", "8.9"))
+    plan = export_plan(tmp_path / "a.plan", None, nano_base, "tensorrt-rtx", options=options)
+    assert plan.manifest.compute_capabilities == ["8.9", "12.0"]
+
+
+@pytest.mark.parametrize("name", ["8.99", "nine", "9.0", "89"])
+def test_unknown_compute_capabilities_are_refused_at_once(name, tmp_path):
+    options = BuildOptions(compute_capabilities=(name,))
+    with pytest.raises(MissingBackendError, match=rf"capability '{name}'.*builds for .*8\.9.* or current"):
+        export_plan(tmp_path / "a.plan", None, "no such base", "tensorrt-rtx", options=options)
+
+
+def test_the_gpu_of_this_machine_has_to_be_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingBackendError, match="torch sees none"):
+        EngineBuilder("tensorrt-rtx", BuildOptions(compute_capabilities=("current",)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    builder = EngineBuilder("tensorrt-rtx", BuildOptions(compute_capabilities=("current",)))
+    assert builder.capabilities == ["8.6"]
+
+
+def test_the_full_tensorrt_builds_for_its_own_gpu_alone(monkeypatch):
+    monkeypatch.setattr(tensorrt, "load_library", lambda target: Library(target, None))
+    with pytest.raises(MissingBackendError, match="times kernels on the GPU that it builds for"):
+        EngineBuilder("tensorrt", BuildOptions(compute_capabilities=("8.9",)))
+
+
+def test_a_missing_library_is_told_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingBackendError, match=r"pip install 'pfstorer-rt\[tensorrt\]'"):
+        export_plan(tmp_path / "a.plan", None, "no such base", "tensorrt")
+
+
+def test_a_node_that_the_parser_cannot_take_is_named_with_its_module(nano_base, tmp_path):
+    graph = build_graph("encoder", fused_module("encoder", nano_base), nano_base)
+    model = graph.save(tmp_path)
+    proto = onnx.load(model)
+    node = next(n for n in proto.graph.node if n.op_type == "Conv")
+    assert graph.origins[node.name] == "vae.encoder.layers.0"
+    node.op_type = "NoSuchOperator"
+    onnx.save(proto, model)
+    with pytest.raises(PFStorerError, match=rf"NoSuchOperator '{node.name}' of vae\.encoder\.layers\.0: "):
+        EngineBuilder("tensorrt-rtx", SMALL).build("encoder", graph.origins, model, nano_base, tmp_path / "engine")
+
+
+def test_an_engine_that_cannot_be_built_says_why(nano_base, tmp_path, monkeypatch):
+    graph = build_graph("denoiser", fused_module("denoiser", nano_base), nano_base)
+    monkeypatch.setattr(tensorrt, "_allow_decomposition", lambda library, network: None)
+    with pytest.raises(PFStorerError, match=r"could not build an engine .*ttention"):
+        EngineBuilder("tensorrt-rtx", SMALL).build(
+            "denoiser", graph.origins, graph.save(tmp_path), nano_base, tmp_path / "engine"
+        )
+
+
+def test_a_shared_denoiser_is_built_with_the_identity_as_inputs(nano_base, nano_identity, tmp_path):
+    module = fused_module("denoiser", nano_base, nano_identity)
+    graph = build_graph("denoiser", module, nano_base, "fp16", identity="inputs")
+    trt = pytest.importorskip("tensorrt_rtx")
+    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    network = trt.Builder(logger).create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse_from_file(str(graph.save(tmp_path))), parser.get_error(0).desc()
+    names = [network.get_input(i).name for i in range(network.num_inputs)]
+    assert names == ["x", "t", "z_lq", "strength", *module.identity_tensors()]
+
+
+SD21 = """
+import json, resource, sys
+from pathlib import Path
+import torch
+from pfstorer_rt.export.build import halve_weights
+from pfstorer_rt.export.graph import build_graph, fused_module
+from pfstorer_rt.export.tensorrt import BuildOptions, EngineBuilder
+from pfstorer_rt.models.base import build_base
+
+base = build_base("sd21")
+halve_weights(base)
+folder, built = Path(sys.argv[1]), {}
+for component in ("encoder", "denoiser", "decoder"):
+    graph = build_graph(component, fused_module(component, base), base, "fp16")
+    model, origins = graph.save(folder / component), graph.origins
+    del graph
+    file = folder / f"{component}.engine"
+    about = EngineBuilder("tensorrt-rtx", BuildOptions(batches=(1,))).build(component, origins, model, base, file)
+    with file.open("rb") as handle:
+        built[component] = {"mark": handle.read(4).decode(), "bytes": file.stat().st_size, "layers": about.layers}
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"peak": peak, "built": built}))
+"""
+
+
+@pytest.mark.slow
+def test_a_full_size_base_is_built_within_12_gb(tmp_path):
+    run = subprocess.run([sys.executable, "-c", SD21, str(tmp_path)], capture_output=True, text=True, check=True)
+    report = json.loads(run.stdout)
+    assert report["peak"] < 12e9
+    for component, built in report["built"].items():
+        assert built["mark"] == "vtrt", component
+    assert report["built"]["denoiser"]["bytes"] > 1.7e9
+    assert report["built"]["denoiser"]["layers"]["attention_input"] == 2 * 16 + 10
