@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: setup demo test lint types clean
+.PHONY: setup demo test test-slow tools lint types clean
 
 setup: .venv/ready
 
@@ -18,8 +18,19 @@ setup: .venv/ready
 demo: .venv/ready
 	$(BIN)/pfstorer-rt demo -o demo
 
-test: lint types
+# The tests build TensorRT-RTX engines, for which no GPU is needed.
+tools: .venv/tools
+
+.venv/tools: .venv/ready
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt --disable-pip-version-check -q -e '.[metrics,dev,tensorrt-rtx]'
+	touch $@
+
+test: lint types tools
 	$(BIN)/python -m pytest
+
+# Minutes and gigabytes: engines of a full-size base.
+test-slow: tools
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/ready
 	$(BIN)/ruff check .

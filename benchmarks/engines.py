@@ -11,6 +11,7 @@ Stable Diffusion 2.1's sizes with random weights.
 from __future__ import annotations
 
 import csv
+import gc
 import re
 import resource
 import time
@@ -25,8 +26,8 @@ from pfstorer_rt.export.graph import build_graph, fused_module
 from pfstorer_rt.export.tensorrt import BuildOptions, EngineBuilder
 from quality import machine
 
-from pfstorer_rt.config import PRESETS
-from pfstorer_rt.models.base import Base, build_base, load_base
+from pfstorer_rt.config import PRESETS, BaseConfig
+from pfstorer_rt.models.base import build_base, load_base
 
 LADDER = (1, 2, 4, 8)
 
@@ -42,9 +43,11 @@ def main(output: Path, name: str, layouts: tuple[str, ...]) -> None:
     with TemporaryDirectory() as folder:
         graph = build_graph("denoiser", fused_module("denoiser", base), base, "fp16")
         model, origins = graph.save(Path(folder)), graph.origins
-        del graph
+        config = base.config
+        del graph, base
+        gc.collect()
         for layout in layouts or ("one", "ladder", "each", "range"):
-            rows.append({"base": name, "layout": layout, **measure(layout, model, origins, base, Path(folder))})
+            rows.append({"base": name, "layout": layout, **measure(layout, model, origins, config, Path(folder))})
             click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:8]))
     new = not output.exists()
     with output.open("a", newline="") as file:
@@ -54,7 +57,7 @@ def main(output: Path, name: str, layouts: tuple[str, ...]) -> None:
         writer.writerows(rows)
 
 
-def measure(layout: str, model: Path, origins: dict[str, str], base: Base, folder: Path) -> dict[str, Any]:
+def measure(layout: str, model: Path, origins: dict[str, str], base: BaseConfig, folder: Path) -> dict[str, Any]:
     """Build the engines of one layout; returns their figures."""
     ladders = {"one": [(1,)], "ladder": [LADDER], "each": [(b,) for b in LADDER], "range": [LADDER]}[layout]
     plan, started, size, fused, wide = tensorrt.plan_profiles, time.perf_counter(), 0, 0, 0
@@ -81,7 +84,7 @@ def measure(layout: str, model: Path, origins: dict[str, str], base: Base, folde
 
 
 def one_range(
-    component: str, inputs: dict[str, list[int]], base: Base, options: BuildOptions
+    component: str, inputs: dict[str, list[int]], base: BaseConfig, options: BuildOptions
 ) -> list[dict[str, list[list[int]]]]:
     """One profile from the smallest to the largest batch, tuned for four."""
     sizes = (min(options.batches), 4, max(options.batches))

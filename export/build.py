@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import onnx
 import torch
 
+from pfstorer_rt.config import BaseConfig
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.engine.session import Array
 from pfstorer_rt.engine.torch import component_modules, manifest
@@ -23,7 +26,7 @@ from pfstorer_rt.plan import COMPONENTS, Payload, Plan, write_plan
 from . import parity
 from .graph import OPSET, build_graph, example_inputs, fused_module
 from .probes import probe_inputs
-from .tensorrt import BuildOptions, EngineBuilder
+from .tensorrt import BuildOptions, BuiltEngine, EngineBuilder
 
 TARGETS = ("onnx", "tensorrt", "tensorrt-rtx")
 PRECISIONS = ("fp32", "fp16")
@@ -48,6 +51,24 @@ class Expected:
     inputs: list[dict[str, torch.Tensor]] = field(default_factory=list)
     outputs: list[list[Array]] = field(default_factory=list)
     largest: float = 0.0
+
+
+@dataclass
+class Exported:
+    """A component's graph on disk, before it becomes a payload."""
+
+    component: str
+    model: Path
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+    precision: str
+    origins: dict[str, str]
+    figures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def payload(self) -> Path:
+        """Where the payload is written."""
+        return self.model.with_name("payload")
 
 
 def resolve(identity: str | Path | Identity | None, base: str | Path | Base | None) -> tuple[Base, Identity | None]:
@@ -102,46 +123,60 @@ def export_plan(
     )  # fmt: skip
     if builder:
         described.tools[target] = builder.library.version
-    entries: dict[str, Payload] = {}
     with TemporaryDirectory(prefix=".pfstorer-", dir=output.resolve().parent) as folder:
-        files = {component: Path(folder) / component / "payload" for component in COMPONENTS}
+        exported = []
         for component in COMPONENTS:
             progress.line(f"{component}: exporting")
             expected = expect(component, base, identity, precision)
             if owned and component == "denoiser" and precision == "fp16":
                 halve_weights(base)  # nothing after this looks at them in fp32, and a large base is gigabytes
-            entries[component] = export_component(
-                component, base, identity, precision, expected, builder, files[component], progress
+            exported.append(
+                export_component(
+                    component, base, identity, precision, expected, builder is None, Path(folder) / component, progress
+                )
             )
+        config = base.config
+        del base, expected  # a builder needs several times the memory of the weights
+        gc.collect()
+        entries = {one.component: write_payload(one, builder, config, progress) for one in exported}
         described = replace(described, payloads=entries, strength="strength" in entries["denoiser"].inputs)
-        return write_plan(output, described, files)
+        return write_plan(output, described, {one.component: one.payload for one in exported})
 
 
 def export_component(
-    component: str, base: Base, identity: Identity | None, precision: str, expected: Expected,
-    builder: EngineBuilder | None, file: Path, progress: Progress,
-) -> Payload:  # fmt: skip
-    """Export one component, check it in ONNX Runtime, build its engine where there is a builder, and write it."""
+    component: str, base: Base, identity: Identity | None, precision: str, expected: Expected, onnx_target: bool,
+    folder: Path, progress: Progress,
+) -> Exported:  # fmt: skip
+    """Export one component to a folder and check it in ONNX Runtime."""
     if precision == "fp16" and not parity.fits_halves(expected.largest):
         reach = f"{component}: its values reach {expected.largest:.3g}, too near the largest half, 65504"
         if component == "denoiser":
             raise ParityError(f"{reach}; export with --precision fp32")
         progress.line(f"{reach}; it stays in fp32")
         precision = "fp32"
-    graph = build_graph(component, fused_module(component, base, identity), base, precision)
-    saved = graph.save(file.parent)
-    figures = compare(component, saved, expected, precision)
-    progress.line(f"{component}: differs from PyTorch by {figures['relative']:.1e} of the output's deviation")
+    # No engine of TensorRT's has a fused kernel for fp32 attention.
+    fused = onnx_target or precision == "fp16"
+    graph = build_graph(component, fused_module(component, base, identity), base, precision, fused_attention=fused)
     inputs, outputs = graph.ports()
-    if builder is None:
-        file.write_bytes(graph.to_bytes())
-        return Payload(f"{component}.onnx", sha256_file(file), inputs, outputs, figures, precision)
-    progress.line(f"{component}: building for {builder.library.target}")
-    origins = graph.origins
-    del graph  # its weights are in the file that the builder reads
-    built = builder.build(component, origins, saved, base, file)
+    exported = Exported(component, graph.save(folder), inputs, outputs, precision, graph.origins)
+    if onnx_target:
+        exported.payload.write_bytes(graph.to_bytes())
+    del graph
+    gc.collect()  # exported programs are full of cycles that hold their weights
+    exported.figures = compare(component, exported.model, expected, precision)
+    progress.line(f"{component}: differs from PyTorch by {exported.figures['relative']:.1e} of the output's deviation")
+    return exported
+
+
+def write_payload(exported: Exported, builder: EngineBuilder | None, base: BaseConfig, progress: Progress) -> Payload:
+    """Describe an exported component's payload, after building its engine where there is a builder."""
+    e, built = exported, BuiltEngine([], {})
+    if builder:
+        progress.line(f"{e.component}: building for {builder.library.target}")
+        built = builder.build(e.component, e.origins, e.model, base, e.payload)
+    file = f"{e.component}.{'engine' if builder else 'onnx'}"
     return Payload(
-        f"{component}.engine", sha256_file(file), inputs, outputs, figures, precision, built.profiles, built.layers
+        file, sha256_file(e.payload), e.inputs, e.outputs, e.figures, e.precision, built.profiles, built.layers
     )
 
 

@@ -24,7 +24,7 @@ from pfstorer_rt.models.denoiser import Denoiser
 from pfstorer_rt.plan import COMPONENTS
 
 from .fuse import FusedDenoiser
-from .precision import TypedComponent
+from .precision import TypedComponent, spell_out_attention
 
 OPSET = 23
 """The first opset with an `Attention` operator, which engines replace by their own fused kernel."""
@@ -119,10 +119,12 @@ def dynamic_shapes(component: str, strength: bool, factor: int) -> dict[str, Any
 
 
 def build_graph(
-    component: str, module: nn.Module, base: Base, precision: str = "fp32", identity: Binding = "constants"
-) -> Graph:
-    """Export one component's module; for fp16 the module is changed in place.
+    component: str, module: nn.Module, base: Base, precision: str = "fp32", identity: Binding = "constants",
+    fused_attention: bool = True,
+) -> Graph:  # fmt: skip
+    """Export one component's module; for fp16, and without fused attention, the module is changed in place.
 
+    fused_attention: write the operator `Attention`; else matrix products, for engines without a kernel for it.
     identity: whether the tensors of `FusedDenoiser.identity_paths` are constants, or inputs that follow the others
     in that order, under those names.
     """
@@ -132,6 +134,8 @@ def build_graph(
     shapes = dynamic_shapes(component, strength, base.config.factor)
     paths = module.identity_paths() if identity == "inputs" and isinstance(module, FusedDenoiser) else {}
     typed = TypedComponent(module, precision, tuple(paths.values())).eval()
+    if not fused_attention:
+        spell_out_attention(typed)
     if isinstance(module, FusedDenoiser) and paths:
         example |= module.identity_tensors()
         # With free token counts the tracer finds bounds of its own for the batch, narrower than those stated.
@@ -147,7 +151,7 @@ def build_graph(
     assert program is not None
     if component == "encoder":  # the exporter's own names for these are those of its symbols
         for value in program.model.graph.outputs:
-            value.shape = onnx_ir.Shape(["batch", value.shape[1], "height", "width"])
+            value.shape = onnx_ir.Shape(["batch", base.config.latent_channels, "height", "width"])
     return _without_source_notes(program.model)
 
 

@@ -20,7 +20,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import nn
 from torch.func import functional_call
 
-from pfstorer_rt.attention import AttentionProcessor
+from pfstorer_rt.attention import AttentionProcessor, math
 
 
 def centred_attention(
@@ -34,6 +34,13 @@ def centred_attention(
     """
     mean = k.float().mean(-2, keepdim=True)
     return F.scaled_dot_product_attention(q, (k.float() - mean).to(k.dtype), v, attn_mask=mask)
+
+
+def spell_out_attention(module: nn.Module) -> None:
+    """Let every attention layer that goes through the door be matrix products and a softmax."""
+    for child in module.modules():
+        if isinstance(child, Attention) and isinstance(child.processor, AttentionProcessor):
+            child.processor.attention = math
 
 
 def compute_in_float32(norm: nn.Module) -> None:

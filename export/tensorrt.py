@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pfstorer_rt.config import BaseConfig
 from pfstorer_rt.engine.tensorrt import Library, load_library
 from pfstorer_rt.errors import MissingBackendError, PFStorerError
 from pfstorer_rt.files import atomic_write, cache_home, make_folder
-from pfstorer_rt.models.base import Base
 
 Phase = Callable[[str, int, int], None]
 PORTABLE = ("8.0", "8.6", "8.9", "12.0+")
@@ -59,7 +59,9 @@ class EngineBuilder:
         self._messages = self.library.logger()
         self.capabilities = self._capabilities()
 
-    def build(self, component: str, origins: Mapping[str, str], model: Path, base: Base, file: Path) -> BuiltEngine:
+    def build(
+        self, component: str, origins: Mapping[str, str], model: Path, base: BaseConfig, file: Path
+    ) -> BuiltEngine:
         """Build one component's engine from its saved ONNX graph and write it to `file`.
 
         origins: the module that each node came from (`Graph.origins`).
@@ -121,7 +123,7 @@ class EngineBuilder:
         )
 
     def _add_profiles(
-        self, builder: Any, config: Any, network: Any, component: str, base: Base
+        self, builder: Any, config: Any, network: Any, component: str, base: BaseConfig
     ) -> list[dict[str, list[list[int]]]]:
         inputs = {network.get_input(i).name: list(network.get_input(i).shape) for i in range(network.num_inputs)}
         profiles = plan_profiles(component, inputs, base, self.options)
@@ -162,7 +164,7 @@ class EngineBuilder:
 
 
 def plan_profiles(
-    component: str, inputs: dict[str, list[int]], base: Base, options: BuildOptions
+    component: str, inputs: dict[str, list[int]], base: BaseConfig, options: BuildOptions
 ) -> list[dict[str, list[list[int]]]]:
     """Return the optimization profiles, each {input: [smallest, usual, largest shape]}, for inputs with free axes.
 
@@ -173,8 +175,8 @@ def plan_profiles(
     if component == "denoiser":
         ladder = [{n: [b if d == -1 else d for d in s] for n, s in free.items()} for b in options.batches]
         return [{name: [shape] * 3 for name, shape in fixed.items()} for fixed in ladder]
-    unit = 1 if component == "encoder" else base.config.factor
-    least, most = base.config.tile // unit, max(options.largest_side, base.config.tile) // unit
+    unit = 1 if component == "encoder" else base.factor
+    least, most = base.tile // unit, max(options.largest_side, base.tile) // unit
 
     def sized(shape: Sequence[int], side: int) -> list[int]:
         return [1, shape[1], side, side]

@@ -101,6 +101,7 @@ class Blender:
         self._whole: torch.Tensor | None = None
         self._total: torch.Tensor | None = None
         self._mass = torch.zeros(0)
+        self._covered = np.zeros((height, width), bool)  # known without asking a GPU for it
 
     def add(self, tile: Tile, patch: Patch) -> None:
         """Add what was computed on one tile: (C, tile.height, tile.width).
@@ -128,8 +129,8 @@ class Blender:
         if blended is None:
             if self._total is None:
                 raise ValueError("nothing was added to blend")
-            if missing := int((self._mass == 0).sum()):
-                raise ValueError(f"{missing} of {self._mass.numel()} pixels lie under no tile")
+            if missing := np.count_nonzero(~self._covered):
+                raise ValueError(f"{missing} of {self._covered.size} pixels lie under no tile")
             blended = self._total / self._mass
         return blended.numpy() if self._numpy else blended
 
@@ -138,11 +139,14 @@ class Blender:
             dtype = _accumulator(patch.dtype)
             self._total = torch.zeros(self._shape, dtype=dtype, device=patch.device)
             self._mass = torch.zeros(self._shape[1:], dtype=dtype, device=patch.device)
+        rows, columns = tile.slices
         if self._weights is None:
             weights = _weights_on(tile.height, tile.width, self._total.dtype, self._total.device)
+            self._covered[rows, columns] = True
         else:
-            weights = torch.from_numpy(self._weights.astype(np.float64)).to(self._total)
-        rows, columns = tile.slices
+            given = torch.from_numpy(self._weights.astype(np.float64)).to(self._total.dtype)
+            weights = given.to(self._total.device)
+            self._covered[rows, columns] |= given.numpy() != 0
         self._total[:, rows, columns] += patch * weights
         self._mass[rows, columns] += weights
 

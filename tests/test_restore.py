@@ -11,7 +11,7 @@ from pfstorer_rt.image import adain_color_fix, from_tensor, to_tensor, wavelet_c
 from pfstorer_rt.models.base import build_base
 from pfstorer_rt.plan import COMPONENTS
 from pfstorer_rt.restore import Canvas, Restorer, plan_canvas
-from pfstorer_rt.sampling import alphas_cumprod, respace, sample_ddpm, start_from_lq
+from pfstorer_rt.sampling import SAMPLERS, alphas_cumprod, respace, sample_ddpm, start_from_lq
 
 CONFIG = RestoreConfig(steps=2, sampler="ddpm")
 
@@ -328,6 +328,47 @@ def test_strength_turns_the_person_up_and_down(personal, restorer, make_picture)
     np.testing.assert_allclose(results[0.0], base, atol=1e-5)
     distance = {s: np.abs(r - base).mean() for s, r in results.items()}
     assert 0 < distance[0.5] < distance[1.0]
+
+
+def test_strength_reaches_the_engine_as_a_float(personal, make_picture):
+    denoiser = Counting(personal._sessions["denoiser"])
+    with Restorer(personal.manifest, {**personal._sessions, "denoiser": denoiser}, "torch") as made:
+        made.restore(make_picture(64, 64), replace(CONFIG, strength=1))
+    for name, shape in (("strength", (1,)), ("t", (1,))):
+        assert {(call[name].dtype, call[name].shape) for call in denoiser.calls} == {(np.dtype(np.float32), shape)}
+
+
+class Elsewhere:
+    """A network that computes shapes alone, the encoder on the host; what comes from another device is refused."""
+
+    inputs, provider = ("x", "t", "z_lq", "strength"), "elsewhere"
+
+    def __init__(self, component):
+        self.component, self.device = component, torch.device("cpu" if component == "encoder" else "meta")
+
+    def run_tensors(self, **tensors):
+        assert {tensor.device for tensor in tensors.values()} == {self.device}
+        if self.component == "denoiser":
+            return {"prediction": torch.empty_like(tensors["x"])}
+        if self.component == "decoder":
+            return {"image": torch.zeros(1, 3, *(8 * side for side in tensors["latent"].shape[-2:]))}
+        mean = torch.empty(1, 4, *(side // 8 for side in tensors["image"].shape[-2:]), device=self.device)
+        return {"mean": mean, "std": mean}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("init", ["lq", "noise"])
+def test_latents_stay_where_the_denoiser_is(restorer, make_picture, sampler, init):
+    sessions = {component: Elsewhere(component) for component in COMPONENTS}
+    made = Restorer(replace(restorer.manifest, latent_channels=4, factor=8, tile=64), sessions, "elsewhere")
+    config = RestoreConfig(steps=3, sampler=sampler, init=init, tile=TileConfig(batch=4))
+    assert made.restore(make_picture(96, 130), config).shape == (96, 130, 3)
 
 
 def test_strength_does_nothing_without_a_person(restorer, make_picture):

@@ -3,6 +3,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from pfstorer_rt.tiling import (
     Blender,
@@ -135,6 +136,28 @@ def test_a_second_whole_patch_is_averaged():
     np.testing.assert_allclose(blender.result(), 1.5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("given", [False, True])
+def test_tensors_blend_as_arrays_do(dtype, given):
+    rng = np.random.default_rng(0)
+    tiles = plan_tiles(20, 33, 16, 8)
+    patches = [rng.standard_normal((3, 16, 16)).astype(dtype) for _ in tiles]
+    weights = rng.random((16, 16)) + 0.1 if given else None
+    arrays = blend(tiles, patches, 20, 33, weights)
+    tensors = blend(tiles, [torch.from_numpy(patch) for patch in patches], 20, 33, weights)
+    assert isinstance(arrays, np.ndarray) and isinstance(tensors, torch.Tensor)
+    assert np.array_equal(tensors.numpy(), arrays) and tensors.numpy().dtype == arrays.dtype
+
+
+@pytest.mark.parametrize("weights", [None, np.ones((16, 16))])
+def test_blending_stays_on_the_device_of_the_patches(weights):
+    tiles = plan_tiles(20, 33, 16, 8)
+    out = blend(tiles, [torch.empty(3, 16, 16, dtype=torch.half, device="meta")] * len(tiles), 20, 33, weights)
+    assert out.device.type == "meta" and out.dtype == torch.float32 and out.shape == (3, 20, 33)
+    whole = blend([Tile(0, 0, 16, 16)], [torch.empty(3, 16, 16, device="meta")], 16, 16)
+    assert whole.device.type == "meta"
+
+
 def test_given_weights_are_used():
     left, right = Tile(0, 0, 1, 2), Tile(0, 1, 1, 2)
     patches = [np.zeros((1, 1, 2), np.float32), np.ones((1, 1, 2), np.float32)]
@@ -146,6 +169,8 @@ def test_uncovered_pixels_and_wrong_patches_are_refused():
     patch = np.zeros((1, 4, 4), np.float32)
     with pytest.raises(ValueError, match="4 of 20 pixels lie under no tile"):
         blend([Tile(0, 0, 4, 4)], [patch], 4, 5)
+    with pytest.raises(ValueError, match="2 of 16 pixels lie under no tile"):
+        blend([Tile(0, 0, 4, 3), Tile(0, 1, 4, 3)], [patch[:, :, 1:]] * 2, 4, 4, weights=1.0 - np.eye(4, 3))
     with pytest.raises(ValueError, match="nothing"):
         Blender(1, 4, 4).result()
     with pytest.raises(ValueError, match="no tiles"):

@@ -58,7 +58,7 @@ class Library:
 def _messages(trt: Any) -> Any:
     """Make the logger of a library: whatever it is given later, it goes on using the first, which has to stay alive."""
 
-    class Messages(trt.ILogger):  # type: ignore[misc]
+    class Messages(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []

@@ -68,3 +68,24 @@ def test_an_old_format_checkpoint_is_read_and_text_is_called_no_checkpoint(tmp_p
     (tmp_path / "text.ckpt").write_text("hello")
     line = refused(2, "import-base", tmp_path / "text.ckpt", "-o", tmp_path / "out", words=["text.ckpt"])
     assert "mmap" not in line
+
+
+def test_options_of_tensorrt_need_its_target(refused, tmp_path):
+    for option in (["--compute-capability", "8.9"], ["--verbose-engine"], ["--workspace", "64"]):
+        refused(2, "export", "--base", "tiny", "-o", tmp_path / "a.plan", *option, words=("--target tensorrt",))
+
+
+def test_a_plan_of_executable_code_is_not_run_for_strangers(refused, base_plan, save, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from pfstorer_rt.plan import COMPONENTS, write_plan
+
+    manifest = replace(base_plan.manifest, target="tensorrt-rtx")
+    plan = write_plan(tmp_path / "a.plan", manifest, {c: base_plan.read(c) for c in COMPONENTS}).path
+    picture = save(tmp_path / "old.png", 40, 40)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    refused(1, "restore", "--engine", plan, picture, words=("NVIDIA GPU", "--target onnx"))
+    monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "stranger"))
+    refused(1, "restore", "--engine", plan, picture, words=("executable code", "--trust-plan"))
+    refused(1, "restore", "--engine", plan, picture, "--trust-plan", words=("NVIDIA GPU",))
+    refused(1, "bench", "--engine", plan, words=("--trust-plan",))

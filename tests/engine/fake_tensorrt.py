@@ -1,6 +1,6 @@
 """A TensorRT and a GPU that live on the CPU: engines are pickled descriptions, tensors are found by their address."""
 
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 
@@ -69,7 +69,7 @@ class Cache:
         self.data = bytes(blob)
 
     def serialize(self):
-        return b"kernels" + str(len(self.log)).encode()
+        return self.data or b"kernels" + str(len(self.log)).encode()
 
 
 def make_library(cuda, functions, log=None, version="1.7.1.116", drop=()):
@@ -115,6 +115,8 @@ def make_library(cuda, functions, log=None, version="1.7.1.116", drop=()):
             return True
 
     class Config:
+        dynamic_shapes_kernel_specialization_strategy = "LAZY"
+
         def create_runtime_cache(self):
             return Cache(log)
 
@@ -146,7 +148,7 @@ def make_library(cuda, functions, log=None, version="1.7.1.116", drop=()):
             return Config()
 
         def create_execution_context(self, config=None):
-            log.append(("context", config is not None))
+            log.append(("context", config and config.dynamic_shapes_kernel_specialization_strategy))
             return Context(self)
 
     class Runtime:
@@ -157,12 +159,16 @@ def make_library(cuda, functions, log=None, version="1.7.1.116", drop=()):
 
         def get_engine_validity(self, header):
             assert len(header) <= self.engine_header_size
+            if header == b"no driver...":
+                self.logger.log("INTERNAL_ERROR", "CUDA driver version is insufficient")
+                return "INVALID", 0
             return ("INVALID", 1 | 32) if header != ENGINE else ("VALID", 0)
 
         def deserialize_cuda_engine(self, payload):
             log.append(("deserialize",))
             name = payload.removeprefix(ENGINE).decode()
             if name not in make_library.engines:
+                self.logger.log("WARNING", "an older release")
                 self.logger.log("ERROR", "magic tag\n does not match")
                 return None
             return Engine(name, make_library.engines[name])
@@ -175,12 +181,14 @@ def make_library(cuda, functions, log=None, version="1.7.1.116", drop=()):
 
     TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
     kinds = ("FLOAT", "HALF", "BF16", "INT32", "INT64", "BOOL")
-    module = SimpleNamespace(
+    module = ModuleType("fake_library")
+    vars(module).update(
         __version__=version, Runtime=Runtime, ILogger=ILogger, TensorIOMode=TensorIOMode,
         DataType=SimpleNamespace(**{kind: kind for kind in kinds}),
         EngineValidity=SimpleNamespace(INVALID="INVALID"),
         EngineInvalidityDiagnostics=SimpleNamespace(__members__={"VERSION_MISMATCH": 1, "MALFORMED_ENGINE": 32}),
-        IRuntimeConfig=Config, IExecutionContext=Context,
+        DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="EAGER"),
+        ICudaEngine=Engine, IRuntimeConfig=Config, IExecutionContext=Context,
     )  # fmt: skip
     for path in drop:
         owner, _, name = path.rpartition(".")
@@ -219,10 +227,6 @@ def from_onnx_plan(plan, component, batches=(1, 2, 4)):
     if component == "denoiser":
         ladder = [{n: [[b if d == -1 else d for d in s]] * 3 for n, s in inputs.items() if -1 in s} for b in batches]
     else:
-        ladder = [
-            {n: [[1, s[1], 1, 1], [1, s[1], 8, 8], [1, s[1], 512, 512]] for n, s in inputs.items() if -1 in s}
-        ]
+        ladder = [{n: [[1, s[1], 1, 1], [1, s[1], 8, 8], [1, s[1], 512, 512]] for n, s in inputs.items() if -1 in s}]
     outputs = {name: shape_of(name) for name in entry.outputs}
     return payload(component, inputs, outputs, ladder), run
-
-

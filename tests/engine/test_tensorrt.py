@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import sys
 import zipfile
 from dataclasses import replace
@@ -57,6 +58,22 @@ def test_any_number_of_rows_goes_through_the_ladder(rows):
         assert torch.equal(runs(log)[0]["x"][3], x[2])
 
 
+def test_calls_that_do_not_fit_the_engine_are_refused():
+    inputs, outputs = {"x": [-1, 3], "t": [-1]}, {"y": lambda shapes: shapes["x"]}
+    data = fake.payload("two", inputs, outputs, [{"x": [[4, 3]] * 3, "t": [[4]] * 3}])
+    cuda = fake.FakeCuda()
+    module = fake.make_library(cuda, {})
+    session = TensorRTSession(Library("tensorrt", module), data, cuda)
+    x, t = torch.ones(3, 3), torch.ones(3)
+    for wrong in ({"x": x}, {"x": x, "t": t, "strength": t}):
+        with pytest.raises(ValueError, match=r"inputs x.*: this engine takes x, t$"):
+            session.run_tensors(**wrong)
+    for wrong in ({"x": x, "t": t[:1]}, {"x": x[:0], "t": t[:0]}):
+        with pytest.raises(ValueError, match=r"rows of the inputs \{'x': \d, 't': \d\}: expected one or more"):
+            session.run_tensors(**wrong)
+    assert cuda.memory == {}
+
+
 def test_names_and_types_come_from_the_engine():
     session, _, log = open_scaled(types={"x": "HALF", "y": "HALF"})
     assert session.inputs == ("x", "strength") and session.outputs == ("y",)
@@ -91,6 +108,14 @@ def test_a_profile_is_captured_once_after_a_plain_run_and_replayed():
     assert session.no_graph == ""
 
 
+@pytest.mark.parametrize(("graphs", "strategy"), [(True, "EAGER"), (False, "LAZY")])
+def test_what_is_captured_does_not_change_later(graphs, strategy):
+    session, cuda, log = open_scaled(graphs=graphs)
+    for _ in range(2):
+        session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
+    assert ("context", strategy) in log and cuda.captures == graphs
+
+
 def test_capturing_that_fails_leaves_plain_runs():
     session, cuda, log = open_scaled(fake.FakeCuda(capturable=False))
     for i in range(3):
@@ -117,10 +142,42 @@ def test_shapes_that_vary_are_bound_anew_and_not_captured():
     for side in (4, 8, 4, 4):
         assert session.run_tensors(image=torch.ones(1, 1, side, side))["y"].item() == side**2
     assert cuda.captures == 0
-    with pytest.raises(PFStorerError, match=r"image of shape \[1, 1, 9, 4\].*takes \[1, 1, 4, 4\] to \[1, 1, 8, 8\]"):
-        session.run_tensors(image=torch.ones(1, 1, 9, 4))
+    for shape in ((1, 1, 9, 4), (1, 1, 3, 4), (1, 1, 4)):
+        told = rf"image of shape \[{', '.join(map(str, shape))}\].*takes \[1, 1, 4, 4\] to \[1, 1, 8, 8\]"
+        with pytest.raises(PFStorerError, match=told):
+            session.run_tensors(image=torch.ones(shape))
+    assert session.run_tensors(image=torch.ones(1, 1, 4, 4))["y"].item() == 16  # a refusal changes nothing
     two = session.run_tensors(image=torch.ones(2, 1, 4, 4))["y"]
     assert two.flatten().tolist() == [16.0, 16.0]
+
+
+def test_a_graph_of_other_shapes_is_not_replayed(monkeypatch):
+    profile = {"image": [[1, 1], [1, 1], [1, 8]]}
+    data = fake.payload("sum", {"image": [-1, -1]}, {"y": lambda s: (s["image"][0], 1)}, [profile])
+    cuda = fake.FakeCuda()
+    module = fake.make_library(cuda, {"sum": lambda image: {"y": image.sum(1)[:, None]}})
+    session = TensorRTSession(Library("tensorrt", module), data, cuda, graphs=True)
+    for side in (4, 4, 4, 8, 4):
+        assert session.run_tensors(image=torch.ones(1, side))["y"].item() == side
+    assert (cuda.captures, cuda.replays) == (1, 2)  # of the second and the third run
+    empty = cuda.empty
+    monkeypatch.setattr(cuda, "empty", lambda shape, dtype: 1 / 0 if shape == (1, 1) else empty(shape, dtype))
+    with pytest.raises(ZeroDivisionError):
+        session.run_tensors(image=torch.ones(1, 5))  # no memory for the output
+    monkeypatch.undo()
+    assert session.run_tensors(image=torch.ones(1, 4))["y"].item() == 4
+
+
+def test_a_run_that_the_library_refuses_is_told(monkeypatch):
+    session, _, _ = open_scaled()
+
+    def refuse(context, stream):
+        session._messages.log("ERROR", "misaligned address")
+        return False
+
+    monkeypatch.setattr(session.library.module.IExecutionContext, "execute_async_v3", refuse)
+    with pytest.raises(PFStorerError, match=r"TensorRT-RTX 1.* on Fake GPU 4090 failed \(misaligned address\)"):
+        session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
 
 
 def test_compiled_kernels_are_kept_for_the_next_start():
@@ -128,14 +185,18 @@ def test_compiled_kernels_are_kept_for_the_next_start():
         session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
         path = session._cache.path
         assert not path.exists()
-    assert path.parent == cache_home() / "tensorrt-rtx" and path.stat().st_mode & 0o777 == 0o600
+    name = f"{sha256_bytes(scaled_payload())[:32]}_1.7.1.116_Fake-GPU-4090.cache"
+    assert path == cache_home() / "tensorrt-rtx" / name and path.stat().st_mode & 0o777 == 0o600
     kept = path.read_bytes()
-    _, _, log = open_scaled()
-    assert ("cache", kept) in log
+    os.utime(path, (1, 1))
+    session, _, log = open_scaled()
+    with session:
+        assert ("cache", kept) in log and ("set cache",) in log
+    assert path.stat().st_mtime == 1  # nothing new, nothing written
     path.write_bytes(b"rubbish")
     session, _, log = open_scaled()
     with session:
-        assert not any(entry[0] == "cache" for entry in log)
+        assert not any(entry[0] == "cache" for entry in log) and ("set cache",) in log
         assert session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))["y"].sum() == 6
     assert path.read_bytes().startswith(b"kernels")
     path.unlink()
@@ -146,12 +207,34 @@ def test_compiled_kernels_are_kept_for_the_next_start():
 
 
 def test_a_library_without_a_runtime_cache_or_validity_check_serves():
-    session, _, log = open_scaled(
-        drop=("IRuntimeConfig.create_runtime_cache", "Runtime.get_engine_validity"), version="10.16.1"
-    )
+    session, cuda, log = open_scaled(
+        drop=(
+            "IRuntimeConfig.create_runtime_cache", "Runtime.get_engine_validity", "ICudaEngine.create_runtime_config",
+            "IExecutionContext.is_stream_capturable", "DynamicShapesKernelSpecializationStrategy",
+        ),
+        version="10.16.1",
+    )  # fmt: skip
     with session:
+        for _ in range(3):
+            assert session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))["y"].sum() == 6
+    assert ("context", None) in log and cuda.captures == 1 and not session._cache.path.exists()
+
+
+def test_a_runtime_cache_that_cannot_be_made_is_done_without(monkeypatch):
+    session, _, _ = open_scaled()
+    config = session.library.module.IRuntimeConfig
+    monkeypatch.setattr(config, "create_runtime_cache", lambda self: 1 / 0)
+    with TensorRTSession(session.library, scaled_payload(), session.cuda) as session:
         assert session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))["y"].sum() == 6
-    assert ("context", False) in log and not session._cache.path.exists()
+
+
+def test_closing_frees_the_engine_whatever_happens(monkeypatch):
+    session, cuda, _ = open_scaled()
+    monkeypatch.setattr(cuda, "synchronize", lambda: 1 / 0)
+    session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
+    with pytest.raises(ZeroDivisionError), session:
+        pass
+    assert not session._lanes and session._engine is None and session._runtime is None
 
 
 def test_payloads_that_are_no_engine_are_refused():
@@ -161,7 +244,9 @@ def test_payloads_that_are_no_engine_are_refused():
     with pytest.raises(BadFileError, match="version mismatch, malformed engine"):
         TensorRTSession(library, b"not an engine at all", cuda)
     assert ("deserialize",) not in module.log
-    with pytest.raises(BadFileError, match="magic tag does not match"):
+    with pytest.raises(BadFileError, match=r"machine \(CUDA driver version is insufficient\)"):
+        TensorRTSession(library, b"no driver... for it", cuda)
+    with pytest.raises(BadFileError, match=r"cannot be loaded by TensorRT-RTX \(magic tag does not match\)"):
         TensorRTSession(library, fake.ENGINE + b"unknown", cuda)
 
 
@@ -282,6 +367,17 @@ def test_a_flipped_byte_of_an_engine_is_refused_before_it_is_loaded(base_plan, t
     assert module.log == []
 
 
+def test_an_engine_that_does_not_load_says_how_to_build_it_again(base_plan, tmp_path, fake_gpu, monkeypatch):
+    plan, functions = tensorrt_plan(base_plan, tmp_path / "a.plan")
+    fake_gpu(functions)
+    monkeypatch.delitem(fake.make_library.engines, "decoder")
+    told = (
+        r"a\.plan: the decoder cannot be loaded by TensorRT-RTX \(magic tag does not match\); build it with `.*export"
+    )
+    with pytest.raises(BadFileError, match=told):
+        open_session(plan, "decoder", "tensorrt")
+
+
 def test_without_a_gpu_a_plan_says_so(base_plan, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     plan, _ = tensorrt_plan(base_plan, tmp_path / "a.plan")
@@ -297,6 +393,27 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
     with pytest.raises(MissingBackendError, match=r"pip install 'pfstorer-rt\[tensorrt-rtx\]'"):
         load_library("tensorrt-rtx")
 
+    def broken(name):
+        raise OSError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr(engine, "import_module", broken)
+    with pytest.raises(MissingBackendError, match=r"libnvinfer.*: pip install 'pfstorer-rt\[tensorrt\]'"):
+        load_library("tensorrt")
+
+
+@pytest.mark.parametrize("library", ["tensorrt", "tensorrt_rtx"])
+def test_the_backend_needs_a_gpu_and_one_of_the_libraries(library, monkeypatch):
+    for name in engine.MODULES.values():
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingBackendError, match="needs an NVIDIA GPU"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        engine.check()
+    monkeypatch.setattr(engine, "Cuda", fake.FakeCuda)
+    with pytest.raises(MissingBackendError, match=r"rt\[tensorrt\]'; .*rt\[tensorrt-rtx\]'"):
+        engine.check()
+    monkeypatch.setitem(sys.modules, library, fake.make_library(None, {}))
+    engine.check()
+
 
 def test_the_real_library_has_every_name_that_is_used():
     trt = pytest.importorskip("tensorrt_rtx")
@@ -310,10 +427,18 @@ def test_the_real_library_has_every_name_that_is_used():
         "IRuntimeConfig.set_runtime_cache", "IRuntimeCache.serialize", "IRuntimeCache.deserialize",
         "IExecutionContext.set_input_shape", "IExecutionContext.set_tensor_address",
         "IExecutionContext.get_tensor_shape", "IExecutionContext.set_optimization_profile_async",
-        "IExecutionContext.execute_async_v3",
-        "IExecutionContext.is_stream_capturable", "DataType.BF16", "DataType.HALF",
+        "IExecutionContext.execute_async_v3", "IExecutionContext.is_stream_capturable",
+        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy", "EngineInvalidityDiagnostics.MALFORMED_ENGINE",
+        "DynamicShapesKernelSpecializationStrategy.EAGER",
+        *(f"DataType.{kind}" for kind in ("FLOAT", "HALF", "BF16", "INT32", "INT64", "BOOL")),
     ]  # fmt: skip
     assert [name for name in used if not library.has(name)] == []
     assert not library.has("IRuntimeConfig.no_such_thing")
     assert engine._diagnostics(library, 2 | 64) == "unsupported cc, cuda error"
-    assert library.logger().last() == ""
+    messages = library.logger()
+    for severity, message in ((trt.ILogger.WARNING, "a"), (trt.ILogger.ERROR, "b\n c"), (trt.ILogger.ERROR, "d")):
+        messages.log(severity, message)
+    assert messages.last() == "b c; d"
+    assert library.logger() is messages and messages.last() == ""
+    with pytest.raises(BadFileError, match=r"is no engine for this machine \(malformed engine\)"):
+        TensorRTSession(library, b"not an engine" * 10, fake.FakeCuda())
