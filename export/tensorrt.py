@@ -142,6 +142,10 @@ class EngineBuilder:
             config.num_compute_capabilities = len(wanted)
             for i, name in enumerate(wanted):
                 config.set_compute_capability(_capability(self.library, name), i)
+        config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32: TF32 keeps 10 bits of a product's factors
+        if self.library.has("BuilderFlag.REQUIRE_USER_ALLOCATION"):
+            # Memory that is allocated while an engine runs could not be captured in a CUDA graph.
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if self.options.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.options.workspace)
 
