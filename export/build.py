@@ -91,7 +91,7 @@ def resolve(identity: str | Path | Identity | None, base: str | Path | Base | No
 
 
 def export_plan(
-    output: Path,
+    output: str | Path,
     identity: str | Path | Identity | None = None,
     base: str | Path | Base | None = None,
     target: str = "onnx",
@@ -111,7 +111,7 @@ def export_plan(
         raise ValueError(
             f"target {target!r}, precision {precision!r}: expected one of {TARGETS} and of {('auto', *PRECISIONS)}"
         )
-    progress = progress or Progress()
+    output, progress = Path(output), progress or Progress()
     precision = DEFAULT_PRECISION[target] if precision == "auto" else precision
     builder = None if target == "onnx" else EngineBuilder(target, options or BuildOptions(), progress.phase)
     owned = not isinstance(base, Base)

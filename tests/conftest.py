@@ -96,7 +96,7 @@ def nano_plan(nano_base, nano_identity, tmp_path_factory):
 def base_plan(nano_base, tmp_path_factory):
     from pfstorer_rt.export import export_plan
 
-    return export_plan(tmp_path_factory.mktemp("plans") / "base.plan", None, nano_base)
+    return export_plan(str(tmp_path_factory.mktemp("plans") / "base.plan"), None, nano_base)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from transformers import CLIPTextModel
 from pfstorer_rt.attention import choose
 from pfstorer_rt.config import PRESETS, BaseConfig, base_config_from_dict, to_json
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.files import atomic_write, fingerprint_tensors
+from pfstorer_rt.files import atomic_write, fingerprint_tensors, show_path
 from pfstorer_rt.models.prompt import PromptEncoder, tokenize
 from pfstorer_rt.models.structure import StructureEncoder
 from pfstorer_rt.models.unet import RestorationUNet
@@ -153,7 +155,7 @@ def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> B
         base = build_base(config)
         base.scheduler = DDPMScheduler.from_pretrained(path / "scheduler")
         for name, module in base.modules().items():
-            module.load_state_dict(_read_tensors(path / name))
+            module.load_state_dict(read_network(path / name))
         base.fingerprint, base.path = fingerprint_directory(path), path
     except Exception as error:  # each library has its own errors for a damaged file
         reason = " ".join(str(error).split())[:300]
@@ -174,11 +176,23 @@ def _save_network(module: nn.Module, folder: Path) -> None:
         handle.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no safetensors file in {folder.name}/")
-    return {k: v for file in files for k, v in safetensors.torch.load_file(file).items()}
+def network_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of one network in diffusers' layout: one, or the shards of one.
+
+    A folder from the hub may hold the same weights again as a variant (`.fp16.safetensors`); that is taken only
+    where it is alone. Raises `BadFileError` when there are none.
+    """
+    variants: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        variants.setdefault(re.sub(r"-\d+-of-\d+", "", file.stem), []).append(file)
+    if not variants:
+        raise BadFileError(f"{show_path(folder)}: no safetensors file; expected a network in diffusers' layout")
+    return variants[min(variants, key=lambda name: (name.count("."), name))]
+
+
+def read_network(folder: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of one network in diffusers' layout."""
+    return {k: v for file in network_files(folder) for k, v in safetensors.torch.load_file(file).items()}
 
 
 def find_base(path_or_name: str | Path) -> Path:
@@ -198,10 +212,11 @@ def fingerprint_directory(path: Path) -> str:
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in sorted(COMPONENTS):
-            for file in sorted((path / name).glob("*.safetensors")):
-                with safe_open(file, "pt") as handle:
-                    for key in sorted(handle.keys()):
-                        yield f"{name}.{key}", handle.get_tensor(key)
+            with ExitStack() as stack:
+                files = [stack.enter_context(safe_open(file, "pt")) for file in network_files(path / name)]
+                holders = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
+                for key in sorted(holders):
+                    yield f"{name}.{key}", holders[key].get_tensor(key)
 
     return fingerprint_tensors(tensors())
 

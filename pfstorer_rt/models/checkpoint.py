@@ -22,7 +22,7 @@ from diffusers.loaders.single_file_utils import (
 from pfstorer_rt.config import PRESETS, BaseConfig
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import show_path
-from pfstorer_rt.models.base import Base, build_base
+from pfstorer_rt.models.base import Base, build_base, read_network
 
 Tensors = dict[str, torch.Tensor]
 UNET, STRUCTURE, VAE, TEXT = (
@@ -213,10 +213,10 @@ def convert(tensors: Tensors, base: Base, sd: str | Path | None) -> dict[str, Te
     if sd is None:
         raise BadFileError("the checkpoint holds StableSR's own parts only; give SD 2.1-base with --sd DIR|HUB_ID")
     folder = sd_folder(sd)
-    text = read_folder(folder / "text_encoder")
+    text = read_network(folder / "text_encoder")
     return {
-        **states, "vae": read_folder(folder / "vae"), "text_encoder": match_text_names(text, base),
-        "unet": {**read_folder(folder / "unet"), **unet},
+        **states, "vae": read_network(folder / "vae"), "text_encoder": match_text_names(text, base),
+        "unet": {**read_network(folder / "unet"), **unet},
     }  # fmt: skip
 
 
@@ -237,14 +237,6 @@ def sd_folder(sd: str | Path) -> Path:
         return Path(snapshot_download(str(sd), allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # the hub's client has errors of its own for each way to fail
         raise BadFileError(f"{sd}: neither a directory nor a hub id that can be fetched ({error})") from error
-
-
-def read_folder(folder: Path) -> Tensors:
-    """Read all safetensors files of one network; raises `BadFileError` when there are none."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise BadFileError(f"{show_path(folder)}: no safetensors file; expected diffusers' layout of SD 2.1-base")
-    return {k: v for file in files[:1] for k, v in read_checkpoint(file).items()}
 
 
 def load_strict(module: torch.nn.Module, state: Tensors, name: str) -> None:

@@ -85,6 +85,21 @@ def test_a_seed_is_one_base():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_shards_and_variants_of_the_hub_are_one_network(copied, nano_base):
+    folder = copied / "unet"
+    stem = "diffusion_pytorch_model"
+    tensors = safetensors.torch.load_file(folder / f"{stem}.safetensors")
+    names = sorted(tensors)
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        shard = {k: tensors[k] for k in part}
+        safetensors.torch.save_file(shard, folder / f"{stem}-{i:05}-of-00002.safetensors")
+    zeros = {k: v * 0 for k, v in tensors.items()}
+    safetensors.torch.save_file(zeros, folder / f"{stem}.fp16.safetensors")
+    (folder / f"{stem}.safetensors").unlink()
+    assert load_base(copied).fingerprint == nano_base.fingerprint
+    assert all(torch.equal(v, nano_base.unet.state_dict()[k]) for k, v in load_base(copied).unet.state_dict().items())
+
+
 def test_one_changed_weight_changes_the_fingerprint(copied):
     before = fingerprint_directory(copied)
     file = weights_file(copied / "vae")

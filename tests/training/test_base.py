@@ -201,6 +201,34 @@ def test_a_prior_keeps_its_unet_but_for_the_spades(photos, tmp_path):
     assert any(n == "structure_encoder" for n, _ in changed)
 
 
+def test_a_prior_can_be_trained_as_a_whole(photos, tmp_path):
+    prior = build_base("nano", seed=5)
+    before = {k: v.clone().half() for k, v in prior.unet.state_dict().items()}
+    vae = {k: v.clone().half() for k, v in prior.vae.state_dict().items()}
+    train_base([photos], tmp_path / "base", replace(CONFIG, trained="all"), tmp_path / "work", prior)
+    after = weights(tmp_path / "base")
+    moved = [k for k in before if not torch.equal(before[k], after["unet"][k])]
+    assert any(".spade." in k for k in moved) and any(".attn1." in k for k in moved)
+    assert all(torch.equal(v, after["vae"][k]) for k, v in vae.items())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_x0_weighting_measures_the_clean_latent(kind, monkeypatch):
+    base = build_base(replace(PRESETS["nano"], prediction_type=kind), seed=5)
+    generator = torch.Generator().manual_seed(0)
+    hq, lq, noise, prediction = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(4))
+    t = torch.tensor([1, 400, 950])
+    monkeypatch.setattr(type(base.unet), "forward", lambda *_: prediction)
+    objective = RestorerObjective(base, "x0")
+    loss = objective({"hq": hq, "lq": lq, "noise": noise, "t": t})["loss"]
+    errors = []
+    for i in range(3):  # diffusers' own solution for x0
+        x = base.scheduler.add_noise(hq[i : i + 1], noise[i : i + 1], t[i : i + 1])
+        step = base.scheduler.step(prediction[i : i + 1], int(t[i]), x)
+        errors.append((step.pred_original_sample - hq[i]).square().mean())
+    torch.testing.assert_close(loss, torch.stack(errors).mean(), rtol=1e-3, atol=0)
+
+
 def test_a_prior_trained_to_the_end_twice_gives_the_same(photos, tmp_path, monkeypatch):
     first = train_base([photos], tmp_path / "a", CONFIG, tmp_path / "wa", build_base("nano", seed=5))
     with monkeypatch.context() as patch:
