@@ -20,6 +20,8 @@ from pfstorer_rt.engine.torch import component_modules, component_names
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import Base
+from pfstorer_rt.models.cfw import LEVELS
+from pfstorer_rt.models.codec import feature_names
 from pfstorer_rt.models.denoiser import Denoiser
 from pfstorer_rt.plan import COMPONENTS
 
@@ -100,10 +102,20 @@ def example_inputs(component: str, base: Base, strength: bool, batch: int = EXAM
     if component == "encoder":
         return {"image": normal(batch, 3, base.config.tile, base.config.tile).clamp(-1, 1)}
     if component == "decoder":
-        return {"latent": normal(batch, channels, side, side)}
+        latent = {"latent": normal(batch, channels, side, side)}
+        return latent | wrapped_features(base, example_inputs("encoder", base, False, batch)["image"])
     t = torch.rand(batch, generator=generator) * 999
     inputs = {"x": normal(batch, channels, side, side), "t": t, "z_lq": normal(batch, channels, side, side)}
     return {**inputs, "strength": torch.ones(1)} if strength else inputs
+
+
+@torch.no_grad()
+def wrapped_features(base: Base, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what the decoder takes besides the latent: nothing, or the features of an LQ image and their weight."""
+    if base.cfw is None:
+        return {}
+    maps = base.features(image)
+    return {**dict(zip(feature_names(base), maps.values(), strict=True)), "cfw_weight": torch.full((1,), 0.5)}
 
 
 def dynamic_shapes(component: str, strength: bool, factor: int) -> dict[str, Any]:
@@ -114,7 +126,9 @@ def dynamic_shapes(component: str, strength: bool, factor: int) -> dict[str, Any
         return {**shapes, "strength": None} if strength else shapes
     height, width = (torch.export.Dim(name, min=2, max=4096) for name in ("height", "width"))  # of the latent
     if component == "decoder":
-        return {"latent": {0: batch, 2: height, 3: width}}
+        scales = {f"features_{level}": factor // 2**level for level in LEVELS}
+        features = {name: {0: batch, 2: n * height, 3: n * width} for name, n in scales.items()}
+        return {"latent": {0: batch, 2: height, 3: width}, **features, "cfw_weight": None}
     return {"image": {0: batch, 2: factor * height, 3: factor * width}}
 
 
@@ -151,7 +165,8 @@ def build_graph(
     assert program is not None
     if component == "encoder":  # the exporter's own names for these are those of its symbols
         for value in program.model.graph.outputs:
-            value.shape = onnx_ir.Shape(["batch", base.config.latent_channels, "height", "width"])
+            if value.name in ("mean", "std"):
+                value.shape = onnx_ir.Shape(["batch", base.config.latent_channels, "height", "width"])
     return _without_source_notes(program.model)
 
 

@@ -8,6 +8,8 @@ from skimage import data
 from pfstorer_rt.image import resize_bicubic
 from pfstorer_rt.models.base import Base
 
+from .graph import wrapped_features
+
 TIMESTEPS = (999.0, 250.0, 0.0)
 """Where a denoiser is tried: on noise, halfway, and on an all but clean latent."""
 
@@ -35,7 +37,7 @@ def probe_inputs(component: str, base: Base, strength: bool) -> dict[str, dict[s
             continue
         z = base.encode(image)
         if component == "decoder":
-            probes[name] = {"latent": z}
+            probes[name] = {"latent": z, **wrapped_features(base, image)}
             continue
         t = torch.tensor(TIMESTEPS)
         abar = base.scheduler.alphas_cumprod[t.long()][:, None, None, None]

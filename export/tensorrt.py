@@ -7,7 +7,7 @@ TensorRT times kernels while it builds, so it builds on the machine that it will
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,13 +179,14 @@ def plan_profiles(
     if component == "denoiser":
         ladder = [{n: [b if d == -1 else d for d in s] for n, s in free.items()} for b in options.batches]
         return [{name: [shape] * 3 for name, shape in fixed.items()} for fixed in ladder]
-    unit = 1 if component == "encoder" else base.factor
-    least, most = base.tile // unit, max(options.largest_side, base.tile) // unit
 
-    def sized(shape: Sequence[int], side: int) -> list[int]:
-        return [1, shape[1], side, side]
+    def sized(name: str, pixels: int) -> list[int]:
+        level = name.removeprefix("features_")  # a map of level l has one value for 2^l pixels
+        unit = {"image": 1, "latent": base.factor}.get(name) or 2 ** int(level)
+        return [1, free[name][1], pixels // unit, pixels // unit]
 
-    return [{name: [sized(s, least), sized(s, least), sized(s, most)] for name, s in free.items()}]
+    least, most = base.tile, max(options.largest_side, base.tile)
+    return [{name: [sized(name, least), sized(name, least), sized(name, most)] for name in free}]
 
 
 def _allow_decomposition(library: Library, network: Any) -> None:

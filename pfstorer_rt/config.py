@@ -43,6 +43,8 @@ class BaseConfig:
     """Keyword arguments of transformers' CLIPTextConfig."""
     layers: tuple[str, ...]
     """Modules of the UNet that a personalization block follows, in execution order."""
+    cfw: dict[str, Any] | None = None
+    """Keyword arguments of `ControllableFeatureWrapping`; None has a plain decoder alone."""
     head_size: int = 64
     """Head size of the personalization blocks."""
     spade_hidden: int = 128
@@ -229,6 +231,8 @@ class RestoreConfig:
     """Scale of the identity: 0 is the base, 1 as trained."""
     scale: float = 1.0
     """Size of the result relative to the input."""
+    cfw_weight: float = 0.0
+    """How far the decoder follows the LQ image's features: 0 is the plain decoder, 1 as trained."""
     color_fix: Literal["auto", "adain", "wavelet", "none"] = "auto"
     """`auto`: adain for one tile, wavelet for several."""
     init: Literal["lq", "noise"] = "lq"
@@ -252,9 +256,16 @@ def base_config_from_dict(data: Mapping[str, Any]) -> BaseConfig:
     structure = dict(data["structure"])
     structure["multipliers"] = tuple(structure["multipliers"])
     values = {**data, "layers": tuple(data["layers"]), "structure": StructureConfig(**structure)}
-    for part in ("unet", "vae"):
-        values[part] = {k: tuple(v) if isinstance(v, list) else v for k, v in data[part].items()}
+    for part in ("unet", "vae", "cfw"):
+        values[part] = _with_tuples(data.get(part))
     return BaseConfig(**values)
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON knows lists alone; here they are tuples, at any depth."""
+    if isinstance(value, Mapping):
+        return {k: _with_tuples(v) for k, v in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def changed(config: ConfigT, **values: Any) -> ConfigT:

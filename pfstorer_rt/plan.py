@@ -64,6 +64,8 @@ class Manifest:
     method: str | None = None
     strength: bool = False
     """Whether the denoiser takes `strength`."""
+    cfw: bool = False
+    """Whether the decoder takes the LQ image's features and `cfw_weight`."""
     licence: str = "unknown"
     compute_capabilities: list[str] = field(default_factory=list)
     """For TensorRT, the GPUs it was built for, such as `8.9`; a `+` after one takes in all later ones."""

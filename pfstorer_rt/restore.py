@@ -160,6 +160,13 @@ class Restorer:
             raise ValueError(
                 f"strength {config.strength}: this engine's identity has no gated blocks to scale; leave it at 1"
             )
+        if not np.isfinite(config.cfw_weight):
+            raise ValueError(f"cfw_weight {config.cfw_weight}: expected a finite number, 0 for the plain decoder")
+        if config.cfw_weight != 0 and not self.manifest.cfw:
+            raise ValueError(
+                f"cfw_weight {config.cfw_weight}: this engine has no controllable feature wrapping; leave it at 0, or "
+                "import the base with --cfw and export it again"
+            )
         overlap = self.overlap(config)
         if not 0 <= overlap < self.manifest.tile or overlap % self.manifest.factor:
             raise ValueError(
@@ -229,7 +236,10 @@ class Restorer:
         denoiser = self._tiled_denoiser(z_lq, tiles, config, step)
         sample, timesteps = SAMPLERS[self.sampler(config)], respace(self.steps(config))
         x = sample(denoiser, x, timesteps, self.manifest.prediction_type, noise, eta=config.eta)
-        decoded = self._run("decoder", latent=x)["image"].cpu()
+        features = {name: tensor for name, tensor in encoded.items() if name.startswith("features_")}
+        if features:
+            features["cfw_weight"] = torch.full((1,), config.cfw_weight)
+        decoded = self._run("decoder", latent=x, **features)["image"].cpu()
         kind = config.color_fix
         if kind == "auto":
             kind = "adain" if len(tiles) == 1 else "wavelet"

@@ -99,10 +99,14 @@ def time_components(restorer: Restorer, runs: int) -> dict[str, dict[str, float]
         x = np.repeat(latent, batch, 0)
         return lambda: sessions["denoiser"].run(x=x, z_lq=x, t=np.full(batch, 500, np.float32), **strength)
 
+    encoded = sessions["encoder"].run(image=image)
+    decoded = {"latent": latent, **{name: a for name, a in encoded.items() if name in sessions["decoder"].inputs}}
+    if m.cfw:
+        decoded["cfw_weight"] = np.zeros(1, np.float32)
     calls: dict[str, Callable[[], Any]] = {
         "encoder": lambda: sessions["encoder"].run(image=image),
         "denoiser": denoise(1), "denoiser, 4 tiles": denoise(4),
-        "decoder": lambda: sessions["decoder"].run(latent=latent),
+        "decoder": lambda: sessions["decoder"].run(**decoded),
     }  # fmt: skip
     return {name: percentiles(call, runs) for name, call in calls.items()}
 

@@ -20,6 +20,7 @@ from pfstorer_rt.image import MAX_PIXELS
 @click.option("--sampler", type=click.Choice(["ddpm", "ddim", "dpmpp_2m", "unipc"]), help="[default: the engine's own]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same bytes.")
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Of the identity: 0 is the base.")
+@click.option("--cfw-weight", type=float, default=0.0, show_default=True, help="Of the LQ picture in the decoder.")
 @click.option("--scale", type=float, default=1.0, show_default=True, help="Size of the result.")
 @click.option("--color-fix", type=click.Choice(["auto", "adain", "wavelet", "none"]), default="auto", show_default=True)
 @click.option(
@@ -67,7 +68,8 @@ def command(
 
     config = RestoreConfig(
         steps=options["steps"], sampler=options["sampler"], seed=options["seed"], strength=options["strength"],
-        scale=options["scale"], color_fix=options["color_fix"], init=options["init"], eta=options["eta"],
+        cfw_weight=options["cfw_weight"], scale=options["scale"], color_fix=options["color_fix"],
+        init=options["init"], eta=options["eta"],
         tile=TileConfig(overlap=options["overlap"], batch=options["tile_batch"]),
     )  # fmt: skip
     if engine is None:

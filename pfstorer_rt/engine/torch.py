@@ -10,8 +10,8 @@ from torch import nn
 from pfstorer_rt.engine.session import Array, numpy_run
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import Base
+from pfstorer_rt.models.codec import Decoder, Encoder, feature_names
 from pfstorer_rt.models.denoiser import Denoiser
-from pfstorer_rt.models.vae import Decoder, Encoder
 from pfstorer_rt.plan import COMPONENTS, Manifest
 
 
@@ -45,16 +45,17 @@ class TorchSession:
 
 def component_modules(base: Base, identity: Identity | None = None) -> dict[str, nn.Module]:
     """Return the unfused component modules by name; raises `MismatchError` for an identity of another base."""
-    return {"encoder": Encoder(base.vae), "denoiser": Denoiser(base, identity), "decoder": Decoder(base.vae)}
+    return {"encoder": Encoder(base), "denoiser": Denoiser(base, identity), "decoder": Decoder(base)}
 
 
 def component_names(component: str, base: Base, strength: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return a component's input and output names, in order."""
     variational = base.config.vae["class"] == "AutoencoderKL"
+    features = feature_names(base)
     return {
-        "encoder": (("image",), ("mean", "std") if variational else ("mean",)),
+        "encoder": (("image",), (("mean", "std") if variational else ("mean",)) + features),
         "denoiser": (("x", "t", "z_lq", "strength") if strength else ("x", "t", "z_lq"), ("prediction",)),
-        "decoder": (("latent",), ("image",)),
+        "decoder": (("latent", *features, "cfw_weight") if features else ("latent",), ("image",)),
     }[component]
 
 
@@ -74,5 +75,6 @@ def manifest(base: Base, identity: Identity | None = None, target: str = "torch"
         base_fingerprint=base.fingerprint, identity_name=identity.name if identity else None,
         identity_fingerprint=identity.fingerprint if identity else None,
         method=identity.method if identity else None,
-        strength=identity is not None and identity.method != "dreambooth", licence=c.licence,
+        strength=identity is not None and identity.method != "dreambooth", cfw=base.cfw is not None,
+        licence=c.licence,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,23 +12,26 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from diffusers import DDPMScheduler
-from safetensors import safe_open
+from diffusers import AutoencoderKL, DDPMScheduler
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import CLIPTextModel
 
 from pfstorer_rt.attention import choose
 from pfstorer_rt.config import PRESETS, BaseConfig, base_config_from_dict, to_json
-from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.files import atomic_write, fingerprint_tensors, show_path
+from pfstorer_rt.models.cfw import ControllableFeatureWrapping, Features
 from pfstorer_rt.models.prompt import PromptEncoder, tokenize
 from pfstorer_rt.models.structure import StructureEncoder
 from pfstorer_rt.models.unet import RestorationUNet
 from pfstorer_rt.models.vae import Autoencoder, build_vae, decode, encode_moments
 
+Tensors = dict[str, torch.Tensor]
 BUILTIN = Path(__file__).parent.parent / "bases"
 """Bases that are shipped with the package, one folder each."""
-COMPONENTS = ("unet", "structure_encoder", "vae", "text_encoder")
+COMPONENTS = ("unet", "structure_encoder", "vae", "text_encoder", "cfw")
+"""The networks' folders; `cfw` only where the base has one."""
 
 
 @dataclass
@@ -42,8 +46,8 @@ class Base:
     scheduler: DDPMScheduler
     fingerprint: str
     """sha256 over the sorted names and bytes of all tensors, as they are on disk."""
-    cfw: nn.Module | None = None
-    """Controllable feature wrapping decoder (StableSR 3.3), where the base has one."""
+    cfw: ControllableFeatureWrapping | None = None
+    """Controllable feature wrapping (StableSR section 3.3), where the base has one: `features` and `decode` use it."""
     path: Path | None = field(default=None, compare=False)
 
     @property
@@ -53,10 +57,11 @@ class Base:
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the networks by their folder's name."""
-        return {
+        networks: dict[str, nn.Module] = {
             "unet": self.unet, "structure_encoder": self.structure_encoder, "vae": self.vae,
             "text_encoder": self.text_encoder.model,
         }  # fmt: skip
+        return networks if self.cfw is None else {**networks, "cfw": self.cfw}
 
     def encode(self, image: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Encode (B, 3, H, W) in [-1, 1] to a scaled latent (B, C, H/f, W/f).
@@ -70,9 +75,25 @@ class Base:
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
         return mean + std * noise
 
-    def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        """Decode a scaled latent (B, C, h, w) to (B, 3, h*f, w*f), nominally in [-1, 1]."""
-        return decode(self.vae, latent)
+    def features(self, image: torch.Tensor) -> Features:
+        """Return what `decode` takes of the LQ image (B, 3, H, W) in [-1, 1]; raises `ValueError` without CFW."""
+        if self.cfw is None or not isinstance(self.vae, AutoencoderKL):
+            raise ValueError(f"base {self.config.name!r} has no controllable feature wrapping; import it with --cfw")
+        return self.cfw.features(self.vae, image)
+
+    def decode(
+        self, latent: torch.Tensor, features: Features | None = None, cfw_weight: torch.Tensor | float = 1.0
+    ) -> torch.Tensor:
+        """Decode a scaled latent (B, C, h, w) to (B, 3, h*f, w*f), nominally in [-1, 1].
+
+        features: of the LQ image, from `features`; with them the decoder follows that image by `cfw_weight`.
+        """
+        if features is None:
+            return decode(self.vae, latent)
+        if self.cfw is None or not isinstance(self.vae, AutoencoderKL):
+            raise ValueError(f"base {self.config.name!r} has no controllable feature wrapping; import it with --cfw")
+        image: torch.Tensor = self.cfw(self.vae, latent, features, cfw_weight)
+        return image
 
     def encode_prompt(self, text: str | None = None, token: torch.Tensor | None = None) -> torch.Tensor:
         """Encode a prompt (the base's own when None) to a context (1, L, D); `S*` stands for `token`."""
@@ -105,15 +126,11 @@ class Base:
         written last: a directory without it is not a base, so an interrupted
         save is never taken for one.
         """
-        (path / "config.json").unlink(missing_ok=True)
-        for name, module in self.modules().items():
+        modules = self.modules()
+        write_base(path, self.config, modules, {n: m.state_dict() for n, m in modules.items()}, dtype)
+        for module in modules.values():
             kept = next(module.parameters()).dtype
-            nn.Module.to(module, dtype)
-            _save_network(module, path / name)
-            nn.Module.to(module, kept)
-        self.scheduler.save_pretrained(path / "scheduler")
-        with atomic_write(path / "config.json") as file:
-            file.write(to_json(self.config).encode())
+            nn.Module.to(nn.Module.to(module, dtype), kept)
         self.fingerprint, self.path = fingerprint_directory(path), path
         return path
 
@@ -136,12 +153,18 @@ def build_base(preset: str | BaseConfig, seed: int = 0) -> Base:
     config = PRESETS[preset] if isinstance(preset, str) else preset
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        base = Base(
-            config, RestorationUNet.from_base_config(config), StructureEncoder.from_base_config(config),
-            build_vae(config.vae), PromptEncoder.from_base_config(config), make_scheduler(config), "",
-        )  # fmt: skip
+        base = assemble(config)
     base.fingerprint = fingerprint_modules(base.modules())
     return base.freeze()
+
+
+def assemble(config: BaseConfig) -> Base:
+    """Put the untrained networks of a configuration together, on torch's default device."""
+    return Base(
+        config, RestorationUNet.from_base_config(config), StructureEncoder.from_base_config(config),
+        build_vae(config.vae), PromptEncoder.from_base_config(config), make_scheduler(config), "",
+        cfw=ControllableFeatureWrapping(**config.cfw) if config.cfw is not None else None,
+    )  # fmt: skip
 
 
 def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> Base:
@@ -163,17 +186,37 @@ def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> B
     return base.freeze().to(device)
 
 
-def _save_network(module: nn.Module, folder: Path) -> None:
-    """Write one network as diffusers and transformers do: its configuration and one safetensors file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(module, CLIPTextModel):
-        module.config.save_pretrained(folder)
-    else:
-        module.save_config(folder)  # type: ignore[operator]
-    file = "model.safetensors" if isinstance(module, CLIPTextModel) else "diffusion_pytorch_model.safetensors"
-    tensors = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
-    with atomic_write(folder / file) as handle:
-        handle.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+def write_base(
+    path: Path, config: BaseConfig, modules: Mapping[str, nn.Module], states: Mapping[str, Tensors],
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Write a base directory from its networks' configurations and tensors, one network in memory at a time.
+
+    Other safetensors files in the networks' folders are removed; `config.json` is written last.
+    """
+    (path / "config.json").unlink(missing_ok=True)
+    for name, module in modules.items():
+        folder = path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(module, CLIPTextModel):
+            file = folder / "model.safetensors"
+            module.config.save_pretrained(folder)
+        else:
+            file = folder / "diffusion_pytorch_model.safetensors"
+            module.save_config(folder)  # type: ignore[operator]
+        tensors = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in states[name].items()}
+        try:
+            safetensors.torch.save_file(tensors, file, {"format": "pt"})  # in place at once, and without a copy
+        except (SafetensorError, OSError) as error:
+            raise PFStorerError(f"{show_path(file)}: cannot be written ({error}); is the disk full?") from error
+        shutil.copymode(folder / "config.json", file)  # the library writes for its owner alone
+        for other in set(folder.glob("*.safetensors")) - {file}:
+            other.unlink()
+    if "cfw" not in modules:
+        shutil.rmtree(path / "cfw", ignore_errors=True)
+    make_scheduler(config).save_pretrained(path / "scheduler")
+    with atomic_write(path / "config.json") as handle:
+        handle.write(to_json(config).encode())
 
 
 def network_files(folder: Path) -> list[Path]:
@@ -190,7 +233,7 @@ def network_files(folder: Path) -> list[Path]:
     return variants[min(variants, key=lambda name: (name.count("."), name))]
 
 
-def read_network(folder: Path) -> dict[str, torch.Tensor]:
+def read_network(folder: Path) -> Tensors:
     """Read all tensors of one network in diffusers' layout."""
     return {k: v for file in network_files(folder) for k, v in safetensors.torch.load_file(file).items()}
 
@@ -211,7 +254,7 @@ def fingerprint_directory(path: Path) -> str:
     """Fingerprint a base directory from its safetensors files, one tensor at a time."""
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name in sorted(COMPONENTS):
+        for name in sorted(name for name in COMPONENTS if name != "cfw" or (path / name).is_dir()):
             with ExitStack() as stack:
                 files = [stack.enter_context(safe_open(file, "pt")) for file in network_files(path / name)]
                 holders = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)

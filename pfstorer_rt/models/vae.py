@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from torch import nn
 
 Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
 CLASSES = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
@@ -37,28 +36,3 @@ def decode(vae: Autoencoder, latent: torch.Tensor) -> torch.Tensor:
     """Decode a scaled latent (B, C, h, w) to (B, 3, h*f, w*f), nominally in [-1, 1]."""
     decoded: torch.Tensor = vae.decode(latent / vae.config.scaling_factor).sample
     return decoded
-
-
-class Encoder(nn.Module):
-    """The `encoder` component: image -> mean (and std for a variational autoencoder)."""
-
-    def __init__(self, vae: Autoencoder) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """image (B, 3, H, W) in [-1, 1] -> mean[, std], each (B, C, H/f, W/f), scaled."""
-        mean, std = encode_moments(self.vae, image)
-        return (mean,) if std is None else (mean, std)
-
-
-class Decoder(nn.Module):
-    """The `decoder` component: latent -> image."""
-
-    def __init__(self, vae: Autoencoder) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        """latent (B, C, h, w), scaled -> image (B, 3, h*f, w*f), nominally in [-1, 1]."""
-        return decode(self.vae, latent)

@@ -216,8 +216,9 @@ def test_an_interrupted_save_is_no_base(copied, nano_base_dir, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(base_module, "_save_network", fail)
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         base.save(copied)
+    monkeypatch.undo()
     with pytest.raises(BadFileError, match=r"no config\.json"):
         find_base(copied)

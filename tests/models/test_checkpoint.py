@@ -1,6 +1,8 @@
+import json
 import pickle
 from collections import OrderedDict
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +11,17 @@ from torch import nn
 
 from pfstorer_rt.config import PRESETS
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.models.base import build_base, load_base
-from pfstorer_rt.models.checkpoint import (
-    convert_structure_encoder,
+from pfstorer_rt.models.base import assemble, build_base, load_base
+from pfstorer_rt.models.cfw import ControllableFeatureWrapping
+from pfstorer_rt.models.checkpoint import read_checkpoint
+from pfstorer_rt.models.conversion import convert_structure_encoder, spade_name
+from pfstorer_rt.models.importing import (
+    check_fit,
+    convert,
+    convert_cfw,
+    file_kind,
     import_base,
-    load_strict,
-    read_checkpoint,
-    spade_name,
+    match_text_names,
 )
 from pfstorer_rt.models.structure import StructureEncoder
 
@@ -114,7 +120,9 @@ def test_structure_encoder_computes_what_stablesr_does_from_its_checkpoint():
     for p in reference.parameters():  # norms too, which start at one and zero and would hide a mix-up
         nn.init.normal_(p, std=0.3)
     ours = StructureEncoder(4, WIDTH, (1, 1, 2, 2), HEADS, OUT, 2, GROUPS).eval()
-    load_strict(ours, convert_structure_encoder(dict(reference.state_dict()), HEADS), "test")
+    state = convert_structure_encoder(dict(reference.state_dict()), HEADS)
+    check_fit(ours, state, "test")
+    ours.load_state_dict(state)
     x, t = torch.randn(2, 4, 16, 16), torch.tensor([3, 999])
     with torch.no_grad():
         maps, expected = ours(x, t), reference(x, t)
@@ -215,7 +223,7 @@ def test_keys_that_do_not_fit_are_listed(tmp_path):
     del state[gone]
     state["surplus"] = torch.ones(1)
     with pytest.raises(BadFileError, match=f"missing {gone}.*unexpected surplus"):
-        load_strict(base.vae, state, "x.ckpt: vae")
+        check_fit(base.vae, state, "x.ckpt: vae")
 
 
 def test_parts_without_sd_say_what_to_give(tmp_path):
@@ -224,3 +232,64 @@ def test_parts_without_sd_say_what_to_give(tmp_path):
     with pytest.raises(BadFileError, match="--sd"):
         import_base(tmp_path / "parts.ckpt", tmp_path / "out", config=config)
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def manifest(name, prefix=""):
+    """Tensors without memory, under the names and with the shapes of a published file."""
+    shapes = json.loads((Path(__file__).parent / "manifests" / f"{name}.json").read_text())
+    return {prefix + key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def whole_checkpoint():
+    parts = ("unet", "structcond", "first_stage", "text_encoder", "schedule_buffers")
+    return {key: tensor for part in parts for key, tensor in manifest(f"stablesr_{part}").items()}
+
+
+def test_every_tensor_of_the_published_files_has_its_place():
+    states = convert(whole_checkpoint(), PRESETS["sd21"], None)
+    with torch.device("meta"):
+        modules = assemble(PRESETS["sd21"]).modules()
+    states["text_encoder"] = match_text_names(states["text_encoder"], modules["text_encoder"])
+    for name, module in modules.items():
+        check_fit(module, states[name], name)
+
+
+@pytest.mark.parametrize("network", ["unet", "vae"])
+def test_places_are_those_of_the_published_map(network):
+    table = json.loads((Path(__file__).parent / "manifests" / f"map_stablesr_{network}_to_diffusers.json").read_text())
+    prefix = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}[network]
+    tensors = {k: v for k, v in whole_checkpoint().items() if not k.startswith(prefix)}
+    marked = manifest({"unet": "stablesr_unet", "vae": "stablesr_first_stage"}[network])
+    sizes = {}
+    for number, key in enumerate(marked):  # every tensor is told by a number of its own, in a first axis
+        source = key if key.startswith(prefix) else prefix + key
+        sizes[source.removeprefix(prefix)] = number + 1
+        tensors[source] = torch.full((2, 2, 1, 1) if "attn_1" in source else (2,), float(number + 1))
+    converted = convert(tensors, PRESETS["sd21"], None)[network]
+    assert len(converted) == len(table)
+    for source, place in table.items():
+        assert float(converted[place].flatten()[0]) == sizes[source], (source, place)
+
+
+def test_the_published_feature_wrapping_has_its_place():
+    states = convert(whole_checkpoint(), PRESETS["sd21"], None)
+    own = manifest("cfw_vqgan") | {"loss.discriminator.main.0.weight": torch.empty(1, device="meta")}
+    fusion = {k: v for k, v in own.items() if "fusion_layer" in k}
+    tensors, settings = convert_cfw(fusion, states["vae"], PRESETS["sd21"])
+    with torch.device("meta"):
+        check_fit(ControllableFeatureWrapping(**settings), tensors, "cfw")
+        everything = convert_cfw(own, {}, PRESETS["sd21"])
+        check_fit(ControllableFeatureWrapping(**everything[1]), everything[0], "cfw")
+
+
+@pytest.mark.parametrize(
+    "name, kind, tile, steps",
+    [
+        ("stablesr_000117.ckpt", "epsilon", 512, 200), ("webui_768v_139.ckpt", "v_prediction", 768, 200),
+        ("stablesr_768v_000139.ckpt", "v_prediction", 768, 200), ("stablesr_turbo.ckpt", "epsilon", 512, 4),
+        ("face_stablesr_000050.ckpt", "v_prediction", 512, 200),
+    ],
+)  # fmt: skip
+def test_published_files_are_known_by_their_names(name, kind, tile, steps):
+    config = file_kind(name, PRESETS["sd21"])
+    assert (config.prediction_type, config.tile, config.steps) == (kind, tile, steps)

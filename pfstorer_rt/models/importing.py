@@ -1,0 +1,183 @@
+"""`import-base`: StableSR's checkpoints, with SD 2.1's weights where they lack them, as a base directory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_open_clip_checkpoint
+from torch import nn
+
+from pfstorer_rt.config import PRESETS, BaseConfig
+from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.models.base import assemble, fingerprint_directory, read_network, write_base
+from pfstorer_rt.models.cfw import LEVELS
+from pfstorer_rt.models.checkpoint import read_checkpoint
+from pfstorer_rt.models.conversion import (
+    STRUCTURE,
+    TEXT,
+    UNET,
+    VAE,
+    Tensors,
+    convert_structure_encoder,
+    convert_unet,
+    part,
+)  # fmt: skip
+
+TAESD = "madebyollin/taesd"
+"""The tiny autoencoder of Stable Diffusion's latent space, on the hub."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import made."""
+
+    path: Path
+    config: BaseConfig
+    fingerprint: str
+
+
+def import_base(
+    checkpoint: Path, output: Path, sd: str | Path | None = None, dtype: torch.dtype = torch.float16,
+    prediction_type: str | None = None, config: BaseConfig | None = None, cfw: Path | None = None,
+    vae: str | Path | None = None, tile: int | None = None,
+) -> Imported:  # fmt: skip
+    """Turn a StableSR checkpoint, with SD 2.1's own weights where it lacks them, into a base directory.
+
+    sd: diffusers directory or hub id of SD 2.1-base, for files that hold SPADEs and the structure encoder alone.
+    cfw: checkpoint of the feature-wrapping decoder. vae: `taesd`, directory or hub id of an AutoencoderTiny of SD's
+    latent space, in place of SD's own. prediction_type, tile: None goes by the file's name (`file_kind`).
+    One network at a time is in memory. Raises `BadFileError` listing every missing, unexpected or mis-shaped key,
+    before anything is written.
+    """
+    tensors = read_checkpoint(checkpoint)
+    config = file_kind(checkpoint.name, config or PRESETS["sd21"])
+    config = replace(config, prediction_type=prediction_type or config.prediction_type, tile=tile or config.tile)  # type: ignore[arg-type]
+    states = convert(tensors, config, sd)
+    if cfw is not None:
+        if vae is not None:
+            raise BadFileError("--cfw wraps SD's own decoder and --vae replaces it: give one of the two")
+        states["cfw"], settings = convert_cfw(read_checkpoint(cfw), states["vae"], config)
+        config = replace(config, cfw=settings)
+    if vae is not None:
+        states["vae"] = read_tiny_autoencoder(vae)
+        config = replace(config, vae={"class": "AutoencoderTiny"})
+    with torch.device("meta"):  # shapes and names alone
+        modules = assemble(config).modules()
+    states["text_encoder"] = match_text_names(states["text_encoder"], modules["text_encoder"])
+    for name, module in modules.items():
+        check_fit(module, states[name], f"{(cfw or checkpoint).name if name == 'cfw' else checkpoint.name}: {name}")
+    write_base(output, config, modules, states, dtype)
+    return Imported(output, config, fingerprint_directory(output))
+
+
+def file_kind(name: str, config: BaseConfig) -> BaseConfig:
+    """Set what StableSR's published files differ in, by their names (StableSR's list of checkpoints).
+
+    `768`: v prediction on tiles of 768 pixels; `face`: v prediction; `turbo`: 4 steps.
+    """
+    if re.search(r"768|face", name):
+        config = replace(config, prediction_type="v_prediction")
+    if "768" in name:
+        config = replace(config, tile=768)
+    return replace(config, steps=4) if "turbo" in name else config
+
+
+def convert(tensors: Tensors, config: BaseConfig, sd: str | Path | None) -> dict[str, Tensors]:
+    """Convert every network's tensors; those that the checkpoint lacks come from `sd`."""
+    with torch.device("meta"):
+        base = assemble(config)
+    unet = convert_unet(part(tensors, UNET), base.unet.config)
+    states = {"structure_encoder": convert_structure_encoder(part(tensors, STRUCTURE), config.structure.heads)}
+    if part(tensors, VAE):
+        states["vae"] = convert_ldm_vae_checkpoint(part(tensors, VAE), base.vae.config)
+        text = convert_open_clip_checkpoint(base.text_encoder.model, tensors, prefix=TEXT + "model.")
+        return {**states, "unet": unet, "text_encoder": text}
+    if sd is None:
+        raise BadFileError("the checkpoint holds StableSR's own parts only; give SD 2.1-base with --sd DIR|HUB_ID")
+    folder = fetch(sd)
+    return {
+        **states, "vae": read_network(folder / "vae"), "text_encoder": read_network(folder / "text_encoder"),
+        "unet": {**read_network(folder / "unet"), **unet},
+    }  # fmt: skip
+
+
+def convert_cfw(tensors: Tensors, vae: Tensors, config: BaseConfig) -> tuple[Tensors, dict[str, object]]:
+    """Convert the feature-wrapping checkpoint: (tensors, settings of `ControllableFeatureWrapping`).
+
+    The file holds an autoencoder too; it is kept only where it is not the base's own (`vae`).
+    """
+    tensors = {k.removeprefix(VAE): v for k, v in tensors.items() if not k.removeprefix(VAE).startswith("loss.")}
+    fusion = {k.removeprefix("decoder."): v for k, v in tensors.items() if k.startswith("decoder.fusion_layer_")}
+    if not fusion:
+        raise BadFileError("the --cfw checkpoint holds no decoder.fusion_layer_* tensors; give vqgan_cfw_00011.ckpt")
+    widths = tuple(config.vae["block_out_channels"][level] for level in LEVELS)
+    first = fusion.get("fusion_layer_1.encode_enc_2.0.rdb1.conv1.weight")
+    settings: dict[str, object] = {
+        "widths": widths, "growth": 32 if first is None else len(first), "vae": None,
+        "norm_groups": config.vae.get("norm_num_groups", 32),
+    }  # fmt: skip
+    with torch.device("meta"):
+        layout = assemble(config).vae
+    rest = {k: v for k, v in tensors.items() if not k.startswith("decoder.fusion_layer_")}
+    own = convert_ldm_vae_checkpoint(rest, layout.config) if rest else {}
+    if all(k in vae and vae[k].shape == v.shape and close(v, vae[k]) for k, v in own.items()):
+        return fusion, settings
+    return fusion | {f"autoencoder.{k}": v for k, v in own.items()}, {**settings, "vae": config.vae}
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same but for one of them having been fp16 once."""
+    return torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-6)
+
+
+def read_tiny_autoencoder(source: str | Path) -> Tensors:
+    """Read an AutoencoderTiny: diffusers' layout, or TAESD's own pair `taesd_encoder`, `taesd_decoder`."""
+    folder = fetch(TAESD if str(source) == "taesd" and not Path(source).is_dir() else source)
+    if not (folder / "taesd_encoder.safetensors").is_file():
+        return read_network(folder)
+    state: Tensors = {}
+    # TAESD's decoder has a clamp for its first layer, which diffusers computes outside of the list.
+    for half, shift in (("encoder", 0), ("decoder", -1)):
+        for key, value in read_checkpoint(folder / f"taesd_{half}.safetensors").items():
+            number, _, rest = key.partition(".")
+            state[f"{half}.layers.{int(number) + shift}.{rest}"] = value
+    return state
+
+
+def match_text_names(text: Tensors, model: nn.Module) -> Tensors:
+    """Drop or add the `text_model.` prefix, as the installed transformers names its CLIPTextModel."""
+    prefixed = next(iter(model.state_dict())).startswith("text_model.")
+    bare = {k.removeprefix("text_model."): v for k, v in text.items() if not k.endswith("position_ids")}
+    return {f"text_model.{k}": v for k, v in bare.items()} if prefixed else bare
+
+
+def fetch(source: str | Path) -> Path:
+    """Return a directory in diffusers' layout as it is, or fetch a hub id."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the hub's client has errors of its own for each way to fail
+        reason = " ".join(str(error).split())[:200]
+        raise BadFileError(f"{source}: neither a directory nor a hub id that can be fetched ({reason})") from error
+
+
+def check_fit(module: nn.Module, state: Mapping[str, torch.Tensor], name: str) -> None:
+    """Raise `BadFileError` that lists the keys of a state dict that do not fit a network (on any device)."""
+    own = module.state_dict()
+    wrong = [f"missing {k}" for k in own if k not in state]
+    wrong += [f"unexpected {k}" for k in state if k not in own]
+    wrong += [
+        f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise BadFileError(f"{name}: {len(wrong)} keys do not fit: {'; '.join(wrong[:20])}{more}")

@@ -1,0 +1,59 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from pfstorer_rt.export import export_plan
+from pfstorer_rt.export.tensorrt import BuildOptions, plan_profiles
+
+from pfstorer_rt.config import PRESETS, RestoreConfig
+from pfstorer_rt.models.base import build_base
+from pfstorer_rt.restore import Restorer
+
+KL = {**PRESETS["sd21"].vae, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4, "sample_size": 64}
+CONFIG = replace(PRESETS["nano"], vae=KL, cfw={"widths": (16, 16), "growth": 4, "norm_groups": 4})
+
+
+@pytest.fixture(scope="module")
+def wrapped():
+    return build_base(CONFIG, seed=2)
+
+
+@pytest.fixture(scope="module")
+def plan(wrapped, tmp_path_factory):
+    return export_plan(tmp_path_factory.mktemp("cfw") / "a.plan", None, wrapped)
+
+
+def test_the_features_go_from_encoder_to_decoder(plan):
+    assert plan.manifest.cfw
+    encoder, decoder = (plan.manifest.payloads[name] for name in ("encoder", "decoder"))
+    assert set(encoder.outputs) == {"mean", "std", "features_1", "features_2"}
+    assert set(decoder.inputs) == {"latent", "features_1", "features_2", "cfw_weight"}
+    assert decoder.inputs["features_1"]["shape"][1] == 16
+
+
+def test_a_plan_wraps_as_pytorch_does(plan, wrapped, make_picture):
+    pixels = make_picture(70, 200)
+    results = {}
+    with Restorer.from_plan(plan.path) as ours, Restorer.from_base(wrapped, device="cpu") as torch_restorer:
+        for weight in (0.0, 1.0):
+            config = RestoreConfig(cfw_weight=weight, steps=2)
+            results[weight] = ours.restore(pixels, config)
+            np.testing.assert_allclose(results[weight], torch_restorer.restore(pixels, config), atol=2e-3)
+    with Restorer.from_base(replace(wrapped, cfw=None), device="cpu") as plain:
+        np.testing.assert_allclose(results[0.0], plain.restore(pixels, RestoreConfig(steps=2)), atol=2e-3)
+    assert np.abs(results[0.0] - results[1.0]).max() > 2e-2
+
+
+def test_an_engine_without_it_refuses_a_weight(base_plan, make_picture):
+    with Restorer.from_plan(base_plan.path) as restorer, pytest.raises(ValueError, match="no controllable feature"):
+        restorer.restore(make_picture(64, 64), RestoreConfig(cfw_weight=0.5))
+
+
+def test_profiles_follow_each_maps_scale():
+    inputs = {"latent": [-1, 4, -1, -1], "features_1": [-1, 16, -1, -1], "features_2": [-1, 16, -1, -1]}
+    (profile,) = plan_profiles("decoder", {**inputs, "cfw_weight": [1]}, CONFIG, BuildOptions(largest_side=128))
+    assert profile == {
+        "latent": [[1, 4, 8, 8], [1, 4, 8, 8], [1, 4, 16, 16]],
+        "features_1": [[1, 16, 32, 32], [1, 16, 32, 32], [1, 16, 64, 64]],
+        "features_2": [[1, 16, 16, 16], [1, 16, 16, 16], [1, 16, 32, 32]],
+    }
