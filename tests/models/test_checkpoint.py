@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from pfstorer_rt.config import PRESETS
@@ -22,6 +23,7 @@ from pfstorer_rt.models.importing import (
     file_kind,
     import_base,
     match_text_names,
+    read_tiny_autoencoder,
 )
 from pfstorer_rt.models.structure import StructureEncoder
 
@@ -293,3 +295,17 @@ def test_the_published_feature_wrapping_has_its_place():
 def test_published_files_are_known_by_their_names(name, kind, tile, steps):
     config = file_kind(name, PRESETS["sd21"])
     assert (config.prediction_type, config.tile, config.steps) == (kind, tile, steps)
+
+
+def test_taesds_own_files_are_read(tmp_path):
+    from diffusers import AutoencoderTiny
+
+    expected = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    # TAESD is two plain sequences; its decoder's first member is a clamp, without weights.
+    for half, before in (("encoder", 0), ("decoder", 1)):
+        layers = getattr(expected, half).layers
+        sequence = torch.nn.Sequential(*[torch.nn.Identity()] * before, *layers)
+        save_file({k: v.clone() for k, v in sequence.state_dict().items()}, tmp_path / f"taesd_{half}.safetensors")
+    state = read_tiny_autoencoder(tmp_path)
+    assert state.keys() == expected.state_dict().keys()
+    assert all(torch.equal(v, state[k]) for k, v in expected.state_dict().items())
