@@ -99,7 +99,12 @@ class EngineBuilder:
         if self.library.target == "tensorrt-rtx" and "current" not in wanted:
             for name in wanted:
                 _capability(self.library, name)
-            return sorted(wanted, key=lambda name: tuple(map(int, name.split("."))))
+            return sorted(set(wanted), key=lambda name: tuple(map(int, name.split("."))))
+        if self.library.target == "tensorrt-rtx" and set(wanted) != {"current"}:
+            raise MissingBackendError(
+                f"compute capability {', '.join(wanted)}: `current` means this machine's GPU alone; name it as X.Y "
+                "to build for it and for others"
+            )
         if set(wanted) - {"current"}:
             raise MissingBackendError(
                 f"compute capability {', '.join(sorted(set(wanted) - {'current'}))}: the full TensorRT times kernels "
@@ -139,8 +144,9 @@ class EngineBuilder:
         trt = self.library.module
         wanted = self.options.compute_capabilities
         if self.library.target == "tensorrt-rtx" and wanted and self.library.has("ComputeCapability"):
-            config.num_compute_capabilities = len(wanted)
-            for i, name in enumerate(wanted):
+            names = sorted(set(wanted))
+            config.num_compute_capabilities = len(names)
+            for i, name in enumerate(names):
                 config.set_compute_capability(_capability(self.library, name), i)
         config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32: TF32 keeps 10 bits of a product's factors
         if self.library.has("BuilderFlag.REQUIRE_USER_ALLOCATION"):
@@ -210,6 +216,8 @@ def _layer_kinds(network: Any) -> Counter[str]:
 
 
 def _capability(library: Library, name: str) -> Any:
+    if name == "current":  # GPUs that no name is known for, too
+        return library.module.ComputeCapability.CURRENT
     known = {m.removeprefix("SM") for m in dir(library.module.ComputeCapability) if m.startswith("SM")}
     digits = "".join(name.split("."))
     if name.count(".") != 1 or digits not in known:

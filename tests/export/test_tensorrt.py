@@ -146,6 +146,13 @@ def test_the_gpu_of_this_machine_has_to_be_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     builder = EngineBuilder("tensorrt-rtx", BuildOptions(compute_capabilities=("current",)))
     assert builder.capabilities == ["8.6"]
+    trt = builder.library.module
+    config = trt.Builder(builder.library.logger()).create_builder_config()
+    builder._configure(config)
+    assert config.num_compute_capabilities == 1
+    assert config.get_compute_capability(0) == trt.ComputeCapability.CURRENT
+    with pytest.raises(MissingBackendError, match="this machine's GPU alone"):
+        EngineBuilder("tensorrt-rtx", BuildOptions(compute_capabilities=("8.9", "current")))
 
 
 def test_the_full_tensorrt_builds_for_its_own_gpu_alone(monkeypatch):
