@@ -67,6 +67,10 @@ def command(
         raise PFStorerError(f"{output}: exists already; choose another name or pass --overwrite")
     if not output.resolve().parent.is_dir():
         raise PFStorerError(f"{output}: its folder does not exist; create it first")
+    from pfstorer_rt.engine.session import choose_backend
+
+    if check:  # said before the work, not after it
+        choose_backend("auto", target)
     from pfstorer_rt.export import export_plan
     from pfstorer_rt.export.tensorrt import BuildOptions
 

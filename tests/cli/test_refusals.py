@@ -89,3 +89,10 @@ def test_a_plan_of_executable_code_is_not_run_for_strangers(refused, base_plan, 
     refused(2, "restore", "--engine", plan, picture, words=("executable code", "--trust-plan"))
     refused(2, "restore", "--engine", plan, picture, "--trust-plan", words=("NVIDIA GPU",))
     refused(2, "bench", "--engine", plan, words=("--trust-plan",))
+
+
+def test_a_check_that_cannot_run_here_is_refused_before_the_work(refused, nano_base_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    output = ("--check", "-o", tmp_path / "a.plan")
+    refused(2, "export", "--base", nano_base_dir, "--target", "tensorrt-rtx", *output, words=("NVIDIA GPU",))
+    assert not (tmp_path / "a.plan").exists()
