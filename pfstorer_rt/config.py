@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 Weighting = Literal["prediction", "x0"]
 Method = Literal["pfstorer", "vico", "dreambooth"]
 ConfigT = TypeVar("ConfigT")
@@ -166,6 +167,10 @@ class TrainConfig:
     precision: Precision = "auto"
     """`auto` is bf16 where the device computes it natively, else fp32."""
     device: str = "auto"
+    optimizer: Optimizer = "adamw"
+    """AdamW, or bitsandbytes' with 8-bit state: a quarter of the memory; `paged` lets it move out of a full GPU."""
+    gradient_checkpointing: bool = False
+    """Compute the UNet's activations again in the backward pass instead of keeping them."""
     seed: int = 0
     workers: int = 0
     """Processes that prepare batches ahead of time."""

@@ -92,9 +92,11 @@ def fail(message: str, status: int) -> None:
 
 def quiet_libraries() -> None:
     """Keep libraries from writing into our output; set before they are imported."""
+    import logging
     import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it, and it talks of kernels

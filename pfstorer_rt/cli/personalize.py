@@ -22,6 +22,11 @@ import click
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Compute activations twice: less memory, more time.")
+@click.option(
+    "--optimizer", type=click.Choice(["adamw", "adamw8bit", "paged_adamw8bit"]), default="adamw", show_default=True,
+    help="The 8-bit ones need bitsandbytes.",
+)  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File, in place of the named one.")
 @click.option("--overwrite", is_flag=True, help="Replace an identity of that name.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -56,6 +61,7 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
     train = TrainConfig(
         iterations=options["iterations"], batch=options["batch"], learning_rate=options["learning_rate"],
         precision=options["precision"], device=options["device"], seed=options["seed"],
+        optimizer=options["optimizer"], gradient_checkpointing=options["gradient_checkpointing"],
     )  # fmt: skip
     config = PersonalizeConfig(
         method=options["method"], train=train, lambda_gen=options["lambda_gen"], rank=options["rank"],

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDPMScheduler
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -175,10 +176,11 @@ def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> B
     path = find_base(path_or_name)
     try:
         config = base_config_from_dict(json.loads((path / "config.json").read_text()))
-        base = build_base(config)
+        with init_empty_weights():  # their own tensors would be made for nothing
+            base = assemble(config)
         base.scheduler = DDPMScheduler.from_pretrained(path / "scheduler")
         for name, module in base.modules().items():
-            module.load_state_dict(read_network(path / name))
+            module.load_state_dict({k: in_fp32(v) for k, v in read_network(path / name).items()}, assign=True)
         base.fingerprint, base.path = fingerprint_directory(path), path
     except Exception as error:  # each library has its own errors for a damaged file
         reason = " ".join(str(error).split())[:300]
@@ -236,6 +238,14 @@ def network_files(folder: Path) -> list[Path]:
 def read_network(folder: Path) -> Tensors:
     """Read all tensors of one network in diffusers' layout."""
     return {k: v for file in network_files(folder) for k, v in safetensors.torch.load_file(file).items()}
+
+
+def in_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a file's tensor, floating-point ones to fp32.
+
+    Always a copy, as tensors may lie in a file where vector instructions are slower and round in another order.
+    """
+    return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def find_base(path_or_name: str | Path) -> Path:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pfstorer_rt.attention import AttentionFn, AttentionProcessor, sdpa
 from pfstorer_rt.config import BaseConfig
@@ -83,7 +84,8 @@ class RestorationUNet(UNet2DConditionModel):
         named spatial transformers; inner_taps: the same before proj_out and the residual (ViCo's place).
         bypass: bool (B,), rows that skip every SPADE. Returns (B, C, h, w).
         """
-        run = _Run(context, structure, taps or {}, inner_taps or {}, bypass)
+        recompute = torch.is_grad_enabled() and self.is_gradient_checkpointing
+        run = _Run(context, structure, taps or {}, inner_taps or {}, bypass, recompute)
         temb = embed_time(self.time_proj, self.time_embedding, t).to(x.dtype)
         h = self.conv_in(x)
         skips = [h]
@@ -116,9 +118,11 @@ class _Run:
         taps: Mapping[str, Tap],
         inner_taps: Mapping[str, Tap],
         bypass: torch.Tensor | None,
+        recompute: bool,
     ) -> None:
         self.context, self.structure, self.taps, self.inner_taps = context, structure, taps, inner_taps
         self.keep = None if bypass is None else bypass[:, None, None, None]
+        self.recompute = recompute
 
     def level(self, block: Any, name: str, j: int, resnet: Any, h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         h = self.resnet(resnet, h, temb)
@@ -128,6 +132,12 @@ class _Run:
 
     def resnet(self, block: Any, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         """ResnetBlock2D with SPADE after conv2, before the skip addition."""
+        if self.recompute:
+            out: torch.Tensor = checkpoint(self._resnet, block, x, temb, use_reentrant=False)
+            return out
+        return self._resnet(block, x, temb)
+
+    def _resnet(self, block: Any, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         h = block.conv1(F.silu(block.norm1(x)))
         h = h + block.time_emb_proj(F.silu(temb))[:, :, None, None]
         h = block.conv2(F.silu(block.norm2(h)))
@@ -137,7 +147,16 @@ class _Run:
         return skip + h
 
     def transformer(self, name: str, attn: Any, h: torch.Tensor) -> torch.Tensor:
-        """Transformer2DModel with linear projections, and the taps."""
+        """Transformer2DModel with linear projections, and the taps.
+
+        Those with taps are not recomputed: what a tap keeps, and what is recorded beside it, happens once.
+        """
+        if self.recompute and name not in self.taps and name not in self.inner_taps:
+            out: torch.Tensor = checkpoint(self._transformer, name, attn, h, use_reentrant=False)
+            return out
+        return self._transformer(name, attn, h)
+
+    def _transformer(self, name: str, attn: Any, h: torch.Tensor) -> torch.Tensor:
         size = h.shape[-2:]
         tokens = attn.proj_in(to_tokens(attn.norm(h)))
         for block in attn.transformer_blocks:

@@ -25,6 +25,7 @@ from pfstorer_rt.training.data import Batch, Photographs, find_images, prefetch
 from pfstorer_rt.training.degradation import LEVELS, degrade
 from pfstorer_rt.training.loop import make_accelerator, train
 from pfstorer_rt.training.losses import AutoencoderObjective, RestorerObjective
+from pfstorer_rt.training.memory import make_adamw, saving_memory
 
 PAIR_CHUNK = 64
 """Latent pairs that are made and written at once."""
@@ -94,7 +95,7 @@ def train_autoencoder(paths: list[Path], work: Path, config: BaseTrainConfig) ->
         return {"image": torch.stack(crops) * 2 - 1, "noise": torch.randn(shape, generator=noise)}
 
     objective = AutoencoderObjective(vae)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = make_adamw(vae.parameters(), settings)
     mark = signature([asdict(settings), config.preset, config.crop, config.zoom], paths)
     train(
         objective, optimizer, make_batch, settings, accelerator, work / "autoencoder.pt", mark, "autoencoder",
@@ -167,7 +168,7 @@ def train_restorer(paths: list[Path], base: Base, work: Path, config: BaseTrainC
     for name, parameter in objective.named_parameters():
         parameter.requires_grad_(everything or ".spade." in name or name.startswith("structure_encoder"))
     trainable = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = make_adamw(trainable, settings)
 
     def make_batch(iteration: int) -> Batch:
         first = (iteration * accelerator.num_processes + accelerator.process_index) * settings.batch
@@ -183,10 +184,11 @@ def train_restorer(paths: list[Path], base: Base, work: Path, config: BaseTrainC
         return {"hq": chosen[:, 0], "lq": chosen[:, 1], "noise": noise, "t": t}
 
     mark = signature(asdict(config), paths) + base.fingerprint
-    train(
-        objective, optimizer, make_batch, settings, accelerator, work / "restorer.pt", mark, "restorer",
-        log_to(work / "restorer.csv"),
-    )  # fmt: skip
+    with saving_memory(objective, settings, accelerator):
+        train(
+            objective, optimizer, make_batch, settings, accelerator, work / "restorer.pt", mark, "restorer",
+            log_to(work / "restorer.csv"),
+        )  # fmt: skip
     base.freeze().set_attention()
 
 

@@ -26,6 +26,7 @@ from pfstorer_rt.training.data import Batch, center_crop, find_images, random_cr
 from pfstorer_rt.training.degradation import LEVELS, degrade
 from pfstorer_rt.training.loop import make_accelerator, train
 from pfstorer_rt.training.losses import DreamBoothObjective, PersonalizationObjective
+from pfstorer_rt.training.memory import make_adamw, saving_memory
 
 ZOOM = 1.25
 """Training squares are cut at up to this magnification, so that most of the face stays in."""
@@ -62,7 +63,8 @@ def personalize(
     make_folder(checkpoint.parent)
     optimizer = make_optimizer(objective, config)
     batches = BatchMaker(photos, base, config, accelerator.process_index, accelerator.num_processes)
-    train(objective, optimizer, batches, config.train, accelerator, checkpoint, mark, f"personalize {name}")
+    with saving_memory(objective, config.train, accelerator):
+        train(objective, optimizer, batches, config.train, accelerator, checkpoint, mark, f"personalize {name}")
     set_attention(objective, base, "auto")
     identity = make_identity(name, objective, base, config, paths, photos)
     if not all(bool(torch.isfinite(t).all()) for t in identity.tensors.values()):
@@ -97,7 +99,7 @@ def make_optimizer(objective: nn.Module, config: PersonalizeConfig) -> torch.opt
         {"params": gammas, "lr": config.gamma_learning_rate, "weight_decay": 0.0},
         {"params": tokens, "lr": config.token_learning_rate, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.999))
+    return make_adamw([g for g in groups if g["params"]], config.train)
 
 
 class BatchMaker:

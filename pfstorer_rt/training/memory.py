@@ -1,0 +1,70 @@
+"""Training a large base on an ordinary GPU: frozen weights in halves, recomputed activations, 8-bit optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from pfstorer_rt.config import TrainConfig
+from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.models.unet import RestorationUNet
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def saving_memory(objective: nn.Module, config: TrainConfig, accelerator: Accelerator) -> Iterator[None]:
+    """Hold frozen weights in the training's precision, and recompute activations where the configuration says so."""
+    unets = [m for m in objective.modules() if isinstance(m, RestorationUNet)] if config.gradient_checkpointing else []
+    for unet in unets:
+        unet.enable_gradient_checkpointing()
+    try:
+        with frozen_weights_in(objective, _DTYPES.get(accelerator.mixed_precision)):
+            yield
+    finally:
+        for unet in unets:
+            unet.disable_gradient_checkpointing()
+
+
+@contextmanager
+def frozen_weights_in(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Keep the frozen linear and convolution layers in `dtype`, and put their own values back afterwards.
+
+    Autocast would make the same values at every use, and keep a copy for each backward. The originals wait in
+    the CPU's memory. None changes nothing.
+    """
+    layers = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))] if dtype else []
+    frozen = [p for layer in layers for p in layer.parameters() if not p.requires_grad]
+    devices, originals = [p.device for p in frozen], [p.data.cpu() for p in frozen]
+    try:
+        for parameter in frozen:
+            parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for parameter, device, original in zip(frozen, devices, originals, strict=True):
+            parameter.data = original.to(device)
+
+
+def make_adamw(parameters: Iterable[nn.Parameter] | list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    """Return AdamW as the configuration names it: torch's, or bitsandbytes' with 8-bit state, in pages if wanted.
+
+    parameters: or groups with settings of their own. Raises `MissingBackendError` without bitsandbytes.
+    """
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "betas": (0.9, 0.999)}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    try:
+        optim = import_module("bitsandbytes.optim")
+    except ImportError as error:
+        raise MissingBackendError(
+            f"optimizer {config.optimizer} needs bitsandbytes ({error}): pip install 'pfstorer-rt[gpu]'"
+        ) from error
+    kind = optim.AdamW8bit if config.optimizer == "adamw8bit" else optim.PagedAdamW8bit
+    optimizer: torch.optim.Optimizer = kind(parameters, **settings)
+    return optimizer

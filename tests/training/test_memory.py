@@ -1,0 +1,155 @@
+"""Training in less memory has to be the same training."""
+
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from pfstorer_rt.config import PersonalizeConfig, TrainConfig
+from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.models.base import build_base
+from pfstorer_rt.training.loop import make_accelerator, train
+from pfstorer_rt.training.losses import DreamBoothObjective, PersonalizationObjective
+from pfstorer_rt.training.memory import frozen_weights_in, make_adamw, saving_memory
+
+CPU = TrainConfig(device="cpu", precision="bf16")
+
+
+@pytest.fixture
+def base():
+    return build_base("nano", seed=3)
+
+
+def make_objective(base, method="pfstorer", tap="post"):
+    config = PersonalizeConfig(tap=tap)
+    objective = DreamBoothObjective(base, config) if method == "dreambooth" else PersonalizationObjective(base, config)
+    torch.manual_seed(0)
+    for name, parameter in objective.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.normal_(parameter, std=0.1)
+    return objective
+
+
+def make_batch(base):
+    generator = torch.Generator().manual_seed(1)
+    tile, side = base.config.tile, base.config.latent_tile
+    images = {k: torch.rand(2, 3, tile, tile, generator=generator) * 2 - 1 for k in ("hq", "lq", "reference")}
+    noise = torch.randn(2, base.config.latent_channels, side, side, generator=generator)
+    return images | {"noise": noise, "t": torch.tensor([20, 700]), "self": torch.tensor(False)}
+
+
+def step(objective, batch, autocast=True):
+    """Loss, gradients by name, and the bytes that the forward pass kept for the backward one."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    objective.zero_grad(set_to_none=True)
+    precision = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+    with precision, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = objective(batch)["loss"]
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in objective.named_parameters() if p.grad is not None}
+    return loss.item(), gradients, sum(kept.values())
+
+
+def assert_same(one, other, tolerance=0.0):
+    assert one[0] == pytest.approx(other[0], rel=tolerance, abs=0)
+    assert one[1].keys() == other[1].keys() and one[1]
+    for name, gradient in one[1].items():
+        assert torch.allclose(gradient, other[1][name], rtol=tolerance, atol=tolerance * gradient.abs().max()), name
+
+
+@pytest.mark.parametrize("method", ["pfstorer", "dreambooth"])
+def test_frozen_weights_in_half_precision_are_what_autocast_makes_of_them(base, method):
+    objective, batch = make_objective(base, method), make_batch(base)
+    before = {n: p.detach().clone() for n, p in objective.named_parameters()}
+    plain = step(objective, batch)
+    with frozen_weights_in(objective, torch.bfloat16):
+        held = step(objective, batch)
+        halves = {n for n, p in objective.named_parameters() if p.dtype == torch.bfloat16}
+        frozen = {n for n, p in objective.named_parameters() if not p.requires_grad and p.ndim >= 2}
+        assert halves >= {n for n in frozen if "embedding" not in n}
+        assert not any(p.requires_grad for n, p in objective.named_parameters() if n in halves)
+    assert_same(plain, held, tolerance=1e-6)  # threads may sum in another order
+    for name, parameter in objective.named_parameters():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, before[name]), name
+
+
+def test_frozen_weights_come_back_after_a_failure(base):
+    before = base.unet.conv_in.weight.clone()
+    with pytest.raises(RuntimeError, match="stop"), frozen_weights_in(base.unet, torch.bfloat16):
+        raise RuntimeError("stop")
+    assert torch.equal(base.unet.conv_in.weight, before)
+
+
+@pytest.mark.parametrize("method,tap", [("pfstorer", "post"), ("pfstorer", "inner"), ("dreambooth", "post")])
+def test_recomputed_activations_leave_every_gradient_as_it_was(base, method, tap):
+    objective, batch = make_objective(base, method, tap), make_batch(base)
+    kept = step(objective, batch, autocast=False)
+    config = replace(CPU, precision="fp32", gradient_checkpointing=True)
+    with saving_memory(objective, config, make_accelerator(config)):
+        recomputed = step(objective, batch, autocast=False)
+    assert_same(kept, recomputed, tolerance=1e-4)
+    assert recomputed[2] < 0.7 * kept[2]
+    after = step(objective, batch, autocast=False)
+    assert after[2] > 0.95 * kept[2]  # and it is over with the training
+
+
+class Identity(nn.Module):
+    """Learns y = x with a matrix that is large enough for 8-bit state."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, batch):
+        return {"loss": (self.layer(batch["x"]) - batch["x"]).square().mean()}
+
+
+def fit(folder, optimizer, stop=None):
+    """Train; returns (losses, parameters, optimizer)."""
+    config = TrainConfig(iterations=12, device="cpu", precision="fp32", optimizer=optimizer, checkpoint_every=1)
+    objective, losses = Identity(), []
+    adamw = make_adamw([{"params": list(objective.parameters()), "lr": 1e-2}], config)
+
+    def batches(iteration):
+        if iteration == stop:
+            raise SystemExit
+        return {"x": torch.randn(32, 64, generator=torch.Generator().manual_seed(iteration))}
+
+    folder.mkdir(exist_ok=True)
+    accelerator = make_accelerator(config)
+    train(objective, adamw, batches, config, accelerator, folder / "s.pt", "m", "t", lambda i, x: losses.append(x))
+    return losses, list(objective.parameters()), adamw
+
+
+def distance(one, other):
+    return float(torch.cat([(a - b).flatten() for a, b in zip(one, other, strict=True)]).detach().norm())
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "paged_adamw8bit"])
+def test_the_8_bit_optimizers_train_like_the_plain_one_and_go_on_where_they_stopped(tmp_path, optimizer):
+    _, plain, _ = fit(tmp_path / "plain", "adamw")
+    _, whole, adamw = fit(tmp_path / "whole", optimizer)
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "parts", optimizer, stop=5)
+    _, parts, _ = fit(tmp_path / "parts", optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    start = list(Identity().parameters())
+    assert distance(plain, whole) < 0.25 * distance(plain, start)
+    assert adamw.state[whole[0]]["state1"].dtype == torch.uint8
+
+
+def test_an_8_bit_optimizer_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(MissingBackendError, match=r"pip install 'pfstorer-rt\[gpu\]'"):
+        make_adamw(Identity().parameters(), TrainConfig(optimizer="adamw8bit"))
