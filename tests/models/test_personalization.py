@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from pfstorer_rt.config import PersonalizeConfig
+from pfstorer_rt.config import PRESETS, PersonalizeConfig
 from pfstorer_rt.models.denoiser import Denoiser
 from pfstorer_rt.models.personalization import (
     LowRankLinear,
@@ -12,6 +12,7 @@ from pfstorer_rt.models.personalization import (
     reference_mask,
 )
 from pfstorer_rt.models.reference import reference_features
+from pfstorer_rt.models.unet import RestorationUNet
 from pfstorer_rt.training.losses import PersonalizationObjective, attention_loss
 
 
@@ -384,3 +385,20 @@ def test_l_pers_sums_the_layers(objective, nano_base):
         handle.remove()
     assert losses["pers"].item() == pytest.approx(expected, rel=1e-3)
     assert expected > 0
+
+
+@pytest.mark.parametrize("rank,megabytes", [(0, 130), (16, 10)])
+def test_an_identity_of_full_size_stays_small(rank, megabytes):
+    config = PRESETS["sd21"]
+    with torch.device("meta"):
+        unet = RestorationUNet.from_base_config(config)
+        blocks = PersonalizationBlocks.for_unet(unet, config.layers, config.head_size, rank)
+    # The token's level of the four-level UNet, counted from the bottom: 8, 16, 32, 64 latent pixels a side.
+    sides = [8 * 2 ** int(layer.split(".")[1]) for layer in config.layers]
+    widths = [block.gamma.numel() for block in blocks]
+    assert widths == [1280, 640, 640, 320]
+    features = sum(w * side**2 for w, side in zip(widths, sides, strict=True))
+    trained = sum(p.numel() for p in blocks.parameters())
+    if not rank:
+        assert trained == pytest.approx(51.2e6, rel=1e-2)  # the paper's count
+    assert 2 * (trained + features) < megabytes * 1e6
