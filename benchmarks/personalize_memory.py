@@ -87,9 +87,10 @@ def measure(preset: str, batch: int, rank: int, recompute: bool) -> dict[str, An
             for tensor in [*objective.parameters(), *objective.buffers()]:
                 meter.add(tensor.data)
             weights = meter.now
-            images = {k: torch.zeros(batch, 3, sizes.tile, sizes.tile) for k in ("hq", "lq", "reference")}
-            noise = torch.zeros(batch, sizes.latent_channels, sizes.latent_tile, sizes.latent_tile)
-            given = images | {"noise": noise, "t": torch.zeros(batch, dtype=torch.long), "self": False}
+            rows = {"hq": batch, "lq": batch, "noise": batch, "reference": 1}
+            shape = (sizes.latent_channels, sizes.latent_tile, sizes.latent_tile)
+            given: dict[str, Any] = {k: torch.zeros(n, *shape) for k, n in rows.items()}
+            given |= {"t": torch.zeros(batch, dtype=torch.long), "self": False}
             with meter:
                 for _ in range(2):  # the second has the optimizer's state
                     with torch.autocast("cpu", torch.bfloat16):

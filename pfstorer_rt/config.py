@@ -200,7 +200,13 @@ class PersonalizeConfig:
     null_cond: Literal["zero_latent", "bypass"] = "zero_latent"
     p_self: float = 0.1
     """Share of the iterations in which the blocks see no reference (`self` stays usable)."""
+    weighting: Weighting = "prediction"
+    """What L_diff and L_gen are measured in: the prediction, or the clean latent that it stands for."""
     lambda_gen: float = 0.1
+    gen_rows: int = 1
+    """Samples of a batch that L_gen looks at."""
+    pool: int = 256
+    """Degraded squares of the photographs that are made and encoded before the training, and drawn from in it."""
     lambda_pers: float = 5e-4
     gamma_learning_rate: float = 5e-3
     token_learning_rate: float = 5e-3

@@ -80,12 +80,22 @@ def x0_weight(t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: st
     return (1 - abar) / abar if prediction_type == "epsilon" else 1 - abar
 
 
-class RestorerObjective(nn.Module):
-    """L_diff on latent pairs: MSE of the prediction at a uniform t (StableSR section 3.1).
+def prediction_error(
+    prediction: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor,
+    prediction_type: str, weighting: Weighting,
+) -> torch.Tensor:  # fmt: skip
+    """Mean squared error of each row, (B,).
 
     weighting: `prediction` takes the error of the prediction as it is; `x0` scales it to the error of the clean
     latent that it stands for, so that the noisy end, where few-step sampling starts, counts most.
     """
+    target = prediction_target(x0, noise, t, alphas_cumprod, prediction_type)
+    error = (prediction.float() - target).square().mean((1, 2, 3))
+    return error if weighting == "prediction" else error * x0_weight(t, alphas_cumprod, prediction_type)
+
+
+class RestorerObjective(nn.Module):
+    """L_diff on latent pairs: MSE of the prediction at a uniform t (StableSR section 3.1)."""
 
     alphas_cumprod: torch.Tensor
 
@@ -103,10 +113,9 @@ class RestorerObjective(nn.Module):
         context = self.text_encoder(self.ids).expand(len(x0), -1, -1)
         x = add_noise(x0, batch["noise"], t, self.alphas_cumprod)
         prediction = self.unet(x, t, context, self.structure_encoder(batch["lq"], t))
-        target = prediction_target(x0, batch["noise"], t, self.alphas_cumprod, self.prediction_type)
-        error = (prediction.float() - target).square().mean((1, 2, 3))
-        if self.weighting == "x0":
-            error = error * x0_weight(t, self.alphas_cumprod, self.prediction_type)
+        error = prediction_error(
+            prediction, x0, batch["noise"], t, self.alphas_cumprod, self.prediction_type, self.weighting
+        )
         return {"loss": error.mean()}
 
 
@@ -122,7 +131,8 @@ def attention_loss(probabilities: torch.Tensor, subject: int, end: int) -> torch
 class PersonalizationObjective(nn.Module):
     """`L_diff + lambda_gen L_gen + lambda_pers L_pers` (PFStorer section 3.3).
 
-    Rows that pass the frozen base: reference rows, then LQ-conditioned and null-conditioned ones.
+    Rows that pass the frozen base: the reference, then LQ-conditioned and null-conditioned ones. L_gen is the mean over
+    `gen_rows` of the samples: samples are independent draws, so it estimates the same with less work.
     """
 
     alphas_cumprod: torch.Tensor
@@ -132,8 +142,7 @@ class PersonalizationObjective(nn.Module):
     def __init__(self, base: Base, config: PersonalizeConfig) -> None:
         super().__init__()
         self.config, self.base_config = config, base.config
-        self.unet, self.structure_encoder, self.vae = base.unet, base.structure_encoder, base.vae
-        self.text_encoder = base.text_encoder
+        self.unet, self.structure_encoder, self.text_encoder = base.unet, base.structure_encoder, base.text_encoder
         layers = config.layers or base.config.layers
         self.blocks = PersonalizationBlocks.for_unet(
             base.unet, layers, base.config.head_size, config.rank, config.residual
@@ -148,26 +157,24 @@ class PersonalizationObjective(nn.Module):
             self.register_buffer("base_context", base.encode_prompt(), persistent=False)
         self.register_buffer("alphas_cumprod", base.scheduler.alphas_cumprod.clone(), persistent=False)
 
-    @torch.no_grad()
-    def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """Encode images without gradients; the posterior's mean where there is one."""
-        return encode_moments(self.vae, image)[0].float()
-
     def forward(self, batch: Batch) -> Losses:
-        """Take images `hq`, `lq`, `reference` (B, 3, H, W) in [-1, 1], `noise`, `t` (B,), `self` bool ()."""
-        x0, z_lq, z_ref = (self.encode(batch[k]) for k in ("hq", "lq", "reference"))
-        t, noise, n = batch["t"], batch["noise"], len(x0)
-        x = add_noise(x0, noise, t, self.alphas_cumprod)
+        """Take scaled latents `hq lq noise` (B, C, h, w), `reference` (1, C, h, w), `t` (B,), `self` bool ()."""
+        x0, z_lq, t, noise, n = batch["hq"], batch["lq"], batch["t"], batch["noise"], len(batch["hq"])
+        k = min(self.config.gen_rows, n) if self.config.lambda_gen else 0
         subject = self.text_encoder(self.ids, self.token)
-        reference = self.reference(z_ref, t, subject)
-        rows_t = torch.cat([t, t])
+        reference = self.reference(batch["reference"], t, subject)
+        rows = torch.cat([torch.arange(n), torch.arange(k)]).to(x0.device)
+        x = add_noise(x0, noise, t, self.alphas_cumprod)[rows]
+        structure = self.structure_encoder(torch.cat([z_lq, torch.zeros_like(z_lq[:k])]), t[rows])
         prediction = self.unet(
-            torch.cat([x, x]), rows_t, self.main_context(subject).expand(2 * n, -1, -1),
-            self.structure_encoder(torch.cat([z_lq, torch.zeros_like(z_lq)]), rows_t), bypass=self.bypass(n, x.device),
-            **self.taps(reference, bool(batch["self"])),
-        ).float()  # fmt: skip
-        target = prediction_target(x0, noise, t, self.alphas_cumprod, self.base_config.prediction_type)
-        diff, gen = F.mse_loss(prediction[:n], target), F.mse_loss(prediction[n:], target)
+            x, t[rows], self.main_context(subject).expand(n + k, -1, -1), structure,
+            bypass=self.bypass(n, k, x.device), **self.taps(reference, rows, bool(batch["self"])),
+        )  # fmt: skip
+        error = prediction_error(
+            prediction, x0[rows], noise[rows], t[rows], self.alphas_cumprod, self.base_config.prediction_type,
+            self.config.weighting,
+        )  # fmt: skip
+        diff, gen = error[:n].mean(), error[n:].sum() / max(1, k)
         pers = diff.new_zeros(())
         for probabilities in reference.probabilities.values():
             pers = pers + attention_loss(probabilities, *self.positions)
@@ -179,32 +186,36 @@ class PersonalizationObjective(nn.Module):
         return subject if self.config.main_prompt == "subject" else self.base_context
 
     def reference(self, z_ref: torch.Tensor, t: torch.Tensor, subject: torch.Tensor) -> ReferencePass:
-        """Run the reference rows through the base.
+        """Run the reference through the base: once, or once for each t with `ref_timestep: same`.
 
-        The paper puts them into the batch of the restored rows; apart, the outcome is the same, and
-        the restored rows need no gradients before the first personalized layer.
+        The paper puts it into the batch of the restored rows; apart, the outcome is the same, and the restored
+        rows need no gradients before the first personalized layer.
         """
-        t_ref = t if self.config.ref_timestep == "same" else torch.zeros_like(t)
+        t_ref = t if self.config.ref_timestep == "same" else torch.zeros_like(t[:1])
+        n = len(t_ref)
         return reference_pass(
-            self.unet, self.structure_encoder, z_ref, t_ref, subject.expand(len(z_ref), -1, -1), self.blocks.layers,
-            self.config.tap, self.config.ref_sft == "bypass",
+            self.unet, self.structure_encoder, z_ref.expand(n, -1, -1, -1), t_ref, subject.expand(n, -1, -1),
+            self.blocks.layers, self.config.tap, self.config.ref_sft == "bypass",
         )  # fmt: skip
 
-    def bypass(self, n: int, device: torch.device) -> torch.Tensor | None:
-        """Rows that skip SPADE, bool (2n,): the null-conditioned ones with `null_cond: bypass`, else None."""
-        if self.config.null_cond != "bypass":
-            return None
-        return torch.tensor([False, True], device=device).repeat_interleave(n)
+    def bypass(self, n: int, k: int, device: torch.device) -> torch.Tensor | None:
+        """Rows that skip SPADE, bool (n + k,): the null-conditioned ones with `null_cond: bypass`, else None."""
+        return torch.arange(n + k, device=device) >= n if self.config.null_cond == "bypass" else None
 
-    def taps(self, reference: ReferencePass, use_self: bool) -> dict[str, dict[str, Tap]]:
-        """Return the UNet's taps; both kinds of restored rows attend to their reference."""
+    def taps(self, reference: ReferencePass, rows: torch.Tensor, use_self: bool) -> dict[str, dict[str, Tap]]:
+        """Return the UNet's taps; both kinds of restored rows attend to the reference.
+
+        rows: (R,) the sample that each restored row is of.
+        """
         where = "taps" if self.config.tap == "post" else "inner_taps"
         if use_self:
             return {where: self.blocks.taps(None)}
         with torch.no_grad():
             masks = {k: reference_mask(p[:, :, self.positions.subject]) for k, p in reference.probabilities.items()}
-        features = {k: f.repeat(2, 1, 1) for k, f in reference.features.items()}
-        return {where: self.blocks.taps(features, {k: m.repeat(2, 1) for k, m in masks.items()})}
+        features = reference.features
+        if self.config.ref_timestep == "same":
+            features, masks = ({k: tensor[rows] for k, tensor in found.items()} for found in (features, masks))
+        return {where: self.blocks.taps(features, masks)}
 
 
 class DreamBoothObjective(nn.Module):
@@ -220,25 +231,27 @@ class DreamBoothObjective(nn.Module):
     def __init__(self, base: Base, config: PersonalizeConfig) -> None:
         super().__init__()
         self.config, self.base_config = config, base.config
-        self.structure_encoder, self.vae, self.frozen = base.structure_encoder, base.vae, base.unet
+        self.structure_encoder, self.frozen = base.structure_encoder, base.unet
         self.unet = deepcopy(base.unet).requires_grad_(True)
         with torch.no_grad():
             self.register_buffer("base_context", base.encode_prompt(), persistent=False)
         self.register_buffer("alphas_cumprod", base.scheduler.alphas_cumprod.clone(), persistent=False)
 
     def forward(self, batch: Batch) -> Losses:
-        """Take the same batch as `PersonalizationObjective`; the reference picture is not used."""
-        with torch.no_grad():
-            x0, z_lq = (encode_moments(self.vae, batch[k])[0].float() for k in ("hq", "lq"))
-        t, n = torch.cat([batch["t"]] * 2), len(x0)
-        x = add_noise(x0, batch["noise"], batch["t"], self.alphas_cumprod).repeat(2, 1, 1, 1)
-        structure = self.structure_encoder(torch.cat([z_lq, torch.zeros_like(z_lq)]), t)
-        context = self.base_context.expand(2 * n, -1, -1)
+        """Take the same batch as `PersonalizationObjective`; the reference is not used."""
+        x0, z_lq, noise, n = batch["hq"], batch["lq"], batch["noise"], len(batch["hq"])
+        k = min(self.config.gen_rows, n)
+        rows = torch.cat([torch.arange(n), torch.arange(k)]).to(x0.device)
+        t = batch["t"][rows]
+        x = add_noise(x0[rows], noise[rows], t, self.alphas_cumprod)
+        structure = self.structure_encoder(torch.cat([z_lq, torch.zeros_like(z_lq[:k])]), t)
+        context = self.base_context.expand(n + k, -1, -1)
         prediction = self.unet(x, t, context, structure).float()
         with torch.no_grad():
-            prior = self.frozen(x[n:], t[n:], context[n:], {k: m[n:] for k, m in structure.items()}).float()
-        target = prediction_target(
-            x0, batch["noise"], batch["t"], self.alphas_cumprod, self.base_config.prediction_type
-        )
-        diff, keep = F.mse_loss(prediction[:n], target), F.mse_loss(prediction[n:], prior)
+            prior = self.frozen(x[n:], t[n:], context[n:], {w: m[n:] for w, m in structure.items()}).float()
+        diff = prediction_error(
+            prediction[:n], x0, noise, batch["t"], self.alphas_cumprod, self.base_config.prediction_type,
+            self.config.weighting,
+        ).mean()  # fmt: skip
+        keep = F.mse_loss(prediction[n:], prior)
         return {"loss": diff + keep, "diff": diff, "prior": keep}

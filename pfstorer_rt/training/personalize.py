@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,11 @@ from pfstorer_rt.models.personalization import PersonalizationBlock
 from pfstorer_rt.models.reference import reference_features
 from pfstorer_rt.models.unet import RestorationUNet
 from pfstorer_rt.training.base import signature
-from pfstorer_rt.training.data import Batch, center_crop, find_images, random_crop, read_photo
-from pfstorer_rt.training.degradation import LEVELS, degrade
+from pfstorer_rt.training.data import center_crop, find_images, read_photo
 from pfstorer_rt.training.loop import make_accelerator, train
 from pfstorer_rt.training.losses import DreamBoothObjective, PersonalizationObjective
 from pfstorer_rt.training.memory import make_adamw, saving_memory
-
-ZOOM = 1.25
-"""Training squares are cut at up to this magnification, so that most of the face stays in."""
+from pfstorer_rt.training.pool import BatchMaker, make_pool
 
 
 def personalize(
@@ -53,6 +50,7 @@ def personalize(
     photos = [read_photo(path) for path in paths]
     accelerator = make_accelerator(config.train)
     base.to(accelerator.device)
+    pool = make_pool(photos, base, config)
     objective: nn.Module = (
         DreamBoothObjective(base, config) if config.method == "dreambooth" else PersonalizationObjective(base, config)
     )
@@ -62,7 +60,7 @@ def personalize(
     checkpoint = target.with_name(target.stem + ".training.pt")
     make_folder(checkpoint.parent)
     optimizer = make_optimizer(objective, config)
-    batches = BatchMaker(photos, base, config, accelerator.process_index, accelerator.num_processes)
+    batches = BatchMaker(pool, config, accelerator.process_index, accelerator.num_processes)
     with saving_memory(objective, config.train, accelerator):
         train(objective, optimizer, batches, config.train, accelerator, checkpoint, mark, f"personalize {name}")
     set_attention(objective, base, "auto")
@@ -100,54 +98,6 @@ def make_optimizer(objective: nn.Module, config: PersonalizeConfig) -> torch.opt
         {"params": tokens, "lr": config.token_learning_rate, "weight_decay": 0.0},
     ]
     return make_adamw([g for g in groups if g["params"]], config.train)
-
-
-class BatchMaker:
-    """Iteration -> batch: random targets, one random other photograph as the reference of each."""
-
-    def __init__(
-        self,
-        photos: Sequence[torch.Tensor],
-        base: Base,
-        config: PersonalizeConfig,
-        rank: int = 0,
-        processes: int = 1,
-    ) -> None:
-        self.config, self.rank, self.processes = config, rank, processes
-        self.photos = list(photos)
-        self.tile, side = base.config.tile, base.config.latent_tile
-        self.shape = (config.train.batch, base.config.latent_channels, side, side)
-        self.level = replace(LEVELS[config.level], p_hq=config.p_hq)
-        self.centered = [center_crop(photo, self.tile) * 2 - 1 for photo in self.photos]
-
-    def __call__(self, iteration: int) -> Batch:
-        """Return `hq lq reference` (B, 3, tile, tile) in [-1, 1], `noise`, `t` (B,), `self` bool ()."""
-        seed, batch = self.config.train.seed, self.config.train.batch
-        number = iteration * self.processes + self.rank
-        rng = np.random.default_rng([seed, 4, number])
-        samples = [self.sample(rng) for _ in range(batch)]
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        # One draw for all processes: they have to run the same graph.
-        use_self = np.random.default_rng([seed, 5, iteration]).random() < self.share_without_reference()
-        stacked = {k: torch.stack([s[k] for s in samples]) for k in ("hq", "lq", "reference")}
-        return stacked | {
-            "noise": torch.randn(self.shape, generator=generator),
-            "t": torch.randint(0, 1000, (batch,), generator=generator),
-            "self": torch.tensor(use_self),
-        }
-
-    def share_without_reference(self) -> float:
-        """Share of iterations in which the blocks see no reference."""
-        return 1.0 if self.config.ref_source == "self" else self.config.p_self
-
-    def sample(self, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        """Draw one target and its reference, another photograph where there is one."""
-        i = int(rng.integers(len(self.photos)))
-        others = [j for j in range(len(self.photos)) if j != i] or [i]
-        j = others[int(rng.integers(len(others)))]
-        hq = random_crop(self.photos[i], self.tile, rng, ZOOM)
-        lq = degrade(hq, self.level, rng)
-        return {"hq": hq * 2 - 1, "lq": lq * 2 - 1, "reference": self.centered[j]}
 
 
 @torch.no_grad()

@@ -37,11 +37,9 @@ def predict(base, identity=None, strength=1.0):
 
 
 def make_batch(n=2, seed=0, use_self=False, t=(700, 20)):
-    def image(k):
-        return normal(n, 3, 64, 64, seed=seed + k).clamp(-1, 1)
-
+    hq, lq, noise = (normal(n, 4, 8, 8, seed=seed + k) for k in (0, 1, 3))
     return {
-        "hq": image(0), "lq": image(1), "reference": image(2), "noise": normal(n, 4, 8, 8, seed=seed + 3),
+        "hq": hq, "lq": lq, "reference": normal(1, 4, 8, 8, seed=seed + 2), "noise": noise,
         "t": torch.tensor(t[:n]), "self": torch.tensor(use_self),
     }  # fmt: skip
 
@@ -250,6 +248,24 @@ def test_at_the_start_only_gamma_moves(objective):
     assert moving == {f"blocks.{i}.gamma" for i in range(4)}
 
 
+def test_without_lambda_gen_no_null_row_is_run(objective, nano_base):
+    made, rows = objective(lambda_gen=0.0), []
+    handle = made.structure_encoder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    found = gradients(made, make_batch())
+    handle.remove()
+    assert sorted(rows) == [1, 2]  # the reference and the two samples
+    assert all(found[f"blocks.{i}.gamma"] > 0 for i in range(4))
+
+
+def test_a_reference_at_the_timestep_of_every_row(objective):
+    made, seen = objective(gamma=0.3, ref_timestep="same"), []
+    handle = made.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    made(make_batch())
+    handle.remove()
+    first, second, null = seen[0]  # rows: two samples, and the null-conditioned row of the first
+    assert torch.equal(first, null) and not torch.allclose(first, second)
+
+
 def test_the_token_moves_by_its_own_loss(objective):
     found = gradients(objective(), make_batch(), "pers")
     assert {name for name, size in found.items() if size > 0} == {"token"}
@@ -273,20 +289,25 @@ def test_the_base_gets_no_gradient(objective, nano_base):
     assert made.token.grad.abs().max() > 0
 
 
-def test_losses_of_an_untrained_identity_are_the_bases(objective, nano_base):
-    made, batch = objective(lambda_gen=0.25, lambda_pers=0.125), make_batch()
+@pytest.mark.parametrize("gen_rows", [1, 2, 5])
+@pytest.mark.parametrize("weighting", ["prediction", "x0"])
+def test_losses_of_an_untrained_identity_are_the_bases(objective, nano_base, weighting, gen_rows):
+    made = objective(lambda_gen=0.25, lambda_pers=0.125, weighting=weighting, gen_rows=gen_rows)
+    batch = make_batch()
     with torch.no_grad():
         losses = made(batch)
-        x0, z_lq = nano_base.encode(batch["hq"]), nano_base.encode(batch["lq"])
+        x0, z_lq = batch["hq"], batch["lq"]
         abar = nano_base.scheduler.alphas_cumprod[batch["t"]].double()[:, None, None, None]
         x = (abar.sqrt() * x0 + (1 - abar).sqrt() * batch["noise"]).float()
         context = nano_base.encode_prompt().expand(2, -1, -1)
 
         def error(condition):
-            maps = nano_base.structure_encoder(condition, batch["t"])
-            return (nano_base.unet(x, batch["t"], context, maps) - batch["noise"]).double().square().mean().item()
+            eps = nano_base.unet(x, batch["t"], context, nano_base.structure_encoder(condition, batch["t"])).double()
+            if weighting == "prediction":
+                return (eps - batch["noise"]).square().mean((1, 2, 3))
+            return ((x - (1 - abar).sqrt() * eps) / abar.sqrt() - x0).square().mean((1, 2, 3))  # the clean latents
 
-        diff, gen = error(z_lq), error(torch.zeros_like(z_lq))
+        diff, gen = error(z_lq).mean().item(), error(torch.zeros_like(z_lq))[:gen_rows].mean().item()
     assert losses["diff"].item() == pytest.approx(diff, rel=1e-4)
     assert losses["gen"].item() == pytest.approx(gen, rel=1e-4)
     assert abs(diff - gen) > 1e-3 * diff  # the null condition is another one
@@ -299,11 +320,11 @@ def test_conditions_of_the_rows(objective, nano_base):
     handle = made.structure_encoder.register_forward_pre_hook(lambda module, args: seen.append(args))
     with torch.no_grad():
         made(batch)
-        z_lq, z_ref = nano_base.encode(batch["lq"]), nano_base.encode(batch["reference"])
+        z_lq, z_ref = batch["lq"], batch["reference"]
     handle.remove()
     z, t = (torch.cat(parts) for parts in zip(*seen, strict=True))
     # L_diff sees the LQ latent, L_gen the zero latent, and the reference is clean, at timestep 0.
-    expected = [(z_lq[0], 700), (z_lq[1], 20), (0 * z_lq[0], 700), (0 * z_lq[1], 20), (z_ref[0], 0), (z_ref[1], 0)]
+    expected = [(z_lq[0], 700), (z_lq[1], 20), (0 * z_lq[0], 700), (z_ref[0], 0)]
     assert len(z) == len(expected)
     for latent, time in expected:
         assert (
@@ -330,8 +351,7 @@ def test_the_cached_reference_is_what_training_saw(objective, nano_base):
     for handle in handles:
         handle.remove()
     settings = {"subject_prompt": "a photo of a {}", "ref_sft": "self", "tap": "post"}
-    latent = nano_base.encode(batch["reference"])
-    found = reference_features(nano_base, latent, made.token.data, settings, made.blocks.layers)
+    found = reference_features(nano_base, batch["reference"], made.token.data, settings, made.blocks.layers)
     for layer, (reference, mask) in zip(made.blocks.layers, seen, strict=True):
         assert torch.allclose(reference[0], found.features[layer][0], rtol=0, atol=1e-5)
         assert torch.equal(mask[0], found.masks[layer][0])

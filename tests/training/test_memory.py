@@ -35,10 +35,10 @@ def make_objective(base, method="pfstorer", tap="post"):
 
 def make_batch(base):
     generator = torch.Generator().manual_seed(1)
-    tile, side = base.config.tile, base.config.latent_tile
-    images = {k: torch.rand(2, 3, tile, tile, generator=generator) * 2 - 1 for k in ("hq", "lq", "reference")}
-    noise = torch.randn(2, base.config.latent_channels, side, side, generator=generator)
-    return images | {"noise": noise, "t": torch.tensor([20, 700]), "self": torch.tensor(False)}
+    side, rows = base.config.latent_tile, {"hq": 2, "lq": 2, "noise": 2, "reference": 1}
+    shape = (base.config.latent_channels, side, side)
+    latents = {k: torch.randn(n, *shape, generator=generator) for k, n in rows.items()}
+    return latents | {"t": torch.tensor([20, 700]), "self": torch.tensor(False)}
 
 
 def step(objective, batch, autocast=True):

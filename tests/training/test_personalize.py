@@ -17,8 +17,10 @@ from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import build_base
 from pfstorer_rt.models.prompt import tokenize
 from pfstorer_rt.training import personalize as module
+from pfstorer_rt.training.data import center_crop
 from pfstorer_rt.training.losses import PersonalizationObjective
-from pfstorer_rt.training.personalize import BatchMaker, make_optimizer, personalize
+from pfstorer_rt.training.personalize import make_optimizer, personalize
+from pfstorer_rt.training.pool import BatchMaker, make_pool
 
 METHODS = ("pfstorer", "vico", "dreambooth")
 
@@ -226,48 +228,73 @@ def test_a_photograph_that_cannot_be_read_stops_it_before_training(learn, photos
 # ---- batches
 
 
-def maker(base, photos, rank=0, processes=1, seed=0, **settings):
-    train = TrainConfig(batch=3, seed=seed)
-    pictures = [module.read_photo(p) for p in photos]
-    return BatchMaker(pictures, base, replace(PersonalizeConfig(train=train), **settings), rank, processes)
+def pool(base, photos, seed=0, **settings):
+    config = PersonalizeConfig(train=TrainConfig(batch=3, seed=seed), pool=12)
+    return make_pool([module.read_photo(p) for p in photos], base, replace(config, **settings))
+
+
+def maker(pool, rank=0, processes=1, seed=0, **settings):
+    return BatchMaker(pool, PersonalizeConfig(train=TrainConfig(batch=3, seed=seed), **settings), rank, processes)
+
+
+def test_a_pool_is_a_pure_function_of_its_seed(base, photos):
+    one, same, other = pool(base, photos), pool(base, photos), pool(base, photos, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert one.hq.shape == one.lq.shape == (12, 4, 8, 8) and one.references.shape == (3, 4, 8, 8)
+    assert not torch.equal(one.hq, other.hq) and not torch.equal(one.lq, other.lq)
+    assert torch.bincount(one.photo).tolist() == [4, 4, 4]
+
+
+def test_a_pool_holds_latents_of_the_photographs_and_of_their_degraded_squares(base, photos):
+    found = pool(base, photos, p_hq=1.0)  # nothing is degraded
+    assert torch.equal(found.hq, found.lq)
+    bad = pool(base, photos, p_hq=0.0)
+    assert not any(torch.equal(a, b) for a, b in zip(bad.hq, bad.lq, strict=True))
+    middle = center_crop(module.read_photo(photos[1]), 64)[None] * 2 - 1
+    assert torch.allclose(found.references[1], base.encode(middle)[0], rtol=0, atol=1e-5)
+
+
+def test_no_more_squares_are_made_than_are_drawn(base, photos):
+    assert len(pool(base, photos, train=TrainConfig(iterations=2, batch=3)).hq) == 6
 
 
 def test_batches_are_pure_functions_of_seed_and_iteration(base, photos):
-    a, b = maker(base, photos), maker(base, photos)
+    squares = pool(base, photos)
+    a, b = maker(squares), maker(squares)
     b(5)
-    first, again, next_one, other = a(2), b(2), a(3), maker(base, photos, seed=1)(2)
-    assert first["hq"].shape == (3, 3, 64, 64) and first["noise"].shape == (3, 4, 8, 8)
+    first, again, next_one, other = a(2), b(2), a(3), maker(squares, seed=1)(2)
+    assert first["hq"].shape == first["noise"].shape == (3, 4, 8, 8) and first["reference"].shape == (1, 4, 8, 8)
     assert all(torch.equal(first[k], again[k]) for k in first)
     for k in ("hq", "lq", "noise", "t"):
         assert not torch.equal(first[k], next_one[k]) and not torch.equal(first[k], other[k])
-    assert all(first[k].abs().max() <= 1 for k in ("hq", "lq", "reference"))
 
 
 def test_processes_see_other_samples_but_the_same_graph(base, photos):
-    ranks = [maker(base, photos, rank, 2, p_self=0.5) for rank in (0, 1)]
+    squares = pool(base, photos)
+    ranks = [maker(squares, rank, 2, p_self=0.5) for rank in (0, 1)]
     for i in range(20):
         first, second = (r(i) for r in ranks)
         assert torch.equal(first["self"], second["self"]) and not torch.equal(first["noise"], second["noise"])
 
 
 def test_the_reference_is_another_photograph(base, photos):
-    batches = maker(base, photos)
-    for i, picture in enumerate(batches.photos):
-        picture.fill_(i / 2)  # the target's number can be read from its colour
-    rng, seen = np.random.default_rng(0), set()
-    for _ in range(40):
-        sample = batches.sample(rng)
-        target = round(sample["hq"].mean().item() + 1)
-        reference = next(i for i, c in enumerate(batches.centered) if c is sample["reference"])
-        seen.add((target, reference))
+    squares = pool(base, photos)
+    marked = squares._replace(
+        hq=squares.photo.float()[:, None, None, None].expand(-1, 4, 8, 8),  # the number can be read from the latent
+        references=torch.arange(3.0)[:, None, None, None].expand(-1, 4, 8, 8),
+    )
+    seen = set()
+    for i in range(30):
+        batch = maker(marked)(i)
+        seen |= {(int(target), int(batch["reference"][0, 0, 0, 0])) for target in batch["hq"][:, 0, 0, 0]}
     assert seen == {(i, j) for i in range(3) for j in range(3) if i != j}
-    alone = maker(base, photos[:1])
-    assert alone.sample(np.random.default_rng(0))["reference"] is alone.centered[0]
+    alone = pool(base, photos[:1])
+    assert torch.equal(maker(alone)(0)["reference"][0], alone.references[0])
 
 
 @pytest.mark.parametrize(("settings", "share"), [({"p_self": 0.0}, 0), ({"ref_source": "self"}, 1)])
 def test_the_share_without_reference(base, photos, settings, share):
-    batches = maker(base, photos, **settings)
+    batches = maker(pool(base, photos), **settings)
     assert {bool(batches(i)["self"]) for i in range(5)} == {bool(share)}
 
 

@@ -1,0 +1,89 @@
+"""What an identity is learned from: degraded squares of the photographs, encoded once, and batches drawn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.progress import track
+
+from pfstorer_rt.config import PersonalizeConfig
+from pfstorer_rt.console import stderr
+from pfstorer_rt.models.base import Base
+from pfstorer_rt.training.data import Batch, center_crop, random_crop
+from pfstorer_rt.training.degradation import LEVELS, degrade
+
+ZOOM = 1.25
+"""Training squares are cut at up to this magnification, so that most of the face stays in."""
+
+
+class LatentPool(NamedTuple):
+    """Scaled latents on the CPU: pairs of squares, and the references. (StableSR trains from a pool of pairs too.)"""
+
+    hq: torch.Tensor
+    """(N, C, h, w)"""
+    lq: torch.Tensor
+    """(N, C, h, w), of the same squares degraded"""
+    photo: torch.Tensor
+    """(N,) the photograph that a square was cut from"""
+    references: torch.Tensor
+    """(P, C, h, w) the centre of every photograph"""
+
+
+@torch.no_grad()
+def make_pool(photos: Sequence[torch.Tensor], base: Base, config: PersonalizeConfig) -> LatentPool:
+    """Cut, degrade and encode `config.pool` squares, the photographs in turn.
+
+    photos: (3, H, W) in [0, 1]. The same seed gives the same pool. With few iterations no more squares are made
+    than are drawn.
+    """
+    level = replace(LEVELS[config.level], p_hq=config.p_hq)
+    size = min(config.pool, config.train.iterations * config.train.batch)
+
+    def encode(image: torch.Tensor) -> torch.Tensor:
+        return base.encode(image[None].to(base.device) * 2 - 1)[0].float().cpu()
+
+    pairs = []
+    for i in track(range(size), "photographs", console=stderr(), transient=True):
+        rng = np.random.default_rng([config.train.seed, 4, i])
+        hq = random_crop(photos[i % len(photos)], base.config.tile, rng, ZOOM)
+        pairs.append((encode(hq), encode(degrade(hq, level, rng))))
+    references = torch.stack([encode(center_crop(photo, base.config.tile)) for photo in photos])
+    hq_latents, lq_latents = (torch.stack(latents) for latents in zip(*pairs, strict=True))
+    return LatentPool(hq_latents, lq_latents, torch.arange(size) % len(photos), references)
+
+
+class BatchMaker:
+    """Iteration -> batch: one random photograph as the reference (PFStorer section 3.3), squares of the others."""
+
+    def __init__(self, pool: LatentPool, config: PersonalizeConfig, rank: int = 0, processes: int = 1) -> None:
+        self.pool, self.config, self.rank, self.processes = pool, config, rank, processes
+
+    def __call__(self, iteration: int) -> Batch:
+        """Return latents `hq lq noise` (B, C, h, w) and `reference` (1, C, h, w), `t` (B,), `self` bool ()."""
+        seed, batch, pool = self.config.train.seed, self.config.train.batch, self.pool
+        number = iteration * self.processes + self.rank
+        rng = np.random.default_rng([seed, 6, number])
+        reference = int(rng.integers(len(pool.references)))
+        chosen = torch.from_numpy(rng.choice(self.squares_without(reference), batch))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        # One draw for all processes: they have to run the same graph.
+        use_self = np.random.default_rng([seed, 5, iteration]).random() < self.share_without_reference()
+        return {
+            "hq": pool.hq[chosen], "lq": pool.lq[chosen], "reference": pool.references[reference][None],
+            "noise": torch.randn(pool.hq[chosen].shape, generator=generator),
+            "t": torch.randint(0, 1000, (batch,), generator=generator), "self": torch.tensor(use_self),
+        }  # fmt: skip
+
+    def share_without_reference(self) -> float:
+        """Share of iterations in which the blocks see no reference."""
+        return 1.0 if self.config.ref_source == "self" else self.config.p_self
+
+    def squares_without(self, photo: int) -> npt.NDArray[np.int64]:
+        """Return the numbers of the squares that show another photograph, or all where there is no other."""
+        others = np.flatnonzero(self.pool.photo.numpy() != photo)
+        return others if len(others) else np.arange(len(self.pool.hq))
