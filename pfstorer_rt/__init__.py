@@ -19,7 +19,7 @@ _EXPORTS = {
     "open_session": "pfstorer_rt.engine.session",
     "Session": "pfstorer_rt.engine.session",
     "degrade": "pfstorer_rt.training.degradation",
-    "evaluate": "pfstorer_rt.evaluation.report",
+    "evaluate": "pfstorer_rt.evaluation.folders",
     "PFStorerError": "pfstorer_rt.errors",
 }
 __all__ = sorted(_EXPORTS)

@@ -3,46 +3,157 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import click
 
+if TYPE_CHECKING:
+    from pfstorer_rt.evaluation.report import Report
+
+PATH = click.Path(path_type=Path)
+
 
 @click.command()
-@click.option("--refs", required=True, type=click.Path(path_type=Path), help="Folder of reference photographs.")
-@click.option("--hq", required=True, type=click.Path(path_type=Path), help="Folder of originals.")
-@click.option("--outputs", required=True, type=click.Path(path_type=Path), help="Folder of restored pictures.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per picture, then the means.")
-def command(refs: Path, hq: Path, outputs: Path, as_json: bool) -> None:
-    """Measure restored pictures, by any method, against their originals: PSNR, SSIM, identity.
+@click.option("--refs", required=True, type=PATH, help="Folder of reference photographs, or one for each person.")
+@click.option("--hq", required=True, type=PATH, help="Folder of originals.")
+@click.option("--outputs", multiple=True, metavar="[NAME=]DIR", help="Folder of restored pictures; once a method.")
+@click.option("--inputs", type=PATH, help="Folder of the bad pictures, for a row of their own.")
+@click.option("--level", type=click.Choice(["light", "heavy"]), help="Instead of --inputs: degrade the originals.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --level; the next has seed + 1.")
+@click.option("--save-inputs", type=PATH, metavar="DIR", help="Keep the pictures of --level here.")
+@click.option("--seconds", multiple=True, metavar="NAME=FILE|S", help="Output of `restore --json`, or seconds.")
+@click.option("--metrics", "keys", help="Some of the columns, with commas between. [default: all]")
+@click.option("--arcface", type=PATH, help="ONNX recognizer of the ArcFace family.")
+@click.option("--alexnet", type=PATH, help="torchvision's AlexNet weights, for LPIPS.")
+@click.option("--musiq", type=PATH, help="pyiqa's MUSIQ weights.")
+@click.option("-o", "--output", type=PATH, help="Folder for results.csv, summary.json, results.md, index.html.")
+@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per row, then the means.")
+def command(
+    refs: Path, hq: Path, outputs: tuple[str, ...], inputs: Path | None, level: str | None, seed: int,
+    save_inputs: Path | None, seconds: tuple[str, ...], keys: str | None, arcface: Path | None, alexnet: Path | None,
+    musiq: Path | None, output: Path | None, overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure restored pictures, by any method, against their originals and the person's photographs.
 
     \b
-    Example:
+    Examples:
       pfstorer-rt evaluate --refs photos/alice --hq clean/ --outputs restored/
+      pfstorer-rt evaluate --refs photos/alice --hq clean/ --level heavy --save-inputs bad/
+      pfstorer-rt evaluate --refs photos/alice --hq clean/ --inputs bad/ \\
+          --outputs ours=restored/ --outputs theirs=other/ -o report/
     """
-    from pfstorer_rt.evaluation.report import evaluate
+    if inputs and level:
+        raise click.UsageError("give --inputs or --level, not both")
+    if not (outputs or inputs or level):
+        raise click.UsageError("nothing to measure; give --outputs DIR, --inputs DIR or --level")
+    if save_inputs and not level:
+        raise click.UsageError("--save-inputs keeps the pictures of --level; give that too")
+    if output and (output / "results.csv").exists() and not overwrite:
+        raise click.UsageError(f"{output}: holds a report already; choose another folder or pass --overwrite")
+    folders = name_folders(outputs)
+    times = dict(read_seconds(text, [*folders, "input"]) for text in seconds)
+    from pfstorer_rt.evaluation.folders import evaluate
+    from pfstorer_rt.evaluation.table import MetricFiles, load_metrics
 
-    report = evaluate(refs, hq, outputs)
+    metrics = load_metrics(keys.split(",") if keys else None, MetricFiles(arcface, alexnet, musiq))
+    with ExitStack() as stack:
+        if level:
+            from pfstorer_rt.training.inputs import degrade_folder
+
+            inputs = save_inputs or Path(stack.enter_context(TemporaryDirectory()))
+            degrade_folder(hq, inputs, level, seed, overwrite)
+        with bar() as progress:
+            report = evaluate(refs, hq, folders, inputs, seconds=times, metrics=metrics, progress=progress)
+    if level:
+        report.settings.update({"folder of input": str(save_inputs or "not kept"), "level": level, "seed": seed})
+    if output:
+        report.write(output)
+    show(report, as_json)
+    sys.exit(1 if any(row.failed for row in report.rows) else 0)
+
+
+def name_folders(outputs: Sequence[str]) -> dict[str, Path]:
+    """Read `[NAME=]DIR` arguments; raises `click.UsageError` for a name given twice or kept for a reference row."""
+    folders: dict[str, Path] = {}
+    for text in outputs:
+        name, found, folder = text.partition("=")
+        path = Path(folder if found and not Path(text).is_dir() else text)
+        name = name if found and not Path(text).is_dir() else path.resolve().name
+        if not name or name in folders or name in ("input", "original"):
+            raise click.UsageError(f"--outputs {text}: the name {name!r} is taken or empty; give NAME=DIR")
+        folders[name] = path
+    return folders
+
+
+def read_seconds(text: str, methods: Sequence[str]) -> tuple[str, float | dict[str, float]]:
+    """Read `NAME=SECONDS`, or `NAME=FILE` of JSON lines as `restore --json` prints them."""
+    name, _, source = text.partition("=")
+    if name not in methods or not source:
+        raise click.UsageError(f"--seconds {text}: expected NAME=FILE or NAME=NUMBER with NAME of {', '.join(methods)}")
+    try:
+        return name, float(source)
+    except ValueError:
+        pass
+    try:
+        lines = [json.loads(line) for line in Path(source).read_text().splitlines() if line.strip()]
+        return name, {Path(line["input"]).stem: float(line["seconds"]) for line in lines if "seconds" in line}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise click.UsageError(
+            f"--seconds {text}: no number and no file of JSON lines as `restore --json` prints them ({error})"
+        ) from error
+
+
+def bar() -> Any:
+    """A progress bar on stderr; its context gives a function (done, total)."""
+    from contextlib import contextmanager
+
+    from rich.progress import Progress
+
+    from pfstorer_rt.console import stderr
+
+    @contextmanager
+    def shown() -> Any:
+        console = stderr()
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("evaluate", total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    return shown()
+
+
+def show(report: Report, as_json: bool) -> None:
+    """Print rows and means as JSON, or a table of the means; notes go to stderr."""
     for note in report.notes:
         click.echo(f"note: {note}", err=True)
     if as_json:
         for row in report.rows:
-            click.echo(json.dumps(asdict(row)))
-        click.echo(json.dumps({"mean": report.summary()}))
+            figures = {k: ("inf" if v == float("inf") else v) for k, v in row.figures.items()}
+            about = {"method": row.method, "picture": row.picture, "seconds": row.seconds, "note": row.note}
+            click.echo(json.dumps({**about, **figures}, allow_nan=False))
+        click.echo(json.dumps({"summary": json.loads(report.json())}))
         return
-    click.echo(f"{'picture':<24} {'PSNR':>6} {'SSIM':>6} {'ID':>6}  same person")
-    for row in report.rows:
-        same = {None: "-", True: "yes", False: "no"}[row.same_person]
-        click.echo(f"{row.name:<24} {row.psnr:6.2f} {row.ssim:6.3f} {number(row.id_distance)}  {same}")
-    means = report.summary()
-    share = means["verification"]
-    click.echo(
-        f"{'mean':<24} {means['psnr']:6.2f} {means['ssim']:6.3f} {number(means['id_distance'])}  "
-        + ("-" if share is None else f"{share:.0%}")
-    )
+    print_table(report)
+    for metric in report.metrics.columns:
+        if metric.key in report.metrics.refused:
+            click.echo(f"{metric.title}: {report.metrics.refused[metric.key]}")
 
 
-def number(value: float | None) -> str:
-    """Format a figure in six columns, a dash where there is none."""
-    return f"{value:6.3f}" if value is not None else f"{'-':>6}"
+def print_table(report: Report) -> None:
+    """A line for each metric and a column for each method, which fits a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", *(f"{name}" for name in report.methods))
+    lines = zip(*report.cells(), strict=True)
+    next(lines)  # the names of the methods
+    for heading, cells in zip(report.headings()[1:], lines, strict=True):
+        table.add_row(heading, *("-" if cell == "not measured" else cell for cell in cells))
+    console = Console()
+    needed = console.measure(table).maximum
+    Console(width=console.width if console.is_terminal else max(console.width, needed)).print(table)

@@ -1,114 +1,264 @@
-"""Evaluate a folder of restored pictures against the originals and the person's references."""
+"""What was measured: a row for each method and picture, means for each method, and the files made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-import numpy as np
+from pfstorer_rt.evaluation.metrics import mean_distance
+from pfstorer_rt.evaluation.page import Chart, Gallery, Table, page
+from pfstorer_rt.evaluation.table import Metric, Metrics
+from pfstorer_rt.files import atomic_write, make_folder
 
-from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.evaluation.metrics import (
-    INSTALL_METRICS,
-    SAME_PERSON,
-    Embedding,
-    Pixels,
-    face_embedder,
-    identity_distance,
-    psnr,
-    ssim,
-)  # fmt: skip
-from pfstorer_rt.image import IMAGE_SUFFIXES, load_image
+__all__ = ["INPUT", "ORIGINAL", "Report", "Row", "Summary", "mean_distance"]
+
+INPUT, ORIGINAL = "input", "original"
+"""Methods of the reference rows: the bad pictures and the originals, measured like any result."""
+SECONDS = "seconds"
+ABOUT = ["metric", "meaning", "version", "licence", "state"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one picture; None where a metric could not be computed."""
+    """Figures of one picture by one method."""
 
-    name: str
-    psnr: float
-    ssim: float
-    id_distance: float | None
-    """Mean Euclidean distance of dlib's embedding to those of the references."""
-    same_person: bool | None
+    method: str
+    picture: str
+    figures: Mapping[str, float | None]
+    """Key of a metric -> figure, as `Metrics.measure` returns them."""
+    seconds: float | None = None
+    """Time that the method took for the picture; None where it is not known."""
+    note: str = ""
+    """Why figures are missing."""
+    thumbnail: bytes = field(default=b"", repr=False)
+    """A small JPEG for the page, empty for none."""
+    failed: bool = False
+    """There is no result, or it could not be measured."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Means of one method over its pictures."""
+
+    pictures: int
+    failed: int
+    means: dict[str, float | None]
+    """Key of a metric, or `seconds` -> mean over the pictures that have a figure; None where none has."""
+    counts: dict[str, int]
+    """Key -> number of pictures that have a figure."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Figures of all pictures, and what could not be measured."""
+    """All rows, the metrics that made them, and what could not be measured."""
 
     rows: list[Row]
+    metrics: Metrics
     notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the figures depend on and the files should name: level, seed, folders."""
 
-    def summary(self) -> dict[str, float | None]:
-        """Return means over the pictures that a metric has a figure for; `verification` is a share in 0..1."""
+    @property
+    def methods(self) -> list[str]:
+        """Names of the methods: input first, original last, the others in the order of their first row."""
+        names = dict.fromkeys(row.method for row in self.rows)
+        middle = [name for name in names if name not in (INPUT, ORIGINAL)]
+        return [*(n for n in (INPUT,) if n in names), *middle, *(n for n in (ORIGINAL,) if n in names)]
 
-        def mean(values: Sequence[float | None]) -> float | None:
-            known = [v for v in values if v is not None]
-            return fmean(known) if known else None
+    @property
+    def pictures(self) -> list[str]:
+        """Names of the pictures in the order of their first row."""
+        return list(dict.fromkeys(row.picture for row in self.rows))
 
+    def summary(self, common: bool = False) -> dict[str, Summary]:
+        """Return means for each method.
+
+        common: take of each metric only the pictures for which every method has a figure, so that all methods
+        speak of the same pictures; dlib finds no face in some bad ones, for example.
+        """
+        keys = [*(metric.key for metric in self.metrics.columns), SECONDS]
+        shared = {key: self._shared(key) if common else set(self.pictures) for key in keys}
+        return {method: self._summary(method, keys, shared) for method in self.methods}
+
+    def write(self, folder: Path) -> None:
+        """Write results.csv, summary.json, results.md and index.html into a folder, replacing older ones."""
+        make_folder(folder)
+        texts = {
+            "results.csv": self.csv(), "summary.json": self.json(), "results.md": self.markdown(),
+            "index.html": self.html(),
+        }  # fmt: skip
+        for name, text in texts.items():
+            with atomic_write(folder / name) as handle:
+                handle.write(text.encode())
+
+    def csv(self) -> str:
+        """A line for each method and picture; an empty cell is a figure that there is none of."""
+        keys = [metric.key for metric in self.metrics.columns]
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(["method", "picture", *keys, SECONDS, "note"])
+        for row in self.rows:
+            cells = [row.figures.get(key) for key in keys] + [row.seconds]
+            rounded = ["" if cell is None else round(cell, 6) for cell in cells]
+            writer.writerow([row.method, row.picture, *rounded, row.note])
+        return buffer.getvalue()
+
+    def json(self) -> str:
+        """Means and counts of each method, the metrics with licence and version, notes and settings."""
+        methods = {
+            name: {"pictures": s.pictures, "failed": s.failed, "means": finite(s.means), "counts": s.counts}
+            for name, s in self.summary().items()
+        }
+        common = {name: {"means": finite(s.means), "counts": s.counts} for name, s in self.summary(True).items()}
+        document = {
+            "settings": self.settings, "methods": methods, "common_pictures": common,
+            "metrics": {metric.key: self.describe(metric) for metric in self.metrics.columns}, "notes": self.notes,
+        }  # fmt: skip
+        return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+    def describe(self, metric: Metric) -> dict[str, str | None]:
+        """Everything that a reader needs to know of a column; `refused` is None where it was measured."""
         return {
-            "images": len(self.rows), "psnr": mean([r.psnr for r in self.rows]),
-            "ssim": mean([r.ssim for r in self.rows]), "id_distance": mean([r.id_distance for r in self.rows]),
-            "verification": mean([None if r.same_person is None else float(r.same_person) for r in self.rows]),
+            "title": metric.title, "better": metric.better, "unit": metric.unit, "meaning": metric.meaning,
+            "licence": metric.licence, "version": self.metrics.versions.get(metric.key, ""),
+            "refused": self.metrics.refused.get(metric.key),
         }  # fmt: skip
 
+    def markdown(self) -> str:
+        """Tables of the means, of the metrics, and the notes."""
+        lines = ["# Results", "", *(f"- {key}: {value}" for key, value in self.settings.items()), ""]
+        lines += markdown_table(self.headings(), self.cells())
+        if self.uneven():
+            lines += ["", "Over the pictures for which every method has a figure:", ""]
+            lines += markdown_table(self.headings(), self.cells(common=True))
+        lines += ["", "## Metrics", ""]
+        lines += markdown_table(ABOUT, self.about())
+        lines += ["", "## Notes", "", *(f"- {note}" for note in self.notes)] if self.notes else []
+        return "\n".join(lines) + "\n"
 
-def evaluate(refs: Path, hq: Path, outputs: Path) -> Report:
-    """Measure every picture in `outputs` that has an original of the same name in `hq`.
+    def html(self) -> str:
+        """One page that needs no other file: means, a plot for each metric, pictures, metrics and notes."""
+        tables = [Table("Means", self.headings(), self.cells())]
+        if self.uneven():
+            same = "Means over the pictures for which every method has a figure"
+            tables.append(Table(same, self.headings(), self.cells(common=True)))
+        about = Table("Metrics", ABOUT, self.about())
+        return page(self.settings, tables, self.charts(), self.gallery(), about, self.notes)
 
-    refs: photographs of the person. The result of `a.jpg` may be named `a.*` or `a_restored.*`; another
-    size than the original's is an error, not resized away.
-    Raises `BadFileError` when a folder is missing or empty or an original has no result.
-    """
-    originals, results = pictures(hq), pictures(outputs)
-    by_stem = {path.stem.removesuffix("_restored"): path for path in results}
-    missing = [p.name for p in originals if p.stem not in by_stem]
-    if missing:
-        raise BadFileError(f"{outputs}: no result for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
-    embed = face_embedder()
-    notes = [] if embed else [f"identity was not measured: {INSTALL_METRICS}"]
-    known: list[Embedding] = []
-    if embed:
-        found = [embed(load_image(path).pixels) for path in pictures(refs)]
-        known = [e for e in found if e is not None]
-        if not known:
-            notes.append("identity was not measured: no face was found in the references")
-    rows = []
-    for path in originals:
-        original, result = load_image(path).pixels, load_image(by_stem[path.stem]).pixels
-        if original.shape != result.shape:
-            raise BadFileError(
-                f"{by_stem[path.stem]}: {result.shape[1]}x{result.shape[0]}, its original is "
-                f"{original.shape[1]}x{original.shape[0]}; restore at --scale 1"
+    def charts(self) -> list[Chart]:
+        """A chart for each metric that was measured: every picture's figure and the mean, by method."""
+        means = self.summary()
+        return [
+            Chart(
+                f"{metric.title} {metric.unit} {arrow(metric)}",
+                {m: [v for r in self.rows if r.method == m and (v := value(r, metric.key)) is not None] for m in means},
+                {method: summary.means[metric.key] for method, summary in means.items()},
             )
-        distance = mean_distance(embed(result), known) if embed and known else None
-        same = None if distance is None else distance < SAME_PERSON
-        if embed and known and distance is None:
-            notes.append(f"{path.name}: no face was found in the result; it counts as not the same person")
-            same = False
-        rows.append(Row(path.stem, psnr(result, original), structural(result, original), distance, same))
-    return Report(rows, notes)
+            for metric in self.metrics.columns
+            if metric.key in self.metrics.measures
+        ]
+
+    def gallery(self) -> Gallery:
+        """The pictures that have a thumbnail, each method's with its figures as caption."""
+        shown = {(row.picture, row.method): (row.thumbnail, self.caption(row)) for row in self.rows}
+        seen = {row.picture for row in self.rows if row.thumbnail}
+        return Gallery(self.methods, [name for name in self.pictures if name in seen], shown)
+
+    def caption(self, row: Row) -> str:
+        """The figures of one row in short."""
+        known = [(m, v) for m in self.metrics.columns if (v := row.figures.get(m.key)) is not None and m.unit != "%"]
+        return ", ".join(f"{m.title} {number(m, v)}" for m, v in known) + (f" ({row.note})" if row.note else "")
+
+    def about(self) -> list[list[str]]:
+        """The table of the metrics as text: what each means, its version and licence, or why it was not measured."""
+        versions, refused = self.metrics.versions, self.metrics.refused
+        return [
+            [m.title, m.meaning, versions.get(m.key, ""), m.licence, refused.get(m.key, "measured")]
+            for m in self.metrics.columns
+        ]
+
+    def headings(self) -> list[str]:
+        """The first line of the table of means."""
+        columns = [" ".join(filter(None, (m.title, m.unit, arrow(m)))) for m in self.metrics.columns]
+        return ["method", *columns, "s/image"]
+
+    def cells(self, common: bool = False) -> list[list[str]]:
+        """The table of means as text; a figure of fewer pictures than the method has says of how many."""
+        return [
+            [method, *(figure(metric, s) for metric in self.metrics.columns), seconds(s)]
+            for method, s in self.summary(common).items()
+        ]
+
+    def uneven(self) -> bool:
+        """Whether a metric has figures of other pictures for one method than for another."""
+        keys = [metric.key for metric in self.metrics.columns]
+        every, common = self.summary(), self.summary(common=True)
+        return any(every[m].counts[key] != common[m].counts[key] for m in every for key in keys)
+
+    def _shared(self, key: str) -> set[str]:
+        """Pictures with a figure for every method that has any; a time is known of few methods."""
+        found: dict[str, set[str]] = {}
+        for row in self.rows:
+            if value(row, key) is not None:
+                found.setdefault(row.method, set()).add(row.picture)
+        return set.intersection(*found.values()) if found else set()
+
+    def _summary(self, method: str, keys: Sequence[str], shared: Mapping[str, set[str]]) -> Summary:
+        rows = [row for row in self.rows if row.method == method]
+        means: dict[str, float | None] = {}
+        counts: dict[str, int] = {}
+        for key in keys:
+            known = [v for row in rows if row.picture in shared[key] and (v := value(row, key)) is not None]
+            means[key], counts[key] = fmean(known) if known else None, len(known)
+        return Summary(len(rows), sum(row.failed for row in rows), means, counts)
 
 
-def mean_distance(face: Embedding | None, known: Sequence[Embedding]) -> float | None:
-    """Mean distance of an embedding to several; None without a face."""
-    distances = [identity_distance(face, other) for other in known]
-    return None if face is None else float(np.mean([d for d in distances if d is not None]))
+def value(row: Row, key: str) -> float | None:
+    """A figure of a row, or its seconds."""
+    return row.seconds if key == SECONDS else row.figures.get(key)
 
 
-def structural(result: Pixels, original: Pixels) -> float:
-    """SSIM, or NaN for a picture smaller than its window of 11 pixels."""
-    return ssim(result, original) if min(original.shape[:2]) >= 11 else float("nan")
+def finite(means: Mapping[str, float | None]) -> dict[str, float | str | None]:
+    """JSON has no infinity, which the PSNR of equal pictures is: write it as the text "inf"."""
+    return {key: "inf" if v is not None and math.isinf(v) else v for key, v in means.items()}
 
 
-def pictures(folder: Path) -> list[Path]:
-    """List the pictures of a folder, sorted; raises `BadFileError` when there are none."""
-    if not folder.is_dir():
-        raise BadFileError(f"{folder}: no such folder")
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise BadFileError(f"{folder}: no pictures; expected {' '.join(IMAGE_SUFFIXES)}")
-    return found
+def number(metric: Metric, figure: float) -> str:
+    """A figure as text, with the metric's digits."""
+    shown = figure * 100 if metric.unit == "%" else figure
+    return "∞" if math.isinf(shown) else f"{shown:.{metric.digits}f}"
+
+
+def figure(metric: Metric, summary: Summary) -> str:
+    """A mean as text, "not measured" where there is none."""
+    mean, count = summary.means[metric.key], summary.counts[metric.key]
+    if mean is None:
+        return "not measured"
+    return number(metric, mean) + ("" if count == summary.pictures else f" ({count} of {summary.pictures})")
+
+
+def seconds(summary: Summary) -> str:
+    """Mean time as text."""
+    mean = summary.means[SECONDS]
+    return "" if mean is None else f"{mean:.2f}"
+
+
+def arrow(metric: Metric) -> str:
+    """Which way is better."""
+    return "↑" if metric.better == "up" else "↓"
+
+
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return [line(head), line(["---"] * len(head)), *(line(cells) for cells in body)]

@@ -1,0 +1,88 @@
+"""Identity by a recognizer of the ArcFace family, given as an ONNX file (Deng 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pfstorer_rt.errors import BadFileError, MissingBackendError
+from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, Embedding, Pixels, Points, at_landmark_side, landmark_finder
+
+if TYPE_CHECKING:
+    from pfstorer_rt.evaluation.sample import Measure, Sample
+
+SIDE = 112
+TEMPLATE = np.array(
+    [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)]
+)
+"""Where both eyes, the nose and the corners of the mouth lie, (x, y) in pixels of 112 x 112."""
+
+
+def load_arcface(path: Path | None) -> Measure:
+    """Return 100 x the mean cosine of a result's embedding to those of the references; None without a face.
+
+    Raises MissingBackendError without a file or dlib's landmarks, BadFileError for a file that is no recognizer.
+    """
+    if path is None:
+        raise MissingBackendError("give a recognizer of the ArcFace family as ONNX: --arcface FILE")
+    embed = arcface_embedder(path)
+
+    def measure(result: Sample, _: Sample, references: Sequence[Sample]) -> float | None:
+        face = result.once(embed)
+        known = [other for reference in references if (other := reference.once(embed)) is not None]
+        return None if face is None or not known else 100 * float(np.mean([face @ other for other in known]))
+
+    return measure
+
+
+def arcface_embedder(path: Path) -> Callable[[Pixels], Embedding | None]:
+    """Return a function picture (H, W, 3) in [0, 1] -> embedding of length 1 of its largest face, None without."""
+    landmarks = landmark_finder()
+    if landmarks is None:
+        raise MissingBackendError(f"faces are aligned by dlib's landmarks; {INSTALL_METRICS}")
+    session = open_recognizer(path)
+    name = session.get_inputs()[0].name
+
+    def embed(pixels: Pixels) -> Embedding | None:
+        face = landmarks.face(pixels)
+        if face is None:
+            return None
+        points = five_points(landmarks.points(pixels, face))
+        planes = align(at_landmark_side(pixels), points).transpose(2, 0, 1)[None] * 2 - 1
+        vector = np.asarray(session.run(None, {name: planes.astype(np.float32)})[0], dtype=np.float64).ravel()
+        return vector / max(float(np.linalg.norm(vector)), 1e-12)
+
+    return embed
+
+
+def open_recognizer(path: Path) -> Any:
+    """Open the ONNX file; raises BadFileError unless it takes (1, 3, 112, 112) and gives one vector."""
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        probe = np.zeros((1, 3, SIDE, SIDE), np.float32)
+        shape = np.shape(session.run(None, {session.get_inputs()[0].name: probe})[0])
+    except Exception as error:  # onnxruntime's errors have no common parent of their own
+        reason = " ".join(str(error).split())[:200]
+        raise BadFileError(f"{path}: no recognizer that takes (1, 3, {SIDE}, {SIDE}) float32 ({reason})") from error
+    if len(shape) != 2 or shape[1] < 2:
+        raise BadFileError(f"{path}: gives {shape}; expected one embedding, (1, N)")
+    return session
+
+
+def five_points(points: Points) -> Points:
+    """Both eyes, nose and corners of the mouth (5, 2) of dlib's 68 landmarks, left as seen first."""
+    return np.stack([points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]])
+
+
+def align(pixels: Pixels, points: Points) -> npt.NDArray[np.float64]:
+    """Turn, scale and shift (H, W, 3) in [0, 1] so that its five points lie on the template: (112, 112, 3)."""
+    from skimage.transform import estimate_transform, warp
+
+    transform = estimate_transform("similarity", points, TEMPLATE)
+    return np.asarray(warp(pixels.astype(np.float64), transform.inverse, output_shape=(SIDE, SIDE), order=1))

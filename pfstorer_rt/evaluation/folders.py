@@ -1,0 +1,171 @@
+"""Evaluate folders: pair originals with the results of any method by their names, and measure each pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pfstorer_rt.errors import BadFileError, PFStorerError
+from pfstorer_rt.evaluation.page import THUMBNAILS, thumbnail
+from pfstorer_rt.evaluation.report import INPUT, ORIGINAL, Report, Row
+from pfstorer_rt.evaluation.table import Metrics, Sample, load_metrics
+from pfstorer_rt.image import IMAGE_SUFFIXES, load_image
+
+ENDINGS = ("", "_restored", "_degraded_restored", "_degraded", "_out")
+"""What the name of a result may have after that of its original."""
+Seconds = Mapping[str, float]
+
+
+def evaluate(
+    refs: Path,
+    hq: Path,
+    outputs: Path | Mapping[str, Path],
+    inputs: Path | None = None,
+    *,
+    seconds: Mapping[str, float | Seconds] | None = None,
+    metrics: Metrics | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Measure restored pictures of any method against their originals and the person's references.
+
+    refs: folder of photographs of the person, or with a sub-folder for each person, then `hq` has the same ones.
+    hq: folder of originals. outputs: folder of results, or name of a method -> folder; may be an empty mapping.
+    inputs: folder of the bad pictures, measured as the method "input". Folders are searched recursively; the
+    result of `a.jpg` is `a.*` or `a_restored.*` at the same place, of the same size.
+    seconds: method -> seconds per picture, or name of a picture -> seconds. metrics: those to measure; None loads
+    all. progress: called with (done, total) pictures.
+    A picture without a result, or whose result cannot be measured, is a row that says why and counts as not
+    verified; figures of other pictures stand. Raises BadFileError when a folder is missing or empty, or when a
+    method has no result that can be measured, and ValueError for a method named "input" or "original".
+    """
+    methods = outputs if isinstance(outputs, Mapping) else {outputs.name or "output": outputs}
+    reserved = sorted({INPUT, ORIGINAL} & set(methods))
+    if reserved:
+        raise ValueError(f"a method is named {reserved[0]}, as a reference row is; choose another name")
+    metrics = metrics or load_metrics()
+    originals = by_name(hq)
+    folders = {**({INPUT: inputs} if inputs else {}), **methods}
+    results = {method: match(originals, folder) for method, folder in folders.items()}
+    people = People(refs)
+    shown = set(evenly(list(originals), THUMBNAILS))
+    rows: list[Row] = []
+    for done, (name, path) in enumerate(originals.items()):
+        original = Sample(load_image(path).pixels)
+        found = {**{method: results[method][name] for method in results}, ORIGINAL: original}
+        for method, result in found.items():
+            time = picture_seconds((seconds or {}).get(method), name)
+            rows.append(measure_one(method, name, result, original, people.of(name), metrics, time, name in shown))
+        if progress:
+            progress(done + 1, len(originals))
+    refuse_empty(rows, folders)
+    named = {"references": str(refs), "originals": str(hq), **{f"folder of {m}": str(f) for m, f in folders.items()}}
+    return Report(rows, metrics, [*people.notes(metrics), *row_notes(rows)], named)
+
+
+def measure_one(
+    method: str, name: str, result: Path | Sample | None, original: Sample, references: Sequence[Sample],
+    metrics: Metrics, seconds: float | None, shown: bool,
+) -> Row:  # fmt: skip
+    """Measure one result, or say in its row why it could not be."""
+    try:
+        if result is None:
+            raise PFStorerError("no result")
+        sample = result if isinstance(result, Sample) else Sample(load_image(result).pixels)
+        figures = metrics.measure(sample, original, references)
+    except (PFStorerError, ValueError) as error:
+        return Row(method, name, metrics.of_failure(original, references), None, str(error), failed=True)
+    picture = thumbnail(sample.pixels) if shown else b""
+    absent = figures.get("verification_dlib") is not None and figures.get("id_dlib", 0.0) is None
+    return Row(method, name, figures, seconds, "no face found" if absent else "", picture)
+
+
+def refuse_empty(rows: Sequence[Row], folders: Mapping[str, Path]) -> None:
+    """Raise BadFileError with the first reason when no result of a method could be measured."""
+    for method, folder in folders.items():
+        own = [row for row in rows if row.method == method]
+        if all(row.failed for row in own):
+            raise BadFileError(f"{folder}: no result could be measured; {own[0].picture}: {own[0].note}")
+
+
+def row_notes(rows: Sequence[Row]) -> Iterator[str]:
+    """One line for each row that has a note."""
+    return (f"{row.method}: {row.picture}: {row.note}" for row in rows if row.note)
+
+
+def picture_seconds(seconds: float | Seconds | None, name: str) -> float | None:
+    """The time of one picture, found like its result."""
+    if not isinstance(seconds, Mapping):
+        return seconds
+    return next((seconds[name + ending] for ending in ENDINGS if name + ending in seconds), None)
+
+
+@dataclass
+class People:
+    """Photographs of one person, or of several in sub-folders."""
+
+    refs: Path
+
+    def __post_init__(self) -> None:
+        files = pictures(self.refs)
+        self._groups: dict[str, list[Sample]] = {}
+        for path in files:
+            relative = path.relative_to(self.refs)
+            person = relative.parts[0] if len(relative.parts) > 1 else ""
+            self._groups.setdefault(person, []).append(Sample(load_image(path).pixels))
+
+    def of(self, name: str) -> list[Sample]:
+        """References of the person that a picture is of; raises BadFileError for one without."""
+        person = name.split("/")[0] if "/" in name else ""
+        for key in (person, ""):
+            if key in self._groups:
+                return self._groups[key]
+        if len(self._groups) == 1:
+            return next(iter(self._groups.values()))
+        raise BadFileError(f"{self.refs}: no references of {name}; expected a folder {person or 'for each person'}")
+
+    def notes(self, metrics: Metrics) -> list[str]:
+        """Say where nobody can be compared because no reference shows a face."""
+        from pfstorer_rt.evaluation.metrics import face_embedder
+        from pfstorer_rt.evaluation.table import known_faces
+
+        embed = face_embedder()
+        if embed is None or "id_dlib" not in metrics.measures:
+            return []
+        empty = [person or str(self.refs) for person, refs in self._groups.items() if not known_faces(refs, embed)]
+        return [f"{person}: identity was not measured: no face was found in the references" for person in empty]
+
+
+def match(originals: Mapping[str, Path], folder: Path) -> dict[str, Path | None]:
+    """Find for every original its result in a folder, None where there is none."""
+    found = by_name(folder)
+    return {
+        name: next((found[name + ending] for ending in ENDINGS if name + ending in found), None) for name in originals
+    }
+
+
+def by_name(folder: Path) -> dict[str, Path]:
+    """Pictures by their path in the folder without suffix; raises BadFileError when two have one name."""
+    found: dict[str, Path] = {}
+    for path in pictures(folder):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise BadFileError(f"{folder}: {path.name} and {found[name].name} have one name; keep one of them")
+        found[name] = path
+    return found
+
+
+def pictures(folder: Path) -> list[Path]:
+    """List the pictures of a folder and its sub-folders, sorted; raises `BadFileError` when there are none."""
+    if not folder.is_dir():
+        raise BadFileError(f"{folder}: no such folder")
+    found = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+    if not found:
+        raise BadFileError(f"{folder}: no pictures; expected {' '.join(IMAGE_SUFFIXES)}")
+    return found
+
+
+def evenly(names: Sequence[str], count: int) -> list[str]:
+    """At most `count` of the names, evenly spread."""
+    step = max(1, -(-len(names) // count))
+    return list(names[::step])

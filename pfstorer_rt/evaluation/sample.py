@@ -1,0 +1,37 @@
+"""A picture to be measured, and the kind of function that measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from pfstorer_rt.evaluation.metrics import Pixels
+
+T = TypeVar("T")
+
+
+class Sample:
+    """A picture, and what was computed from it: a face that several metrics look at is found once.
+
+    pixels: (H, W, 3) float32 in [0, 1].
+    """
+
+    def __init__(self, pixels: Pixels) -> None:
+        if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype.kind != "f":
+            raise ValueError(f"pixels {pixels.shape} {pixels.dtype}; expected (H, W, 3) float in [0, 1]")
+        if not pixels.size or not np.isfinite(pixels).all():
+            raise ValueError(f"pixels {pixels.shape} that are empty, NaN or infinite; expected numbers in [0, 1]")
+        self.pixels = pixels
+        self._known: dict[Hashable, object] = {}
+
+    def once(self, function: Callable[[Pixels], T]) -> T:
+        """Return `function(pixels)`, computed on the first call."""
+        if function not in self._known:
+            self._known[function] = function(self.pixels)
+        return self._known[function]  # type: ignore[return-value]
+
+
+Measure = Callable[[Sample, Sample, Sequence[Sample]], "float | None"]
+"""measure(result, original, references) -> figure, None where it is not defined for these pictures."""

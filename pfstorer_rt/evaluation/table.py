@@ -1,0 +1,280 @@
+"""The table of metrics: what each means, what it needs, and how it is loaded. A new metric is a new row here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.evaluation import metrics
+from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, SAME_PERSON, SSIM_WINDOW, Embedding, Pixels
+from pfstorer_rt.evaluation.sample import Measure, Sample
+from pfstorer_rt.files import sha256_file
+
+__all__ = ["METRICS", "Measure", "Metric", "MetricFiles", "Metrics", "Sample", "load_metrics"]
+
+@dataclass(frozen=True)
+class MetricFiles:
+    """Weights that only the user can give; None where there are none."""
+
+    arcface: Path | None = None
+    """A face recognizer of the ArcFace family as ONNX: (1, 3, 112, 112) in, an embedding out."""
+    alexnet: Path | None = None
+    """torchvision's AlexNet weights (alexnet-owt-7be5be79.pth), the backbone of LPIPS."""
+    musiq: Path | None = None
+    """pyiqa's MUSIQ weights (musiq_koniq_ckpt-e95806b9.pth); without it pyiqa fetches them itself."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column of a report."""
+
+    key: str
+    """Its name in CSV and JSON."""
+    title: str
+    better: Literal["up", "down"]
+    unit: str
+    meaning: str
+    licence: str
+    """Of the code and of the weights that it runs."""
+    packages: tuple[str, ...]
+    """Distributions whose versions a report names."""
+    load: Callable[[MetricFiles], Measure]
+    """Raises MissingBackendError that says what to install or which file to give."""
+    counts_failures: bool = False
+    """A result that is missing counts as a black picture, so that no method gains by failing."""
+    file: str | None = None
+    """Field of `MetricFiles` that it reads."""
+    digits: int = 3
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Loaded metrics; those that could not be loaded stay in `columns`, with the reason in `refused`."""
+
+    columns: tuple[Metric, ...]
+    measures: dict[str, Measure]
+    refused: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def measure(self, result: Sample, original: Sample, references: Sequence[Sample] = ()) -> dict[str, float | None]:
+        """Measure one picture by every column.
+
+        result, original: of one size. references: photographs of the person, of any size; the same `Sample`
+        objects for every picture, so that their faces are found once.
+        Returns key -> figure; None where a metric is refused or not defined for these pictures (no face, too
+        small). `verification_dlib` is 1.0 or 0.0. Raises ValueError where the sizes differ.
+        """
+        if result.pixels.shape != original.pixels.shape:
+            raise ValueError(
+                f"the result is {size(result.pixels)}, its original {size(original.pixels)}; restore at --scale 1"
+            )
+        return {
+            column.key: self.measures[column.key](result, original, references) if column.key in self.measures else None
+            for column in self.columns
+        }
+
+    def of_failure(self, original: Sample, references: Sequence[Sample] = ()) -> dict[str, float | None]:
+        """Figures of a result that is missing: None but for the columns that count failures."""
+        black = Sample(np.zeros_like(original.pixels))
+        counted = {column.key for column in self.columns if column.counts_failures} & set(self.measures)
+        return {
+            column.key: self.measures[column.key](black, original, references) if column.key in counted else None
+            for column in self.columns
+        }
+
+
+def load_metrics(keys: Sequence[str] | None = None, files: MetricFiles | None = None) -> Metrics:
+    """Load metrics by their keys in `METRICS`, all of them for None; one that is missing does not stop the rest.
+
+    Raises ValueError for an unknown key, BadFileError for a file that was given and cannot be read.
+    """
+    known = {metric.key: metric for metric in METRICS}
+    unknown = sorted(set(keys or ()) - set(known))
+    if unknown:
+        raise ValueError(f"no metric {', '.join(unknown)}; expected some of {', '.join(known)}")
+    columns = tuple(metric for metric in METRICS if keys is None or metric.key in keys)
+    loaded = Metrics(columns, {})
+    for metric in columns:
+        loaded.versions[metric.key] = describe_version(metric, files or MetricFiles())
+        try:
+            loaded.measures[metric.key] = metric.load(files or MetricFiles())
+        except MissingBackendError as error:
+            loaded.refused[metric.key] = f"not measured: {error}"
+    return loaded
+
+
+def describe_version(metric: Metric, files: MetricFiles) -> str:
+    """Name the versions of a metric's packages and the digest of the file that it reads."""
+    words = [f"{name} {installed(name)}" for name in metric.packages]
+    path = getattr(files, metric.file) if metric.file else None
+    if path is not None:
+        words.append(f"{path.name} sha256 {sha256_file(path)[:12]}")
+    return ", ".join(words)
+
+
+def installed(name: str) -> str:
+    """Return the version of a distribution, or that it is missing."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def size(pixels: Pixels) -> str:
+    """Width x height."""
+    return f"{pixels.shape[1]}x{pixels.shape[0]}"
+
+
+def known_faces(references: Sequence[Sample], embed: Callable[[Pixels], Embedding | None]) -> list[Embedding]:
+    """Embeddings of the references that show a face."""
+    return [face for reference in references if (face := reference.once(embed)) is not None]
+
+
+def load_psnr(_: MetricFiles) -> Measure:
+    """PSNR in dB."""
+    return lambda result, original, _: metrics.psnr(result.pixels, original.pixels)
+
+
+def load_ssim(_: MetricFiles) -> Measure:
+    """SSIM; None below its window of 11 pixels."""
+
+    def measure(result: Sample, original: Sample, _: Sequence[Sample]) -> float | None:
+        fits = min(original.pixels.shape[:2]) >= SSIM_WINDOW
+        return metrics.ssim(result.pixels, original.pixels) if fits else None
+
+    return measure
+
+
+def dlib_embedder() -> Callable[[Pixels], Embedding | None]:
+    """dlib's embedding, or MissingBackendError."""
+    embed = metrics.face_embedder()
+    if embed is None:
+        raise MissingBackendError(f"dlib and its weights are not installed; {INSTALL_METRICS}")
+    return embed
+
+
+def load_id(_: MetricFiles) -> Measure:
+    """Mean distance of dlib's embedding to those of the references."""
+    embed = dlib_embedder()
+    return lambda result, _, references: metrics.mean_distance(result.once(embed), known_faces(references, embed))
+
+
+def load_id_original(_: MetricFiles) -> Measure:
+    """Distance of dlib's embedding to that of the original."""
+    embed = dlib_embedder()
+    return lambda result, original, _: metrics.identity_distance(result.once(embed), original.once(embed))
+
+
+def load_verification(_: MetricFiles) -> Measure:
+    """1.0 where the result is accepted as the person of the references; no face counts as not accepted."""
+    embed = dlib_embedder()
+
+    def measure(result: Sample, _: Sample, references: Sequence[Sample]) -> float | None:
+        known = known_faces(references, embed)
+        if not known:
+            return None
+        distance = metrics.mean_distance(result.once(embed), known)
+        return float(distance is not None and distance < SAME_PERSON)
+
+    return measure
+
+
+def load_lmse(_: MetricFiles) -> Measure:
+    """Squared error of dlib's landmarks, the face of the original giving the place in both pictures."""
+    landmarks = metrics.landmark_finder()
+    if landmarks is None:
+        raise MissingBackendError(f"dlib and its weights are not installed; {INSTALL_METRICS}")
+
+    def measure(result: Sample, original: Sample, _: Sequence[Sample]) -> float | None:
+        face = original.once(landmarks.face)
+        if face is None:
+            return None
+        truth = landmarks.points(original.pixels, face)
+        return metrics.landmark_error(landmarks.points(result.pixels, face), truth)
+
+    return measure
+
+
+def load_lpips(files: MetricFiles) -> Measure:
+    """LPIPS 0.1, AlexNet."""
+    from pfstorer_rt.evaluation.perceptual import load_lpips
+
+    return load_lpips(files.alexnet)
+
+
+def load_stlpips(_: MetricFiles) -> Measure:
+    """ST-LPIPS, AlexNet."""
+    from pfstorer_rt.evaluation.perceptual import load_stlpips
+
+    return load_stlpips()
+
+
+def load_musiq(files: MetricFiles) -> Measure:
+    """MUSIQ on KonIQ-10k."""
+    from pfstorer_rt.evaluation.perceptual import load_musiq
+
+    return load_musiq(files.musiq)
+
+
+def load_arcface(files: MetricFiles) -> Measure:
+    """Mean cosine to the references' embeddings."""
+    from pfstorer_rt.evaluation.arcface import load_arcface
+
+    return load_arcface(files.arcface)
+
+
+DLIB = ("dlib-bin", "face_recognition_models")
+DLIB_LICENCE = "BSL-1.0 (dlib), weights CC0"
+
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        "psnr", "PSNR", "up", "dB", "peak signal-to-noise ratio over all pixels and channels", "Apache-2.0",
+        ("pfstorer-rt",), load_psnr, digits=2,
+    ),
+    Metric(
+        "ssim", "SSIM", "up", "", "structural similarity, gaussian window, mean of the three channels",
+        "BSD-3-Clause", ("scikit-image",), load_ssim,
+    ),
+    Metric(
+        "lpips", "LPIPS", "down", "", "learned perceptual distance 0.1 (Zhang 2018), AlexNet",
+        "BSD-2-Clause (lpips), weights BSD-3-Clause (torchvision)", ("lpips",), load_lpips, file="alexnet",
+    ),
+    Metric(
+        "stlpips", "ST-LPIPS", "down", "", "shift-tolerant LPIPS (Ghildyal and Liu 2022), AlexNet; not LPIPS",
+        "BSD-2-Clause (weights in stlpips_pytorch)", ("stlpips_pytorch",), load_stlpips,
+    ),
+    Metric(
+        "musiq", "MUSIQ", "up", "", "quality without reference (Ke 2021), KonIQ-10k weights",
+        "PolyForm-Noncommercial-1.0.0 (pyiqa), weights Apache-2.0", ("pyiqa",), load_musiq, file="musiq", digits=1,
+    ),
+    Metric(
+        "lmse_dlib", "LMSE (dlib)", "down", "px²",
+        "mean squared distance of dlib's 68 landmarks to the original's, at a longer side of 512 px; not FaRL's",
+        "BSL-1.0 (dlib), landmark weights for non-commercial use (iBUG 300-W)", DLIB, load_lmse, digits=1,
+    ),
+    Metric(
+        "id_dlib", "ID (dlib)", "down", "", "mean Euclidean distance of dlib's embedding to the references'",
+        DLIB_LICENCE, DLIB, load_id,
+    ),
+    Metric(
+        "id_original_dlib", "ID to original (dlib)", "down", "",
+        "Euclidean distance of dlib's embedding to the original's", DLIB_LICENCE, DLIB, load_id_original,
+    ),
+    Metric(
+        "verification_dlib", "Verified (dlib)", "up", "%",
+        f"share of results with an ID (dlib) below {SAME_PERSON}, dlib's threshold; no face counts as not accepted",
+        DLIB_LICENCE, DLIB, load_verification, counts_failures=True, digits=1,
+    ),
+    Metric(
+        "id_arcface", "ID (ArcFace)", "up", "",
+        "100 x mean cosine of the given recognizer's embedding to the references'",
+        "MIT (onnxruntime), weights: that of the file given", ("onnxruntime",), load_arcface, file="arcface", digits=1,
+    ),
+)  # fmt: skip
+"""Every metric, in the order of the columns."""

@@ -1,0 +1,29 @@
+"""Bad pictures of good ones as files, so that any method can be run on the same inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pfstorer_rt.evaluation.folders import by_name
+from pfstorer_rt.files import make_folder
+from pfstorer_rt.image import load_image, save_image
+from pfstorer_rt.training.degradation import degrade
+
+
+def degrade_folder(source: Path, target: Path, level: str, seed: int = 0, overwrite: bool = False) -> list[Path]:
+    """Degrade every picture of a folder and its sub-folders; returns the files, PNG of the same names.
+
+    level: "light" or "heavy". The first picture by name is degraded with `seed`, the next with seed + 1, so that
+    the bytes depend on the folder's pictures, level and seed alone.
+    Raises BadFileError for a missing or empty folder, PFStorerError where a file exists and not `overwrite`.
+    """
+    written = []
+    for number, (name, path) in enumerate(by_name(source).items()):
+        image = torch.from_numpy(load_image(path).pixels).permute(2, 0, 1).contiguous()
+        file = target / f"{name}.png"
+        make_folder(file.parent)
+        save_image(file, degrade(image, level, seed + number).permute(1, 2, 0).numpy(), overwrite=overwrite)
+        written.append(file)
+    return written
