@@ -24,7 +24,7 @@ import torch
 from pfstorer_rt.export import export_plan
 
 from pfstorer_rt.cli.bench import processor
-from pfstorer_rt.config import PersonalizeConfig, RestoreConfig, TrainConfig
+from pfstorer_rt.config import PersonalizeConfig, RestoreConfig
 from pfstorer_rt.evaluation.metrics import Pixels, face_embedder, psnr, ssim
 from pfstorer_rt.evaluation.report import mean_distance
 from pfstorer_rt.models.base import load_base
@@ -68,7 +68,7 @@ def measure(
     assert embed is not None, "install the metrics extra"
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        config = PersonalizeConfig(train=TrainConfig(iterations=iterations))
+        config = PersonalizeConfig.for_base(loaded.config, {"iterations": iterations})
         identity = personalize(name, refs, loaded, config, Path(folder) / "one.safetensors")
         seconds = time.perf_counter() - started
         export_plan(Path(folder) / "one.plan", identity, loaded)

@@ -48,6 +48,8 @@ class BaseConfig:
     """Keyword arguments of `ControllableFeatureWrapping`; None has a plain decoder alone."""
     head_size: int = 64
     """Head size of the personalization blocks."""
+    personalize: dict[str, Any] = field(default_factory=dict)
+    """Fields of `TrainConfig` that learning a person on this base wants otherwise: narrow blocks take larger steps."""
     spade_hidden: int = 128
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     factor: int = 8
@@ -216,6 +218,11 @@ class PersonalizeConfig:
     p_hq: float = 0.03
     rank: int = 0
     """Rank of the blocks' matrices; 0 keeps them whole."""
+
+    @classmethod
+    def for_base(cls, base: BaseConfig, train: Mapping[str, Any] | None = None, **values: Any) -> PersonalizeConfig:
+        """Return a base's defaults with some values changed; `train` has fields of `TrainConfig`."""
+        return cls(train=TrainConfig(**{**base.personalize, **(train or {})}), **values)
 
 
 @dataclass(frozen=True)

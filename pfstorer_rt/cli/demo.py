@@ -103,13 +103,15 @@ def resize(pixels: Pixels, size: int) -> Pixels:
 
 def learn_and_export(references: list[Path], base: str, iterations: int, output: Path, plan: Path) -> None:
     """Personalize on the views and write the plan."""
-    from pfstorer_rt.config import PersonalizeConfig, TrainConfig
+    from pfstorer_rt.config import PersonalizeConfig
     from pfstorer_rt.export import export_plan
+    from pfstorer_rt.models.base import load_base
     from pfstorer_rt.training.personalize import personalize
 
-    config = PersonalizeConfig(train=TrainConfig(iterations=iterations))
-    identity = personalize(NAME, references, base, config, output / f"{NAME}.safetensors")
-    export_plan(plan, identity, base)
+    loaded = load_base(base)
+    config = PersonalizeConfig.for_base(loaded.config, {"iterations": iterations})
+    identity = personalize(NAME, references, loaded, config, output / f"{NAME}.safetensors")
+    export_plan(plan, identity, loaded)
 
 
 def restore_both(lq: Pixels, plan: Path) -> dict[str, Pixels]:

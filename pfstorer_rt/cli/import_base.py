@@ -32,8 +32,8 @@ def command(
     """
     from pfstorer_rt.errors import PFStorerError
 
-    if (output / "config.json").exists() and not overwrite:
-        raise PFStorerError(f"{output}: a base exists there; choose another name or pass --overwrite")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise PFStorerError(f"{output}: the folder is not empty; choose another name or pass --overwrite")
     import torch
 
     from pfstorer_rt.models.importing import import_base

@@ -13,9 +13,9 @@ import click
 @click.option("--identity", "name", required=True, help="Name of the person; the file is kept under it.")
 @click.option("--base", default="tiny", show_default=True, help="tiny, or a base directory.")
 @click.option("--method", type=click.Choice(["pfstorer", "vico", "dreambooth"]), default="pfstorer", show_default=True)
-@click.option("--iterations", type=click.IntRange(1), default=500, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--learning-rate", type=float, default=5e-5, show_default=True, help="Of the blocks.")
+@click.option("--iterations", type=click.IntRange(1), help="500, unless the base says otherwise.")
+@click.option("--batch", type=click.IntRange(1), help="4, unless the base says otherwise.")
+@click.option("--learning-rate", type=float, help="Of the blocks; 5e-5, unless the base says otherwise.")
 @click.option("--lambda-gen", type=click.FloatRange(0), default=0.1, show_default=True)
 @click.option("--rank", type=click.IntRange(0), default=0, help="Rank of the blocks' matrices; 0 keeps them whole.")
 @click.option("--ref-source", type=click.Choice(["cached", "self"]), default="cached", show_default=True)
@@ -40,7 +40,7 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
     Example:
       pfstorer-rt personalize --identity alice photos/alice/*.jpg
     """
-    from pfstorer_rt.config import PersonalizeConfig, TrainConfig
+    from pfstorer_rt.config import PersonalizeConfig
     from pfstorer_rt.errors import PFStorerError
     from pfstorer_rt.identity import identities_dir, identity_path
 
@@ -52,22 +52,23 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
         raise PFStorerError(f"{target}: exists already; choose another name or pass --overwrite")
     import json
 
+    from pfstorer_rt.models.base import load_base
     from pfstorer_rt.training.data import find_images
     from pfstorer_rt.training.personalize import personalize
 
     photos = find_images([Path(r) for r in references])
     if len(photos) < 3:
         click.echo(f"note: {len(photos)} photograph(s); 3-5 give a better likeness", err=True)
-    train = TrainConfig(
-        iterations=options["iterations"], batch=options["batch"], learning_rate=options["learning_rate"],
-        precision=options["precision"], device=options["device"], seed=options["seed"],
-        optimizer=options["optimizer"], gradient_checkpointing=options["gradient_checkpointing"],
+    base = load_base(options["base"])
+    names = (
+        "iterations", "batch", "learning_rate", "precision", "device", "seed", "optimizer", "gradient_checkpointing",
     )  # fmt: skip
-    config = PersonalizeConfig(
-        method=options["method"], train=train, lambda_gen=options["lambda_gen"], rank=options["rank"],
+    config = PersonalizeConfig.for_base(
+        base.config, {name: options[name] for name in names if options[name] is not None},
+        method=options["method"], lambda_gen=options["lambda_gen"], rank=options["rank"],
         ref_source=options["ref_source"],
     )  # fmt: skip
-    identity = personalize(name, photos, options["base"], config, target)
+    identity = personalize(name, photos, base, config, target)
     if options["as_json"]:
         click.echo(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))
         return

@@ -19,16 +19,30 @@ from pfstorer_rt.models.conversion import Tensors
 _ALLOWED = {
     ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"),
     *(("torch", f"{kind}Storage") for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Bool", "Byte")),
+    *(("torch", name) for name in ("Size", "float16", "bfloat16", "float32", "float64", "int64")),
+    *((module, name) for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "complex")),
+    ("_codecs", "encode"),  # how Python pickles bytes
 }  # fmt: skip
-_INERT = ("pytorch_lightning.", "lightning.", "torchmetrics.")
+_INERT = ("pytorch_lightning.", "lightning.", "torchmetrics.", "omegaconf.", "numpy.", "argparse.")
 
 
 class Stub:
-    """Stands for a Lightning object in a checkpoint: takes anything, does nothing."""
+    """Stands for what training left in a checkpoint, such as Lightning's objects: takes anything, does nothing.
+
+    It takes the place of the class itself, so what it stands for is never imported.
+    """
 
     def __init__(self, *arguments: object, **named: object) -> None: ...
 
     def __setstate__(self, state: object) -> None: ...
+
+    def __setitem__(self, key: object, value: object) -> None: ...
+
+    def append(self, value: object) -> None:
+        """Take an item, as a list does."""
+
+    def extend(self, values: object) -> None:
+        """Take items, as a list does."""
 
 
 class RestrictedUnpickler(pickle.Unpickler):
@@ -38,7 +52,7 @@ class RestrictedUnpickler(pickle.Unpickler):
         """Return an allowed class, or a stub for Lightning's; raises `BadFileError` for the rest."""
         if (module, name) in _ALLOWED:
             return super().find_class(module, name)
-        if module.startswith(_INERT):
+        if f"{module}.".startswith(_INERT):
             return Stub
         raise BadFileError(f"the checkpoint wants to run {module}.{name}; only tensors and containers are read")
 
@@ -69,7 +83,7 @@ def read_checkpoint(path: Path) -> Tensors:
         reason = " ".join(str(error).split())[:200]
         raise BadFileError(f"{show_path(path)}: not a readable .ckpt or .safetensors file ({reason})") from error
     state = data.get("state_dict", data) if isinstance(data, Mapping) else {}
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and isinstance(k, str)}
     if not tensors:
         raise BadFileError(f"{show_path(path)}: no tensors in it; expected a StableSR checkpoint")
     return tensors

@@ -52,18 +52,27 @@ def convert_structure_encoder(tensors: Tensors, heads: int) -> Tensors:
             out[leaf.replace("0.", "time_embedding.linear_1.").replace("2.", "time_embedding.linear_2.")] = value
             continue
         number, _, rest = leaf.partition(".")
-        target = blocks[f"{place}.{number}"]
+        target = blocks.get(f"{place}.{number}")
+        if target is None:
+            out[key] = value  # nothing has that name: it is listed as unexpected
+            continue
         if place == "input_blocks" or place == "middle_block":
             target, rest = _inside(place, target, rest)
         out.update(_leaf(target, rest, value, heads))
     return out
 
 
+def dropped(tensors: Mapping[str, torch.Tensor], converted: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the keys whose tensors did not get into a conversion, which renames and reshapes without copying."""
+    kept = {tensor.untyped_storage().data_ptr() for tensor in converted.values()}
+    return [key for key, tensor in tensors.items() if tensor.untyped_storage().data_ptr() not in kept]
+
+
 def _block_places(tensors: Tensors) -> dict[str, str]:
     """Map `input_blocks.N`, `middle_block.N` and `fea_tran.N` to places of `StructureEncoder`."""
     places = {"input_blocks.0": "conv_in", "middle_block.0": "mid_in", "middle_block.1": "mid_attention"}
     places["middle_block.2"] = "mid_out"
-    count = 1 + max(int(m[1]) for k in tensors if (m := re.match(r"input_blocks\.(\d+)\.", k)))
+    count = 1 + max((int(m[1]) for k in tensors if (m := re.match(r"input_blocks\.(\d+)\.", k))), default=0)
     level, inside = 0, 0
     for n in range(1, count):
         if f"input_blocks.{n}.0.op.weight" in tensors:
@@ -98,6 +107,8 @@ def _leaf(target: str, rest: str, value: torch.Tensor, heads: int) -> Tensors:
     name, _, kind = rest.rpartition(".")
     if name == "qkv":
         split = value.flatten(1) if value.ndim > 1 else value
+        if len(split) % (3 * heads):
+            return {f"{target}.attn.to_q.{kind}": value}  # its shape is listed as wrong
         pieces = split.unflatten(0, (heads, 3, -1)).unbind(1)
         return {f"{target}.attn.to_{x}.{kind}": p.flatten(0, 1) for x, p in zip("qkv", pieces, strict=True)}
     if name == "proj_out":

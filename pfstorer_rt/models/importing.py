@@ -13,6 +13,7 @@ from torch import nn
 
 from pfstorer_rt.config import PRESETS, BaseConfig
 from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.files import show_path
 from pfstorer_rt.models.base import assemble, fingerprint_directory, read_network, write_base
 from pfstorer_rt.models.cfw import LEVELS
 from pfstorer_rt.models.checkpoint import read_checkpoint
@@ -24,6 +25,7 @@ from pfstorer_rt.models.conversion import (
     Tensors,
     convert_structure_encoder,
     convert_unet,
+    dropped,
     part,
 )  # fmt: skip
 
@@ -50,10 +52,13 @@ def import_base(
     sd: diffusers directory or hub id of SD 2.1-base, for files that hold SPADEs and the structure encoder alone.
     cfw: checkpoint of the feature-wrapping decoder. vae: `taesd`, directory or hub id of an AutoencoderTiny of SD's
     latent space, in place of SD's own. prediction_type, tile: None goes by the file's name (`file_kind`).
-    One network at a time is in memory. Raises `BadFileError` listing every missing, unexpected or mis-shaped key,
-    before anything is written.
+    One network at a time is in memory. Raises `BadFileError` listing every missing, unexpected or mis-shaped key, and
+    every tensor with values that are not finite in `dtype`, before anything is written.
     """
+    if sd is not None and Path(sd).is_dir() and output.resolve() == Path(sd).resolve():
+        raise BadFileError(f"{show_path(output)}: the new base would replace the files that --sd reads; choose another")
     tensors = read_checkpoint(checkpoint)
+    check_kind(tensors, checkpoint.name)
     config = file_kind(checkpoint.name, config or PRESETS["sd21"])
     config = replace(config, prediction_type=prediction_type or config.prediction_type, tile=tile or config.tile)  # type: ignore[arg-type]
     states = convert(tensors, config, sd)
@@ -68,10 +73,27 @@ def import_base(
     with torch.device("meta"):  # shapes and names alone
         modules = assemble(config).modules()
     states["text_encoder"] = match_text_names(states["text_encoder"], modules["text_encoder"])
+    sources = {name: f"{cfw.name if cfw and name == 'cfw' else checkpoint.name}: {name}" for name in modules}
     for name, module in modules.items():
-        check_fit(module, states[name], f"{(cfw or checkpoint).name if name == 'cfw' else checkpoint.name}: {name}")
+        check_fit(module, states[name], sources[name])
+    for name, source in sources.items():  # reads every tensor, so after all that the names can tell
+        check_finite(states[name], dtype, source)
     write_base(output, config, modules, states, dtype)
     return Imported(output, config, fingerprint_directory(output))
+
+
+def check_kind(tensors: Tensors, name: str) -> None:
+    """Raise `BadFileError` for a file that is no StableSR checkpoint, or has tensors of networks unknown here.
+
+    Names without a dot are the noise schedule's buffers, which are computed anew.
+    """
+    if not part(tensors, STRUCTURE):
+        raise BadFileError(
+            f"{name}: no {STRUCTURE}* tensors in it; expected a StableSR checkpoint (SD 2.1 itself goes into --sd, the "
+            "feature-wrapping decoder into --cfw)"
+        )
+    known = (UNET, STRUCTURE, VAE, TEXT, "model_ema.")
+    raise_if_any([f"unexpected {k}" for k in tensors if "." in k and not k.startswith(known)], name)
 
 
 def file_kind(name: str, config: BaseConfig) -> BaseConfig:
@@ -91,9 +113,13 @@ def convert(tensors: Tensors, config: BaseConfig, sd: str | Path | None) -> dict
     with torch.device("meta"):
         base = assemble(config)
     unet = convert_unet(part(tensors, UNET), base.unet.config)
+    lost = [UNET + k for k in dropped(part(tensors, UNET), unet)]
     states = {"structure_encoder": convert_structure_encoder(part(tensors, STRUCTURE), config.structure.heads)}
     if part(tensors, VAE):
         states["vae"] = convert_ldm_vae_checkpoint(part(tensors, VAE), base.vae.config)
+        lost += [VAE + k for k in dropped(part(tensors, VAE), states["vae"])]
+    raise_if_any([f"unexpected {k}" for k in lost], "the checkpoint")
+    if "vae" in states:
         text = convert_open_clip_checkpoint(base.text_encoder.model, tensors, prefix=TEXT + "model.")
         return {**states, "unet": unet, "text_encoder": text}
     if sd is None:
@@ -178,6 +204,18 @@ def check_fit(module: nn.Module, state: Mapping[str, torch.Tensor], name: str) -
         for k in own
         if k in state and state[k].shape != own[k].shape
     ]
+    raise_if_any(wrong, name)
+
+
+def check_finite(state: Mapping[str, torch.Tensor], dtype: torch.dtype, name: str) -> None:
+    """Raise `BadFileError` that lists the tensors with NaN, or with values beyond the range of `dtype`."""
+    limit = torch.finfo(dtype).max
+    wrong = [k for k, v in state.items() if v.is_floating_point() and not bool((v.abs() <= limit).all())]
+    raise_if_any([f"{k} has NaN or values beyond {limit:.6g} ({dtype})" for k in wrong], name)
+
+
+def raise_if_any(wrong: list[str], name: str) -> None:
+    """Raise `BadFileError` with the first twenty of a list, unless it is empty."""
     if wrong:
         more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        raise BadFileError(f"{name}: {len(wrong)} keys do not fit: {'; '.join(wrong[:20])}{more}")
+        raise BadFileError(f"{name}: keys do not fit, {len(wrong)}: {'; '.join(wrong[:20])}{more}")

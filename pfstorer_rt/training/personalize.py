@@ -28,6 +28,9 @@ from pfstorer_rt.training.losses import DreamBoothObjective, PersonalizationObje
 from pfstorer_rt.training.memory import make_adamw, saving_memory
 from pfstorer_rt.training.pool import BatchMaker, make_pool
 
+TUNING_RATE = 0.1
+"""Learning rate of weights that are trained already, relative to that of new blocks."""
+
 
 def personalize(
     name: str,
@@ -39,12 +42,12 @@ def personalize(
     """Learn an identity and write its file.
 
     name: of the identity. references: photographs of one person, or folders of them; 3-5 are meant.
-    base: a loaded base, a shipped name or a directory. output: the file; None is the named one in the
-    user's data directory. A call that was interrupted goes on where it stopped.
+    base: a loaded base, a shipped name or a directory. config: None takes the base's defaults. output: the file;
+    None is the named one in the user's data directory. A call that was interrupted goes on where it stopped.
     Raises `BadFileError` when a photograph cannot be read, before any training.
     """
-    config = config or PersonalizeConfig()
     base = base if isinstance(base, Base) else load_base(base)
+    config = config or PersonalizeConfig.for_base(base.config)
     target = output or named_identity(name)
     paths = find_images(references)
     photos = [read_photo(path) for path in paths]
@@ -86,14 +89,16 @@ def make_optimizer(objective: nn.Module, config: PersonalizeConfig) -> torch.opt
     """Return AdamW with a learning rate of its own for gamma and the token, which also do not decay.
 
     Adam moves a parameter by at most about its rate a step, so gamma at the blocks' 5e-5 could not
-    leave the neighbourhood of zero in 500 steps.
+    leave the neighbourhood of zero in 500 steps. DreamBooth's UNet is trained already, and takes a tenth of the
+    rate of blocks that start from nothing (5e-6 is DreamBooth's own on Stable Diffusion).
     """
+    rate = config.train.learning_rate * (TUNING_RATE if config.method == "dreambooth" else 1.0)
     named = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     gammas = [p for n, p in named.items() if n.endswith(".gamma")]
     tokens = [p for n, p in named.items() if n == "token"]
     rest = [p for n, p in named.items() if not n.endswith(".gamma") and n != "token"]
     groups = [
-        {"params": rest, "lr": config.train.learning_rate, "weight_decay": config.train.weight_decay},
+        {"params": rest, "lr": rate, "weight_decay": config.train.weight_decay},
         {"params": gammas, "lr": config.gamma_learning_rate, "weight_decay": 0.0},
         {"params": tokens, "lr": config.token_learning_rate, "weight_decay": 0.0},
     ]

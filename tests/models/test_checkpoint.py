@@ -4,6 +4,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,13 @@ from torch import nn
 
 from pfstorer_rt.config import PRESETS
 from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.models import importing
 from pfstorer_rt.models.base import assemble, build_base, load_base
 from pfstorer_rt.models.cfw import ControllableFeatureWrapping
 from pfstorer_rt.models.checkpoint import read_checkpoint
 from pfstorer_rt.models.conversion import convert_structure_encoder, spade_name
 from pfstorer_rt.models.importing import (
+    check_finite,
     check_fit,
     convert,
     convert_cfw,
@@ -226,6 +229,72 @@ def test_keys_that_do_not_fit_are_listed(tmp_path):
     state["surplus"] = torch.ones(1)
     with pytest.raises(BadFileError, match=f"missing {gone}.*unexpected surplus"):
         check_fit(base.vae, state, "x.ckpt: vae")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.input_blocks.13.0.weight", "model.diffusion_model.surplus.weight",
+        "first_stage_model.encoder.surplus.weight", "cond_stage_model.model.transformer.resblocks.0.surplus.weight",
+        "structcond_stage_model.fea_tran.7.weight", "structcond_stage_model.out.weight", "surplus.weight",
+    ],
+)  # fmt: skip
+def test_tensors_that_no_network_has_are_refused_by_name(tmp_path, monkeypatch, key):
+    # diffusers' converters leave out what they do not know
+    tensors = {**whole_checkpoint(), key: torch.ones(1)}
+    monkeypatch.setattr(importing, "read_checkpoint", lambda path: tensors)
+    with pytest.raises(BadFileError, match=r"unexpected .*" + key.split("model.")[-1].split(".", 2)[-1]):
+        import_base(tmp_path / "stablesr.ckpt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_shape_inside_the_structure_encoder_is_listed(tmp_path, monkeypatch):
+    tensors = whole_checkpoint()
+    tensors["structcond_stage_model.middle_block.1.qkv.weight"] = torch.empty(7, 512, 1, device="meta")
+    monkeypatch.setattr(importing, "read_checkpoint", lambda path: tensors)
+    with pytest.raises(BadFileError, match=r"mid_attention\.attn\.to_q\.weight is \[7, 512, 1\], expected"):
+        import_base(tmp_path / "stablesr.ckpt", tmp_path / "out")
+
+
+def test_a_file_of_another_model_is_told_from_stablesr(tmp_path):
+    torch.save({"state_dict": {"model.diffusion_model.out.2.bias": torch.ones(4)}}, tmp_path / "v2-1.ckpt")
+    with pytest.raises(BadFileError, match=r"v2-1\.ckpt: no structcond_stage_model.*--sd"):
+        import_base(tmp_path / "v2-1.ckpt", tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e6])
+def test_values_that_halves_cannot_hold_are_refused(value):
+    state = {"good": torch.ones(3), "bad": torch.tensor([1.0, value]), "count": torch.tensor(10**9)}
+    with pytest.raises(BadFileError, match=r"fit, 1: bad has NaN or values beyond 65504"):
+        check_finite(state, torch.float16, "x")
+    if value == value:
+        check_finite(state, torch.float32, "x")
+
+
+def test_the_folder_that_sd_is_read_from_is_not_written_to(tmp_path):
+    (tmp_path / "sd").mkdir()
+    with pytest.raises(BadFileError, match="--sd reads"):
+        import_base(tmp_path / "x.ckpt", tmp_path / "sd", sd=tmp_path / "sd")
+
+
+def test_what_training_leaves_in_a_checkpoint_is_passed_over(tmp_path, monkeypatch):
+    import sys
+    import types
+
+    module = types.ModuleType("pytorch_lightning.utilities")
+    attributes = {"__module__": "pytorch_lightning.utilities", "__reduce__": lambda self: (type(self), (), None, None,
+                  iter([("lr", 1e-4)]))}  # fmt: skip
+    module.AttributeDict = type("AttributeDict", (dict,), attributes)
+    for name, made in (("pytorch_lightning", types.ModuleType("pytorch_lightning")), (module.__name__, module)):
+        monkeypatch.setitem(sys.modules, name, made)
+    data = {
+        "state_dict": {"a": torch.ones(2), 7: torch.ones(1)}, "hyper_parameters": module.AttributeDict(),
+        "best": np.float64(0.5), "kinds": {torch.float32, torch.Size([1])}, "names": {"x"},
+    }  # fmt: skip
+    torch.save(data, tmp_path / "lightning.ckpt")
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities"):
+        monkeypatch.delitem(sys.modules, name)
+    assert set(read_checkpoint(tmp_path / "lightning.ckpt")) == {"a"}
 
 
 def test_parts_without_sd_say_what_to_give(tmp_path):

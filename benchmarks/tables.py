@@ -1,0 +1,179 @@
+"""The paper's tables on people that no training has seen: does personalization work, and what of it does the work?
+
+    python benchmarks/tables.py PEOPLE -o benchmarks/results/tables.csv --document docs/results.md
+
+PEOPLE holds a folder of photographs for each person. The first five by name are the references; of the others
+`--tests` are cut to the base's tile, degraded with a seed of their own, and restored. A row for each person, method
+and picture; what the CSV has already is not computed again, so an interrupted run goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from quality import hwc, machine
+from tables_document import write_document
+
+from pfstorer_rt.config import PersonalizeConfig, RestoreConfig
+from pfstorer_rt.evaluation.sample import Sample
+from pfstorer_rt.evaluation.table import Metrics, load_metrics
+from pfstorer_rt.identity import Identity
+from pfstorer_rt.models.base import Base, load_base
+from pfstorer_rt.restore import Restorer
+from pfstorer_rt.training.data import center_crop, find_images, read_photo
+from pfstorer_rt.training.degradation import degrade
+from pfstorer_rt.training.personalize import personalize
+
+METRICS = ("psnr", "ssim", "stlpips", "lmse_dlib", "id_dlib", "id_original_dlib", "verification_dlib")
+LEVELS = ("heavy", "light", "clean")
+"""`clean` is the original itself as the input: what passes through has to stay the person."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of a table: how an identity is learned, and how pictures are restored with it."""
+
+    learn: Mapping[str, Any] | None = None
+    """Fields of `PersonalizeConfig`; None restores with the base alone."""
+    restore: RestoreConfig = field(default_factory=RestoreConfig)
+    ablation: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "Base": Method(),
+    "Base + DreamBooth": Method({"method": "dreambooth"}),
+    "Base + ViCo": Method({"method": "vico"}),
+    "PFStorer": Method({}),
+    "Base, 4 steps": Method(restore=RestoreConfig(steps=4), ablation=True),
+    "Base, 8 steps": Method(restore=RestoreConfig(steps=8), ablation=True),
+    "Base, 50 steps": Method(restore=RestoreConfig(steps=50), ablation=True),
+    "PFStorer, 4 steps": Method({}, RestoreConfig(steps=4), ablation=True),
+    "PFStorer, 8 steps": Method({}, RestoreConfig(steps=8), ablation=True),
+    "PFStorer, 50 steps": Method({}, RestoreConfig(steps=50), ablation=True),
+    "PFStorer, strength 0.5": Method({}, RestoreConfig(strength=0.5), ablation=True),
+    "PFStorer, strength 1.5": Method({}, RestoreConfig(strength=1.5), ablation=True),
+    "PFStorer, lambda_gen 0": Method({"lambda_gen": 0.0}, ablation=True),
+    "PFStorer, lambda_gen 1": Method({"lambda_gen": 1.0}, ablation=True),
+    "PFStorer, self": Method({"ref_source": "self"}, ablation=True),
+}
+"""gamma on and off is PFStorer against ViCo: the two differ in nothing else (paper, ablation)."""
+Row = dict[str, Any]
+
+
+class Person:
+    """One person's photographs, and the identities learned of them in this run."""
+
+    def __init__(self, folder: Path, tests: int, base: Base, iterations: int) -> None:
+        self.name, photos = folder.name, find_images([folder])
+        self.references, self.tests = photos[:5], photos[5 : 5 + tests]
+        self.base, self.iterations = base, iterations
+        self.known = [Sample(hwc(self.square(path))) for path in self.references]
+        self._learned: dict[str, tuple[Identity, float]] = {}
+
+    def square(self, path: Path) -> torch.Tensor:
+        """Cut the middle of a photograph to the base's tile."""
+        return center_crop(read_photo(path), self.base.config.tile)
+
+    def identity(self, learn: Mapping[str, Any]) -> tuple[Identity, float]:
+        """Learn an identity once; returns it and the processor seconds that it took."""
+        if (key := repr(learn)) not in self._learned:
+            given = {"iterations": self.iterations} if self.iterations else {}
+            config = PersonalizeConfig.for_base(self.base.config, given, **learn)
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.process_time()
+                identity = personalize("one", self.references, self.base, config, Path(folder) / "one.safetensors")
+            self._learned[key] = identity, time.process_time() - start
+        return self._learned[key]
+
+    def pictures(self, level: str) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield (number, input, original), each (3, tile, tile) in [0, 1]."""
+        for i, path in enumerate(self.tests):
+            hq = self.square(path)
+            yield i, hq if level == "clean" else degrade(hq, level, i), hq
+
+
+def measure(person: Person, name: str, level: str, metrics: Metrics, shared: Row) -> list[Row]:
+    """Restore every picture of a person by one method and measure it."""
+    method = METHODS.get(name, Method())
+    identity, seconds = (None, 0.0) if method.learn is None else person.identity(method.learn)
+    rows = []
+    with Restorer.from_base(person.base, identity) as restorer:
+        for i, lq, hq in person.pictures(level):
+            start = time.perf_counter()
+            result = hwc(lq) if name == "Input" else restorer.restore(hwc(lq), method.restore)
+            took = time.perf_counter() - start
+            figures = metrics.measure(Sample(result), Sample(hwc(hq)), person.known)
+            rounded = {key: "" if (v := figures[key]) is None else round(min(v, 99.0), 4) for key in METRICS}
+            rows.append({
+                "person": person.name, "method": name, "level": level, "picture": i, **rounded,
+                "seconds": round(took, 3), "learn_cpu_s": round(seconds, 1), **shared,
+            })  # fmt: skip
+    return rows
+
+
+def read(path: Path) -> list[Row]:
+    """Read the rows of an earlier run."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Write all rows, sorted, so that the order of the work does not show."""
+    order = {name: i for i, name in enumerate(["Input", *METHODS])}
+    rows.sort(key=lambda r: (LEVELS.index(r["level"]), order.get(r["method"], 99), r["person"], int(r["picture"])))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@click.command()
+@click.argument("people", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("-o", "--output", default="benchmarks/results/tables.csv", type=click.Path(path_type=Path))
+@click.option("--document", type=click.Path(path_type=Path), help="Markdown page made of the rows.")
+@click.option("--base", "base_name", default="tiny", show_default=True)
+@click.option("--method", "names", multiple=True, type=click.Choice(["Input", *METHODS]), help="Some methods alone.")
+@click.option("--person", "chosen", multiple=True, help="Some people alone.")
+@click.option("--tests", default=8, show_default=True, help="Test pictures of each person.")
+@click.option("--iterations", default=0, help="Of learning; 0 takes the default.")
+@click.option("--level", "levels", multiple=True, type=click.Choice(LEVELS), default=LEVELS, show_default=True)
+def main(
+    people: Path, output: Path, document: Path | None, base_name: str, names: tuple[str, ...],
+    chosen: tuple[str, ...], tests: int, iterations: int, levels: tuple[str, ...],
+) -> None:  # fmt: skip
+    base, rows = load_base(base_name), read(output)
+    shared = {"iterations": iterations or "default", "base": base.fingerprint[:12], **machine()}
+    metrics = load_metrics(METRICS)
+    for refused in metrics.refused.values():
+        raise click.ClickException(refused)
+    done = {(r["person"], r["method"], r["level"]) for r in rows}
+    for folder in sorted(p for p in people.iterdir() if p.is_dir() and (not chosen or p.name in chosen)):
+        person = Person(folder, tests, base, iterations)
+        for name in names or ("Input", *METHODS):
+            for level in levels:
+                if (person.name, name, level) not in done and wanted(name, level):
+                    rows += measure(person, name, level, metrics, shared)
+                    write(output, rows)
+                    click.echo(f"{person.name} {name}, {level}: {len(rows)} rows", err=True)
+    if document:
+        write_document(document, read(output), output)
+
+
+def wanted(name: str, level: str) -> bool:
+    """Whether a method has a place in a level's table: ablations are for heavy pictures alone."""
+    return level == "heavy" or not METHODS.get(name, Method()).ablation
+
+
+if __name__ == "__main__":
+    main()
