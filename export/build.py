@@ -21,7 +21,7 @@ from pfstorer_rt.errors import MismatchError, ParityError
 from pfstorer_rt.files import sha256_file
 from pfstorer_rt.identity import Identity, identity_path
 from pfstorer_rt.models.base import Base, load_base
-from pfstorer_rt.plan import COMPONENTS, Payload, Plan, write_plan
+from pfstorer_rt.plan import COMPONENTS, SHIPPED, Payload, Plan, write_plan
 
 from . import parity
 from .graph import OPSET, build_graph, example_inputs, fused_module
@@ -84,6 +84,11 @@ def resolve(identity: str | Path | Identity | None, base: str | Path | Base | No
             "personalize with ref_source cached or self to export it"
         )
     named = base if base is not None else (identity.base_name if identity else "tiny")
+    if base is None and identity is not None and identity.base_name not in SHIPPED:
+        raise MismatchError(
+            f"identity {identity.name!r} was learned on base {identity.base_name!r} "
+            f"({identity.base_fingerprint[:12]}), which is not shipped; give its directory with --base"
+        )
     loaded = named if isinstance(named, Base) else load_base(named)
     if identity is not None:
         identity.check_base(loaded.fingerprint)

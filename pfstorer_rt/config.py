@@ -137,6 +137,7 @@ PRESETS: dict[str, BaseConfig] = {
         structure=StructureConfig(width=32, multipliers=(1, 2, 2), heads=1, out_channels=48, res_blocks=1,
                                   norm_groups=16),
         vae=_tiny_vae(64, (0, 1, 2, 3), (3, 2, 1, 0), 8), text=_byte_text(64),
+        personalize={"learning_rate": 2e-3, "batch": 2, "decay": 0.5},
         sampler="ddim", steps=2, licence="research, non-commercial",
     ),
     # StableSR on SD 2.1-base at 512 pixels (method: StableSR sections 2.1-2.5).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -21,6 +22,9 @@ COMPONENTS = ("encoder", "denoiser", "decoder")
 DATA_TARGETS = ("onnx",)
 """Targets whose payloads are plain data; those of all others are executable code, and are signed."""
 SIGNATURE = "signature"
+SHIPPED = ("tiny",)
+"""Bases that are known by their names."""
+_CAPABILITY = re.compile(r"\d+\.\d+\+?")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same bytes for the same content
 
 
@@ -86,9 +90,15 @@ class Manifest:
             raise ValueError(f"unknown fields {unknown}")
         payloads = {name: Payload(**payload) for name, payload in data["payloads"].items()}
         try:
-            return cls(**{**data, "payloads": payloads})
+            manifest = cls(**{**data, "payloads": payloads})
         except TypeError as error:
             raise ValueError(str(error)) from error
+        capabilities, tools = manifest.compute_capabilities, manifest.tools
+        if not isinstance(capabilities, list) or not all(_CAPABILITY.fullmatch(str(name)) for name in capabilities):
+            raise ValueError(f"compute_capabilities {capabilities!r}, expected such as ['8.9', '12.0+']")
+        if not isinstance(tools, dict) or not all(isinstance(value, str) for value in tools.values()):
+            raise ValueError(f"tools {tools!r}, expected names and versions")
+        return manifest
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,10 @@ class Plan:
     def rebuild(self) -> str:
         """Say how to make this plan again."""
         m = self.manifest
-        source = f"--identity {m.identity_name}" if m.identity_name else f"--base {m.base_name}"
+        base = m.base_name if m.base_name in SHIPPED else "DIR"  # where an imported base lies is not in a plan
+        source = f"--identity {m.identity_name}" if m.identity_name else f"--base {base}"
+        if m.identity_name and base == "DIR":
+            source += " --base DIR"
         return (
             f"build it with `pfstorer-rt export {source} --target {m.target} --precision {m.precision} "
             f"-o {self.path.name} --overwrite`"

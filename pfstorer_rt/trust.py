@@ -26,7 +26,7 @@ def sign(data: bytes) -> str:
 def is_signed(data: bytes, signature: str) -> bool:
     """Whether `signature` was made for these bytes with this user's key; without a key nothing is."""
     key = _read_key()
-    return key is not None and hmac.compare_digest(_digest(key, data), signature)
+    return key is not None and hmac.compare_digest(_digest(key, data).encode(), signature.encode())
 
 
 def _digest(key: bytes, data: bytes) -> str:

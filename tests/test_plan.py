@@ -7,7 +7,7 @@ import pytest
 
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import sha256_bytes
-from pfstorer_rt.plan import COMPONENTS, Manifest, Payload, Plan, write_plan
+from pfstorer_rt.plan import COMPONENTS, SIGNATURE, Manifest, Payload, Plan, write_plan
 
 PAYLOADS = {"encoder": b"first" * 100, "denoiser": bytes(range(256)) * 40, "decoder": b"last"}
 
@@ -209,3 +209,34 @@ def test_a_failed_write_leaves_the_old_plan(plan):
         write_plan(plan.path, make_manifest(), {**PAYLOADS, "unknown": b""})
     assert plan.path.read_bytes() == before
     assert [p.name for p in plan.path.parent.iterdir()] == ["a.plan"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"compute_capabilities": ["abc"]}, {"compute_capabilities": "8.9"}, {"tools": 7}, {"tools": {"a": 1}}]
+)
+def test_a_manifest_with_values_of_another_kind_is_a_bad_file(plan, change):
+    rewrite(plan.path, lambda data: {**data, **change})
+    with pytest.raises(BadFileError, match=f"manifest does not fit.*{next(iter(change))}"):
+        Plan.open(plan.path)
+
+
+def test_a_signature_of_strange_letters_is_a_wrong_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "home"))
+    made = write_plan(tmp_path / "b.plan", make_manifest(target="tensorrt"), PAYLOADS)
+    assert made.trusted
+    with zipfile.ZipFile(made.path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(made.path, "w") as archive:
+        for name, data in (parts | {SIGNATURE: b"\xff" * 64}).items():
+            archive.writestr(name, data)
+    assert not Plan.open(made.path).trusted
+
+
+@pytest.mark.parametrize(
+    "base, identity, command",
+    [("tiny", None, "--base tiny"), ("sd21", None, "--base DIR"), ("tiny", "al", "--identity al"),
+     ("sd21", "al", "--identity al --base DIR")],
+)  # fmt: skip
+def test_the_command_that_makes_a_plan_again_names_what_can_be_found(tmp_path, base, identity, command):
+    made = write_plan(tmp_path / "b.plan", make_manifest(base_name=base, identity_name=identity), PAYLOADS)
+    assert f"export {command} --target onnx" in made.rebuild()

@@ -289,3 +289,9 @@ def test_a_plan_opens_anywhere(nano_plan, tmp_path):
     assert replace(Plan.open(moved), path=nano_plan.path) == nano_plan
     with OnnxRuntimeSession(Plan.open(moved).read("decoder")) as session:
         assert session.outputs == ("image",)
+
+
+def test_an_identity_of_a_base_of_ones_own_says_that_the_base_has_to_be_named(nano_identity, tmp_path):
+    with pytest.raises(MismatchError, match=r"base 'nano'.*not shipped.*--base"):
+        export_plan(tmp_path / "a.plan", nano_identity)
+    assert not list(tmp_path.iterdir())
