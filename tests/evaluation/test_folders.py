@@ -157,6 +157,10 @@ def test_several_people(put, tmp_path, metrics):
     put("hq/cyd/0.png", face)
     with pytest.raises(BadFileError, match="no references of cyd/0; expected a folder cyd"):
         evaluate(tmp_path / "refs", tmp_path / "hq", {}, metrics=ids)
+    put("refs/r.png", face)  # of those who have no folder
+    rows = evaluate(tmp_path / "refs", tmp_path / "hq", {}, metrics=ids).rows
+    figures = {row.picture: row.figures["id_dlib"] for row in rows}
+    assert figures["bob/0"] is None and figures["cyd/0"] == pytest.approx(0, abs=1e-6)
 
 
 def test_evenly_spread():

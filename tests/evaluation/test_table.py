@@ -3,6 +3,7 @@
 import math
 from hashlib import sha256
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,3 +178,11 @@ def test_versions_name_packages_and_files(tmp_path):
 def test_unknown_keys_are_refused():
     with pytest.raises(ValueError, match=r"no metric lpisp.*lpips"):
         load_metrics(["psnr", "lpisp"])
+
+
+def test_the_users_page_names_every_metric_and_its_licence():
+    lines = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert [(r[0], r[1], r[2].split(",")[0], r[4]) for r in rows[2:]] == [
+        (m.title, f"`{m.key}`", m.better, m.licence) for m in METRICS
+    ]
