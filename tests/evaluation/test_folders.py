@@ -6,7 +6,7 @@ from PIL import Image
 
 import pfstorer_rt
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.evaluation.folders import evaluate, evenly, match
+from pfstorer_rt.evaluation.folders import evaluate, evenly, match, picture_seconds
 from pfstorer_rt.evaluation.metrics import psnr
 from pfstorer_rt.evaluation.table import load_metrics
 
@@ -89,6 +89,19 @@ def test_a_result_that_cannot_be_measured_is_a_row_that_says_so(folders, simple,
     summary = report.summary()["out"]
     assert (summary.pictures, summary.failed, summary.counts["psnr"]) == (2, 1, 1)
     assert any("a" in note and row.note in note for note in report.notes)
+
+
+def test_a_damaged_original_costs_its_own_rows_alone(folders, simple):
+    (folders[1] / "a.jpg").write_bytes(b"no picture")
+    report = evaluate(*folders, metrics=simple)
+    failed = [(row.method, row.picture) for row in report.rows if row.failed and "original: " in row.note]
+    assert failed == [("out", "a"), ("original", "a")] and report.summary()["out"].counts["psnr"] == 1
+
+
+def test_seconds_are_found_by_the_path():
+    times = {"in/ann/0": 1.0, "in/bob/0": 2.0, "in/bob/10": 3.0, "0_degraded": 4.0}
+    assert [picture_seconds(times, name) for name in ("ann/0", "bob/0", "10", "1")] == [1.0, 2.0, 3.0, None]
+    assert picture_seconds({"in/0": 1.0, "0": 5.0}, "0") == 5.0 and picture_seconds(2.5, "x") == 2.5
 
 
 def test_failures_count_as_not_verified(folders, put, tmp_path):
