@@ -102,7 +102,8 @@ def read_seconds(text: str, methods: Sequence[str]) -> tuple[str, float | dict[s
         pass
     try:
         lines = [json.loads(line) for line in Path(source).read_text().splitlines() if line.strip()]
-        return name, {Path(line["input"]).stem: float(line["seconds"]) for line in lines if "seconds" in line}
+        known = {Path(line["input"]).with_suffix("").as_posix(): line["seconds"] for line in lines if "seconds" in line}
+        return name, {path: float(second) for path, second in known.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise click.UsageError(
             f"--seconds {text}: no number and no file of JSON lines as `restore --json` prints them ({error})"

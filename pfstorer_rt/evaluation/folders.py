@@ -33,8 +33,8 @@ def evaluate(
     hq: folder of originals. outputs: folder of results, or name of a method -> folder; may be an empty mapping.
     inputs: folder of the bad pictures, measured as the method "input". Folders are searched recursively; the
     result of `a.jpg` is `a.*` or `a_restored.*` at the same place, of the same size.
-    seconds: method -> seconds per picture, or name of a picture -> seconds. metrics: those to measure; None loads
-    all. progress: called with (done, total) pictures.
+    seconds: method -> seconds per picture, or name of a picture (or its path without suffix) -> seconds.
+    metrics: those to measure; None loads all. progress: called with (done, total) pictures.
     A picture without a result, or whose result cannot be measured, is a row that says why and counts as not
     verified; figures of other pictures stand. Raises BadFileError when a folder is missing or empty, or when a
     method has no result that can be measured, and ValueError for a method named "input" or "original".
@@ -51,16 +51,31 @@ def evaluate(
     shown = set(evenly(list(originals), THUMBNAILS))
     rows: list[Row] = []
     for done, (name, path) in enumerate(originals.items()):
-        original = Sample(load_image(path).pixels)
-        found = {**{method: results[method][name] for method in results}, ORIGINAL: original}
-        for method, result in found.items():
-            time = picture_seconds((seconds or {}).get(method), name)
-            rows.append(measure_one(method, name, result, original, people.of(name), metrics, time, name in shown))
+        found = {method: results[method][name] for method in results}
+        times = {method: picture_seconds(known, name) for method, known in (seconds or {}).items()}
+        rows += measure_picture(name, path, found, people.of(name), metrics, times, name in shown)
         if progress:
             progress(done + 1, len(originals))
     refuse_empty(rows, folders)
     named = {"references": str(refs), "originals": str(hq), **{f"folder of {m}": str(f) for m, f in folders.items()}}
     return Report(rows, metrics, [*people.notes(metrics), *row_notes(rows)], named)
+
+
+def measure_picture(
+    name: str, path: Path, found: Mapping[str, Path | None], references: Sequence[Sample], metrics: Metrics,
+    times: Mapping[str, float | None], shown: bool,
+) -> list[Row]:  # fmt: skip
+    """Measure every method's result of one original, and the original itself; failed rows if that is damaged."""
+    try:
+        original = Sample(load_image(path).pixels)
+    except PFStorerError as error:
+        nothing: dict[str, float | None] = {column.key: None for column in metrics.columns}
+        return [Row(method, name, nothing, None, f"original: {error}", failed=True) for method in (*found, ORIGINAL)]
+    samples: dict[str, Path | Sample | None] = {**found, ORIGINAL: original}
+    return [
+        measure_one(method, name, result, original, references, metrics, times.get(method), shown)
+        for method, result in samples.items()
+    ]
 
 
 def measure_one(
@@ -94,10 +109,12 @@ def row_notes(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def picture_seconds(seconds: float | Seconds | None, name: str) -> float | None:
-    """The time of one picture, found like its result."""
+    """The time of one picture, found like its result; names may have folders before them."""
     if not isinstance(seconds, Mapping):
         return seconds
-    return next((seconds[name + ending] for ending in ENDINGS if name + ending in seconds), None)
+    wanted = [name + ending for ending in ENDINGS]
+    found = {key: second for key, second in seconds.items() if any(f"/{key}".endswith(f"/{one}") for one in wanted)}
+    return found[min(found, key=len)] if found else None
 
 
 @dataclass

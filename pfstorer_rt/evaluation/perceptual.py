@@ -28,7 +28,8 @@ def load_lpips(alexnet: Path | None) -> Measure:
     alexnet: torchvision's weights as a file, for machines where torchvision does not load.
     Raises MissingBackendError where the package or the backbone is missing, BadFileError for another file.
     """
-    linear = package_file("lpips", "weights/v0.1/alex.pth", "pip install --no-deps lpips")
+    advice = "pip install --no-deps lpips, and give --alexnet FILE unless torchvision loads"
+    linear = package_file("lpips", "weights/v0.1/alex.pth", advice)
     backbone = torchvision_alexnet() if alexnet is None else read_weights(alexnet)
     return distance(alexnet_slices(backbone, alexnet or Path("alexnet")), linear_weights(read_weights(linear)))
 
