@@ -27,7 +27,10 @@ import click
 @click.option("--batch", type=click.IntRange(2), help="[default: 16]")
 @click.option("--crop", type=click.IntRange(16), help="Pixels of the autoencoder's squares. [default: 128]")
 @click.option("--variations", type=click.IntRange(1), help="Degraded pairs made of each photograph. [default: 2]")
-@click.option("--level", type=click.Choice(["light", "heavy"]), default="heavy", show_default=True)
+@click.option("--level", type=click.Choice(["light", "heavy", "mixed"]), default="heavy", show_default=True)
+@click.option("--p-hq", type=click.FloatRange(0, 1), help="Share of the pairs that are not degraded. [default: 0.03]")
+@click.option("--first-step", type=click.FloatRange(0, 1), help="Share of the samples at timestep 999. [default: 0]")
+@click.option("--learning-rate", type=float, help="Of the restorer. [default: 5e-4]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
@@ -51,12 +54,14 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
     common = {k: options[k] for k in ("batch", "seed", "precision", "device", "workers")}
     config = BaseTrainConfig()
     config = replace(
-        changed(config, preset=options["preset"], crop=options["crop"], variations=options["variations"]),
+        changed(config, **{k: options[k] for k in ("preset", "crop", "variations", "p_hq", "first_step")}),
         level=options["level"],
         trained=options["trained"],
         weighting=options["weighting"],
         autoencoder=changed(config.autoencoder, iterations=options["autoencoder_iterations"], **common),
-        restorer=changed(config.restorer, iterations=options["iterations"], **common),
+        restorer=changed(
+            config.restorer, iterations=options["iterations"], learning_rate=options["learning_rate"], **common
+        ),
     )
     work = work or output.with_name(output.name + ".training")
     prior = load_base(options["prior"]) if options["prior"] else None

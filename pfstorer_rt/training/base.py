@@ -56,8 +56,12 @@ class BaseTrainConfig:
     """Share of the iterations on such squares; the rest sees whole tiles."""
     variations: int = 1
     """Degraded pairs made of each photograph."""
-    level: Literal["light", "heavy"] = "heavy"
+    level: Literal["light", "heavy", "mixed"] = "heavy"
+    """Of the degraded pairs; `mixed` draws one of the two for each."""
     p_hq: float = 0.03
+    """Share of the pairs whose LQ is the photograph itself."""
+    first_step: float = 0.0
+    """Share of the samples at the last timestep, where sampling begins: few-step sampling is decided there."""
     weighting: Weighting = "prediction"
     """What the restorer's error is measured in: the prediction, or the clean latent that it stands for."""
     trained: Literal["auto", "all", "conditions"] = "auto"
@@ -139,12 +143,14 @@ def latent_pairs(
 def pair_maker(paths: list[Path], base: Base, config: BaseTrainConfig) -> Callable[[int], Batch]:
     """Return a function chunk number -> `hq` and `lq` images (PAIR_CHUNK, 3, tile, tile) in [-1, 1]."""
     photos = Photographs(paths, config.restorer.seed)
-    level = replace(LEVELS[config.level], p_hq=config.p_hq)
+    names = ("light", "heavy") if config.level == "mixed" else (config.level,)
+    levels = [replace(LEVELS[name], p_hq=config.p_hq) for name in names]
 
     def make(chunk: int) -> Batch:
-        samples = [photos.crop(chunk * PAIR_CHUNK + i, base.config.tile, config.zoom) for i in range(PAIR_CHUNK)]
+        numbers = range(chunk * PAIR_CHUNK, (chunk + 1) * PAIR_CHUNK)
+        samples = [photos.crop(k, base.config.tile, config.zoom) for k in numbers]
         hq = torch.stack([image for image, _ in samples])
-        lq = torch.stack([degrade(image, level, rng) for image, rng in samples])
+        lq = torch.stack([degrade(image, levels[int(rng.integers(len(levels)))], rng) for image, rng in samples])
         return {"hq": hq * 2 - 1, "lq": lq * 2 - 1}
 
     return make
@@ -177,6 +183,7 @@ def train_restorer(paths: list[Path], base: Base, work: Path, config: BaseTrainC
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + first)
         noise = torch.randn(chosen[:, 0].shape, generator=generator)
         t = torch.randint(0, 1000, (settings.batch,), generator=generator)
+        t[torch.rand(settings.batch, generator=generator) < config.first_step] = 999
         if iteration < config.cropped * settings.iterations:
             side = min(config.latent_crop, base.config.latent_tile)
             y, x = rng.integers(0, chosen.shape[-1] - side + 1, 2)
