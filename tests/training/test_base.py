@@ -167,6 +167,25 @@ def test_every_pair_shows_one_photograph_once(photos):
     assert sorted(order) == list(range(12))
 
 
+def test_mixed_pairs_are_of_both_levels(photos, monkeypatch):
+    base, paths, drawn = build_base("nano", 0), sorted(photos.iterdir()), []
+    monkeypatch.setattr(module, "degrade", lambda image, level, rng: drawn.append(level) or image)
+    for chunk in range(4):
+        module.pair_maker(paths, base, replace(CONFIG, level="mixed", p_hq=0.25))(chunk)
+    light, heavy = (replace(module.LEVELS[name], p_hq=0.25) for name in ("light", "heavy"))
+    assert len(drawn) == 20 and all(level in (light, heavy) for level in drawn)
+    assert 4 <= drawn.count(light) <= 16
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_share_of_samples_where_sampling_begins(photos, tmp_path, monkeypatch, share):
+    seen, real = [], RestorerObjective.forward
+    monkeypatch.setattr(RestorerObjective, "forward", lambda self, batch: seen.append(batch["t"]) or real(self, batch))
+    train_base([photos], tmp_path / "base", replace(CONFIG, first_step=share), tmp_path / "work", build_base("nano"))
+    last = [bool(t == 999) for t in torch.cat(seen)]
+    assert all(last) if share else not any(last)
+
+
 def test_the_restorer_sees_squares_first_and_whole_tiles_then(photos, tmp_path, monkeypatch):
     def sides(folder, config):
         seen, real = [], RestorerObjective.forward
