@@ -28,7 +28,9 @@ from pfstorer_rt.training.base import BaseTrainConfig, split_holdout
 from pfstorer_rt.training.data import center_crop, find_images, read_photo
 from pfstorer_rt.training.degradation import degrade
 
-SETTINGS = [("ddim", 1), ("ddim", 2), ("ddim", 4), ("ddim", 8), ("dpmpp_2m", 4)]
+LEVELS = ("light", "heavy", "clean")
+"""`clean` is the photograph itself as the input."""
+SETTINGS = [("ddim", 1), ("ddim", 2), ("ddim", 4), ("ddim", 8), ("ddim", 50)]
 
 
 @click.command()
@@ -36,7 +38,7 @@ SETTINGS = [("ddim", 1), ("ddim", 2), ("ddim", 4), ("ddim", 8), ("dpmpp_2m", 4)]
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 @click.option("--base", "name", default="tiny", show_default=True)
 @click.option("--count", default=48, show_default=True, help="Pictures, evenly drawn from the held-out ones.")
-@click.option("--level", type=click.Choice(["light", "heavy"]), multiple=True, default=["light", "heavy"])
+@click.option("--level", type=click.Choice(LEVELS), multiple=True, default=LEVELS, show_default=True)
 def main(photos: tuple[Path, ...], output: Path, name: str, count: int, level: tuple[str, ...]) -> None:
     base = load_base(name)
     _, held = split_holdout(find_images(photos), BaseTrainConfig().holdout)
@@ -57,7 +59,8 @@ def measure(base: Base, originals: list[torch.Tensor], level: str) -> list[dict[
     embed = face_embedder()
     assert embed is not None, "install the metrics extra"
     truths = [hwc(image) for image in originals]
-    inputs = [hwc(degrade(image, level, i)) for i, image in enumerate(originals)]
+    clean = level == "clean"
+    inputs = [hwc(image if clean else degrade(image, level, i)) for i, image in enumerate(originals)]
     results: dict[str, list[Pixels]] = {"input": inputs, "autoencoder": [reconstruct(base, t) for t in truths]}
     with Restorer.from_base(base) as restorer:
         for sampler, steps in SETTINGS:
@@ -75,7 +78,7 @@ def measure(base: Base, originals: list[torch.Tensor], level: str) -> list[dict[
 
     return [
         {
-            "level": level, "method": method, "pictures": len(truths), "psnr": round(mean(psnr, pictures), 2),
+            "level": level, "method": method, "pictures": len(truths), "psnr": round(min(99.0, mean(psnr, pictures)), 2),
             "ssim": round(mean(ssim, pictures), 3),
             "faces": round(np.mean([d is not None for d in distances[method]]).item(), 3),
             "id_distance": round(float(np.mean([distances[method][i] for i in common])), 3) if common else "",
