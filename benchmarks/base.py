@@ -78,7 +78,8 @@ def measure(base: Base, originals: list[torch.Tensor], level: str) -> list[dict[
 
     return [
         {
-            "level": level, "method": method, "pictures": len(truths), "psnr": round(min(99.0, mean(psnr, pictures)), 2),
+            "level": level, "method": method, "pictures": len(truths),
+            "psnr": round(min(99.0, mean(psnr, pictures)), 2),
             "ssim": round(mean(ssim, pictures), 3),
             "faces": round(np.mean([d is not None for d in distances[method]]).item(), 3),
             "id_distance": round(float(np.mean([distances[method][i] for i in common])), 3) if common else "",
