@@ -23,6 +23,8 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     stages: int
+    depth: int = 64
+    """Of a matrix product's inner axis, where that is cut too."""
 
     def __str__(self) -> str:
         """Name the tile in tables."""
