@@ -71,10 +71,12 @@ def _store_rows(
 @triton.jit
 def _key_rows(index: tl.tensor, b: tl.tensor, S: tl.tensor, s: tl.tensor, keep: tl.tensor, INDEXED: tl.constexpr) -> tl.tensor:
     """Where the s-th attended keys lie."""
-    if INDEXED:
-        return tl.load(index + b.to(tl.int64) * S + s, mask=keep, other=0)
-    else:
+    if not INDEXED:
         return s
+    elif keep is None:
+        return tl.load(index + b.to(tl.int64) * S + s)
+    else:
+        return tl.load(index + b.to(tl.int64) * S + s, mask=keep, other=0)
 
 
 @triton.jit
@@ -128,10 +130,11 @@ def _attention_forward_kernel(
     acc, total, highest = _attend(
         acc, total, highest, query, k, v, index, b, k_s, v_s, S, scale, whole, last, D, BLOCK_D, BLOCK_S, INDEXED, True
     )
-    # A row without a single key gives zeros, and minus infinity as its logarithm.
+    # A row without a single key gives zeros; with infinity as its logarithm, its weights are zero going back, too.
+    log_total = tl.where(total > 0, highest + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     _store_rows(out + b.to(tl.int64) * o_b + h * o_h, l, o_l, l < L, acc, D, BLOCK_D)
-    tl.store(lse + tl.program_id(1).to(tl.int64) * L + l, highest + tl.log2(total), mask=l < L)
+    tl.store(lse + tl.program_id(1).to(tl.int64) * L + l, log_total, mask=l < L)
 
 
 @triton.jit
