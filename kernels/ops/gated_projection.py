@@ -30,9 +30,9 @@ GROUP = 8
 @triton.jit
 def _gated_projection_kernel(
     h: tl.tensor, weight: tl.tensor, bias: tl.tensor, residual: tl.tensor, gamma: tl.tensor, strength: tl.tensor,
-    stream: tl.tensor, out: tl.tensor,
+    stream: tl.tensor,
     M: tl.tensor, N: tl.tensor, K: tl.tensor, tokens: tl.tensor, h_m: tl.tensor, w_n: tl.tensor, r_m: tl.tensor,
-    s_m: tl.tensor, o_m: tl.tensor,
+    s_m: tl.tensor, o_m: tl.tensor, out: tl.tensor,
     BIAS: tl.constexpr, STREAM: tl.constexpr, DELTA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -83,8 +83,8 @@ def gated_projection_forward(
     (m, k), n = a.shape, w.shape[0]
     strength = strength.reshape(-1).contiguous()
     _gated_projection_kernel[(triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),)](
-        a, w, w if bias is None else bias, x, gamma.contiguous(), strength, s, out, m, n, k,
-        max(m // strength.numel(), 1), a.stride(0), w.stride(0), x.stride(0), s.stride(0), out.stride(0),
+        a, w, w if bias is None else bias, x, gamma.contiguous(), strength, s, m, n, k,
+        max(m // strength.numel(), 1), a.stride(0), w.stride(0), x.stride(0), s.stride(0), out.stride(0), out,
         BIAS=bias is not None, STREAM=stream is not None, DELTA=delta, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
         BLOCK_K=tile.depth, GROUP_M=GROUP, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -143,7 +143,8 @@ def gated_projection(
     types = {name: t.dtype for name, t in given.items() if t is not None}
     if len(set(types.values())) > 1 or h.dtype not in DTYPES:
         raise ValueError(f"gated_projection takes tensors of fp16 or of bf16 alone, these are {types}; cast them")
-    strength = torch.as_tensor(strength, dtype=torch.float32, device=h.device) if isinstance(strength, float | int) else strength
+    strength = torch.as_tensor(strength, device=h.device)
+    strength = strength if strength.is_floating_point() else strength.float()
     result: torch.Tensor = GatedProjectionFunction.apply(
         h, weight, bias, residual, gamma, strength, stream, delta, tile
     )

@@ -39,8 +39,8 @@ def _store_tile(
 
 @triton.jit
 def _statistics_kernel(
-    x: tl.tensor, means: tl.tensor, squares: tl.tensor, C: tl.tensor, P: tl.tensor, x_b: tl.tensor, x_c: tl.tensor,
-    x_p: tl.tensor, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x: tl.tensor, C: tl.tensor, P: tl.tensor, x_b: tl.tensor, x_c: tl.tensor, x_p: tl.tensor, means: tl.tensor,
+    squares: tl.tensor, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ) -> None:  # fmt: skip
     """Mean and sum of squared deviations of each channel over one tile's pixels, into (B, chunks, C)."""
     chunk, b = tl.program_id(0), tl.program_id(2)
@@ -58,8 +58,8 @@ def _statistics_kernel(
 
 @triton.jit
 def _combine_kernel(
-    means: tl.tensor, squares: tl.tensor, mean: tl.tensor, rstd: tl.tensor, chunks: tl.tensor, size: tl.tensor,
-    P: tl.tensor, eps: tl.tensor, BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_G: tl.constexpr,
+    means: tl.tensor, squares: tl.tensor, chunks: tl.tensor, size: tl.tensor, P: tl.tensor, eps: tl.tensor,
+    mean: tl.tensor, rstd: tl.tensor, BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_G: tl.constexpr,
 ) -> None:  # fmt: skip
     """Mean and inverse deviation of one group of `size` channels, into (B, G) (Chan et al. 1979, eq. 2.1)."""
     g, b = tl.program_id(0), tl.program_id(1)
@@ -90,10 +90,10 @@ def _combine_kernel(
 @triton.jit
 def _spade_norm_kernel(
     x: tl.tensor, scale: tl.tensor, shift: tl.tensor, weight: tl.tensor, bias: tl.tensor, mean: tl.tensor,
-    rstd: tl.tensor, out: tl.tensor, C: tl.tensor, P: tl.tensor, size: tl.tensor,
+    rstd: tl.tensor, C: tl.tensor, P: tl.tensor, size: tl.tensor,
     x_b: tl.tensor, x_c: tl.tensor, x_p: tl.tensor, a_b: tl.tensor, a_c: tl.tensor, a_p: tl.tensor,
     h_b: tl.tensor, h_c: tl.tensor, h_p: tl.tensor, o_b: tl.tensor, o_c: tl.tensor, o_p: tl.tensor,
-    MODULATED: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    out: tl.tensor, MODULATED: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ) -> None:  # fmt: skip
     """Everything but the statistics, for one tile."""
     b = tl.program_id(2)
@@ -173,9 +173,9 @@ def statistics(x: torch.Tensor, groups: int, eps: float) -> tuple[torch.Tensor, 
     means, squares = x.new_empty(2, batch, grid[0], channels, dtype=torch.float32)
     mean, rstd = x.new_empty(2, batch, groups, dtype=torch.float32)
     tile = {"BLOCK_P": PIXELS, "BLOCK_C": CHANNELS}
-    _statistics_kernel[grid](x, means, squares, channels, pixels, *x.stride(), **tile)
+    _statistics_kernel[grid](x, channels, pixels, *x.stride(), means, squares, **tile)
     _combine_kernel[groups, batch](
-        means, squares, mean, rstd, grid[0], size, pixels, eps, BLOCK_P=PIXELS, BLOCK_I=CHUNKS,
+        means, squares, grid[0], size, pixels, eps, mean, rstd, BLOCK_P=PIXELS, BLOCK_I=CHUNKS,
         BLOCK_G=triton.next_power_of_2(size),
     )  # fmt: skip
     return mean, rstd
@@ -189,8 +189,8 @@ def spade_norm_forward(
     out = torch.empty_like(x)
     a, h = (x if t is None else t for t in (scale, shift))
     _spade_norm_kernel[_grid(x)](
-        x, a, h, weight, bias, mean, rstd, out, x.shape[1], x.shape[2], x.shape[1] // mean.shape[1], *x.stride(),
-        *a.stride(), *h.stride(), *out.stride(), MODULATED=scale is not None, SILU=silu, BLOCK_P=PIXELS,
+        x, a, h, weight, bias, mean, rstd, x.shape[1], x.shape[2], x.shape[1] // mean.shape[1], *x.stride(),
+        *a.stride(), *h.stride(), *out.stride(), out, MODULATED=scale is not None, SILU=silu, BLOCK_P=PIXELS,
         BLOCK_C=CHANNELS,
     )  # fmt: skip
     return out
