@@ -52,7 +52,8 @@ class Variant:
         """Return Triton's compiled kernel: `asm["ptx"]`, `asm["cubin"]`, `metadata`; no GPU is needed."""
         names = self.kernel.arg_names
         signature = {n: "constexpr" if n in self.constants else self.types.get(n, "i32") for n in names}
-        aligned = {n for n in names if signature[n].startswith("*") or signature[n] == "i32" and n not in self.unaligned}
+        sizes = {n for n in names if signature[n] == "i32"} - set(self.unaligned)
+        aligned = sizes | {n for n in names if signature[n].startswith("*")}
         source = ASTSource(
             fn=self.kernel, signature=signature, constexprs=dict(self.constants),
             attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in aligned},

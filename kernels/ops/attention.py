@@ -1,7 +1,7 @@
 """Attention: softmax(q k^T / sqrt(D)) v without ever storing the scores (Dao, FlashAttention-2, algorithms 1 and 2).
 
-Scores, softmax and sums are fp32, the matrix products take halves. Nothing is causal. Masked keys are not skipped one by
-one but left out: the caller gives the positions of those that are attended, and only these are read.
+Scores, softmax and sums are fp32, the matrix products take halves. Nothing is causal. Masked keys are not skipped one
+by one but left out: the caller gives the positions of those that are attended, and only these are read.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ BACKWARD_TILES = {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(32, 
 
 
 class Keys(NamedTuple):
-    """Which keys each row of the batch attends to; those after `length` are not looked at."""
+    """Which keys each row of the batch attends to."""
 
-    index: torch.Tensor
-    """(B, S) int32: positions of the attended keys first."""
-    length: torch.Tensor
-    """(B,) int32: how many they are."""
+    positions: torch.Tensor
+    """(B, S) int32: those of the attended keys first; the others are not looked at."""
+    lengths: torch.Tensor
+    """(B,) int32: how many are attended."""
 
 
 def compact(mask: torch.Tensor) -> Keys:
@@ -46,7 +46,9 @@ def compact(mask: torch.Tensor) -> Keys:
 
 
 @triton.jit
-def _load_rows(base: tl.tensor, rows: tl.tensor, stride: tl.tensor, keep: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr) -> tl.tensor:
+def _load_rows(
+    base: tl.tensor, rows: tl.tensor, stride: tl.tensor, keep: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Rows (R,) of a matrix with D columns as (R, BLOCK_D), zero past D and where `keep` is false; None keeps all."""
     d = tl.arange(0, BLOCK_D)
     pointers = base + rows[:, None].to(tl.int64) * stride + d[None, :]
@@ -61,15 +63,18 @@ def _load_rows(base: tl.tensor, rows: tl.tensor, stride: tl.tensor, keep: tl.ten
 
 @triton.jit
 def _store_rows(
-    base: tl.tensor, rows: tl.tensor, stride: tl.tensor, keep: tl.tensor, values: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr
-) -> None:
+    base: tl.tensor, rows: tl.tensor, stride: tl.tensor, keep: tl.tensor, values: tl.tensor, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     pointers = base + rows[:, None].to(tl.int64) * stride + d[None, :]
     tl.store(pointers, values.to(base.dtype.element_ty), mask=keep[:, None] & (d < D)[None, :])
 
 
 @triton.jit
-def _key_rows(index: tl.tensor, b: tl.tensor, S: tl.tensor, s: tl.tensor, keep: tl.tensor, INDEXED: tl.constexpr) -> tl.tensor:
+def _key_rows(
+    index: tl.tensor, b: tl.tensor, S: tl.tensor, s: tl.tensor, keep: tl.tensor, INDEXED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Where the s-th attended keys lie."""
     if not INDEXED:
         return s
@@ -81,9 +86,10 @@ def _key_rows(index: tl.tensor, b: tl.tensor, S: tl.tensor, s: tl.tensor, keep: 
 
 @triton.jit
 def _attend(
-    acc: tl.tensor, total: tl.tensor, highest: tl.tensor, query: tl.tensor, k: tl.tensor, v: tl.tensor, index: tl.tensor, b: tl.tensor, k_s: tl.tensor, v_s: tl.tensor, S: tl.tensor,
-    scale: tl.tensor, first: tl.tensor, last: tl.tensor,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, INDEXED: tl.constexpr, CUT: tl.constexpr,
+    acc: tl.tensor, total: tl.tensor, highest: tl.tensor, query: tl.tensor, k: tl.tensor, v: tl.tensor,
+    index: tl.tensor, b: tl.tensor, k_s: tl.tensor, v_s: tl.tensor, S: tl.tensor, scale: tl.tensor, first: tl.tensor,
+    last: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, INDEXED: tl.constexpr,
+    CUT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Go over the keys from `first` to `last` with a running maximum and sum; CUT: the last tile is not whole."""
     for start in tl.range(first, last, BLOCK_S):
@@ -107,14 +113,15 @@ def _attend(
 @triton.jit
 def _attention_forward_kernel(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, lse: tl.tensor, index: tl.tensor, length: tl.tensor,
-    q_b: tl.tensor, q_h: tl.tensor, q_l: tl.tensor, k_b: tl.tensor, k_h: tl.tensor, k_s: tl.tensor, v_b: tl.tensor, v_h: tl.tensor, v_s: tl.tensor,
-    o_b: tl.tensor, o_h: tl.tensor, o_l: tl.tensor, H: tl.tensor, L: tl.tensor, S: tl.tensor, scale: tl.tensor,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, INDEXED: tl.constexpr,
+    q_b: tl.tensor, q_h: tl.tensor, q_l: tl.tensor, k_b: tl.tensor, k_h: tl.tensor, k_s: tl.tensor, v_b: tl.tensor,
+    v_h: tl.tensor, v_s: tl.tensor, o_b: tl.tensor, o_h: tl.tensor, o_l: tl.tensor, H: tl.tensor, L: tl.tensor,
+    S: tl.tensor, scale: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_S: tl.constexpr, INDEXED: tl.constexpr,
 ) -> None:  # fmt: skip
     """One tile of queries against all keys; `scale` includes log2(e)."""
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
-    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    query = _load_rows(q + b.to(tl.int64) * q_b + h * q_h, l, q_l, l < L, D, BLOCK_D)
+    i = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    query = _load_rows(q + b.to(tl.int64) * q_b + h * q_h, i, q_l, i < L, D, BLOCK_D)
     k += b.to(tl.int64) * k_b + h * k_h
     v += b.to(tl.int64) * v_b + h * v_h
     last = S
@@ -133,16 +140,17 @@ def _attention_forward_kernel(
     # A row without a single key gives zeros; with infinity as its logarithm, its weights are zero going back, too.
     log_total = tl.where(total > 0, highest + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
     acc /= tl.where(total > 0, total, 1.0)[:, None]
-    _store_rows(out + b.to(tl.int64) * o_b + h * o_h, l, o_l, l < L, acc, D, BLOCK_D)
-    tl.store(lse + tl.program_id(1).to(tl.int64) * L + l, log_total, mask=l < L)
+    _store_rows(out + b.to(tl.int64) * o_b + h * o_h, i, o_l, i < L, acc, D, BLOCK_D)
+    tl.store(lse + tl.program_id(1).to(tl.int64) * L + i, log_total, mask=i < L)
 
 
 @triton.jit
 def _attention_backward_keys_kernel(
-    q: tl.tensor, k: tl.tensor, v: tl.tensor, grad: tl.tensor, lse: tl.tensor, delta: tl.tensor, grad_k: tl.tensor, grad_v: tl.tensor, index: tl.tensor, length: tl.tensor,
-    q_b: tl.tensor, q_h: tl.tensor, q_l: tl.tensor, k_b: tl.tensor, k_h: tl.tensor, k_s: tl.tensor, v_b: tl.tensor, v_h: tl.tensor, v_s: tl.tensor,
-    g_b: tl.tensor, g_h: tl.tensor, g_l: tl.tensor, H: tl.tensor, L: tl.tensor, S: tl.tensor, scale: tl.tensor,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, INDEXED: tl.constexpr,
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, grad: tl.tensor, lse: tl.tensor, delta: tl.tensor, grad_k: tl.tensor,
+    grad_v: tl.tensor, index: tl.tensor, length: tl.tensor, q_b: tl.tensor, q_h: tl.tensor, q_l: tl.tensor,
+    k_b: tl.tensor, k_h: tl.tensor, k_s: tl.tensor, v_b: tl.tensor, v_h: tl.tensor, v_s: tl.tensor, g_b: tl.tensor,
+    g_h: tl.tensor, g_l: tl.tensor, H: tl.tensor, L: tl.tensor, S: tl.tensor, scale: tl.tensor, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, INDEXED: tl.constexpr,
 ) -> None:  # fmt: skip
     """Gradients of one tile of keys and values from all queries; grad_k, grad_v: (B, H, S, D) contiguous."""
     bh = tl.program_id(1).to(tl.int64)
@@ -160,14 +168,14 @@ def _attention_backward_keys_kernel(
     acc_v = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     zeros = tl.zeros([BLOCK_S, BLOCK_L], tl.float32)
     for start in tl.range(0, L, BLOCK_L):
-        l = start + tl.arange(0, BLOCK_L)
-        query = _load_rows(q, l, q_l, l < L, D, BLOCK_D)
-        g = _load_rows(grad, l, g_l, l < L, D, BLOCK_D)
+        i = start + tl.arange(0, BLOCK_L)
+        query = _load_rows(q, i, q_l, i < L, D, BLOCK_D)
+        g = _load_rows(grad, i, g_l, i < L, D, BLOCK_D)
         scores = dot(key, tl.trans(query), zeros) * scale
         # Past L the logarithm is +inf and p with it 0; past the last key nothing is stored.
-        p = tl.exp2(scores - tl.load(lse + bh * L + l, mask=l < L, other=float("inf"))[None, :])
+        p = tl.exp2(scores - tl.load(lse + bh * L + i, mask=i < L, other=float("inf"))[None, :])
         acc_v = dot(p.to(g.dtype), g, acc_v)
-        ds = p * (dot(value, tl.trans(g), zeros) - tl.load(delta + bh * L + l, mask=l < L, other=0.0)[None, :])
+        ds = p * (dot(value, tl.trans(g), zeros) - tl.load(delta + bh * L + i, mask=i < L, other=0.0)[None, :])
         acc_k = dot(ds.to(query.dtype), query, acc_k)
     acc_k *= scale * 0.6931471805599453  # without log2(e)
     _store_rows(grad_k + bh * S * D, rows, D, s < last, acc_k, D, BLOCK_D)
@@ -176,10 +184,11 @@ def _attention_backward_keys_kernel(
 
 @triton.jit
 def _attention_backward_queries_kernel(
-    q: tl.tensor, k: tl.tensor, v: tl.tensor, grad: tl.tensor, lse: tl.tensor, delta: tl.tensor, grad_q: tl.tensor, index: tl.tensor, length: tl.tensor,
-    q_b: tl.tensor, q_h: tl.tensor, q_l: tl.tensor, k_b: tl.tensor, k_h: tl.tensor, k_s: tl.tensor, v_b: tl.tensor, v_h: tl.tensor, v_s: tl.tensor,
-    g_b: tl.tensor, g_h: tl.tensor, g_l: tl.tensor, H: tl.tensor, L: tl.tensor, S: tl.tensor, scale: tl.tensor,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, INDEXED: tl.constexpr,
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, grad: tl.tensor, lse: tl.tensor, delta: tl.tensor, grad_q: tl.tensor,
+    index: tl.tensor, length: tl.tensor, q_b: tl.tensor, q_h: tl.tensor, q_l: tl.tensor, k_b: tl.tensor,
+    k_h: tl.tensor, k_s: tl.tensor, v_b: tl.tensor, v_h: tl.tensor, v_s: tl.tensor, g_b: tl.tensor, g_h: tl.tensor,
+    g_l: tl.tensor, H: tl.tensor, L: tl.tensor, S: tl.tensor, scale: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, INDEXED: tl.constexpr,
 ) -> None:  # fmt: skip
     """Gradient of one tile of queries from all keys; grad_q: (B, H, L, D) contiguous."""
     bh = tl.program_id(1).to(tl.int64)
@@ -187,11 +196,11 @@ def _attention_backward_queries_kernel(
     last = S
     if INDEXED:
         last = tl.load(length + b)
-    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    query = _load_rows(q + b.to(tl.int64) * q_b + h * q_h, l, q_l, l < L, D, BLOCK_D)
-    g = _load_rows(grad + b.to(tl.int64) * g_b + h * g_h, l, g_l, l < L, D, BLOCK_D)
-    log_total = tl.load(lse + bh * L + l, mask=l < L, other=0.0)
-    d = tl.load(delta + bh * L + l, mask=l < L, other=0.0)
+    i = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    query = _load_rows(q + b.to(tl.int64) * q_b + h * q_h, i, q_l, i < L, D, BLOCK_D)
+    g = _load_rows(grad + b.to(tl.int64) * g_b + h * g_h, i, g_l, i < L, D, BLOCK_D)
+    log_total = tl.load(lse + bh * L + i, mask=i < L, other=0.0)
+    d = tl.load(delta + bh * L + i, mask=i < L, other=0.0)
     k += b.to(tl.int64) * k_b + h * k_h
     v += b.to(tl.int64) * v_b + h * v_h
     acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
@@ -206,7 +215,7 @@ def _attention_backward_queries_kernel(
         ds = p * (dot(g, tl.trans(value), zeros) - d[:, None])
         acc = dot(ds.to(key.dtype), key, acc)
     acc *= scale * 0.6931471805599453  # without log2(e)
-    _store_rows(grad_q + bh * L * D, l, D, l < L, acc, D, BLOCK_D)
+    _store_rows(grad_q + bh * L * D, i, D, i < L, acc, D, BLOCK_D)
 
 
 def _rowwise(tensor: torch.Tensor) -> torch.Tensor:
@@ -215,7 +224,7 @@ def _rowwise(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _indices(keys: Keys | None, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return (keys.index.contiguous(), keys.length) if keys is not None else (q, q)  # not looked at in the second case
+    return (q, q) if keys is None else (keys.positions.contiguous(), keys.lengths)  # without keys, not looked at
 
 
 def _sizes(q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
@@ -297,7 +306,8 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of q, k and v."""
-        return (*attention_backward(grads[0], *ctx.saved_tensors, ctx.keys), None, None)
+        q, k, v, out, lse = ctx.saved_tensors
+        return (*attention_backward(grads[0], q, k, v, out, lse, ctx.keys), None, None)
 
 
 def refusal(q: torch.Tensor) -> str | None:

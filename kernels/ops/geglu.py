@@ -18,7 +18,9 @@ def _phi(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _geglu_forward_kernel(x: tl.tensor, out: tl.tensor, inner: tl.tensor, x_m: tl.tensor, BLOCK_N: tl.constexpr) -> None:
+def _geglu_forward_kernel(
+    x: tl.tensor, out: tl.tensor, inner: tl.tensor, x_m: tl.tensor, BLOCK_N: tl.constexpr,
+) -> None:  # fmt: skip
     """A part of one row."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -240,7 +240,9 @@ class SpadeNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of all tensors."""
-        return (*spade_norm_backward(grads[0], *ctx.saved_tensors, ctx.silu), None, None, None)
+        x, weight, bias, mean, rstd, scale, shift = ctx.saved_tensors
+        grad_tensors = spade_norm_backward(grads[0], x, weight, bias, mean, rstd, scale, shift, ctx.silu)
+        return (*grad_tensors, None, None, None)
 
 
 def spade_norm(

@@ -18,9 +18,8 @@ SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 def reports():
     """What `python -m pfstorer_rt.kernels.aot` prints: apart, since here kernels may be made for the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "pfstorer_rt.kernels.aot"], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-W", "ignore", "-m", "pfstorer_rt.kernels.aot"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     return [json.loads(line) for line in run.stdout.splitlines()]
 

@@ -85,8 +85,8 @@ def test_a_row_without_keys_gives_zeros(normal, differentiate):
 
 def test_compaction_keeps_the_order():
     mask = torch.tensor([[False, True, True, False, True], [True, False, False, False, False]])
-    index, length = compact(mask)
-    assert length.tolist() == [3, 1] and index[0, :3].tolist() == [1, 2, 4] and index[1, 0] == 0
+    positions, lengths = compact(mask)
+    assert lengths.tolist() == [3, 1] and positions[0, :3].tolist() == [1, 2, 4] and positions[1, 0] == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -39,7 +39,8 @@ def test_spade_norm(shape, dtype, memory_format, normal, differentiate, assert_c
     values = pixels * shape[1] // groups
     fp32 = 2**-23 * (316 if values < 4 else 1)
     sums = fp32 * 16 * max(shape[0] * pixels, 4) ** 0.5
-    for one, other, slack in zip(found, expected, (fp32 * 64, fp32 * 128, sums, sums, fp32 * 64, fp32 * 64), strict=True):
+    slacks = fp32 * 64, fp32 * 128, sums, sums, fp32 * 64, fp32 * 64
+    for one, other, slack in zip(found, expected, slacks, strict=True):
         assert one.dtype == dtype
         assert_close(one, other, slack)
     assert found[0].is_contiguous(memory_format=memory_format)
