@@ -108,7 +108,7 @@ def test_the_block_with_kernels_is_the_block(more, triton):
     found = make_block(64, triton, **more)(x, reference, strength=0.6)
     exact = make_block(64, door.Kernels(), **more).double()(x.double(), reference.double(), strength=0.6)
     assert (found - exact).abs().max() < 1e-2  # of values up to 5, after seven layers of halves
-    assert (exact - x).abs().max() > 0.5
+    assert (exact - x).abs().max() > 0.3
 
 
 @pytest.mark.parametrize("strength", [0.0, torch.zeros(1), torch.zeros(2, 1, 1)])
@@ -157,39 +157,94 @@ def test_geglu_is_the_layer_of_diffusers(triton):
 
 
 @pytest.fixture
-def deciding(tmp_path, monkeypatch):
-    """A dispatch as on a GPU whose clock is ours: (dispatch, {way: milliseconds}, calls that were timed)."""
-    made = dispatch.Dispatch(tmp_path / "kernels.json", atomic_write)
-    times, timed = {}, []
-
-    def clock(way):
-        way()
-        timed.append(way)
-        return times.get(dispatch.TORCH if len(timed) % (1 + len(times)) == 1 else "kernel", 1.0)
-
+def make_dispatch(tmp_path, monkeypatch):
+    """Function (*milliseconds) -> a dispatch as on a GPU on which the ways of a call take that long, PyTorch's first."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(tuning, "milliseconds", clock)
-    made.tuner = tuning.Tuner(tmp_path / "kernels.json", atomic_write)
-    return made, times, timed
+
+    def make(*milliseconds):
+        clock = iter(milliseconds)
+        monkeypatch.setattr(tuning, "milliseconds", lambda way: next(clock))
+        made = dispatch.Dispatch(tmp_path / "cache" / "kernels.json", atomic_write)
+        made.tuner = tuning.Tuner(tmp_path / "cache" / "kernels.json", atomic_write)
+        return made
+
+    return make
 
 
-def run_geglu(made, x):
-    return made.geglu(partial(door.geglu, x), x)
+def run_geglu(made):
+    """Which way a call took: a plain one that gives zeros would show."""
+    x = normal(3, 8)
+    out = made.geglu(lambda: torch.zeros(3, 4), x)
+    return "torch" if not out.any() else "triton"
 
 
-@pytest.mark.parametrize("torchs,kernels,taken", [(0.2, 0.1, "triton"), (0.1, 0.2, "torch")])
-def test_the_faster_one_is_taken_and_remembered(torchs, kernels, taken, deciding, tmp_path):
-    made, times, timed = deciding
-    times.update({"torch": torchs, "kernel": kernels})
-    del times["kernel"]
-    times["kernel"] = kernels
-    made.tuner.fastest("geglu float16 16 rows 4", {"torch": lambda: None, "triton": lambda: None})
-    found = made.tuner.known["Some GPU, torch " + torch.__version__ + ", triton " + tuning.triton.__version__
-                             + ": geglu float16 16 rows 4"]  # fmt: skip
-    assert set(found.milliseconds) == {"torch", "triton"}
-    count = len(timed)
-    again = tuning.Tuner(tmp_path / "kernels.json", atomic_write)
-    assert again.known == made.tuner.known  # on disk
-    again.fastest("geglu float16 16 rows 4", {"torch": lambda: None, "triton": lambda: None})
-    assert len(timed) == count
+@pytest.mark.parametrize("times,taken", [((0.2, 0.1), "triton"), ((0.1, 0.2), "torch"), ((0.1, float("inf")), "torch")])
+def test_the_faster_one_is_taken(times, taken, make_dispatch):
+    made = make_dispatch(*times)
+    assert run_geglu(made) == taken == run_geglu(made)  # the second time there is no clock left
+    ((key, decision),) = made.decisions.items()
+    assert key == "geglu float16 8 rows 4" and decision.startswith(f"{taken}: torch {times[0]:.4f} ms")
+
+
+def test_timings_are_kept_on_disk(make_dispatch, monkeypatch):
+    assert run_geglu(make_dispatch(0.1, 0.2)) == "torch"
+    assert run_geglu(make_dispatch()) == "torch"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Another GPU")
+    assert run_geglu(make_dispatch(0.2, 0.1)) == "triton"
+    assert len(make_dispatch().tuner.known) == 2
+
+
+def test_a_damaged_file_of_timings_counts_as_empty(make_dispatch):
+    made = make_dispatch(0.2, 0.1)
+    made.tuner.file.parent.mkdir()
+    for text in ("{", "[1]", '{"a": {"fastest": 1}}'):
+        made.tuner.file.write_text(text)
+        assert run_geglu(make_dispatch(0.2, 0.1)) == "triton"
+
+
+def test_timings_that_cannot_be_kept_are_used(make_dispatch):
+    made = make_dispatch(0.1, 0.2)
+    made.tuner.file.parent.write_text("a file where the folder should be")
+    assert run_geglu(made) == "torch" == run_geglu(made)
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(make_dispatch, monkeypatch):
+    made = make_dispatch()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert run_geglu(made) == "triton" and not made.decisions
+
+
+@pytest.mark.parametrize(
+    "shape,dtype,mask,reason",
+    [
+        ((2, 3, 9, 40), torch.float32, None, "fp16 and bf16, these are float32"),
+        ((2, 3, 9, 24), torch.float16, None, "head sizes are 32 to 128, this is 24"),
+        ((2, 3, 9, 40), torch.float16, (2, 1, 9, 9), "differs among heads or queries"),
+        ((2, 3, 9, 40), torch.float16, (9, 9), "differs among heads or queries"),
+    ],
+)
+def test_sdpa_is_preferred_with_a_reason(shape, dtype, mask, reason, make_dispatch):
+    made = make_dispatch()
+    q, k, v = (normal(*shape, seed=i, dtype=dtype) for i in range(3))
+    keep = None if mask is None else torch.ones(mask, dtype=torch.bool, device=DEVICE).tril()
+    assert torch.equal(made.attention(q, k, v, keep), F.scaled_dot_product_attention(q, k, v, attn_mask=keep))
+    assert reason in next(iter(made.decisions.values()))
+
+
+def test_the_gate_is_plain_where_types_are_mixed(make_dispatch):
+    layer, x = nn.Linear(8, 4).to(DEVICE), normal(2, 3, 4)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        plain = partial(door.gated_projection, layer, normal(2, 3, 8), x, x, x[0, 0])
+        made = make_dispatch()
+        found = made.gated_projection(plain, layer, normal(2, 3, 8), x, x, x[0, 0], 1.0, True)
+        assert torch.equal(found, plain())
+    assert "fp16 or bf16 throughout" in next(iter(made.decisions.values()))
+
+
+def test_norms_with_hooks_of_their_own_stay_plain(make_dispatch):
+    norm = nn.GroupNorm(2, 4).to(DEVICE)
+    norm.register_forward_pre_hook(lambda _, inputs: None)
+    made, x = make_dispatch(), normal(1, 4, 3, 3, dtype=torch.float32)
+    assert torch.equal(made.spade_norm(partial(door.spade_norm, norm, x), norm, x, None, None, False), norm(x))
+    assert "types of its own" in next(iter(made.decisions.values()))
