@@ -158,7 +158,7 @@ def test_geglu_is_the_layer_of_diffusers(triton):
 
 @pytest.fixture
 def make_dispatch(tmp_path, monkeypatch):
-    """Function (*milliseconds) -> a dispatch as on a GPU on which the ways of a call take that long, PyTorch's first."""
+    """Function (*milliseconds) -> a dispatch as on a GPU where the ways of a call take that long, PyTorch's first."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
