@@ -1,4 +1,8 @@
-"""The door to the attention kernels: one table, one choice at construction, refusals with reasons."""
+"""The door to the kernels: one table of backends, one choice at construction, refusals with reasons.
+
+Models hold a `Kernels` and call nothing else. Its functions take the layers whose weights they compute with, so that a
+layer with hooks of its own (`export.precision`) keeps them where PyTorch computes.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.files import atomic_write, cache_home
 
 AttentionFn = Callable[..., torch.Tensor]
 """attention(q, k, v, mask=None): q (B, H, L, D); k, v (B, H, S, D); mask bool or None -> (B, H, L, D)."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The backend that was taken and why the others before it were not."""
-
-    name: str
-    function: AttentionFn
-    refused: dict[str, str] = field(default_factory=dict)
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -38,25 +35,105 @@ def math(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor |
     return scores.softmax(-1) @ v
 
 
+def gated_projection(
+    layer: nn.Linear, h: torch.Tensor, stream: torch.Tensor, x: torch.Tensor, gamma: torch.Tensor,
+    strength: torch.Tensor | float = 1.0, delta: bool = True,
+) -> torch.Tensor:  # fmt: skip
+    """A block's last projection and its gate: x + strength gamma (.) (layer(h) + stream - x) (PFStorer eq. 3).
+
+    h: (B, L, K); stream, the block's own residual, and x: (B, L, N); strength: scalar or (B, 1, 1). delta=False leaves
+    out the `- x`. Returns (B, L, N) in x's dtype.
+    """
+    out = layer(h) + stream
+    return (x + strength * gamma * (out - x if delta else out)).to(x.dtype)
+
+
+def spade_norm(
+    norm: nn.GroupNorm, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
+    silu: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Return norm(x) (1 + scale) + shift, or norm(x) alone, and its SiLU where asked; all (B, C, H, W)."""
+    y: torch.Tensor = norm(x)
+    if scale is not None and shift is not None:
+        y = y * (1 + scale) + shift
+    return F.silu(y) if silu else y
+
+
+def geglu(x: torch.Tensor) -> torch.Tensor:
+    """Return the first half of the channels times the GELU of the second: (..., 2 I) -> (..., I)."""
+    value, gate = x.chunk(2, -1)
+    return value * F.gelu(gate)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a backend computes; PyTorch's own where it has nothing better."""
+
+    attention: AttentionFn = sdpa
+    gated_projection: Callable[..., torch.Tensor] = gated_projection
+    spade_norm: Callable[..., torch.Tensor] = spade_norm
+    geglu: Callable[[torch.Tensor], torch.Tensor] = geglu
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that was taken and why the others before it were not."""
+
+    name: str
+    kernels: Kernels
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+Loader = Callable[[torch.device, int | None], Kernels]
+"""loader(device, head size or None where not known): the kernels, or `MissingBackendError` with the reason."""
+
+
 def training_backend(device: torch.device) -> str:
     """Return the backend that trains fastest on a device."""
     return "math" if device.type == "cpu" else "auto"
 
 
-def _load_math(device: torch.device) -> AttentionFn:
-    return math
+def _load_math(device: torch.device, head_size: int | None) -> Kernels:
+    return Kernels(math)
 
 
-def _load_sdpa(device: torch.device) -> AttentionFn:
-    return sdpa
+def _load_sdpa(device: torch.device, head_size: int | None) -> Kernels:
+    return Kernels(sdpa)
 
 
-def _load_reference(device: torch.device) -> AttentionFn:
-    function: AttentionFn = import_module("pfstorer_rt.kernels.reference").attention
-    return function
+def _load_reference(device: torch.device, head_size: int | None) -> Kernels:
+    return Kernels(import_module("pfstorer_rt.kernels.reference").attention)
 
 
-def _load_xformers(device: torch.device) -> AttentionFn:
+def _load_triton(device: torch.device, head_size: int | None) -> Kernels:
+    try:
+        import_module("triton")
+    except ImportError as error:
+        raise MissingBackendError("triton is not installed: pip install 'pfstorer-rt[gpu]' (Linux)") from error
+    module = import_module("pfstorer_rt.kernels.dispatch")
+    module.check(device, head_size)
+    dispatch = module.Dispatch(cache_home() / "kernels.json", atomic_write)
+
+    def gate(
+        layer: nn.Linear, h: torch.Tensor, stream: torch.Tensor, x: torch.Tensor, gamma: torch.Tensor,
+        strength: torch.Tensor | float = 1.0, delta: bool = True,
+    ) -> torch.Tensor:  # fmt: skip
+        arguments = layer, h, stream, x, gamma, strength, delta
+        result: torch.Tensor = dispatch.gated_projection(lambda: gated_projection(*arguments), *arguments)
+        return result
+
+    def norm(
+        layer: nn.GroupNorm, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
+        silu: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        arguments = layer, x, scale, shift, silu
+        result: torch.Tensor = dispatch.spade_norm(lambda: spade_norm(*arguments), *arguments)
+        return result
+
+    return Kernels(dispatch.attention, gate, norm, lambda x: dispatch.geglu(lambda: geglu(x), x))
+
+
+def _load_xformers(device: torch.device, head_size: int | None) -> Kernels:
     if device.type != "cuda":
         raise MissingBackendError(f"xformers has no attention operator for {device.type}; it needs a CUDA device")
     try:
@@ -71,20 +148,21 @@ def _load_xformers(device: torch.device) -> AttentionFn:
         out: torch.Tensor = ops.memory_efficient_attention(*turned)
         return out.transpose(1, 2)
 
-    return xformers
+    return Kernels(xformers)
 
 
-BACKENDS: dict[str, Callable[[torch.device], AttentionFn]] = {
+BACKENDS: dict[str, Loader] = {
     "sdpa": _load_sdpa,
+    "triton": _load_triton,
     "xformers": _load_xformers,
     "math": _load_math,
     "reference": _load_reference,
 }
-"""Every backend, best first: a loader that returns the function or raises `MissingBackendError`."""
+"""Every backend, in the order of `auto`; `triton` comes after `sdpa` until a GPU has measured it to be faster."""
 
 
-def choose(name: str = "auto", device: str | torch.device = "cpu") -> Choice:
-    """Take a backend by name, or with `auto` the first of `BACKENDS` that this device has.
+def choose(name: str = "auto", device: str | torch.device = "cpu", head_size: int | None = None) -> Choice:
+    """Take a backend by name, or with `auto` the first of `BACKENDS` that takes this device and head size.
 
     Raises `ValueError` for an unknown name and `MissingBackendError` when the named one is refused.
     """
@@ -94,7 +172,7 @@ def choose(name: str = "auto", device: str | torch.device = "cpu") -> Choice:
     refused: dict[str, str] = {}
     for candidate in BACKENDS if name == "auto" else (name,):
         try:
-            return Choice(candidate, BACKENDS[candidate](device), refused)
+            return Choice(candidate, BACKENDS[candidate](device, head_size), refused)
         except MissingBackendError as error:
             refused[candidate] = str(error)
     raise MissingBackendError("; ".join(refused.values()))

@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # `kernels` and `export` are folders of the checkout, and `kernels` is also a package that diffusers looks for.
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != ROOT]
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported: without a GPU they run in the interpreter
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     **{part: {"errors", "config", "files"} for part in FORMATS - {"plan"}},
     "plan": {"errors", "config", "files", "trust"},
     "kernels": {"errors"},
-    "attention": {"errors", "kernels"},
+    "attention": {"errors", "files", "kernels"},  # files: where timings are kept
     "models": LOW | FORMATS | {"attention"},
     "engine": LOW | FORMATS | {"attention", "models"},
     "restore": LOW | FORMATS | {"attention", "models", "engine"},

@@ -15,3 +15,42 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return (scores.softmax(-1) @ v.float()).to(q.dtype)
+
+
+def gated_projection(
+    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, gamma: torch.Tensor,
+    strength: torch.Tensor | float = 1.0, stream: torch.Tensor | None = None, delta: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Return residual + strength gamma (.) y with y = h W^T + bias + stream, less the residual where `delta`.
+
+    h: (B, L, K); weight: (N, K); bias: (N); residual, stream: (B, L, N); gamma: (N); strength: scalar or (B, 1, 1).
+    With delta and the block's own residual stream this is eq. 3 of PFStorer. Returns (B, L, N) in residual's dtype.
+    """
+    y = h.float() @ weight.float().T
+    x = residual.float()
+    for term in (bias, stream):
+        y = y if term is None else y + term.float()
+    return (x + strength * gamma.float() * (y - x if delta else y)).to(residual.dtype)
+
+
+def spade_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float = 1e-5,
+    scale: torch.Tensor | None = None, shift: torch.Tensor | None = None, silu: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Return n (1 + scale) + shift with n = GroupNorm(x), or n alone, and its SiLU where asked; all in fp32.
+
+    x, scale, shift: (B, C, H, W); weight, bias: (C). Returns (B, C, H, W) in x's dtype.
+    """
+    grouped = x.float().unflatten(1, (groups, -1))
+    variance, mean = torch.var_mean(grouped, (2, 3, 4), correction=0, keepdim=True)
+    n = ((grouped - mean) / (variance + eps).sqrt()).flatten(1, 2)
+    y = n * weight.float()[:, None, None] + bias.float()[:, None, None]
+    if scale is not None and shift is not None:
+        y = y * (1 + scale.float()) + shift.float()
+    return (y * y.sigmoid() if silu else y).to(x.dtype)
+
+
+def geglu(x: torch.Tensor) -> torch.Tensor:
+    """Return the first half of the channels times the GELU of the second; x: (..., 2 I) -> (..., I), in fp32."""
+    value, gate = x.float().chunk(2, -1)
+    return (value * gate * (1 + torch.erf(gate / 2**0.5)) / 2).to(x.dtype)

@@ -13,7 +13,7 @@ import click
 
 PACKAGES = (
     "torch", "diffusers", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "openvino", "xformers", "tensorrt", "tensorrt-rtx-cu13", "polygraphy", "dlib-bin",
+    "openvino", "triton", "xformers", "tensorrt", "tensorrt-rtx-cu13", "polygraphy", "dlib-bin",
 )  # fmt: skip
 
 

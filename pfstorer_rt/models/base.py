@@ -114,10 +114,10 @@ class Base:
         return self
 
     def set_attention(self, backend: str = "auto") -> str:
-        """Choose the attention backend of UNet and structure encoder; returns the name taken."""
-        choice = choose(backend, self.device)
-        self.unet.set_attention(choice.function)
-        self.structure_encoder.set_attention(choice.function)
+        """Choose the backend of the kernels of UNet and structure encoder; returns the name taken."""
+        choice = choose(backend, self.device, self.config.head_size)
+        self.unet.set_kernels(choice.kernels)
+        self.structure_encoder.set_attention(choice.kernels.attention)
         return choice.name
 
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> Path:

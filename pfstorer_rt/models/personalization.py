@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from pfstorer_rt.attention import AttentionFn, AttentionProcessor, sdpa
+from pfstorer_rt.attention import AttentionProcessor, Kernels
 from pfstorer_rt.models.unet import RestorationUNet
 
 
@@ -53,13 +54,14 @@ class PersonalizationBlock(nn.Module):
             make_low_rank(self.block, rank)
         self.gamma = nn.Parameter(torch.zeros(channels))
         self.residual = residual
-        self.set_attention(sdpa)
+        self.set_kernels(Kernels())
 
-    def set_attention(self, attention: AttentionFn) -> None:
-        """Send both attention layers through `attention`."""
+    def set_kernels(self, kernels: Kernels) -> None:
+        """Compute both attentions, the feed-forward's gate and gamma's with `kernels`."""
+        self.kernels = kernels
         for module in self.modules():
             if isinstance(module, Attention):
-                module.set_processor(AttentionProcessor(attention))
+                module.set_processor(AttentionProcessor(kernels.attention))
 
     def forward(
         self,
@@ -73,9 +75,17 @@ class PersonalizationBlock(nn.Module):
         x: (B, L, C). reference: (B, S, C), not normalised; None lets x attend to itself. mask: bool
         (B, S), True is attended. strength: scalar or (B, 1, 1). Returns (B, L, C).
         """
-        out = self.block(x, encoder_hidden_states=reference, encoder_attention_mask=mask)
-        delta = out - x if self.residual == "delta" else out
-        return (x + strength * self.gamma * delta).to(x.dtype)
+        b: Any = self.block
+        stream = x + b.attn1(b.norm1(x))
+        stream = stream + b.attn2(b.norm2(stream), encoder_hidden_states=reference, attention_mask=mask)
+        gate, _, last = b.ff.net  # in between is a dropout, of nothing
+        h = self.kernels.geglu(gate.proj(b.norm3(stream)))
+        if isinstance(last, LowRankLinear):
+            h, last = last.down(h), last.up
+        out: torch.Tensor = self.kernels.gated_projection(
+            last, h, stream, x, self.gamma, strength, self.residual == "delta"
+        )
+        return out
 
 
 def layer_width(unet: RestorationUNet, layer: str) -> int:

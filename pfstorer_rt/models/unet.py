@@ -12,7 +12,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pfstorer_rt.attention import AttentionFn, AttentionProcessor, sdpa
+from pfstorer_rt.attention import AttentionProcessor, Kernels
 from pfstorer_rt.config import BaseConfig
 
 StructureMaps = Mapping[int, torch.Tensor]
@@ -33,11 +33,14 @@ class Spade(nn.Module):
         self.mlp_shared = nn.Sequential(nn.Conv2d(map_channels, hidden, 3, padding=1), nn.ReLU())
         self.mlp_gamma = nn.Conv2d(hidden, channels, 3, padding=1)
         self.mlp_beta = nn.Conv2d(hidden, channels, 3, padding=1)
+        self.kernels = Kernels()
 
     def forward(self, h: torch.Tensor, structure: torch.Tensor) -> torch.Tensor:
         """h (B, C, H, W), structure (B, map_channels, H, W) -> (B, C, H, W)."""
         a = self.mlp_shared(structure)
-        modulated: torch.Tensor = self.param_free_norm(h) * (1 + self.mlp_gamma(a)) + self.mlp_beta(a)
+        modulated: torch.Tensor = self.kernels.spade_norm(
+            self.param_free_norm, h, self.mlp_gamma(a), self.mlp_beta(a)
+        )
         return modulated
 
 
@@ -55,7 +58,7 @@ class RestorationUNet(UNet2DConditionModel):
             if isinstance(module, ResnetBlock2D):
                 groups = module.norm2.num_groups
                 module.spade = Spade(module.out_channels, map_channels, spade_hidden, groups)
-        self.set_attention(sdpa)
+        self.set_kernels(Kernels())
 
     @classmethod
     def from_base_config(cls, config: BaseConfig) -> RestorationUNet:
@@ -63,9 +66,13 @@ class RestorationUNet(UNet2DConditionModel):
         sizes = {"map_channels": config.structure.out_channels, "spade_hidden": config.spade_hidden}
         return cls(**sizes, sample_size=config.latent_tile, **config.unet)
 
-    def set_attention(self, attention: AttentionFn) -> None:
-        """Send every attention layer through `attention`."""
-        self.set_attn_processor(AttentionProcessor(attention))
+    def set_kernels(self, kernels: Kernels) -> None:
+        """Compute every attention and every normalization of a residual block with `kernels`."""
+        self.kernels = kernels
+        self.set_attn_processor(AttentionProcessor(kernels.attention))
+        for module in self.modules():
+            if isinstance(module, Spade):
+                module.kernels = kernels
 
     def forward(
         self,
@@ -85,7 +92,7 @@ class RestorationUNet(UNet2DConditionModel):
         bypass: bool (B,), rows that skip every SPADE. Returns (B, C, h, w).
         """
         recompute = torch.is_grad_enabled() and self.is_gradient_checkpointing
-        run = _Run(context, structure, taps or {}, inner_taps or {}, bypass, recompute)
+        run = _Run(self.kernels, context, structure, taps or {}, inner_taps or {}, bypass, recompute)
         temb = embed_time(self.time_proj, self.time_embedding, t).to(x.dtype)
         h = self.conv_in(x)
         skips = [h]
@@ -113,6 +120,7 @@ class _Run:
 
     def __init__(
         self,
+        kernels: Kernels,
         context: torch.Tensor,
         structure: StructureMaps,
         taps: Mapping[str, Tap],
@@ -120,7 +128,8 @@ class _Run:
         bypass: torch.Tensor | None,
         recompute: bool,
     ) -> None:
-        self.context, self.structure, self.taps, self.inner_taps = context, structure, taps, inner_taps
+        self.kernels, self.context, self.structure = kernels, context, structure
+        self.taps, self.inner_taps = taps, inner_taps
         self.keep = None if bypass is None else bypass[:, None, None, None]
         self.recompute = recompute
 
@@ -138,9 +147,9 @@ class _Run:
         return self._resnet(block, x, temb)
 
     def _resnet(self, block: Any, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        h = block.conv1(F.silu(block.norm1(x)))
+        h = block.conv1(self.kernels.spade_norm(block.norm1, x, silu=True))
         h = h + block.time_emb_proj(F.silu(temb))[:, :, None, None]
-        h = block.conv2(F.silu(block.norm2(h)))
+        h = block.conv2(self.kernels.spade_norm(block.norm2, h, silu=True))
         modulated = block.spade(h, self.structure[h.shape[-1]])
         h = modulated if self.keep is None else torch.where(self.keep, h, modulated)
         skip: torch.Tensor = x if block.conv_shortcut is None else block.conv_shortcut(x)

@@ -79,10 +79,10 @@ def personalize(
 def set_attention(objective: nn.Module, base: Base, backend: str) -> None:
     """Send the attention of the base and of what is trained on it through a backend."""
     base.set_attention(backend)
-    function = choose(backend, base.device).function
+    kernels = choose(backend, base.device, base.config.head_size).kernels
     for module in objective.modules():
         if isinstance(module, (PersonalizationBlock, RestorationUNet)):
-            module.set_attention(function)
+            module.set_kernels(kernels)
 
 
 def make_optimizer(objective: nn.Module, config: PersonalizeConfig) -> torch.optim.Optimizer:
