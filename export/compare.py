@@ -22,7 +22,8 @@ from pfstorer_rt.identity import Identity
 from pfstorer_rt.image import from_tensor
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.plan import COMPONENTS, Plan
-from pfstorer_rt.restore import Pixels, Restorer
+from pfstorer_rt.restore import Restorer
+from pfstorer_rt.spool import Pixels
 
 from .build import resolve
 from .probes import probe_inputs, probe_tiles

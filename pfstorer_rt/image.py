@@ -1,4 +1,4 @@
-"""Image files to arrays and back: orientation, colour profiles, depth, alpha; resizing and colour fix.
+"""Image files to arrays and back: orientation, colour profiles, depth, alpha; resizing.
 
 Arrays are (H, W, 3) float32 in [0, 1], sRGB. Tensors are (B, 3, H, W) in [-1, 1], which the networks
 take; torch is imported by the functions that work on tensors, so that the rest starts without it.
@@ -10,11 +10,11 @@ import contextlib
 import io
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 Pixels = npt.NDArray[np.float32]
-ColorFix = Literal["adain", "wavelet", "none"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 """Suffixes, in lower case, that a folder of pictures is searched for."""
@@ -202,75 +201,6 @@ def resize_bicubic(tensor: torch.Tensor, size: tuple[int, int], antialias: bool 
 
     wide = F.interpolate(tensor.float(), size=size, mode="bicubic", align_corners=False, antialias=antialias)
     return wide.clamp(-1, 1).to(tensor.dtype)
-
-
-def adain_color_fix(content: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
-    """Give each channel of `content` the mean and standard deviation that it has in `style`.
-
-    (c - mean_c) / std_c * std_s + mean_s per image and channel, std = sqrt(unbiased variance + 1e-5).
-    content, style: (B, 3, H, W) in [-1, 1], sizes may differ. Returns the shape and dtype of `content`,
-    not clamped.
-    Source: StableSR's `adaptive_instance_normalization`.
-    """
-    content_mean, content_std = _channel_statistics(content)
-    style_mean, style_std = _channel_statistics(style)
-    fixed = (content.float() - content_mean) / content_std * style_std + style_mean
-    return fixed.to(content.dtype)
-
-
-def wavelet_color_fix(content: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
-    """Keep the fine detail of `content` and take the coarse colours of `style`.
-
-    Five levels of an a-trous [1 2 1]/4 blur with dilation 1, 2, 4, 8, 16 split each image into low and
-    high; the result is high(content) + low(style).
-    content, style: (B, 3, H, W) in [-1, 1], of one shape and any size. Returns that shape and the dtype
-    of `content`, not clamped. Raises ValueError where the shapes differ.
-    Source: StableSR's `wavelet_reconstruction`.
-    """
-    if content.shape != style.shape:
-        raise ValueError(f"content {tuple(content.shape)} and style {tuple(style.shape)}; expected one shape")
-    wide = content.float()
-    # The sum of the levels' differences telescopes to the image less its last blur.
-    fixed = wide - _wavelet_low(wide) + _wavelet_low(style.float())
-    return fixed.to(content.dtype)
-
-
-def color_fix(content: torch.Tensor, style: torch.Tensor, kind: ColorFix) -> torch.Tensor:
-    """Apply the colour fix named "adain", "wavelet" or "none"; tensors as in `wavelet_color_fix`.
-
-    Raises ValueError for another name.
-    """
-    if kind not in _COLOR_FIXES:
-        raise ValueError(f"colour fix {kind!r}; expected one of {', '.join(_COLOR_FIXES)}")
-    return _COLOR_FIXES[kind](content, style)
-
-
-_COLOR_FIXES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "adain": adain_color_fix,
-    "wavelet": wavelet_color_fix,
-    "none": lambda content, style: content,
-}
-
-
-def _channel_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = x.float()
-    # One pixel has no unbiased variance (0/0); without the correction it is 0.
-    correction = min(1, wide[0, 0].numel() - 1)
-    variance = wide.var(dim=(2, 3), keepdim=True, correction=correction)
-    return wide.mean(dim=(2, 3), keepdim=True), (variance + 1e-5).sqrt()
-
-
-def _wavelet_low(x: torch.Tensor) -> torch.Tensor:
-    import torch
-    import torch.nn.functional as F
-
-    line = torch.tensor([1.0, 2.0, 1.0], device=x.device) / 4
-    kernel = torch.outer(line, line).expand(x.shape[1], 1, 3, 3)
-    for level in range(5):
-        radius = 2**level
-        padded = F.pad(x, (radius,) * 4, mode="replicate")
-        x = F.conv2d(padded, kernel, groups=x.shape[1], dilation=radius)
-    return x
 
 
 @contextlib.contextmanager

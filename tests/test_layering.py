@@ -20,20 +20,23 @@ FOLDERS = {
 
 # A part and the parts below it that it may import; a part is a module or package of pfstorer_rt.
 LOW = {"errors", "config", "files", "console"}
-FORMATS = {"image", "tiling", "sampling", "identity", "plan"}
+FORMATS = {"spool", "image", "color", "tiling", "canvas", "sampling", "identity", "plan"}
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "console": {"errors"},
     "files": {"errors"},
     "trust": {"errors", "files"},
-    **{part: {"errors", "config", "files"} for part in FORMATS - {"plan"}},
+    **{part: {"errors", "config", "files"} for part in FORMATS - {"plan", "image", "canvas"}},
+    "image": {"errors", "config", "files", "spool"},
+    "canvas": {"errors", "color", "image", "spool", "tiling"},
     "plan": {"errors", "config", "files", "trust"},
     "kernels": {"errors"},
     "attention": {"errors", "kernels"},
     "models": LOW | FORMATS | {"attention"},
     "engine": LOW | FORMATS | {"attention", "models"},
-    "restore": LOW | FORMATS | {"attention", "models", "engine"},
+    "stages": LOW | FORMATS | {"engine"},
+    "restore": LOW | FORMATS | {"attention", "models", "engine", "stages"},
     "evaluation": {"image", "errors", "console", "files"},
     "training": LOW | FORMATS | {"attention", "models", "evaluation"},
     "export": LOW | FORMATS | {"attention", "models", "engine", "restore"},

@@ -64,6 +64,12 @@ def numpy_run(session: Session, arrays: Mapping[str, Array]) -> dict[str, Array]
     return {name: tensor.float().cpu().numpy() for name, tensor in outputs.items()}
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an engine failed for want of memory, as far as its message tells."""
+    words = ("out of memory", "bad_alloc", "bad allocation", "can't allocate memory", "failed to allocate")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
 BACKENDS: dict[str, str] = {
     "tensorrt": "pfstorer_rt.engine.tensorrt",
     "onnxruntime": "pfstorer_rt.engine.onnxruntime",
