@@ -35,6 +35,8 @@ IDENTICAL = 120.0
 
 Row = dict[str, Any]
 Open = Callable[[str], Session]
+EXACT = {"openvino": "CPU:f32"}
+"""Providers that compute in the precision of the graph, for backends that would choose a lower one."""
 
 
 class SessionRunner(BaseRunner):
@@ -86,8 +88,8 @@ def _openers(plan: Plan) -> tuple[dict[str, Open], list[str]]:
     refused = []
     for name in BACKENDS:
         try:
-            with open_session(plan, "encoder", name):
-                found[name] = lambda component, name=name: open_session(plan, component, name)  # type: ignore[misc]
+            with open_session(plan, "encoder", name, EXACT.get(name)):
+                found[name] = lambda component, name=name: open_session(plan, component, name, EXACT.get(name))  # type: ignore[misc]
         except MissingBackendError as error:
             refused.append(str(error))
     return found, refused
@@ -126,7 +128,7 @@ def _compare_pictures(plan: Plan, base: Base, identity: Identity | None, backend
         expected = {name: restorer.restore(pixels) for name, pixels in tiles.items()}
     rows = []
     for backend in backends:
-        with Restorer.from_plan(plan.path, backend, trust=plan.trusted) as restorer:
+        with Restorer.from_plan(plan.path, backend, trust=plan.trusted, provider=EXACT.get(backend)) as restorer:
             for name, pixels in tiles.items():
                 try:
                     finite, psnr = True, agreement(restorer.restore(pixels), expected[name])

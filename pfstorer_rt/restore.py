@@ -82,11 +82,13 @@ class Restorer:
 
     @classmethod
     def from_plan(
-        cls, path: str | Path, backend: str = "auto", base: str | Path | None = None, trust: bool = False
-    ) -> Restorer:
+        cls, path: str | Path, backend: str = "auto", base: str | Path | None = None, trust: bool = False,
+        provider: str | None = None,
+    ) -> Restorer:  # fmt: skip
         """Open a plan; with backend `torch`, open the base and identity that it was made of instead.
 
-        trust: run a TensorRT plan, which is executable code, whoever built it.
+        trust: run a TensorRT plan, which is executable code, whoever built it. provider: where the backend runs it,
+        in its own words (`cpu`, `cuda`; for OpenVINO `CPU:f32`, `GPU`); None takes its best.
         Raises `BadFileError`, `MissingBackendError`, or `MismatchError` when `torch` cannot find them.
         """
         plan = Plan.open(path, trust)
@@ -94,7 +96,7 @@ class Restorer:
             return cls.from_base(base or plan.manifest.base_name, _find_identity(plan.manifest), plan.manifest)
         plan.check_trusted()
         choice = choose_backend(backend, plan.manifest.target)
-        sessions = {name: choice.open_component(plan, name) for name in COMPONENTS}
+        sessions = {name: choice.open_component(plan, name, provider) for name in COMPONENTS}
         return cls(plan.manifest, sessions, choice.name)
 
     @classmethod

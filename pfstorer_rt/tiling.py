@@ -267,20 +267,21 @@ def pad_to_multiple(height: int, width: int, multiple: int) -> tuple[int, int]:
     return -height % multiple, -width % multiple
 
 
-def seam_ratio(picture: Array, tiles: Sequence[Tile]) -> float:
-    """Return the mean gradient across the tiles' borders, divided by that at all other places.
+def seam_ratio(picture: Array, tiles: Sequence[Tile], grid: int = 1) -> float:
+    """Return the mean gradient across the tiles' borders, divided by that at all other multiples of `grid` pixels.
 
-    picture: (H, W, C); tiles: in its pixels. 1 where no seam can be told from the picture itself. Infinite where
+    picture: (H, W, C); tiles: in its pixels. grid: pixels per latent pixel, as what a decoder makes has a faint grid of
+    that size by itself. 1 where no seam can be told from the picture itself. Infinite where
     the picture is flat but for its seams, 1 where it is flat throughout.
     """
     at, elsewhere = [], []
     for axis, length in enumerate(picture.shape[:2]):
         gradient = np.abs(np.diff(picture.astype(np.float64), axis=axis)).mean((1 - axis, 2))
-        borders = {t[axis] for t in tiles} | {t[axis] + t[axis + 2] for t in tiles}
+        borders: set[int] = {t[axis] for t in tiles} | {t[axis] + t[axis + 2] for t in tiles}
         places = sorted(b - 1 for b in borders if 0 < b < length)
         at.append(gradient[places])
-        elsewhere.append(np.delete(gradient, places))
-    seams, rest = np.concatenate(at), np.concatenate(elsewhere).mean()
+        elsewhere.append(gradient[[p - 1 for p in range(grid, length, grid) if p not in borders]])
+    seams, rest = np.concatenate(at), float(np.mean(np.concatenate(elsewhere) if any(map(len, elsewhere)) else 0))
     if not seams.size or (rest == 0 and not seams.any()):
         return 1.0
     return float(seams.mean() / rest) if rest else float("inf")

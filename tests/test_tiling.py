@@ -267,3 +267,12 @@ def test_seams_are_seen_where_they_are():
     flat[32:] = 0.01
     assert seam_ratio(flat, tiles) == math.inf
     assert seam_ratio(picture, [Tile(0, 0, 96, 160)]) == 1
+
+
+def test_the_grid_of_a_decoder_is_no_seam():
+    rng = np.random.default_rng(6)
+    picture = 0.1 * rng.random((96, 160, 3))
+    picture += np.floor(np.arange(160) / 8)[None, :, None]  # a step at every latent pixel
+    tiles = plan_tiles(96, 160, 32, 0)
+    assert seam_ratio(picture, tiles, 8) == pytest.approx(1, abs=0.03)
+    assert seam_ratio(picture, tiles) > 2

@@ -12,7 +12,8 @@ from PIL import Image
 @pytest.fixture
 def restore(run, nano_plan):
     """`restore` with the nano plan in as few steps as there are."""
-    return lambda *arguments, **more: run("restore", "--engine", nano_plan.path, "--steps", 1, *arguments, **more)
+    fixed = ("restore", "--engine", nano_plan.path, "--backend", "onnxruntime", "--steps", 1)
+    return lambda *arguments, **more: run(*fixed, *arguments, **more)
 
 
 def truncated(path, save):
