@@ -16,15 +16,13 @@ import torch.nn.functional as F
 from pfstorer_rt.color import WAVELET_REACH, ColorFix, Statistics, channel_statistics, color_fix, match_statistics
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.image import from_tensor, to_tensor
-from pfstorer_rt.spool import Pixels, Rows, Spool, bands
+from pfstorer_rt.spool import TALL, Pixels, Rows, Spool, bands
 from pfstorer_rt.tiling import Tile, pad_to_multiple
 
 PADDING = 32
 """The canvas's sides are multiples of this, in pixels."""
 MAX_ENLARGEMENT = 4.0
 """A picture smaller than a tile is enlarged to one by at most this factor, and padded for the rest."""
-FIXED_MIN = 256
-"""Rows that are colour-fixed at a time at least, so that the wavelet's margins are a small part of the work."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +189,7 @@ class ColorFixed:
 
 
 def _statistics(source: Bands) -> Statistics:
-    return channel_statistics(source.read(*band) for band in bands(source.height, source.width, least=FIXED_MIN))
+    return channel_statistics(source.read(*band) for band in bands(source.height, source.width, least=TALL))
 
 
 class Result:

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from pfstorer_rt.canvas import FIXED_MIN
 from pfstorer_rt.color import WAVELET_REACH
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.restore import Restorer, Work
-from pfstorer_rt.spool import IN_MEMORY, Spool
+from pfstorer_rt.spool import IN_MEMORY, TALL, Spool
 
 CODEC_BYTES = 4
 """Bytes a pixel that Pillow holds while it decodes or encodes a picture."""
@@ -73,6 +72,6 @@ class Forecaster:
         m, canvas = self.restorer.manifest, work.height * work.width
         activations = 3 * 64 * 4 * self.codec_pixels(work) * max(0.0, 1 - 1 / codec_scale)
         latents = LATENT_COPIES * 4 * m.latent_channels * canvas // m.factor**2
-        rows = 3 * 4 * 12 * work.width * (FIXED_MIN + 2 * WAVELET_REACH)
+        rows = 3 * 4 * 12 * work.width * (TALL + 2 * WAVELET_REACH)
         spooled = min(3 * IN_MEMORY, 2 * 12 * canvas)
         return int(self._resident + activations + latents + spooled + max(rows, CODEC_BYTES * max(pixels, canvas)))

@@ -22,7 +22,7 @@ from PIL import Image
 from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.files import atomic_write, show_path
 from pfstorer_rt.profiles import srgb_profile, to_srgb, wide_to_srgb
-from pfstorer_rt.spool import Pixels, Rows, Spool, bands
+from pfstorer_rt.spool import TALL, Pixels, Rows, Spool, bands
 
 if TYPE_CHECKING:
     import torch
@@ -402,7 +402,7 @@ def _to_pillow(pixels: Any, alpha: Any, kind: str) -> Image.Image:
         raise ValueError(f"alpha {(alpha.height, alpha.width)}; expected {(pixels.height, pixels.width)}")
     over_white = alpha is not None and kind in ("JPEG", "BMP")
     image = Image.new("RGBA" if alpha and not over_white else "RGB", (pixels.width, pixels.height))
-    for start, stop in bands(pixels.height, pixels.width):
+    for start, stop in bands(pixels.height, pixels.width, least=TALL):
         band = pixels.read(start, stop)
         if alpha:
             opacity = alpha.read(start, stop)

@@ -21,8 +21,10 @@ Pixels = npt.NDArray[np.float32]
 
 IN_MEMORY = 64 << 20
 """Bytes up to which a picture is kept in memory."""
-BAND_BYTES = 16 << 20
+BAND_BYTES = 4 << 20
 """About the bytes of a band when nothing else says how many rows to take at once."""
+TALL = 128
+"""Rows of a band at least where each comes at the price of a margin, as in the wavelet's colour fix."""
 
 
 class Rows(Protocol):

@@ -82,7 +82,7 @@ def test_a_rectangle_is_cut():
 
 @pytest.mark.parametrize("kind", ["adain", "wavelet", "none"])
 def test_colours_are_fixed_as_in_the_whole(kind, monkeypatch):
-    monkeypatch.setattr(canvases, "FIXED_MIN", 16)
+    monkeypatch.setattr(canvases, "TALL", 16)
     monkeypatch.setattr("pfstorer_rt.spool.BAND_BYTES", 1)
     content, style = noise(150, 20, 1), noise(150, 20, 2) * 0.5 + 0.2
     expected = color_fix(content, style, kind).clamp(-1, 1)
