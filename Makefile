@@ -18,11 +18,11 @@ setup: .venv/ready
 demo: .venv/ready
 	$(BIN)/pfstorer-rt demo -o demo
 
-# The tests build TensorRT-RTX engines, for which no GPU is needed.
+# The tests run OpenVINO, and build TensorRT-RTX engines, for which no GPU is needed.
 tools: .venv/tools
 
 .venv/tools: .venv/ready
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt --disable-pip-version-check -q -e '.[metrics,dev,tensorrt-rtx]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt --disable-pip-version-check -q -e '.[metrics,dev,openvino,tensorrt-rtx]'
 	touch $@
 
 # One process for each core, with one thread each, goes quicker than all threads in one process.

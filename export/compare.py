@@ -22,7 +22,8 @@ from pfstorer_rt.identity import Identity
 from pfstorer_rt.image import from_tensor
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.plan import COMPONENTS, Plan
-from pfstorer_rt.restore import Pixels, Restorer
+from pfstorer_rt.restore import Restorer
+from pfstorer_rt.spool import Pixels
 
 from .build import resolve
 from .probes import probe_inputs, probe_tiles
@@ -34,6 +35,8 @@ IDENTICAL = 120.0
 
 Row = dict[str, Any]
 Open = Callable[[str], Session]
+EXACT = {"openvino": "CPU:f32"}
+"""Providers that compute in the precision of the graph, for backends that would choose a lower one."""
 
 
 class SessionRunner(BaseRunner):
@@ -85,8 +88,8 @@ def _openers(plan: Plan) -> tuple[dict[str, Open], list[str]]:
     refused = []
     for name in BACKENDS:
         try:
-            with open_session(plan, "encoder", name):
-                found[name] = lambda component, name=name: open_session(plan, component, name)  # type: ignore[misc]
+            with open_session(plan, "encoder", name, EXACT.get(name)):
+                found[name] = lambda component, name=name: open_session(plan, component, name, EXACT.get(name))  # type: ignore[misc]
         except MissingBackendError as error:
             refused.append(str(error))
     return found, refused
@@ -125,7 +128,7 @@ def _compare_pictures(plan: Plan, base: Base, identity: Identity | None, backend
         expected = {name: restorer.restore(pixels) for name, pixels in tiles.items()}
     rows = []
     for backend in backends:
-        with Restorer.from_plan(plan.path, backend, trust=plan.trusted) as restorer:
+        with Restorer.from_plan(plan.path, backend, trust=plan.trusted, provider=EXACT.get(backend)) as restorer:
             for name, pixels in tiles.items():
                 try:
                     finite, psnr = True, agreement(restorer.restore(pixels), expected[name])

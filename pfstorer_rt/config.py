@@ -230,10 +230,12 @@ class PersonalizeConfig:
 class TileConfig:
     """How a picture is cut (StableSR section 3.4)."""
 
+    mode: Literal["fast", "parity"] = "fast"
+    """`parity` is StableSR's cutting; `fast` needs fewer tiles and no squares."""
     overlap: int | None = None
-    """Pixels shared by neighbouring tiles; None is half a tile."""
+    """Pixels shared by neighbouring tiles; None is half a tile in parity mode, else a quarter."""
     chop: int = 1280
-    """Pictures with a longer side are restored in squares of this many pixels."""
+    """In parity mode, pictures with a longer side are restored in squares of this many pixels."""
     chop_stride: int = 1000
     batch: int = 4
     """Tiles that go through the denoiser at once."""

@@ -1,4 +1,4 @@
-"""Image files to arrays and back: orientation, colour profiles, depth, alpha; resizing and colour fix.
+"""Image files to arrays and back: orientation, colour profiles, depth, alpha; resizing.
 
 Arrays are (H, W, 3) float32 in [0, 1], sRGB. Tensors are (B, 3, H, W) in [-1, 1], which the networks
 take; torch is imported by the functions that work on tensors, so that the rest starts without it.
@@ -10,24 +10,23 @@ import contextlib
 import io
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
 
 from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.files import atomic_write, show_path
+from pfstorer_rt.profiles import srgb_profile, to_srgb, wide_to_srgb
+from pfstorer_rt.spool import TALL, Pixels, Rows, Spool, bands
 
 if TYPE_CHECKING:
     import torch
 
-Pixels = npt.NDArray[np.float32]
-ColorFix = Literal["adain", "wavelet", "none"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 """Suffixes, in lower case, that a folder of pictures is searched for."""
@@ -61,7 +60,6 @@ _EXIF_KEPT = (
 _EXIF_DIRECTORIES = (0x8769, 0x8825)  # the camera's and the position's
 _EXIF_STALE = (0xA001, 0xA002, 0xA003, 0xA005)  # colour space, width, height, interoperability
 
-_PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
 _guard_lock = threading.Lock()
 
 
@@ -83,8 +81,32 @@ class Picture:
     """What a user would want to know about the reading."""
 
 
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """The same as a `Picture`, by rows; large ones are in temporary files."""
+
+    pixels: Spool
+    """(H, W, 3)."""
+    alpha: Spool | None = None
+    """(H, W, 1)."""
+    icc: bytes | None = None
+    exif: bytes | None = None
+    frames: int = 1
+    notes: tuple[str, ...] = ()
+
+
 def load_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Read the first frame of an image file or of a binary stream.
+    """Read the first frame of an image file or of a binary stream into memory; as `scan_image`."""
+    scan = scan_image(source, max_pixels)
+    height = scan.pixels.height
+    alpha = None if scan.alpha is None else scan.alpha.read(0, height)[..., 0]
+    return Picture(scan.pixels.read(0, height), alpha, scan.icc, scan.exif, scan.frames, scan.notes)
+
+
+def scan_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS) -> Scan:
+    """Read the first frame of an image file or of a binary stream, to be asked for its rows.
+
+    Decoding takes 4 bytes of memory a pixel (Pillow decodes whole images), afterwards none for a large picture.
 
     Applies the EXIF orientation and converts from the embedded colour profile to sRGB with perceptual
     intent. 16-bit grey keeps its depth; of 16-bit colour, 8 bits are kept.
@@ -93,12 +115,8 @@ def load_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_
     """
     with _open(source) as (handle, name):
         image = _identify(handle, name)
+        _check_pixels(*image.size, name, max_pixels)
         width, height = image.size
-        if width * height > max_pixels:
-            raise BadFileError(
-                f"{name}: {width} x {height} is {width * height} pixels; expected at most {max_pixels}; "
-                "make the picture smaller or raise --max-pixels"
-            )
         try:
             return _decode(image, name)
         except PFStorerError:
@@ -110,11 +128,30 @@ def load_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_
             raise BadFileError(message) from error
 
 
+def image_size(source: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Return (height, width) of an image file as it is to be seen, without decoding it; raises as `scan_image`."""
+    with _open(source) as (handle, name):
+        image = _identify(handle, name)
+        _check_pixels(*image.size, name, max_pixels)
+        turn = 1
+        with contextlib.suppress(Exception):
+            turn = image.getexif().get(_EXIF_ORIENTATION, 1)
+        return (image.height, image.width) if turn < 5 else image.size
+
+
+def _check_pixels(width: int, height: int, name: str, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadFileError(
+            f"{name}: {width} x {height} is {width * height} pixels; expected at most {max_pixels}; "
+            "make the picture smaller or raise --max-pixels"
+        )
+
+
 def save_image(
     path: str | os.PathLike[str],
-    pixels: npt.NDArray[np.floating[Any]],
+    pixels: npt.NDArray[np.floating[Any]] | Rows,
     *,
-    alpha: npt.NDArray[np.floating[Any]] | None = None,
+    alpha: npt.NDArray[np.floating[Any]] | Rows | None = None,
     icc: bytes | None = None,
     exif: bytes | None = None,
     quality: int = 95,
@@ -132,26 +169,25 @@ def save_image(
         raise PFStorerError(f"{name}: cannot write {suffix or 'a name without a suffix'}; use one of {known}")
     if not overwrite and os.path.lexists(path) and not os.path.isdir(path):
         raise PFStorerError(f"{name}: exists already; choose another name or pass --overwrite")
-    try:
-        data = encode_image(pixels, suffix, alpha=alpha, icc=icc, exif=exif, quality=quality)
-    except PFStorerError as error:
-        raise PFStorerError(f"{name}: {error}") from error
     with atomic_write(path) as handle:
-        handle.write(data)
+        try:
+            _encode(cast(BinaryIO, _Sink(handle)), SAVE_FORMATS[suffix], pixels, alpha, icc, exif, quality)
+        except PFStorerError as error:
+            raise PFStorerError(f"{name}: {error}") from error
 
 
 def encode_image(
-    pixels: npt.NDArray[np.floating[Any]],
+    pixels: npt.NDArray[np.floating[Any]] | Rows,
     format: str = "png",
     *,
-    alpha: npt.NDArray[np.floating[Any]] | None = None,
+    alpha: npt.NDArray[np.floating[Any]] | Rows | None = None,
     icc: bytes | None = None,
     exif: bytes | None = None,
     quality: int = 95,
 ) -> bytes:
     """Encode a picture with 8 bits a channel; the same arguments give the same bytes.
 
-    pixels: (H, W, 3) float, clamped to [0, 1]. format: a key of `SAVE_FORMATS`, with or without its dot.
+    pixels: (H, W, 3) float, or rows of it, clamped to [0, 1]. format: a key of `SAVE_FORMATS`, with or without its dot.
     alpha: (H, W) float in [0, 1]; JPEG and BMP have none, so there the picture is laid over white.
     icc, exif: embedded where the format takes them (BMP takes neither, JPEG no EXIF above 64 KB).
     quality: 1 to 100, of JPEG and of lossy WebP.
@@ -162,16 +198,31 @@ def encode_image(
     if kind is None or not 1 <= quality <= 100:
         known = ", ".join(suffix[1:] for suffix in SAVE_FORMATS)
         raise ValueError(f"format {format!r} at quality {quality}; expected one of {known}, and 1 to 100")
+    buffer = io.BytesIO()
+    _encode(buffer, kind, pixels, alpha, icc, exif, quality)
+    return buffer.getvalue()
+
+
+class _Sink:
+    """A file without a descriptor, so that Pillow writes by its `write`, and a full disk keeps its reason."""
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self.write, self.seek, self.tell, self.flush = handle.write, handle.seek, handle.tell, handle.flush
+
+
+def _encode(
+    sink: BinaryIO, kind: str, pixels: Any, alpha: Any, icc: bytes | None, exif: bytes | None, quality: int
+) -> None:
     image = _to_pillow(pixels, alpha, kind)
     if max(image.size) > _MAX_SIDE.get(kind, max(image.size)):
         size = f"{image.width} x {image.height}"
         raise PFStorerError(f"{size} is too large for {kind}, at most {_MAX_SIDE[kind]} a side; use png or tif")
-    buffer = io.BytesIO()
     try:
-        image.save(buffer, kind, **_save_options(kind, icc, exif, quality))
+        image.save(sink, kind, **_save_options(kind, icc, exif, quality))
     except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno:  # the disk's, not the encoder's
+            raise
         raise PFStorerError(f"{kind} cannot hold this picture ({_one_line(error)}); use png") from error
-    return buffer.getvalue()
 
 
 def to_tensor(pixels: Pixels) -> torch.Tensor:
@@ -202,75 +253,6 @@ def resize_bicubic(tensor: torch.Tensor, size: tuple[int, int], antialias: bool 
 
     wide = F.interpolate(tensor.float(), size=size, mode="bicubic", align_corners=False, antialias=antialias)
     return wide.clamp(-1, 1).to(tensor.dtype)
-
-
-def adain_color_fix(content: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
-    """Give each channel of `content` the mean and standard deviation that it has in `style`.
-
-    (c - mean_c) / std_c * std_s + mean_s per image and channel, std = sqrt(unbiased variance + 1e-5).
-    content, style: (B, 3, H, W) in [-1, 1], sizes may differ. Returns the shape and dtype of `content`,
-    not clamped.
-    Source: StableSR's `adaptive_instance_normalization`.
-    """
-    content_mean, content_std = _channel_statistics(content)
-    style_mean, style_std = _channel_statistics(style)
-    fixed = (content.float() - content_mean) / content_std * style_std + style_mean
-    return fixed.to(content.dtype)
-
-
-def wavelet_color_fix(content: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
-    """Keep the fine detail of `content` and take the coarse colours of `style`.
-
-    Five levels of an a-trous [1 2 1]/4 blur with dilation 1, 2, 4, 8, 16 split each image into low and
-    high; the result is high(content) + low(style).
-    content, style: (B, 3, H, W) in [-1, 1], of one shape and any size. Returns that shape and the dtype
-    of `content`, not clamped. Raises ValueError where the shapes differ.
-    Source: StableSR's `wavelet_reconstruction`.
-    """
-    if content.shape != style.shape:
-        raise ValueError(f"content {tuple(content.shape)} and style {tuple(style.shape)}; expected one shape")
-    wide = content.float()
-    # The sum of the levels' differences telescopes to the image less its last blur.
-    fixed = wide - _wavelet_low(wide) + _wavelet_low(style.float())
-    return fixed.to(content.dtype)
-
-
-def color_fix(content: torch.Tensor, style: torch.Tensor, kind: ColorFix) -> torch.Tensor:
-    """Apply the colour fix named "adain", "wavelet" or "none"; tensors as in `wavelet_color_fix`.
-
-    Raises ValueError for another name.
-    """
-    if kind not in _COLOR_FIXES:
-        raise ValueError(f"colour fix {kind!r}; expected one of {', '.join(_COLOR_FIXES)}")
-    return _COLOR_FIXES[kind](content, style)
-
-
-_COLOR_FIXES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "adain": adain_color_fix,
-    "wavelet": wavelet_color_fix,
-    "none": lambda content, style: content,
-}
-
-
-def _channel_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = x.float()
-    # One pixel has no unbiased variance (0/0); without the correction it is 0.
-    correction = min(1, wide[0, 0].numel() - 1)
-    variance = wide.var(dim=(2, 3), keepdim=True, correction=correction)
-    return wide.mean(dim=(2, 3), keepdim=True), (variance + 1e-5).sqrt()
-
-
-def _wavelet_low(x: torch.Tensor) -> torch.Tensor:
-    import torch
-    import torch.nn.functional as F
-
-    line = torch.tensor([1.0, 2.0, 1.0], device=x.device) / 4
-    kernel = torch.outer(line, line).expand(x.shape[1], 1, 3, 3)
-    for level in range(5):
-        radius = 2**level
-        padded = F.pad(x, (radius,) * 4, mode="replicate")
-        x = F.conv2d(padded, kernel, groups=x.shape[1], dilation=radius)
-    return x
 
 
 @contextlib.contextmanager
@@ -325,7 +307,7 @@ def _without_pillow_limit() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _decode(image: Image.Image, name: str) -> Picture:
+def _decode(image: Image.Image, name: str) -> Scan:
     notes: list[str] = []
     frames = _count_frames(image)
     if frames > 1 and image.format != "MPO":  # phones hide previews and depth maps in MPO files
@@ -333,14 +315,41 @@ def _decode(image: Image.Image, name: str) -> Picture:
     image.load()
     exif = _clean_exif(image, notes)
     profile = image.info.get("icc_profile") or None
+    turn = 1
     with contextlib.suppress(Exception):  # _clean_exif has noted that the EXIF is unreadable
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        pixels, alpha, managed = _decode_wide(image, profile, name, notes)
-    else:
-        alpha = _unit(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
-        pixels, managed = _to_srgb(image, profile, notes)
-    return Picture(pixels, alpha, srgb_profile() if managed else None, exif, frames, tuple(notes))
+        turn = image.getexif().get(_EXIF_ORIENTATION, 1)
+    wide = image.mode == "F" or image.mode.startswith("I")
+    if wide:
+        _check_range(image, name)
+    levels, managed = to_srgb("L" if wide else image.mode, image, profile, notes)
+    width, height = image.size if turn < 5 else image.size[::-1]
+    pixels = Spool(height, width, 3, np.float32 if wide else np.uint8)
+    opaque = isinstance(image.info.get("transparency"), int) if wide else image.has_transparency_data
+    alpha = Spool(height, width, 1, np.uint8) if opaque else None
+    for start, stop in bands(height, width):
+        strip = _upright(image, turn, start, stop)
+        pixels.write(start, wide_to_srgb(strip, levels, _top(image)) if wide else levels(strip))
+        if alpha and wide:
+            opacity = np.where(np.asarray(strip) == image.info["transparency"], 0, 255)
+            alpha.write(start, opacity[..., None].astype(np.uint8))
+        elif alpha:
+            alpha.write(start, np.asarray(strip.convert("RGBA").getchannel("A"))[..., None])
+    return Scan(pixels, alpha, srgb_profile() if managed else None, exif, frames, tuple(notes))
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def _upright(image: Image.Image, turn: int, start: int, stop: int) -> Image.Image:
+    """Cut rows start..stop-1 of the picture as EXIF says that it is to be seen."""
+    length = image.height if turn < 5 else image.width
+    first, last = (length - stop, length - start) if turn in (3, 4, 7, 8) else (start, stop)
+    strip = image.crop((0, first, image.width, last) if turn < 5 else (first, 0, last, image.height))
+    return strip.transpose(_TURNS[turn]) if turn in _TURNS else strip
 
 
 def _count_frames(image: Image.Image) -> int:
@@ -373,96 +382,42 @@ def _clean_exif(image: Image.Image, notes: list[str]) -> bytes | None:
         return None
 
 
-def _unit(image: Image.Image) -> Pixels:
-    values: Pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
-    return values
-
-
-def _decode_wide(
-    image: Image.Image, profile: bytes | None, name: str, notes: list[str]
-) -> tuple[Pixels, Pixels | None, bool]:
-    """Read grey of more than 8 bits: pixels, alpha, and whether a colour profile was applied."""
-    values = np.asarray(image).astype(np.float64)
-    top = 1 if image.mode == "F" else 65535
-    if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
-        found = f"values from {values.min():g} to {values.max():g}"
+def _check_range(image: Image.Image, name: str) -> None:
+    """Refuse grey of more than 8 bits whose values say nothing about black and white."""
+    top, values = _top(image), np.asarray(image)
+    low, high = float(values.min()), float(values.max())  # NaN where any value is
+    if not 0 <= low <= high <= top:
+        found = f"values from {low:g} to {high:g}"
         raise BadFileError(f"{name}: {found}; expected 0 to {top}: rescale it")
-    clear = image.info.get("transparency")
-    alpha = (values != clear).astype(np.float32) if isinstance(clear, int) else None
-    # Profiles are applied to 8 bits only, so the depth is kept by interpolating in a converted ramp.
-    levels = np.arange(256, dtype=np.uint8)[None]
-    ramp, managed = _to_srgb(Image.fromarray(levels), profile, notes)
-    grey = values / top * 255
-    channels = [np.interp(grey, levels[0], ramp[0, :, c]).astype(np.float32) for c in range(3)]
-    return np.stack(channels, axis=-1), alpha, managed
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> tuple[Pixels, bool]:
-    """Convert to (H, W, 3) sRGB; True where a colour profile was applied."""
-    if profile is not None:
-        try:
-            return _unit(_apply_profile(image, profile)), True
-        except Exception as error:  # lcms, and what a profile that is no profile makes of it
-            notes.append(f"colour profile ignored: {_one_line(error)}")
-    if image.mode == "CMYK":
-        notes.append("CMYK without a usable profile: colours are approximate")
-    return _unit(_plain(image, "RGB")), False
+def _top(image: Image.Image) -> int:
+    return 1 if image.mode == "F" else 65535
 
 
-def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    parsed = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    space = parsed.profile.xcolor_space.strip()
-    mode = _PROFILE_MODES.get(space, "")
-    source = {"CMYK": "CMYK", "LAB": "LAB", "1": "L", "LA": "L", "La": "L", "L": "L"}.get(image.mode, "RGB")
-    # Grey files with an RGB profile are common and mean what they say; other mixtures do not.
-    if mode != source and (mode, source) != ("RGB", "L"):
-        raise ValueError(f"it is for {space}, the picture is {image.mode}")
-    srgb = ImageCms.createProfile("sRGB")
-    # lcms's shortcut is ten levels off in the shadows of grey; for colour it is right, and ten times faster.
-    flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
-    transform = ImageCms.buildTransform(parsed, srgb, mode, "RGB", ImageCms.Intent.PERCEPTUAL, flags)
-    image = _plain(image, mode)
-    if mode == "RGB" and _is_identity(transform):
-        return image
-    return ImageCms.applyTransform(image, transform) or image
+def _to_pillow(pixels: Any, alpha: Any, kind: str) -> Image.Image:
+    """Make an image of arrays or rows, band by band: 4 bytes of memory a pixel."""
+    pixels, alpha = _rows(pixels, "pixels (H, W, 3)", 3), None if alpha is None else _rows(alpha, "alpha (H, W)", 1)
+    if alpha and (alpha.height, alpha.width) != (pixels.height, pixels.width):
+        raise ValueError(f"alpha {(alpha.height, alpha.width)}; expected {(pixels.height, pixels.width)}")
+    over_white = alpha is not None and kind in ("JPEG", "BMP")
+    image = Image.new("RGBA" if alpha and not over_white else "RGB", (pixels.width, pixels.height))
+    for start, stop in bands(pixels.height, pixels.width, least=TALL):
+        band = pixels.read(start, stop)
+        if alpha:
+            opacity = alpha.read(start, stop)
+            band = band * opacity + (1 - opacity) if over_white else np.concatenate([band, opacity], axis=-1)
+        image.paste(Image.fromarray(_to_uint8(band)), (0, start))
+    return image
 
 
-def _is_identity(transform: ImageCms.ImageCmsTransform) -> bool:
-    # sRGB profiles of different makers differ by rounding; converting between them would only add noise.
-    axis = np.linspace(0, 255, 18).round().astype(np.uint8)
-    probe = np.stack(np.meshgrid(axis, axis, axis), axis=-1).reshape(18, -1, 3)
-    converted = ImageCms.applyTransform(Image.fromarray(probe), transform)
-    return bool(np.abs(np.asarray(converted, dtype=int) - probe.astype(int)).max() <= 1)
-
-
-def _plain(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == "P" and image.has_transparency_data:
-        image = image.convert("RGBA")  # Pillow warns on the direct way
-    return image if image.mode == mode else image.convert(mode)
-
-
-@lru_cache(maxsize=1)
-def srgb_profile() -> bytes:
-    """Make the sRGB profile that saved pictures carry: always the same bytes."""
-    made = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    # lcms writes the current time at 24..35 of the header; a fixed one keeps outputs reproducible.
-    made[24:36] = b"".join(part.to_bytes(2, "big") for part in (2000, 1, 1, 0, 0, 0))
-    return bytes(made)
-
-
-def _to_pillow(
-    pixels: npt.NDArray[np.floating[Any]], alpha: npt.NDArray[np.floating[Any]] | None, kind: str
-) -> Image.Image:
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size or pixels.dtype.kind != "f":
-        raise ValueError(f"pixels {pixels.shape} {pixels.dtype}; expected (H, W, 3) float")
-    if alpha is None:
-        return Image.fromarray(_to_uint8(pixels))
-    if alpha.shape != pixels.shape[:2]:
-        raise ValueError(f"alpha {alpha.shape}; expected {pixels.shape[:2]}")
-    opacity = alpha[..., None]
-    if kind in ("JPEG", "BMP"):
-        return Image.fromarray(_to_uint8(pixels * opacity + (1 - opacity)))
-    return Image.fromarray(_to_uint8(np.concatenate([pixels, opacity], axis=-1)))
+def _rows(given: Any, what: str, channels: int) -> Rows:
+    if not isinstance(given, np.ndarray):
+        return cast(Rows, given)
+    planes = given[..., None] if channels == 1 and given.ndim == 2 else given
+    if planes.ndim != 3 or planes.shape[2] != channels or not planes.size or planes.dtype.kind != "f":
+        raise ValueError(f"got {given.shape} {given.dtype}; expected {what} float")
+    return Spool.of(planes)
 
 
 def _to_uint8(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:

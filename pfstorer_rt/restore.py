@@ -2,64 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
+from pfstorer_rt.canvas import (
+    PADDING,
+    Bands,
+    ColorFixed,
+    Cropped,
+    Padded,
+    Resized,
+    Result,
+    Spooled,
+    Unit,
+    plan_canvas,
+)
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.engine.session import Session, choose_backend
-from pfstorer_rt.errors import MismatchError, PFStorerError
+from pfstorer_rt.errors import MismatchError
 from pfstorer_rt.identity import Identity, identity_path, list_identities
-from pfstorer_rt.image import color_fix, from_tensor, resize_bicubic, to_tensor
 from pfstorer_rt.plan import COMPONENTS, Manifest, Plan
 from pfstorer_rt.sampling import SAMPLERS, respace, start_from_lq
-from pfstorer_rt.tiling import Blender, Tile, axis_offsets, pad_to_multiple, plan_tiles
+from pfstorer_rt.spool import Pixels, Rows, Spool
+from pfstorer_rt.stages import CodecTiles, Done, TiledDenoiser, chop_offsets, decode, encode, run
+from pfstorer_rt.tiling import Tile, blend_by_rows, plan_tiles, ramp_weights
 
-Pixels = npt.NDArray[np.float32]
 Step = Callable[[int, int], None]
-"""step(done, total), called after each pass over the tiles."""
+"""step(done, total), called after each batch of tiles; total counts all tiles through all networks and steps."""
 
-PADDING = 32
-"""The canvas's sides are multiples of this, in pixels."""
-MAX_ENLARGEMENT = 4.0
-"""A picture smaller than a tile is enlarged to one by at most this factor, and padded for the rest."""
+OVERLAP = {"parity": 2, "fast": 4}
+"""Share of a tile, 1/n, that neighbouring tiles have in common when the caller does not say."""
+CODEC_TILE = {False: 512, True: 1280}
+"""Side in pixels of the encoder's and decoder's tiles, and for variational autoencoders, whose norms see all of it."""
+CODEC_MARGIN = {False: 32, True: 128}
+"""Pixels around them that are thrown away. Convolutions see 64; at 32 `tiny` tiled equals itself untiled at 78 dB."""
 
 
 @dataclass(frozen=True)
-class Canvas:
-    """How a picture is laid on the canvas that the networks see, in pixels."""
+class Work:
+    """What a restoration will do."""
 
     height: int
     width: int
-    """Of the enlarged picture, before padding."""
-    pad_bottom: int
-    pad_right: int
-    out_height: int
-    out_width: int
-    """Of the result."""
+    """Of the canvas, in pixels."""
+    tiles: int
+    """Of the denoiser, in one step."""
+    codec_tiles: int
+    """Of the encoder, and as many of the decoder."""
+    steps: int
+    batch: int
+    squares: int = 1
+    """Parts that are restored one after the other (parity with StableSR above 1280 pixels)."""
 
-
-def plan_canvas(height: int, width: int, tile: int, scale: float) -> Canvas:
-    """Enlarge until the short side is a tile, then pad to multiples of 32 and to at least a tile.
-
-    Enlarging stops at a factor of 4 (or at `scale`): a picture of a few pixels is padded, so that
-    3 x 5000 does not become 192 x 320000. Raises `ValueError` when scale is not above 0.
-    """
-    if not 0 < scale <= 16:
-        raise ValueError(f"scale {scale}: expected above 0 and at most 16")
-    s = max(scale, min(tile / min(height, width), max(MAX_ENLARGEMENT, scale)))
-    h, w = max(1, round(height * s)), max(1, round(width * s))
-    bottom, right = pad_to_multiple(max(h, tile), max(w, tile), PADDING)
-    out = max(1, round(height * scale)), max(1, round(width * scale))
-    return Canvas(h, w, max(h, tile) + bottom - h, max(w, tile) + right - w, *out)
+    @property
+    def total(self) -> int:
+        """Tiles through networks."""
+        return self.tiles * self.steps + 2 * self.codec_tiles
 
 
 class Restorer:
@@ -76,11 +82,13 @@ class Restorer:
 
     @classmethod
     def from_plan(
-        cls, path: str | Path, backend: str = "auto", base: str | Path | None = None, trust: bool = False
-    ) -> Restorer:
+        cls, path: str | Path, backend: str = "auto", base: str | Path | None = None, trust: bool = False,
+        provider: str | None = None,
+    ) -> Restorer:  # fmt: skip
         """Open a plan; with backend `torch`, open the base and identity that it was made of instead.
 
-        trust: run a TensorRT plan, which is executable code, whoever built it.
+        trust: run a TensorRT plan, which is executable code, whoever built it. provider: where the backend runs it,
+        in its own words (`cpu`, `cuda`; for OpenVINO `CPU:f32`, `GPU`); None takes its best.
         Raises `BadFileError`, `MissingBackendError`, or `MismatchError` when `torch` cannot find them.
         """
         plan = Plan.open(path, trust)
@@ -88,7 +96,7 @@ class Restorer:
             return cls.from_base(base or plan.manifest.base_name, _find_identity(plan.manifest), plan.manifest)
         plan.check_trusted()
         choice = choose_backend(backend, plan.manifest.target)
-        sessions = {name: choice.open_component(plan, name) for name in COMPONENTS}
+        sessions = {name: choice.open_component(plan, name, provider) for name in COMPONENTS}
         return cls(plan.manifest, sessions, choice.name)
 
     @classmethod
@@ -133,20 +141,44 @@ class Restorer:
         pixels: (H, W, 3) float32 in [0, 1], sRGB. Returns (round(H*scale), round(W*scale), 3) in [0, 1].
         Raises `ValueError` for a setting out of range, `PFStorerError` when the engine gives NaN.
         """
+        result = self.restore_rows(Spool.of(pixels), config, step)
+        return result.read(0, result.height)
+
+    def restore_rows(self, source: Rows, config: RestoreConfig | None = None, step: Step | None = None) -> Rows:
+        """Restore a picture that is read and given by rows, so that memory is needed for tiles and not for it.
+
+        source: rows (n, W, 3) float32 in [0, 1]. The networks are done when this returns; what is read from the result
+        is colour-fixed and brought to size on the way, and `PFStorerError` raised for values that are not finite.
+        Latents stay in memory: about 32 * channels / factor^2 bytes a pixel.
+        """
         config = config or RestoreConfig()
         self.check(config)
-        m, image = self.manifest, to_tensor(pixels)
-        canvas = plan_canvas(pixels.shape[0], pixels.shape[1], m.tile, config.scale)
-        shrinking = canvas.height < pixels.shape[0]
-        style = _pad(resize_bicubic(image, (canvas.height, canvas.width), antialias=shrinking), canvas)
-        out = self._restore_canvas(style, config, step or (lambda done, total: None))
-        out = out[:, :, : canvas.height, : canvas.width]
-        size = (canvas.out_height, canvas.out_width)
-        if out.shape[-2:] != size:
-            out = resize_bicubic(out, size, antialias=size[0] < canvas.height)
-        if not bool(torch.isfinite(out).all()):
-            raise PFStorerError(f"{self.backend} gave values that are not finite; try another --backend")
-        return from_tensor(out)
+        canvas = plan_canvas(source.height, source.width, self.manifest.tile, config.scale)
+        shrinking = canvas.height < source.height
+        style = Padded(Resized(Unit(source), canvas.height, canvas.width, shrinking), canvas)
+        work, passed = self.plan(source.height, source.width, config), 0
+
+        def done(n: int) -> None:
+            nonlocal passed
+            passed += n
+            if step:
+                step(passed, work.total)
+
+        restored = self._restore_squares(style, config, done) if work.squares > 1 else self._area(style, config, done)
+        return Result(
+            restored, canvas, lambda: f"{self.backend} gave values that are not finite; try another --backend"
+        )
+
+    def plan(self, height: int, width: int, config: RestoreConfig) -> Work:
+        """Say what restoring a picture of that size will do."""
+        canvas = plan_canvas(height, width, self.manifest.tile, config.scale)
+        height, width = canvas.padded
+        squares = self._squares(height, width, config)
+        h, w = squares[0].height, squares[0].width
+        tiles, codec = self._tiles(h, w, config), self._codec_tiles(h, w, config)
+        n = len(squares)
+        batch = min(len(tiles), config.tile.batch)
+        return Work(height, width, n * len(tiles), n * len(codec), self.steps(config), batch, n)
 
     def check(self, config: RestoreConfig) -> None:
         """Raise `ValueError` when a setting does not fit this engine, before any work."""
@@ -167,6 +199,8 @@ class Restorer:
                 f"cfw_weight {config.cfw_weight}: this engine has no controllable feature wrapping; leave it at 0, or "
                 "import the base with --cfw and export it again"
             )
+        if config.tile.mode not in OVERLAP:
+            raise ValueError(f"tiling {config.tile.mode!r}: expected one of {', '.join(OVERLAP)}")
         overlap = self.overlap(config)
         if not 0 <= overlap < self.manifest.tile or overlap % self.manifest.factor:
             raise ValueError(
@@ -196,103 +230,92 @@ class Restorer:
 
     def overlap(self, config: RestoreConfig) -> int:
         """Return the pixels that neighbouring tiles share."""
-        return self.manifest.tile // 2 if config.tile.overlap is None else config.tile.overlap
+        m = self.manifest
+        share = m.tile // m.factor // OVERLAP[config.tile.mode] * m.factor
+        return share if config.tile.overlap is None else config.tile.overlap
 
-    def _restore_canvas(self, style: torch.Tensor, config: RestoreConfig, step: Step) -> torch.Tensor:
-        """Restore (1, 3, H, W), in squares of `chop` pixels when it is larger (method: image pipeline, step 3)."""
-        height, width = style.shape[-2:]
-        sides = [min(n, max(config.tile.chop, self.manifest.tile)) for n in (height, width)]
-        if sides == [height, width]:
-            return self._restore_square(style, config, step)
+    def _squares(self, height: int, width: int, config: RestoreConfig) -> list[Tile]:
+        """Cut a canvas into StableSR's squares; one that is the canvas unless parity is asked for."""
+        chop = max(config.tile.chop, self.manifest.tile)
+        if config.tile.mode == "fast" or max(height, width) <= chop:
+            return [Tile(0, 0, height, width)]
+        sides = min(height, chop), min(width, chop)
         rows, columns = (
-            axis_offsets(n, side, max(0, side - config.tile.chop_stride))
-            for n, side in zip((height, width), sides, strict=True)
+            chop_offsets(n, side, config.tile.chop_stride) for n, side in zip((height, width), sides, strict=True)
         )
-        squares = [Tile(y, x, *sides) for y in rows for x in columns]
-        blender = Blender(3, height, width)
-        for i, square in enumerate(squares):
+        return [Tile(y, x, *sides) for y in rows for x in columns]
 
-            def progress(done: int, total: int, i: int = i) -> None:
-                step(i * total + done, len(squares) * total)
+    def _tiles(self, height: int, width: int, config: RestoreConfig) -> list[Tile]:
+        """Cut a canvas or square into the denoiser's tiles, in latent pixels."""
+        f, even = self.manifest.factor, config.tile.mode == "fast"
+        return plan_tiles(height // f, width // f, self.manifest.tile // f, self.overlap(config) // f, even)
 
-            part = self._restore_square(crop(style, square), config, progress)
-            blender.add(square, part[0].numpy())
-        return torch.from_numpy(blender.result())[None]
+    def _codec_tiles(self, height: int, width: int, config: RestoreConfig) -> CodecTiles:
+        """Cut a canvas or square into the tiles of encoder and decoder."""
+        f, variational = self.manifest.factor, "std" in self._sessions["encoder"].outputs
+        side = max(CODEC_TILE[variational] if config.tile.mode == "fast" else max(height, width), self.manifest.tile)
+        return CodecTiles(height // f, width // f, side // f, CODEC_MARGIN[variational] // f)
 
-    def _restore_square(self, style: torch.Tensor, config: RestoreConfig, step: Step) -> torch.Tensor:
-        """Encode, sample, decode, fix colours; every square starts from the same seed."""
-        generator = torch.Generator().manual_seed(config.seed)
-        encoded = self._run("encoder", image=style)
-        z_lq = encoded["mean"].to(self._sessions["denoiser"].device)
+    def _restore_squares(self, style: Bands, config: RestoreConfig, done: Done) -> Bands:
+        """Restore square after square, each from the same seed, and blend them (method: image pipeline, step 3)."""
+        squares = self._squares(style.height, style.width, config)
+        spool = Spool(style.height, style.width)
+
+        def patches() -> Iterator[npt.NDArray[np.float32]]:
+            for square in squares:
+                part = self._area(Cropped(style, square), config, done)
+                yield part.read(0, square.height)[0].numpy()
+
+        for start, rows in blend_by_rows(squares, patches(), style.height, style.width):
+            spool.write(start, rows.transpose(1, 2, 0))
+        return Spooled(spool)
+
+    def _area(self, style: Bands, config: RestoreConfig, done: Done) -> Bands:
+        """Encode, sample on one field of noise, decode, fix colours."""
+        m, sessions = self.manifest, self._sessions
+        generator, device = torch.Generator().manual_seed(config.seed), sessions["denoiser"].device
+        codec = self._codec_tiles(style.height, style.width, config)
+        encoded = encode(sessions["encoder"], style, codec, m.factor, device, done)
+        z_lq = encoded["mean"]
 
         def noise() -> torch.Tensor:  # drawn on the host, so that a seed means the same on every device
-            return torch.randn(z_lq.shape, generator=generator).to(z_lq.device)
+            return torch.randn(z_lq.shape, generator=generator).to(device)
 
         if "std" in encoded:
-            z_lq = z_lq + encoded["std"].to(z_lq.device) * noise()
+            z_lq = z_lq + encoded["std"] * noise()
         first = noise()
         x = start_from_lq(z_lq, first) if config.init == "lq" else first
-        tiles = self._latent_tiles(z_lq.shape[-2], z_lq.shape[-1], config)
-        denoiser = self._tiled_denoiser(z_lq, tiles, config, step)
-        sample, timesteps = SAMPLERS[self.sampler(config)], respace(self.steps(config))
-        x = sample(denoiser, x, timesteps, self.manifest.prediction_type, noise, eta=config.eta)
-        features = {name: tensor for name, tensor in encoded.items() if name.startswith("features_")}
-        if features:
-            features["cfw_weight"] = torch.full((1,), config.cfw_weight)
-        decoded = self._run("decoder", latent=x, **features)["image"].cpu()
+        denoiser = self._denoiser(style.height, style.width, config)
+        x = SAMPLERS[self.sampler(config)](
+            lambda x, t: denoiser(x, t, z_lq, done), x, respace(self.steps(config)), m.prediction_type, noise,
+            eta=config.eta,
+        )  # fmt: skip
+        features = partial(self._features, encoded, style, config)
+        decoded = decode(sessions["decoder"], x, features, codec, m.factor, done)
         kind = config.color_fix
         if kind == "auto":
-            kind = "adain" if len(tiles) == 1 else "wavelet"
-        return color_fix(decoded, style, kind).clamp(-1, 1)
+            kind = "adain" if len(denoiser.tiles) == 1 else "wavelet"
+        return ColorFixed(Spooled(decoded), style, kind)
 
-    def _run(self, component: str, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        session = self._sessions[component]
-        return session.run_tensors(**{name: tensor.to(session.device) for name, tensor in tensors.items()})
-
-    def _latent_tiles(self, height: int, width: int, config: RestoreConfig) -> list[Tile]:
-        m = self.manifest
-        return plan_tiles(height, width, m.tile // m.factor, self.overlap(config) // m.factor)
-
-    def _tiled_denoiser(
-        self, z_lq: torch.Tensor, tiles: list[Tile], config: RestoreConfig, step: Step
-    ) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """Return denoiser(x, t) of the canvas: predictions of the tiles, blended with gaussian weights."""
-        session, total, done = self._sessions["denoiser"], self.steps(config), 0
-        strength = torch.full((1,), config.strength, dtype=torch.float32, device=z_lq.device)
+    def _denoiser(self, height: int, width: int, config: RestoreConfig) -> TiledDenoiser:
+        session, tiles = self._sessions["denoiser"], self._tiles(height, width, config)
+        strength = torch.full((1,), config.strength, dtype=torch.float32)
         fixed = {"strength": strength} if "strength" in session.inputs else {}
+        weights = ramp_weights(tiles) if config.tile.mode == "fast" else None
+        return TiledDenoiser(session, tiles, weights, config.tile.batch, fixed)
 
-        def denoiser(x: torch.Tensor, t: int) -> torch.Tensor:
-            nonlocal done
-            blender = Blender(*x.shape[1:])
-            for start in range(0, len(tiles), config.tile.batch):
-                chosen = tiles[start : start + config.tile.batch]
-                stacked = {
-                    name: torch.stack([crop(canvas[0], tile) for tile in chosen])
-                    for name, canvas in (("x", x), ("z_lq", z_lq))
-                }
-                times = torch.full((len(chosen),), t, dtype=torch.float32, device=z_lq.device)
-                predictions = session.run_tensors(**stacked, t=times, **fixed)["prediction"]
-                for tile, prediction in zip(chosen, predictions, strict=True):
-                    blender.add(tile, prediction)
-            done += 1
-            step(done, total)
-            blended: torch.Tensor = blender.result()
-            return blended[None]
-
-        return denoiser
-
-
-def crop(array: Any, tile: Tile) -> Any:
-    """Cut a tile out of the last two axes of an array or tensor."""
-    rows, columns = tile.slices
-    return array[..., rows, columns]
-
-
-def _pad(image: torch.Tensor, canvas: Canvas) -> torch.Tensor:
-    """Reflect at the right and bottom; where the picture is too small to reflect, repeat its edge."""
-    pad = (0, canvas.pad_right, 0, canvas.pad_bottom)
-    reflect = canvas.pad_right < image.shape[-1] and canvas.pad_bottom < image.shape[-2]
-    return F.pad(image, pad, mode="reflect" if reflect else "replicate")
+    def _features(
+        self, encoded: dict[str, torch.Tensor], style: Bands, config: RestoreConfig, tile: Tile
+    ) -> dict[str, torch.Tensor]:
+        """Return what the decoder takes besides the latent of a tile; nothing without feature wrapping."""
+        if not self.manifest.cfw:
+            return {}
+        f = self.manifest.factor
+        if not any(name.startswith("features_") for name in encoded):
+            image = Cropped(style, Tile(*(f * side for side in tile))).read(0, f * tile.height)
+            encoded = run(self._sessions["encoder"], {"image": image.contiguous()})
+        features = {name: tensor for name, tensor in encoded.items() if name.startswith("features_")}
+        return {**features, "cfw_weight": torch.full((1,), config.cfw_weight)}
 
 
 def _find_identity(manifest: Manifest) -> Identity | None:

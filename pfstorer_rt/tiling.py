@@ -6,8 +6,9 @@ the caller's, pixels or latent pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,13 +52,33 @@ def axis_offsets(length: int, tile: int, overlap: int) -> list[int]:
     return [k * stride for k in range(n - 1)] + [length - tile]
 
 
-def plan_tiles(height: int, width: int, tile: int, overlap: int) -> list[Tile]:
-    """Cover a canvas with square tiles, row by row from the top left.
+def even_offsets(length: int, tile: int, overlap: int) -> list[int]:
+    """Place as many tiles as `axis_offsets` does, at equal distances: the excess is shared by all overlaps.
 
     Raises ValueError as `axis_offsets` does.
     """
-    rows = axis_offsets(height, tile, overlap)
-    columns = axis_offsets(width, tile, overlap)
+    n = len(axis_offsets(length, tile, overlap))
+    return [round(k * (length - tile) / max(1, n - 1)) for k in range(n)]
+
+
+def kept_spans(offsets: Sequence[int], tile: int) -> list[tuple[int, int]]:
+    """Cut an axis in the middle of each overlap: (start, stop) of what is kept of each tile.
+
+    For networks that see a bounded neighbourhood: what is nearer to a border than they see is thrown away, so that
+    the kept parts together are what the network makes of the whole.
+    """
+    cuts = [(left + tile + right) // 2 for left, right in pairwise(offsets)]
+    return list(pairwise([offsets[0], *cuts, offsets[-1] + tile]))
+
+
+def plan_tiles(height: int, width: int, tile: int, overlap: int, even: bool = False) -> list[Tile]:
+    """Cover a canvas with square tiles, row by row from the top left.
+
+    even: at equal distances (`even_offsets`), not StableSR's.
+    Raises ValueError as `axis_offsets` does.
+    """
+    place = even_offsets if even else axis_offsets
+    rows, columns = place(height, tile, overlap), place(width, tile, overlap)
     return [Tile(y, x, tile, tile) for y in rows for x in columns]
 
 
@@ -81,6 +102,21 @@ def _gaussian(side: int, middle: float) -> npt.NDArray[np.float64]:
     return np.asarray(density, dtype=np.float64)
 
 
+def ramp_weights(tiles: Sequence[Tile]) -> npt.NDArray[np.float64]:
+    """Weigh the pixels of evenly placed tiles: 1 inside, falling to the border over what neighbours share: (h, w).
+
+    Along each axis the fall is sin^2(pi/2 * (d + 1/2) / O), d the distance from the border and O the overlap, at
+    most half a tile. Where two tiles share O pixels their weights add up to 1, with no kink at either end.
+    """
+    lines = []
+    for axis in (0, 1):
+        side, offsets = tiles[0][axis + 2], sorted({tile[axis] for tile in tiles})
+        shared = side - max((b - a for a, b in pairwise(offsets)), default=side)
+        distance = np.minimum(np.arange(side), np.arange(side)[::-1]) + 0.5
+        lines.append(np.sin(np.pi / 2 * np.minimum(1, distance / max(0.5, min(shared, side / 2)))) ** 2)
+    return np.outer(*lines)
+
+
 @lru_cache(maxsize=16)
 def _weights_on(height: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`gaussian_weights` where they are used, so that they are not copied to a GPU for each tile of each step."""
@@ -101,6 +137,7 @@ class Blender:
         self._whole: torch.Tensor | None = None
         self._total: torch.Tensor | None = None
         self._mass = torch.zeros(0)
+        self._given: torch.Tensor | None = None
         self._covered = np.zeros((height, width), bool)  # known without asking a GPU for it
 
     def add(self, tile: Tile, patch: Patch) -> None:
@@ -115,24 +152,37 @@ class Blender:
             # (p * w) / w is not p in floating point; one tile must equal no tiling, bit for bit.
             self._whole = tensor.to(_accumulator(tensor.dtype), copy=True)
             return
-        if self._whole is not None:  # a second patch after a whole one: an ordinary blend after all
-            whole, self._whole = self._whole, None
-            self._accumulate(Tile(0, 0, *self._shape[1:]), whole)
+        self._begin_accumulating()
         self._accumulate(tile, tensor)
 
-    def result(self) -> Any:
-        """Blend what was added: (C, height, width), float32 or wider.
+    def result(self, rows: int | None = None) -> Any:
+        """Blend what was added: (C, height, width), or the first `rows` rows of it; float32 or wider.
 
         Raises ValueError where a pixel of the canvas lies under no tile.
         """
-        blended = self._whole
+        blended = None if self._whole is None else self._whole[:, :rows]
         if blended is None:
             if self._total is None:
                 raise ValueError("nothing was added to blend")
-            if missing := np.count_nonzero(~self._covered):
+            if missing := np.count_nonzero(~self._covered[:rows]):
                 raise ValueError(f"{missing} of {self._covered.size} pixels lie under no tile")
-            blended = self._total / self._mass
+            blended = self._total[:, :rows] / self._mass[:rows]
         return blended.numpy() if self._numpy else blended
+
+    def drop(self, rows: int) -> None:
+        """Move the canvas down: its first rows leave it, and as many empty ones come in at the bottom."""
+        self._begin_accumulating()
+        assert self._total is not None
+        for plane, empty in ((self._total, 0), (self._mass[None], 0)):
+            kept = plane[:, rows:].clone()
+            plane[:, kept.shape[1] :] = empty
+            plane[:, : kept.shape[1]] = kept
+        self._covered = np.pad(self._covered[rows:], ((0, rows), (0, 0)))
+
+    def _begin_accumulating(self) -> None:
+        if self._whole is not None:  # a second patch after a whole one: an ordinary blend after all
+            whole, self._whole = self._whole, None
+            self._accumulate(Tile(0, 0, *self._shape[1:]), whole)
 
     def _accumulate(self, tile: Tile, patch: torch.Tensor) -> None:
         if self._total is None:
@@ -144,9 +194,10 @@ class Blender:
             weights = _weights_on(tile.height, tile.width, self._total.dtype, self._total.device)
             self._covered[rows, columns] = True
         else:
-            given = torch.from_numpy(self._weights.astype(np.float64)).to(self._total.dtype)
-            weights = given.to(self._total.device)
-            self._covered[rows, columns] |= given.numpy() != 0
+            if self._given is None:
+                self._given = torch.from_numpy(self._weights.astype(np.float64)).to(self._total)
+            weights = self._given
+            self._covered[rows, columns] |= self._weights != 0
         self._total[:, rows, columns] += patch * weights
         self._mass[rows, columns] += weights
 
@@ -188,9 +239,49 @@ def blend(
     return blender.result()
 
 
+def blend_by_rows(
+    tiles: Sequence[Tile], patches: Iterable[Array], height: int, width: int
+) -> Iterator[tuple[int, Array]]:
+    """Blend as `blend` does with gaussian weights, and yield (first row, (C, n, width)) as soon as rows are complete.
+
+    tiles: on a grid, row by row from the top, covering the canvas. Memory is that of one row of tiles.
+    """
+    blender, top, channels = None, 0, 0
+    for i, (tile, patch) in enumerate(zip(tiles, patches, strict=True)):
+        if blender is None or tile.y > top:
+            if blender is not None:
+                yield top, blender.result(tile.y - top)
+                blender.drop(tile.y - top)
+            top, channels = tile.y, patch.shape[0]
+            blender = blender or Blender(channels, tile.height, width)
+        blender.add(tile._replace(y=0), patch)
+        if i == len(tiles) - 1:
+            yield top, blender.result()
+
+
 def pad_to_multiple(height: int, width: int, multiple: int) -> tuple[int, int]:
     """Count the rows and columns to add below and to the right: (-h % m, -w % m).
 
     StableSR adds a whole extra multiple to an axis that needs none when the other does; this does not.
     """
     return -height % multiple, -width % multiple
+
+
+def seam_ratio(picture: Array, tiles: Sequence[Tile], grid: int = 1) -> float:
+    """Return the mean gradient across the tiles' borders, divided by that at all other multiples of `grid` pixels.
+
+    picture: (H, W, C); tiles: in its pixels. grid: pixels per latent pixel, as what a decoder makes has a faint grid of
+    that size by itself. 1 where no seam can be told from the picture itself. Infinite where
+    the picture is flat but for its seams, 1 where it is flat throughout.
+    """
+    at, elsewhere = [], []
+    for axis, length in enumerate(picture.shape[:2]):
+        gradient = np.abs(np.diff(picture.astype(np.float64), axis=axis)).mean((1 - axis, 2))
+        borders: set[int] = {t[axis] for t in tiles} | {t[axis] + t[axis + 2] for t in tiles}
+        places = sorted(b - 1 for b in borders if 0 < b < length)
+        at.append(gradient[places])
+        elsewhere.append(gradient[[p - 1 for p in range(grid, length, grid) if p not in borders]])
+    seams, rest = np.concatenate(at), float(np.mean(np.concatenate(elsewhere) if any(map(len, elsewhere)) else 0))
+    if not seams.size or (rest == 0 and not seams.any()):
+        return 1.0
+    return float(seams.mean() / rest) if rest else float("inf")

@@ -450,3 +450,31 @@ def test_read_and_write_again_changes_nothing(tmp_path):
     assert np.array_equal(once.pixels, twice.pixels) and np.array_equal(once.alpha, twice.alpha)
     assert (once.icc, once.exif) == (twice.icc, twice.exif)
     assert Image.open(tmp_path / "b.png").size == ImageOps.exif_transpose(Image.open(source)).size
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_strips_of_a_turned_picture_are_the_turned_picture(turn, monkeypatch):
+    from PIL import ImageOps
+
+    monkeypatch.setattr("pfstorer_rt.spool.BAND_BYTES", 1)  # a row at a time
+    monkeypatch.setattr("pfstorer_rt.spool.IN_MEMORY", 0)
+    values = np.random.default_rng(turn).integers(0, 256, (7, 5, 4), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = io.BytesIO()
+    Image.fromarray(values).save(data, "PNG", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(data)))
+    scan = images.scan_image(data)
+    assert np.array_equal(scan.pixels.stored(0, scan.pixels.height), expected[..., :3])
+    assert np.array_equal(scan.alpha.stored(0, scan.alpha.height), expected[..., 3:])
+
+
+def test_the_size_is_known_without_decoding(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 24)).save(tmp_path / "a.png", exif=exif)
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(data[: data.index(b"IDAT") + 4])  # not a pixel in it
+    assert images.image_size(tmp_path / "a.png") == (40, 24)
+    with pytest.raises(BadFileError, match="--max-pixels"):
+        images.image_size(tmp_path / "a.png", 100)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, JpegImagePlugin
 
+from pfstorer_rt import color
 from pfstorer_rt import image as images
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.image import encode_image, load_image, save_image
@@ -267,7 +268,7 @@ def test_enlarging_is_the_cubic_convolution_and_is_clamped():
 
 def test_adain_gives_the_statistics_of_the_style():
     content, style = smooth(20, 30, 1) * 0.5 + 0.1, smooth(24, 12, 2)
-    out = images.adain_color_fix(content, style).numpy()
+    out = color.adain_color_fix(content, style).numpy()
     c, s = content.numpy().astype(np.float64), style.numpy().astype(np.float64)
 
     def statistics(a):
@@ -280,8 +281,8 @@ def test_adain_gives_the_statistics_of_the_style():
 
 def test_adain_of_flat_and_single_pixel_pictures_is_finite():
     flat = torch.full((1, 3, 8, 8), 0.3)
-    np.testing.assert_allclose(images.adain_color_fix(flat, smooth(8, 8)).var(), 0, atol=0.2)
-    one = images.adain_color_fix(torch.zeros(1, 3, 1, 1), torch.full((1, 3, 1, 1), 0.5))
+    np.testing.assert_allclose(color.adain_color_fix(flat, smooth(8, 8)).var(), 0, atol=0.2)
+    one = color.adain_color_fix(torch.zeros(1, 3, 1, 1), torch.full((1, 3, 1, 1), 0.5))
     np.testing.assert_allclose(one, 0.5, atol=1e-6)
 
 
@@ -310,7 +311,7 @@ def test_wavelet_agrees_with_the_published_loop_at_any_size(size):
     rng = np.random.default_rng(4)
     content, style = rng.uniform(-1, 1, (2, 2, 3, *size))
     to32 = [torch.tensor(a, dtype=torch.float32) for a in (content, style)]
-    out = images.wavelet_color_fix(*to32)
+    out = color.wavelet_color_fix(*to32)
     for b in range(2):
         for c in range(3):
             expected = wavelet_by_hand(content[b, c], style[b, c])
@@ -321,19 +322,19 @@ def test_wavelet_agrees_with_the_published_loop_at_any_size(size):
 def test_color_fixes_take_half_precision(dtype):
     content, style = smooth(9, 9, 1), smooth(9, 9, 2)
     for kind in ("adain", "wavelet"):
-        out = images.color_fix(content.to(dtype), style.to(dtype), kind)
+        out = color.color_fix(content.to(dtype), style.to(dtype), kind)
         assert out.dtype == dtype
         # Inputs and output are rounded to the type; AdaIN multiplies the rounding by std_s/std_c, here < 4.
-        error = (out.float() - images.color_fix(content, style, kind)).abs().max()
+        error = (out.float() - color.color_fix(content, style, kind)).abs().max()
         assert error < 8 * torch.finfo(dtype).eps
 
 
 def test_color_fix_dispatch():
     content, style = smooth(9, 9, 1), smooth(9, 9, 2)
-    assert images.color_fix(content, style, "none") is content
-    assert torch.equal(images.color_fix(content, style, "adain"), images.adain_color_fix(content, style))
-    assert torch.equal(images.color_fix(content, style, "wavelet"), images.wavelet_color_fix(content, style))
+    assert color.color_fix(content, style, "none") is content
+    assert torch.equal(color.color_fix(content, style, "adain"), color.adain_color_fix(content, style))
+    assert torch.equal(color.color_fix(content, style, "wavelet"), color.wavelet_color_fix(content, style))
     with pytest.raises(ValueError, match="adain, wavelet, none"):
-        images.color_fix(content, style, "lab")
+        color.color_fix(content, style, "lab")
     with pytest.raises(ValueError, match="one shape"):
-        images.wavelet_color_fix(content, style[..., :1])
+        color.wavelet_color_fix(content, style[..., :1])

@@ -20,24 +20,29 @@ FOLDERS = {
 
 # A part and the parts below it that it may import; a part is a module or package of pfstorer_rt.
 LOW = {"errors", "config", "files", "console"}
-FORMATS = {"image", "tiling", "sampling", "identity", "plan"}
+FORMATS = {"spool", "profiles", "image", "color", "tiling", "canvas", "sampling", "identity", "plan"}
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "console": {"errors"},
     "files": {"errors"},
     "trust": {"errors", "files"},
-    **{part: {"errors", "config", "files"} for part in FORMATS - {"plan"}},
+    **{part: {"errors", "config", "files"} for part in FORMATS - {"plan", "profiles", "image", "canvas"}},
+    "profiles": {"spool"},
+    "image": {"errors", "config", "files", "spool", "profiles"},
+    "canvas": {"errors", "color", "image", "spool", "tiling"},
     "plan": {"errors", "config", "files", "trust"},
     "kernels": {"errors"},
     "attention": {"errors", "files", "kernels"},  # files: where timings are kept
     "models": LOW | FORMATS | {"attention"},
     "engine": LOW | FORMATS | {"attention", "models"},
-    "restore": LOW | FORMATS | {"attention", "models", "engine"},
+    "stages": LOW | FORMATS | {"engine"},
+    "restore": LOW | FORMATS | {"attention", "models", "engine", "stages"},
+    "forecast": LOW | FORMATS | {"restore"},
     "evaluation": {"image", "errors", "console", "files"},
     "training": LOW | FORMATS | {"attention", "models", "evaluation"},
     "export": LOW | FORMATS | {"attention", "models", "engine", "restore"},
-    "cli": LOW | FORMATS | {"attention", "models", "engine", "restore", "evaluation", "training", "export"},
+    "cli": LOW | FORMATS | {"attention", "models", "engine", "restore", "forecast", "evaluation", "training", "export"},
     "": set(),  # pfstorer_rt/__init__.py: names only, resolved on first use
 }
 """Not here on purpose: anything -> cli, restore -> training or export, pfstorer_rt -> kernels but by attention."""

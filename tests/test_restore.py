@@ -4,16 +4,21 @@ import numpy as np
 import pytest
 import torch
 
+from pfstorer_rt import restore as runtime
+from pfstorer_rt.canvas import Canvas, plan_canvas
+from pfstorer_rt.color import adain_color_fix, wavelet_color_fix
 from pfstorer_rt.config import RestoreConfig, TileConfig
 from pfstorer_rt.engine.session import HostSession
 from pfstorer_rt.errors import MismatchError, PFStorerError
-from pfstorer_rt.image import adain_color_fix, from_tensor, to_tensor, wavelet_color_fix
+from pfstorer_rt.image import from_tensor, to_tensor
 from pfstorer_rt.models.base import build_base
 from pfstorer_rt.plan import COMPONENTS
-from pfstorer_rt.restore import Canvas, Restorer, plan_canvas
+from pfstorer_rt.restore import Restorer
 from pfstorer_rt.sampling import SAMPLERS, alphas_cumprod, respace, sample_ddpm, start_from_lq
+from pfstorer_rt.spool import Spool
 
 CONFIG = RestoreConfig(steps=2, sampler="ddpm")
+CHOPPED = TileConfig("parity", chop=128, chop_stride=96)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +109,7 @@ def test_color_fix(restorer, nano_base, make_picture, monkeypatch):
         found = restorer.restore(pixels, replace(CONFIG, color_fix=name))
         assert np.array_equal(found, untiled(nano_base, pixels, 0, fix))
     taken = []
-    monkeypatch.setattr("pfstorer_rt.restore.color_fix", lambda c, s, kind: taken.append(kind) or c)
+    monkeypatch.setattr("pfstorer_rt.restore.ColorFixed", lambda c, s, kind: taken.append(kind) or c)
     restorer.restore(pixels, CONFIG)
     restorer.restore(make_picture(64, 96), CONFIG)
     restorer.restore(make_picture(64, 96), replace(CONFIG, color_fix="adain"))
@@ -136,6 +141,7 @@ class Perfect(HostSession):
     def __init__(self, component):
         self.component, self.provider = component, "test"
         self.inputs = {"encoder": ("image",), "denoiser": ("x", "t", "z_lq"), "decoder": ("latent",)}[component]
+        self.outputs = {"encoder": ("mean",), "denoiser": ("prediction",), "decoder": ("image",)}[component]
 
     def run(self, **arrays):
         a = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -163,10 +169,85 @@ def perfect(restorer):
 def test_perfect_networks_give_the_picture_back(perfect, make_picture, height, width, color_fix):
     # Cutting, padding, tiling, blending and cropping must all undo each other.
     pixels = make_picture(height, width)
-    for tile in (TileConfig(), TileConfig(overlap=0, batch=3), TileConfig(chop=128, chop_stride=96)):
+    for tile in (TileConfig(), TileConfig("parity"), TileConfig(overlap=0, batch=3), CHOPPED):
         found = perfect.restore(pixels, replace(CONFIG, tile=tile, color_fix=color_fix))
         # x0 is recovered through a division by sqrt(abar) = 0.07 in fp32.
         assert np.allclose(found, pixels, rtol=0, atol=1e-4)
+
+
+def test_rows_are_what_the_whole_is(restorer, make_picture, monkeypatch):
+    pixels, config = make_picture(150, 170), replace(CONFIG, scale=1.3)
+    whole = restorer.restore(pixels, config)
+    monkeypatch.setattr("pfstorer_rt.spool.IN_MEMORY", 0)  # all of it in files
+    result = restorer.restore_rows(Spool.of(pixels), config)
+    assert (result.height, result.width) == whole.shape[:2]
+    rows = np.concatenate([result.read(y, min(195, y + 20)) for y in range(0, 195, 20)])
+    # Bands of the colour fix round differently.
+    np.testing.assert_allclose(rows, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(160, 256), (96, 200)])
+def test_tiles_of_the_autoencoder_are_the_untiled_autoencoder(nano_base, counted, make_picture, monkeypatch, size):
+    restorer, sessions = counted
+    pixels = make_picture(*size)
+    untiled = restorer.restore(pixels, CONFIG)
+    monkeypatch.setitem(runtime.CODEC_TILE, False, 128)
+    for component in COMPONENTS:
+        sessions[component].calls.clear()
+    tiled = restorer.restore(pixels, CONFIG)
+    work = restorer.plan(*size, CONFIG)
+    assert len(sessions["encoder"].calls) == len(sessions["decoder"].calls) == work.codec_tiles > 1
+    error = np.mean((tiled.astype(np.float64) - untiled) ** 2)
+    assert -10 * np.log10(error) >= 45
+
+
+def test_tiles_of_one_picture_see_one_field_of_noise(counted, make_picture):
+    restorer, sessions = counted
+    restorer.restore(make_picture(64, 96), replace(CONFIG, init="noise"))
+    x = sessions["denoiser"].calls[0]["x"]
+    assert len(x) == 2  # at latent columns 0 and 4
+    assert np.array_equal(x[0][..., 4:], x[1][..., :4])
+
+
+@pytest.mark.parametrize("allowed", [1, 2, 3])
+def test_out_of_memory_halves_the_batch_and_goes_on(restorer, make_picture, allowed):
+    class Small(Counting):
+        def run(self, **arrays):
+            if len(arrays["x"]) > allowed:
+                raise RuntimeError("[ONNXRuntimeError] : 6 : std::bad_alloc")
+            return super().run(**arrays)
+
+    pixels = make_picture(130, 200)
+    small = Small(restorer._sessions["denoiser"])
+    made = Restorer(restorer.manifest, {**restorer._sessions, "denoiser": small}, "torch")
+    found = made.restore(pixels, tiles(batch=8))
+    np.testing.assert_allclose(found, restorer.restore(pixels, tiles(batch=8)), atol=1e-4)
+    assert max(len(call["x"]) for call in small.calls) == 1 << (allowed.bit_length() - 1)
+    allowed = 0
+    with pytest.raises(PFStorerError, match="too little memory for a single tile"):
+        made.restore(pixels, tiles(batch=8))
+
+
+def test_other_failures_are_not_taken_for_want_of_memory(restorer, make_picture):
+    class Broken(Counting):
+        def run(self, **arrays):
+            raise RuntimeError("no kernel")
+
+    made = Restorer(restorer.manifest, {**restorer._sessions, "denoiser": Broken(restorer._sessions["denoiser"])}, "x")
+    with pytest.raises(RuntimeError, match="no kernel"):
+        made.restore(make_picture(64, 64), CONFIG)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (130, 97), (300, 64), (20, 20)])
+@pytest.mark.parametrize("tile", [TileConfig(batch=3), CHOPPED])
+def test_the_plan_is_what_is_done(counted, make_picture, height, width, tile):
+    restorer, sessions = counted
+    config = replace(CONFIG, tile=tile, steps=3)
+    work = restorer.plan(height, width, config)
+    restorer.restore(make_picture(height, width), config)
+    assert sum(len(call["x"]) for call in sessions["denoiser"].calls) == 3 * work.tiles
+    assert len(sessions["encoder"].calls) == work.codec_tiles
+    assert max(len(call["x"]) for call in sessions["denoiser"].calls) == work.batch
 
 
 @pytest.mark.parametrize(("height", "width"), [(96, 120), (40, 52), (30, 90)])
@@ -199,28 +280,36 @@ def test_canvas_by_hand():
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 160), (130, 97)])
-def test_tiles_cover_a_larger_picture(counted, make_picture, height, width):
+@pytest.mark.parametrize(("mode", "stride"), [("parity", 32), ("fast", 48)])
+def test_tiles_cover_a_larger_picture(counted, make_picture, height, width, mode, stride):
     restorer, sessions = counted
-    found = restorer.restore(make_picture(height, width), CONFIG)
+    found = restorer.restore(make_picture(height, width), tiles(mode=mode))
     assert found.shape == (height, width, 3)
     assert np.isfinite(found).all()
-    rows, columns = ((-(-side // 32) * 32 - 64) // 32 + 1 for side in (height, width))
+    rows, columns = (-(-(-(-side // 32) * 32 - 64) // stride) + 1 for side in (height, width))
     denoised = sum(len(call["x"]) for call in sessions["denoiser"].calls)
-    assert denoised == 2 * rows * columns  # at half a tile's overlap, 2 steps
+    assert denoised == 2 * rows * columns  # 2 steps
     assert all(call["x"].shape[1:] == (4, 8, 8) == call["z_lq"].shape[1:] for call in sessions["denoiser"].calls)
     assert len(sessions["encoder"].calls) == len(sessions["decoder"].calls) == 1
 
 
-def test_tiled_prediction_is_the_weighted_mean_of_the_tiles(counted, make_picture):
+def raised_cosine(side, overlap):
+    """(1 - cos) / 2 from both ends inwards."""
+    d = np.minimum(np.arange(side), np.arange(side)[::-1]) + 0.5
+    return np.where(d < overlap, (1 - np.cos(np.pi * d / overlap)) / 2, 1)
+
+
+@pytest.mark.parametrize("mode", ["parity", "fast"])
+def test_tiled_prediction_is_the_weighted_mean_of_the_tiles(counted, make_picture, mode):
     from pfstorer_rt.tiling import gaussian_weights
 
     restorer, sessions = counted
     pixels = make_picture(64, 96)
-    restorer.restore(pixels, replace(CONFIG, steps=1, color_fix="none"))
+    restorer.restore(pixels, replace(tiles(mode=mode, overlap=32), steps=1, color_fix="none"))
     (call,) = sessions["denoiser"].calls
     assert call["x"].shape[0] == 2
     outputs = sessions["denoiser"].session.run(**call)["prediction"].astype(np.float64)
-    weights = gaussian_weights(8, 8)
+    weights = gaussian_weights(8, 8) if mode == "parity" else np.outer(np.ones(8), raised_cosine(8, 4))
     total, mass = np.zeros((4, 8, 12)), np.zeros((8, 12))
     for tile, left in zip(outputs, (0, 4), strict=True):
         total[:, :, left : left + 8] += tile * weights
@@ -248,7 +337,7 @@ def test_overlap_changes_the_tiles(counted, make_picture):
 
 def test_a_large_picture_is_restored_in_squares(counted, make_picture):
     restorer, sessions = counted
-    chopped = tiles(chop=128, chop_stride=96)
+    chopped = replace(CONFIG, tile=CHOPPED)
     pixels = make_picture(128, 224)
     found = restorer.restore(pixels, chopped)
     assert found.shape == pixels.shape
@@ -266,7 +355,7 @@ def test_a_large_picture_is_restored_in_squares(counted, make_picture):
 
 
 def test_one_long_side_is_chopped_too(restorer, make_picture):
-    found = restorer.restore(make_picture(64, 300), tiles(chop=128, chop_stride=96))
+    found = restorer.restore(make_picture(64, 300), replace(CONFIG, tile=CHOPPED))
     assert found.shape == (64, 300, 3)
     assert np.isfinite(found).all()
 
@@ -277,14 +366,18 @@ def test_progress_counts_every_step_once(restorer, make_picture):
         restorer.restore(make_picture(height, width), config, lambda done, total: seen.append((done, total)))
         return seen
 
-    assert steps(64, 64, replace(CONFIG, steps=3)) == [(1, 3), (2, 3), (3, 3)]
-    assert steps(64, 160, CONFIG) == [(1, 2), (2, 2)]  # all tiles are one step
-    assert steps(128, 224, tiles(chop=128, chop_stride=96)) == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    # One tile through encoder and decoder, and once a step through the denoiser.
+    assert steps(64, 64, replace(CONFIG, steps=3)) == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
+    assert steps(64, 160, CONFIG) == [(1, 8), (4, 8), (7, 8), (8, 8)]  # three tiles go through at once
+    for config in (tiles(batch=2), replace(CONFIG, tile=CHOPPED)):
+        done = [d for d, _ in steps(128, 224, config)]
+        assert done == sorted(set(done)) and done[-1] == restorer.plan(128, 224, config).total
 
 
 def test_settings_default_to_the_engines(restorer):
     config = RestoreConfig()
-    assert (restorer.steps(config), restorer.sampler(config), restorer.overlap(config)) == (4, "ddpm", 32)
+    assert (restorer.steps(config), restorer.sampler(config), restorer.overlap(config)) == (4, "ddpm", 16)
+    assert restorer.overlap(RestoreConfig(tile=TileConfig("parity"))) == 32
     chosen = RestoreConfig(steps=9, sampler="ddim", tile=TileConfig(overlap=8))
     assert (restorer.steps(chosen), restorer.sampler(chosen), restorer.overlap(chosen)) == (9, "ddim", 8)
 
@@ -304,6 +397,7 @@ def test_settings_default_to_the_engines(restorer):
         (RestoreConfig(tile=TileConfig(overlap=12)), "overlap 12"),
         (RestoreConfig(tile=TileConfig(overlap=-8)), "overlap -8"),
         (RestoreConfig(tile=TileConfig(batch=0)), "tile batch 0"),
+        (RestoreConfig(tile=TileConfig("slow")), "tiling 'slow': expected one of parity, fast"),
         (RestoreConfig(tile=TileConfig(chop=100)), "chop 100: expected a multiple of 32"),
         (RestoreConfig(tile=TileConfig(chop=0)), "chop 0"),
         (RestoreConfig(tile=TileConfig(chop_stride=0)), "chop_stride 0"),
@@ -341,7 +435,7 @@ def test_strength_reaches_the_engine_as_a_float(personal, make_picture):
 class Elsewhere:
     """A network that computes shapes alone, the encoder on the host; what comes from another device is refused."""
 
-    inputs, provider = ("x", "t", "z_lq", "strength"), "elsewhere"
+    inputs, outputs, provider = ("x", "t", "z_lq", "strength"), ("mean", "std"), "elsewhere"
 
     def __init__(self, component):
         self.component, self.device = component, torch.device("cpu" if component == "encoder" else "meta")

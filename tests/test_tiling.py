@@ -10,9 +10,14 @@ from pfstorer_rt.tiling import (
     Tile,
     axis_offsets,
     blend,
+    blend_by_rows,
+    even_offsets,
     gaussian_weights,
+    kept_spans,
     pad_to_multiple,
     plan_tiles,
+    ramp_weights,
+    seam_ratio,
 )
 
 
@@ -190,3 +195,84 @@ def test_padding_reaches_the_next_multiple_of_each_axis_alone():
     for height in (1, 31, 32, 33, 512):
         below, right = pad_to_multiple(height, 32, 32)
         assert right == 0 and 0 <= below < 32 and (height + below) % 32 == 0
+
+
+# ---- fewer tiles
+
+
+def test_even_offsets_are_as_many_and_share_the_excess():
+    for tile, overlap in ((64, 32), (24, 6), (7, 0)):
+        for length in range(tile, 5 * tile):
+            offsets, fewest = even_offsets(length, tile, overlap), axis_offsets(length, tile, overlap)
+            gaps = [b - a for a, b in pairwise(offsets)]
+            assert len(offsets) == len(fewest) and offsets[0] == 0 and offsets[-1] + tile == length
+            assert not gaps or (max(gaps) - min(gaps) <= 1 and max(gaps) <= tile - overlap)
+
+
+def test_kept_spans_cover_once_and_stay_off_the_borders():
+    for length in range(64, 400, 7):
+        offsets = even_offsets(length, 64, 16)
+        spans = kept_spans(offsets, 64)
+        assert [p for start, stop in spans for p in range(start, stop)] == list(range(length))
+        for offset, (start, stop) in zip(offsets, spans, strict=True):
+            assert offset == 0 or start - offset >= 8
+            assert offset + 64 == length or offset + 64 - stop >= 8
+
+
+def test_ramp_weights_are_a_partition_of_unity():
+    tiles = plan_tiles(42, 24 + 20 + 20, 24, 4, even=True)  # 24 + 18 high, so that rows share 6
+    weights = ramp_weights(tiles)
+    down, across = weights[:, 12], weights[12]
+    np.testing.assert_allclose(weights, np.outer(down, across))
+    for line, shared in ((down, 6), (across, 4)):
+        np.testing.assert_allclose(line[-shared:] + line[:shared], 1, rtol=1e-12)
+        assert line[shared:-shared].tolist() == [1] * (24 - 2 * shared) and 0 < line[0] < 0.05
+    mass = blend(tiles, [np.ones((1, 24, 24), np.float32)] * len(tiles), 42, 64, weights)
+    np.testing.assert_allclose(mass, 1, rtol=1e-6)
+
+
+def test_tiles_without_overlap_or_neighbour_weigh_the_same_everywhere():
+    assert np.array_equal(ramp_weights(plan_tiles(16, 8, 8, 0, even=True)), np.ones((8, 8)))
+
+
+def test_tiles_that_share_more_than_half_weigh_something_everywhere():
+    weights = ramp_weights(plan_tiles(9, 9, 8, 2, even=True))
+    assert weights.min() > 0 and weights.max() == pytest.approx(weights[3, 3])
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (50, 33), (16, 40), (37, 16)])
+def test_blending_by_rows_is_blending(height, width):
+    rng = np.random.default_rng(3)
+    tiles = plan_tiles(height, width, 16, 6)
+    patches = [rng.standard_normal((3, 16, 16)).astype(np.float32) for _ in tiles]
+    expected, found, next_row = blend(tiles, patches, height, width), np.zeros((3, height, width), np.float32), 0
+    for start, rows in blend_by_rows(tiles, iter(patches), height, width):
+        assert start == next_row
+        found[:, start : start + rows.shape[1]] = rows
+        next_row = start + rows.shape[1]
+    assert next_row == height
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_seams_are_seen_where_they_are():
+    rng = np.random.default_rng(5)
+    tiles = plan_tiles(96, 160, 32, 0)
+    picture = rng.random((96, 160, 3))
+    assert seam_ratio(picture, tiles) == pytest.approx(1, abs=0.03)
+    stepped = picture.copy()
+    stepped[:, 64:] += 1
+    assert seam_ratio(stepped, tiles) > 1.1
+    assert seam_ratio(np.zeros((96, 160, 3)), tiles) == 1
+    flat = np.zeros((96, 160, 3))
+    flat[32:] = 0.01
+    assert seam_ratio(flat, tiles) == math.inf
+    assert seam_ratio(picture, [Tile(0, 0, 96, 160)]) == 1
+
+
+def test_the_grid_of_a_decoder_is_no_seam():
+    rng = np.random.default_rng(6)
+    picture = 0.1 * rng.random((96, 160, 3))
+    picture += np.floor(np.arange(160) / 8)[None, :, None]  # a step at every latent pixel
+    tiles = plan_tiles(96, 160, 32, 0)
+    assert seam_ratio(picture, tiles, 8) == pytest.approx(1, abs=0.03)
+    assert seam_ratio(picture, tiles) > 2

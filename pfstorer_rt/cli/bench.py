@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import platform
@@ -9,7 +11,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,8 +22,10 @@ if TYPE_CHECKING:
 
 METHOD = (
     "wall clock; cold: opening the plan to the first picture, Python's own start not counted; warm: percentiles "
-    "over the runs after one warm-up; peak memory of the whole process"
+    "over the runs after one warm-up, which end once --runs are done or, after three, --seconds have passed; noise "
+    "pictures; peak memory of the whole process so far; tiles are the denoiser's, counted once a step"
 )
+SIZES = (512, 1024, 2048, 4096)
 
 
 @click.command()
@@ -31,61 +36,105 @@ METHOD = (
     default="auto",
     show_default=True,
 )
+@click.option("--provider", help="Where the backend runs: cpu, cuda; with openvino CPU, CPU:f32, GPU.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Diffusion steps. [default: the engine's own]")
-@click.option("--runs", type=click.IntRange(2), default=10, show_default=True)
-@click.option("--size", type=click.IntRange(1), multiple=True, help="Side of a square picture. [default: a tile, 512]")
+@click.option("--runs", type=click.IntRange(2), default=20, show_default=True, help="Of each measurement, at most.")
+@click.option("--seconds", type=click.FloatRange(0), default=30.0, show_default=True, help="Of each, about.")
+@click.option(
+    "--size", "sizes", type=click.IntRange(1), multiple=True, default=SIZES, show_default=True,
+    help="Side of a square picture.",
+)  # fmt: skip
+@click.option("--csv", "table", type=click.Path(path_type=Path), help="Write the table to this file, too.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw it as a PNG.")
 @click.option("--trust-plan", is_flag=True, help="Run a TensorRT plan (executable code) that others built.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(
-    engine: str, backend: str, steps: int | None, runs: int, size: tuple[int, ...], as_json: bool, trust_plan: bool
-) -> None:  # fmt: skip
+def command(table: Path | None, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Time a plan on this machine: cold start, each component, whole pictures.
 
     \b
-    Example:
+    Examples:
       pfstorer-rt bench --engine alice.plan --json
+      pfstorer-rt bench --engine alice.plan --size 512 --csv bench.csv --plot bench.png
     """
-    report = measure(engine, backend, steps, runs, size, trust_plan)
-    if as_json:
-        click.echo(json.dumps(report))
-        return
-    click.echo(f"{report['backend']} on {report['provider']}, {report['steps']} steps of {report['sampler']}")
-    click.echo(f"cold start {report['cold_start_s']:.2f} s, peak memory {report['peak_memory_mb']:.0f} MB")
+    report = measure(**options)
+    if table:
+        write_table(table, report)
+    if plot:
+        from pfstorer_rt.cli.benchplot import draw
+
+        draw(plot, report)
+    click.echo(json.dumps(report) if as_json else "\n".join(lines(report)))
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """Return the table as text."""
+    cold, memory, clock = report["cold_start_s"], report["peak_memory_mb"], report["clock"]
+    rows = [
+        f"{report['backend']} on {report['provider']}, {report['steps']} steps of {report['sampler']}",
+        f"cold start {cold:.2f} s, peak memory {memory:.0f} MB",
+    ]
     for name, figures in {**report["components_ms"], **report["pictures_ms"]}.items():
-        more = f"  {figures['megapixels_per_s']:.3f} MP/s" if "megapixels_per_s" in figures else ""
-        click.echo(f"{name:<18} p50 {figures['p50']:8.1f} ms  p90 {figures['p90']:8.1f} ms{more}")
-    click.echo(METHOD)
+        rates = "".join(f"  {figures[key]:.3f} {unit}" for key, unit in RATES.items() if key in figures)
+        rows.append(
+            f"{name:<18} p50 {figures['p50']:9.1f}  p90 {figures['p90']:9.1f}  p99 {figures['p99']:9.1f} ms  "
+            f"{figures['runs']} runs{rates}"
+        )
+    return [*rows, ", ".join(f"{k} {v}" for k, v in {**report["machine"], **clock}.items()), f"method: {METHOD}"]
+
+
+RATES = {"megapixels_per_s": "MP/s", "tiles_per_s": "tiles/s"}
+
+
+def write_table(path: Path, report: dict[str, Any]) -> None:
+    """Write a row for each component and size, with what they were measured on."""
+    from pfstorer_rt.files import atomic_write
+
+    fixed = {k: report[k] for k in ("engine", "backend", "provider", "steps", "sampler", "cold_start_s")}
+    fixed |= {"peak_memory_mb": report["peak_memory_mb"], **report["machine"], **report["clock"]}
+    parts = {**report["components_ms"], **report["pictures_ms"]}
+    names = ["measured", "p50", "p90", "p99", "runs", *RATES, *fixed]
+    with atomic_write(path) as file:
+        text = io.TextIOWrapper(file, newline="", write_through=True)
+        writer = csv.DictWriter(text, names, restval="")
+        writer.writeheader()
+        writer.writerows({"measured": name, **figures, **fixed} for name, figures in parts.items())
+        text.detach()
 
 
 def measure(
-    engine: str, backend: str, steps: int | None, runs: int, sizes: tuple[int, ...], trust: bool = False
-) -> dict[str, Any]:
+    engine: str, backend: str = "auto", provider: str | None = None, steps: int | None = None, runs: int = 20,
+    seconds: float = 30.0, sizes: tuple[int, ...] = SIZES, trust_plan: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Measure everything that `bench` prints; times in milliseconds unless a name says otherwise."""
     import numpy as np
 
     from pfstorer_rt.config import RestoreConfig
     from pfstorer_rt.restore import Restorer
 
-    config, rng = RestoreConfig(steps=steps), np.random.default_rng(0)
+    config, rng, load = RestoreConfig(steps=steps), np.random.default_rng(0), os.getloadavg()[0]
     started = time.perf_counter()
-    with Restorer.from_plan(engine, backend, trust=trust) as restorer:
+    with Restorer.from_plan(engine, backend, trust=trust_plan, provider=provider) as restorer:
         tile = restorer.manifest.tile
-        pictures = {n: rng.random((n, n, 3), np.float32) for n in dict.fromkeys(sizes or (tile, 512))}
-        restorer.restore(next(iter(pictures.values())), config)
+        restorer.restore(rng.random((tile, tile, 3), np.float32), config)
         cold = time.perf_counter() - started
+        components = time_components(restorer, runs, seconds)
         whole = {}
-        for n, pixels in pictures.items():
-            figures = percentiles(lambda p=pixels: restorer.restore(p, config), runs)  # type: ignore[misc]
-            whole[f"picture {n}x{n}"] = {**figures, "megapixels_per_s": n * n / 1e3 / figures["p50"]}
+        for n in dict.fromkeys(sizes):
+            pixels = rng.random((n, n, 3), np.float32)
+            figures = percentiles(lambda p=pixels: restorer.restore(p, config), runs, seconds)  # type: ignore[misc]
+            work = restorer.plan(n, n, config)
+            tiles = work.tiles * work.steps
+            rates = {"megapixels_per_s": n * n / 1e3 / figures["p50"], "tiles_per_s": tiles * 1e3 / figures["p50"]}
+            whole[f"picture {n}x{n}"] = {**figures, **rates}
         return {
             "engine": engine, "backend": restorer.backend, "provider": restorer.provider,
-            "steps": restorer.steps(config), "sampler": restorer.sampler(config), "tile": tile, "runs": runs,
-            "cold_start_s": cold, "components_ms": time_components(restorer, runs), "pictures_ms": whole,
-            "peak_memory_mb": peak_memory_mb(), "machine": machine(), "method": METHOD,
+            "steps": restorer.steps(config), "sampler": restorer.sampler(config), "tile": tile,
+            "cold_start_s": cold, "components_ms": components, "pictures_ms": whole,
+            "peak_memory_mb": peak_memory_mb(), "machine": machine(), "clock": clock(load), "method": METHOD,
         }  # fmt: skip
 
 
-def time_components(restorer: Restorer, runs: int) -> dict[str, dict[str, float]]:
+def time_components(restorer: Restorer, runs: int, seconds: float) -> dict[str, dict[str, float]]:
     """Time one tile through each component, and four through the denoiser at once."""
     import numpy as np
 
@@ -108,20 +157,33 @@ def time_components(restorer: Restorer, runs: int) -> dict[str, dict[str, float]
         "denoiser": denoise(1), "denoiser, 4 tiles": denoise(4),
         "decoder": lambda: sessions["decoder"].run(**decoded),
     }  # fmt: skip
-    return {name: percentiles(call, runs) for name, call in calls.items()}
+    return {name: percentiles(call, runs, seconds) for name, call in calls.items()}
 
 
-def percentiles(call: Callable[[], Any], runs: int) -> dict[str, float]:
-    """Call once to warm up, then `runs` times; returns p50, p90 and p99 in milliseconds."""
+def percentiles(call: Callable[[], Any], runs: int, seconds: float) -> dict[str, float]:
+    """Call once to warm up, then at most `runs` times; returns p50, p90 and p99 in milliseconds, and how many ran."""
     import numpy as np
 
     call()
-    times = []
-    for _ in range(runs):
+    times: list[float] = []
+    while len(times) < runs and (len(times) < 3 or sum(times) < seconds * 1e3):
         started = time.perf_counter()
         call()
         times.append((time.perf_counter() - started) * 1e3)
-    return {f"p{p}": float(np.percentile(times, p)) for p in (50, 90, 99)}
+    return {**{f"p{p}": float(np.percentile(times, p)) for p in (50, 90, 99)}, "runs": len(times)}
+
+
+def clock(load_before: float) -> dict[str, Any]:
+    """Return what tells a quiet machine at full speed from another: frequency, governor, load before and after."""
+    import psutil
+
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    frequency = psutil.cpu_freq() if hasattr(psutil, "cpu_freq") else None
+    return {
+        "mhz": round(frequency.current) if frequency else "unknown",
+        "governor": governor.read_text().strip() if governor.is_file() else "unknown",
+        "load_before": round(load_before, 2), "load_after": round(os.getloadavg()[0], 2),
+    }  # fmt: skip
 
 
 def peak_memory_mb() -> float:
@@ -132,11 +194,19 @@ def peak_memory_mb() -> float:
 
 def machine() -> dict[str, Any]:
     """Return the hardware and the versions that a figure belongs to."""
-    packages = ("pfstorer-rt", "torch", "onnxruntime", "numpy")
     return {
         "processor": processor(), "cores": os.cpu_count(), "system": platform.platform(),
-        "python": platform.python_version(), **{name: version(name) for name in packages},
+        "python": platform.python_version(),
+        **{name: installed(name) for name in ("pfstorer-rt", "torch", "onnxruntime", "openvino", "numpy")},
     }  # fmt: skip
+
+
+def installed(package: str) -> str:
+    """Return a package's version, `none` where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def processor() -> str:

@@ -28,15 +28,17 @@ def command(inputs: tuple[str, ...], output: str, level: str, seed: int, overwri
     Example:
       pfstorer-rt degrade clean/ -o bad/ --level heavy --seed 1
     """
-    from pfstorer_rt.cli.pictures import Pixels, plan_jobs, run_jobs
+    from pfstorer_rt.cli.jobs import run_jobs
+    from pfstorer_rt.cli.pictures import Saving, plan_jobs
+    from pfstorer_rt.spool import Rows, Spool
 
     jobs = plan_jobs(inputs, output, "_degraded")
     import torch
 
     from pfstorer_rt.training.degradation import degrade
 
-    def work(number: int, pixels: Pixels, step: Callable[[int, int], None]) -> Pixels:
-        image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-        return degrade(image, level, seed + number).permute(1, 2, 0).numpy()
+    def work(number: int, rows: Rows, step: Callable[[int, int], None]) -> Rows:
+        image = torch.from_numpy(rows.read(0, rows.height)).permute(2, 0, 1).contiguous()
+        return Spool.of(degrade(image, level, seed + number).permute(1, 2, 0).numpy())
 
-    sys.exit(run_jobs(jobs, work, overwrite=overwrite, as_json=as_json, title="degrade"))
+    sys.exit(run_jobs(jobs, work, saving=Saving(overwrite), as_json=as_json, title="degrade"))

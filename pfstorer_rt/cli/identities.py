@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def verify_command(name: str, photos: tuple[Path, ...]) -> None:
 @click.argument("names", nargs=-1, required=True)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm_command(names: tuple[str, ...], yes: bool) -> None:
-    """Delete identities for good, with what an interrupted training left of them.
+    """Delete identities for good, with what an interrupted training and engines' caches keep of them.
 
     \b
     Example:
@@ -134,9 +135,22 @@ def rm_command(names: tuple[str, ...], yes: bool) -> None:
             raise BadFileError(f"{name}: no such identity; `pfstorer-rt identities list` shows the known ones")
         if path in present and path.parent != identities_dir():
             read_metadata(path)  # a file given by its path is deleted only when it is an identity
-        paths.append((name, present))
+        paths.append((name, [*present, *compiled_networks(path)]))
     for name, present in paths:
         if yes or click.confirm(f"delete {name}?", err=True):
             for path in present:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             click.echo(f"{name}: deleted")
+
+
+def compiled_networks(path: Path) -> list[Path]:
+    """Return the folders in which engines keep networks with this identity in them."""
+    from pfstorer_rt.errors import PFStorerError
+    from pfstorer_rt.files import cache_home
+    from pfstorer_rt.identity import read_metadata
+
+    try:
+        fingerprint = str(read_metadata(path)["fingerprint"])
+    except (PFStorerError, KeyError):  # a file that cannot be read is deleted all the same
+        return []
+    return [folder for folder in [cache_home() / "openvino" / fingerprint[:16]] if folder.is_dir()]

@@ -1,40 +1,27 @@
-"""Pictures in, pictures out: what `restore` and `degrade` share of inputs, names, output and failures."""
+"""Pictures in, pictures out: what `restore` and `degrade` share of inputs, names and output."""
 
 from __future__ import annotations
 
 import glob
-import io
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import numpy.typing as npt
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from pfstorer_rt.console import stderr
 from pfstorer_rt.errors import PFStorerError
-from pfstorer_rt.files import make_folder
-from pfstorer_rt.image import (
-    IMAGE_SUFFIXES,
-    MAX_PIXELS,
-    SAVE_FORMATS,
-    Picture,
-    encode_image,
-    load_image,
-    save_image,
-)
+from pfstorer_rt.image import IMAGE_SUFFIXES, SAVE_FORMATS, Scan, encode_image, save_image
+from pfstorer_rt.spool import Pixels, Rows
 
-Pixels = npt.NDArray[np.float32]
-Work = Callable[[int, Pixels, Callable[[int, int], None]], Pixels]
-"""work(number of the job from 0, pixels (H, W, 3) in [0, 1], step(done, total)) -> pixels."""
+Work = Callable[[int, Rows, Callable[[int, int], None]], Rows]
+"""work(number of the job from 0, rows of the picture in [0, 1], step(done, total)) -> rows."""
 STREAM = "-"
+BESIDE = ("compare", "preview")
+"""What may be written beside a result, and ends the names of such files."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +34,20 @@ class Job:
     """Named by the user, not found in a folder: then an existing target is an error, not a skip."""
 
 
+@dataclass(frozen=True)
+class Saving:
+    """How results are written."""
+
+    overwrite: bool = False
+    quality: int = 95
+    """Of JPEG and WebP."""
+
+
 def find_inputs(inputs: Sequence[str], suffix: str) -> list[tuple[Path | None, Path]]:
     """Expand files, folders (recursive), globs and `-` to (file, path relative to its folder) pairs.
 
-    Results of earlier runs, named `*{suffix}.*`, are left out of folders. A name that matches nothing
-    is kept, so that its failure is reported like any other. Raises `click.UsageError` for none at all.
+    Results of earlier runs, named `*{suffix}.*`, and what lies beside them are left out of folders. A name that matches
+    nothing is kept, so that its failure is reported like any other. Raises `click.UsageError` for none at all.
     """
     found: list[tuple[Path | None, Path]] = []
     for text in inputs:
@@ -60,7 +56,7 @@ def find_inputs(inputs: Sequence[str], suffix: str) -> list[tuple[Path | None, P
             found.append((None, Path("stdin.png")))
         elif path.is_dir():
             inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            found.extend((p, p.relative_to(path)) for p in inside if not p.stem.endswith(suffix))
+            found.extend((p, p.relative_to(path)) for p in inside if not is_result(p.stem, suffix))
         elif not path.exists() and glob.has_magic(text):
             found.extend((Path(p), Path(Path(p).name)) for p in sorted(glob.glob(text, recursive=True)))
         else:
@@ -70,20 +66,29 @@ def find_inputs(inputs: Sequence[str], suffix: str) -> list[tuple[Path | None, P
     return list(dict.fromkeys(found))
 
 
-def plan_jobs(inputs: Sequence[str], output: str | None, suffix: str) -> list[Job]:
+def is_result(stem: str, suffix: str) -> bool:
+    """Whether a file's name says that it was written by an earlier run."""
+    return bool(suffix) and stem.endswith((suffix, *(f"{suffix}_{word}" for word in BESIDE)))
+
+
+def plan_jobs(
+    inputs: Sequence[str], output: str | None, suffix: str, extension: str | None = None, engine: str = ""
+) -> list[Job]:
     """Decide where every result goes.
 
     `output` with one picture that was named is a file where it has a suffix and is no folder, otherwise a
-    folder that keeps sub-folders. Without it results go beside their inputs as `{stem}{suffix}{ext}`, and stdin to
-    stdout. Raises `click.UsageError` when two results would have one name.
+    folder that keeps sub-folders. Without it results go beside their inputs as `{stem}{engine}{suffix}{ext}`, and
+    stdin to stdout. extension: of all results, such as `.webp`; None keeps the input's where it can be written.
+    engine: what tells the results of several engines apart.
+    Raises `click.UsageError` when two results, or a result and its input, would have one name.
     """
     found = find_inputs(inputs, suffix)
-    single = len(found) == 1 and not any(Path(text).is_dir() for text in inputs)
+    single = len(found) == 1 and not any(Path(text).is_dir() for text in inputs) and not engine
     explicit = {Path(text) for text in inputs if not Path(text).is_dir()}
     jobs = []
     for source, relative in found:
-        extension = relative.suffix.lower() if relative.suffix.lower() in SAVE_FORMATS else ".png"
-        named = relative.with_name(relative.stem + suffix + extension)
+        own = relative.suffix.lower() if relative.suffix.lower() in SAVE_FORMATS else ".png"
+        named = relative.with_name(relative.stem + engine + suffix + (extension or own))
         target: Path | None
         if output == STREAM or (output is None and source is None):
             target = None
@@ -95,87 +100,50 @@ def plan_jobs(inputs: Sequence[str], output: str | None, suffix: str) -> list[Jo
         else:
             target = Path(output) / named
         jobs.append(Job(source, target, source is None or source in explicit))
+    check_targets(jobs, output)
+    return jobs
+
+
+def check_targets(jobs: Sequence[Job], output: str | None) -> None:
+    """Raise `click.UsageError` when a result cannot be written, or would be over an input or another result."""
     if any(job.target and job.target.suffix.lower() not in SAVE_FORMATS for job in jobs):
         raise click.UsageError(f"{output}: no kind of picture that can be written; use one of {' '.join(SAVE_FORMATS)}")
     targets = [job.target for job in jobs]
     if len(set(targets)) < len(targets):
         twice = next(t for t in targets if targets.count(t) > 1)
         raise click.UsageError(f"several inputs would be written to {twice or 'stdout'}; give them apart")
-    return jobs
+    if same := [job.target for job in jobs if job.target is not None and job.target == job.source]:
+        raise click.UsageError(f"{same[0]} would be written over its own input; give a --suffix or another folder")
 
 
-def run_jobs(
-    jobs: Sequence[Job], work: Work, *, overwrite: bool, as_json: bool, title: str, max_pixels: int = MAX_PIXELS,
-    facts: Callable[[], dict[str, Any]] = dict,
-) -> int:  # fmt: skip
-    """Do all jobs; a failed one is reported and the others go on. Returns the exit status, 0 or 1.
-
-    facts: called after each picture for more entries of its JSON object.
-    """
-    failures = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = stderr()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        overall = progress.add_task(title, total=len(jobs)) if len(jobs) > 1 else None
-        for number, job in enumerate(jobs):
-            bar = progress.add_task(job.source.name if job.source else "stdin", total=None)
-            started = time.perf_counter()
-            report: dict[str, Any] = {"input": str(job.source or STREAM), "output": str(job.target or STREAM)}
-
-            def step(done: int, total: int, bar: TaskID = bar) -> None:
-                progress.update(bar, completed=done, total=total)
-
-            try:
-                report |= run_job(job, partial(work, number), overwrite, max_pixels, step)
-                if report["status"] == "done":
-                    report |= {"seconds": round(time.perf_counter() - started, 3), **facts()}
-            except (PFStorerError, OSError, MemoryError) as error:
-                failures += 1
-                report |= {"status": "failed", "error": " ".join(str(error).split()) or type(error).__name__}
-            progress.remove_task(bar)
-            if overall is not None:
-                progress.advance(overall)
-            show(report, as_json)
-    return 1 if failures else 0
-
-
-def run_job(
-    job: Job, work: Callable[[Pixels, Callable[[int, int], None]], Pixels], overwrite: bool, max_pixels: int,
-    step: Callable[[int, int], None],
-) -> dict[str, Any]:  # fmt: skip
-    """Do one job; returns its status, size and notes. A target that exists already is not touched."""
-    if job.target is not None and job.target.exists() and not overwrite:
-        if job.explicit:
-            raise PFStorerError(f"{job.target}: exists already; choose another name or pass --overwrite")
-        return {"status": "skipped"}
-    if job.target is not None:
-        make_folder(job.target.parent)
-    picture = load_image(io.BytesIO(sys.stdin.buffer.read()) if job.source is None else job.source, max_pixels)
-    pixels = work(picture.pixels, step)
-    write(job, picture, pixels, overwrite)
-    size = {"width": pixels.shape[1], "height": pixels.shape[0]}
-    return {"status": "done", **size, **({"notes": list(picture.notes)} if picture.notes else {})}
-
-
-def write(job: Job, picture: Picture, pixels: Pixels, overwrite: bool) -> None:
+def write(job: Job, scan: Scan, rows: Rows, saving: Saving) -> None:
     """Save a result with the alpha, profile and EXIF of its input; PNG on stdout."""
-    kept: dict[str, Any] = {"icc": picture.icc, "exif": picture.exif}
-    if picture.alpha is not None:
-        kept["alpha"] = resize_alpha(picture.alpha, pixels.shape[:2])
+    kept: dict[str, Any] = {"icc": scan.icc, "exif": scan.exif, "quality": saving.quality}
+    if scan.alpha is not None:
+        kept["alpha"] = resize_alpha(scan.alpha, rows.height, rows.width)
     if job.target is None:
-        sys.stdout.buffer.write(encode_image(pixels, "png", **kept))
+        sys.stdout.buffer.write(encode_image(rows, "png", **kept))
         return
-    save_image(job.target, pixels, overwrite=overwrite, **kept)
+    save_image(job.target, rows, overwrite=saving.overwrite, **kept)
 
 
-def resize_alpha(alpha: Pixels, size: tuple[int, ...]) -> Pixels:
-    """Resize (H, W) in [0, 1] to a result's size."""
+def resize_alpha(alpha: Rows, height: int, width: int) -> Rows | Pixels:
+    """Bring (H, W, 1) rows in [0, 1] to a result's size."""
     from PIL import Image
 
-    if alpha.shape == size:
+    if (alpha.height, alpha.width) == (height, width):
         return alpha
-    resized = Image.fromarray(alpha, "F").resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    return np.clip(np.asarray(resized, np.float32), 0, 1)
+    whole = Image.fromarray(alpha.read(0, alpha.height)[..., 0], "F")
+    return np.clip(np.asarray(whole.resize((width, height), Image.Resampling.BICUBIC), np.float32), 0, 1)
+
+
+def refuse_existing(job: Job, saving: Saving) -> bool:
+    """Return whether a job is done already; raises `PFStorerError` where the user asked for it by name."""
+    if job.target is None or saving.overwrite or not job.target.exists():
+        return False
+    if job.explicit:
+        raise PFStorerError(f"{job.target}: exists already; choose another name or pass --overwrite")
+    return True
 
 
 def show(report: dict[str, Any], as_json: bool) -> None:

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import Any
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pfstorer_rt.image import MAX_PIXELS
 
+if TYPE_CHECKING:
+    from pfstorer_rt.cli.pictures import Job, Saving
+    from pfstorer_rt.config import RestoreConfig
+    from pfstorer_rt.restore import Restorer
+
+FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
+
 
 @click.command()
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUTS...")
-@click.option("--engine", type=click.Path(), help="Plan file made by `pfstorer-rt export`.")
+@click.argument("inputs", nargs=-1, metavar="INPUTS...")
+@click.option("--engine", "engines", type=click.Path(), multiple=True, help="Plan file; repeat it for several people.")
 @click.option("--base", help="Run a base in PyTorch: tiny, or a base directory.")
 @click.option("--identity", help="With --base: an identity, by name or file.")
 @click.option("-o", "--output", help="File for one picture, folder for several; - is stdout.")
+@click.option("--suffix", default="_restored", show_default=True, help="What results' names end with.")
+@click.option("--format", "kind", type=click.Choice(list(FORMATS)), help="Of all results. [default: the input's]")
+@click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEG and WebP.")
+@click.option("--compare", is_flag=True, help="Write {result}_compare.png too, input and result side by side.")
+@click.option("--preview", is_flag=True, help="Write {result}_preview first, of one step.")
+@click.option("--refs", type=click.Path(exists=True, file_okay=False), help="Photographs of the person, to measure by.")
+@click.option("--watch", type=click.Path(exists=True, file_okay=False), help="Restore what comes into this folder.")
+@click.option("--idle", type=click.FloatRange(0), help="With --watch: end after so many seconds with nothing new.")
+@click.option("--dry-run", is_flag=True, help="Say tiles, steps, memory and time; restore nothing.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Diffusion steps. [default: the engine's own]")
 @click.option("--sampler", type=click.Choice(["ddpm", "ddim", "dpmpp_2m", "unipc"]), help="[default: the engine's own]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same bytes.")
@@ -31,7 +52,10 @@ from pfstorer_rt.image import MAX_PIXELS
     help="Where sampling starts.",
 )
 @click.option("--eta", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Fresh noise in DDIM.")
-@click.option("--overlap", type=int, help="Pixels shared by tiles. [default: half a tile]")
+@click.option(
+    "--tiling", type=click.Choice(["fast", "parity"]), default="fast", show_default=True, help="parity: StableSR's."
+)
+@click.option("--overlap", type=int, help="Pixels shared by tiles. [default: a quarter of a tile, half with parity]")
 @click.option("--tile-batch", type=click.IntRange(1), default=4, show_default=True, help="Tiles computed at once.")
 @click.option(
     "--backend",
@@ -39,54 +63,183 @@ from pfstorer_rt.image import MAX_PIXELS
     default="auto",
     show_default=True,
 )
+@click.option("--provider", help="Where the backend runs: cpu, cuda; with openvino CPU, CPU:f32, GPU.")
 @click.option("--trust-plan", is_flag=True, help="Run a TensorRT plan (executable code) that others built.")
 @click.option("--max-pixels", type=click.IntRange(1), default=MAX_PIXELS, show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per picture.")
-def command(
-    inputs: tuple[str, ...], engine: str | None, base: str | None, identity: str | None, **options: Any
-) -> None:
+def command(inputs: tuple[str, ...], engines: tuple[str, ...], **options: Any) -> None:
     """Restore pictures: files, folders (recursive), globs, or - for stdin.
 
     \b
     Examples:
       pfstorer-rt restore --engine alice.plan old.jpg -o restored.png
       pfstorer-rt restore --engine alice.plan scans/ -o restored/ --json
+      pfstorer-rt restore --engine alice.plan huge.tif --dry-run
       pfstorer-rt restore --base tiny old.jpg --steps 4
     """
-    if (engine is None) == (base is None) and options["backend"] != "torch":
-        raise click.UsageError("give either --engine FILE.plan or --base tiny|DIR")
-    if engine is None and base is None:
-        raise click.UsageError("give --engine FILE.plan or --base tiny|DIR")
-    if identity and engine:
-        raise click.UsageError("--identity goes with --base; a plan holds its identity already")
-    from pfstorer_rt.cli.pictures import plan_jobs, run_jobs
+    check_call(inputs, engines, options)
+    from pfstorer_rt.cli.pictures import Saving, plan_jobs
 
-    jobs = plan_jobs(inputs, options["output"], "_restored")
+    names = tell_apart(engines) if len(engines) > 1 else [""]
+    sources = inputs or (options["watch"],)
+    extension = FORMATS.get(options["kind"] or "")
+    plans = [plan_jobs(sources, options["output"], options["suffix"], extension, n) for n in names] if inputs else []
+    config, saving = read_config(options), Saving(options["overwrite"], options["quality"])
+    status = 0
+    for engine, jobs in zip(engines or (None,), plans or [[]] * len(names), strict=True):
+        with open_restorer(engine, options) as restorer:
+            restorer.check(config)
+            click.echo(f"{restorer.backend} on {restorer.provider}", err=True)
+            if options["dry_run"]:
+                status |= forecast(restorer, jobs, config, options)
+            elif options["watch"]:
+                status |= watch(restorer, config, saving, options, extension)
+            else:
+                status |= restore_jobs(restorer, jobs, config, saving, options)
+    sys.exit(status)
+
+
+def check_call(inputs: tuple[str, ...], engines: tuple[str, ...], options: dict[str, Any]) -> None:
+    """Raise `click.UsageError` for options that contradict each other."""
+    if bool(engines) == (options["base"] is not None) and options["backend"] != "torch":
+        raise click.UsageError("give either --engine FILE.plan or --base tiny|DIR")
+    if not engines and options["base"] is None:
+        raise click.UsageError("give --engine FILE.plan or --base tiny|DIR")
+    if options["identity"] and engines:
+        raise click.UsageError("--identity goes with --base; a plan holds its identity already")
+    if bool(inputs) == bool(options["watch"]):
+        raise click.UsageError("give INPUTS..., or a folder to --watch")
+    if options["watch"] and (len(engines) > 1 or options["dry_run"]):
+        raise click.UsageError("--watch goes with one --engine, and not with --dry-run")
+    if options["idle"] is not None and not options["watch"]:
+        raise click.UsageError("--idle goes with --watch")
+    if not engines and options["backend"] not in ("auto", "torch"):
+        raise click.UsageError("--base runs in PyTorch; export a plan to use another backend")
+    if options["provider"] and (not engines or options["backend"] == "torch"):
+        raise click.UsageError("--provider goes with --engine and a backend that runs it")
+
+
+def tell_apart(engines: tuple[str, ...]) -> list[str]:
+    """Return what the names of each engine's results have in them."""
+    names = [f"_{Path(engine).stem}" for engine in engines]
+    if len(set(names)) < len(names):
+        raise click.UsageError("several --engine files of one name: their results would be too; rename one")
+    return names
+
+
+def read_config(options: dict[str, Any]) -> RestoreConfig:
+    """Collect the options that say how to restore."""
     from pfstorer_rt.config import RestoreConfig, TileConfig
+
+    fields = ("steps", "sampler", "seed", "strength", "cfw_weight", "scale", "color_fix", "init", "eta")
+    tile = TileConfig(options["tiling"], overlap=options["overlap"], batch=options["tile_batch"])
+    return RestoreConfig(tile=tile, **{name: options[name] for name in fields})
+
+
+def open_restorer(engine: str | None, options: dict[str, Any]) -> Restorer:
+    """Open a plan, or a base in PyTorch."""
     from pfstorer_rt.restore import Restorer
 
-    config = RestoreConfig(
-        steps=options["steps"], sampler=options["sampler"], seed=options["seed"], strength=options["strength"],
-        cfw_weight=options["cfw_weight"], scale=options["scale"], color_fix=options["color_fix"],
-        init=options["init"], eta=options["eta"],
-        tile=TileConfig(overlap=options["overlap"], batch=options["tile_batch"]),
-    )  # fmt: skip
     if engine is None:
-        if options["backend"] not in ("auto", "torch"):
-            raise click.UsageError("--base runs in PyTorch; export a plan to use another backend")
-        restorer = Restorer.from_base(base, identity)
-    else:
-        restorer = Restorer.from_plan(engine, options["backend"], base, options["trust_plan"])
-    with restorer:
-        restorer.check(config)
-        click.echo(f"{restorer.backend} on {restorer.provider}", err=True)
-        facts = {
-            "seed": config.seed, "steps": restorer.steps(config), "sampler": restorer.sampler(config),
-            "strength": config.strength, "backend": restorer.backend, "provider": restorer.provider,
-        }  # fmt: skip
-        status = run_jobs(
-            jobs, lambda _, pixels, step: restorer.restore(pixels, config, step), overwrite=options["overwrite"],
-            as_json=options["as_json"], title="restore", max_pixels=options["max_pixels"], facts=lambda: facts,
-        )  # fmt: skip
-    sys.exit(status)
+        return Restorer.from_base(options["base"], options["identity"])
+    return Restorer.from_plan(
+        engine, options["backend"], options["base"], options["trust_plan"], options["provider"]
+    )
+
+
+def restore_jobs(
+    restorer: Restorer, jobs: Sequence[Job], config: RestoreConfig, saving: Saving, options: dict[str, Any]
+) -> int:
+    """Restore all pictures with one engine; returns the exit status."""
+    from pfstorer_rt.cli.jobs import run_jobs
+    from pfstorer_rt.cli.references import References
+    from pfstorer_rt.cli.sidebyside import SideBySide
+    from pfstorer_rt.image import save_image
+    from pfstorer_rt.spool import Rows
+
+    references = References(options["refs"]) if options["refs"] else None
+    fixed = {
+        "seed": config.seed, "steps": restorer.steps(config), "sampler": restorer.sampler(config),
+        "strength": config.strength, "backend": restorer.backend, "provider": restorer.provider,
+    }  # fmt: skip
+
+    def beside(job: Job, word: str, rows: Rows) -> dict[str, str]:
+        if job.target is None:
+            return {}
+        path = job.target.with_name(f"{job.target.stem}_{word}{job.target.suffix}")
+        save_image(path, rows, overwrite=True, quality=saving.quality)
+        return {word: str(path)}
+
+    def work(number: int, rows: Rows, step: Any) -> Rows:
+        if options["preview"]:
+            beside(jobs[number], "preview", restorer.restore_rows(rows, replace(config, steps=1)))
+        return restorer.restore_rows(rows, config, step)
+
+    def facts(job: Job, source: Rows, result: Rows) -> dict[str, Any]:
+        more = beside(job, "compare", SideBySide(source, result)) if options["compare"] else {}
+        measured = references.facts(source, result) if references else {}
+        return {**fixed, "tiles": restorer.plan(source.height, source.width, config).tiles, **more, **measured}
+
+    return run_jobs(
+        jobs, work, saving=saving, as_json=options["as_json"], title="restore", max_pixels=options["max_pixels"],
+        facts=facts,
+    )  # fmt: skip
+
+
+def forecast(restorer: Restorer, jobs: Sequence[Job], config: RestoreConfig, options: dict[str, Any]) -> int:
+    """Print what each picture will take; returns 1 where one cannot be looked at."""
+    from pfstorer_rt.errors import PFStorerError
+    from pfstorer_rt.forecast import Forecaster
+    from pfstorer_rt.image import image_size
+
+    forecaster, failed = Forecaster(restorer, config), 0
+    for job in jobs:
+        if job.source is None:
+            raise click.UsageError("--dry-run cannot look at stdin without taking it; name a file")
+        try:
+            predicted = forecaster.predict(*image_size(job.source, options["max_pixels"]))
+        except PFStorerError as error:
+            failed = 1
+            click.echo(f"failed: {error}", err=True)
+            continue
+        facts, work = predicted.facts(), predicted.work
+        if options["as_json"]:
+            click.echo(json.dumps({"input": str(job.source), "output": str(job.target), "status": "planned", **facts}))
+            continue
+        click.echo(
+            f"{job.source}: canvas {work.width}x{work.height}, {work.tiles} tiles in batches of {work.batch}, "
+            f"{work.steps} steps, {work.codec_tiles} tiles of encoder and decoder; about "
+            f"{facts['predicted_peak_mb']} MB of memory and {facts['predicted_seconds']:.0f} s"
+        )
+    return failed
+
+
+def watch(
+    restorer: Restorer, config: RestoreConfig, saving: Saving, options: dict[str, Any], extension: str | None
+) -> int:
+    """Restore what comes into a folder until interrupted; a file is taken once its size has stayed for a second."""
+    from pfstorer_rt.cli.pictures import plan_jobs
+
+    folder, status, done = options["watch"], 0, set[Path | None]()
+    sizes: dict[Path, int] = {}
+    latest = time.monotonic()
+    click.echo(f"watching {folder}; end with Ctrl-C", err=True)
+    while options["idle"] is None or time.monotonic() - latest < options["idle"]:
+        ready: list[Job] = []
+        try:
+            found = plan_jobs((folder,), options["output"], options["suffix"], extension)
+        except click.UsageError:  # nothing in it yet
+            found = []
+        for job in found:
+            assert job.source is not None
+            size = job.source.stat().st_size if job.source.exists() else -1
+            if job.source not in done and size > 0 and sizes.get(job.source) == size:
+                ready.append(job)
+            sizes[job.source] = size
+        if ready:
+            done |= {job.source for job in ready}
+            status |= restore_jobs(restorer, ready, config, saving, options)
+            latest = time.monotonic()
+        time.sleep(1)
+    return status

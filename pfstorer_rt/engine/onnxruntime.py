@@ -22,23 +22,45 @@ def check() -> None:
         raise MissingBackendError("onnxruntime is not installed: pip install onnxruntime") from error
 
 
-def providers() -> list[str]:
-    """Return the execution providers to ask for, best first."""
+def providers(wanted: str | None = None) -> list[str]:
+    """Return the execution providers to ask for, best first.
+
+    wanted: one of those that this build has, such as `CPUExecutionProvider` or, for short, `cpu`; it then is the first.
+    Raises `MissingBackendError` for another one.
+    """
     import onnxruntime
 
     available = onnxruntime.get_available_providers()
-    return [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
+    usual = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
+    if wanted is None:
+        return usual
+    names = {p.lower(): p for p in available} | {p.removesuffix("ExecutionProvider").lower(): p for p in available}
+    if wanted.lower() not in names:
+        raise MissingBackendError(f"ONNX Runtime provider {wanted}: not in this build; it has {', '.join(available)}")
+    return list(dict.fromkeys([names[wanted.lower()], "CPUExecutionProvider"]))
+
+
+def on_gpu() -> bool:
+    """Whether ONNX Runtime is installed with CUDA."""
+    try:
+        return providers()[0].startswith("CUDA")
+    except ImportError:
+        return False
 
 
 class OnnxRuntimeSession(HostSession):
-    """One ONNX payload, or a file with its weights beside it, in ONNX Runtime."""
+    """One ONNX payload, or a file with its weights beside it, in ONNX Runtime.
 
-    def __init__(self, model: bytes | Path) -> None:
+    Its defaults are kept: all graph optimizations, the memory arena and a thread for each core were the fastest of
+    those tried (`benchmarks/engine_options.py`).
+    """
+
+    def __init__(self, model: bytes | Path, provider: str | None = None) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        self._session: Any = onnxruntime.InferenceSession(model, options, providers=providers())
+        self._session: Any = onnxruntime.InferenceSession(model, options, providers=providers(provider))
         self.inputs = tuple(i.name for i in self._session.get_inputs())
         self.outputs = tuple(o.name for o in self._session.get_outputs())
         self.provider: str = self._session.get_providers()[0]
@@ -56,11 +78,12 @@ class OnnxRuntimeSession(HostSession):
         self._session = None
 
 
-def open_component(plan: Plan, component: str) -> OnnxRuntimeSession:
+def open_component(plan: Plan, component: str, provider: str | None = None) -> OnnxRuntimeSession:
     """Open a component of an ONNX plan; raises `BadFileError` when ONNX Runtime cannot load it."""
     data = plan.read(component)
+    providers(provider)
     try:
-        return OnnxRuntimeSession(data)
+        return OnnxRuntimeSession(data, provider)
     except Exception as error:  # ONNX Runtime raises its own kinds, one for each status
         reason = " ".join(str(error).split())[:200]
         raise BadFileError(f"{show_path(plan.path)}: ONNX Runtime cannot load the {component} ({reason})") from error

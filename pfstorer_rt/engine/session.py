@@ -64,16 +64,22 @@ def numpy_run(session: Session, arrays: Mapping[str, Array]) -> dict[str, Array]
     return {name: tensor.float().cpu().numpy() for name, tensor in outputs.items()}
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an engine failed for want of memory, as far as its message tells."""
+    words = ("out of memory", "bad_alloc", "bad allocation", "can't allocate memory", "failed to allocate")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
 BACKENDS: dict[str, str] = {
     "tensorrt": "pfstorer_rt.engine.tensorrt",
-    "onnxruntime": "pfstorer_rt.engine.onnxruntime",
     "openvino": "pfstorer_rt.engine.openvino",
+    "onnxruntime": "pfstorer_rt.engine.onnxruntime",
 }
-"""Backends that run a plan, in the order in which `auto` tries them.
+"""Backends that run a plan, in the order in which `auto` tries them, but for ONNX Runtime with CUDA (`auto_order`).
 
 Each is a module with `TARGETS`, the kinds of plan it runs, `check() -> None` and
-`open_component(plan, component) -> Session`. PyTorch is no entry: it runs the base and the identity themselves
-(`engine.torch`), not the plan's payloads.
+`open_component(plan, component, provider) -> Session`. PyTorch is no entry: it runs the base and the identity
+themselves (`engine.torch`), not the plan's payloads.
 """
 
 
@@ -82,8 +88,18 @@ class BackendChoice:
     """The backend that was taken and why the others were not."""
 
     name: str
-    open_component: Callable[[Plan, str], Session]
+    open_component: Callable[[Plan, str, str | None], Session]
+    """open_component(plan, component, provider); provider None takes the backend's best."""
     refused: Mapping[str, str] = field(default_factory=dict)
+
+
+def auto_order() -> list[str]:
+    """Return the backends in the order of their speed here: ONNX Runtime comes before OpenVINO where it has a GPU."""
+    names = list(BACKENDS)
+    if import_module(BACKENDS["onnxruntime"]).on_gpu():
+        names.remove("onnxruntime")
+        names.insert(names.index("openvino"), "onnxruntime")
+    return names
 
 
 def choose_backend(name: str = "auto", target: str = "onnx") -> BackendChoice:
@@ -94,7 +110,7 @@ def choose_backend(name: str = "auto", target: str = "onnx") -> BackendChoice:
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend {name!r}: expected auto, torch or one of {', '.join(BACKENDS)}")
     refused: dict[str, str] = {}
-    for candidate in BACKENDS if name == "auto" else (name,):
+    for candidate in auto_order() if name == "auto" else (name,):
         try:
             module = import_module(BACKENDS[candidate])
             if target not in module.TARGETS:
@@ -111,9 +127,10 @@ def choose_backend(name: str = "auto", target: str = "onnx") -> BackendChoice:
     raise MissingBackendError("; ".join(refused.values()) or f"no backend runs plans that were built for {target}")
 
 
-def open_session(plan: Plan, component: str, backend: str = "auto") -> Session:
+def open_session(plan: Plan, component: str, backend: str = "auto", provider: str | None = None) -> Session:
     """Open one component of a plan (`encoder`, `denoiser` or `decoder`).
 
+    provider: where the backend runs it, in its own words; None takes its best.
     Raises as `choose_backend` does, and `BadFileError` when the payload is damaged.
     """
-    return choose_backend(backend, plan.manifest.target).open_component(plan, component)
+    return choose_backend(backend, plan.manifest.target).open_component(plan, component, provider)

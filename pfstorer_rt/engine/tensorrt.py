@@ -95,12 +95,15 @@ def check() -> None:
     raise MissingBackendError("; ".join(reasons))
 
 
-def open_component(plan: Plan, component: str) -> TensorRTSession:
-    """Open a component of a TensorRT plan.
+def open_component(plan: Plan, component: str, provider: str | None = None) -> TensorRTSession:
+    """Open a component of a TensorRT plan; there is one provider, the GPU at hand.
 
-    Raises, before anything of the payload is run: `BadFileError` for a plan that nobody vouches for or a damaged
-    payload, `MissingBackendError` without library or GPU, `MismatchError` for a plan of another GPU or release.
+    Raises, before anything of the payload is run: `ValueError` for a provider, `BadFileError` for a plan that nobody
+    vouches for or a damaged payload, `MissingBackendError` without library or GPU, `MismatchError` for a plan of
+    another GPU or release.
     """
+    if provider:
+        raise ValueError(f"provider {provider}: TensorRT has none to choose from; leave it out")
     plan.check_trusted()
     library, cuda = load_library(plan.manifest.target), Cuda()
     check_fits(plan, library, cuda)

@@ -349,3 +349,30 @@ def test_export_of_what_is_not_there_is_a_wrong_call(run, people, tmp_path, argu
 def test_export_into_a_folder_that_is_not_there_is_refused(run, tmp_path, nano_base_dir):
     done = run("export", "--base", nano_base_dir, "-o", tmp_path / "no" / "a.plan")
     assert done.status and len(done.errors) == 1 and "folder" in done.errors[0]
+
+
+# ---- bench
+
+
+def test_bench_writes_what_it_measured(run, nano_plan, tmp_path):
+    import csv
+
+    done = run(
+        "bench", "--engine", nano_plan.path, "--backend", "onnxruntime", "--steps", 1, "--runs", 2, "--size", 64,
+        "--size", 100, "--csv", tmp_path / "b.csv", "--plot", tmp_path / "b.png", "--json",
+    )  # fmt: skip
+    report = json.loads(done.out)
+    assert report["provider"] == "CPUExecutionProvider" and report["method"].startswith("wall clock")
+    assert set(report["clock"]) == {"mhz", "governor", "load_before", "load_after"}
+    sizes, parts = report["pictures_ms"], report["components_ms"]
+    assert list(sizes) == ["picture 64x64", "picture 100x100"] and set(parts) > {"encoder", "denoiser", "decoder"}
+    for figures in {**sizes, **parts}.values():
+        assert 0 < figures["p50"] <= figures["p90"] <= figures["p99"] and figures["runs"] == 2
+    large = sizes["picture 100x100"]
+    assert large["tiles_per_s"] == pytest.approx(9 / large["p50"] * 1e3)  # 128 pixels, tiles 48 apart: 3 x 3
+    assert large["megapixels_per_s"] == pytest.approx(0.01 / large["p50"] * 1e3)
+    rows = list(csv.DictReader((tmp_path / "b.csv").open()))
+    assert [row["measured"] for row in rows] == [*parts, *sizes]
+    assert float(rows[-1]["p50"]) == large["p50"] and rows[0]["processor"]
+    with Image.open(tmp_path / "b.png") as plot:
+        assert plot.format == "PNG" and plot.getcolors(1 << 20)

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,8 @@ from PIL import Image
 @pytest.fixture
 def restore(run, nano_plan):
     """`restore` with the nano plan in as few steps as there are."""
-    return lambda *arguments, **more: run("restore", "--engine", nano_plan.path, "--steps", 1, *arguments, **more)
+    fixed = ("restore", "--engine", nano_plan.path, "--backend", "onnxruntime", "--steps", 1)
+    return lambda *arguments, **more: run(*fixed, *arguments, **more)
 
 
 def truncated(path, save):
@@ -321,22 +323,23 @@ def test_a_full_disk_leaves_the_old_target_and_no_temporary_file(restore, save, 
 
 
 def test_an_interruption_keeps_what_is_done(restore, save, tree, tmp_path, monkeypatch):
-    from pfstorer_rt.cli import pictures
+    from pfstorer_rt.cli import jobs
 
-    save(tmp_path / "in" / "a.png")
-    save(tmp_path / "in" / "b.png", seed=1)
-    load, calls = pictures.load_image, []
+    for i, name in enumerate("abcd"):
+        save(tmp_path / "in" / f"{name}.png", seed=i)
+    scan, calls = jobs.scan_image, []
 
     def interrupted(*arguments):
         calls.append(arguments)
-        if len(calls) == 2:
+        if len(calls) == 3:  # read ahead after the first result was written
             os.kill(os.getpid(), signal.SIGINT)
-        return load(*arguments)
+            time.sleep(0.5)
+        return scan(*arguments)
 
-    monkeypatch.setattr(pictures, "load_image", interrupted)
+    monkeypatch.setattr(jobs, "scan_image", interrupted)
     done = restore(tmp_path / "in", "-o", tmp_path / "out")
     assert done.status == 130 and len(done.errors) == 1 and "interrupted" in done.errors[0]
-    assert list(tree(tmp_path / "out")) == ["a_restored.png"]
+    assert set(tree(tmp_path / "out")) in ({"a_restored.png"}, {"a_restored.png", "b_restored.png"})
 
 
 # ---- reports and seeds
@@ -364,18 +367,108 @@ def test_a_seed_fixes_the_bytes(restore, save, tmp_path, suffix):
 
 
 def test_a_failing_engine_names_the_picture_and_goes_on(restore, save, tree, tmp_path, monkeypatch):
-    from pfstorer_rt import restore as runtime
+    from pfstorer_rt import canvas
 
-    real = runtime.color_fix
+    real = canvas.color_fix
     seen = SimpleNamespace(first=True)
 
     def poisoned(decoded, style, kind):
         value, seen.first = float("nan") if seen.first else 0.0, False
         return real(decoded, style, kind) + value
 
-    monkeypatch.setattr(runtime, "color_fix", poisoned)
+    monkeypatch.setattr(canvas, "color_fix", poisoned)
     inputs = [save(tmp_path / "in" / name) for name in ("a.png", "b.png")]
     done = restore(*inputs, "-o", tmp_path / "out")
     assert done.status == 1 and len(done.errors) == 1
     assert "a.png" in done.errors[0] and "not finite" in done.errors[0]
     assert list(tree(tmp_path / "out")) == ["b_restored.png"]
+
+
+# ---- tiles, memory, and what people expect
+
+
+def test_a_dry_run_says_what_the_run_will_do_and_does_nothing(restore, save, tree, tmp_path):
+    save(tmp_path / "a.png", 150, 100)
+    before = tree(tmp_path)
+    planned = restore(tmp_path / "a.png", "--dry-run", "--json")
+    assert planned.status == 0 and tree(tmp_path) == before
+    said = json.loads(planned.out)
+    assert said["status"] == "planned" and (said["width"], said["height"], said["steps"]) == (160, 128, 1)
+    assert said["predicted_peak_mb"] > 50 and said["predicted_seconds"] > 0
+    assert json.loads(restore(tmp_path / "a.png", "--json").out)["tiles"] == said["tiles"] == 3 * 3
+    assert "9 tiles in batches of 4, 1 steps" in restore(tmp_path / "a.png", "--dry-run").out
+
+
+def test_suffix_format_and_quality(restore, save, tree, tmp_path):
+    for name in ("a.png", "b.jpg"):
+        save(tmp_path / "in" / name)
+    sizes = []
+    for quality in (30, 95):
+        out = tmp_path / str(quality)
+        done = restore(tmp_path / "in", "-o", out, "--suffix", "-new", "--format", "webp", "--quality", quality)
+        assert done.status == 0 and sorted(tree(out)) == ["a-new.webp", "b-new.webp"]
+        sizes.append(len(tree(out)["a-new.webp"]))
+    assert sizes[0] < sizes[1]
+    over = restore(tmp_path / "in", "--suffix", "")
+    assert over.status == 2 and "over its own input" in over.errors[0]
+
+
+def test_comparison_and_preview_lie_beside_and_are_no_inputs(restore, save, tree, tmp_path):
+    save(tmp_path / "a.png")
+    report = json.loads(restore(tmp_path / "a.png", "--compare", "--preview", "--json", "--scale", 2).out)
+    assert sorted(tree(tmp_path)) == ["a.png", "a_restored.png", "a_restored_compare.png", "a_restored_preview.png"]
+    with Image.open(report["compare"]) as both, Image.open(tmp_path / "a_restored.png") as result:
+        assert both.size == (2 * 80 + 8, 48)
+        assert np.array_equal(np.asarray(both)[:, 88:], np.asarray(result))
+        large = np.asarray(Image.open(tmp_path / "a.png").resize((80, 48), Image.Resampling.BICUBIC), float)
+        assert np.abs(np.asarray(both)[:, :80] - large).mean() < 5  # another cubic kernel
+    again = restore(tmp_path, "--json")
+    assert [json.loads(line)["input"] for line in again.out.splitlines()] == [str(tmp_path / "a.png")]
+
+
+def test_several_engines_over_one_folder(run, save, tree, tmp_path, nano_plan, base_plan):
+    save(tmp_path / "in" / "a.png")
+    engines = ("--engine", nano_plan.path, "--engine", base_plan.path)
+    assert run("restore", *engines, "--steps", 1, tmp_path / "in", "-o", tmp_path / "out").status == 0
+    assert sorted(tree(tmp_path / "out")) == ["a_alice_restored.png", "a_base_restored.png"]
+    twice = run("restore", "--engine", nano_plan.path, "--engine", nano_plan.path, tmp_path / "in")
+    assert twice.status == 2 and "rename one" in twice.errors[0]
+
+
+def test_a_watched_folder_is_restored_as_it_fills(restore, save, tree, tmp_path):
+    import threading
+
+    (tmp_path / "in").mkdir()
+    threading.Timer(0.5, lambda: save(tmp_path / "in" / "a.png")).start()
+    done = restore("--watch", tmp_path / "in", "-o", tmp_path / "out", "--idle", 4)
+    assert done.status == 0 and list(tree(tmp_path / "out")) == ["a_restored.png"]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--watch", ".", "a.png"), ("--idle", "1", "a.png")])
+def test_watching_and_naming_exclude_each_other(restore, arguments):
+    done = restore(*arguments)
+    assert done.status == 2 and "--watch" in done.errors[0]
+
+
+def test_distances_to_references_are_reported_and_warned_of(restore, save, tmp_path, monkeypatch):
+    from pfstorer_rt.cli import references
+
+    # A "face" is the mean brightness: the references are bright, the input is, the result is not.
+    monkeypatch.setattr(references, "face_embedder", lambda: lambda pixels: np.array([pixels.mean()]))
+    monkeypatch.setattr("pfstorer_rt.canvas.color_fix", lambda content, style, kind: content * 0 - 1)
+    Image.new("RGB", (40, 24), "white").save(tmp_path / "white.png")
+    Image.new("RGB", (40, 24), "white").save(tmp_path / "a.png")
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "white.png").rename(tmp_path / "refs" / "white.png")
+    done = restore(tmp_path / "a.png", "--refs", tmp_path / "refs", "--json", "--color-fix", "none")
+    report = json.loads(done.out)
+    assert report["id_distance"] == 1 and report["id_distance_input"] == 0
+    assert "farther from the references" in report["notes"][0]
+
+
+def test_references_need_the_metrics(restore, save, tmp_path, monkeypatch):
+    from pfstorer_rt.cli import references
+
+    monkeypatch.setattr(references, "face_embedder", lambda: None)
+    done = restore(save(tmp_path / "a.png"), "--refs", tmp_path)
+    assert done.status == 2 and "pip install 'pfstorer-rt[metrics]'" in done.errors[0]

@@ -11,7 +11,6 @@ from pfstorer_rt.export.build import TARGETS
 
 import pfstorer_rt.engine.session as session_module
 from pfstorer_rt.engine import onnxruntime as ort_engine
-from pfstorer_rt.engine import openvino as openvino_engine
 from pfstorer_rt.engine.session import BACKENDS, choose_backend, open_session
 from pfstorer_rt.engine.torch import component_names, manifest, open_sessions
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
@@ -32,15 +31,16 @@ def test_every_target_has_a_backend_and_every_backend_a_target():
     assert all(runs.values())
 
 
-def test_auto_takes_the_first_that_is_there(monkeypatch):
+def test_auto_takes_the_fastest_that_is_there(monkeypatch):
+    assert choose_backend().name == "openvino" and choose_backend().refused == {}
+    monkeypatch.setattr(ort_engine, "on_gpu", lambda: True)
     assert choose_backend().name == "onnxruntime"
-    assert choose_backend().refused == {}
-    monkeypatch.setattr(openvino_engine, "check", lambda: None)
-    without(monkeypatch, "onnxruntime")
+    monkeypatch.undo()
+    without(monkeypatch, "openvino")
     choice = choose_backend()
-    assert choice.name == "openvino"
-    assert choice.open_component is openvino_engine.open_component
-    assert choice.refused == {"onnxruntime": "onnxruntime is not installed: pip install onnxruntime"}
+    assert choice.name == "onnxruntime"
+    assert choice.open_component is ort_engine.open_component
+    assert choice.refused == {"openvino": "openvino is not installed: pip install 'pfstorer-rt[openvino]'"}
 
 
 def test_refusals_say_what_to_install(monkeypatch):
@@ -49,12 +49,12 @@ def test_refusals_say_what_to_install(monkeypatch):
         choose_backend("openvino")
     with pytest.raises(MissingBackendError, match="pip install onnxruntime"):
         choose_backend("onnxruntime")
-    with pytest.raises(MissingBackendError, match=r"onnxruntime is not .*; openvino is not"):
+    with pytest.raises(MissingBackendError, match=r"openvino is not .*; onnxruntime is not"):
         choose_backend("auto")
 
 
 def test_unknown_backends_are_refused():
-    with pytest.raises(ValueError, match="expected auto, torch or one of tensorrt, onnxruntime, openvino"):
+    with pytest.raises(ValueError, match="expected auto, torch or one of tensorrt, openvino, onnxruntime"):
         choose_backend("coreml")
 
 
@@ -65,7 +65,7 @@ def test_a_backend_is_asked_by_its_own_name(monkeypatch):
 
 
 def test_onnxruntime_session(base_plan):
-    with open_session(base_plan, "decoder") as session:
+    with open_session(base_plan, "decoder", "onnxruntime") as session:
         assert (session.inputs, session.outputs) == (("latent",), ("image",))
         assert session.provider in ort_engine.providers()
         found = session.run(latent=np.zeros((2, 4, 8, 8), np.float32))
@@ -186,3 +186,44 @@ def test_the_manifest_says_what_a_reader_needs(base_plan):
     assert data["schema"] == 1
     assert data["payloads"]["denoiser"]["inputs"]["x"]["shape"][1:] == [4, 8, 8]
     assert isinstance(data["payloads"]["denoiser"]["inputs"]["x"]["shape"][0], str)  # any batch
+
+
+# ---- OpenVINO and providers
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_openvino_computes_what_onnxruntime_does(nano_plan, component):
+    rng = np.random.default_rng(0)
+    fast = open_session(nano_plan, component, "openvino", "CPU:f32")
+    with fast, open_session(nano_plan, component, "onnxruntime") as slow:
+        for batch in (3, 1, 4):  # three are filled up to four
+            latent = {name: rng.standard_normal((batch, 4, 8, 8), np.float32) for name in ("x", "z_lq", "latent")}
+            other = {"image": rng.standard_normal((batch, 3, 64, 72), np.float32), "strength": np.ones(1, np.float32)}
+            every = {**latent, **other, "t": rng.uniform(0, 999, batch).astype(np.float32)}
+            arrays = {name: every[name] for name in slow.inputs}
+            found, expected = fast.run(**arrays), slow.run(**arrays)
+            for name, array in expected.items():
+                assert found[name].shape == array.shape
+                # fp32 sums in another order: relative to the spread of the output
+                np.testing.assert_allclose(found[name], array, atol=2e-3 * array.std())
+
+
+def test_openvino_keeps_compiled_networks_for_the_user_alone(nano_plan, private_home):
+    open_session(nano_plan, "encoder", "openvino")
+    folder = private_home / "cache" / "openvino" / nano_plan.manifest.identity_fingerprint[:16]
+    assert list(folder.iterdir()) and folder.stat().st_mode & 0o077 == 0
+
+
+def test_providers_are_chosen_by_name(base_plan):
+    for name in ("cpu", "CPUExecutionProvider"):
+        with open_session(base_plan, "encoder", "onnxruntime", name) as session:
+            assert session.provider == "CPUExecutionProvider"
+    with open_session(base_plan, "encoder", "openvino", "cpu:f32") as session:
+        assert session.provider.endswith("CPU f32")
+    for backend, provider, error, message in (
+        ("onnxruntime", "abacus", MissingBackendError, "abacus: not in this build"),
+        ("openvino", "NPU", MissingBackendError, "NPU: not here; it sees CPU"),
+        ("openvino", "CPU:int4", ValueError, "precision 'int4': expected one of f32"),
+    ):
+        with pytest.raises(error, match=message):
+            open_session(base_plan, "encoder", backend, provider)

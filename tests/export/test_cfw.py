@@ -34,7 +34,8 @@ def test_the_features_go_from_encoder_to_decoder(plan):
 def test_a_plan_wraps_as_pytorch_does(plan, wrapped, make_picture):
     pixels = make_picture(70, 200)
     results = {}
-    with Restorer.from_plan(plan.path) as ours, Restorer.from_base(wrapped, device="cpu") as torch_restorer:
+    torch_restorer = Restorer.from_base(wrapped, device="cpu")
+    with Restorer.from_plan(plan.path, "onnxruntime") as ours, torch_restorer:
         for weight in (0.0, 1.0):
             config = RestoreConfig(cfw_weight=weight, steps=2)
             results[weight] = ours.restore(pixels, config)

@@ -167,10 +167,10 @@ def test_pictures_of_plan_and_torch_agree(nano_plan, base_plan, nano_base, nano_
 
 def test_strength_zero_is_the_bases_plan(nano_plan, base_plan, make_picture):
     pixels = make_picture(64, 64)
-    off = restore(Restorer.from_plan(nano_plan.path), pixels, strength=0.0)
-    base = restore(Restorer.from_plan(base_plan.path), pixels)
+    off = restore(Restorer.from_plan(nano_plan.path, "onnxruntime"), pixels, strength=0.0)
+    base = restore(Restorer.from_plan(base_plan.path, "onnxruntime"), pixels)
     assert psnr(off, base) >= 90  # two graphs: operators may be scheduled differently
-    assert psnr(restore(Restorer.from_plan(nano_plan.path), pixels), base) < 60
+    assert psnr(restore(Restorer.from_plan(nano_plan.path, "onnxruntime"), pixels), base) < 60
 
 
 def test_a_batch_is_its_rows(nano_plan, nano_base):

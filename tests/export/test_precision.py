@@ -110,7 +110,8 @@ def test_fp16_plans_are_half_the_size_and_restore_the_same(
     assert {payload.precision for payload in plan.manifest.payloads.values()} == {"fp16"}
     assert len(plan.read("denoiser")) < 0.65 * len(nano_plan.read("denoiser"))
     pixels = make_picture(70, 90)
-    with Restorer.from_plan(nano_plan.path) as full, Restorer.from_plan(plan.path) as half:
+    full, half = (Restorer.from_plan(path, "onnxruntime") for path in (nano_plan.path, plan.path))
+    with full, half:
         error = np.mean((full.restore(pixels).astype(np.float64) - half.restore(pixels)) ** 2)
     assert -10 * np.log10(error) > 45
 

@@ -1,0 +1,143 @@
+"""Is it faster than plain PyTorch? The same restoration by each of them, in turns, in one run.
+
+    python benchmarks/peers.py --engine tiny.plan --base tiny -o benchmarks/results/peers.csv [--size 192] [--runs 5]
+
+Peers: diffusers' modules in eager PyTorch fp32 and bf16, and compiled by `torch.compile`; ours: the plan in ONNX
+Runtime, in OpenVINO fp32 and bf16. All run the same tiles, steps, sampler, noise and colour fix, on a portrait of
+scikit-image's public-domain astronaut that was degraded with a fixed seed. Runs are interleaved, so that what else the
+machine does hits all of them alike; `p50` is the median of seconds, `ratio` the median over the rounds of eager fp32's
+time divided by this one's in the same round. `psnr` is of the result against the undegraded picture, `psnr_to_eager`
+against eager PyTorch's result. `cold_s` and `cold_peak_mb` are of a new process: from its start to the first restored
+picture of one tile on disk, and its largest resident size.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+import numpy as np
+import psutil
+import torch
+from quality import machine
+
+from pfstorer_rt.config import RestoreConfig
+from pfstorer_rt.evaluation.metrics import psnr
+from pfstorer_rt.image import save_image
+from pfstorer_rt.restore import Restorer
+from pfstorer_rt.spool import Pixels
+from pfstorer_rt.training.degradation import degrade
+
+OURS = {
+    "onnxruntime": ("onnxruntime", None), "openvino f32": ("openvino", "CPU:f32"),
+    "openvino bf16": ("openvino", "CPU:bf16"),
+}  # fmt: skip
+EAGER = "eager fp32"
+
+
+@click.command()
+@click.option("--engine", required=True)
+@click.option("--base", default="tiny", show_default=True)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option("--size", default=192, show_default=True)
+@click.option("--runs", default=5, show_default=True)
+@click.option("--steps", type=int)
+@click.option("--without", multiple=True, help="Names to leave out, such as compile.")
+def main(
+    engine: str, base: str, output: Path, size: int, runs: int, steps: int | None, without: tuple[str, ...]
+) -> None:
+    truth, lq = picture(size)
+    config = RestoreConfig(steps=steps)
+    with ExitStack() as stack:
+        calls = {n: c for n, c in competitors(engine, base, stack).items() if not any(w in n for w in without)}
+        results = {name: call(lq, config) for name, call in calls.items()}  # warm-up, compilation included
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        load = os.getloadavg()[0]
+        for _ in range(runs):
+            for name, call in calls.items():
+                started = time.perf_counter()
+                call(lq, config)
+                times[name].append(time.perf_counter() - started)
+    rows = []
+    for name, result in results.items():
+        ratios = [a / b for a, b in zip(times[EAGER], times[name], strict=True)]
+        rows.append({
+            "name": name, "size": size, "steps": steps or "own", "p50": round(float(np.median(times[name])), 4),
+            "best": round(min(times[name]), 4), "ratio": round(float(np.median(ratios)), 2), "runs": runs,
+            "psnr": round(psnr(result, truth), 3), "psnr_to_eager": round(min(99.0, psnr(result, results[EAGER])), 2),
+            **cold(name, engine, base), "load": round(load, 1), **machine(),
+        })  # fmt: skip
+        click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:11]))
+    with output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def picture(size: int) -> tuple[Pixels, Pixels]:
+    """Return a portrait and what a bad camera made of it, (size, size, 3)."""
+    from skimage.data import astronaut
+
+    whole = torch.from_numpy(astronaut()[:, 20:492] / 255).permute(2, 0, 1)[None].float()
+    image = torch.nn.functional.interpolate(whole, (size, size), mode="bicubic", antialias=True).clamp(0, 1)[0]
+    bad = degrade(image.contiguous(), "light", 1)
+    return tuple(np.ascontiguousarray(i.permute(1, 2, 0).numpy()) for i in (image, bad))  # type: ignore[return-value]
+
+
+def competitors(engine: str, base: str, stack: ExitStack) -> dict[str, Callable[[Pixels, RestoreConfig], Pixels]]:
+    """Open everything that will run."""
+    eager = stack.enter_context(Restorer.from_base(base, device="cpu"))
+    compiled = stack.enter_context(Restorer.from_base(base, device="cpu"))
+    for session in compiled._sessions.values():
+        session.module = torch.compile(session.module)  # type: ignore[attr-defined]
+
+    def half(pixels: Pixels, config: RestoreConfig) -> Pixels:
+        with torch.autocast("cpu", torch.bfloat16):
+            return eager.restore(pixels, config)
+
+    calls: dict[str, Callable[[Pixels, RestoreConfig], Pixels]] = {
+        EAGER: eager.restore, "eager bf16": half, "compile fp32": compiled.restore,
+    }  # fmt: skip
+    for name, (backend, provider) in OURS.items():
+        calls[name] = stack.enter_context(Restorer.from_plan(engine, backend, provider=provider)).restore
+    return calls
+
+
+def cold(name: str, engine: str, base: str) -> dict[str, Any]:
+    """Restore one tile in a new process."""
+    if name not in (EAGER, *OURS):
+        return {"cold_s": "", "cold_peak_mb": ""}
+    chosen = ["--base", base]
+    if name in OURS:
+        backend, provider = OURS[name]
+        chosen = ["--engine", engine, "--backend", backend, *(["--provider", provider] if provider else [])]
+    with TemporaryDirectory() as folder:
+        save_image(Path(folder) / "a.png", picture(192)[1])
+        started, peak = time.perf_counter(), 0
+        process = psutil.Popen(
+            [sys.executable, "-m", "pfstorer_rt.cli", "restore", *chosen, f"{folder}/a.png", "-o", f"{folder}/b.png"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while process.poll() is None:
+            try:
+                peak = max(peak, process.memory_info().rss)
+            except psutil.Error:
+                break
+            time.sleep(0.02)
+        process.wait()
+        if not Path(folder, "b.png").exists():
+            raise click.ClickException(f"{name}: the new process restored nothing")
+        return {"cold_s": round(time.perf_counter() - started, 2), "cold_peak_mb": round(peak / 1e6)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Can the tiles be seen? How many are needed, and what do they cost, by tiling and overlap.
+
+    python benchmarks/seams.py --engine tiny.plan -o benchmarks/results/seams.csv [--steps 2] [--size 768]
+
+Pictures: a sky (a flat gradient), skin (a smooth cheek of scikit-image's public-domain portrait, enlarged) and texture
+(pink noise, stationary, so that no place differs from another but for the tiles), each degraded by a blur and noise.
+`seam` is the mean gradient across tile borders divided by that at all other multiples of 8 pixels (decoders have a
+grid of their own), 1 is unseen; a picture has such a figure by itself, so `seam_input` gives it for the same places of
+the input. `psnr_to_parity` is against StableSR's tiling with half a tile's overlap. Seconds are those of a whole
+restoration, on a machine that others use too; `denoiser_tiles` are those of one step.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import numpy.typing as npt
+from quality import machine
+from scipy.ndimage import gaussian_filter, zoom
+
+from pfstorer_rt.config import RestoreConfig, TileConfig
+from pfstorer_rt.evaluation.metrics import psnr
+from pfstorer_rt.restore import Restorer
+from pfstorer_rt.tiling import Tile, seam_ratio
+
+Pixels = npt.NDArray[np.float32]
+
+
+@click.command()
+@click.option("--engine", required=True)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option("--backend", default="auto")
+@click.option("--size", default=768, show_default=True)
+@click.option("--steps", type=int)
+def main(engine: str, output: Path, backend: str, size: int, steps: int | None) -> None:
+    rows = []
+    with Restorer.from_plan(engine, backend) as restorer:
+        m = restorer.manifest
+        step = m.factor
+        fast = [TileConfig(overlap=o) for o in dict.fromkeys(m.tile // n // step * step for n in (2, 4, 8))]
+        for name, pixels in pictures(size).items():
+            parity = None
+            for tile in (TileConfig("parity"), *fast, TileConfig(overlap=0)):
+                config = RestoreConfig(steps=steps, tile=tile)
+                started = time.perf_counter()
+                result = restorer.restore(pixels, config)
+                seconds = time.perf_counter() - started
+                parity = result if parity is None else parity
+                tiles = [Tile(*(step * side for side in t)) for t in restorer._tiles(*pixels.shape[:2], config)]
+                work = restorer.plan(size, size, config)
+                rows.append({
+                    "picture": name, "size": size, "tiling": tile.mode, "overlap": restorer.overlap(config),
+                    "seam": round(seam_ratio(result, tiles, step), 4),
+                    "seam_input": round(seam_ratio(pixels, tiles, step), 4),
+                    "psnr_to_parity": round(min(99.0, psnr(result, parity)), 2), "denoiser_tiles": work.tiles,
+                    "codec_tiles": work.codec_tiles, "seconds": round(seconds, 2), "steps": work.steps,
+                    "backend": restorer.backend, **machine(),
+                })  # fmt: skip
+                click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:10]))
+    with output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def pictures(size: int) -> dict[str, Pixels]:
+    """Return the degraded pictures, (size, size, 3) in [0, 1]."""
+    from skimage.data import astronaut
+
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:size, 0:size] / size
+    sky = np.stack([0.45 + 0.1 * y, 0.6 + 0.08 * y, 0.85 + 0.05 * y + 0 * x], -1)
+    cheek = astronaut()[140:180, 200:240] / 255
+    skin = zoom(cheek, (size / 40, size / 40, 1), order=3)[:size, :size]
+    waves = np.fft.rfft2(rng.standard_normal((size, size, 3)), axes=(0, 1))
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])[..., None]
+    texture = np.fft.irfft2(waves / np.maximum(frequency, 1 / size), (size, size), axes=(0, 1))
+    texture = 0.5 + 0.15 * texture / texture.std()
+    clean = {"sky": sky, "skin": skin, "texture": texture}
+    blurred = {name: gaussian_filter(p, (1.5, 1.5, 0)) for name, p in clean.items()}
+    return {n: np.clip(p + rng.normal(0, 0.02, p.shape), 0, 1).astype(np.float32) for n, p in blurred.items()}
+
+
+if __name__ == "__main__":
+    main()

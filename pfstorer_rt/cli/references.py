@@ -1,0 +1,67 @@
+"""How near a result comes to the person: distances to reference photographs, when metrics are installed.
+
+The references are named at each call. A plan holds no embedding of them: that would be biometric data which goes
+wherever the plan goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pfstorer_rt.errors import BadFileError, MissingBackendError
+from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, Embedding, face_embedder, identity_distance
+from pfstorer_rt.image import IMAGE_SUFFIXES, load_image
+from pfstorer_rt.spool import Pixels, Rows
+
+LARGEST = 16_000_000
+"""Pixels above which a picture is thinned out before a face is looked for."""
+
+
+class References:
+    """Embeddings of reference photographs, in memory alone."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raise `MissingBackendError` without the metrics, `BadFileError` where no reference shows a face."""
+        embed = face_embedder()
+        if embed is None:
+            raise MissingBackendError(f"--refs needs the metrics: {INSTALL_METRICS}")
+        self._embed: Callable[[Pixels], Embedding | None] = embed
+        files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        found = [embed(load_image(file).pixels) for file in files]
+        self.faces = [face for face in found if face is not None]
+        if not self.faces:
+            raise BadFileError(f"{folder}: no face in its {len(files)} pictures; expected photographs of the person")
+
+    def distance(self, rows: Rows) -> float | None:
+        """Return the mean distance of a picture's largest face to the references; None where it shows none."""
+        thin = 1 + int((rows.height * rows.width / LARGEST) ** 0.5) if rows.height * rows.width > LARGEST else 1
+        face = self._embed(_thinned(rows, thin))
+        distances = [d for known in self.faces if (d := identity_distance(face, known)) is not None]
+        return sum(distances) / len(distances) if distances else None
+
+    def facts(self, source: Rows, result: Rows) -> dict[str, Any]:
+        """Return the entries of a report, with a note where the result is farther away than the input was."""
+        before, after = self.distance(source), self.distance(result)
+        if after is None:
+            return {"id_distance": None, "id_distance_input": _round(before), "notes": ["no face found in the result"]}
+        facts: dict[str, Any] = {"id_distance": _round(after), "id_distance_input": _round(before)}
+        if before is not None and after > before:
+            facts["notes"] = [
+                f"farther from the references than the input: {after:.3f}, it was {before:.3f}; try another "
+                "--strength, --steps or --seed"
+            ]
+        return facts
+
+
+def _round(distance: float | None) -> float | None:
+    return None if distance is None else round(distance, 4)
+
+
+def _thinned(rows: Rows, step: int) -> Pixels:
+    import numpy as np
+
+    return np.concatenate([rows.read(y, y + 1)[:, ::step] for y in range(0, rows.height, step)]) if step > 1 else (
+        rows.read(0, rows.height)
+    )  # fmt: skip
