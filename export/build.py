@@ -117,8 +117,11 @@ def export_plan(
             f"target {target!r}, precision {precision!r}: expected one of {TARGETS} and of {('auto', *PRECISIONS)}"
         )
     output, progress = Path(output), progress or Progress()
+    options = options or BuildOptions()
     precision = DEFAULT_PRECISION[target] if precision == "auto" else precision
-    builder = None if target == "onnx" else EngineBuilder(target, options or BuildOptions(), progress.phase)
+    if options.plugins and (target == "onnx" or precision != "fp16"):
+        raise ValueError(f"plugins with target {target!r}, {precision}: they are for fp16 engines of TensorRT")
+    builder = None if target == "onnx" else EngineBuilder(target, options, progress.phase)
     owned = not isinstance(base, Base)
     base, identity = resolve(identity, base)
     base.to("cpu", torch.float32)
@@ -137,7 +140,8 @@ def export_plan(
                 halve_weights(base)  # nothing after this looks at them in fp32, and a large base is gigabytes
             exported.append(
                 export_component(
-                    component, base, identity, precision, expected, builder is None, Path(folder) / component, progress
+                    component, base, identity, precision, expected, builder is None, Path(folder) / component, progress,
+                    options.plugins and component == "denoiser",
                 )
             )
         config = base.config
@@ -150,7 +154,7 @@ def export_plan(
 
 def export_component(
     component: str, base: Base, identity: Identity | None, precision: str, expected: Expected, onnx_target: bool,
-    folder: Path, progress: Progress,
+    folder: Path, progress: Progress, plugins: bool = False,
 ) -> Exported:  # fmt: skip
     """Export one component to a folder and check it in ONNX Runtime."""
     if precision == "fp16" and not parity.fits_halves(expected.largest):
@@ -161,7 +165,8 @@ def export_component(
         precision = "fp32"
     # No engine of TensorRT's has a fused kernel for fp32 attention.
     fused = onnx_target or precision == "fp16"
-    graph = build_graph(component, fused_module(component, base, identity), base, precision, fused_attention=fused)
+    module = fused_module(component, base, identity)
+    graph = build_graph(component, module, base, precision, fused_attention=fused, plugins=plugins)
     inputs, outputs = graph.ports()
     exported = Exported(component, graph.save(folder), inputs, outputs, precision, graph.origins)
     if onnx_target:

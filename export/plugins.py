@@ -1,7 +1,9 @@
 """Triton kernels as quickly deployable TensorRT plugins, with PTX that is compiled ahead of time.
 
-Two plugins of namespace `pfstorer`: `gated_projection`, a block's last projection with its gate, and `spade_norm`,
-everything of a normalization but its statistics. `export` does not use them yet: no engine has been built with them.
+Off unless `export --plugins` asks: nobody has measured yet that they help. Two operators of domain `pfstorer` stand in
+the graph for what TensorRT would compute in several passes: `gated_projection`, a block's last projection with its
+gate, and `spade_norm`, everything of a normalization but its statistics. In the exported graph each is also an ONNX
+function, so that ONNX Runtime runs and checks it; TensorRT gets the graph without them, and finds the plugins by name.
 """
 
 from __future__ import annotations
@@ -10,14 +12,150 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
+import onnx.parser
+import onnx_ir
+import torch
+from torch import nn
+
+from pfstorer_rt.attention import Kernels
 from pfstorer_rt.engine.tensorrt import Library
 from pfstorer_rt.errors import MissingBackendError, PFStorerError
 
 DOMAIN = "pfstorer"
 FLAG = "PREFER_AOT_PYTHON_PLUGINS"
+
+
+FUNCTIONS = (
+    """
+    <domain: "pfstorer", opset_import: ["" : 20]>
+    gated_projection <delta> (h, weight, bias, residual, gamma, strength, stream) => (result) {
+        a = Cast <to = 1> (h)
+        w = Cast <to = 1> (weight)
+        w_t = Transpose <perm = [1, 0]> (w)
+        product = MatMul (a, w_t)
+        b = Cast <to = 1> (bias)
+        x = Cast <to = 1> (residual)
+        s = Cast <to = 1> (stream)
+        with_bias = Add (product, b)
+        y = Add (with_bias, s)
+        wanted = Constant <value_int: int = @delta> ()
+        less = Cast <to = 1> (wanted)
+        subtracted = Mul (less, x)
+        difference = Sub (y, subtracted)
+        g = Cast <to = 1> (gamma)
+        t = Cast <to = 1> (strength)
+        gate = Mul (t, g)
+        moved = Mul (gate, difference)
+        sum = Add (x, moved)
+        result = CastLike (sum, residual)
+    }
+    """,
+    """
+    <domain: "pfstorer", opset_import: ["" : 20]>
+    spade_norm <modulated, silu> (x, scale, shift, weight, bias, mean, rstd) => (result) {
+        wide = Cast <to = 1> (x)
+        batch_groups = Shape (mean)
+        rest = Constant <value_ints = [-1]> ()
+        by_group = Concat <axis = 0> (batch_groups, rest)
+        grouped = Reshape (wide, by_group)
+        last = Constant <value_ints = [2]> ()
+        mean_3d = Unsqueeze (mean, last)
+        rstd_3d = Unsqueeze (rstd, last)
+        centred = Sub (grouped, mean_3d)
+        normal = Mul (centred, rstd_3d)
+        shape = Shape (x)
+        n = Reshape (normal, shape)
+        sides = Constant <value_ints = [1, 2]> ()
+        w = Unsqueeze (weight, sides)
+        b = Unsqueeze (bias, sides)
+        sloped = Mul (n, w)
+        affine = Add (sloped, b)
+        asked = Constant <value_int: int = @modulated> ()
+        use = Cast <to = 1> (asked)
+        a = Cast <to = 1> (scale)
+        h = Cast <to = 1> (shift)
+        a_used = Mul (use, a)
+        h_used = Mul (use, h)
+        one = Constant <value_float = 1.0> ()
+        factor = Add (one, a_used)
+        scaled = Mul (affine, factor)
+        y = Add (scaled, h_used)
+        opened = Constant <value_int: int = @silu> ()
+        open = Cast <to = 1> (opened)
+        closed = Sub (one, open)
+        sigmoid = Sigmoid (y)
+        part = Mul (open, sigmoid)
+        gate = Add (closed, part)
+        product = Mul (y, gate)
+        result = CastLike (product, x)
+    }
+    """,
+)
+"""What the two operators compute, for ONNX Runtime."""
+
+
+def add_functions(model: onnx_ir.Model) -> None:
+    """Say in a graph what its operators of the domain compute."""
+    for text in FUNCTIONS:
+        function = onnx_ir.serde.deserialize_function(onnx.parser.parse_function(text))
+        model.functions[function.identifier()] = function
+    model.opset_imports[DOMAIN] = 1
+
+
+def _operator(name: str, inputs: tuple[torch.Tensor, ...], like: torch.Tensor, **flags: bool) -> torch.Tensor:
+    """Stand in the graph for an operator; what it gives is of the type and shape of `like`."""
+    attributes: dict[str, Any] = {key: int(value) for key, value in flags.items()}
+    result: torch.Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{name}", inputs, attributes, dtype=like.dtype, shape=like.shape, version=1
+    )
+    return result
+
+
+def _gate(
+    layer: nn.Linear, h: torch.Tensor, stream: torch.Tensor, x: torch.Tensor, gamma: torch.Tensor,
+    strength: torch.Tensor | float = 1.0, delta: bool = True,
+) -> torch.Tensor:  # fmt: skip
+    bias = layer.bias if layer.bias is not None else torch.zeros_like(layer.weight[:, 0])
+    strength = torch.as_tensor(strength, dtype=torch.float32, device=x.device).reshape(1)
+    return _operator("gated_projection", (h, layer.weight, bias, x, gamma, strength, stream), x, delta=delta)
+
+
+def _norm(
+    norm: nn.GroupNorm, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
+    silu: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    grouped = x.float().unflatten(1, (norm.num_groups, -1)).flatten(2)
+    mean = grouped.mean(-1)
+    rstd = ((grouped - mean[..., None]).square().mean(-1) + norm.eps).rsqrt()
+    a, b = (x if t is None else t for t in (scale, shift))
+    weight, bias = norm.weight.float(), norm.bias.float()
+    inputs = x, a, b, weight, bias, mean, rstd
+    return _operator("spade_norm", inputs, x, modulated=scale is not None, silu=silu)
+
+
+def use_plugins(module: nn.Module) -> None:
+    """Let every gate and every normalization of a residual block in a component become one operator of the graph."""
+    for child in module.modules():
+        kernels: Any = getattr(child, "kernels", None)
+        if isinstance(kernels, Kernels):
+            child.kernels = replace(kernels, gated_projection=_gate, spade_norm=_norm)  # type: ignore[assignment]
+
+
+def without_functions(model: Path) -> Path:
+    """Write a saved graph again, beside it, as TensorRT's parser takes it: operators without their ONNX functions."""
+    graph = onnx.load(model, load_external_data=False)
+    del graph.functions[:]
+    for node in graph.graph.node:
+        if node.domain == DOMAIN:
+            node.attribute.append(onnx.helper.make_attribute("plugin_namespace", DOMAIN))
+    target = model.with_name("plugins.onnx")
+    target.write_bytes(graph.SerializeToString())
+    return target
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,15 @@ if TYPE_CHECKING:
     "--timing-cache", type=click.Path(path_type=Path),
     help="File of kernel timings for --target tensorrt. [default: in the user's cache directory]",
 )  # fmt: skip
+@click.option("--plugins", is_flag=True, help="Use this project's GPU kernels inside a TensorRT engine (unmeasured).")
 @click.option("--verbose-engine", is_flag=True, help="List the layers that were built, by kind.")
 @click.option("--check", is_flag=True, help="Compare the finished plan with PyTorch on six kinds of tiles.")
 @click.option("--overwrite", is_flag=True, help="Replace a plan that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest's figures as JSON.")
 def command(
     identity: str | None, base: str | None, output: Path, target: str, precision: str, capabilities: tuple[str, ...],
-    workspace: int | None, timing_cache: Path | None, verbose_engine: bool, check: bool, overwrite: bool,
-    as_json: bool,
+    workspace: int | None, timing_cache: Path | None, plugins: bool, verbose_engine: bool, check: bool,
+    overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fuse a base and an identity into one plan file, checked against PyTorch before it is written.
 
@@ -56,10 +57,10 @@ def command(
     if identity is None and base is None:
         raise click.UsageError("give --identity NAME|FILE, or --base tiny|DIR for a plan without one")
     target = "onnx" if target == "auto" else target
-    if target == "onnx" and (capabilities or workspace or timing_cache or verbose_engine):
+    if target == "onnx" and (capabilities or workspace or timing_cache or plugins or verbose_engine):
         raise click.UsageError(
-            "--compute-capability, --workspace, --timing-cache and --verbose-engine go with --target tensorrt or "
-            "tensorrt-rtx"
+            "--compute-capability, --workspace, --timing-cache, --plugins and --verbose-engine go with --target "
+            "tensorrt or tensorrt-rtx"
         )
     from pfstorer_rt.errors import PFStorerError
 
@@ -75,7 +76,8 @@ def command(
     from pfstorer_rt.export.tensorrt import BuildOptions
 
     options = BuildOptions(
-        compute_capabilities=capabilities, workspace=workspace and workspace << 20, timing_cache=timing_cache
+        compute_capabilities=capabilities, workspace=workspace and workspace << 20, plugins=plugins,
+        timing_cache=timing_cache,
     )
     with shown_progress() as progress:
         plan = export_plan(output, identity, base, target, precision, options, progress)

@@ -5,12 +5,17 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
+import onnx
+import onnxruntime
 import pytest
 import torch
-from pfstorer_rt.export import plugins
+from pfstorer_rt.export import export_plan, plugins
+from pfstorer_rt.export.graph import build_graph, example_inputs, fused_module
+from pfstorer_rt.export.tensorrt import BuildOptions
 from pfstorer_rt.kernels import reference
 
 from pfstorer_rt.engine.tensorrt import Library, load_library
@@ -124,9 +129,38 @@ def test_tensorrt_rtx_has_no_plugins():
         plugins.load_api(load_library("tensorrt-rtx"))
 
 
+def test_they_are_refused_before_any_work(nano_base, tmp_path):
+    output = tmp_path / "a.plan"
+    for target, error, words in (
+        ("tensorrt-rtx", MissingBackendError, "no plugins in Python"), ("onnx", ValueError, "fp16 engines of TensorRT")
+    ):  # fmt: skip
+        with pytest.raises(error, match=words):
+            export_plan(output, None, nano_base, target, options=BuildOptions(plugins=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_graph_with_operators_computes_what_the_plain_one_does(nano_base, nano_identity, tmp_path):
+    inputs = {n: t.numpy() for n, t in example_inputs("denoiser", nano_base, True).items()}
+    results, operators = [], []
+    for used in (True, False):
+        module = fused_module("denoiser", nano_base, nano_identity)
+        graph = build_graph("denoiser", module, nano_base, "fp16", plugins=used)
+        model = graph.save(tmp_path / str(used))
+        results.append(onnxruntime.InferenceSession(str(model)).run(None, inputs)[0])
+        operators.append(Counter(node.op_type for node in graph.model.graph if node.domain == plugins.DOMAIN))
+    resnets = sum(type(m).__name__ == "ResnetBlock2D" for m in nano_base.unet.modules())
+    assert operators == [{"gated_projection": 3, "spade_norm": 3 * resnets}, {}]  # one of four gammas is zero
+    assert abs(results[0] - results[1]).max() < 1e-2 * results[1].std()  # halves, rounded at other places
+    stripped = onnx.load(plugins.without_functions(tmp_path / "True" / "model.onnx"), load_external_data=False)
+    nodes = [node for node in stripped.graph.node if node.domain == plugins.DOMAIN]
+    assert not stripped.functions and len(nodes) == sum(operators[0].values())
+    assert all({"plugin_namespace"} < {a.name for a in node.attribute} for node in nodes)
+
+
 def test_an_old_tensorrt_is_refused(monkeypatch):
     pytest.importorskip("tensorrt_rtx")
     module, api = ModuleType("fake_trt"), ModuleType("fake_trt.plugin")
+    module.__version__ = "10.8"
     monkeypatch.setitem(sys.modules, "fake_trt", module)
     monkeypatch.setitem(sys.modules, "fake_trt.plugin", api)
     library = replace(load_library("tensorrt-rtx"), module=module, target="tensorrt")
