@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,11 +34,15 @@ def providers() -> list[str]:
 class OnnxRuntimeSession(HostSession):
     """One ONNX payload, or a file with its weights beside it, in ONNX Runtime."""
 
-    def __init__(self, model: bytes | Path) -> None:
+    def __init__(self, model: bytes | Path, *, weights: Mapping[str, memoryview] | None = None) -> None:
+        """Load a graph; weights: bytes of the files that its external data is in, which are copied."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        if weights:
+            sizes = [len(data) for data in weights.values()]
+            options.add_external_initializers_from_files_in_memory([*weights], [*weights.values()], sizes)
         self._session: Any = onnxruntime.InferenceSession(model, options, providers=providers())
         self.inputs = tuple(i.name for i in self._session.get_inputs())
         self.outputs = tuple(o.name for o in self._session.get_outputs())
@@ -60,7 +65,8 @@ def open_component(plan: Plan, component: str) -> OnnxRuntimeSession:
     """Open a component of an ONNX plan; raises `BadFileError` when ONNX Runtime cannot load it."""
     data = plan.read(component)
     try:
-        return OnnxRuntimeSession(data)
+        with plan.map_weights(component) as weights:
+            return OnnxRuntimeSession(data, weights=weights)
     except Exception as error:  # ONNX Runtime raises its own kinds, one for each status
         reason = " ".join(str(error).split())[:200]
         raise BadFileError(f"{show_path(plan.path)}: ONNX Runtime cannot load the {component} ({reason})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -24,13 +25,13 @@ def check() -> None:
 
 
 class OpenVinoSession(HostSession):
-    """One ONNX payload compiled by OpenVINO, in fp32."""
+    """One ONNX payload, or a file with its weights beside it, compiled by OpenVINO, in fp32."""
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes | Path) -> None:
         import openvino
 
         core = openvino.Core()
-        network = core.read_model(model=model, weights=b"")
+        network = core.read_model(model) if isinstance(model, Path) else core.read_model(model=model, weights=b"")
         hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         self._compiled: Any = core.compile_model(network, "CPU", hints)
         self.inputs = tuple(port.get_any_name() for port in self._compiled.inputs)
@@ -53,9 +54,11 @@ class OpenVinoSession(HostSession):
 
 def open_component(plan: Plan, component: str) -> OpenVinoSession:
     """Open a component of an ONNX plan; raises `BadFileError` when OpenVINO cannot load it."""
-    data = plan.read(component)
     try:
-        return OpenVinoSession(data)
+        if plan.manifest.payloads[component].weights:  # OpenVINO reads them from a file only
+            with plan.unpack(component) as path:
+                return OpenVinoSession(path)
+        return OpenVinoSession(plan.read(component))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise BadFileError(f"{show_path(plan.path)}: OpenVINO cannot load the {component} ({reason})") from error
