@@ -1,4 +1,4 @@
-"""The plan file: one uncompressed zip of `manifest.json` and, for each component, a payload and what it keeps beside."""
+"""The plan file: one uncompressed zip of `manifest.json` and one payload, with its weights, for each component."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ Row = dict[str, Any]
     help="File of kernel timings for --target tensorrt. [default: in the user's cache directory]",
 )  # fmt: skip
 @click.option("--verbose-engine", is_flag=True, help="List the layers that were built, by kind.")
-@click.option("--check", is_flag=True, help="Compare the plan with PyTorch on five kinds of tiles before it takes its name.")
+@click.option("--check", is_flag=True, help="Compare the finished plan with PyTorch on five kinds of tiles.")
 @click.option("--overwrite", is_flag=True, help="Replace a plan that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest's figures as JSON.")
 def command(
@@ -147,6 +147,6 @@ def report(plan: Plan, comparison: list[Row] | None, verbose_engine: bool, as_js
     for name, kinds in layers.items():
         click.echo(f"{name}: {sum(kinds.values())} layers: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
     if unchecked:
-        click.echo(f"the engines themselves were not run here ({unchecked}); these are the graphs they were built from:")
+        click.echo(f"the engines themselves were not run here ({unchecked}); their graphs, before they were built:")
     for row in comparison or ():
         click.echo("  ".join(f"{key} {value}" for key, value in row.items()))

@@ -69,7 +69,7 @@ def describe_payload(plan: Plan, component: str) -> dict[str, Any]:
     """
     data = plan.read(component)
     with plan.map_weights(component) as weights:
-        sizes = {"bytes": len(data)} | {"weights_bytes": len(view) for view in weights.values()}
+        sizes = {"bytes": len(data), "weights_bytes": sum(map(len, weights.values()))}
     if plan.manifest.target == "onnx":
         import onnx
 
