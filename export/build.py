@@ -15,18 +15,18 @@ import torch
 
 from pfstorer_rt.config import BaseConfig
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
-from pfstorer_rt.engine.session import Array
+from pfstorer_rt.engine.session import Array, choose_backend
 from pfstorer_rt.engine.torch import component_modules, manifest
-from pfstorer_rt.errors import MismatchError, ParityError
-from pfstorer_rt.files import sha256_file
+from pfstorer_rt.errors import MismatchError, MissingBackendError, ParityError
+from pfstorer_rt.files import sha256_bytes, sha256_file
 from pfstorer_rt.identity import Identity, identity_path
 from pfstorer_rt.models.base import Base, load_base
-from pfstorer_rt.plan import COMPONENTS, SHIPPED, Payload, Plan, write_plan
+from pfstorer_rt.plan import COMPONENTS, SHIPPED, Manifest, Payload, Plan, move_plan, write_plan
 
 from . import parity
-from .graph import OPSET, build_graph, example_inputs, fused_module
+from .graph import OPSET, SELF_CONTAINED, build_graph, example_inputs, fused_module
 from .probes import probe_inputs
-from .tensorrt import BuildOptions, BuiltEngine, EngineBuilder
+from .tensorrt import BuildOptions, EngineBuilder
 
 TARGETS = ("onnx", "tensorrt", "tensorrt-rtx")
 PRECISIONS = ("fp32", "fp16")
@@ -59,16 +59,24 @@ class Exported:
 
     component: str
     model: Path
+    """The ONNX file, with `weights` beside it."""
     inputs: dict[str, Any]
     outputs: dict[str, Any]
     precision: str
     origins: dict[str, str]
     figures: dict[str, float] = field(default_factory=dict)
+    message: bytes | None = None
+    """The same as one ONNX message, for a small graph that becomes an ONNX payload."""
 
     @property
-    def payload(self) -> Path:
-        """Where the payload is written."""
-        return self.model.with_name("payload")
+    def weights(self) -> Path:
+        """The file of the graph's constants."""
+        return self.model.with_name(f"{self.component}.weights")
+
+    @property
+    def engine(self) -> Path:
+        """Where an engine is written."""
+        return self.model.with_name("engine")
 
 
 def resolve(identity: str | Path | Identity | None, base: str | Path | Base | None) -> tuple[Base, Identity | None]:
@@ -103,12 +111,15 @@ def export_plan(
     precision: str = "auto",
     options: BuildOptions | None = None,
     progress: Progress | None = None,
+    check: Callable[[Plan], None] | None = None,
 ) -> Plan:
     """Fuse, export, check, build and write a plan.
 
     identity: name, file or object; None exports the base alone. base: name, directory or object; None
     is the identity's own. precision: `fp32`, `fp16`, or `auto` (fp32 for ONNX, fp16 for TensorRT); with fp16
     an encoder or decoder whose values would overflow stays in fp32. options: how TensorRT engines are built.
+    check: called with the finished plan before it takes its name; where nothing here runs engines of `target`, with an
+    ONNX plan of the same graphs before the engines are built. What it raises ends the export.
     Raises `ParityError`, and writes nothing, when a component differs from PyTorch; `MissingBackendError`
     when TensorRT is asked for and not installed.
     """
@@ -147,9 +158,39 @@ def export_plan(
         config = base.config
         del base, expected  # a builder needs several times the memory of the weights
         gc.collect()
-        entries = {one.component: write_payload(one, builder, config, progress) for one in exported}
+        runnable = not_run(target) is None
+        if check and not runnable:
+            progress.line("checking the graphs")
+            check(write_graphs(Path(folder) / "graphs.plan", described, exported))
+        entries = {one.component: describe_payload(one, builder, config, progress) for one in exported}
         described = replace(described, payloads=entries, strength="strength" in entries["denoiser"].inputs)
-        return write_plan(output, described, {one.component: one.payload for one in exported})
+        files = {one.component: one.engine if builder else one.message or one.model for one in exported}
+        weights = {one.component: one.weights for one in exported if entries[one.component].weights}
+        if check is None or not runnable:
+            return write_plan(output, described, files, weights)
+        progress.line("checking the plan")
+        draft = write_plan(Path(folder) / "draft.plan", described, files, weights)
+        check(draft)
+        return move_plan(draft, output)
+
+
+def not_run(target: str) -> str | None:
+    """Say why nothing here runs plans of a target; None where something does."""
+    try:
+        choose_backend("auto", target)
+    except MissingBackendError as error:
+        return str(error)
+    return None
+
+
+def write_graphs(path: Path, described: Manifest, exported: list[Exported]) -> Plan:
+    """Write the graphs that engines are to be built from as an ONNX plan."""
+    entries = {one.component: graph_payload(one) for one in exported}
+    strength = "strength" in entries["denoiser"].inputs
+    described = replace(described, target="onnx", payloads=entries, strength=strength)
+    files = {one.component: (one.model, one.weights) for one in exported}
+    models, weights = ({name: pair[i] for name, pair in files.items()} for i in (0, 1))
+    return write_plan(path, described, models, weights)
 
 
 def export_component(
@@ -168,9 +209,10 @@ def export_component(
     module = fused_module(component, base, identity)
     graph = build_graph(component, module, base, precision, fused_attention=fused, plugins=plugins)
     inputs, outputs = graph.ports()
-    exported = Exported(component, graph.save(folder), inputs, outputs, precision, graph.origins)
-    if onnx_target:
-        exported.payload.write_bytes(graph.to_bytes())
+    model = graph.save(folder, f"{component}.weights")
+    exported = Exported(component, model, inputs, outputs, precision, graph.origins)
+    if onnx_target and graph.weight_bytes() <= SELF_CONTAINED:
+        exported.message = graph.to_bytes()
     del graph
     gc.collect()  # exported programs are full of cycles that hold their weights
     exported.figures = compare(component, exported.model, expected, precision)
@@ -178,16 +220,30 @@ def export_component(
     return exported
 
 
-def write_payload(exported: Exported, builder: EngineBuilder | None, base: BaseConfig, progress: Progress) -> Payload:
+def describe_payload(
+    exported: Exported, builder: EngineBuilder | None, base: BaseConfig, progress: Progress
+) -> Payload:
     """Describe an exported component's payload, after building its engine where there is a builder."""
-    e, built = exported, BuiltEngine([], {})
-    if builder:
-        progress.line(f"{e.component}: building for {builder.library.target}")
-        built = builder.build(e.component, e.origins, e.model, base, e.payload)
-    file = f"{e.component}.{'engine' if builder else 'onnx'}"
+    e = exported
+    if builder is None:
+        return graph_payload(e)
+    progress.line(f"{e.component}: building for {builder.library.target}")
+    built = builder.build(e.component, e.origins, e.model, base, e.engine)
     return Payload(
-        file, sha256_file(e.payload), e.inputs, e.outputs, e.figures, e.precision, built.profiles, built.layers
-    )
+        f"{e.component}.engine", sha256_file(e.engine), e.inputs, e.outputs, e.figures, e.precision, built.profiles,
+        built.layers,
+    )  # fmt: skip
+
+
+def graph_payload(e: Exported) -> Payload:
+    """Describe an exported component as an ONNX payload: one message, or a graph with its weights beside."""
+    file = f"{e.component}.onnx"
+    if e.message is not None:
+        return Payload(file, sha256_bytes(e.message), e.inputs, e.outputs, e.figures, e.precision)
+    return Payload(
+        file, sha256_file(e.model), e.inputs, e.outputs, e.figures, e.precision, weights=e.weights.name,
+        weights_sha256=sha256_file(e.weights),
+    )  # fmt: skip
 
 
 def halve_weights(base: Base) -> None:

@@ -156,4 +156,4 @@ def check_rows(rows: list[Row]) -> None:
         if r.get("psnr", LEAST_PSNR) < LEAST_PSNR
     ]
     if wrong:
-        raise ParityError("; ".join(wrong) + "; do not use this plan: export it again with --precision fp32")
+        raise ParityError("; ".join(wrong) + "; export with --precision fp32")

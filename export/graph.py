@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from pfstorer_rt.engine.torch import component_modules, component_names
-from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.cfw import LEVELS
@@ -32,8 +31,8 @@ from .precision import TypedComponent, spell_out_attention
 OPSET = 23
 """The first opset with an `Attention` operator, which engines replace by their own fused kernel."""
 EXAMPLE_BATCH = 2  # 0 and 1 would be taken for constants
-PROTOBUF_LIMIT = 2**31 - 1
-"""Bytes that one ONNX message can have; larger graphs keep their weights in a file beside."""
+SELF_CONTAINED = 2**27
+"""Bytes of constants up to which a payload is one ONNX message (2 GB is the most that one can have)."""
 
 Binding = Literal["constants", "inputs"]
 """How a person's tensors enter a graph: fused in, or bound at run time (a plan that several people share)."""
@@ -51,19 +50,14 @@ class Graph:
         """Bytes of all constants."""
         return sum(v.const_value.nbytes for v in self.model.graph.initializers.values() if v.const_value is not None)
 
-    def save(self, folder: Path) -> Path:
-        """Write `model.onnx` with its weights in `model.data` beside it; returns the former's path."""
+    def save(self, folder: Path, weights: str = "model.weights") -> Path:
+        """Write `model.onnx` with its weights in a file beside it, one tensor at a time; returns the former's path."""
         folder.mkdir(parents=True, exist_ok=True)
-        onnx_ir.save(self.model, folder / "model.onnx", external_data="model.data")
+        onnx_ir.save(self.model, folder / "model.onnx", external_data=weights)
         return folder / "model.onnx"
 
     def to_bytes(self) -> bytes:
-        """Return the graph and its weights as one ONNX message; raises `PFStorerError` above 2 GB."""
-        if self.weight_bytes() >= PROTOBUF_LIMIT:
-            raise PFStorerError(
-                f"a graph of {self.weight_bytes() / 1e9:.1f} GB: an ONNX payload holds at most 2 GB; "
-                "use --precision fp16, or --target tensorrt-rtx"
-            )
+        """Return the graph and its weights as one ONNX message, for graphs up to `SELF_CONTAINED`."""
         return bytes(onnx_ir.to_proto(self.model).SerializeToString(deterministic=True))
 
     def ports(self) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -229,7 +229,7 @@ def _capability(library: Library, name: str) -> Any:
     known = {m.removeprefix("SM") for m in dir(library.module.ComputeCapability) if m.startswith("SM")}
     digits = "".join(name.split("."))
     if name.count(".") != 1 or digits not in known:
-        shown = sorted(f"{d[:-1]}.{d[-1]}" for d in known)
+        shown = (f"{number // 10}.{number % 10}" for number in sorted(map(int, known)))
         raise MissingBackendError(
             f"compute capability {name!r}: {library.target} {library.version} builds for {', '.join(shown)} or current"
         )

@@ -7,7 +7,8 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -87,6 +88,60 @@ def atomic_write(path: str | os.PathLike[str], mode: int | None = None) -> Itera
     _sync_folder(target.parent)
 
 
+def move_file(source: Path, target: str | os.PathLike[str]) -> None:
+    """Give a finished file another name on the same file system; what had that name is replaced.
+
+    A symbolic link is followed. Raises PFStorerError where the name cannot be given.
+    """
+    place = Path(os.path.realpath(target))
+    try:
+        _refuse_special(place)
+        os.replace(source, place)
+    except OSError as error:
+        raise _write_error(target, error) from error
+    _sync_folder(place.parent)
+
+
+@contextlib.contextmanager
+def atomic_entries(path: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Write some entries of a folder so that it holds the old ones or all of the new ones, never a mixture.
+
+    Yields an empty folder inside of it, so that all is on one file system. Leaving the block normally fsyncs what was
+    written there and moves it up; entries in `names` that were not written are removed, all others stay. The first of
+    `names` is taken away first and comes back last: it marks a folder as whole, should the process be killed meanwhile.
+    Any exception, KeyboardInterrupt included, leaves the folder as it was.
+    Raises PFStorerError where the folder cannot be written.
+    """
+    existed = path.is_dir()
+    temporary = make_folder(path) / f".pfstorer-{secrets.token_hex(8)}.tmp"
+    new, old = temporary / "new", temporary / "old"
+    try:
+        make_folder(new), make_folder(old)
+        yield new
+        _exchange(path, new, old, names)
+    except OSError as error:
+        if error.filename is None or str(error.filename).startswith(str(temporary)):
+            raise _write_error(path, error) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not existed:
+            with contextlib.suppress(OSError):  # not empty: all went well
+                path.rmdir()
+    _sync_folder(path)
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise PFStorerError where a folder, which need not exist yet, is on a disk with less than `needed` bytes free."""
+    folder = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise PFStorerError(
+            f"{show_path(path)}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; free some space or "
+            "choose another folder"
+        )
+
+
 def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
     """Digest bytes: 64 lower-case hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
@@ -149,6 +204,20 @@ def _discard(temporary: Path, handle: BinaryIO) -> None:
         handle.close()
     with contextlib.suppress(OSError):
         temporary.unlink()
+
+
+def _exchange(path: Path, new: Path, old: Path, names: Sequence[str]) -> None:
+    for file in (file for file in new.rglob("*") if file.is_file()):
+        with file.open("rb+") as handle:
+            os.fsync(handle.fileno())
+    with contextlib.ExitStack() as undo:  # only if not all of it succeeds
+        for name in (name for name in names if os.path.lexists(path / name)):
+            os.rename(path / name, old / name)
+            undo.callback(os.rename, old / name, path / name)
+        for name in (name for name in reversed(names) if (new / name).exists()):
+            os.rename(new / name, path / name)
+            undo.callback(os.rename, path / name, new / name)
+        undo.pop_all()
 
 
 def _sync_folder(folder: Path) -> None:

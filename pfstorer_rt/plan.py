@@ -1,22 +1,27 @@
-"""The plan file: one uncompressed zip of `manifest.json` and one payload for each component."""
+"""The plan file: one uncompressed zip of `manifest.json` and one payload, with its weights, for each component."""
 
 from __future__ import annotations
 
 import json
+import mmap
 import re
 import shutil
+import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from io import SEEK_END, BytesIO
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.files import atomic_write, sha256_bytes, show_path
+from pfstorer_rt.files import atomic_write, move_file, sha256_bytes, show_path
 from pfstorer_rt.trust import is_signed, sign
 
-SCHEMA = 1
+SCHEMA = 2
+"""What is written; 1, which knows no weights beside a payload, is read too."""
 KIND = "pfstorer-plan"
 COMPONENTS = ("encoder", "denoiser", "decoder")
 DATA_TARGETS = ("onnx",)
@@ -25,6 +30,7 @@ SIGNATURE = "signature"
 SHIPPED = ("tiny",)
 """Bases that are known by their names."""
 _CAPABILITY = re.compile(r"\d+\.\d+\+?")
+_NAME = re.compile(r"\w[\w.-]*")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same bytes for the same content
 
 
@@ -45,6 +51,9 @@ class Payload:
     """For TensorRT, by input: the smallest, usual and largest shape of each optimization profile."""
     layers: dict[str, int] = field(default_factory=dict)
     """For TensorRT, how many layers of each kind the network had when it was built."""
+    weights: str = ""
+    """For a large ONNX graph, the file of its external data: the zip, unpacked, is a model as it is."""
+    weights_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,8 @@ class Manifest:
             raise ValueError(f"compute_capabilities {capabilities!r}, expected such as ['8.9', '12.0+']")
         if not isinstance(tools, dict) or not all(isinstance(value, str) for value in tools.values()):
             raise ValueError(f"tools {tools!r}, expected names and versions")
+        if odd := [p.file for p in payloads.values() if not all(map(_NAME.fullmatch, (p.file, p.weights or "_")))]:
+            raise ValueError(f"payloads {odd}, expected plain file names")
         return manifest
 
 
@@ -129,15 +140,15 @@ class Plan:
             raise BadFileError(f"{name}: not a plan, or cut off ({error}); export it again") from error
         if not isinstance(data, dict) or data.get("kind") != KIND:
             raise BadFileError(f"{name}: a zip file, but not a plan made by `pfstorer-rt export`")
-        if data.get("schema") != SCHEMA:
+        if data.get("schema") not in range(1, SCHEMA + 1):
             raise BadFileError(
-                f"{name}: plan schema {data.get('schema')}, this version reads {SCHEMA}; export it again"
+                f"{name}: plan schema {data.get('schema')}, this version reads 1 to {SCHEMA}; export it again"
             )
         try:
             manifest = Manifest.from_dict(data)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadFileError(f"{name}: its manifest does not fit ({error}); export it again") from error
-        missing = [c for c in COMPONENTS if c not in manifest.payloads or manifest.payloads[c].file not in present]
+        missing = [c for c in COMPONENTS if not _files(manifest.payloads.get(c)) <= present]
         if missing:
             raise BadFileError(f"{name}: lacks {', '.join(missing)}; export it again")
         plain = manifest.target in DATA_TARGETS
@@ -151,37 +162,102 @@ class Plan:
                 f"by you on this machine, or was changed; {self.rebuild()}, or pass --trust-plan if you know its maker"
             )
 
-    def rebuild(self) -> str:
-        """Say how to make this plan again."""
+    def rebuild(self, current: bool = False) -> str:
+        """Say how to make this plan again; `current`: for the GPU of this machine."""
         m = self.manifest
         base = m.base_name if m.base_name in SHIPPED else "DIR"  # where an imported base lies is not in a plan
         source = f"--identity {m.identity_name}" if m.identity_name else f"--base {base}"
         if m.identity_name and base == "DIR":
             source += " --base DIR"
+        # A `+` is only in the set that is built for without the option.
+        named = [] if any("+" in name for name in m.compute_capabilities) else m.compute_capabilities
+        named = ["current"] if current else named if m.target == "tensorrt-rtx" else []
+        gpus = "".join(f"--compute-capability {name} " for name in named)
         return (
-            f"build it with `pfstorer-rt export {source} --target {m.target} --precision {m.precision} "
+            f"build it with `pfstorer-rt export {source} --target {m.target} --precision {m.precision} {gpus}"
             f"-o {self.path.name} --overwrite`"
         )
 
     def read(self, component: str) -> bytes:
-        """Return a component's payload, checked against its sha256; raises `BadFileError` when damaged."""
+        """Return a component's payload; it and its weights are checked against their sha256.
+
+        Raises `BadFileError` when one of them is damaged.
+        """
         payload = self.manifest.payloads[component]
         try:
             with zipfile.ZipFile(self.path) as archive:
                 data = archive.read(payload.file)
         except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
             raise BadFileError(f"{show_path(self.path)}: {component} is damaged ({error}); export it again") from error
-        if sha256_bytes(data) != payload.sha256:
+        with self.map_weights(component) as weights:
+            digests = [sha256_bytes(data), *map(sha256_bytes, weights.values())]
+        if digests != [payload.sha256, *[payload.weights_sha256] * bool(payload.weights)]:
             raise BadFileError(
                 f"{show_path(self.path)}: the {component} does not match its sha256; copy or export the plan again"
             )
         return data
 
+    @contextmanager
+    def map_weights(self, component: str) -> Iterator[dict[str, memoryview]]:
+        """Map the weights beside a component's payload, which `read` checks: {file: bytes}, empty where it has none.
 
-def write_plan(path: Path, manifest: Manifest, payloads: Mapping[str, bytes | Path]) -> Plan:
+        Pages are read from the plan as they are used. Raises `BadFileError` when they are damaged.
+        """
+        name = self.manifest.payloads[component].weights
+        if not name:
+            yield {}
+            return
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(self.path.open("rb"))
+                start, size = _place(file, name)
+                mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                whole = stack.enter_context(memoryview(mapped))
+                view = stack.enter_context(whole[start : start + size])
+            except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError, struct.error) as error:
+                raise BadFileError(
+                    f"{show_path(self.path)}: the weights of the {component} are damaged ({error}); export it again"
+                ) from error
+            yield {name: view}
+
+    @contextmanager
+    def unpack(self, component: str) -> Iterator[Path]:
+        """Write a component's payload and its weights, checked, to a folder of their own that is deleted afterwards.
+
+        Yields the payload's path.
+        """
+        with TemporaryDirectory(prefix="pfstorer-") as folder:
+            path = Path(folder, self.manifest.payloads[component].file)
+            path.write_bytes(self.read(component))
+            with self.map_weights(component) as weights:
+                for name, data in weights.items():
+                    path.with_name(name).write_bytes(data)
+            yield path
+
+
+def _files(payload: Payload | None) -> set[str]:
+    """Names in the zip; a component that is not there has one that no zip has."""
+    return {payload.file, payload.weights or payload.file} if payload else {""}
+
+
+def _place(file: BinaryIO, name: str) -> tuple[int, int]:
+    """Return where in a zip the bytes of an uncompressed member begin, and how many there are."""
+    with zipfile.ZipFile(file) as archive:
+        info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    file.seek(info.header_offset)
+    header = file.read(30)
+    return info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30])), info.file_size
+
+
+def write_plan(
+    path: Path, manifest: Manifest, payloads: Mapping[str, bytes | Path], weights: Mapping[str, Path] | None = None
+) -> Plan:
     """Write a plan atomically and open it; the same content gives the same bytes.
 
-    payloads: {component: its bytes, or a file that holds them}, for each entry of `manifest.payloads`.
+    payloads: {component: its bytes, or a file that holds them}, for each entry of `manifest.payloads`; weights: files
+    of those that have weights beside. All are streamed.
     Executable ones are signed: the signature is of the manifest, which names the sha256 of every payload.
     """
     text = manifest.to_json()
@@ -191,10 +267,22 @@ def write_plan(path: Path, manifest: Manifest, payloads: Mapping[str, bytes | Pa
         if manifest.target not in DATA_TARGETS:
             archive.writestr(zipfile.ZipInfo(SIGNATURE, _EPOCH), sign(text.encode()))
         for component, data in payloads.items():
-            entry = zipfile.ZipInfo(manifest.payloads[component].file, _EPOCH)
-            with BytesIO(data) if isinstance(data, bytes) else data.open("rb") as source:
-                entry.file_size = source.seek(0, SEEK_END)  # so that zipfile writes zip64 where it is needed
-                source.seek(0)
-                with archive.open(entry, "w") as out:
-                    shutil.copyfileobj(source, out, 1 << 20)
+            _add(archive, manifest.payloads[component].file, data)
+            if weights and component in weights:
+                _add(archive, manifest.payloads[component].weights, weights[component])
     return Plan.open(path)
+
+
+def move_plan(plan: Plan, path: Path) -> Plan:
+    """Give a plan another name on the same file system and open it there; its signature is of what it holds."""
+    move_file(plan.path, path)
+    return Plan.open(path)
+
+
+def _add(archive: zipfile.ZipFile, name: str, data: bytes | Path) -> None:
+    entry = zipfile.ZipInfo(name, _EPOCH)
+    with BytesIO(data) if isinstance(data, bytes) else data.open("rb") as source:
+        entry.file_size = source.seek(0, SEEK_END)  # so that zipfile writes zip64 where it is needed
+        source.seek(0)
+        with archive.open(entry, "w") as out:
+            shutil.copyfileobj(source, out, 1 << 20)

@@ -3,6 +3,7 @@ import hashlib
 import os
 import stat
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -183,3 +184,69 @@ def test_paths_are_shown_on_one_printable_line():
     assert files.show_path("/a/é b.png") == "/a/é b.png"
     assert files.show_path("a\nb") == "'a\\nb'"
     files.show_path(os.fsdecode(b"\xff.png")).encode()  # a lone surrogate would raise here
+
+
+def write_entries(path, **contents):
+    with files.atomic_entries(path, ("mark", "a", "b")) as folder:
+        for name, text in contents.items():
+            (folder / name).mkdir()
+            (folder / name / "x").write_text(text)
+
+
+def read_entries(path):
+    return {str(f.relative_to(path)): f.read_text() for f in path.rglob("*") if f.is_file()}
+
+
+def test_entries_of_a_folder_are_replaced_together(tmp_path):
+    write_entries(tmp_path, mark="1", a="1", b="1")
+    (tmp_path / "notes").write_text("mine")
+    write_entries(tmp_path, mark="2", a="2")
+    assert read_entries(tmp_path) == {"mark/x": "2", "a/x": "2", "notes": "mine"}
+    assert names(tmp_path) == ["a", "mark", "notes"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+def test_entries_stay_when_writing_new_ones_fails(tmp_path, error):
+    write_entries(tmp_path / "there", mark="1", a="1")
+    for folder in (tmp_path / "there", tmp_path / "new"):
+        expected = PFStorerError if isinstance(error, OSError) else type(error)
+        with pytest.raises(expected), files.atomic_entries(folder, ("mark", "a")) as inside:
+            (inside / "a").write_text("2")
+            raise error
+    assert read_entries(tmp_path) == {"there/mark/x": "1", "there/a/x": "1"}
+    assert (names(tmp_path), names(tmp_path / "there")) == (["there"], ["a", "mark"])
+
+
+@pytest.mark.parametrize("good", range(6))
+def test_entries_stay_when_moving_fails_midway(tmp_path, monkeypatch, good):
+    write_entries(tmp_path, mark="1", a="1", b="1")
+    real, calls = os.rename, []
+
+    def rename(source, target):
+        calls.append(target)
+        if len(calls) == good + 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(PFStorerError, match="cannot be written"):
+        write_entries(tmp_path, mark="2", a="2", b="2")
+    assert read_entries(tmp_path) == {"mark/x": "1", "a/x": "1", "b/x": "1"}
+
+
+def test_a_disk_that_is_too_full_is_told_beforehand(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
+    files.check_space(tmp_path / "no" / "such", 10**9)
+    with pytest.raises(PFStorerError, match=r"1\.50 GB are needed, 1\.00 GB are free"):
+        files.check_space(tmp_path / "no" / "such", 15 * 10**8)
+
+
+def test_a_finished_file_takes_a_name(tmp_path):
+    (tmp_path / "draft").write_text("new")
+    (tmp_path / "old").write_text("old")
+    os.symlink(tmp_path / "old", tmp_path / "link")
+    files.move_file(tmp_path / "draft", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "old").read_text() == "new"
+    with pytest.raises(PFStorerError, match="it is a folder"):
+        files.move_file(tmp_path / "old", tmp_path)
+    assert (tmp_path / "old").read_text() == "new"

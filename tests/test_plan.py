@@ -2,12 +2,13 @@ import json
 import os
 import stat
 import zipfile
+from dataclasses import replace
 
 import pytest
 
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import sha256_bytes
-from pfstorer_rt.plan import COMPONENTS, SIGNATURE, Manifest, Payload, Plan, write_plan
+from pfstorer_rt.plan import COMPONENTS, SCHEMA, SIGNATURE, Manifest, Payload, Plan, move_plan, write_plan
 
 PAYLOADS = {"encoder": b"first" * 100, "denoiser": bytes(range(256)) * 40, "decoder": b"last"}
 
@@ -137,7 +138,13 @@ def manifest_is_a_list(path):
 
 
 def newer(path):
-    rewrite(path, lambda data: {**data, "schema": 2, "something": "new"})
+    rewrite(path, lambda data: {**data, "schema": SCHEMA + 1, "something": "new"})
+
+
+def climbing_name(path):
+    payloads = json.loads(make_manifest().to_json())["payloads"]
+    payloads["encoder"]["weights"] = "../encoder.weights"
+    rewrite(path, lambda data: {**data, "payloads": payloads})
 
 
 def unknown_field(path):
@@ -172,7 +179,8 @@ DAMAGES = {
     other_zip: "not a plan, or cut off",
     other_manifest: "not a plan made by",
     manifest_is_a_list: "not a plan made by",
-    newer: "plan schema 2, this version reads 1",
+    newer: f"plan schema {SCHEMA + 1}, this version reads 1 to {SCHEMA}",
+    climbing_name: r"expected plain file names",
     unknown_field: "manifest does not fit.*something",
     lacking_field: "manifest does not fit.*tile",
     payloads_are_a_list: "manifest does not fit",
@@ -240,3 +248,84 @@ def test_a_signature_of_strange_letters_is_a_wrong_one(tmp_path, monkeypatch):
 def test_the_command_that_makes_a_plan_again_names_what_can_be_found(tmp_path, base, identity, command):
     made = write_plan(tmp_path / "b.plan", make_manifest(base_name=base, identity_name=identity), PAYLOADS)
     assert f"export {command} --target onnx" in made.rebuild()
+
+
+def test_plans_of_the_first_schema_are_read(plan):
+    def older(data):
+        payloads = {c: {k: v for k, v in p.items() if "weights" not in k} for c, p in data["payloads"].items()}
+        return {**data, "schema": 1, "payloads": payloads}
+
+    rewrite(plan.path, older)
+    assert {c: Plan.open(plan.path).read(c) for c in COMPONENTS} == PAYLOADS
+
+
+WEIGHTS = bytes(range(251)) * 400
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A plan whose denoiser has its weights beside."""
+    (tmp_path / "weights").write_bytes(WEIGHTS)
+    manifest = make_manifest()
+    entry = replace(manifest.payloads["denoiser"], weights="denoiser.weights", weights_sha256=sha256_bytes(WEIGHTS))
+    manifest = replace(manifest, payloads=manifest.payloads | {"denoiser": entry})
+    return write_plan(tmp_path / "large.plan", manifest, PAYLOADS, {"denoiser": tmp_path / "weights"})
+
+
+def test_weights_beside_a_payload_are_mapped_and_unpacked(large):
+    with zipfile.ZipFile(large.path) as archive:
+        assert archive.read("denoiser.weights") == WEIGHTS
+    assert large.read("denoiser") == PAYLOADS["denoiser"]
+    with large.map_weights("denoiser") as weights:
+        assert {name: bytes(view) for name, view in weights.items()} == {"denoiser.weights": WEIGHTS}
+        kept = weights["denoiser.weights"]
+    with pytest.raises(ValueError, match="released"):
+        len(kept)
+    with large.map_weights("encoder") as weights:
+        assert weights == {}
+    with large.unpack("denoiser") as path:
+        assert path.read_bytes() == PAYLOADS["denoiser"]
+        assert path.with_name("denoiser.weights").read_bytes() == WEIGHTS
+    assert not path.parent.exists()
+
+
+def test_damaged_weights_are_refused(large):
+    raw = bytearray(large.path.read_bytes())
+    raw[raw.index(WEIGHTS) + 2] ^= 1
+    large.path.write_bytes(raw)
+    for use in (large.read, lambda c: large.unpack(c).__enter__()):
+        with pytest.raises(BadFileError, match="denoiser does not match its sha256"):
+            use("denoiser")
+    assert large.read("encoder") == PAYLOADS["encoder"]
+
+
+def test_missing_and_compressed_weights_are_refused(large):
+    with zipfile.ZipFile(large.path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(large.path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    with pytest.raises(BadFileError, match=r"denoiser.*denoiser\.weights is compressed"):
+        Plan.open(large.path).read("denoiser")
+    rewrite(large.path, without=("denoiser.weights",))
+    with pytest.raises(BadFileError, match="lacks denoiser"):
+        Plan.open(large.path)
+
+
+def test_a_signature_holds_under_another_name(tmp_path):
+    made = write_plan(tmp_path / "draft.plan", make_manifest(target="tensorrt-rtx"), PAYLOADS)
+    moved = move_plan(made, tmp_path / "b.plan")
+    assert moved.trusted and moved.path.name == "b.plan" and not made.path.exists()
+
+
+@pytest.mark.parametrize(
+    "target, built_for, options",
+    [
+        ("tensorrt-rtx", ["8.6", "8.9"], "--compute-capability 8.6 --compute-capability 8.9 -o"),
+        ("tensorrt-rtx", ["8.0", "12.0+"], "--precision fp32 -o"), ("tensorrt", ["8.6"], "--precision fp32 -o"),
+    ],
+)  # fmt: skip
+def test_rebuilding_is_for_the_same_gpus(plan, target, built_for, options):
+    manifest = make_manifest(target=target, compute_capabilities=built_for)
+    assert options in Plan(plan.path, manifest).rebuild()
+    assert "--compute-capability current -o" in Plan(plan.path, manifest).rebuild(current=True)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pfstorer_rt.export.build import Progress
     from pfstorer_rt.plan import Plan
 
+Row = dict[str, Any]
+
 
 @click.command()
 @click.option("--identity", help="Identity to fuse in, by name or file.")
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--plugins", is_flag=True, help="Use this project's GPU kernels inside a TensorRT engine (unmeasured).")
 @click.option("--verbose-engine", is_flag=True, help="List the layers that were built, by kind.")
-@click.option("--check", is_flag=True, help="Compare the finished plan with PyTorch on six kinds of tiles.")
+@click.option("--check", is_flag=True, help="Compare the finished plan with PyTorch on five kinds of tiles.")
 @click.option("--overwrite", is_flag=True, help="Replace a plan that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest's figures as JSON.")
 def command(
@@ -68,10 +70,6 @@ def command(
         raise PFStorerError(f"{output}: exists already; choose another name or pass --overwrite")
     if not output.resolve().parent.is_dir():
         raise PFStorerError(f"{output}: its folder does not exist; create it first")
-    from pfstorer_rt.engine.session import choose_backend
-
-    if check:  # said before the work, not after it
-        choose_backend("auto", target)
     from pfstorer_rt.export import export_plan
     from pfstorer_rt.export.tensorrt import BuildOptions
 
@@ -79,10 +77,16 @@ def command(
         compute_capabilities=capabilities, workspace=workspace and workspace << 20, plugins=plugins,
         timing_cache=timing_cache,
     )
+    rows: list[Row] = []
+
+    def compare(plan: Plan) -> None:
+        rows.extend(compare_with_torch(plan, identity, base))
+
     with shown_progress() as progress:
-        plan = export_plan(output, identity, base, target, precision, options, progress)
-    comparison = check_plan(plan, identity, base) if check else None
-    report(plan, comparison, verbose_engine, as_json)
+        plan = export_plan(
+            output, identity, base, target, precision, options, progress, compare if check else None
+        )
+    report(plan, rows if check else None, verbose_engine, as_json)
 
 
 @contextmanager
@@ -103,30 +107,37 @@ def shown_progress() -> Iterator[Progress]:
         )
 
 
-def check_plan(plan: Plan, identity: str | None, base: str | None) -> list[dict[str, Any]]:
+def compare_with_torch(plan: Plan, identity: str | None, base: str | None) -> list[Row]:
     """Compare a plan with PyTorch on every backend that can run it here; raises `ParityError` where they differ."""
-    from pfstorer_rt.console import stderr
+    from pfstorer_rt.errors import ParityError
     from pfstorer_rt.export.compare import check_rows, compare_plan
 
-    with stderr().status("comparing"):
-        rows = compare_plan(plan, identity, base)
-    check_rows(rows)
+    rows = compare_plan(plan, identity, base)
+    try:
+        check_rows(rows)
+    except ParityError as error:
+        raise ParityError(f"{error}; no plan was written") from error
     return rows
 
 
-def report(plan: Plan, comparison: list[dict[str, Any]] | None, verbose_engine: bool, as_json: bool) -> None:
+def report(plan: Plan, comparison: list[Row] | None, verbose_engine: bool, as_json: bool) -> None:
     """Print what was written."""
+    from pfstorer_rt.export.build import not_run
+
     manifest = plan.manifest
     parity = {name: payload.parity["relative"] for name, payload in manifest.payloads.items()}
     precisions = {name: payload.precision for name, payload in manifest.payloads.items()}
     layers = {name: payload.layers for name, payload in manifest.payloads.items()} if verbose_engine else {}
+    unchecked = not_run(manifest.target) if comparison is not None else None
     if as_json:
         facts = {
             "plan": str(plan.path), "target": manifest.target, "precision": precisions, "parity": parity,
             "compute_capabilities": manifest.compute_capabilities,
         }  # fmt: skip
-        extra = {"layers": layers} if layers else {}
-        click.echo(json.dumps({**facts, **extra, **({} if comparison is None else {"comparison": comparison})}))
+        extra: dict[str, Any] = {"layers": layers} if layers else {}
+        if comparison is not None:
+            extra |= {"comparison": comparison, "engine_not_run": unchecked}
+        click.echo(json.dumps({**facts, **extra}))
         return
     mixed = [f"{name} in {kind}" for name, kind in precisions.items() if kind != manifest.precision]
     built_for = f" for {', '.join(manifest.compute_capabilities)}" if manifest.compute_capabilities else ""
@@ -137,5 +148,7 @@ def report(plan: Plan, comparison: list[dict[str, Any]] | None, verbose_engine: 
     )
     for name, kinds in layers.items():
         click.echo(f"{name}: {sum(kinds.values())} layers: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
+    if unchecked:
+        click.echo(f"the engines themselves were not run here ({unchecked}); their graphs, before they were built:")
     for row in comparison or ():
         click.echo("  ".join(f"{key} {value}" for key, value in row.items()))

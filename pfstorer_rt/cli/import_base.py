@@ -48,4 +48,7 @@ def command(
         f"{output}: base {c.name}, {c.prediction_type}, tiles of {c.tile} pixels, {decoder}, fingerprint "
         f"{made.fingerprint[:12]}"
     )
+    if made.from_name:
+        told = ", ".join(f"{name} {value}" for name, value in made.from_name.items())
+        click.echo(f"by the name {checkpoint.name}: {told}; --prediction-type and --tile say otherwise")
     click.echo(f"licence of the weights: {c.licence}")

@@ -55,10 +55,9 @@ def describe_plan(path: Path) -> dict[str, Any]:
     from pfstorer_rt.plan import COMPONENTS, Plan
 
     plan = Plan.open(path)
-    sizes = {name: len(plan.read(name)) for name in COMPONENTS}
     report = json.loads(plan.manifest.to_json())
-    for name, size in sizes.items():
-        report["payloads"][name] |= {"bytes": size, **describe_payload(plan, name)}
+    for name in COMPONENTS:
+        report["payloads"][name] |= describe_payload(plan, name)
     report["trusted"] = plan.trusted
     return {"artefact": "plan", "file": str(path), "bytes": path.stat().st_size, **report}
 
@@ -69,13 +68,15 @@ def describe_payload(plan: Plan, component: str) -> dict[str, Any]:
     An engine's layers are in the manifest, as counted when it was built: reading them back needs its GPU.
     """
     data = plan.read(component)
+    with plan.map_weights(component) as weights:
+        sizes = {"bytes": len(data), "weights_bytes": sum(map(len, weights.values()))}
     if plan.manifest.target == "onnx":
         import onnx
 
         operators = Counter(node.op_type for node in onnx.load_from_string(data).graph.node)
-        return {"format": "ONNX", "layers": dict(sorted(operators.items()))}
+        return {**sizes, "format": "ONNX", "layers": dict(sorted(operators.items()))}
     known = {mark: name for name, mark in ENGINE_MARKS.items()}
-    return {"format": known.get(data[:4], f"unknown (begins with {data[:4]!r})")}
+    return {**sizes, "format": known.get(data[:4], f"unknown (begins with {data[:4]!r})")}
 
 
 def describe_identity(path: Path) -> dict[str, Any]:

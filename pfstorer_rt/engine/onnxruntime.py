@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,11 +56,17 @@ class OnnxRuntimeSession(HostSession):
     those tried (`benchmarks/engine_options.py`).
     """
 
-    def __init__(self, model: bytes | Path, provider: str | None = None) -> None:
+    def __init__(
+        self, model: bytes | Path, provider: str | None = None, *, weights: Mapping[str, memoryview] | None = None
+    ) -> None:
+        """Load a graph; weights: bytes of the files that its external data is in, which are copied."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        if weights:
+            sizes = [len(data) for data in weights.values()]
+            options.add_external_initializers_from_files_in_memory([*weights], [*weights.values()], sizes)
         self._session: Any = onnxruntime.InferenceSession(model, options, providers=providers(provider))
         self.inputs = tuple(i.name for i in self._session.get_inputs())
         self.outputs = tuple(o.name for o in self._session.get_outputs())
@@ -83,7 +90,8 @@ def open_component(plan: Plan, component: str, provider: str | None = None) -> O
     data = plan.read(component)
     providers(provider)
     try:
-        return OnnxRuntimeSession(data, provider)
+        with plan.map_weights(component) as weights:
+            return OnnxRuntimeSession(data, provider, weights=weights)
     except Exception as error:  # ONNX Runtime raises its own kinds, one for each status
         reason = " ".join(str(error).split())[:200]
         raise BadFileError(f"{show_path(plan.path)}: ONNX Runtime cannot load the {component} ({reason})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -26,14 +27,14 @@ def check() -> None:
 
 
 class OpenVinoSession(HostSession):
-    """One ONNX payload compiled by OpenVINO.
+    """One ONNX payload, or a file with its weights beside it, compiled by OpenVINO.
 
     Where the batch alone is free, a network is compiled for each power of two and batches in between are filled up:
     networks of fixed shapes are faster. provider: a device, and a precision after a colon, such as `CPU`, `CPU:f32`
     or `GPU:f16`; on a CPU that computes in bf16 that is the default. cache: folder of compiled networks.
     """
 
-    def __init__(self, model: bytes, provider: str | None = None, cache: str | None = None) -> None:
+    def __init__(self, model: bytes | Path, provider: str | None = None, cache: str | None = None) -> None:
         """Raise `MissingBackendError` for a device that is not there, `ValueError` for an unknown precision."""
         import openvino
 
@@ -46,7 +47,8 @@ class OpenVinoSession(HostSession):
         self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         if cache:
             self._settings["CACHE_DIR"] = cache
-        self._network: Any = self._core.read_model(model=model, weights=b"")
+        given = {"model": model} if isinstance(model, Path) else {"model": model, "weights": b""}
+        self._network: Any = self._core.read_model(**given)
         self.inputs = tuple(port.get_any_name() for port in self._network.inputs)
         self.outputs = tuple(port.get_any_name() for port in self._network.outputs)
         free = {i for port in self._network.inputs for i, d in enumerate(port.partial_shape) if d.is_dynamic}
@@ -115,9 +117,11 @@ def cache_folder(plan: Plan) -> str | None:
 
 def open_component(plan: Plan, component: str, provider: str | None = None) -> OpenVinoSession:
     """Open a component of an ONNX plan; raises `BadFileError` when OpenVINO cannot load it."""
-    data = plan.read(component)
     try:
-        return OpenVinoSession(data, provider, cache_folder(plan))
+        if plan.manifest.payloads[component].weights:  # OpenVINO reads them from a file only
+            with plan.unpack(component) as path:
+                return OpenVinoSession(path, provider, cache_folder(plan))
+        return OpenVinoSession(plan.read(component), provider, cache_folder(plan))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise BadFileError(f"{show_path(plan.path)}: OpenVINO cannot load the {component} ({reason})") from error

@@ -127,7 +127,7 @@ def check_fits(plan: Plan, library: Library, cuda: Cuda) -> None:
     if not any(_covers(name, mine) for name in wanted):
         raise MismatchError(
             f"{show_path(plan.path)} was built for compute capability {', '.join(wanted) or 'none'}, the "
-            f"{cuda.name()} here has {mine[0]}.{mine[1]}; {plan.rebuild()}"
+            f"{cuda.name()} here has {mine[0]}.{mine[1]}; {plan.rebuild(current=True)}"
         )
 
 

@@ -21,7 +21,7 @@ from transformers import CLIPTextModel
 from pfstorer_rt.attention import choose
 from pfstorer_rt.config import PRESETS, BaseConfig, base_config_from_dict, to_json
 from pfstorer_rt.errors import BadFileError, PFStorerError
-from pfstorer_rt.files import atomic_write, fingerprint_tensors, show_path
+from pfstorer_rt.files import atomic_entries, check_space, fingerprint_tensors, show_path
 from pfstorer_rt.models.cfw import ControllableFeatureWrapping, Features
 from pfstorer_rt.models.prompt import PromptEncoder, tokenize
 from pfstorer_rt.models.structure import StructureEncoder
@@ -123,9 +123,8 @@ class Base:
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> Path:
         """Write the base as a directory (safetensors of `dtype`) and update `fingerprint`; returns the path.
 
-        The weights in memory are rounded too, so that they stay those on disk. The configuration is
-        written last: a directory without it is not a base, so an interrupted
-        save is never taken for one.
+        The weights in memory are rounded too, so that they stay those on disk. A base that was there is replaced when
+        the new one is complete.
         """
         modules = self.modules()
         write_base(path, self.config, modules, {n: m.state_dict() for n, m in modules.items()}, dtype)
@@ -194,31 +193,39 @@ def write_base(
 ) -> None:  # fmt: skip
     """Write a base directory from its networks' configurations and tensors, one network in memory at a time.
 
-    Other safetensors files in the networks' folders are removed; `config.json` is written last.
+    A base that was there is replaced when the new one is complete, so both need room on the disk; files that are none
+    of a base's stay. Raises `PFStorerError` when the disk has too little room, before anything is written.
     """
-    (path / "config.json").unlink(missing_ok=True)
-    for name, module in modules.items():
-        folder = path / name
-        folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(module, CLIPTextModel):
-            file = folder / "model.safetensors"
-            module.config.save_pretrained(folder)
-        else:
-            file = folder / "diffusion_pytorch_model.safetensors"
-            module.save_config(folder)  # type: ignore[operator]
-        tensors = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in states[name].items()}
-        try:
-            safetensors.torch.save_file(tensors, file, {"format": "pt"})  # in place at once, and without a copy
-        except (SafetensorError, OSError) as error:
-            raise PFStorerError(f"{show_path(file)}: cannot be written ({error}); is the disk full?") from error
-        shutil.copymode(folder / "config.json", file)  # the library writes for its owner alone
-        for other in set(folder.glob("*.safetensors")) - {file}:
-            other.unlink()
-    if "cfw" not in modules:
-        shutil.rmtree(path / "cfw", ignore_errors=True)
-    make_scheduler(config).save_pretrained(path / "scheduler")
-    with atomic_write(path / "config.json") as handle:
-        handle.write(to_json(config).encode())
+    check_room(path, modules, dtype)
+    with atomic_entries(path, ("config.json", "scheduler", *COMPONENTS)) as folder:
+        for name, module in modules.items():
+            write_network(folder / name, module, states[name], dtype)
+        make_scheduler(config).save_pretrained(folder / "scheduler")
+        (folder / "config.json").write_bytes(to_json(config).encode())
+
+
+def check_room(path: Path, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
+    """Raise `PFStorerError` where a base with networks of these shapes (on any device) does not fit on the disk."""
+    tensors = [tensor for module in modules.values() for tensor in module.state_dict().values()]
+    check_space(path, sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors))
+
+
+def write_network(folder: Path, module: nn.Module, state: Tensors, dtype: torch.dtype) -> None:
+    """Write one network's configuration and tensors in diffusers' layout."""
+    folder.mkdir()
+    if isinstance(module, CLIPTextModel):
+        file = folder / "model.safetensors"
+        module.config.save_pretrained(folder)
+    else:
+        file = folder / "diffusion_pytorch_model.safetensors"
+        module.save_config(folder)  # type: ignore[operator]
+    tensors = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in state.items()}
+    try:
+        safetensors.torch.save_file(tensors, file, {"format": "pt"})  # without a copy
+    except (SafetensorError, OSError) as error:
+        reason = f"cannot be written ({error}); is the disk full?"
+        raise PFStorerError(f"{folder.name}/{file.name}: {reason}") from error
+    shutil.copymode(folder / "config.json", file)  # the library writes for its owner alone
 
 
 def network_files(folder: Path) -> list[Path]:

@@ -70,6 +70,8 @@ def read_checkpoint(path: Path) -> Tensors:
 
     Raises `BadFileError` when it is missing, damaged, holds no tensors or asks for other classes.
     """
+    if path.is_dir():
+        raise BadFileError(f"{show_path(path)}: a folder; give the .ckpt or .safetensors file itself")
     if not path.is_file():
         raise BadFileError(f"{show_path(path)}: no such checkpoint")
     try:

@@ -14,7 +14,7 @@ from torch import nn
 from pfstorer_rt.config import PRESETS, BaseConfig
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import show_path
-from pfstorer_rt.models.base import assemble, fingerprint_directory, read_network, write_base
+from pfstorer_rt.models.base import assemble, check_room, fingerprint_directory, read_network, write_base
 from pfstorer_rt.models.cfw import LEVELS
 from pfstorer_rt.models.checkpoint import read_checkpoint
 from pfstorer_rt.models.conversion import (
@@ -40,6 +40,8 @@ class Imported:
     path: Path
     config: BaseConfig
     fingerprint: str
+    from_name: dict[str, str | int]
+    """Fields of `config` that were set by the checkpoint's name alone."""
 
 
 def import_base(
@@ -51,21 +53,26 @@ def import_base(
 
     sd: diffusers directory or hub id of SD 2.1-base, for files that hold SPADEs and the structure encoder alone.
     cfw: checkpoint of the feature-wrapping decoder. vae: `taesd`, directory or hub id of an AutoencoderTiny of SD's
-    latent space, in place of SD's own. prediction_type, tile: None goes by the file's name (`file_kind`).
+    latent space, in place of SD's own. prediction_type, tile: None goes by the file's name (`name_kind`).
     One network at a time is in memory. Raises `BadFileError` listing every missing, unexpected or mis-shaped key, and
-    every tensor with values that are not finite in `dtype`, before anything is written.
+    every tensor with values that are not finite in `dtype`, before anything is written, and `PFStorerError` when the
+    disk has too little room.
     """
+    if output.exists() and not output.is_dir():
+        raise BadFileError(f"{show_path(output)}: a file; a base is a folder, give -o another name")
     if sd is not None and Path(sd).is_dir() and output.resolve() == Path(sd).resolve():
         raise BadFileError(f"{show_path(output)}: the new base would replace the files that --sd reads; choose another")
     tensors = read_checkpoint(checkpoint)
     check_kind(tensors, checkpoint.name)
-    config = file_kind(checkpoint.name, config or PRESETS["sd21"])
-    config = replace(config, prediction_type=prediction_type or config.prediction_type, tile=tile or config.tile)  # type: ignore[arg-type]
-    states = convert(tensors, config, sd)
+    config = config or PRESETS["sd21"]
+    given = {k: v for k, v in (("prediction_type", prediction_type), ("tile", tile)) if v}
+    from_name = {k: v for k, v in name_kind(checkpoint.name).items() if k not in given}
+    config = replace(config, **{**from_name, **given})  # type: ignore[arg-type]
+    states = convert(tensors, config, sd, checkpoint.name)
     if cfw is not None:
         if vae is not None:
             raise BadFileError("--cfw wraps SD's own decoder and --vae replaces it: give one of the two")
-        states["cfw"], settings = convert_cfw(read_checkpoint(cfw), states["vae"], config)
+        states["cfw"], settings = convert_cfw(read_checkpoint(cfw), states["vae"], config, cfw.name)
         config = replace(config, cfw=settings)
     if vae is not None:
         states["vae"] = read_tiny_autoencoder(vae)
@@ -76,10 +83,11 @@ def import_base(
     sources = {name: f"{cfw.name if cfw and name == 'cfw' else checkpoint.name}: {name}" for name in modules}
     for name, module in modules.items():
         check_fit(module, states[name], sources[name])
+    check_room(output, modules, dtype)
     for name, source in sources.items():  # reads every tensor, so after all that the names can tell
         check_finite(states[name], dtype, source)
     write_base(output, config, modules, states, dtype)
-    return Imported(output, config, fingerprint_directory(output))
+    return Imported(output, config, fingerprint_directory(output), from_name)
 
 
 def check_kind(tensors: Tensors, name: str) -> None:
@@ -96,20 +104,24 @@ def check_kind(tensors: Tensors, name: str) -> None:
     raise_if_any([f"unexpected {k}" for k in tensors if "." in k and not k.startswith(known)], name)
 
 
-def file_kind(name: str, config: BaseConfig) -> BaseConfig:
-    """Set what StableSR's published files differ in, by their names (StableSR's list of checkpoints).
+def name_kind(name: str) -> dict[str, str | int]:
+    """Return the settings in which StableSR's published files differ, by the words of a name (its list of checkpoints).
 
-    `768`: v prediction on tiles of 768 pixels; `face`: v prediction; `turbo`: 4 steps.
+    `768` or `768v`: v prediction on tiles of 768 pixels; `face`: v prediction; `turbo`: 4 steps.
     """
-    if re.search(r"768|face", name):
-        config = replace(config, prediction_type="v_prediction")
-    if "768" in name:
-        config = replace(config, tile=768)
-    return replace(config, steps=4) if "turbo" in name else config
+    words = set(re.split(r"[\W_]+", name.lower()))
+    kind: dict[str, str | int] = {}
+    if words & {"768", "768v", "face"}:
+        kind["prediction_type"] = "v_prediction"
+    if words & {"768", "768v"}:
+        kind["tile"] = 768
+    return {**kind, "steps": 4} if "turbo" in words else kind
 
 
-def convert(tensors: Tensors, config: BaseConfig, sd: str | Path | None) -> dict[str, Tensors]:
-    """Convert every network's tensors; those that the checkpoint lacks come from `sd`."""
+def convert(
+    tensors: Tensors, config: BaseConfig, sd: str | Path | None, name: str = "the checkpoint"
+) -> dict[str, Tensors]:
+    """Convert every network's tensors; those that the checkpoint, of that name, lacks come from `sd`."""
     with torch.device("meta"):
         base = assemble(config)
     unet = convert_unet(part(tensors, UNET), base.unet.config)
@@ -118,12 +130,12 @@ def convert(tensors: Tensors, config: BaseConfig, sd: str | Path | None) -> dict
     if part(tensors, VAE):
         states["vae"] = convert_ldm_vae_checkpoint(part(tensors, VAE), base.vae.config)
         lost += [VAE + k for k in dropped(part(tensors, VAE), states["vae"])]
-    raise_if_any([f"unexpected {k}" for k in lost], "the checkpoint")
+    raise_if_any([f"unexpected {k}" for k in lost], name)
     if "vae" in states:
         text = convert_open_clip_checkpoint(base.text_encoder.model, tensors, prefix=TEXT + "model.")
         return {**states, "unet": unet, "text_encoder": text}
     if sd is None:
-        raise BadFileError("the checkpoint holds StableSR's own parts only; give SD 2.1-base with --sd DIR|HUB_ID")
+        raise BadFileError(f"{name}: holds StableSR's own parts only; give SD 2.1-base with --sd DIR|HUB_ID")
     folder = fetch(sd)
     return {
         **states, "vae": read_network(folder / "vae"), "text_encoder": read_network(folder / "text_encoder"),
@@ -131,7 +143,9 @@ def convert(tensors: Tensors, config: BaseConfig, sd: str | Path | None) -> dict
     }  # fmt: skip
 
 
-def convert_cfw(tensors: Tensors, vae: Tensors, config: BaseConfig) -> tuple[Tensors, dict[str, object]]:
+def convert_cfw(
+    tensors: Tensors, vae: Tensors, config: BaseConfig, name: str = "the --cfw checkpoint"
+) -> tuple[Tensors, dict[str, object]]:
     """Convert the feature-wrapping checkpoint: (tensors, settings of `ControllableFeatureWrapping`).
 
     The file holds an autoencoder too; it is kept only where it is not the base's own (`vae`).
@@ -139,7 +153,7 @@ def convert_cfw(tensors: Tensors, vae: Tensors, config: BaseConfig) -> tuple[Ten
     tensors = {k.removeprefix(VAE): v for k, v in tensors.items() if not k.removeprefix(VAE).startswith("loss.")}
     fusion = {k.removeprefix("decoder."): v for k, v in tensors.items() if k.startswith("decoder.fusion_layer_")}
     if not fusion:
-        raise BadFileError("the --cfw checkpoint holds no decoder.fusion_layer_* tensors; give vqgan_cfw_00011.ckpt")
+        raise BadFileError(f"{name}: no decoder.fusion_layer_* tensors in it; give vqgan_cfw_00011.ckpt with --cfw")
     widths = tuple(config.vae["block_out_channels"][level] for level in LEVELS)
     first = fusion.get("fusion_layer_1.encode_enc_2.0.rdb1.conv1.weight")
     settings: dict[str, object] = {

@@ -91,8 +91,41 @@ def test_a_plan_of_executable_code_is_not_run_for_strangers(refused, base_plan, 
     refused(2, "bench", "--engine", plan, words=("--trust-plan",))
 
 
-def test_a_check_that_cannot_run_here_is_refused_before_the_work(refused, nano_base_dir, tmp_path, monkeypatch):
+def test_what_import_base_cannot_read_or_write_is_told_in_a_line(refused, tmp_path):
+    (tmp_path / "folder.ckpt").mkdir()
+    (tmp_path / "taken").write_text("mine")
+    refused(2, "import-base", tmp_path / "folder.ckpt", "-o", tmp_path / "out", words=["folder.ckpt: a folder"])
+    line = refused(2, "import-base", tmp_path / "x.ckpt", "-o", tmp_path / "taken", words=["taken: a file"])
+    assert "Errno" not in line and (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize("old", [None, b"an earlier plan"])
+def test_a_plan_that_fails_its_check_is_not_kept(refused, tree, tmp_path, nano_base_dir, monkeypatch, old):
+    from pfstorer_rt.export import compare
+
+    if old:
+        (tmp_path / "a.plan").write_bytes(old)
+    before = tree(tmp_path)
+    monkeypatch.setattr(compare, "agreement", lambda found, expected: 30.0)
+    output = ("--check", "--overwrite", "-o", tmp_path / "a.plan")
+    refused(1, "export", "--base", nano_base_dir, *output, words=("30.0 dB", "no plan was written"))
+    assert tree(tmp_path) == before
+
+
+def test_a_plan_that_passes_its_check_takes_its_name(run, tree, tmp_path, nano_base_dir):
+    done = run("export", "--base", nano_base_dir, "--check", "-o", tmp_path / "a.plan")
+    assert done.status == 0 and "torch / onnxruntime" in done.out and "not run" not in done.out
+    assert list(tree(tmp_path)) == ["a.plan"]
+
+
+def test_engines_that_cannot_run_here_are_checked_by_their_graphs(run, tree, tmp_path, nano_base_dir, monkeypatch):
+    pytest.importorskip("tensorrt_rtx")
+    from pfstorer_rt.plan import Plan
+
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    output = ("--check", "-o", tmp_path / "a.plan")
-    refused(2, "export", "--base", nano_base_dir, "--target", "tensorrt-rtx", *output, words=("NVIDIA GPU",))
-    assert not (tmp_path / "a.plan").exists()
+    done = run("export", "--base", nano_base_dir, "--target", "tensorrt-rtx", "--check", "-o", tmp_path / "a.plan")
+    assert done.status == 0 and list(tree(tmp_path)) == ["a.plan"]
+    assert "engines themselves were not run here (TensorRT needs an NVIDIA GPU" in done.out
+    assert "component picture  tile photo  pair torch / onnxruntime" in done.out
+    plan = Plan.open(tmp_path / "a.plan")
+    assert plan.trusted and plan.read("denoiser")[:4] == b"vtrt"

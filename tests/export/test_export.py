@@ -1,11 +1,13 @@
 import getpass
 import os
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pfstorer_rt.export.build as build
+import pfstorer_rt.export.graph as graph
 import pytest
 import torch
 from pfstorer_rt.export import export_plan, parity
@@ -295,3 +297,64 @@ def test_an_identity_of_a_base_of_ones_own_says_that_the_base_has_to_be_named(na
     with pytest.raises(MismatchError, match=r"base 'nano'.*not shipped.*--base"):
         export_plan(tmp_path / "a.plan", nano_identity)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def large_plan(nano_base, nano_identity, tmp_path_factory):
+    """The nano plan as a large model's is written: weights beside the graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "SELF_CONTAINED", 0)
+        patch.setattr(graph.Graph, "to_bytes", None)  # would hold the model twice
+        return export_plan(tmp_path_factory.mktemp("large") / "alice.plan", nano_identity, nano_base)
+
+
+def test_large_graphs_keep_their_weights_beside(large_plan, nano_plan, tmp_path):
+    assert [p.weights for p in large_plan.manifest.payloads.values()] == [f"{c}.weights" for c in COMPONENTS]
+    assert not any(p.weights for p in nano_plan.manifest.payloads.values())
+    with zipfile.ZipFile(large_plan.path) as archive:
+        archive.extractall(tmp_path)
+    for component in COMPONENTS:  # what is unpacked is a model as it is
+        model = onnx.load(tmp_path / f"{component}.onnx")
+        whole = onnx.load_from_string(nano_plan.read(component))
+        found, expected = ({i.name: onnx.numpy_helper.to_array(i) for i in m.graph.initializer} for m in (model, whole))
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+        assert len(large_plan.read(component)) < len(nano_plan.read(component)) / 2
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_weights_beside_a_graph_give_the_same_picture(large_plan, nano_plan, backend, make_picture):
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    pixels = make_picture(64, 64)
+    pictures = [restore(Restorer.from_plan(plan.path, backend), pixels, seed=3) for plan in (large_plan, nano_plan)]
+    assert np.array_equal(*pictures)
+
+
+def test_a_session_outlives_the_mapping_of_its_weights(large_plan, nano_plan, nano_base):
+    arrays = {k: v.numpy() for k, v in inputs(nano_base).items()}
+    with open_session(large_plan, "denoiser", "onnxruntime") as session:
+        copy = large_plan.path.read_bytes()
+        large_plan.path.write_bytes(bytes(len(copy)))  # in place: a mapping would see it
+        found = session.run(**arrays)["prediction"]
+        large_plan.path.write_bytes(copy)
+    with open_session(nano_plan, "denoiser", "onnxruntime") as session:
+        assert np.array_equal(found, session.run(**arrays)["prediction"])
+
+
+def test_the_same_large_base_gives_the_same_bytes(large_plan, nano_base, nano_identity, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "SELF_CONTAINED", 0)
+    again = export_plan(tmp_path / "again.plan", nano_identity, nano_base)
+    assert again.path.read_bytes() == large_plan.path.read_bytes()
+
+
+def test_a_check_sees_the_plan_before_it_has_its_name(nano_base, tmp_path):
+    seen = []
+
+    def check(plan):
+        seen.append((plan.path, plan.read("decoder")))
+        assert not (tmp_path / "a.plan").exists()
+
+    plan = export_plan(tmp_path / "a.plan", None, nano_base, check=check)
+    assert seen[0][1] == plan.read("decoder") and seen[0][0] != plan.path
+    assert list(tmp_path.iterdir()) == [plan.path]

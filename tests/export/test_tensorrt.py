@@ -138,6 +138,13 @@ def test_unknown_compute_capabilities_are_refused_at_once(name, tmp_path):
         export_plan(tmp_path / "a.plan", None, "no such base", "tensorrt-rtx", options=options)
 
 
+def test_known_compute_capabilities_are_listed_in_the_order_of_their_numbers():
+    with pytest.raises(MissingBackendError) as caught:
+        EngineBuilder("tensorrt-rtx", BuildOptions(compute_capabilities=("1.0",)))
+    listed = str(caught.value).split("builds for ")[1].split(" or current")[0].split(", ")
+    assert len(listed) > 3 and listed == sorted(listed, key=lambda name: [int(n) for n in name.split(".")])
+
+
 def test_the_gpu_of_this_machine_has_to_be_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MissingBackendError, match="torch sees none"):

@@ -1,13 +1,14 @@
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.models import base as base_module
 from pfstorer_rt.models.base import (
     build_base,
@@ -210,15 +211,56 @@ def test_damaged_bases_are_refused(copied, damage):
     assert "import or train it again" in str(caught.value)
 
 
-def test_an_interrupted_save_is_no_base(copied, nano_base_dir, monkeypatch):
+@pytest.fixture
+def third_write_fails(monkeypatch):
+    """Writing a network fails at the third one; with what, is `.error`."""
+    real, state = safetensors.torch.save_file, SimpleNamespace(error=None, count=0)
+
+    def save_file(tensors, file, metadata):
+        state.count += 1
+        if state.count == 3:
+            file.write_bytes(b"a part")
+            raise state.error
+        real(tensors, file, metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    return state
+
+
+FAILURES = {KeyboardInterrupt(): KeyboardInterrupt, OSError(28, "No space left on device"): PFStorerError}
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda e: type(e).__name__)
+def test_a_failed_save_leaves_the_old_base(copied, nano_base_dir, tmp_path, third_write_fails, error):
+    before = {f: f.read_bytes() for f in copied.rglob("*") if f.is_file()}
+    base, third_write_fails.error = load_base(nano_base_dir), error
+    with torch.no_grad():
+        base.unet.conv_in.bias += 1
+    for folder in (copied, tmp_path / "new"):
+        third_write_fails.count = 0
+        with pytest.raises(FAILURES[error]) as caught:
+            base.save(folder)
+        assert ".pfstorer" not in str(caught.value)
+    assert {f: f.read_bytes() for f in copied.rglob("*") if f.is_file()} == before
+    assert sorted(f.name for f in copied.iterdir()) == sorted(f.name for f in nano_base_dir.iterdir())
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_save_replaces_the_base_and_nothing_else(copied, nano_base_dir):
     base = load_base(nano_base_dir)
+    (copied / "README.md").write_text("mine")
+    for stray in ("cfw", "unet"):  # of a base that had more
+        (copied / stray).mkdir(exist_ok=True)
+        shutil.copy(weights_file(copied / "vae"), copied / stray / "other.safetensors")
+    base.save(copied, torch.float16)
+    assert load_base(copied).fingerprint == base.fingerprint != load_base(nano_base_dir).fingerprint
+    assert (copied / "README.md").read_text() == "mine" and not (copied / "cfw").exists()
 
-    def fail(*_):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(safetensors.torch, "save_file", fail)
-    with pytest.raises(KeyboardInterrupt):
-        base.save(copied)
-    monkeypatch.undo()
-    with pytest.raises(BadFileError, match=r"no config\.json"):
-        find_base(copied)
+def test_a_base_that_the_disk_has_no_room_for_is_refused_before_anything_is_written(copied, monkeypatch):
+    base = load_base(copied)
+    size = sum(t.numel() * 2 for m in base.modules().values() for t in m.state_dict().values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=size - 1))
+    monkeypatch.setattr(safetensors.torch, "save_file", None)
+    with pytest.raises(PFStorerError, match="are needed"):
+        base.save(copied, torch.float16)

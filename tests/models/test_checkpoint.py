@@ -3,6 +3,7 @@ import pickle
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pfstorer_rt.config import PRESETS
-from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.models import importing
 from pfstorer_rt.models.base import assemble, build_base, load_base
 from pfstorer_rt.models.cfw import ControllableFeatureWrapping
@@ -23,9 +24,9 @@ from pfstorer_rt.models.importing import (
     check_fit,
     convert,
     convert_cfw,
-    file_kind,
     import_base,
     match_text_names,
+    name_kind,
     read_tiny_autoencoder,
 )
 from pfstorer_rt.models.structure import StructureEncoder
@@ -210,7 +211,8 @@ def test_parts_checkpoint_with_sd_directory_becomes_a_base(tmp_path):
     reference = Reference()
     torch.save({"state_dict": ldm_names_of_parts(spades, reference)}, tmp_path / "webui_768v.ckpt")
     sd.save(tmp_path / "sd")
-    import_base(tmp_path / "webui_768v.ckpt", tmp_path / "out", tmp_path / "sd", torch.float32, config=config)
+    made = import_base(tmp_path / "webui_768v.ckpt", tmp_path / "out", tmp_path / "sd", torch.float32, config=config)
+    assert made.from_name == {"prediction_type": "v_prediction", "tile": 768}
     base = load_base(tmp_path / "out")
     assert base.config.prediction_type == "v_prediction" and base.config.tile == 768
     for key, value in base.unet.state_dict().items():
@@ -271,6 +273,24 @@ def test_values_that_halves_cannot_hold_are_refused(value):
         check_finite(state, torch.float32, "x")
 
 
+def test_a_checkpoint_without_feature_wrapping_is_named(tmp_path, monkeypatch):
+    torch.save({"decoder.conv_in.bias": torch.ones(1)}, tmp_path / "vqgan.ckpt")
+    whole = whole_checkpoint()
+    monkeypatch.setattr(importing, "read_checkpoint", lambda p: whole if p.stem == "stablesr" else read_checkpoint(p))
+    with pytest.raises(BadFileError, match=r"^vqgan\.ckpt: no decoder\.fusion_layer"):
+        import_base(tmp_path / "stablesr.ckpt", tmp_path / "out", cfw=tmp_path / "vqgan.ckpt")
+
+
+def test_a_disk_without_room_is_told_before_the_tensors_are_read(tmp_path, monkeypatch):
+    whole = whole_checkpoint()
+    monkeypatch.setattr(importing, "read_checkpoint", lambda path: whole)
+    monkeypatch.setattr(importing, "check_finite", None)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2 * 10**9))
+    # 1.5e9 values of two bytes
+    with pytest.raises(PFStorerError, match=r"out: 2\.8\d GB are needed, 2\.00 GB are free"):
+        import_base(tmp_path / "stablesr.ckpt", tmp_path / "out")
+
+
 def test_the_folder_that_sd_is_read_from_is_not_written_to(tmp_path):
     (tmp_path / "sd").mkdir()
     with pytest.raises(BadFileError, match="--sd reads"):
@@ -300,7 +320,7 @@ def test_what_training_leaves_in_a_checkpoint_is_passed_over(tmp_path, monkeypat
 def test_parts_without_sd_say_what_to_give(tmp_path):
     config = replace(PRESETS["nano"], structure=replace(PRESETS["nano"].structure, heads=HEADS))
     torch.save(ldm_names_of_parts(build_base(config), Reference()), tmp_path / "parts.ckpt")
-    with pytest.raises(BadFileError, match="--sd"):
+    with pytest.raises(BadFileError, match=r"^parts\.ckpt: .*--sd"):
         import_base(tmp_path / "parts.ckpt", tmp_path / "out", config=config)
     assert not (tmp_path / "out" / "config.json").exists()
 
@@ -358,11 +378,14 @@ def test_the_published_feature_wrapping_has_its_place():
     [
         ("stablesr_000117.ckpt", "epsilon", 512, 200), ("webui_768v_139.ckpt", "v_prediction", 768, 200),
         ("stablesr_768v_000139.ckpt", "v_prediction", 768, 200), ("stablesr_turbo.ckpt", "epsilon", 512, 4),
-        ("face_stablesr_000050.ckpt", "v_prediction", 512, 200),
+        ("face_stablesr_000050.ckpt", "v_prediction", 512, 200), ("StableSR_Turbo.ckpt", "epsilon", 512, 4),
+        ("WebUI-768V.ckpt", "v_prediction", 768, 200), ("my 768 px.ckpt", "v_prediction", 768, 200),
+        ("surface_512.ckpt", "epsilon", 512, 200), ("run_20231768.ckpt", "epsilon", 512, 200),
+        ("turbocharged.ckpt", "epsilon", 512, 200),
     ],
 )  # fmt: skip
-def test_published_files_are_known_by_their_names(name, kind, tile, steps):
-    config = file_kind(name, PRESETS["sd21"])
+def test_published_files_are_known_by_the_words_of_their_names(name, kind, tile, steps):
+    config = replace(PRESETS["sd21"], **name_kind(name))
     assert (config.prediction_type, config.tile, config.steps) == (kind, tile, steps)
 
 
