@@ -52,10 +52,8 @@ def watch(*command: str | Path) -> dict[str, float]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{command} failed")
-    return {
-        "seconds": round(time.perf_counter() - started, 1), "processor_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
-    }  # fmt: skip
+    seconds, busy, peak = time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    return {"seconds": round(seconds, 1), "processor_seconds": round(busy, 1), "peak_gb": round(peak / 1e9, 2)}
 
 
 def size(path: Path) -> float:

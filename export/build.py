@@ -259,11 +259,13 @@ def expect(component: str, base: Base, identity: Identity | None, precision: str
     original = component_modules(base, identity)[component].eval()
     strength = bool(getattr(original, "has_strength", False))
     expected = Expected([example_inputs(component, base, strength, batch) for batch in (1, 3)])
-    if precision == "fp16":
-        probes = list(probe_inputs(component, base, strength).values())
-        expected.largest = max(parity.largest_value(original, inputs) for inputs in probes)
-        expected.inputs += probes
     expected.outputs = [parity.outputs_of(original, inputs) for inputs in expected.inputs]
+    if precision == "fp16":
+        for inputs in probe_inputs(component, base, strength).values():
+            outputs, largest = parity.outputs_and_largest(original, inputs)
+            expected.inputs.append(inputs)
+            expected.outputs.append(outputs)
+            expected.largest = max(expected.largest, largest)
     return expected
 
 

@@ -55,9 +55,8 @@ def check(component: str, figures: dict[str, float], precision: str) -> None:
         )
 
 
-@torch.no_grad()
-def largest_value(original: nn.Module, inputs: dict[str, torch.Tensor]) -> float:
-    """Return the largest magnitude that any module inside gives, computed in fp32: what halves would have to hold."""
+def outputs_and_largest(original: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[list[Array], float]:
+    """Return `outputs_of`, and the largest magnitude that any module inside gives: what halves would have to hold."""
     largest = 0.0
 
     def look(_: nn.Module, __: Any, output: Any) -> None:
@@ -68,11 +67,10 @@ def largest_value(original: nn.Module, inputs: dict[str, torch.Tensor]) -> float
 
     handles = [module.register_forward_hook(look) for module in original.modules()]
     try:
-        original(*inputs.values())
+        return outputs_of(original, inputs), largest
     finally:
         for handle in handles:
             handle.remove()
-    return largest
 
 
 def fits_halves(largest: float) -> bool:
