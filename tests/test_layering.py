@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "forecast": LOW | FORMATS | {"restore"},
     "evaluation": {"image", "errors", "console", "files"},
     "training": LOW | FORMATS | {"attention", "models", "evaluation"},
-    "export": LOW | FORMATS | {"attention", "models", "engine", "restore"},
+    "export": LOW | FORMATS | {"kernels", "attention", "models", "engine", "restore"},  # kernels: TensorRT plugins
     "cli": LOW | FORMATS | {"attention", "models", "engine", "restore", "forecast", "evaluation", "training", "export"},
     "": set(),  # pfstorer_rt/__init__.py: names only, resolved on first use
 }

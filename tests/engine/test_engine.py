@@ -183,7 +183,7 @@ def test_the_manifest_says_what_a_reader_needs(base_plan):
     with zipfile.ZipFile(base_plan.path) as archive:
         data = json.loads(archive.read("manifest.json"))
     assert data["kind"] == "pfstorer-plan"
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     assert data["payloads"]["denoiser"]["inputs"]["x"]["shape"][1:] == [4, 8, 8]
     assert isinstance(data["payloads"]["denoiser"]["inputs"]["x"]["shape"][0], str)  # any batch
 

@@ -300,7 +300,7 @@ def test_plans_that_do_not_fit_are_refused_before_they_are_loaded(base_plan, tmp
     _, module = fake_gpu(functions, capability=(9, 0))
     with pytest.raises(MismatchError, match=r"8\.0, 8\.6, 8\.9, 12\.0\+, the Fake GPU 4090 here has 9\.0") as caught:
         open_session(plan, "encoder", "tensorrt")
-    assert "pfstorer-rt export --base nano --target tensorrt-rtx" in str(caught.value)
+    assert "pfstorer-rt export --base DIR --target tensorrt-rtx" in str(caught.value)
     other, _ = tensorrt_plan(base_plan, tmp_path / "b.plan", tools={"tensorrt-rtx": "2.0.0.1"})
     with pytest.raises(MismatchError, match=r"built by TensorRT-RTX 2\.0\.0\.1, this machine has 1\.7\.1\.116"):
         open_session(other, "encoder", "tensorrt")
@@ -385,7 +385,7 @@ def test_without_a_gpu_a_plan_says_so(base_plan, tmp_path, monkeypatch):
         Restorer.from_plan(plan.path)
     with pytest.raises(MissingBackendError, match="NVIDIA GPU"):
         Cuda()
-    assert choose_backend("auto", "onnx").name == "onnxruntime"
+    assert choose_backend("auto", "onnx").name in ("openvino", "onnxruntime")
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
