@@ -20,6 +20,7 @@ from pfstorer_rt.kernels import reference
 
 from pfstorer_rt.engine.tensorrt import Library, load_library
 from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.models.denoiser import Denoiser
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -139,21 +140,21 @@ def test_they_are_refused_before_any_work(nano_base, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_graph_with_operators_computes_what_the_plain_one_does(nano_base, nano_identity, tmp_path):
-    inputs = {n: t.numpy() for n, t in example_inputs("denoiser", nano_base, True).items()}
-    results, operators = [], []
-    for used in (True, False):
-        module = fused_module("denoiser", nano_base, nano_identity)
-        graph = build_graph("denoiser", module, nano_base, "fp16", plugins=used)
-        model = graph.save(tmp_path / str(used))
-        results.append(onnxruntime.InferenceSession(str(model)).run(None, inputs)[0])
-        operators.append(Counter(node.op_type for node in graph.model.graph if node.domain == plugins.DOMAIN))
+def test_the_graph_with_operators_computes_the_denoiser(nano_base, nano_identity, tmp_path):
+    inputs = example_inputs("denoiser", nano_base, True)
+    with torch.no_grad():
+        expected = Denoiser(nano_base, nano_identity)(*inputs.values()).numpy()
+    graph = build_graph("denoiser", fused_module("denoiser", nano_base, nano_identity), nano_base, "fp16", plugins=True)
+    operators = Counter(node.op_type for node in graph.model.graph if node.domain == plugins.DOMAIN)
     resnets = sum(type(m).__name__ == "ResnetBlock2D" for m in nano_base.unet.modules())
-    assert operators == [{"gated_projection": 3, "spade_norm": 3 * resnets}, {}]  # one of four gammas is zero
-    assert abs(results[0] - results[1]).max() < 1e-2 * results[1].std()  # halves, rounded at other places
-    stripped = onnx.load(plugins.without_functions(tmp_path / "True" / "model.onnx"), load_external_data=False)
+    assert operators == {"gated_projection": 3, "spade_norm": 3 * resnets}  # one of four gammas is zero
+    model = graph.save(tmp_path / "model")
+    session = onnxruntime.InferenceSession(str(model))
+    found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0]
+    assert abs(found - expected).max() < 2e-2 * expected.std()  # halves against fp32; parity allows 5e-2
+    stripped = onnx.load(plugins.without_functions(model), load_external_data=False)
     nodes = [node for node in stripped.graph.node if node.domain == plugins.DOMAIN]
-    assert not stripped.functions and len(nodes) == sum(operators[0].values())
+    assert not stripped.functions and len(nodes) == sum(operators.values())
     assert all({"plugin_namespace"} < {a.name for a in node.attribute} for node in nodes)
 
 
