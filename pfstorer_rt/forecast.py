@@ -16,6 +16,8 @@ from pfstorer_rt.spool import IN_MEMORY, TALL, Spool
 
 CODEC_BYTES = 4
 """Bytes a pixel that Pillow holds while it decodes or encodes a picture."""
+SLACK = 1.15
+"""Allocators keep more than is asked of them."""
 LATENT_COPIES = 8
 """Canvases of latents alive at once: the LQ latent, the noisy one, the blender's sums, the sampler's terms."""
 
@@ -74,4 +76,5 @@ class Forecaster:
         latents = LATENT_COPIES * 4 * m.latent_channels * canvas // m.factor**2
         rows = 3 * 4 * 12 * work.width * (TALL + 2 * WAVELET_REACH)
         spooled = min(3 * IN_MEMORY, 2 * 12 * canvas)
-        return int(self._resident + activations + latents + spooled + max(rows, CODEC_BYTES * max(pixels, canvas)))
+        codec = CODEC_BYTES * max(pixels, canvas)
+        return int(SLACK * (self._resident + activations + latents + spooled + max(rows, codec)))

@@ -1,0 +1,127 @@
+"""Which settings of ONNX Runtime and OpenVINO are the fastest on this CPU?
+
+    python benchmarks/engine_options.py --engine tiny.plan -o benchmarks/results/engine_options.csv [--runs 9]
+
+Every component of a plan at the batches and sizes given, by every setting in turns, so that what else the machine does
+hits all of them alike. `p50` and `best` are milliseconds, `ratio` is the median over the rounds of ONNX Runtime's
+defaults divided by this setting, above 1 is faster; `open_s` is from the payload to the first result.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnxruntime
+from quality import machine
+
+from pfstorer_rt.engine.openvino import OpenVinoSession
+from pfstorer_rt.plan import COMPONENTS, Plan
+
+Run = Callable[[dict[str, Any]], Any]
+Levels = onnxruntime.GraphOptimizationLevel
+
+
+@click.command()
+@click.option("--engine", required=True)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option("--runs", default=9, show_default=True)
+@click.option("--batch", "batches", multiple=True, type=int, default=(1, 4), show_default=True, help="Of the denoiser.")
+@click.option("--only", multiple=True, help="Names of settings.")
+def main(engine: str, output: Path, runs: int, batches: tuple[int, ...], only: tuple[str, ...]) -> None:
+    plan, rows = Plan.open(engine), []
+    for component in COMPONENTS:
+        payload = plan.read(component)
+        for batch in batches if component == "denoiser" else (1,):
+            arrays = inputs(plan, component, batch)
+            opened: dict[str, tuple[Run, float]] = {}
+            for name, make in settings(payload).items():
+                if only and name not in only:
+                    continue
+                started = time.perf_counter()
+                run = make()
+                run(arrays)
+                opened[name] = run, time.perf_counter() - started
+            times: dict[str, list[float]] = {name: [] for name in opened}
+            for _ in range(runs):
+                for name, (run, _) in opened.items():
+                    started = time.perf_counter()
+                    run(arrays)
+                    times[name].append((time.perf_counter() - started) * 1e3)
+            usual = times["ort"]
+            for name, (_, open_s) in opened.items():
+                rows.append({
+                    "component": component, "batch": batch, "setting": name,
+                    "p50": round(float(np.median(times[name])), 1), "best": round(min(times[name]), 1),
+                    "ratio": round(float(np.median([a / b for a, b in zip(usual, times[name], strict=True)])), 2),
+                    "open_s": round(open_s, 2), "runs": runs, "load": round(os.getloadavg()[0], 1), **machine(),
+                })  # fmt: skip
+                click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:7]))
+    with output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def settings(payload: bytes) -> dict[str, Callable[[], Run]]:
+    """Return what opens a payload, by the name of a setting; `ort` has ONNX Runtime's defaults."""
+    ort = partial(onnx_runtime, payload)
+    return {
+        "ort": ort, "ort 1 thread": partial(ort, intra_op_num_threads=1),
+        "ort no arena": partial(ort, enable_cpu_mem_arena=False),
+        "ort no pattern": partial(ort, enable_mem_pattern=False),
+        "ort extended": partial(ort, graph_optimization_level=Levels.ORT_ENABLE_EXTENDED),
+        "ort basic": partial(ort, graph_optimization_level=Levels.ORT_ENABLE_BASIC),
+        "ort binding": partial(ort, bind=True), "openvino f32": partial(openvino, payload, "CPU:f32"),
+        "openvino bf16": partial(openvino, payload, "CPU:bf16"),
+    }  # fmt: skip
+
+
+def onnx_runtime(payload: bytes, bind: bool = False, **values: Any) -> Run:
+    """Open in ONNX Runtime, with outputs bound beforehand or not."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    for name, value in values.items():
+        setattr(options, name, value)
+    session = onnxruntime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
+    if not bind:
+        return lambda arrays: session.run(None, arrays)
+
+    def bound(arrays: dict[str, Any]) -> Any:
+        binding = session.io_binding()
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, array)
+        for port in session.get_outputs():
+            binding.bind_output(port.name)
+        session.run_with_iobinding(binding)
+        return binding.copy_outputs_to_cpu()
+
+    return bound
+
+
+def openvino(payload: bytes, provider: str) -> Run:
+    """Open in OpenVINO, without its cache."""
+    session = OpenVinoSession(payload, provider)
+    return lambda arrays: session.run(**arrays)
+
+
+def inputs(plan: Plan, component: str, batch: int) -> dict[str, Any]:
+    """Return one batch of tiles."""
+    m, rng = plan.manifest, np.random.default_rng(0)
+    latent = rng.standard_normal((batch, m.latent_channels, m.tile // m.factor, m.tile // m.factor), np.float32)
+    every = {
+        "image": rng.standard_normal((batch, 3, m.tile, m.tile), np.float32), "latent": latent, "x": latent,
+        "z_lq": latent, "t": np.full(batch, 500, np.float32), "strength": np.ones(1, np.float32),
+    }  # fmt: skip
+    return {name: every[name] for name in m.payloads[component].inputs}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+import numpy as np
+import pytest
+
+from pfstorer_rt.config import RestoreConfig, TileConfig
+from pfstorer_rt.forecast import Forecaster
+from pfstorer_rt.restore import Restorer
+
+
+@pytest.fixture(scope="module")
+def forecaster(nano_base):
+    with Restorer.from_base(nano_base, device="cpu") as restorer:
+        yield Forecaster(restorer, RestoreConfig(steps=2, tile=TileConfig(batch=2)))
+
+
+def test_work_is_that_of_the_restorer(forecaster):
+    predicted = forecaster.predict(300, 200)
+    assert predicted.work == forecaster.restorer.plan(300, 200, forecaster.config)
+    assert predicted.facts()["tiles"] == predicted.work.tiles and predicted.work.batch == 2
+
+
+def test_time_grows_with_the_tiles(forecaster):
+    small, large = forecaster.predict(512, 512), forecaster.predict(5120, 5120)
+    ratio = large.work.tiles / small.work.tiles
+    assert small.seconds > 0 and large.seconds / small.seconds == pytest.approx(ratio, rel=0.5)
+
+
+def test_memory_grows_by_bytes_a_pixel_and_not_by_floats_of_pixels(forecaster):
+    sides = np.array([4000, 8000, 16000])
+    peaks = np.array([forecaster.predict(side, side).peak_bytes for side in sides])
+    more = np.diff(peaks) / np.diff(sides.astype(np.int64) ** 2)
+    # 4 for Pillow, 2 for the latents of a nano base; a picture of floats alone would be 12.
+    assert (more > 2).all() and (more < 9).all()
