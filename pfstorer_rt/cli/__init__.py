@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from importlib import import_module
 
 import click
@@ -68,6 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     if os.environ.get("PFSTORER_DEBUG"):
         cli.main(arguments, prog_name="pfstorer-rt")
     quiet_libraries()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what has begun is cleaned up, as after Ctrl-C
     try:
         cli.main(arguments, prog_name="pfstorer-rt", standalone_mode=False)
     except click.exceptions.Exit as error:

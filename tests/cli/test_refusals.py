@@ -1,6 +1,8 @@
 """Calls that are wrong are refused before any work, in one line that says what to do."""
 
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -8,6 +10,22 @@ import torch
 from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.training.loop import make_accelerator, train
+
+
+@pytest.fixture
+def signals():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_command_that_is_told_to_end_cleans_up_first(run, signals, monkeypatch, tmp_path, nano_base_dir):
+    from pfstorer_rt.export import build
+
+    monkeypatch.setattr(build, "export_component", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    result = run("export", "--base", nano_base_dir, "-o", tmp_path / "a.plan")
+    assert result.status == 130 and result.errors == ["Error: interrupted"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("rate", ["nan", "-1", "0", "inf"])
