@@ -43,11 +43,15 @@ class Saving:
     """Of JPEG and WebP."""
 
 
+class NoPictures(click.UsageError):
+    """There is nothing to do; a folder that is watched is left at that."""
+
+
 def find_inputs(inputs: Sequence[str], suffix: str) -> list[tuple[Path | None, Path]]:
     """Expand files, folders (recursive), globs and `-` to (file, path relative to its folder) pairs.
 
     Results of earlier runs, named `*{suffix}.*`, and what lies beside them are left out of folders. A name that matches
-    nothing is kept, so that its failure is reported like any other. Raises `click.UsageError` for none at all.
+    nothing is kept, so that its failure is reported like any other. Raises `NoPictures` for none at all.
     """
     found: list[tuple[Path | None, Path]] = []
     for text in inputs:
@@ -62,7 +66,7 @@ def find_inputs(inputs: Sequence[str], suffix: str) -> list[tuple[Path | None, P
         else:
             found.append((path, Path(path.name)))
     if not found:
-        raise click.UsageError(f"no pictures in {' '.join(inputs)}; expected {' '.join(IMAGE_SUFFIXES)}")
+        raise NoPictures(f"no pictures in {' '.join(inputs)}; expected {' '.join(IMAGE_SUFFIXES)}")
     return list(dict.fromkeys(found))
 
 
@@ -87,6 +91,8 @@ def plan_jobs(
     explicit = {Path(text) for text in inputs if not Path(text).is_dir()}
     jobs = []
     for source, relative in found:
+        if is_inside(source, output, inputs):
+            continue
         own = relative.suffix.lower() if relative.suffix.lower() in SAVE_FORMATS else ".png"
         named = relative.with_name(relative.stem + engine + suffix + (extension or own))
         target: Path | None
@@ -104,6 +110,16 @@ def plan_jobs(
     return jobs
 
 
+def is_inside(source: Path | None, output: str | None, inputs: Sequence[str]) -> bool:
+    """Whether a picture lies in the folder of results, where that is a part of a folder of inputs."""
+    if source is None or output in (None, STREAM):
+        return False
+    results = Path(str(output)).resolve()
+    folders = [Path(text).resolve() for text in inputs if Path(text).is_dir()]
+    below = results not in folders and any(results.is_relative_to(folder) for folder in folders)
+    return below and results in source.resolve().parents
+
+
 def check_targets(jobs: Sequence[Job], output: str | None) -> None:
     """Raise `click.UsageError` when a result cannot be written, or would be over an input or another result."""
     if any(job.target and job.target.suffix.lower() not in SAVE_FORMATS for job in jobs):
@@ -112,8 +128,9 @@ def check_targets(jobs: Sequence[Job], output: str | None) -> None:
     if len(set(targets)) < len(targets):
         twice = next(t for t in targets if targets.count(t) > 1)
         raise click.UsageError(f"several inputs would be written to {twice or 'stdout'}; give them apart")
-    if same := [job.target for job in jobs if job.target is not None and job.target == job.source]:
-        raise click.UsageError(f"{same[0]} would be written over its own input; give a --suffix or another folder")
+    sources = {job.source.resolve() for job in jobs if job.source is not None}  # however they are spelled
+    if same := [target for target in targets if target is not None and target.resolve() in sources]:
+        raise click.UsageError(f"{same[0]} would be written over an input; give a --suffix or another folder")
 
 
 def write(job: Job, scan: Scan, rows: Rows, saving: Saving) -> None:

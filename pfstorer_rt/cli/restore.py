@@ -219,7 +219,7 @@ def watch(
     restorer: Restorer, config: RestoreConfig, saving: Saving, options: dict[str, Any], extension: str | None
 ) -> int:
     """Restore what comes into a folder until interrupted; a file is taken once its size has stayed for a second."""
-    from pfstorer_rt.cli.pictures import plan_jobs
+    from pfstorer_rt.cli.pictures import NoPictures, plan_jobs
 
     folder, status, done = options["watch"], 0, set[Path | None]()
     sizes: dict[Path, int] = {}
@@ -229,7 +229,7 @@ def watch(
         ready: list[Job] = []
         try:
             found = plan_jobs((folder,), options["output"], options["suffix"], extension)
-        except click.UsageError:  # nothing in it yet
+        except NoPictures:
             found = []
         for job in found:
             assert job.source is not None

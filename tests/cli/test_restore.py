@@ -410,7 +410,7 @@ def test_suffix_format_and_quality(restore, save, tree, tmp_path):
         sizes.append(len(tree(out)["a-new.webp"]))
     assert sizes[0] < sizes[1]
     over = restore(tmp_path / "in", "--suffix", "")
-    assert over.status == 2 and "over its own input" in over.errors[0]
+    assert over.status == 2 and "over an input" in over.errors[0]
 
 
 def test_comparison_and_preview_lie_beside_and_are_no_inputs(restore, save, tree, tmp_path):
@@ -442,6 +442,38 @@ def test_a_watched_folder_is_restored_as_it_fills(restore, save, tree, tmp_path)
     threading.Timer(0.5, lambda: save(tmp_path / "in" / "a.png")).start()
     done = restore("--watch", tmp_path / "in", "-o", tmp_path / "out", "--idle", 4)
     assert done.status == 0 and list(tree(tmp_path / "out")) == ["a_restored.png"]
+
+
+def test_a_watched_folder_with_two_pictures_of_one_name_says_so(restore, save, tmp_path):
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / "a.png")
+    save(tmp_path / "in" / "a.jpg")
+    done = restore("--watch", tmp_path / "in", "-o", tmp_path / "out", "--format", "png", "--idle", 4)
+    assert done.status == 2 and "several inputs would be written to" in done.errors[0]
+
+
+def test_an_input_is_safe_however_it_is_spelled(restore, save, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    save(tmp_path / "real" / "a.png")
+    save(tmp_path / "real" / "a_restored.png")
+    before = [p.read_bytes() for p in sorted((tmp_path / "real").iterdir())]
+    calls = [("real/a.png", "-o", tmp_path / "real" / "a.png"), ("real/a.png", "-o", "link/a.png"),
+             ("real/a.png", "real/a_restored.png")]  # fmt: skip
+    for call in calls:
+        done = restore(*call, "--overwrite")
+        assert done.status == 2 and "over an input" in done.errors[0], call
+    assert [p.read_bytes() for p in sorted((tmp_path / "real").iterdir())] == before
+
+
+def test_results_inside_the_folder_of_inputs_are_not_restored_again(restore, save, tree, tmp_path):
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / "a.png")
+    for _ in range(2):
+        done = restore(tmp_path / "in", "-o", tmp_path / "in" / "out", "--suffix", "")
+        assert done.status == 0
+    assert sorted(tree(tmp_path / "in")) == ["a.png", "out/a.png"]
 
 
 @pytest.mark.parametrize("arguments", [(), ("--watch", ".", "a.png"), ("--idle", "1", "a.png")])
