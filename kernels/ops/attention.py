@@ -330,5 +330,10 @@ def attention(
     """
     if reason := refusal(q):
         raise ValueError(f"attention of {tuple(q.shape)}: {reason}; use scaled_dot_product_attention")
+    batch, heads, _, head = q.shape
+    fits = k.shape == v.shape and k.shape[:2] == (batch, heads) and k.shape[3] == head and q.dtype == k.dtype == v.dtype
+    if not fits:
+        got = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(f"attention of {got}; expected (B, H, L, D) and twice (B, H, S, D) of one type")
     result: torch.Tensor = AttentionFunction.apply(q, k, v, keys, tile)
     return result

@@ -60,6 +60,7 @@ def run_jobs(
 
         ahead: Future[Scan | None] | None = None
         written: Future[None] | None = None
+        reports: list[Future[None]] = []
         for number, job in enumerate(jobs):
             reading = ahead or disk.submit(read, job, saving, max_pixels)
             started = time.perf_counter()
@@ -73,18 +74,21 @@ def run_jobs(
                 following = jobs[number + 1] if number + 1 < len(jobs) else None
                 ahead = disk.submit(read, following, saving, max_pixels) if following else None
                 if scan is None:
-                    disk.submit(show, {**names(job), "status": "skipped"}, as_json)
+                    reports.append(disk.submit(show, {**names(job), "status": "skipped"}, as_json))
                 else:
                     rows = work(number, scan.pixels, step)
                     if written:
                         written.result()
                     written = disk.submit(finish, job, started, scan, rows)
+                    reports.append(written)
             except FAILURES as error:
                 ahead = ahead if ahead is not reading else None
-                disk.submit(fail, job, error)
+                reports.append(disk.submit(fail, job, error))
             progress.remove_task(bar)
             if overall is not None:
                 progress.advance(overall)
+        for report in reports:
+            report.result()  # raises what a report itself ran into, such as a full disk behind stdout
     return 1 if failed else 0
 
 

@@ -164,11 +164,16 @@ def restore_jobs(
         "strength": config.strength, "backend": restorer.backend, "provider": restorer.provider,
     }  # fmt: skip
 
+    kept: dict[Job, list[str]] = {}
+
     def beside(job: Job, word: str, rows: Rows) -> dict[str, str]:
         if job.target is None:
             return {}
         path = job.target.with_name(f"{job.target.stem}_{word}{job.target.suffix}")
-        save_image(path, rows, overwrite=True, quality=saving.quality)
+        if path.exists() and not saving.overwrite:
+            kept.setdefault(job, []).append(f"{path} exists already and was left as it is")
+            return {}
+        save_image(path, rows, overwrite=saving.overwrite, quality=saving.quality)
         return {word: str(path)}
 
     def work(number: int, rows: Rows, step: Any) -> Rows:
@@ -179,7 +184,9 @@ def restore_jobs(
     def facts(job: Job, source: Rows, result: Rows) -> dict[str, Any]:
         more = beside(job, "compare", SideBySide(source, result)) if options["compare"] else {}
         measured = references.facts(source, result) if references else {}
-        return {**fixed, "tiles": restorer.plan(source.height, source.width, config).tiles, **more, **measured}
+        notes = [*measured.pop("notes", ()), *kept.pop(job, ())]
+        tiles = restorer.plan(source.height, source.width, config).tiles
+        return {**fixed, "tiles": tiles, **more, **measured, "notes": notes}
 
     return run_jobs(
         jobs, work, saving=saving, as_json=options["as_json"], title="restore", max_pixels=options["max_pixels"],

@@ -154,11 +154,16 @@ class People:
 
 
 def match(originals: Mapping[str, Path], folder: Path) -> dict[str, Path | None]:
-    """Find for every original its result in a folder, None where there is none."""
-    found = by_name(folder)
-    return {
-        name: next((found[name + ending] for ending in ENDINGS if name + ending in found), None) for name in originals
-    }
+    """Find for every original its result in a folder, None where there is none; BadFileError where there are two."""
+    found, matched = by_name(folder), dict[str, "Path | None"]()
+    for name in originals:
+        endings = [ending for ending in ENDINGS if not ending or name + ending not in originals]
+        named = [found[name + ending] for ending in endings if name + ending in found]
+        if len(named) > 1:
+            both = " and ".join(path.name for path in named[:2])
+            raise BadFileError(f"{folder}: {both} are both named as results of {name}; keep one of them")
+        matched[name] = named[0] if named else None
+    return matched
 
 
 def by_name(folder: Path) -> dict[str, Path]:

@@ -426,6 +426,31 @@ def test_comparison_and_preview_lie_beside_and_are_no_inputs(restore, save, tree
     assert [json.loads(line)["input"] for line in again.out.splitlines()] == [str(tmp_path / "a.png")]
 
 
+def test_what_lies_beside_a_result_is_not_overwritten_either(restore, save, tmp_path):
+    save(tmp_path / "a.png")
+    mine = [save(tmp_path / f"a_restored_{word}.png", seed=7) or tmp_path / f"a_restored_{word}.png"
+            for word in ("preview", "compare")]  # fmt: skip
+    before = [path.read_bytes() for path in mine]
+    report = json.loads(restore(tmp_path / "a.png", "--compare", "--preview", "--json").out)
+    assert [path.read_bytes() for path in mine] == before
+    assert report["status"] == "done" and all("was left as it is" in note for note in report["notes"])
+    assert restore(tmp_path / "a.png", "--compare", "--preview", "--overwrite").status == 0
+    assert all(path.read_bytes() != old for path, old in zip(mine, before, strict=True))
+
+
+def test_a_report_that_cannot_be_written_is_a_failure(restore, save, tmp_path, monkeypatch):
+    from pfstorer_rt.cli import jobs
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    save(tmp_path / "a.png")
+    monkeypatch.setattr(jobs, "show", full)
+    done = restore(tmp_path / "a.png", "--json")
+    assert done.status == 1 and "No space left" in done.errors[-1]
+    assert (tmp_path / "a_restored.png").exists()
+
+
 def test_several_engines_over_one_folder(run, save, tree, tmp_path, nano_plan, base_plan):
     save(tmp_path / "in" / "a.png")
     engines = ("--engine", nano_plan.path, "--engine", base_plan.path)

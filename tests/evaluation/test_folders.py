@@ -73,6 +73,14 @@ def test_two_results_of_one_name_are_refused(folders, simple, put):
         evaluate(*folders, metrics=simple)
 
 
+def test_a_picture_and_its_result_in_one_folder_are_not_guessed_between(put, tmp_path):
+    hq = {"a": put("hq/a.jpg")}
+    put("out/a.jpg")
+    put("out/a_restored.jpg")
+    with pytest.raises(BadFileError, match=r"a\.jpg and a_restored\.jpg are both named as results of a"):
+        match(hq, tmp_path / "out")
+
+
 @pytest.mark.parametrize("spoil", ["missing", "size", "damaged", "empty"])
 def test_a_result_that_cannot_be_measured_is_a_row_that_says_so(folders, simple, put, spoil):
     bad = folders[2] / "a_restored.png"

@@ -122,3 +122,14 @@ def test_what_it_does_not_take(normal):
             attention(*(normal(1, 1, 4, d) for _ in range(3)))
     with pytest.raises(ValueError, match="float32"):
         attention(*(normal(1, 1, 4, 64, dtype=torch.float32) for _ in range(3)))
+
+
+@pytest.mark.parametrize("change", ["heads", "head size", "batch", "length", "type"])
+def test_tensors_that_do_not_go_together_are_refused(normal, change):
+    q, k, v = (normal(2, 3, 17, 32, dtype=torch.float16) for _ in range(3))
+    k, v = {
+        "heads": (k[:, :1], v[:, :1]), "head size": (k[..., :16], v[..., :16]), "batch": (k[:1], v[:1]),
+        "length": (k, v[:, :, :5]), "type": (k.bfloat16(), v),
+    }[change]  # fmt: skip
+    with pytest.raises(ValueError, match="expected"):
+        attention(q, k, v)
