@@ -98,4 +98,5 @@ def test_the_installed_command_restores_a_picture(installed, tmp_path, nano_plan
     with Image.open(folder / "restored.png") as result:
         result.load()
         assert result.size == (40, 50)
-    assert [p.name for p in folder.iterdir()] == ["restored.png"] and not (tmp_path / "home").exists()
+    assert [p.name for p in folder.iterdir()] == ["restored.png"]
+    assert {p.name for p in (tmp_path / "home").glob("*")} <= {"cache"}  # OpenVINO's compiled networks
