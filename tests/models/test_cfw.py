@@ -123,6 +123,7 @@ def imported(sd, tmp_path, monkeypatch, vae_seed, cfw_seed):
 
     base = load_base(sd)
     first = {f"first_stage_model.{k}": v.float() for k, v in drawn(vae_seed).weights.items() if "fusion" not in k}
+    first["structcond_stage_model.known_by"] = torch.ones(1)
     torch.save({"state_dict": first}, tmp_path / "stablesr.ckpt")
     whole = {k: v.float() for k, v in drawn(cfw_seed).weights.items()}
     torch.save({"state_dict": whole | {"loss.logvar": torch.ones(())}}, tmp_path / "cfw.ckpt")
