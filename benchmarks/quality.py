@@ -1,6 +1,6 @@
 """Does the base improve its input, and does an identity improve the base? People that no training has seen.
 
-    python benchmarks/quality.py PEOPLE -o benchmarks/results/quality.csv
+    python benchmarks/quality.py PEOPLE -o quality.csv
 
 PEOPLE holds a folder of photographs for each person. The first five by name are the references, of the
 others `--tests` are degraded and restored: without an identity, and with the person's own. One row for
