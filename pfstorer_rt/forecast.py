@@ -33,7 +33,7 @@ class Forecast:
     def facts(self) -> dict[str, Any]:
         """Return the entries of a report."""
         return {
-            **asdict(self.work), "predicted_seconds": round(self.seconds, 1),
+            **asdict(self.work), "predicted_seconds": round(self.seconds, 3),
             "predicted_peak_mb": round(self.peak_bytes / 1e6),
         }  # fmt: skip
 
