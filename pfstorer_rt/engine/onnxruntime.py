@@ -52,8 +52,8 @@ def on_gpu() -> bool:
 class OnnxRuntimeSession(HostSession):
     """One ONNX payload, or a file with its weights beside it, in ONNX Runtime.
 
-    Its defaults are kept: all graph optimizations, the memory arena and a thread for each core were the fastest of
-    those tried (`benchmarks/engine_options.py`).
+    Its defaults are kept: all graph optimizations, the memory arena and a thread for each core;
+    `benchmarks/engine_options.py` compares them with others.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ class OpenVinoSession(HostSession):
 
     Where the batch alone is free, a network is compiled for each power of two and batches in between are filled up:
     networks of fixed shapes are faster. provider: a device, and a precision after a colon, such as `CPU`, `CPU:f32`
-    or `GPU:f16`; on a CPU that computes in bf16 that is the default. cache: folder of compiled networks.
+    or `GPU:f16`; f32 unless another is asked for. cache: folder of compiled networks.
     """
 
     def __init__(self, model: bytes | Path, provider: str | None = None, cache: str | None = None) -> None:
@@ -40,7 +40,8 @@ class OpenVinoSession(HostSession):
 
         self._core: Any = openvino.Core()
         device, _, precision = (provider or "CPU").partition(":")
-        precision = precision or _native_precision(self._core, device)
+        _check_device(self._core, device)
+        precision = precision or "f32"
         if precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
         self._device = device.upper()
@@ -86,13 +87,10 @@ class OpenVinoSession(HostSession):
         self._network = self._core = None
 
 
-def _native_precision(core: Any, device: str) -> str:
-    """bf16 where the device multiplies it natively; elsewhere it would be emulated, or not be used at all."""
+def _check_device(core: Any, device: str) -> None:
     available = core.available_devices
     if not any(name.split(".")[0] == device.upper().split(".")[0] for name in available):
         raise MissingBackendError(f"OpenVINO device {device}: not here; it sees {', '.join(available)}")
-    capable = "BF16" in core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
-    return "bf16" if capable else "f32"
 
 
 def _fill(array: Array, batch: int) -> Array:
