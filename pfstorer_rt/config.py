@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeVar
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 Weighting = Literal["prediction", "x0"]
+Attention = Literal["auto", "sdpa", "triton", "xformers", "math", "reference"]
+"""Backends of `pfstorer_rt.attention`; `auto` takes the first that this device has."""
 Method = Literal["pfstorer", "vico", "dreambooth"]
 ConfigT = TypeVar("ConfigT")
 
@@ -170,6 +172,8 @@ class TrainConfig:
     precision: Precision = "auto"
     """`auto` is bf16 where the device computes it natively, else fp32."""
     device: str = "auto"
+    attention: Attention = "auto"
+    """What computes attention, gates and norms; `auto` is what trains fastest on the device."""
     optimizer: Optimizer = "adamw"
     """AdamW, or bitsandbytes' with 8-bit state: a quarter of the memory; `paged` lets it move out of a full GPU."""
     gradient_checkpointing: bool = False

@@ -83,17 +83,19 @@ class Restorer:
     @classmethod
     def from_plan(
         cls, path: str | Path, backend: str = "auto", base: str | Path | None = None, trust: bool = False,
-        provider: str | None = None,
+        provider: str | None = None, attention: str = "auto",
     ) -> Restorer:  # fmt: skip
         """Open a plan; with backend `torch`, open the base and identity that it was made of instead.
 
         trust: run a TensorRT plan, which is executable code, whoever built it. provider: where the backend runs it,
-        in its own words (`cpu`, `cuda`; for OpenVINO `CPU:f32`, `GPU`); None takes its best.
+        in its own words (`cpu`, `cuda`; for OpenVINO `CPU:f32`, `GPU`); None takes its best. attention: with backend
+        `torch`, a backend of `pfstorer_rt.attention`.
         Raises `BadFileError`, `MissingBackendError`, or `MismatchError` when `torch` cannot find them.
         """
         plan = Plan.open(path, trust)
         if backend == "torch":
-            return cls.from_base(base or plan.manifest.base_name, _find_identity(plan.manifest), plan.manifest)
+            found = _find_identity(plan.manifest)
+            return cls.from_base(base or plan.manifest.base_name, found, plan.manifest, attention=attention)
         plan.check_trusted()
         choice = choose_backend(backend, plan.manifest.target)
         sessions = {name: choice.open_component(plan, name, provider) for name in COMPONENTS}
@@ -106,9 +108,11 @@ class Restorer:
         identity: str | Path | Identity | None = None,
         expected: Manifest | None = None,
         device: str = "auto",
+        attention: str = "auto",
     ) -> Restorer:
         """Run a base (name, directory or loaded) and an identity in PyTorch, without a plan.
 
+        attention: a backend of `pfstorer_rt.attention`; raises `MissingBackendError` when it is refused.
         Raises `MismatchError` when the identity, or the manifest that is expected, is of another base.
         """
         from pfstorer_rt.engine.torch import manifest, open_sessions
@@ -125,7 +129,7 @@ class Restorer:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         loaded.to(device)
-        return cls(manifest(loaded, identity), open_sessions(loaded, identity), "torch")
+        return cls(manifest(loaded, identity), open_sessions(loaded, identity, attention), "torch")
 
     def __enter__(self) -> Restorer:
         return self

@@ -1,4 +1,5 @@
 import os
+import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -88,17 +89,35 @@ def nano_identity(make_nano_identity):
 
 
 @pytest.fixture(scope="session")
-def nano_plan(nano_base, nano_identity, tmp_path_factory):
+def exported_once(nano_base, tmp_path_factory):
+    """Function (file name, identity or None) -> plan of the nano base, exported by one test process for all of them."""
+    from filelock import FileLock
     from pfstorer_rt.export import export_plan
 
-    return export_plan(tmp_path_factory.mktemp("plans") / "alice.plan", nano_identity, nano_base)
+    from pfstorer_rt.plan import Plan
+
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def export(name, identity):
+        with FileLock(shared / f"{name}.lock"):
+            if not (shared / name).exists():
+                export_plan(shared / name, identity, nano_base)
+        own = tmp_path_factory.mktemp("plans") / name  # a test may write into its copy
+        shutil.copyfile(shared / name, own)
+        return Plan.open(own)
+
+    return export
 
 
 @pytest.fixture(scope="session")
-def base_plan(nano_base, tmp_path_factory):
-    from pfstorer_rt.export import export_plan
+def nano_plan(exported_once, nano_identity):
+    return exported_once("alice.plan", nano_identity)
 
-    return export_plan(str(tmp_path_factory.mktemp("plans") / "base.plan"), None, nano_base)
+
+@pytest.fixture(scope="session")
+def base_plan(exported_once):
+    return exported_once("base.plan", None)
 
 
 @pytest.fixture(scope="session")

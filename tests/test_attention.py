@@ -2,7 +2,9 @@
 
 import sys
 from functools import partial
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,12 @@ from pfstorer_rt.kernels import dispatch, tuning
 from torch import nn
 
 from pfstorer_rt import attention as door
+from pfstorer_rt.config import Attention, RestoreConfig
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.files import atomic_write
 from pfstorer_rt.models.personalization import PersonalizationBlock
 from pfstorer_rt.models.unet import Spade
+from pfstorer_rt.restore import Restorer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -70,6 +74,32 @@ def test_triton_is_refused_for_other_head_sizes(nano_base):
             door.choose("triton", DEVICE, size)
     with pytest.raises(MissingBackendError, match="heads of 8 channels"):
         nano_base.set_attention("triton")
+
+
+def test_the_command_line_names_every_backend():
+    assert get_args(Attention) == ("auto", *door.BACKENDS)
+
+
+def test_a_restorer_computes_with_the_backend_it_was_given(nano_base, nano_identity, make_picture, monkeypatch):
+    calls = []
+
+    def counting(q, k, v, mask=None):
+        calls.append(q.shape)
+        return door.sdpa(q, k, v, mask)
+
+    monkeypatch.setitem(door.BACKENDS, "reference", lambda device, head_size: door.Kernels(counting))
+    pixels, config = make_picture(64, 64), RestoreConfig(steps=1)
+    with Restorer.from_base(nano_base, nano_identity, device="cpu", attention="reference") as restorer:
+        found = restorer.restore(pixels, config)
+    with_person = len(calls)
+    with Restorer.from_base(nano_base, device="cpu", attention="reference") as restorer:
+        restorer.restore(pixels, config)
+    blocks = sum(bool(g["max"]) for g in nano_identity.gamma.values())
+    assert with_person - (len(calls) - with_person) >= blocks > 0  # the person's blocks go through it too
+    count = len(calls)
+    with Restorer.from_base(nano_base, nano_identity, device="cpu") as restorer:
+        assert np.array_equal(restorer.restore(pixels, config), found)
+    assert len(calls) == count  # and are back on `auto` for the next
 
 
 # ---- computing

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import click
 
+from pfstorer_rt.cli.options import SEED
+
 
 @click.command()
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUTS...")
@@ -14,7 +16,7 @@ import click
 @click.option("--level", type=click.Choice(["light", "heavy"]), default="heavy", show_default=True)
 @click.option(
     "--seed",
-    type=click.IntRange(0),
+    type=SEED,
     default=0,
     show_default=True,
     help="Of the first picture; the next has seed + 1.",

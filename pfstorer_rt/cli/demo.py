@@ -11,6 +11,8 @@ import click
 import numpy as np
 import numpy.typing as npt
 
+from pfstorer_rt.cli.options import SEED
+
 Pixels = npt.NDArray[np.float32]
 FACE = (20, 116, 216)
 """Row, column and side in pixels of the portrait's head in scikit-image's astronaut."""
@@ -30,7 +32,7 @@ WORDS = (
 @click.option("--base", default="tiny", show_default=True)
 @click.option("--iterations", type=click.IntRange(1), default=300, show_default=True, help="personalize does 500.")
 @click.option("--level", type=click.Choice(["light", "heavy"]), default="heavy", show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=4, show_default=True, help="Of the degradation.")
+@click.option("--seed", type=SEED, default=4, show_default=True, help="Of the degradation.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object.")
 def command(output: Path, base: str, iterations: int, level: str, seed: int, as_json: bool) -> None:
     """Degrade a portrait, learn it from other views, export, restore, and show all side by side.

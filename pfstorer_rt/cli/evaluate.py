@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pfstorer_rt.cli.options import SEED
+
 if TYPE_CHECKING:
     from pfstorer_rt.evaluation.report import Report
 
@@ -24,7 +26,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--outputs", multiple=True, metavar="[NAME=]DIR", help="Folder of restored pictures; once a method.")
 @click.option("--inputs", type=PATH, help="Folder of the bad pictures, for a row of their own.")
 @click.option("--level", type=click.Choice(["light", "heavy"]), help="Instead of --inputs: degrade the originals.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --level; the next has seed + 1.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of --level; the next has seed + 1.")
 @click.option("--save-inputs", type=PATH, metavar="DIR", help="Keep the pictures of --level here.")
 @click.option("--seconds", multiple=True, metavar="NAME=FILE|S", help="Output of `restore --json`, or seconds.")
 @click.option("--metrics", "keys", help="Some of the columns, with commas between. [default: all]")
@@ -97,9 +99,13 @@ def read_seconds(text: str, methods: Sequence[str]) -> tuple[str, float | dict[s
     if name not in methods or not source:
         raise click.UsageError(f"--seconds {text}: expected NAME=FILE or NAME=NUMBER with NAME of {', '.join(methods)}")
     try:
-        return name, float(source)
+        seconds = float(source)
     except ValueError:
         pass
+    else:
+        if not 0 <= seconds < float("inf"):
+            raise click.UsageError(f"--seconds {text}: expected a number of seconds, 0 or more")
+        return name, seconds
     try:
         lines = [json.loads(line) for line in Path(source).read_text().splitlines() if line.strip()]
         known = {Path(line["input"]).with_suffix("").as_posix(): line["seconds"] for line in lines if "seconds" in line}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
+
+from pfstorer_rt.cli.options import SEED
+from pfstorer_rt.config import Attention
 
 
 @click.command()
@@ -19,9 +22,13 @@ import click
 @click.option("--lambda-gen", type=click.FloatRange(0), default=0.1, show_default=True)
 @click.option("--rank", type=click.IntRange(0), default=0, help="Rank of the blocks' matrices; 0 keeps them whole.")
 @click.option("--ref-source", type=click.Choice(["cached", "self"]), default="cached", show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
+@click.option(
+    "--attention", type=click.Choice(get_args(Attention)), default="auto", show_default=True,
+    help="What computes attention, gates and norms; triton needs an NVIDIA GPU.",
+)  # fmt: skip
 @click.option("--gradient-checkpointing", is_flag=True, help="Compute activations twice: less memory, more time.")
 @click.option(
     "--optimizer", type=click.Choice(["adamw", "adamw8bit", "paged_adamw8bit"]), default="adamw", show_default=True,
@@ -62,6 +69,7 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
     base = load_base(options["base"])
     names = (
         "iterations", "batch", "learning_rate", "precision", "device", "seed", "optimizer", "gradient_checkpointing",
+        "attention",
     )  # fmt: skip
     config = PersonalizeConfig.for_base(
         base.config, {name: options[name] for name in names if options[name] is not None},

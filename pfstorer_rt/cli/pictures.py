@@ -41,6 +41,8 @@ class Saving:
     overwrite: bool = False
     quality: int = 95
     """Of JPEG and WebP."""
+    stream: str = "png"
+    """Format of a result that goes to stdout."""
 
 
 class NoPictures(click.UsageError):
@@ -84,10 +86,12 @@ def plan_jobs(
     folder that keeps sub-folders. Without it results go beside their inputs as `{stem}{engine}{suffix}{ext}`, and
     stdin to stdout. extension: of all results, such as `.webp`; None keeps the input's where it can be written.
     engine: what tells the results of several engines apart.
-    Raises `click.UsageError` when two results, or a result and its input, would have one name.
+    Raises `click.UsageError` when two results, or a result and its input, would have one name, and for an `output` that
+    does not go with the rest: a picture's name for several results, or another format than `extension`.
     """
     found = find_inputs(inputs, suffix)
     single = len(found) == 1 and not any(Path(text).is_dir() for text in inputs) and not engine
+    check_output(output, extension, single)
     explicit = {Path(text) for text in inputs if not Path(text).is_dir()}
     jobs = []
     for source, relative in found:
@@ -108,6 +112,17 @@ def plan_jobs(
         jobs.append(Job(source, target, source is None or source in explicit))
     check_targets(jobs, output)
     return jobs
+
+
+def check_output(output: str | None, extension: str | None, single: bool) -> None:
+    """Raise `click.UsageError` for an output that says another thing than the inputs or the format."""
+    if output in (None, STREAM) or Path(str(output)).is_dir() or str(output).endswith("/"):
+        return
+    kind = SAVE_FORMATS.get(Path(str(output)).suffix.lower())
+    if kind and not single:
+        raise click.UsageError(f"-o {output}: a picture's name for several results; give a folder")
+    if kind and extension and kind != SAVE_FORMATS[extension]:
+        raise click.UsageError(f"-o {output} is {kind}, --format says {SAVE_FORMATS[extension]}; leave one of them out")
 
 
 def is_inside(source: Path | None, output: str | None, inputs: Sequence[str]) -> bool:
@@ -134,12 +149,12 @@ def check_targets(jobs: Sequence[Job], output: str | None) -> None:
 
 
 def write(job: Job, scan: Scan, rows: Rows, saving: Saving) -> None:
-    """Save a result with the alpha, profile and EXIF of its input; PNG on stdout."""
+    """Save a result with the alpha, profile and EXIF of its input; `saving.stream` on stdout."""
     kept: dict[str, Any] = {"icc": scan.icc, "exif": scan.exif, "quality": saving.quality}
     if scan.alpha is not None:
         kept["alpha"] = resize_alpha(scan.alpha, rows.height, rows.width)
     if job.target is None:
-        sys.stdout.buffer.write(encode_image(rows, "png", **kept))
+        sys.stdout.buffer.write(encode_image(rows, saving.stream, **kept))
         return
     save_image(job.target, rows, overwrite=saving.overwrite, **kept)
 

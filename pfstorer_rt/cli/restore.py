@@ -8,10 +8,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from pfstorer_rt.cli.options import SEED
+from pfstorer_rt.config import Attention
 from pfstorer_rt.image import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
 @click.option("--dry-run", is_flag=True, help="Say tiles, steps, memory and time; restore nothing.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Diffusion steps. [default: the engine's own]")
 @click.option("--sampler", type=click.Choice(["ddpm", "ddim", "dpmpp_2m", "unipc"]), help="[default: the engine's own]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same bytes.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Same seed, same bytes.")
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Of the identity: 0 is the base.")
 @click.option("--cfw-weight", type=float, default=0.0, show_default=True, help="Of the LQ picture in the decoder.")
 @click.option("--scale", type=float, default=1.0, show_default=True, help="Size of the result.")
@@ -64,6 +66,13 @@ FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
     show_default=True,
 )
 @click.option("--provider", help="Where the backend runs: cpu, cuda; with openvino CPU, CPU:f32, GPU.")
+@click.option(
+    "--attention",
+    type=click.Choice(get_args(Attention)),
+    default="auto",
+    show_default=True,
+    help="In PyTorch: what computes attention, gates and norms; triton needs an NVIDIA GPU.",
+)
 @click.option("--trust-plan", is_flag=True, help="Run a TensorRT plan (executable code) that others built.")
 @click.option("--max-pixels", type=click.IntRange(1), default=MAX_PIXELS, show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
@@ -85,7 +94,7 @@ def command(inputs: tuple[str, ...], engines: tuple[str, ...], **options: Any) -
     sources = inputs or (options["watch"],)
     extension = FORMATS.get(options["kind"] or "")
     plans = [plan_jobs(sources, options["output"], options["suffix"], extension, n) for n in names] if inputs else []
-    config, saving = read_config(options), Saving(options["overwrite"], options["quality"])
+    config, saving = read_config(options), Saving(options["overwrite"], options["quality"], options["kind"] or "png")
     status = 0
     for engine, jobs in zip(engines or (None,), plans or [[]] * len(names), strict=True):
         with open_restorer(engine, options) as restorer:
@@ -112,12 +121,16 @@ def check_call(inputs: tuple[str, ...], engines: tuple[str, ...], options: dict[
         raise click.UsageError("give INPUTS..., or a folder to --watch")
     if options["watch"] and (len(engines) > 1 or options["dry_run"]):
         raise click.UsageError("--watch goes with one --engine, and not with --dry-run")
+    if set(options["suffix"]) & set("/\\\0"):
+        raise click.UsageError(f"--suffix {options['suffix']!r}: expected the end of a file's name; folders go with -o")
     if options["idle"] is not None and not options["watch"]:
         raise click.UsageError("--idle goes with --watch")
     if not engines and options["backend"] not in ("auto", "torch"):
         raise click.UsageError("--base runs in PyTorch; export a plan to use another backend")
     if options["provider"] and (not engines or options["backend"] == "torch"):
         raise click.UsageError("--provider goes with --engine and a backend that runs it")
+    if options["attention"] != "auto" and engines and options["backend"] != "torch":
+        raise click.UsageError("--attention is for PyTorch (--base, or --backend torch); a plan has its own attention")
 
 
 def tell_apart(engines: tuple[str, ...]) -> list[str]:
@@ -142,9 +155,9 @@ def open_restorer(engine: str | None, options: dict[str, Any]) -> Restorer:
     from pfstorer_rt.restore import Restorer
 
     if engine is None:
-        return Restorer.from_base(options["base"], options["identity"])
+        return Restorer.from_base(options["base"], options["identity"], attention=options["attention"])
     return Restorer.from_plan(
-        engine, options["backend"], options["base"], options["trust_plan"], options["provider"]
+        engine, options["backend"], options["base"], options["trust_plan"], options["provider"], options["attention"]
     )
 
 
@@ -230,10 +243,11 @@ def watch(
 
     folder, status, done = options["watch"], 0, set[Path | None]()
     sizes: dict[Path, int] = {}
-    latest = time.monotonic()
+    latest, waiting = time.monotonic(), False
     click.echo(f"watching {folder}; end with Ctrl-C", err=True)
-    while options["idle"] is None or time.monotonic() - latest < options["idle"]:
+    while options["idle"] is None or waiting or time.monotonic() - latest < options["idle"]:
         ready: list[Job] = []
+        waiting = False
         try:
             found = plan_jobs((folder,), options["output"], options["suffix"], extension)
         except NoPictures:
@@ -241,8 +255,10 @@ def watch(
         for job in found:
             assert job.source is not None
             size = job.source.stat().st_size if job.source.exists() else -1
-            if job.source not in done and size > 0 and sizes.get(job.source) == size:
+            settled = sizes.get(job.source) == size
+            if job.source not in done and size > 0 and settled:
                 ready.append(job)
+            waiting |= not settled  # is still being written, or was not there before
             sizes[job.source] = size
         if ready:
             done |= {job.source for job in ready}

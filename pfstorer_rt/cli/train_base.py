@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from pfstorer_rt.cli.options import SEED
+
 
 @click.command()
 @click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PHOTOS...")
@@ -31,7 +33,7 @@ import click
 @click.option("--p-hq", type=click.FloatRange(0, 1), help="Share of the pairs that are not degraded. [default: 0.03]")
 @click.option("--first-step", type=click.FloatRange(0, 1), help="Share of the samples at timestep 999. [default: 0]")
 @click.option("--learning-rate", type=float, help="Of the restorer. [default: 5e-4]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
 @click.option("--workers", type=click.IntRange(0), default=1, show_default=True, help="Processes preparing batches.")

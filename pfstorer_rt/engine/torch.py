@@ -59,9 +59,12 @@ def component_names(component: str, base: Base, strength: bool) -> tuple[tuple[s
     }[component]
 
 
-def open_sessions(base: Base, identity: Identity | None = None) -> dict[str, TorchSession]:
-    """Open all components of a base, with an identity or without."""
+def open_sessions(
+    base: Base, identity: Identity | None = None, attention: str = "auto"
+) -> dict[str, TorchSession]:
+    """Open all components of a base, with an identity or without, on a backend of `pfstorer_rt.attention`."""
     modules = component_modules(base, identity)
+    base.set_attention(attention, modules["denoiser"])
     strength = bool(getattr(modules["denoiser"], "has_strength", False))
     return {c: TorchSession(modules[c], *component_names(c, base, strength), base.device) for c in COMPONENTS}
 

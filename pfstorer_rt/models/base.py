@@ -23,6 +23,7 @@ from pfstorer_rt.config import PRESETS, BaseConfig, base_config_from_dict, to_js
 from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.files import atomic_entries, check_space, fingerprint_tensors, show_path
 from pfstorer_rt.models.cfw import ControllableFeatureWrapping, Features
+from pfstorer_rt.models.personalization import PersonalizationBlock
 from pfstorer_rt.models.prompt import PromptEncoder, tokenize
 from pfstorer_rt.models.structure import StructureEncoder
 from pfstorer_rt.models.unet import RestorationUNet
@@ -113,10 +114,16 @@ class Base:
             module.eval().requires_grad_(False)
         return self
 
-    def set_attention(self, backend: str = "auto") -> str:
-        """Choose the backend of the kernels of UNet and structure encoder; returns the name taken."""
+    def set_attention(self, backend: str = "auto", *attached: nn.Module) -> str:
+        """Choose the backend of the kernels of UNet and structure encoder; returns the name taken.
+
+        attached: networks that work on this base's features (personalization blocks, or a UNet of their own).
+        Raises `MissingBackendError` when the named one is refused.
+        """
         choice = choose(backend, self.device, self.config.head_size)
-        self.unet.set_kernels(choice.kernels)
+        for module in (self.unet, *(m for network in attached for m in network.modules())):
+            if isinstance(module, (RestorationUNet, PersonalizationBlock)):
+                module.set_kernels(choice.kernels)
         self.structure_encoder.set_attention(choice.kernels.attention)
         return choice.name
 

@@ -12,15 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from pfstorer_rt.attention import choose, training_backend
+from pfstorer_rt.attention import training_backend
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.files import make_folder, sha256_file
 from pfstorer_rt.identity import Identity, named_identity
 from pfstorer_rt.models.base import Base, load_base
-from pfstorer_rt.models.personalization import PersonalizationBlock
 from pfstorer_rt.models.reference import reference_features
-from pfstorer_rt.models.unet import RestorationUNet
 from pfstorer_rt.training.base import signature
 from pfstorer_rt.training.data import center_crop, find_images, read_photo
 from pfstorer_rt.training.loop import make_accelerator, train
@@ -58,7 +56,8 @@ def personalize(
         DreamBoothObjective(base, config) if config.method == "dreambooth" else PersonalizationObjective(base, config)
     )
     nn.Module.to(objective, accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    set_attention(objective, base, training_backend(accelerator.device))
+    backend = config.train.attention
+    base.set_attention(training_backend(accelerator.device) if backend == "auto" else backend, objective)
     mark = signature([asdict(config), base.fingerprint], paths)
     checkpoint = target.with_name(target.stem + ".training.pt")
     make_folder(checkpoint.parent)
@@ -66,7 +65,7 @@ def personalize(
     batches = BatchMaker(pool, config, accelerator.process_index, accelerator.num_processes)
     with saving_memory(objective, config.train, accelerator):
         train(objective, optimizer, batches, config.train, accelerator, checkpoint, mark, f"personalize {name}")
-    set_attention(objective, base, "auto")
+    base.set_attention("auto", objective)
     identity = make_identity(name, objective, base, config, paths, photos)
     if not all(bool(torch.isfinite(t).all()) for t in identity.tensors.values()):
         raise PFStorerError(f"{name}: training left values that are not finite; use a lower learning rate")
@@ -74,15 +73,6 @@ def personalize(
         identity.save(target)
         checkpoint.unlink(missing_ok=True)
     return identity
-
-
-def set_attention(objective: nn.Module, base: Base, backend: str) -> None:
-    """Send the attention of the base and of what is trained on it through a backend."""
-    base.set_attention(backend)
-    kernels = choose(backend, base.device, base.config.head_size).kernels
-    for module in objective.modules():
-        if isinstance(module, (PersonalizationBlock, RestorationUNet)):
-            module.set_kernels(kernels)
 
 
 def make_optimizer(objective: nn.Module, config: PersonalizeConfig) -> torch.optim.Optimizer:

@@ -46,6 +46,13 @@ def run(capsysbinary, monkeypatch):
 
 
 @pytest.fixture
+def restore(run, nano_plan):
+    """`restore` with the nano plan in as few steps as there are."""
+    fixed = ("restore", "--engine", nano_plan.path, "--backend", "onnxruntime", "--steps", 1)
+    return lambda *arguments, **more: run(*fixed, *arguments, **more)
+
+
+@pytest.fixture
 def refused(run):
     """Like `run`, for a call that must end with a status, one line on stderr, and nothing on stdout."""
 

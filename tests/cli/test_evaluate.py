@@ -94,6 +94,7 @@ def test_nothing_is_overwritten(run, refused, folders, tmp_path, tree):
     ([], "nothing to measure"), (["--inputs", "x", "--level", "light"], "not both"),
     (["--inputs", "x", "--save-inputs", "y"], "--level"), (["--outputs", "input=x"], "'input'"),
     (["--outputs", "a=x", "--outputs", "a=y"], "'a'"), (["--outputs", "a=x", "--seconds", "b=1"], "b=1"),
+    (["--outputs", "a=x", "--seconds", "a=nan"], "0 or more"), (["--outputs", "a=x", "--seconds", "a=-1"], "0 or more"),
     (["--outputs", "a=x", "--seconds", "a=nowhere"], "JSON"), (["--outputs", "absent"], "no such folder"),
     (["--outputs", "a=x", "--metrics", "beauty"], "beauty"),
 ])  # fmt: skip

@@ -1,0 +1,172 @@
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def test_a_dry_run_says_what_the_run_will_do_and_does_nothing(restore, save, tree, tmp_path):
+    save(tmp_path / "a.png", 150, 100)
+    before = tree(tmp_path)
+    planned = restore(tmp_path / "a.png", "--dry-run", "--json")
+    assert planned.status == 0 and tree(tmp_path) == before
+    said = json.loads(planned.out)
+    assert said["status"] == "planned" and (said["width"], said["height"], said["steps"]) == (160, 128, 1)
+    assert said["predicted_peak_mb"] > 50 and said["predicted_seconds"] > 0
+    assert json.loads(restore(tmp_path / "a.png", "--json").out)["tiles"] == said["tiles"] == 3 * 3
+    assert "9 tiles in batches of 4, 1 steps" in restore(tmp_path / "a.png", "--dry-run").out
+
+
+def test_suffix_format_and_quality(restore, save, tree, tmp_path):
+    for name in ("a.png", "b.jpg"):
+        save(tmp_path / "in" / name)
+    sizes = []
+    for quality in (30, 95):
+        out = tmp_path / str(quality)
+        done = restore(tmp_path / "in", "-o", out, "--suffix", "-new", "--format", "webp", "--quality", quality)
+        assert done.status == 0 and sorted(tree(out)) == ["a-new.webp", "b-new.webp"]
+        sizes.append(len(tree(out)["a-new.webp"]))
+    assert sizes[0] < sizes[1]
+    streamed = restore(tmp_path / "in" / "a.png", "-o", "-", "--format", "webp").stdout
+    assert Image.open(io.BytesIO(streamed)).format == "WEBP"
+    over = restore(tmp_path / "in", "--suffix", "")
+    assert over.status == 2 and "over an input" in over.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("in/a.png", "-o", "out.jpg", "--format", "webp"), "leave one of them out"),
+        (("in", "-o", "out.png"), "give a folder"),
+        (("in/a.png", "in/b.jpg", "-o", "out.png"), "give a folder"),
+        (("in/a.png", "--suffix", "x/y"), "--suffix 'x/y'"),
+        (("in/a.png", "--seed", 2**32), "4294967296 is not in the range"),
+    ],
+)
+def test_outputs_that_say_two_things_are_refused(restore, save, tree, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "in" / "a.png")
+    save(tmp_path / "in" / "b.jpg")
+    before = tree(tmp_path)
+    done = restore(*arguments)
+    assert done.status == 2 and words in done.errors[0]
+    assert tree(tmp_path) == before and not (tmp_path / "out.png").exists()
+
+
+def test_comparison_and_preview_lie_beside_and_are_no_inputs(restore, save, tree, tmp_path):
+    save(tmp_path / "a.png")
+    report = json.loads(restore(tmp_path / "a.png", "--compare", "--preview", "--json", "--scale", 2).out)
+    assert sorted(tree(tmp_path)) == ["a.png", "a_restored.png", "a_restored_compare.png", "a_restored_preview.png"]
+    with Image.open(report["compare"]) as both, Image.open(tmp_path / "a_restored.png") as result:
+        assert both.size == (2 * 80 + 8, 48)
+        assert np.array_equal(np.asarray(both)[:, 88:], np.asarray(result))
+        large = np.asarray(Image.open(tmp_path / "a.png").resize((80, 48), Image.Resampling.BICUBIC), float)
+        assert np.abs(np.asarray(both)[:, :80] - large).mean() < 5  # another cubic kernel
+    again = restore(tmp_path, "--json")
+    assert [json.loads(line)["input"] for line in again.out.splitlines()] == [str(tmp_path / "a.png")]
+
+
+def test_what_lies_beside_a_result_is_not_overwritten_either(restore, save, tmp_path):
+    save(tmp_path / "a.png")
+    mine = [save(tmp_path / f"a_restored_{word}.png", seed=7) or tmp_path / f"a_restored_{word}.png"
+            for word in ("preview", "compare")]  # fmt: skip
+    before = [path.read_bytes() for path in mine]
+    report = json.loads(restore(tmp_path / "a.png", "--compare", "--preview", "--json").out)
+    assert [path.read_bytes() for path in mine] == before
+    assert report["status"] == "done" and all("was left as it is" in note for note in report["notes"])
+    assert restore(tmp_path / "a.png", "--compare", "--preview", "--overwrite").status == 0
+    assert all(path.read_bytes() != old for path, old in zip(mine, before, strict=True))
+
+
+def test_a_report_that_cannot_be_written_is_a_failure(restore, save, tmp_path, monkeypatch):
+    from pfstorer_rt.cli import jobs
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    save(tmp_path / "a.png")
+    monkeypatch.setattr(jobs, "show", full)
+    done = restore(tmp_path / "a.png", "--json")
+    assert done.status == 1 and "No space left" in done.errors[-1]
+    assert (tmp_path / "a_restored.png").exists()
+
+
+def test_several_engines_over_one_folder(run, save, tree, tmp_path, nano_plan, base_plan):
+    save(tmp_path / "in" / "a.png")
+    engines = ("--engine", nano_plan.path, "--engine", base_plan.path)
+    assert run("restore", *engines, "--steps", 1, tmp_path / "in", "-o", tmp_path / "out").status == 0
+    assert sorted(tree(tmp_path / "out")) == ["a_alice_restored.png", "a_base_restored.png"]
+    twice = run("restore", "--engine", nano_plan.path, "--engine", nano_plan.path, tmp_path / "in")
+    assert twice.status == 2 and "rename one" in twice.errors[0]
+
+
+def test_a_watched_folder_is_restored_as_it_fills(restore, save, tree, tmp_path):
+    import threading
+
+    (tmp_path / "in").mkdir()
+    threading.Timer(0.2, lambda: save(tmp_path / "in" / "a.png")).start()
+    done = restore("--watch", tmp_path / "in", "-o", tmp_path / "out", "--idle", 1)
+    assert done.status == 0 and list(tree(tmp_path / "out")) == ["a_restored.png"]
+
+
+def test_a_watched_folder_with_two_pictures_of_one_name_says_so(restore, save, tmp_path):
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / "a.png")
+    save(tmp_path / "in" / "a.jpg")
+    done = restore("--watch", tmp_path / "in", "-o", tmp_path / "out", "--format", "png", "--idle", 4)
+    assert done.status == 2 and "several inputs would be written to" in done.errors[0]
+
+
+def test_an_input_is_safe_however_it_is_spelled(restore, save, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    save(tmp_path / "real" / "a.png")
+    save(tmp_path / "real" / "a_restored.png")
+    before = [p.read_bytes() for p in sorted((tmp_path / "real").iterdir())]
+    calls = [("real/a.png", "-o", tmp_path / "real" / "a.png"), ("real/a.png", "-o", "link/a.png"),
+             ("real/a.png", "real/a_restored.png")]  # fmt: skip
+    for call in calls:
+        done = restore(*call, "--overwrite")
+        assert done.status == 2 and "over an input" in done.errors[0], call
+    assert [p.read_bytes() for p in sorted((tmp_path / "real").iterdir())] == before
+
+
+def test_results_inside_the_folder_of_inputs_are_not_restored_again(restore, save, tree, tmp_path):
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / "a.png")
+    for _ in range(2):
+        done = restore(tmp_path / "in", "-o", tmp_path / "in" / "out", "--suffix", "")
+        assert done.status == 0
+    assert sorted(tree(tmp_path / "in")) == ["a.png", "out/a.png"]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--watch", ".", "a.png"), ("--idle", "1", "a.png")])
+def test_watching_and_naming_exclude_each_other(restore, arguments):
+    done = restore(*arguments)
+    assert done.status == 2 and "--watch" in done.errors[0]
+
+
+def test_distances_to_references_are_reported_and_warned_of(restore, save, tmp_path, monkeypatch):
+    from pfstorer_rt.cli import references
+
+    # A "face" is the mean brightness: the references are bright, the input is, the result is not.
+    monkeypatch.setattr(references, "face_embedder", lambda: lambda pixels: np.array([pixels.mean()]))
+    monkeypatch.setattr("pfstorer_rt.canvas.color_fix", lambda content, style, kind: content * 0 - 1)
+    Image.new("RGB", (40, 24), "white").save(tmp_path / "white.png")
+    Image.new("RGB", (40, 24), "white").save(tmp_path / "a.png")
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "white.png").rename(tmp_path / "refs" / "white.png")
+    done = restore(tmp_path / "a.png", "--refs", tmp_path / "refs", "--json", "--color-fix", "none")
+    report = json.loads(done.out)
+    assert report["id_distance"] == 1 and report["id_distance_input"] == 0
+    assert "farther from the references" in report["notes"][0]
+
+
+def test_references_need_the_metrics(restore, save, tmp_path, monkeypatch):
+    from pfstorer_rt.cli import references
+
+    monkeypatch.setattr(references, "face_embedder", lambda: None)
+    done = restore(save(tmp_path / "a.png"), "--refs", tmp_path)
+    assert done.status == 2 and "pip install 'pfstorer-rt[metrics]'" in done.errors[0]

@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from pfstorer_rt.engine.session import HostSession
+from pfstorer_rt.plan import COMPONENTS
+from pfstorer_rt.restore import Restorer
+from pfstorer_rt.sampling import alphas_cumprod
+
+
+@pytest.fixture(scope="module")
+def restorer(nano_base):
+    with Restorer.from_base(nano_base, device="cpu") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def personal(nano_base, nano_identity):
+    with Restorer.from_base(nano_base, nano_identity, device="cpu") as made:
+        yield made
+
+
+class Counting(HostSession):
+    """A session that writes down what goes through it."""
+
+    def __init__(self, session):
+        self.session, self.calls = session, []
+        self.inputs, self.outputs, self.provider = session.inputs, session.outputs, session.provider
+
+    def run(self, **arrays):
+        self.calls.append({name: array.copy() for name, array in arrays.items()})
+        return self.session.run(**arrays)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture(scope="session")
+def counting():
+    """The class of sessions that write down what goes through them."""
+    return Counting
+
+
+@pytest.fixture
+def counted(restorer):
+    """The restorer with counting sessions, by component."""
+    sessions = {name: Counting(session) for name, session in restorer._sessions.items()}
+    return Restorer(restorer.manifest, sessions, "torch"), sessions
+
+
+class Perfect(HostSession):
+    """Networks that lose nothing: pixels are shuffled into channels, and the denoiser knows the clean latent."""
+
+    def __init__(self, component):
+        self.component, self.provider = component, "test"
+        self.inputs = {"encoder": ("image",), "denoiser": ("x", "t", "z_lq"), "decoder": ("latent",)}[component]
+        self.outputs = {"encoder": ("mean",), "denoiser": ("prediction",), "decoder": ("image",)}[component]
+
+    def run(self, **arrays):
+        a = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if self.component == "encoder":
+            return {"mean": torch.nn.functional.pixel_unshuffle(a["image"], 8).numpy()}
+        if self.component == "decoder":
+            return {"image": torch.nn.functional.pixel_shuffle(a["latent"], 8).numpy()}
+        abar = torch.from_numpy(alphas_cumprod())[a["t"].long()][:, None, None, None]
+        return {"prediction": ((a["x"] - abar.sqrt() * a["z_lq"]) / (1 - abar).sqrt()).float().numpy()}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def perfect(restorer):
+    return Restorer(restorer.manifest, {name: Perfect(name) for name in COMPONENTS}, "torch")
