@@ -45,14 +45,23 @@ def measure(
     return worst
 
 
+def within(figures: dict[str, float], precision: str) -> bool:
+    """Whether `measure`'s figures are within the precision's limit; what is not finite never is."""
+    return figures["relative"] <= LIMIT[precision]
+
+
+def describe(figures: dict[str, float], precision: str) -> str:
+    """Say how far a graph is from its original."""
+    return (
+        f"the exported graph differs from PyTorch by {figures['relative']:.2e} of the output's deviation; at most "
+        f"{LIMIT[precision]:.0e} is allowed at {precision}"
+    )
+
+
 def check(component: str, figures: dict[str, float], precision: str) -> None:
     """Raise `ParityError` when `measure`'s figures are over the precision's limit."""
-    limit = LIMIT[precision]
-    if not figures["relative"] <= limit:
-        raise ParityError(
-            f"{component}: the exported graph differs from PyTorch by {figures['relative']:.2e} of the output's "
-            f"deviation; at most {limit:.0e} is allowed at {precision}; no plan was written"
-        )
+    if not within(figures, precision):
+        raise ParityError(f"{component}: {describe(figures, precision)}; no plan was written")
 
 
 def outputs_and_largest(original: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[list[Array], float]:

@@ -224,9 +224,9 @@ def tampered(model_bytes):
 def test_a_changed_graph_is_found(nano_plan, nano_base, nano_identity):
     expected = build.expect("denoiser", nano_base, nano_identity, "fp32")
     good = nano_plan.read("denoiser")
-    assert build.compare("denoiser", good, expected, "fp32")["relative"] <= 1e-4
+    assert parity.within(build.compare(good, expected), "fp32")
     with pytest.raises(ParityError, match="denoiser: the exported graph differs from PyTorch"):
-        build.compare("denoiser", tampered(good), expected, "fp32")
+        parity.check("denoiser", build.compare(tampered(good), expected), "fp32")
 
 
 def test_a_graph_that_differs_leaves_no_file(nano_base, nano_identity, tmp_path, monkeypatch):

@@ -132,6 +132,15 @@ def test_a_decoder_that_would_overflow_stays_in_fp32(tmp_path):
     assert any("decoder: its values reach" in line and "stays in fp32" in line for line in told)
 
 
+def test_an_encoder_that_halves_do_not_serve_stays_in_fp32(nano_base, tmp_path, monkeypatch):
+    monkeypatch.setitem(parity.LIMIT, "fp16", 1e-4)  # what fp32 meets and halves cannot
+    told = []
+    expected, progress = build.expect("encoder", nano_base, None, "fp16"), build.Progress(line=told.append)
+    made = build.export_component("encoder", nano_base, None, "fp16", expected, True, tmp_path, progress)
+    assert made.precision == "fp32" and made.figures["relative"] <= 1e-4
+    assert any("encoder: the exported graph differs" in line and "stays in fp32" in line for line in told)
+
+
 def test_a_denoiser_that_would_overflow_is_refused(tmp_path):
     base = build_base("nano", seed=0)
     with torch.no_grad():
