@@ -30,8 +30,8 @@ from .tensorrt import BuildOptions, EngineBuilder
 
 TARGETS = ("onnx", "tensorrt", "tensorrt-rtx")
 PRECISIONS = ("fp32", "fp16")
-ORDINARY = 2
-"""Batches of ordinary inputs, of 1 and of 3, that every export is checked on before any of `probe_inputs`."""
+ORDINARY = (1, 3)
+"""Batches of ordinary inputs that every export is checked on; `probe_inputs` come after them."""
 DEFAULT_PRECISION = {"onnx": "fp32", "tensorrt": "fp16", "tensorrt-rtx": "fp16"}
 """What `auto` means: halves where the hardware is fast at them."""
 
@@ -224,11 +224,10 @@ def export_component(
     exported.figures = compare(exported.model, expected)
     if precision == "fp16" and component != "denoiser" and not parity.within(exported.figures, precision):
         progress.line(f"{component}: {parity.describe(exported.figures, precision)}; it stays in fp32")
-        # As any fp32 export: flat tiles are for halves, and ONNX Runtime's GroupNorm is inexact on them in fp32 too.
-        ordinary = Expected(expected.inputs[:ORDINARY], expected.outputs[:ORDINARY])
-        return export_component(
-            component, base, identity, "fp32", ordinary, onnx_target, folder, progress, plugins
-        )  # fmt: skip
+        # Checked as any fp32 export: probes are for halves, and ONNX Runtime is inexact on flat tiles in fp32 too.
+        n = len(ORDINARY)
+        ordinary = Expected(expected.inputs[:n], expected.outputs[:n])
+        return export_component(component, base, identity, "fp32", ordinary, onnx_target, folder, progress, plugins)
     parity.check(component, exported.figures, precision)
     progress.line(f"{component}: differs from PyTorch by {exported.figures['relative']:.1e} of the output's deviation")
     return exported
@@ -272,7 +271,7 @@ def expect(component: str, base: Base, identity: Identity | None, precision: str
     """Run a component's original on what the export will be compared on."""
     original = component_modules(base, identity)[component].eval()
     strength = bool(getattr(original, "has_strength", False))
-    expected = Expected([example_inputs(component, base, strength, 2 * i + 1) for i in range(ORDINARY)])
+    expected = Expected([example_inputs(component, base, strength, batch) for batch in ORDINARY])
     expected.outputs = [parity.outputs_of(original, inputs) for inputs in expected.inputs]
     if precision == "fp16":
         for inputs in probe_inputs(component, base, strength).values():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
-from pfstorer_rt.cli.options import SEED
-from pfstorer_rt.config import Attention
+from pfstorer_rt.cli.options import ATTENTION, SEED
 
 
 @click.command()
@@ -26,7 +25,7 @@ from pfstorer_rt.config import Attention
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
 @click.option(
-    "--attention", type=click.Choice(get_args(Attention)), default="auto", show_default=True,
+    "--attention", type=ATTENTION, default="auto", show_default=True,
     help="What computes attention, gates and norms; triton needs an NVIDIA GPU.",
 )  # fmt: skip
 @click.option("--gradient-checkpointing", is_flag=True, help="Compute activations twice: less memory, more time.")

@@ -91,7 +91,9 @@ def plan_jobs(
     """
     found = find_inputs(inputs, suffix)
     single = len(found) == 1 and not any(Path(text).is_dir() for text in inputs) and not engine
-    check_output(output, extension, single)
+    file = output_file(output)
+    if file:
+        check_file(file, extension, single)
     explicit = {Path(text) for text in inputs if not Path(text).is_dir()}
     jobs = []
     for source, relative in found:
@@ -105,8 +107,8 @@ def plan_jobs(
         elif output is None:
             assert source is not None
             target = source.with_name(named.name)
-        elif single and Path(output).suffix and not Path(output).is_dir() and not output.endswith("/"):
-            target = Path(output)
+        elif single and file:
+            target = file
         else:
             target = Path(output) / named
         jobs.append(Job(source, target, source is None or source in explicit))
@@ -114,15 +116,20 @@ def plan_jobs(
     return jobs
 
 
-def check_output(output: str | None, extension: str | None, single: bool) -> None:
-    """Raise `click.UsageError` for an output that says another thing than the inputs or the format."""
-    if output in (None, STREAM) or Path(str(output)).is_dir() or str(output).endswith("/"):
-        return
-    kind = SAVE_FORMATS.get(Path(str(output)).suffix.lower())
+def output_file(output: str | None) -> Path | None:
+    """Return the file that an output names; None for a folder, stdout, or none given."""
+    if output is None or output == STREAM or output.endswith("/") or Path(output).is_dir():
+        return None
+    return Path(output) if Path(output).suffix else None
+
+
+def check_file(file: Path, extension: str | None, single: bool) -> None:
+    """Raise `click.UsageError` for a file that says another thing than the inputs or the format."""
+    kind = SAVE_FORMATS.get(file.suffix.lower())
     if kind and not single:
-        raise click.UsageError(f"-o {output}: a picture's name for several results; give a folder")
+        raise click.UsageError(f"-o {file}: a picture's name for several results; give a folder")
     if kind and extension and kind != SAVE_FORMATS[extension]:
-        raise click.UsageError(f"-o {output} is {kind}, --format says {SAVE_FORMATS[extension]}; leave one of them out")
+        raise click.UsageError(f"-o {file} is {kind}, --format says {SAVE_FORMATS[extension]}; leave one of them out")
 
 
 def is_inside(source: Path | None, output: str | None, inputs: Sequence[str]) -> bool:

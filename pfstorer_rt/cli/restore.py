@@ -8,12 +8,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pfstorer_rt.cli.options import SEED
-from pfstorer_rt.config import Attention
+from pfstorer_rt.cli.options import ATTENTION, SEED
 from pfstorer_rt.image import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
 @click.option("--provider", help="Where the backend runs: cpu, cuda; with openvino CPU, CPU:f32, GPU.")
 @click.option(
     "--attention",
-    type=click.Choice(get_args(Attention)),
+    type=ATTENTION,
     default="auto",
     show_default=True,
     help="In PyTorch: what computes attention, gates and norms; triton needs an NVIDIA GPU.",
