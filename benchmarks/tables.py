@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
     "PFStorer, 50 steps": Method({}, RestoreConfig(steps=50), ablation=True),
     "PFStorer, strength 0.5": Method({}, RestoreConfig(strength=0.5), ablation=True),
     "PFStorer, strength 1.5": Method({}, RestoreConfig(strength=1.5), ablation=True),
-    "PFStorer, lambda_gen 0": Method({"lambda_gen": 0.0}, ablation=True),
+    "PFStorer, lambda_gen 0.1": Method({"lambda_gen": 0.1}, ablation=True),
     "PFStorer, lambda_gen 1": Method({"lambda_gen": 1.0}, ablation=True),
     "PFStorer, self": Method({"ref_source": "self"}, ablation=True),
 }

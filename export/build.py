@@ -30,8 +30,8 @@ from .tensorrt import BuildOptions, EngineBuilder
 
 TARGETS = ("onnx", "tensorrt", "tensorrt-rtx")
 PRECISIONS = ("fp32", "fp16")
-ORDINARY = (1, 3)
-"""Batches of ordinary inputs that every export is checked on; `probe_inputs` come after them."""
+ORDINARY = ((1, 1), (3, 2))
+"""`batch` and `part` of the `example_inputs` that every export is checked on; `probe_inputs` come after them."""
 DEFAULT_PRECISION = {"onnx": "fp32", "tensorrt": "fp16", "tensorrt-rtx": "fp16"}
 """What `auto` means: halves where the hardware is fast at them."""
 
@@ -271,7 +271,7 @@ def expect(component: str, base: Base, identity: Identity | None, precision: str
     """Run a component's original on what the export will be compared on."""
     original = component_modules(base, identity)[component].eval()
     strength = bool(getattr(original, "has_strength", False))
-    expected = Expected([example_inputs(component, base, strength, batch) for batch in ORDINARY])
+    expected = Expected([example_inputs(component, base, strength, *shape) for shape in ORDINARY])
     expected.outputs = [parity.outputs_of(original, inputs) for inputs in expected.inputs]
     if precision == "fp16":
         for inputs in probe_inputs(component, base, strength).values():

@@ -86,19 +86,25 @@ def fused_modules(base: Base, identity: Identity | None = None) -> dict[str, nn.
     return {name: fused_module(name, base, identity) for name in COMPONENTS}
 
 
-def example_inputs(component: str, base: Base, strength: bool, batch: int = EXAMPLE_BATCH) -> dict[str, torch.Tensor]:
-    """Return inputs of a component with the statistics it meets in use."""
+def example_inputs(
+    component: str, base: Base, strength: bool, batch: int = EXAMPLE_BATCH, part: int = 1
+) -> dict[str, torch.Tensor]:
+    """Return inputs of a component with the statistics it meets in use.
+
+    part: encoder and decoder, which know pictures of all sizes, get those of a tile's side over this.
+    """
     generator = torch.Generator().manual_seed(0)
     side, channels = base.config.latent_tile, base.config.latent_channels
+    side = side if component == "denoiser" else side // part
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
     if component == "encoder":
-        return {"image": normal(batch, 3, base.config.tile, base.config.tile).clamp(-1, 1)}
+        return {"image": normal(batch, 3, side * base.config.factor, side * base.config.factor).clamp(-1, 1)}
     if component == "decoder":
         latent = {"latent": normal(batch, channels, side, side)}
-        return latent | wrapped_features(base, example_inputs("encoder", base, False, batch)["image"])
+        return latent | wrapped_features(base, example_inputs("encoder", base, False, batch, part)["image"])
     t = torch.rand(batch, generator=generator) * 999
     inputs = {"x": normal(batch, channels, side, side), "t": t, "z_lq": normal(batch, channels, side, side)}
     return {**inputs, "strength": torch.ones(1)} if strength else inputs

@@ -10,8 +10,8 @@ from pfstorer_rt.models.base import Base
 
 from .graph import wrapped_features
 
-TIMESTEPS = (999.0, 250.0, 0.0)
-"""Where a denoiser is tried: on noise, halfway, and on an all but clean latent."""
+TIMESTEPS = {"photo": (999.0, 250.0, 0.0), "noise": (999.0,), "white": (250.0,), "grey": (0.0,), "black": (0.0,)}
+"""Where a denoiser is tried on each tile: on noise, halfway, and on an all but clean latent."""
 
 
 def probe_tiles(tile: int) -> dict[str, torch.Tensor]:
@@ -28,10 +28,17 @@ def probe_tiles(tile: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def probe_inputs(component: str, base: Base, strength: bool) -> dict[str, dict[str, torch.Tensor]]:
-    """Return a component's inputs for each of `probe_tiles`, by the tile's name."""
+    """Return a component's inputs for each of `probe_tiles`, by the tile's name.
+
+    Encoder and decoder know pictures of all sizes, and get small ones where all places look the same.
+    """
     probes: dict[str, dict[str, torch.Tensor]] = {}
     generator = torch.Generator().manual_seed(1)
-    for name, image in probe_tiles(base.config.tile).items():
+    tile = base.config.tile
+    tiles = probe_tiles(tile)
+    if component != "denoiser":
+        tiles |= {name: image for name, image in probe_tiles(tile // 4).items() if name != "photo"}
+    for name, image in tiles.items():
         if component == "encoder":
             probes[name] = {"image": image}
             continue
@@ -39,7 +46,7 @@ def probe_inputs(component: str, base: Base, strength: bool) -> dict[str, dict[s
         if component == "decoder":
             probes[name] = {"latent": z, **wrapped_features(base, image)}
             continue
-        t = torch.tensor(TIMESTEPS)
+        t = torch.tensor(TIMESTEPS[name])
         abar = base.scheduler.alphas_cumprod[t.long()][:, None, None, None]
         x = abar.sqrt() * z + (1 - abar).sqrt() * torch.randn((len(t), *z.shape[1:]), generator=generator)
         probes[name] = {"x": x, "t": t, "z_lq": z.expand(len(t), -1, -1, -1).contiguous()}

@@ -51,7 +51,7 @@ class BaseConfig:
     head_size: int = 64
     """Head size of the personalization blocks."""
     personalize: dict[str, Any] = field(default_factory=dict)
-    """Fields of `TrainConfig` that learning a person on this base wants otherwise: narrow blocks take larger steps."""
+    """Fields of `PersonalizeConfig` and of its `train` that learning a person on this base wants otherwise."""
     spade_hidden: int = 128
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     factor: int = 8
@@ -133,13 +133,12 @@ PRESETS: dict[str, BaseConfig] = {
     # The shipped base: three levels, all weights together under 24 MB in fp16.
     "tiny": BaseConfig(
         name="tiny", tile=192, head_size=32, spade_hidden=32, prediction_type="v_prediction",
-        layers=("up_blocks.0.attentions.1", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1",
-                "up_blocks.2.attentions.1"),
+        layers=tuple(f"up_blocks.{block}.attentions.{layer}" for block in range(3) for layer in range(2)),
         unet=_unet(8, (64, 128, 160), (2, 4, 5), 64, layers_per_block=1),
         structure=StructureConfig(width=32, multipliers=(1, 2, 2), heads=1, out_channels=48, res_blocks=1,
                                   norm_groups=16),
         vae=_tiny_vae(64, (0, 1, 2, 3), (3, 2, 1, 0), 8), text=_byte_text(64),
-        personalize={"learning_rate": 2e-3, "batch": 2, "decay": 0.5},
+        personalize={"learning_rate": 2e-3, "batch": 2, "decay": 0.5, "gamma_learning_rate": 5e-2, "lambda_gen": 0.0},
         sampler="ddim", steps=2, licence="research, non-commercial",
     ),
     # StableSR on SD 2.1-base at 512 pixels (method: StableSR sections 2.1-2.5).
@@ -227,7 +226,10 @@ class PersonalizeConfig:
     @classmethod
     def for_base(cls, base: BaseConfig, train: Mapping[str, Any] | None = None, **values: Any) -> PersonalizeConfig:
         """Return a base's defaults with some values changed; `train` has fields of `TrainConfig`."""
-        return cls(train=TrainConfig(**{**base.personalize, **(train or {})}), **values)
+        training = {f.name for f in fields(TrainConfig)}
+        trained = {name: value for name, value in base.personalize.items() if name in training}
+        own = {name: value for name, value in base.personalize.items() if name not in training}
+        return cls(train=TrainConfig(**{**trained, **(train or {})}), **{**own, **values})
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def command(
 
 @contextmanager
 def shown_progress() -> Iterator[Progress]:
-    """Show an export's stages and a builder's phases on one bar."""
+    """Show an export's stages and a builder's phases on one bar, or the stages line by line where that is a log."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
@@ -99,7 +99,11 @@ def shown_progress() -> Iterator[Progress]:
     from pfstorer_rt.export.build import Progress
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=stderr(), transient=True) as bar:
+    console = stderr()
+    if not console.is_terminal:
+        yield Progress(line=console.print)
+        return
+    with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("export", total=None)
         yield Progress(
             line=lambda line: bar.update(task, description=line, total=None, completed=0),

@@ -18,7 +18,7 @@ from pfstorer_rt.cli.options import ATTENTION, SEED
 @click.option("--iterations", type=click.IntRange(1), help="500, unless the base says otherwise.")
 @click.option("--batch", type=click.IntRange(1), help="4, unless the base says otherwise.")
 @click.option("--learning-rate", type=float, help="Of the blocks; 5e-5, unless the base says otherwise.")
-@click.option("--lambda-gen", type=click.FloatRange(0), default=0.1, show_default=True)
+@click.option("--lambda-gen", type=click.FloatRange(0), help="Weight of L_gen; 0.1, unless the base says otherwise.")
 @click.option("--rank", type=click.IntRange(0), default=0, help="Rank of the blocks' matrices; 0 keeps them whole.")
 @click.option("--ref-source", type=click.Choice(["cached", "self"]), default="cached", show_default=True)
 @click.option("--seed", type=SEED, default=0, show_default=True)
@@ -70,11 +70,9 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
         "iterations", "batch", "learning_rate", "precision", "device", "seed", "optimizer", "gradient_checkpointing",
         "attention",
     )  # fmt: skip
-    config = PersonalizeConfig.for_base(
-        base.config, {name: options[name] for name in names if options[name] is not None},
-        method=options["method"], lambda_gen=options["lambda_gen"], rank=options["rank"],
-        ref_source=options["ref_source"],
-    )  # fmt: skip
+    own = ("method", "lambda_gen", "rank", "ref_source")
+    train, values = ({n: options[n] for n in group if options[n] is not None} for group in (names, own))
+    config = PersonalizeConfig.for_base(base.config, train, **values)
     identity = personalize(name, photos, base, config, target)
     if options["as_json"]:
         click.echo(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))

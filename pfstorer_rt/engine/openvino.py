@@ -31,7 +31,7 @@ class OpenVinoSession(HostSession):
 
     Where the batch alone is free, a network is compiled for each power of two and batches in between are filled up:
     networks of fixed shapes are faster. provider: a device, and a precision after a colon, such as `CPU`, `CPU:f32`
-    or `GPU:f16`; f32 unless another is asked for. cache: folder of compiled networks.
+    or `GPU:f16`; without one bf16 where the device computes it natively, else f32. cache: folder of compiled networks.
     """
 
     def __init__(self, model: bytes | Path, provider: str | None = None, cache: str | None = None) -> None:
@@ -41,13 +41,13 @@ class OpenVinoSession(HostSession):
         self._core: Any = openvino.Core()
         device, _, precision = (provider or "CPU").partition(":")
         _check_device(self._core, device)
-        precision = precision or "f32"
+        precision = precision or _best_precision(self._core, device)
         if precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
         self._device = device.upper()
         self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-        if cache:
-            self._settings["CACHE_DIR"] = cache
+        if cache:  # a folder for each precision: OpenVINO 2026.4 would load fp32's network for bf16, and give NaN
+            self._settings["CACHE_DIR"] = str(Path(cache) / precision)
         given = {"model": model} if isinstance(model, Path) else {"model": model, "weights": b""}
         self._network: Any = self._core.read_model(**given)
         self.inputs = tuple(port.get_any_name() for port in self._network.inputs)
@@ -91,6 +91,11 @@ def _check_device(core: Any, device: str) -> None:
     available = core.available_devices
     if not any(name.split(".")[0] == device.upper().split(".")[0] for name in available):
         raise MissingBackendError(f"OpenVINO device {device}: not here; it sees {', '.join(available)}")
+
+
+def _best_precision(core: Any, device: str) -> str:
+    """Return bf16 where the device computes it natively, else f32."""
+    return "bf16" if "BF16" in core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES") else "f32"
 
 
 def _fill(array: Array, batch: int) -> Array:

@@ -11,6 +11,7 @@ from pfstorer_rt.export.build import TARGETS
 
 import pfstorer_rt.engine.session as session_module
 from pfstorer_rt.engine import onnxruntime as ort_engine
+from pfstorer_rt.engine.openvino import OpenVinoSession
 from pfstorer_rt.engine.session import BACKENDS, choose_backend, open_session
 from pfstorer_rt.engine.torch import component_names, manifest, open_sessions
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
@@ -212,6 +213,21 @@ def test_openvino_keeps_compiled_networks_for_the_user_alone(nano_plan, private_
     open_session(nano_plan, "encoder", "openvino")
     folder = private_home / "cache" / "openvino" / nano_plan.manifest.identity_fingerprint[:16]
     assert list(folder.iterdir()) and folder.stat().st_mode & 0o077 == 0
+
+
+def test_openvino_keeps_the_networks_of_each_precision_apart(nano_plan, tmp_path):
+    rng = np.random.default_rng(0)
+    payload = nano_plan.read("denoiser")
+    x, z_lq = rng.standard_normal((2, 1, 4, 8, 8), np.float32)
+    inputs = {"x": x, "t": np.full(1, 500, np.float32), "z_lq": z_lq, "strength": np.ones(1, np.float32)}
+
+    def run(precision, cache):
+        with OpenVinoSession(payload, f"CPU:{precision}", cache) as session:
+            return session.run(**inputs)["prediction"]
+
+    run("f32", str(tmp_path))
+    for _ in range(2):  # compiled, and loaded
+        assert np.array_equal(run("bf16", str(tmp_path)), run("bf16", None))
 
 
 def test_providers_are_chosen_by_name(base_plan):

@@ -327,3 +327,17 @@ def test_two_processes_train_together(base, photos, tmp_path):
     found = launch(["-m", "torch.distributed.run", "--nproc-per-node", "2"], base, photos, tmp_path)
     assert all(t.isfinite().all() for t in found.tensors.values() if t.is_floating_point())
     assert all(found.tensors[f"blocks.{i}.gamma"].abs().max() > 0 for i in range(4))
+
+
+# ---- a base's own defaults
+
+
+def test_a_base_brings_defaults_and_the_caller_has_the_last_word():
+    wants = {"learning_rate": 2e-3, "batch": 2, "lambda_gen": 0.0}
+    config = replace(build_base("nano").config, personalize=wants)
+    own = PersonalizeConfig.for_base(config)
+    assert (own.train.learning_rate, own.train.batch, own.lambda_gen) == (2e-3, 2, 0.0)
+    asked = PersonalizeConfig.for_base(config, {"batch": 1}, lambda_gen=1.0)
+    assert (asked.train.learning_rate, asked.train.batch, asked.lambda_gen) == (2e-3, 1, 1.0)
+    with pytest.raises(TypeError, match="learning_rat"):
+        PersonalizeConfig.for_base(replace(config, personalize={"learning_rat": 1.0}))
