@@ -1,9 +1,9 @@
 """Is it faster than plain PyTorch? The same restoration by each of them, in turns, in one run.
 
-    python benchmarks/peers.py --engine tiny.plan --base tiny -o benchmarks/results/peers.csv [--size 192] [--runs 5]
+    python benchmarks/peers.py --engine tiny.plan --int8 tiny8.plan -o benchmarks/results/peers.csv [--size 192]
 
 Peers: diffusers' modules in eager PyTorch fp32 and bf16, and compiled by `torch.compile`; ours: the plan in ONNX
-Runtime, in OpenVINO fp32 and bf16. All run the same tiles, steps, sampler, noise and colour fix, on a portrait of
+Runtime, in OpenVINO fp32 and bf16, and one that was exported with `--precision int8` in both. All run the same tiles, steps, sampler, noise and colour fix, on a portrait of
 scikit-image's public-domain astronaut that was degraded with a fixed seed. Runs are interleaved, so that what else the
 machine does hits all of them alike; `p50` is the median of seconds, `ratio` the median over the rounds of eager fp32's
 time divided by this one's in the same round. `psnr` is of the result against the undegraded picture, `psnr_to_eager`
@@ -39,13 +39,15 @@ from pfstorer_rt.training.degradation import degrade
 
 OURS = {
     "onnxruntime": ("onnxruntime", None), "openvino f32": ("openvino", "CPU:f32"),
-    "openvino bf16": ("openvino", "CPU:bf16"),
+    "openvino bf16": ("openvino", "CPU:bf16"), "onnxruntime int8": ("onnxruntime", None),
+    "openvino int8": ("openvino", None),
 }  # fmt: skip
 EAGER = "eager fp32"
 
 
 @click.command()
 @click.option("--engine", required=True)
+@click.option("--int8", required=True, help="The same exported with --precision int8.")
 @click.option("--base", default="tiny", show_default=True)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 @click.option("--size", default=192, show_default=True)
@@ -53,12 +55,13 @@ EAGER = "eager fp32"
 @click.option("--steps", type=int)
 @click.option("--without", multiple=True, help="Names to leave out, such as compile.")
 def main(
-    engine: str, base: str, output: Path, size: int, runs: int, steps: int | None, without: tuple[str, ...]
+    engine: str, int8: str, base: str, output: Path, size: int, runs: int, steps: int | None, without: tuple[str, ...]
 ) -> None:
     truth, lq = picture(size)
     config = RestoreConfig(steps=steps)
+    plans = {name: int8 if "int8" in name else engine for name in OURS}
     with ExitStack() as stack:
-        calls = {n: c for n, c in competitors(engine, base, stack).items() if not any(w in n for w in without)}
+        calls = {n: c for n, c in competitors(plans, base, stack).items() if not any(w in n for w in without)}
         results = {name: call(lq, config) for name, call in calls.items()}  # warm-up, compilation included
         times: dict[str, list[float]] = {name: [] for name in calls}
         load = os.getloadavg()[0]
@@ -74,7 +77,7 @@ def main(
             "name": name, "size": size, "steps": steps or "own", "p50": round(float(np.median(times[name])), 4),
             "best": round(min(times[name]), 4), "ratio": round(float(np.median(ratios)), 2), "runs": runs,
             "psnr": round(psnr(result, truth), 3), "psnr_to_eager": round(min(99.0, psnr(result, results[EAGER])), 2),
-            **cold(name, engine, base), "load": round(load, 1), **machine(),
+            **cold(name, plans.get(name), base), "load": round(load, 1), **machine(),
         })  # fmt: skip
         click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:11]))
     with output.open("w", newline="") as file:
@@ -93,8 +96,10 @@ def picture(size: int) -> tuple[Pixels, Pixels]:
     return tuple(np.ascontiguousarray(i.permute(1, 2, 0).numpy()) for i in (image, bad))  # type: ignore[return-value]
 
 
-def competitors(engine: str, base: str, stack: ExitStack) -> dict[str, Callable[[Pixels, RestoreConfig], Pixels]]:
-    """Open everything that will run."""
+def competitors(
+    plans: dict[str, str], base: str, stack: ExitStack
+) -> dict[str, Callable[[Pixels, RestoreConfig], Pixels]]:
+    """Open everything that will run; plans: files by the names in `OURS`."""
     eager = stack.enter_context(Restorer.from_base(base, device="cpu"))
     compiled = stack.enter_context(Restorer.from_base(base, device="cpu"))
     for session in compiled._sessions.values():
@@ -108,16 +113,16 @@ def competitors(engine: str, base: str, stack: ExitStack) -> dict[str, Callable[
         EAGER: eager.restore, "eager bf16": half, "compile fp32": compiled.restore,
     }  # fmt: skip
     for name, (backend, provider) in OURS.items():
-        calls[name] = stack.enter_context(Restorer.from_plan(engine, backend, provider=provider)).restore
+        calls[name] = stack.enter_context(Restorer.from_plan(plans[name], backend, provider=provider)).restore
     return calls
 
 
-def cold(name: str, engine: str, base: str) -> dict[str, Any]:
+def cold(name: str, engine: str | None, base: str) -> dict[str, Any]:
     """Restore one tile in a new process."""
     if name not in (EAGER, *OURS):
         return {"cold_s": "", "cold_peak_mb": ""}
     chosen = ["--base", base]
-    if name in OURS:
+    if engine:
         backend, provider = OURS[name]
         chosen = ["--engine", engine, "--backend", backend, *(["--provider", provider] if provider else [])]
     with TemporaryDirectory() as folder:

@@ -26,8 +26,8 @@ Row = dict[str, Any]
     help="onnx runs anywhere; tensorrt-rtx on NVIDIA GPUs, and is built without one; tensorrt on this GPU.",
 )  # fmt: skip
 @click.option(
-    "--precision", type=click.Choice(["auto", "fp32", "fp16"]), default="auto", show_default=True,
-    help="auto: fp32 for onnx, fp16 for TensorRT.",
+    "--precision", type=click.Choice(["auto", "fp32", "fp16", "int8"]), default="auto", show_default=True,
+    help="auto: fp32 for onnx, fp16 for TensorRT. int8: 8-bit convolutions, for onnx on CPUs.",
 )  # fmt: skip
 @click.option(
     "--compute-capability", "capabilities", multiple=True, metavar="X.Y",
@@ -118,7 +118,7 @@ def compare_with_torch(plan: Plan, identity: str | None, base: str | None) -> li
 
     rows = compare_plan(plan, identity, base)
     try:
-        check_rows(rows)
+        check_rows(rows, plan.manifest.precision)
     except ParityError as error:
         raise ParityError(f"{error}; no plan was written") from error
     return rows
@@ -127,9 +127,10 @@ def compare_with_torch(plan: Plan, identity: str | None, base: str | None) -> li
 def report(plan: Plan, comparison: list[Row] | None, verbose_engine: bool, as_json: bool) -> None:
     """Print what was written."""
     from pfstorer_rt.export.build import not_run
+    from pfstorer_rt.export.parity import judged
 
     manifest = plan.manifest
-    parity = {name: payload.parity["relative"] for name, payload in manifest.payloads.items()}
+    parity = {name: judged(payload.parity, payload.precision) for name, payload in manifest.payloads.items()}
     precisions = {name: payload.precision for name, payload in manifest.payloads.items()}
     layers = {name: payload.layers for name, payload in manifest.payloads.items()} if verbose_engine else {}
     unchecked = not_run(manifest.target) if comparison is not None else None

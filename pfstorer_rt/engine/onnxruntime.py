@@ -52,8 +52,9 @@ def on_gpu() -> bool:
 class OnnxRuntimeSession(HostSession):
     """One ONNX payload, or a file with its weights beside it, in ONNX Runtime.
 
-    Its defaults are kept: all graph optimizations, the memory arena and a thread for each core;
-    `benchmarks/engine_options.py` compares them with others.
+    Its defaults are kept (all graph optimizations, the memory arena and a thread for each core) but for one: threads
+    sleep between runs. By default those of one session keep spinning for work after a run, and take the cores from the
+    next session: on two cores a picture took twice as long. `benchmarks/engine_options.py` compares other settings.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class OnnxRuntimeSession(HostSession):
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if weights:
             sizes = [len(data) for data in weights.values()]
             options.add_external_initializers_from_files_in_memory([*weights], [*weights.values()], sizes)

@@ -130,8 +130,8 @@ def test_parity_is_measured_and_small(name, request):
     plan = request.getfixturevalue(name)
     for component in COMPONENTS:
         figures = plan.manifest.payloads[component].parity
-        assert figures.keys() == {"max_abs", "std", "relative"}
-        assert 0 <= figures["relative"] <= 1e-4
+        assert figures.keys() == {"max_abs", "std", "relative", "rms"}
+        assert 0 <= figures["rms"] <= figures["relative"] <= 1e-4
         assert figures["std"] > 1e-3
 
 

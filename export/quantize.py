@@ -1,0 +1,103 @@
+"""int8: convolutions and matrix products in 8 bits, with ranges that are measured on photographs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from skimage import data
+
+from pfstorer_rt.engine.session import Array
+from pfstorer_rt.image import resize_bicubic
+from pfstorer_rt.models.base import Base
+
+from .graph import wrapped_features
+
+SAMPLES = 20
+TIMESTEPS = (999.0, 749.0, 499.0, 249.0, 0.0)
+"""Where the denoiser's ranges are measured, in turns: from noise, where few-step sampling starts, to an all but clean
+latent."""
+OPERATORS = ["Conv", "MatMul", "Gemm"]
+"""What is computed in 8 bits. Norms, attention and gates stay as they were."""
+
+
+def calibration_tiles(tile: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (LQ, HQ) tiles (1, 3, tile, tile) in [-1, 1]: parts of public-domain photographs that scikit-image ships.
+
+    Every other LQ tile is blurred by a factor of 2 to 4 and noisy, the others are the photograph itself.
+    """
+    generator = torch.Generator().manual_seed(0)
+    photos = [data.astronaut()[:256, 96:352], data.chelsea(), data.coffee(), data.rocket()]
+    for i in range(SAMPLES):
+        photo = torch.from_numpy(photos[i % len(photos)].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        side = int(min(photo.shape[-2:]) * (0.5 + 0.5 * float(torch.rand((), generator=generator))))
+        top, left = (int(torch.randint(n - side + 1, (), generator=generator)) for n in photo.shape[-2:])
+        hq = resize(photo[..., top : top + side, left : left + side], tile)
+        lq = hq
+        if i % 2:
+            lq = resize(resize(hq, tile // (2 + i % 3)), tile)
+            lq = lq + 0.1 * torch.randn(lq.shape, generator=generator)
+        yield lq.clamp(-1, 1), hq.clamp(-1, 1)
+
+
+def resize(image: torch.Tensor, side: int) -> torch.Tensor:
+    """Resize (1, 3, H, W) to a square, without aliases."""
+    return resize_bicubic(image, (side, side), antialias=side < image.shape[-1])
+
+
+@torch.no_grad()
+def calibration_inputs(component: str, base: Base, strength: bool) -> Iterator[dict[str, Array]]:
+    """Yield a component's inputs as they are in use, one row each."""
+    generator = torch.Generator().manual_seed(1)
+    for i, (lq, hq) in enumerate(calibration_tiles(base.config.tile)):
+        if component == "encoder":
+            inputs = {"image": lq}
+        elif component == "decoder":
+            inputs = {"latent": base.encode(hq), **wrapped_features(base, lq)}
+        else:
+            t = torch.tensor([TIMESTEPS[i // 2 % len(TIMESTEPS)]])
+            abar = base.scheduler.alphas_cumprod[t.long()]
+            z = base.encode(hq)
+            x = abar.sqrt() * z + (1 - abar).sqrt() * torch.randn(z.shape, generator=generator)
+            inputs = {"x": x, "t": t, "z_lq": base.encode(lq), **({"strength": torch.ones(1)} if strength else {})}
+        yield {name: tensor.numpy() for name, tensor in inputs.items()}
+
+
+def quantize(model: Path, inputs: Iterator[dict[str, Array]], output: Path) -> Path:
+    """Write an fp32 graph as one whose `OPERATORS` are between QuantizeLinear and DequantizeLinear; returns `output`.
+
+    inputs: what the graph is run on, to find the range of each activation: all but the outermost 1e-5 of its values,
+    in 8 bits without a sign. Weights have a sign, and a scale for each output channel.
+    """
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def get_next(self) -> dict[str, Array] | None:
+            return next(inputs, None)
+
+    with _quiet():
+        quantization.quantize_static(
+            model, output, Reader(), quant_format=quantization.QuantFormat.QDQ, op_types_to_quantize=OPERATORS,
+            per_channel=True, activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
+            calibrate_method=quantization.CalibrationMethod.Percentile,
+        )  # fmt: skip
+    return output
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the calibration prints of its progress."""
+    logger: Any = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(StringIO()), np.errstate(divide="ignore", invalid="ignore"):
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,97 @@
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from pfstorer_rt.export import build, quantize
+from pfstorer_rt.export.build import export_plan
+from pfstorer_rt.export.compare import check_rows
+from pfstorer_rt.export.quantize import calibration_inputs, calibration_tiles
+
+from pfstorer_rt.engine.openvino import OpenVinoSession
+from pfstorer_rt.engine.session import open_session
+from pfstorer_rt.errors import ParityError
+from pfstorer_rt.models.base import build_base
+from pfstorer_rt.plan import COMPONENTS
+from pfstorer_rt.restore import Restorer
+
+
+@pytest.fixture(scope="module")
+def int8_plan(nano_base, nano_identity, tmp_path_factory):
+    return export_plan(tmp_path_factory.mktemp("int8") / "int8.plan", nano_identity, nano_base, precision="int8")
+
+
+def test_int8_plans_restore_what_fp32_ones_do(int8_plan, nano_plan, make_picture):
+    pixels = make_picture(70, 90)
+    for backend in ("onnxruntime", "openvino"):
+        with Restorer.from_plan(nano_plan.path, backend) as full, Restorer.from_plan(int8_plan.path, backend) as low:
+            error = np.mean((full.restore(pixels).astype(np.float64) - low.restore(pixels)) ** 2)
+        assert 1e-8 < error < 1e-3  # over 30 dB, and not the same network
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_all_convolutions_and_products_with_weights_take_8_bits(int8_plan, component):
+    assert int8_plan.manifest.payloads[component].precision == int8_plan.manifest.precision == "int8"
+    graph = onnx.load_from_string(int8_plan.read(component)).graph
+    makers = {output: node.op_type for node in graph.node for output in node.output}
+    counted = 0
+    for node in graph.node:
+        if node.op_type in ("Conv", "MatMul", "Gemm"):
+            assert [makers.get(name) for name in node.input[:2]] == ["DequantizeLinear"] * 2, node.name
+            counted += 1
+    assert counted > 4
+    floats = {i.name for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT and len(i.dims) == 4}
+    assert not floats  # no kernel is kept beside its integers
+
+
+def test_openvino_does_not_put_bf16_between_8_bit_operators(int8_plan, nano_plan):
+    with open_session(int8_plan, "decoder", "openvino") as low, open_session(nano_plan, "decoder", "openvino") as full:
+        native = "BF16" in full._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        assert low.provider.endswith(" f32") and full.provider.endswith(" bf16" if native else " f32")
+    with OpenVinoSession(int8_plan.read("decoder"), "CPU:bf16") as asked:
+        assert asked.provider.endswith(" bf16")
+
+
+def test_ranges_are_measured_on_good_and_bad_photographs():
+    pairs = list(calibration_tiles(64))
+    assert len(pairs) == quantize.SAMPLES
+    for i, (lq, hq) in enumerate(pairs):
+        assert lq.shape == hq.shape == (1, 3, 64, 64) and max(lq.abs().max(), hq.abs().max()) <= 1
+        assert (lq - hq).abs().mean() > 0.02 if i % 2 else torch.equal(lq, hq)
+        assert hq.std() > 0.1
+
+
+def test_the_denoiser_is_measured_at_every_noise_level(nano_base):
+    inputs = list(calibration_inputs("denoiser", nano_base, True))
+    assert {float(i["t"][0]) for i in inputs[::2]} == {float(i["t"][0]) for i in inputs[1::2]} == set(quantize.TIMESTEPS)
+    for one in inputs:
+        assert set(one) == {"x", "t", "z_lq", "strength"}
+    deviation = {t: np.mean([i["x"].std() for i in inputs if i["t"][0] == t]) for t in (999.0,)}
+    assert abs(deviation[999.0] - 1) < 0.1  # noise, whatever the latent is
+
+
+def test_a_graph_that_is_wrong_in_fp32_is_not_quantized(nano_base, tmp_path, monkeypatch):
+    base = build_base("nano", seed=1)
+    expected = build.expect("decoder", base, None, "int8")
+    expected = replace(expected, outputs=[[a + 0.1 for a in arrays] for arrays in expected.outputs])
+    monkeypatch.setattr(build, "quantize", lambda *_: pytest.fail("a wrong graph was quantized"))
+    with pytest.raises(ParityError, match="decoder: the exported graph differs .* at fp32"):
+        build.export_component("decoder", base, None, "int8", expected, True, tmp_path, build.Progress())
+
+
+def test_int8_is_refused_where_it_cannot_be(nano_base, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="precision int8 with target 'tensorrt-rtx'"):
+        export_plan(tmp_path / "a.plan", None, nano_base, "tensorrt-rtx", "int8")
+    monkeypatch.setattr(build, "SELF_CONTAINED", 1 << 10)
+    with pytest.raises(ValueError, match="int8 for the encoder, of .* MB: expected at most"):
+        export_plan(tmp_path / "a.plan", None, nano_base, precision="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pure_noise_is_not_judged_in_int8():
+    row = {"component": "picture", "tile": "noise", "pair": "torch / openvino", "finite": True, "psnr": 22.0}
+    check_rows([row], "int8")
+    for wrong, precision in (({**row, "tile": "photo"}, "int8"), (row, "fp16"), ({**row, "finite": False}, "int8")):
+        with pytest.raises(ParityError):
+            check_rows([wrong], precision)
