@@ -3,12 +3,12 @@
     python benchmarks/peers.py --engine tiny.plan --int8 tiny8.plan -o benchmarks/results/peers.csv [--size 192]
 
 Peers: diffusers' modules in eager PyTorch fp32 and bf16, and compiled by `torch.compile`; ours: the plan in ONNX
-Runtime, in OpenVINO fp32 and bf16, and one that was exported with `--precision int8` in both. All run the same tiles, steps, sampler, noise and colour fix, on a portrait of
-scikit-image's public-domain astronaut that was degraded with a fixed seed. Runs are interleaved, so that what else the
-machine does hits all of them alike; `p50` is the median of seconds, `ratio` the median over the rounds of eager fp32's
-time divided by this one's in the same round. `psnr` is of the result against the undegraded picture, `psnr_to_eager`
-against eager PyTorch's result. `cold_s` and `cold_peak_mb` are of a new process: from its start to the first restored
-picture of one tile on disk, and its largest resident size.
+Runtime, in OpenVINO fp32 and bf16, and one that was exported with `--precision int8` in both. All run the same tiles,
+steps, sampler, noise and colour fix, on a portrait of scikit-image's public-domain astronaut that was degraded with a
+fixed seed. Runs are interleaved, so that what else the machine does hits all of them alike; `p50` is the median of
+seconds, `ratio` the median over the rounds of eager fp32's time divided by this one's in the same round. `psnr` is of
+the result against the undegraded picture, `psnr_to_eager` against eager PyTorch's result. `cold_s` and `cold_peak_mb`
+are of a new process: from its start to the first restored picture of one tile on disk, and its largest resident size.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def quantize(model: Path, inputs: Iterator[dict[str, Array]], output: Path) -> P
     """
     from onnxruntime import quantization
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+    class Reader(quantization.CalibrationDataReader):
         def get_next(self) -> dict[str, Array] | None:
             return next(inputs, None)
 

@@ -64,11 +64,12 @@ def test_ranges_are_measured_on_good_and_bad_photographs():
 
 def test_the_denoiser_is_measured_at_every_noise_level(nano_base):
     inputs = list(calibration_inputs("denoiser", nano_base, True))
-    assert {float(i["t"][0]) for i in inputs[::2]} == {float(i["t"][0]) for i in inputs[1::2]} == set(quantize.TIMESTEPS)
+    for level in (inputs[::2], inputs[1::2]):  # good pictures and bad ones
+        assert {float(one["t"][0]) for one in level} == set(quantize.TIMESTEPS)
     for one in inputs:
         assert set(one) == {"x", "t", "z_lq", "strength"}
-    deviation = {t: np.mean([i["x"].std() for i in inputs if i["t"][0] == t]) for t in (999.0,)}
-    assert abs(deviation[999.0] - 1) < 0.1  # noise, whatever the latent is
+    noisiest = [one["x"].std() for one in inputs if one["t"][0] == 999]
+    assert abs(np.mean(noisiest) - 1) < 0.1  # noise, whatever the latent is
 
 
 def test_a_graph_that_is_wrong_in_fp32_is_not_quantized(nano_base, tmp_path, monkeypatch):
@@ -76,7 +77,7 @@ def test_a_graph_that_is_wrong_in_fp32_is_not_quantized(nano_base, tmp_path, mon
     expected = build.expect("decoder", base, None, "int8")
     expected = replace(expected, outputs=[[a + 0.1 for a in arrays] for arrays in expected.outputs])
     monkeypatch.setattr(build, "quantize", lambda *_: pytest.fail("a wrong graph was quantized"))
-    with pytest.raises(ParityError, match="decoder: the exported graph differs .* at fp32"):
+    with pytest.raises(ParityError, match=r"decoder: the exported graph differs .* at fp32"):
         build.export_component("decoder", base, None, "int8", expected, True, tmp_path, build.Progress())
 
 
@@ -84,7 +85,7 @@ def test_int8_is_refused_where_it_cannot_be(nano_base, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="precision int8 with target 'tensorrt-rtx'"):
         export_plan(tmp_path / "a.plan", None, nano_base, "tensorrt-rtx", "int8")
     monkeypatch.setattr(build, "SELF_CONTAINED", 1 << 10)
-    with pytest.raises(ValueError, match="int8 for the encoder, of .* MB: expected at most"):
+    with pytest.raises(ValueError, match=r"int8 for the encoder, of .* MB: expected at most"):
         export_plan(tmp_path / "a.plan", None, nano_base, precision="int8")
     assert list(tmp_path.iterdir()) == []
 
