@@ -262,12 +262,15 @@ def test_parity_figures():
     expected = parity.outputs_of(Twice(), {"a": a})
     figures = parity.measure(expected, Session(error), {"a": a})
     spread = float(np.std([0.0, 2.0, 4.0, 10.0]))
-    assert figures == pytest.approx({"max_abs": 0.5, "std": spread, "relative": 0.5 / spread})
+    rms = float(np.sqrt((0.25**2 + 0.5**2) / 4)) / spread
+    assert figures == pytest.approx({"max_abs": 0.5, "std": spread, "relative": 0.5 / spread, "rms": rms})
     for bad in (np.nan, np.inf):
         figures = parity.measure(expected, Session(error + np.float32(bad)), {"a": a})
-        with pytest.raises(ParityError):
-            parity.check("denoiser", figures, "fp32")
+        for precision in parity.LIMIT:
+            with pytest.raises(ParityError):
+                parity.check("denoiser", figures, precision)
     parity.check("denoiser", {"relative": 1e-4}, "fp32")
+    parity.check("denoiser", {"relative": 1.0, "rms": 0.3}, "int8")
     with pytest.raises(ParityError, match="at most 1e-04"):
         parity.check("denoiser", {"relative": 1.1e-4}, "fp32")
 
