@@ -36,7 +36,7 @@ SIZES = (512, 1024, 2048, 4096)
     default="auto",
     show_default=True,
 )
-@click.option("--provider", help="Where the backend runs: cpu, cuda; with openvino CPU, CPU:f32, GPU.")
+@click.option("--provider", help="Where the backend runs: cpu, cuda; with openvino CPU, CPU:f32, CPU:bf16, GPU.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Diffusion steps. [default: the engine's own]")
 @click.option("--runs", type=click.IntRange(2), default=20, show_default=True, help="Of each measurement, at most.")
 @click.option("--seconds", type=click.FloatRange(0), default=30.0, show_default=True, help="Of each, about.")

@@ -64,7 +64,7 @@ FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
     default="auto",
     show_default=True,
 )
-@click.option("--provider", help="Where the backend runs: cpu, cuda; with openvino CPU, CPU:f32, GPU.")
+@click.option("--provider", help="Where the backend runs: cpu, cuda; with openvino CPU, CPU:f32, CPU:bf16, GPU.")
 @click.option(
     "--attention",
     type=ATTENTION,
