@@ -236,7 +236,7 @@ def export_component(
     inputs, outputs = graph.ports()
     model = graph.save(folder, f"{component}.weights")
     exported = Exported(component, model, inputs, outputs, precision, graph.origins)
-    if onnx_target and graph.weight_bytes() <= SELF_CONTAINED:
+    if onnx_target and precision != "int8" and graph.weight_bytes() <= SELF_CONTAINED:
         exported.message = graph.to_bytes()
     del graph
     gc.collect()  # exported programs are full of cycles that hold their weights

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from skimage import data
 
@@ -14,16 +16,36 @@ TIMESTEPS = {"photo": (999.0, 250.0, 0.0), "noise": (999.0,), "white": (250.0,),
 """Where a denoiser is tried on each tile: on noise, halfway, and on an all but clean latent."""
 
 
+def portrait() -> npt.NDArray[np.uint8]:
+    """Return the face of scikit-image's public-domain astronaut, (256, 256, 3)."""
+    return data.astronaut()[:256, 96:352]
+
+
+def photograph(pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+    """Turn (H, W, 3) into (1, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def resize(image: torch.Tensor, side: int) -> torch.Tensor:
+    """Resize (1, 3, H, W) to a square, without aliases."""
+    return resize_bicubic(image, (side, side), antialias=side < image.shape[-1])
+
+
+def add_noise(base: Base, z: torch.Tensor, t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return a latent (1, C, h, w) at the timesteps t (B,), with noise of its own for each (DDPM eq. 4)."""
+    abar = base.scheduler.alphas_cumprod[t.long()][:, None, None, None]
+    return abar.sqrt() * z + (1 - abar).sqrt() * torch.randn((len(t), *z.shape[1:]), generator=generator)
+
+
 def probe_tiles(tile: int) -> dict[str, torch.Tensor]:
     """Return tiles (1, 3, tile, tile) in [-1, 1] by name: photo, grey, black, white, noise.
 
     The photograph is scikit-image's public-domain portrait.
     """
-    photo = torch.from_numpy(data.astronaut()[:256, 96:352]).permute(2, 0, 1)[None].float() / 127.5 - 1
+    photo = photograph(portrait())
     flat = {name: torch.full((1, 3, tile, tile), value) for name, value in (("grey", 0.0), ("black", -1.0))}
     noise = torch.rand((1, 3, tile, tile), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    resized = resize_bicubic(photo, (tile, tile), antialias=tile < photo.shape[-1]).clamp(-1, 1)
-    return {"photo": resized, **flat, "white": torch.ones(1, 3, tile, tile), "noise": noise}
+    return {"photo": resize(photo, tile).clamp(-1, 1), **flat, "white": torch.ones(1, 3, tile, tile), "noise": noise}
 
 
 @torch.no_grad()
@@ -47,8 +69,7 @@ def probe_inputs(component: str, base: Base, strength: bool) -> dict[str, dict[s
             probes[name] = {"latent": z, **wrapped_features(base, image)}
             continue
         t = torch.tensor(TIMESTEPS[name])
-        abar = base.scheduler.alphas_cumprod[t.long()][:, None, None, None]
-        x = abar.sqrt() * z + (1 - abar).sqrt() * torch.randn((len(t), *z.shape[1:]), generator=generator)
+        x = add_noise(base, z, t, generator)
         probes[name] = {"x": x, "t": t, "z_lq": z.expand(len(t), -1, -1, -1).contiguous()}
         if strength:
             probes[name]["strength"] = torch.ones(1)

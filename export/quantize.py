@@ -14,10 +14,10 @@ import torch
 from skimage import data
 
 from pfstorer_rt.engine.session import Array
-from pfstorer_rt.image import resize_bicubic
 from pfstorer_rt.models.base import Base
 
 from .graph import wrapped_features
+from .probes import add_noise, photograph, portrait, resize
 
 SAMPLES = 20
 TIMESTEPS = (999.0, 749.0, 499.0, 249.0, 0.0)
@@ -33,9 +33,9 @@ def calibration_tiles(tile: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     Every other LQ tile is blurred by a factor of 2 to 4 and noisy, the others are the photograph itself.
     """
     generator = torch.Generator().manual_seed(0)
-    photos = [data.astronaut()[:256, 96:352], data.chelsea(), data.coffee(), data.rocket()]
+    photos = [portrait(), data.chelsea(), data.coffee(), data.rocket()]
     for i in range(SAMPLES):
-        photo = torch.from_numpy(photos[i % len(photos)].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        photo = photograph(photos[i % len(photos)])
         side = int(min(photo.shape[-2:]) * (0.5 + 0.5 * float(torch.rand((), generator=generator))))
         top, left = (int(torch.randint(n - side + 1, (), generator=generator)) for n in photo.shape[-2:])
         hq = resize(photo[..., top : top + side, left : left + side], tile)
@@ -44,11 +44,6 @@ def calibration_tiles(tile: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             lq = resize(resize(hq, tile // (2 + i % 3)), tile)
             lq = lq + 0.1 * torch.randn(lq.shape, generator=generator)
         yield lq.clamp(-1, 1), hq.clamp(-1, 1)
-
-
-def resize(image: torch.Tensor, side: int) -> torch.Tensor:
-    """Resize (1, 3, H, W) to a square, without aliases."""
-    return resize_bicubic(image, (side, side), antialias=side < image.shape[-1])
 
 
 @torch.no_grad()
@@ -62,9 +57,7 @@ def calibration_inputs(component: str, base: Base, strength: bool) -> Iterator[d
             inputs = {"latent": base.encode(hq), **wrapped_features(base, lq)}
         else:
             t = torch.tensor([TIMESTEPS[i // 2 % len(TIMESTEPS)]])
-            abar = base.scheduler.alphas_cumprod[t.long()]
-            z = base.encode(hq)
-            x = abar.sqrt() * z + (1 - abar).sqrt() * torch.randn(z.shape, generator=generator)
+            x = add_noise(base, base.encode(hq), t, generator)
             inputs = {"x": x, "t": t, "z_lq": base.encode(lq), **({"strength": torch.ones(1)} if strength else {})}
         yield {name: tensor.numpy() for name, tensor in inputs.items()}
 
