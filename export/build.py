@@ -25,7 +25,7 @@ from pfstorer_rt.plan import COMPONENTS, SHIPPED, Manifest, Payload, Plan, move_
 
 from . import parity
 from .graph import OPSET, SELF_CONTAINED, build_graph, example_inputs, fused_module
-from .probes import probe_inputs
+from .probes import TIMESTEPS, probe_inputs
 from .quantize import calibration_inputs, quantize
 from .tensorrt import BuildOptions, EngineBuilder
 
@@ -152,6 +152,8 @@ def export_plan(
     owned = not isinstance(base, Base)
     base, identity = resolve(identity, base)
     base.to("cpu", torch.float32)
+    if precision == "int8":
+        check_quantizable(base)
     described = replace(
         manifest(base, identity, target, precision), tools=tool_versions(),
         compute_capabilities=builder.capabilities if builder else [],
@@ -217,6 +219,9 @@ def export_component(
 
     An encoder or decoder that halves do not serve is exported in fp32: it runs once a picture, the denoiser each step.
     """
+    if precision == "int8":
+        exported = export_component(component, base, identity, "fp32", expected.ordinary, onnx_target, folder, progress)
+        return quantize_component(exported, base, expected.probes, progress)
     if precision == "fp16" and not parity.fits_halves(expected.largest):
         reach = f"{component}: its values reach {expected.largest:.3g}, too near the largest half, 65504"
         if component == "denoiser":
@@ -226,41 +231,49 @@ def export_component(
     # No engine of TensorRT's has a fused kernel for fp32 attention.
     fused = onnx_target or precision == "fp16"
     module = fused_module(component, base, identity)
-    floats = "fp32" if precision == "int8" else precision
-    graph = build_graph(component, module, base, floats, fused_attention=fused, plugins=plugins)
-    if precision == "int8" and graph.weight_bytes() > SELF_CONTAINED:
-        raise ValueError(
-            f"int8 for the {component}, of {graph.weight_bytes() / 2**20:.0f} MB: expected at most "
-            f"{SELF_CONTAINED >> 20} MB, because ranges are measured with every activation in memory; export with fp16"
-        )
+    graph = build_graph(component, module, base, precision, fused_attention=fused, plugins=plugins)
     inputs, outputs = graph.ports()
     model = graph.save(folder, f"{component}.weights")
     exported = Exported(component, model, inputs, outputs, precision, graph.origins)
-    if onnx_target and precision != "int8" and graph.weight_bytes() <= SELF_CONTAINED:
+    if onnx_target and graph.weight_bytes() <= SELF_CONTAINED:
         exported.message = graph.to_bytes()
     del graph
     gc.collect()  # exported programs are full of cycles that hold their weights
-    if precision == "int8":
-        quantize_component(exported, base, expected)
-    else:
-        exported.figures = compare(exported.model, expected)
+    exported.figures = compare(exported.model, expected)
     if precision == "fp16" and component != "denoiser" and not parity.within(exported.figures, precision):
         progress.line(f"{component}: {parity.describe(exported.figures, precision)}; it stays in fp32")
         # Checked as any fp32 export: probes are for halves, and ONNX Runtime is inexact on flat tiles in fp32 too.
         ordinary = expected.ordinary
         return export_component(component, base, identity, "fp32", ordinary, onnx_target, folder, progress, plugins)
-    parity.check(component, exported.figures, precision)
-    off = parity.judged(exported.figures, precision)
-    progress.line(f"{component}: differs from PyTorch by {off:.1e} of the output's deviation")
-    return exported
+    return checked(exported, progress)
 
 
-def quantize_component(exported: Exported, base: Base, expected: Expected) -> None:
-    """Check an fp32 graph as such, then compute it in 8 bits; its figures are those on the probes."""
-    parity.check(exported.component, compare(exported.model, expected.ordinary), "fp32")
+def quantize_component(exported: Exported, base: Base, probes: Expected, progress: Progress) -> Exported:
+    """Compute an fp32 graph in 8 bits; its figures become those on the probes."""
+    progress.line(f"{exported.component}: measuring the ranges of its activations")
     inputs = calibration_inputs(exported.component, base, "strength" in exported.inputs)
-    exported.message = quantize(exported.model, inputs, exported.model.with_name("int8.onnx")).read_bytes()
-    exported.figures = compare(exported.message, expected.probes)
+    message = quantize(exported.model, inputs, exported.model.with_name("int8.onnx")).read_bytes()
+    return checked(replace(exported, precision="int8", message=message, figures=compare(message, probes)), progress)
+
+
+def check_quantizable(base: Base) -> None:
+    """Raise `ValueError` for a base with a component that is too large for `quantize_component`."""
+    for component, module in component_modules(base).items():
+        size = 4 * sum(parameter.numel() for parameter in module.parameters())
+        if size > SELF_CONTAINED:
+            raise ValueError(
+                f"int8 for the {component}, of {size / 2**20:.0f} MB: expected at most {SELF_CONTAINED >> 20} MB, "
+                "because ranges are measured with every activation in memory; export with fp16"
+            )
+
+
+def checked(exported: Exported, progress: Progress) -> Exported:
+    """Return a component after a look at its figures; raises `ParityError`."""
+    parity.check(exported.component, exported.figures, exported.precision)
+    off = parity.judged(exported.figures, exported.precision)
+    what = "" if exported.precision == "fp32" else f"in {exported.precision} it "
+    progress.line(f"{exported.component}: {what}differs from PyTorch by {off:.1e} of the output's deviation")
+    return exported
 
 
 def describe_payload(
@@ -304,9 +317,9 @@ def expect(component: str, base: Base, identity: Identity | None, precision: str
     expected = Expected([example_inputs(component, base, strength, *shape) for shape in ORDINARY])
     expected.outputs = [parity.outputs_of(original, inputs) for inputs in expected.inputs]
     if precision != "fp32":
-        probes = probe_inputs(component, base, strength)
         # 8 bits are for photographs: flat tiles are off where their prediction hardly counts, at the last timesteps.
-        for inputs in [probes["photo"]] if precision == "int8" else probes.values():
+        names = ("photo",) if precision == "int8" else tuple(TIMESTEPS)
+        for inputs in probe_inputs(component, base, strength, names).values():
             outputs, largest = parity.outputs_and_largest(original, inputs)
             expected.inputs.append(inputs)
             expected.outputs.append(outputs)

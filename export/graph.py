@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import onnx_ir
 import torch
+from diffusers import AutoencoderTiny
 from torch import nn
 
 from pfstorer_rt.engine.torch import component_modules, component_names
@@ -24,6 +25,7 @@ from pfstorer_rt.models.codec import feature_names
 from pfstorer_rt.models.denoiser import Denoiser
 from pfstorer_rt.plan import COMPONENTS
 
+from .compose import compose_autoencoder
 from .fuse import FusedDenoiser
 from .plugins import add_functions, use_plugins
 from .precision import TypedComponent, spell_out_attention
@@ -78,7 +80,11 @@ class Graph:
 def fused_module(component: str, base: Base, identity: Identity | None = None) -> nn.Module:
     """Return a component's module with its constants folded; the base itself is left as it was."""
     module = deepcopy(component_modules(base, identity)[component])
-    return FusedDenoiser(module) if isinstance(module, Denoiser) else module
+    if isinstance(module, Denoiser):
+        return FusedDenoiser(module)
+    if isinstance(module.vae, AutoencoderTiny):
+        compose_autoencoder(module.vae)
+    return module
 
 
 def fused_modules(base: Base, identity: Identity | None = None) -> dict[str, nn.Module]:
@@ -115,8 +121,8 @@ def wrapped_features(base: Base, image: torch.Tensor) -> dict[str, torch.Tensor]
     """Return what the decoder takes besides the latent: nothing, or the features of an LQ image and their weight."""
     if base.cfw is None:
         return {}
-    maps = base.features(image)
-    return {**dict(zip(feature_names(base), maps.values(), strict=True)), "cfw_weight": torch.full((1,), 0.5)}
+    maps, weight = base.features(image), torch.full((1,), base.config.cfw_weight or 0.5)
+    return {**dict(zip(feature_names(base), maps.values(), strict=True)), "cfw_weight": weight}
 
 
 def dynamic_shapes(component: str, strength: bool, factor: int) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -49,8 +51,10 @@ def probe_tiles(tile: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def probe_inputs(component: str, base: Base, strength: bool) -> dict[str, dict[str, torch.Tensor]]:
-    """Return a component's inputs for each of `probe_tiles`, by the tile's name.
+def probe_inputs(
+    component: str, base: Base, strength: bool, names: Collection[str] = tuple(TIMESTEPS)
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return a component's inputs for some of `probe_tiles`, by the tile's name.
 
     Encoder and decoder know pictures of all sizes, and get small ones where all places look the same.
     """
@@ -61,6 +65,8 @@ def probe_inputs(component: str, base: Base, strength: bool) -> dict[str, dict[s
     if component != "denoiser":
         tiles |= {name: image for name, image in probe_tiles(tile // 4).items() if name != "photo"}
     for name, image in tiles.items():
+        if name not in names:
+            continue
         if component == "encoder":
             probes[name] = {"image": image}
             continue

@@ -47,7 +47,10 @@ class BaseConfig:
     layers: tuple[str, ...]
     """Modules of the UNet that a personalization block follows, in execution order."""
     cfw: dict[str, Any] | None = None
-    """Keyword arguments of `ControllableFeatureWrapping`; None has a plain decoder alone."""
+    """Keyword arguments of `ControllableFeatureWrapping`, or `TinyFeatureWrapping` for an AutoencoderTiny; None has a
+    plain decoder alone."""
+    cfw_weight: float = 0.0
+    """How far the decoder follows the LQ image's features unless told otherwise."""
     head_size: int = 64
     """Head size of the personalization blocks."""
     personalize: dict[str, Any] = field(default_factory=dict)
@@ -139,6 +142,7 @@ PRESETS: dict[str, BaseConfig] = {
                                   norm_groups=16),
         vae=_tiny_vae(64, (0, 1, 2, 3), (3, 2, 1, 0), 8), text=_byte_text(64),
         personalize={"learning_rate": 2e-3, "batch": 2, "decay": 0.5, "gamma_learning_rate": 5e-2, "lambda_gen": 0.0},
+        cfw={"widths": (64, 64), "growth": 16}, cfw_weight=1.0,
         sampler="ddim", steps=2, licence="research, non-commercial",
     ),
     # StableSR on SD 2.1-base at 512 pixels (method: StableSR sections 2.1-2.5).
@@ -258,7 +262,7 @@ class RestoreConfig:
     """Scale of the identity: 0 is the base, 1 as trained."""
     scale: float = 1.0
     """Size of the result relative to the input."""
-    cfw_weight: float = 0.0
+    cfw_weight: float | None = None
     """How far the decoder follows the LQ image's features: 0 is the plain decoder, 1 as trained."""
     color_fix: Literal["auto", "adain", "wavelet", "none"] = "auto"
     """`auto`: adain for one tile, wavelet for several."""

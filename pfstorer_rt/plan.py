@@ -79,6 +79,8 @@ class Manifest:
     """Whether the denoiser takes `strength`."""
     cfw: bool = False
     """Whether the decoder takes the LQ image's features and `cfw_weight`."""
+    cfw_weight: float = 0.0
+    """Its value unless told otherwise."""
     licence: str = "unknown"
     compute_capabilities: list[str] = field(default_factory=list)
     """For TensorRT, the GPUs it was built for, such as `8.9`; a `+` after one takes in all later ones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -145,8 +145,9 @@ class Restorer:
         pixels: (H, W, 3) float32 in [0, 1], sRGB. Returns (round(H*scale), round(W*scale), 3) in [0, 1].
         Raises `ValueError` for a setting out of range, `PFStorerError` when the engine gives NaN.
         """
-        result = self.restore_rows(Spool.of(pixels), config, step)
-        return result.read(0, result.height)
+        with one_host_thread(self.backend != "torch"):
+            result = self.restore_rows(Spool.of(pixels), config, step)
+            return result.read(0, result.height)
 
     def restore_rows(self, source: Rows, config: RestoreConfig | None = None, step: Step | None = None) -> Rows:
         """Restore a picture that is read and given by rows, so that memory is needed for tiles and not for it.
@@ -168,7 +169,9 @@ class Restorer:
             if step:
                 step(passed, work.total)
 
-        restored = self._restore_squares(style, config, done) if work.squares > 1 else self._area(style, config, done)
+        with one_host_thread(self.backend != "torch"):
+            restore = self._restore_squares if work.squares > 1 else self._area
+            restored = restore(style, config, done)
         return Result(
             restored, canvas, lambda: f"{self.backend} gave values that are not finite; try another --backend"
         )
@@ -196,9 +199,9 @@ class Restorer:
             raise ValueError(
                 f"strength {config.strength}: this engine's identity has no gated blocks to scale; leave it at 1"
             )
-        if not np.isfinite(config.cfw_weight):
+        if not np.isfinite(self.cfw_weight(config)):
             raise ValueError(f"cfw_weight {config.cfw_weight}: expected a finite number, 0 for the plain decoder")
-        if config.cfw_weight != 0 and not self.manifest.cfw:
+        if config.cfw_weight and not self.manifest.cfw:
             raise ValueError(
                 f"cfw_weight {config.cfw_weight}: this engine has no controllable feature wrapping; leave it at 0, or "
                 "import the base with --cfw and export it again"
@@ -231,6 +234,10 @@ class Restorer:
     def sampler(self, config: RestoreConfig) -> str:
         """Return the name of the sampler."""
         return config.sampler or self.manifest.sampler
+
+    def cfw_weight(self, config: RestoreConfig) -> float:
+        """Return how far the decoder follows the LQ image's features."""
+        return self.manifest.cfw_weight if config.cfw_weight is None else config.cfw_weight
 
     def overlap(self, config: RestoreConfig) -> int:
         """Return the pixels that neighbouring tiles share."""
@@ -319,7 +326,24 @@ class Restorer:
             image = Cropped(style, Tile(*(f * side for side in tile))).read(0, f * tile.height)
             encoded = run(self._sessions["encoder"], {"image": image.contiguous()})
         features = {name: tensor for name, tensor in encoded.items() if name.startswith("features_")}
-        return {**features, "cfw_weight": torch.full((1,), config.cfw_weight)}
+        return {**features, "cfw_weight": torch.full((1,), self.cfw_weight(config))}
+
+
+@contextmanager
+def one_host_thread(wanted: bool) -> Iterator[None]:
+    """Let torch work in this thread alone.
+
+    Its threads spin for a while after each operation, and take the processor from an engine that has threads of its
+    own. What is left to torch beside an engine is little.
+    """
+    threads = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.set_num_threads(threads)
 
 
 def _find_identity(manifest: Manifest) -> Identity | None:

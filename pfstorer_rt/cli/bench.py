@@ -151,7 +151,7 @@ def time_components(restorer: Restorer, runs: int, seconds: float) -> dict[str, 
     encoded = sessions["encoder"].run(image=image)
     decoded = {"latent": latent, **{name: a for name, a in encoded.items() if name in sessions["decoder"].inputs}}
     if m.cfw:
-        decoded["cfw_weight"] = np.zeros(1, np.float32)
+        decoded["cfw_weight"] = np.full(1, m.cfw_weight, np.float32)
     calls: dict[str, Callable[[], Any]] = {
         "encoder": lambda: sessions["encoder"].run(image=image),
         "denoiser": denoise(1), "denoiser, 4 tiles": denoise(4),

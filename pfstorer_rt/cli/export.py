@@ -64,6 +64,8 @@ def command(
             "--compute-capability, --workspace, --timing-cache, --plugins and --verbose-engine go with --target "
             "tensorrt or tensorrt-rtx"
         )
+    if precision == "int8" and target != "onnx":
+        raise click.UsageError("--precision int8 is for plans of ONNX, for CPUs; for TensorRT take fp16")
     from pfstorer_rt.errors import PFStorerError
 
     if output.exists() and not overwrite:

@@ -47,6 +47,8 @@ def describe(path: str) -> dict[str, Any]:
         return describe_plan(file)
     if not file.exists() and os.sep not in path and identity_path(path).is_file():
         return describe_identity(identity_path(path))
+    if file.suffix == ".plan" and not file.exists():
+        raise BadFileError(f"{path}: no such file")
     return describe_base(path)
 
 

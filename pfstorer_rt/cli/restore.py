@@ -42,7 +42,7 @@ FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
 @click.option("--sampler", type=click.Choice(["ddpm", "ddim", "dpmpp_2m", "unipc"]), help="[default: the engine's own]")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Same seed, same bytes.")
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Of the identity: 0 is the base.")
-@click.option("--cfw-weight", type=float, default=0.0, show_default=True, help="Of the LQ picture in the decoder.")
+@click.option("--cfw-weight", type=float, help="Of the LQ picture in the decoder. [default: the engine's]")
 @click.option("--scale", type=float, default=1.0, show_default=True, help="Size of the result.")
 @click.option("--color-fix", type=click.Choice(["auto", "adain", "wavelet", "none"]), default="auto", show_default=True)
 @click.option(

@@ -17,8 +17,10 @@ from pfstorer_rt.cli.options import SEED
 @click.option("--preset", type=click.Choice(["nano", "tiny", "sd21"]), default="tiny", show_default=True)
 @click.option("--prior", help="Base to go on from: its autoencoder is kept as it is.")
 @click.option(
-    "--train", "trained", type=click.Choice(["auto", "all", "conditions"]), default="auto", show_default=True,
-    help="The whole restorer, or SPADEs and structure encoder alone; auto: those alone on a prior.",
+    "--train", "trained", type=click.Choice(["auto", "all", "conditions", "wrapping"]), default="auto",
+    show_default=True,
+    help="The whole restorer, or SPADEs and structure encoder alone (auto: those alone on a prior), or a prior's "
+    "decoder's look at the LQ picture.",
 )  # fmt: skip
 @click.option(
     "--weighting", type=click.Choice(["prediction", "x0"]), default="prediction", show_default=True,
@@ -28,6 +30,7 @@ from pfstorer_rt.cli.options import SEED
 @click.option("--iterations", type=click.IntRange(1), help="Of the restorer. [default: the shipped base's]")
 @click.option("--batch", type=click.IntRange(2), help="[default: 16]")
 @click.option("--crop", type=click.IntRange(16), help="Pixels of the autoencoder's squares. [default: 128]")
+@click.option("--wide", type=click.FloatRange(1, 2), help="Squares of up to so many short sides. [default: 1]")
 @click.option("--variations", type=click.IntRange(1), help="Degraded pairs made of each photograph. [default: 2]")
 @click.option("--level", type=click.Choice(["light", "heavy", "mixed"]), default="heavy", show_default=True)
 @click.option("--p-hq", type=click.FloatRange(0, 1), help="Share of the pairs that are not degraded. [default: 0.03]")
@@ -49,6 +52,9 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
     """
     from dataclasses import replace
 
+    wrapping = options["trained"] == "wrapping"
+    if wrapping and not options["prior"]:
+        raise click.UsageError("--train wrapping goes with --prior, the base that is to have it")
     from pfstorer_rt.config import changed
     from pfstorer_rt.models.base import load_base
     from pfstorer_rt.training.base import BaseTrainConfig, train_base
@@ -56,9 +62,9 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
     common = {k: options[k] for k in ("batch", "seed", "precision", "device", "workers")}
     config = BaseTrainConfig()
     config = replace(
-        changed(config, **{k: options[k] for k in ("preset", "crop", "variations", "p_hq", "first_step")}),
+        changed(config, **{k: options[k] for k in ("preset", "crop", "wide", "variations", "p_hq", "first_step")}),
         level=options["level"],
-        trained=options["trained"],
+        trained="auto" if wrapping else options["trained"],
         weighting=options["weighting"],
         autoencoder=changed(config.autoencoder, iterations=options["autoencoder_iterations"], **common),
         restorer=changed(
@@ -67,5 +73,10 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
     )
     work = work or output.with_name(output.name + ".training")
     prior = load_base(options["prior"]) if options["prior"] else None
-    base = train_base(photos, output, config, work, prior)
+    if prior is not None and wrapping:
+        from pfstorer_rt.training.wrapping import add_wrapping
+
+        base = add_wrapping(photos, prior, output, config, work)
+    else:
+        base = train_base(photos, output, config, work, prior)
     click.echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; checkpoints in {work} can go")

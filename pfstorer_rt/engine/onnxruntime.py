@@ -37,7 +37,10 @@ def providers(wanted: str | None = None) -> list[str]:
         return usual
     names = {p.lower(): p for p in available} | {p.removesuffix("ExecutionProvider").lower(): p for p in available}
     if wanted.lower() not in names:
-        raise MissingBackendError(f"ONNX Runtime provider {wanted}: not in this build; it has {', '.join(available)}")
+        hint = "; a precision after a colon is OpenVINO's (--backend openvino)" if ":" in wanted else ""
+        raise MissingBackendError(
+            f"ONNX Runtime provider {wanted}: not in this build; it has {', '.join(available)}{hint}"
+        )
     return list(dict.fromkeys([names[wanted.lower()], "CPUExecutionProvider"]))
 
 

@@ -43,7 +43,9 @@ class OpenVinoSession(HostSession):
         _check_device(self._core, device)
         given = {"model": model} if isinstance(model, Path) else {"model": model, "weights": b""}
         self._network: Any = self._core.read_model(**given)
-        precision = precision or self._best_precision(device)
+        operators = {op.get_type_name() for op in self._network.get_ops()}
+        quantized = not operators.isdisjoint(("FakeQuantize", "QuantizeLinear"))
+        precision = precision or self._best_precision(device, quantized)
         if precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
         self._device = device.upper()
@@ -56,6 +58,7 @@ class OpenVinoSession(HostSession):
         self._ladder = free == {0}
         self._compiled: dict[int, Any] = {}
         self.provider = f"OpenVINO {openvino.get_version().split('-')[0]} {self._device} {precision}"
+        self.provider += " and int8" if quantized else ""
         if not self._ladder:
             self._compile(0)
 
@@ -67,12 +70,11 @@ class OpenVinoSession(HostSession):
         results = self._compile(step)({n: np.ascontiguousarray(array) for n, array in filled.items()})
         return {name: results[name][: batch or None].copy() for name in self.outputs}
 
-    def _best_precision(self, device: str) -> str:
+    def _best_precision(self, device: str, quantized: bool) -> str:
         """Return bf16 where the device computes it natively, else f32.
 
         Beside 8-bit operators f32 is the faster one: their inputs and outputs are converted from it in one step.
         """
-        quantized = any(op.get_type_name() in ("FakeQuantize", "QuantizeLinear") for op in self._network.get_ops())
         native = "BF16" in self._core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
         return "bf16" if native and not quantized else "f32"
 

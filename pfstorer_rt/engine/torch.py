@@ -79,5 +79,5 @@ def manifest(base: Base, identity: Identity | None = None, target: str = "torch"
         identity_fingerprint=identity.fingerprint if identity else None,
         method=identity.method if identity else None,
         strength=identity is not None and identity.method != "dreambooth", cfw=base.cfw is not None,
-        licence=c.licence,
+        cfw_weight=c.cfw_weight if base.cfw else 0.0, licence=c.licence,
     )  # fmt: skip

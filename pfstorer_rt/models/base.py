@@ -13,7 +13,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import DDPMScheduler
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import CLIPTextModel
@@ -23,6 +23,7 @@ from pfstorer_rt.config import PRESETS, BaseConfig, base_config_from_dict, to_js
 from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.files import atomic_entries, check_space, fingerprint_tensors, show_path
 from pfstorer_rt.models.cfw import ControllableFeatureWrapping, Features
+from pfstorer_rt.models.cfw_tiny import TinyFeatureWrapping
 from pfstorer_rt.models.personalization import PersonalizationBlock
 from pfstorer_rt.models.prompt import PromptEncoder, tokenize
 from pfstorer_rt.models.structure import StructureEncoder
@@ -48,7 +49,7 @@ class Base:
     scheduler: DDPMScheduler
     fingerprint: str
     """sha256 over the sorted names and bytes of all tensors, as they are on disk."""
-    cfw: ControllableFeatureWrapping | None = None
+    cfw: ControllableFeatureWrapping | TinyFeatureWrapping | None = None
     """Controllable feature wrapping (StableSR section 3.3), where the base has one: `features` and `decode` use it."""
     path: Path | None = field(default=None, compare=False)
 
@@ -79,7 +80,7 @@ class Base:
 
     def features(self, image: torch.Tensor) -> Features:
         """Return what `decode` takes of the LQ image (B, 3, H, W) in [-1, 1]; raises `ValueError` without CFW."""
-        if self.cfw is None or not isinstance(self.vae, AutoencoderKL):
+        if self.cfw is None:
             raise ValueError(f"base {self.config.name!r} has no controllable feature wrapping; import it with --cfw")
         return self.cfw.features(self.vae, image)
 
@@ -92,7 +93,7 @@ class Base:
         """
         if features is None:
             return decode(self.vae, latent)
-        if self.cfw is None or not isinstance(self.vae, AutoencoderKL):
+        if self.cfw is None:
             raise ValueError(f"base {self.config.name!r} has no controllable feature wrapping; import it with --cfw")
         image: torch.Tensor = self.cfw(self.vae, latent, features, cfw_weight)
         return image
@@ -170,8 +171,16 @@ def assemble(config: BaseConfig) -> Base:
     return Base(
         config, RestorationUNet.from_base_config(config), StructureEncoder.from_base_config(config),
         build_vae(config.vae), PromptEncoder.from_base_config(config), make_scheduler(config), "",
-        cfw=ControllableFeatureWrapping(**config.cfw) if config.cfw is not None else None,
+        cfw=build_cfw(config),
     )  # fmt: skip
+
+
+def build_cfw(config: BaseConfig) -> ControllableFeatureWrapping | TinyFeatureWrapping | None:
+    """Build untrained feature wrapping for a configuration's autoencoder, where it has that."""
+    if config.cfw is None:
+        return None
+    tiny = config.vae["class"] == "AutoencoderTiny"
+    return TinyFeatureWrapping(**config.cfw) if tiny else ControllableFeatureWrapping(**config.cfw)
 
 
 def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> Base:

@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
 from pfstorer_rt.models.vae import build_vae
 
 Features = dict[int, torch.Tensor]
 """Maps of the encoder by level: level l has 1 / 2^l of the picture's side."""
+Encoded = tuple[torch.Tensor, torch.Tensor | None, Features]
+"""A scaled latent's mean, its deviation where the encoder has one, and the features."""
 LEVELS = (1, 2)
 """Levels of the autoencoder whose decoder features are wrapped."""
 
@@ -99,6 +102,14 @@ class ControllableFeatureWrapping(ModelMixin, ConfigMixin):
         for level, width in zip(LEVELS, widths, strict=True):
             self.add_module(f"fusion_layer_{level}", FusionLayer(width, growth, norm_groups))
         self.autoencoder = build_vae(vae) if vae else None  # under its own name: a setting hides a module of the same
+
+    def encode(self, vae: AutoencoderKL, image: torch.Tensor) -> Encoded:
+        """Encode (B, 3, H, W) in [-1, 1] to the scaled posterior's mean and deviation, and the features by level."""
+        moments, features = encode(vae, image)
+        if self.autoencoder is not None:  # trained on another autoencoder: the picture is encoded twice
+            features = self.features(vae, image)
+        posterior, scale = DiagonalGaussianDistribution(moments), vae.config.scaling_factor
+        return posterior.mean * scale, posterior.std * scale, features
 
     def features(self, vae: AutoencoderKL, image: torch.Tensor) -> Features:
         """Encode (B, 3, H, W) in [-1, 1] as far as is needed; level l gives (B, C_l, H/2^l, W/2^l)."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
 from pfstorer_rt.models import cfw
@@ -26,14 +24,12 @@ class Encoder(nn.Module):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """image (B, 3, H, W) in [-1, 1] -> mean[, std], each (B, C, H/f, W/f), scaled[, features by level]."""
-        if self.cfw is None or not isinstance(self.vae, AutoencoderKL):
+        if self.cfw is None:
             mean, std = encode_moments(self.vae, image)
             return (mean,) if std is None else (mean, std)
-        moments, features = cfw.encode(self.vae, image)
-        if self.cfw.autoencoder is not None:  # trained on another autoencoder: the picture is encoded twice
-            features = self.cfw.features(self.vae, image)
-        posterior, scale = DiagonalGaussianDistribution(moments), self.vae.config.scaling_factor
-        return posterior.mean * scale, posterior.std * scale, *(features[level] for level in cfw.LEVELS)
+        mean, std, features = self.cfw.encode(self.vae, image)
+        maps = (features[level] for level in cfw.LEVELS)
+        return (mean, *maps) if std is None else (mean, std, *maps)
 
 
 class Decoder(nn.Module):
@@ -48,7 +44,7 @@ class Decoder(nn.Module):
 
         The image is nominally in [-1, 1]; weight 0 gives that of the plain decoder.
         """
-        if self.cfw is None or not isinstance(self.vae, AutoencoderKL):
+        if self.cfw is None:
             return decode(self.vae, latent)
         *features, weight = wrapped
         image: torch.Tensor = self.cfw(self.vae, latent, dict(zip(cfw.LEVELS, features, strict=True)), weight)

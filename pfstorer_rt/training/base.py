@@ -50,6 +50,8 @@ class BaseTrainConfig:
     """Side in pixels of the autoencoder's training squares (it is convolutional: any size serves)."""
     zoom: float = 1.5
     """Squares are cut at up to this magnification."""
+    wide: float = 1.0
+    """Squares reach up to this many times the short side, mirrored beyond it: faces get that much smaller."""
     latent_crop: int = 16
     """Side of the latent squares that the restorer first learns on: the same network at a third of the cost."""
     cropped: float = 0.8
@@ -93,14 +95,14 @@ def train_autoencoder(paths: list[Path], work: Path, config: BaseTrainConfig) ->
 
     def make_batch(iteration: int) -> Batch:
         first = (iteration * accelerator.num_processes + accelerator.process_index) * settings.batch
-        crops = [photos.crop(first + i, config.crop, config.zoom)[0] for i in range(settings.batch)]
+        crops = [photos.crop(first + i, config.crop, config.zoom, config.wide)[0] for i in range(settings.batch)]
         noise = torch.Generator().manual_seed(settings.seed * 1_000_003 + first)
         shape = (settings.batch, preset.latent_channels, side, side)
         return {"image": torch.stack(crops) * 2 - 1, "noise": torch.randn(shape, generator=noise)}
 
     objective = AutoencoderObjective(vae)
     optimizer = make_adamw(vae.parameters(), settings)
-    mark = signature([asdict(settings), config.preset, config.crop, config.zoom], paths)
+    mark = signature([asdict(settings), config.preset, config.crop, config.zoom, config.wide], paths)
     train(
         objective, optimizer, make_batch, settings, accelerator, work / "autoencoder.pt", mark, "autoencoder",
         log_to(work / "autoencoder.csv"),
@@ -119,8 +121,8 @@ def latent_pairs(
     count, side = len(paths) * config.variations, base.config.latent_tile
     shape = (count, 2, base.config.latent_channels, side, side)
     file, progress_file = work / "pairs.npy", work / "pairs.json"
-    made = [config.variations, config.zoom, config.level, config.p_hq, config.restorer.seed, base.config.tile]
-    mark = signature(made, paths) + base.fingerprint
+    squares = [config.zoom, config.wide, config.level, config.p_hq, base.config.tile]
+    mark = signature([config.variations, config.restorer.seed, *squares], paths) + base.fingerprint
     done = 0
     if file.exists() and progress_file.exists():
         progress = json.loads(progress_file.read_text())
@@ -140,15 +142,21 @@ def latent_pairs(
     return pairs
 
 
-def pair_maker(paths: list[Path], base: Base, config: BaseTrainConfig) -> Callable[[int], Batch]:
-    """Return a function chunk number -> `hq` and `lq` images (PAIR_CHUNK, 3, tile, tile) in [-1, 1]."""
+def pair_maker(
+    paths: list[Path], base: Base, config: BaseTrainConfig, size: int | None = None
+) -> Callable[[int], Batch]:
+    """Return a function chunk number -> `hq` and `lq` images (size, 3, tile, tile) in [-1, 1].
+
+    size: `PAIR_CHUNK` unless given.
+    """
     photos = Photographs(paths, config.restorer.seed)
     names = ("light", "heavy") if config.level == "mixed" else (config.level,)
     levels = [replace(LEVELS[name], p_hq=config.p_hq) for name in names]
 
     def make(chunk: int) -> Batch:
-        numbers = range(chunk * PAIR_CHUNK, (chunk + 1) * PAIR_CHUNK)
-        samples = [photos.crop(k, base.config.tile, config.zoom) for k in numbers]
+        n = size or PAIR_CHUNK
+        numbers = range(chunk * n, (chunk + 1) * n)
+        samples = [photos.crop(k, base.config.tile, config.zoom, config.wide) for k in numbers]
         hq = torch.stack([image for image, _ in samples])
         lq = torch.stack([degrade(image, levels[int(rng.integers(len(levels)))], rng) for image, rng in samples])
         return {"hq": hq * 2 - 1, "lq": lq * 2 - 1}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from pfstorer_rt.errors import BadFileError
@@ -41,17 +42,26 @@ def read_photo(path: Path) -> torch.Tensor:
 
 
 def random_crop(
-    image: torch.Tensor, size: int, rng: np.random.Generator, zoom: float = 1.5, flip: bool = True
+    image: torch.Tensor, size: int, rng: np.random.Generator, zoom: float = 1.5, flip: bool = True, wide: float = 1.0
 ) -> torch.Tensor:
     """Cut a random square and resize it, without alignment to the face (PFStorer section 4.1).
 
-    image: (3, H, W) in [0, 1]. The square's side is the short side divided by U(1, zoom).
-    Returns (3, size, size) in [0, 1], mirrored half of the time when `flip`.
+    image: (3, H, W) in [0, 1]. The square's side is the short side divided by U(1 / wide, zoom); beyond the edges
+    the photograph is mirrored. Returns (3, size, size) in [0, 1], mirrored half of the time when `flip`.
     """
-    height, width = image.shape[-2:]
-    side = max(1, round(min(height, width) / rng.uniform(1.0, zoom)))
-    top, left = (int(rng.integers(0, n - side + 1)) for n in (height, width))
+    side = max(1, round(min(image.shape[-2:]) / rng.uniform(1.0 / wide, zoom)))
+    image = mirror_beyond_edges(image, side)
+    top, left = (int(rng.integers(0, n - side + 1)) for n in image.shape[-2:])
     return resize_square(image[:, top : top + side, left : left + side], size, flip and rng.random() < 0.5)
+
+
+def mirror_beyond_edges(image: torch.Tensor, side: int) -> torch.Tensor:
+    """Mirror (3, H, W) at its edges until neither side is less than `side` (at most about three times its own)."""
+    missing = [max(0, side - n) for n in image.shape[-2:]]
+    if not any(missing):
+        return image
+    (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in missing)
+    return F.pad(image[None], (left, right, top, bottom), mode="reflect")[0]
 
 
 def center_crop(image: torch.Tensor, size: int) -> torch.Tensor:
@@ -90,10 +100,12 @@ class Photographs:
         epoch, position = divmod(k, len(self.paths))
         return int(np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.paths))[position])
 
-    def crop(self, k: int, size: int, zoom: float = 1.5) -> tuple[torch.Tensor, np.random.Generator]:
+    def crop(
+        self, k: int, size: int, zoom: float = 1.5, wide: float = 1.0
+    ) -> tuple[torch.Tensor, np.random.Generator]:
         """Return crop `k`, (3, size, size) in [0, 1], and the generator to go on with (for degradation)."""
         rng = np.random.default_rng([self.seed, 2, k])
-        return random_crop(read_photo(self.paths[self.order(k)]), size, rng, zoom), rng
+        return random_crop(read_photo(self.paths[self.order(k)]), size, rng, zoom, wide=wide), rng
 
 
 class Iterations(Dataset[Batch]):

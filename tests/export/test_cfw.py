@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from pfstorer_rt.export import export_plan
 from pfstorer_rt.export.tensorrt import BuildOptions, plan_profiles
 
@@ -11,11 +12,17 @@ from pfstorer_rt.restore import Restorer
 
 KL = {**PRESETS["sd21"].vae, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4, "sample_size": 64}
 CONFIG = replace(PRESETS["nano"], vae=KL, cfw={"widths": (16, 16), "growth": 4, "norm_groups": 4})
+TINY = replace(PRESETS["nano"], cfw={"widths": (8, 8), "growth": 4}, cfw_weight=1.0)
 
 
-@pytest.fixture(scope="module")
-def wrapped():
-    return build_base(CONFIG, seed=2)
+@pytest.fixture(scope="module", params=[CONFIG, TINY], ids=["AutoencoderKL", "AutoencoderTiny"])
+def wrapped(request):
+    base = build_base(request.param, seed=2)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in base.cfw.named_parameters():
+        if "widen" in name:  # begins at zero
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return base
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +33,9 @@ def plan(wrapped, tmp_path_factory):
 def test_the_features_go_from_encoder_to_decoder(plan):
     assert plan.manifest.cfw
     encoder, decoder = (plan.manifest.payloads[name] for name in ("encoder", "decoder"))
-    assert set(encoder.outputs) == {"mean", "std", "features_1", "features_2"}
+    assert set(encoder.outputs) - {"std"} == {"mean", "features_1", "features_2"}
     assert set(decoder.inputs) == {"latent", "features_1", "features_2", "cfw_weight"}
-    assert decoder.inputs["features_1"]["shape"][1] == 16
+    assert decoder.inputs["features_1"]["shape"][1] == encoder.outputs["features_1"]["shape"][1] in (4, 16)
 
 
 def test_a_plan_wraps_as_pytorch_does(plan, wrapped, make_picture):
@@ -40,8 +47,13 @@ def test_a_plan_wraps_as_pytorch_does(plan, wrapped, make_picture):
             config = RestoreConfig(cfw_weight=weight, steps=2)
             results[weight] = ours.restore(pixels, config)
             np.testing.assert_allclose(results[weight], torch_restorer.restore(pixels, config), atol=2e-3)
-    with Restorer.from_base(replace(wrapped, cfw=None), device="cpu") as plain:
+        usual = ours.restore(pixels, RestoreConfig(steps=2))
+        assert np.array_equal(usual, results[wrapped.config.cfw_weight])
+    plain_base = replace(wrapped, cfw=None)
+    with Restorer.from_base(plain_base, device="cpu") as plain:
         np.testing.assert_allclose(results[0.0], plain.restore(pixels, RestoreConfig(steps=2)), atol=2e-3)
+        with pytest.raises(ValueError, match="no controllable feature"):
+            plain.restore(pixels, RestoreConfig(steps=2, cfw_weight=0.5))
     assert np.abs(results[0.0] - results[1.0]).max() > 2e-2
 
 

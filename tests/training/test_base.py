@@ -13,8 +13,10 @@ from pfstorer_rt.config import PRESETS, TrainConfig
 from pfstorer_rt.models.base import build_base, load_base
 from pfstorer_rt.training import base as module
 from pfstorer_rt.training.base import BaseTrainConfig, latent_pairs, split_holdout, train_base
+from pfstorer_rt.training.data import read_photo
 from pfstorer_rt.training.loop import make_accelerator
 from pfstorer_rt.training.losses import AutoencoderObjective, RestorerObjective
+from pfstorer_rt.training.wrapping import add_wrapping
 
 SETTINGS = TrainConfig(iterations=4, batch=2, learning_rate=1e-3, ema=0.5, device="cpu", precision="fp32")
 CONFIG = BaseTrainConfig(
@@ -264,3 +266,28 @@ def test_held_out_photographs_depend_on_their_names_alone(tmp_path):
     assert 20 < len(held) < 60 and sorted([*train, *held]) == sorted(paths)
     assert split_holdout(paths[::2], 0.1)[1] == [p for p in paths[::2] if p in set(held)]
     assert split_holdout(paths, 0.0)[1] == []
+
+
+def test_wrapping_trains_the_fusion_layers_alone(whole, photos, tmp_path):
+    base, folder = whole
+    config = replace(CONFIG, restorer=replace(SETTINGS, iterations=6, learning_rate=1e-2))
+    made = add_wrapping([photos], load_base(folder / "base"), tmp_path / "a", config, tmp_path / "work")
+    again = load_base(tmp_path / "a")
+    assert again.fingerprint == made.fingerprint != base.fingerprint and again.config.cfw_weight == 1.0
+    before, after = weights(folder / "base"), weights(tmp_path / "a")
+    fusion = after.pop("cfw")
+    assert same(before, after)
+    assert all(float(fusion[f"fusion_layer_{level}.widen.weight"].abs().sum()) > 0 for level in (1, 2))
+
+
+def test_wrapping_comes_nearer_to_the_original(whole, photos, tmp_path):
+    """On pictures that were not degraded the LQ picture is the answer, so it has to be taken up."""
+    _, folder = whole
+    settings = replace(SETTINGS, iterations=60, batch=4, learning_rate=1e-2, ema=0.0)
+    config = replace(CONFIG, restorer=settings, p_hq=1.0)
+    base = add_wrapping([photos], load_base(folder / "base"), tmp_path / "a", config, tmp_path / "work")
+    image = read_photo(photos / "00.png")[None, :, :64, :64] * 2 - 1
+    with torch.no_grad():
+        latent = base.encode(image)
+        wrapped, plain = base.decode(latent, base.features(image)), base.decode(latent)
+    assert (wrapped - image).abs().mean() < 0.7 * (plain - image).abs().mean()

@@ -8,6 +8,7 @@ from pfstorer_rt.training.data import (
     Photographs,
     center_crop,
     find_images,
+    mirror_beyond_edges,
     random_crop,
     read_photo,
     resize_square,
@@ -133,3 +134,24 @@ def test_a_photograph_is_read_as_planes_without_its_transparency(tmp_path):
     read = read_photo(tmp_path / "a.png")
     assert read.dtype == torch.float32 and read.is_contiguous()
     assert np.array_equal((read * 255).round().numpy(), levels[..., :3].transpose(2, 0, 1))
+
+
+def test_wide_squares_mirror_what_lies_beyond_the_photograph():
+    image = torch.rand(3, 20, 30)
+    mirrored = mirror_beyond_edges(image, 34)
+    assert mirrored.shape == (3, 34, 34)
+    expected = np.pad(image.numpy(), ((0, 0), (7, 7), (2, 2)), mode="reflect")
+    assert np.array_equal(mirrored.numpy(), expected)
+    assert mirror_beyond_edges(image, 20) is image
+
+
+def test_wide_squares_show_more_of_a_photograph():
+    """A flat bright middle takes a smaller share of squares that reach beyond the edges."""
+    image = torch.zeros(3, 40, 40)
+    image[:, 10:30, 10:30] = 1
+
+    def share(wide):
+        crops = [random_crop(image, 40, np.random.default_rng(i), 1.0, wide=wide) for i in range(40)]
+        return float(torch.stack(crops).mean())
+
+    assert share(1.5) < 0.85 * share(1.0)

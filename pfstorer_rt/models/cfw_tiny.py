@@ -1,0 +1,96 @@
+"""Controllable feature wrapping for AutoencoderTiny: StableSR's idea (section 3.3) at the size of that autoencoder."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from pfstorer_rt.models.cfw import LEVELS, Encoded, Features
+
+
+class BottleneckFusion(nn.Module):
+    """What one level of the decoder is given on top: both maps narrowed and added, two convolutions, widened.
+
+    The encoder's map is narrowed on the encoder's side, so that little goes from there to the decoder. The last
+    convolution begins at zero: untrained, the decoder is the plain one.
+    """
+
+    def __init__(self, width: int, growth: int) -> None:
+        super().__init__()
+        self.narrow_encoded = nn.Conv2d(width, growth, 1)
+        self.narrow_decoded = nn.Conv2d(width, growth, 1, bias=False)
+        self.conv1 = nn.Conv2d(growth, growth, 3, padding=1)
+        self.conv2 = nn.Conv2d(growth, growth, 3, padding=1)
+        self.widen = nn.Conv2d(growth, width, 1)
+        for parameter in self.widen.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, narrowed: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+        """The encoder's map, narrowed (B, G, H, W), and the decoder's (B, C, H, W) -> (B, C, H, W)."""
+        h = F.relu(narrowed + self.narrow_decoded(decoded))
+        h = F.relu(self.conv2(F.relu(self.conv1(h))))
+        out: torch.Tensor = self.widen(h)
+        return out
+
+
+class TinyFeatureWrapping(ModelMixin, ConfigMixin):
+    """The fusion layers of an AutoencoderTiny, whose encoder and decoder stay as they are."""
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, widths: tuple[int, ...] = (64, 64), growth: int = 16) -> None:
+        super().__init__()
+        for level, width in zip(LEVELS, widths, strict=True):
+            self.add_module(f"fusion_layer_{level}", BottleneckFusion(width, growth))
+
+    def layer(self, level: int) -> BottleneckFusion:
+        """Return a level's fusion layer."""
+        found = self.get_submodule(f"fusion_layer_{level}")
+        assert isinstance(found, BottleneckFusion)
+        return found
+
+    def encode(self, vae: AutoencoderTiny, image: torch.Tensor) -> Encoded:
+        """Encode (B, 3, H, W) in [-1, 1] to the scaled latent, None for its deviation, and the features by level.
+
+        Level l gives (B, G, H/2^l, W/2^l): the map after that level's blocks, before it is made smaller.
+        """
+        features, level, h = {}, 0, image.add(1).div(2)
+        for module in vae.encoder.layers:
+            if getattr(module, "stride", None) == (2, 2):
+                if level in LEVELS:
+                    features[level] = self.layer(level).narrow_encoded(h)
+                level += 1
+            h = module(h)
+        return h * vae.config.scaling_factor, None, features
+
+    def features(self, vae: AutoencoderTiny, image: torch.Tensor) -> Features:
+        """Return the features of `encode` alone."""
+        return self.encode(vae, image)[2]
+
+    def forward(
+        self, vae: AutoencoderTiny, latent: torch.Tensor, features: Features, weight: torch.Tensor | float
+    ) -> torch.Tensor:
+        """Decode a scaled latent (B, C, h, w) with the LQ image's features; weight 0 is the plain decoder.
+
+        At levels 2 and 1, after the blocks and before the enlargement: `h + weight * Fuse(features, h)`.
+        """
+        h = torch.tanh(latent / vae.config.scaling_factor / 3) * 3
+        level = sum(enlarges(module) for module in vae.decoder.layers)
+        if isinstance(weight, torch.Tensor):
+            weight = weight.to(h.dtype)
+        for module in vae.decoder.layers:
+            if enlarges(module):
+                if level in LEVELS:
+                    h = h + weight * self.layer(level)(features[level], h)
+                level -= 1
+            h = module(h)
+        return h.mul(2).sub(1)
+
+
+def enlarges(module: nn.Module) -> bool:
+    """Whether a level of the decoder ends before this layer."""
+    return getattr(module, "scale_factor", None) == 2

@@ -1,0 +1,119 @@
+"""Feature wrapping for a finished base: a decoder that looks at the LQ picture too (StableSR section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pfstorer_rt.attention import training_backend
+from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.files import make_folder
+from pfstorer_rt.models.base import Base, build_cfw, fingerprint_modules
+from pfstorer_rt.models.cfw import LEVELS
+from pfstorer_rt.sampling import SAMPLERS, respace, start_from_lq
+from pfstorer_rt.training.base import BaseTrainConfig, log_to, pair_maker, signature, split_holdout
+from pfstorer_rt.training.data import Batch, find_images
+from pfstorer_rt.training.loop import make_accelerator, train
+from pfstorer_rt.training.losses import Losses, gradient_loss
+from pfstorer_rt.training.memory import make_adamw
+
+GROWTH = 16
+"""Channels of a new fusion layer: a restored tile gains little from more, and a small base has to stay small."""
+
+
+class WrappingObjective(nn.Module):
+    """L1 + gradient L1 of what the wrapped decoder makes of a restored latent and the LQ picture's features.
+
+    StableSR trains on restored latents of the base alone. Here half of them are moved towards the original's by a
+    random share, because a personalized denoiser comes nearer to it than the base does.
+    """
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        self.cfw, self.base = base.cfw, base
+
+    @torch.no_grad()
+    def restored(self, z_lq: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Sample the base's default steps from scaled LQ latents (B, C, h, w)."""
+        base = self.base
+        context = base.encode_prompt().expand(len(z_lq), -1, -1)
+
+        def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
+            times = torch.full((len(x),), t, device=x.device)
+            prediction: torch.Tensor = base.unet(x, times, context, base.structure_encoder(z_lq, times))
+            return prediction.float()
+
+        sampler, c = SAMPLERS[base.config.sampler], base.config
+        return sampler(
+            denoise, start_from_lq(z_lq, noise), respace(c.steps), c.prediction_type, lambda: torch.randn_like(noise),
+            eta=0.0,
+        )  # fmt: skip
+
+    def forward(self, batch: Batch) -> Losses:
+        """Take `hq` and `lq` (B, 3, H, W) in [-1, 1], `noise` (B, C, h, w) and `share` of the original (B,)."""
+        assert self.cfw is not None
+        mean, _, features = self.cfw.encode(self.base.vae, batch["lq"])
+        mean = mean.detach().float()
+        with torch.no_grad():
+            share = batch["share"][:, None, None, None]
+            latent = (1 - share) * self.restored(mean, batch["noise"]) + share * self.base.encode(batch["hq"])
+        output = self.cfw(self.base.vae, latent, features, 1.0).float()
+        reconstruction = F.l1_loss(output, batch["hq"])
+        return {"loss": reconstruction + gradient_loss(output, batch["hq"]), "l1": reconstruction}
+
+
+def add_wrapping(sources: Sequence[Path], base: Base, out: Path, config: BaseTrainConfig, work: Path) -> Base:
+    """Give a base feature wrapping, train it on photographs, and write the base to `out` in fp16.
+
+    sources, config, work: as for `train_base`; the settings are those of `config.restorer`. A base that has wrapping
+    goes on from what it has. Raises `BadFileError` where the autoencoder is not an AutoencoderTiny: then wrapping is
+    StableSR's, and is imported.
+    """
+    if base.config.vae["class"] != "AutoencoderTiny":
+        raise BadFileError(f"base {base.config.name!r}: only an AutoencoderTiny's wrapping is trained here; use --cfw")
+    make_folder(work)
+    paths, _ = split_holdout(find_images(sources), config.holdout)
+    train_wrapping(paths, base, work, config)
+    base.save(out, torch.float16)
+    return base
+
+
+def train_wrapping(paths: list[Path], base: Base, work: Path, config: BaseTrainConfig) -> None:
+    """Train the fusion layers, all else frozen; resumes from `work/wrapping.pt`."""
+    if base.cfw is None:
+        widths = tuple(base.config.vae["encoder_block_out_channels"][level] for level in LEVELS)
+        base.config = replace(base.config, cfw={"widths": widths, "growth": GROWTH}, cfw_weight=1.0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.restorer.seed)
+            base.cfw = build_cfw(base.config)
+    accelerator, settings = make_accelerator(config.restorer), config.restorer
+    base.to(accelerator.device).set_attention(training_backend(accelerator.device))
+    for module in base.modules().values():
+        nn.Module.to(module, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert base.cfw is not None
+    base.cfw.requires_grad_(True)
+    make_pair = pair_maker(paths, base, config, settings.batch)
+    side, channels = base.config.latent_tile, base.config.latent_channels
+
+    def make_batch(iteration: int) -> Batch:
+        number = iteration * accelerator.num_processes + accelerator.process_index
+        rng = np.random.default_rng([settings.seed, 7, number])
+        share = rng.uniform(size=settings.batch) * (rng.random(settings.batch) < 0.5)
+        noise = rng.standard_normal((settings.batch, channels, side, side), np.float32)
+        return {**make_pair(number), "noise": torch.from_numpy(noise), "share": torch.from_numpy(share).float()}
+
+    objective = WrappingObjective(base)
+    optimizer = make_adamw(base.cfw.parameters(), settings)
+    mark = signature(["wrapping", asdict(config)], paths) + base.fingerprint
+    train(
+        objective, optimizer, make_batch, settings, accelerator, work / "wrapping.pt", mark, "wrapping",
+        log_to(work / "wrapping.csv"),
+    )  # fmt: skip
+    base.freeze().set_attention()
+    base.fingerprint = fingerprint_modules(base.modules())
