@@ -149,3 +149,17 @@ def test_engines_that_cannot_run_here_are_checked_by_their_graphs(run, tree, tmp
     assert "component picture  tile photo  pair torch / onnxruntime" in done.out
     plan = Plan.open(tmp_path / "a.plan")
     assert plan.trusted and plan.read("denoiser")[:4] == b"vtrt"
+
+
+def test_inspecting_a_plan_that_is_not_there_speaks_of_a_file(refused, tmp_path):
+    refused(2, "inspect", tmp_path / "alice.plan", words=["alice.plan: no such file"])
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_int8_is_refused_for_tensorrt_before_anything_is_loaded(refused, tmp_path, target):
+    refused(2, "export", "--base", "tiny", "--precision", "int8", "--target", target, "-o", tmp_path / "a.plan",
+            words=["int8", "ONNX", "fp16"])  # fmt: skip
+
+
+def test_wrapping_is_trained_on_a_base_that_is_there(refused, photos, tmp_path):
+    refused(2, "train-base", *photos, "-o", tmp_path / "a", "--train", "wrapping", words=["--prior"])

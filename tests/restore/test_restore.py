@@ -263,3 +263,23 @@ def test_the_engines_own_sampler_and_eta(restorer, make_picture):
     assert np.abs(one - other).max() > 1e-3
     ddpm = restorer.restore(pixels, replace(CONFIG, steps=3))
     assert np.allclose(other, ddpm, rtol=0, atol=1e-3)  # eta = 1 is DDPM
+
+
+def test_torch_works_in_one_thread_beside_an_engine_alone(restorer, counting, make_picture):
+    """Threads that spin after an operation of torch's would take the processor from the engine's own."""
+    before, seen = torch.get_num_threads(), {}
+
+    class Looking(counting):
+        def run(self, **arrays):
+            seen[backend] = torch.get_num_threads()
+            return self.session.run(**arrays)
+
+    torch.set_num_threads(3)
+    try:
+        for backend in ("torch", "onnxruntime"):
+            sessions = {name: Looking(session) for name, session in restorer._sessions.items()}
+            Restorer(restorer.manifest, sessions, backend).restore(make_picture(64, 64), CONFIG)
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {"torch": 3, "onnxruntime": 1}
