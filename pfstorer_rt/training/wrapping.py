@@ -16,6 +16,7 @@ from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, build_cfw, fingerprint_modules
 from pfstorer_rt.models.cfw import LEVELS
+from pfstorer_rt.models.denoiser import Denoiser
 from pfstorer_rt.sampling import SAMPLERS, respace, start_from_lq
 from pfstorer_rt.training.base import BaseTrainConfig, log_to, pair_maker, signature, split_holdout
 from pfstorer_rt.training.data import Batch, find_images
@@ -36,21 +37,18 @@ class WrappingObjective(nn.Module):
 
     def __init__(self, base: Base) -> None:
         super().__init__()
-        self.cfw, self.base = base.cfw, base
+        self.cfw, self.base, self.denoiser = base.cfw, base, Denoiser(base)
 
     @torch.no_grad()
     def restored(self, z_lq: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Sample the base's default steps from scaled LQ latents (B, C, h, w)."""
-        base = self.base
-        context = base.encode_prompt().expand(len(z_lq), -1, -1)
 
         def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
-            times = torch.full((len(x),), t, device=x.device)
-            prediction: torch.Tensor = base.unet(x, times, context, base.structure_encoder(z_lq, times))
+            prediction: torch.Tensor = self.denoiser(x, torch.full((len(x),), t, device=x.device), z_lq)
             return prediction.float()
 
-        sampler, c = SAMPLERS[base.config.sampler], base.config
-        return sampler(
+        c = self.base.config
+        return SAMPLERS[c.sampler](
             denoise, start_from_lq(z_lq, noise), respace(c.steps), c.prediction_type, lambda: torch.randn_like(noise),
             eta=0.0,
         )  # fmt: skip
