@@ -45,6 +45,15 @@ def test_all_convolutions_and_products_with_weights_take_8_bits(int8_plan, compo
     assert not floats  # no kernel is kept beside its integers
 
 
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_two_products_fit_in_16_bits(int8_plan, component):
+    """What processors without VNNI add up before they widen: two of an activation (0 to 255) and a weight."""
+    graph = onnx.load_from_string(int8_plan.read(component)).graph
+    kernels = [onnx.numpy_helper.to_array(i) for i in graph.initializer if i.data_type == onnx.TensorProto.INT8]
+    largest = max(int(np.abs(k.astype(int)).max()) for k in kernels if k.ndim > 1)
+    assert largest > 32 and 2 * 255 * largest < 2**15
+
+
 def test_openvino_does_not_put_bf16_between_8_bit_operators(int8_plan, nano_plan):
     with open_session(int8_plan, "decoder", "openvino") as low, open_session(nano_plan, "decoder", "openvino") as full:
         native = "BF16" in full._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
