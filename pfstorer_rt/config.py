@@ -208,6 +208,8 @@ class PersonalizeConfig:
     ref_timestep: Literal["0", "same"] = "0"
     main_prompt: Literal["null", "subject"] = "null"
     null_cond: Literal["zero_latent", "bypass"] = "zero_latent"
+    first_step: float = 0.0
+    """Share of the samples at timestep 999, from which every restoration starts; the others are uniform."""
     p_self: float = 0.1
     """Share of the iterations in which the blocks see no reference (`self` stays usable)."""
     weighting: Weighting = "prediction"

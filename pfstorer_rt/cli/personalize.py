@@ -19,6 +19,10 @@ from pfstorer_rt.cli.options import ATTENTION, SEED
 @click.option("--batch", type=click.IntRange(1), help="4, unless the base says otherwise.")
 @click.option("--learning-rate", type=float, help="Of the blocks; 5e-5, unless the base says otherwise.")
 @click.option("--lambda-gen", type=click.FloatRange(0), help="Weight of L_gen; 0.1, unless the base says otherwise.")
+@click.option(
+    "--first-step", type=click.FloatRange(0, 1),
+    help="Share of the samples at timestep 999, where restoring starts; 0, unless the base says otherwise.",
+)
 @click.option("--rank", type=click.IntRange(0), default=0, help="Rank of the blocks' matrices; 0 keeps them whole.")
 @click.option("--ref-source", type=click.Choice(["cached", "self"]), default="cached", show_default=True)
 @click.option("--seed", type=SEED, default=0, show_default=True)
@@ -70,7 +74,7 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
         "iterations", "batch", "learning_rate", "precision", "device", "seed", "optimizer", "gradient_checkpointing",
         "attention",
     )  # fmt: skip
-    own = ("method", "lambda_gen", "rank", "ref_source")
+    own = ("method", "lambda_gen", "first_step", "rank", "ref_source")
     train, values = ({n: options[n] for n in group if options[n] is not None} for group in (names, own))
     config = PersonalizeConfig.for_base(base.config, train, **values)
     identity = personalize(name, photos, base, config, target)

@@ -71,12 +71,14 @@ class BatchMaker:
         reference = int(rng.integers(len(pool.references)))
         chosen = torch.from_numpy(rng.choice(self.squares_without(reference), batch))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        noise = torch.randn(pool.hq[chosen].shape, generator=generator)
+        t = torch.randint(0, 1000, (batch,), generator=generator)
+        t[torch.rand(batch, generator=generator) < self.config.first_step] = 999
         # One draw for all processes: they have to run the same graph.
         use_self = np.random.default_rng([seed, 5, iteration]).random() < self.share_without_reference()
         return {
             "hq": pool.hq[chosen], "lq": pool.lq[chosen], "reference": pool.references[reference][None],
-            "noise": torch.randn(pool.hq[chosen].shape, generator=generator),
-            "t": torch.randint(0, 1000, (batch,), generator=generator), "self": torch.tensor(use_self),
+            "noise": noise, "t": t, "self": torch.tensor(use_self),
         }  # fmt: skip
 
     def share_without_reference(self) -> float:

@@ -298,6 +298,14 @@ def test_the_share_without_reference(base, photos, settings, share):
     assert {bool(batches(i)["self"]) for i in range(5)} == {bool(share)}
 
 
+def test_the_share_of_samples_where_restoring_starts(base, photos):
+    made = pool(base, photos)
+    plain, half = (maker(made, first_step=share) for share in (0.0, 0.5))
+    pairs = [(a, b) for i in range(100) for a, b in zip(plain(i)["t"].tolist(), half(i)["t"].tolist(), strict=True)]
+    moved = [b for a, b in pairs if a != b]
+    assert set(moved) == {999} and 0.4 < len(moved) / len(pairs) < 0.6
+
+
 # ---- launchers
 
 
