@@ -23,7 +23,7 @@ WORDS = (
     "What this shows: the path works from photographs to picture, and what the identity adds to the base here.",
     "What it does not show: a fair test. There is one public-domain portrait, so the references are other crops,",
     "mirrorings and exposures of the very photograph that is restored; of other photographs expect less. And the",
-    "default seed is one at which a face is found in the results; at others (--seed) the first base is not up to it.",
+    "default seed is one at which a face is found in the results; at others (--seed) the base may not be up to it.",
 )
 
 
