@@ -62,6 +62,7 @@ METHODS: dict[str, Method] = {
     "PFStorer, strength 1.5": Method({}, RestoreConfig(strength=1.5), ablation=True),
     "PFStorer, lambda_gen 0.1": Method({"lambda_gen": 0.1}, ablation=True),
     "PFStorer, lambda_gen 1": Method({"lambda_gen": 1.0}, ablation=True),
+    "PFStorer, first_step 0.5": Method({"first_step": 0.5}, ablation=True),
     "PFStorer, self": Method({"ref_source": "self"}, ablation=True),
 }
 """gamma on and off is PFStorer against ViCo: the two differ in nothing else (paper, ablation)."""
