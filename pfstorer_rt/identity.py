@@ -149,7 +149,7 @@ def named_identity(name: str) -> Path:
     """Return the file of a name in the user's data directory; raises `ValueError` for what is not a name."""
     if not _NAME.fullmatch(name) or name.endswith(".safetensors"):
         raise ValueError(
-            f"identity name {name!r}: expected letters, digits, '_', '-' or '.', at most 64 of them, "
+            f"identity name {name!r}: expected letters a-z or A-Z, digits, '_', '-' or '.', at most 64 of them, "
             "without .safetensors at the end"
         )
     return identities_dir() / f"{name}.safetensors"

@@ -321,6 +321,7 @@ def _decode(image: Image.Image, name: str) -> Scan:
     wide = image.mode == "F" or image.mode.startswith("I")
     if wide:
         _check_range(image, name)
+        notes.append("more than 8 bits a channel: results have 8")
     levels, managed = to_srgb("L" if wide else image.mode, image, profile, notes)
     width, height = image.size if turn < 5 else image.size[::-1]
     pixels = Spool(height, width, 3, np.float32 if wide else np.uint8)

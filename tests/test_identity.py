@@ -171,7 +171,7 @@ def test_names_lead_into_the_identities_folder(private_home):
     "name", ["../x", "..", ".", "", "a/b", "/etc/x", "a\\b", "-rf", ".hidden", "a b", "x" * 65, "ä", "a\n", "a\0"]
 )
 def test_other_names_cannot_leave_the_folder(name):
-    with pytest.raises(ValueError, match="expected letters, digits"):
+    with pytest.raises(ValueError, match="expected letters a-z or A-Z, digits"):
         named_identity(name)
 
 

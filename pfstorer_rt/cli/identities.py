@@ -137,10 +137,20 @@ def rm_command(names: tuple[str, ...], yes: bool) -> None:
             read_metadata(path)  # a file given by its path is deleted only when it is an identity
         paths.append((name, [*present, *compiled_networks(path)]))
     for name, present in paths:
-        if yes or click.confirm(f"delete {name}?", err=True):
+        if yes or confirmed(name):
             for path in present:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             click.echo(f"{name}: deleted")
+
+
+def confirmed(name: str) -> bool:
+    """Ask whether to delete an identity; raises `click.UsageError` where nobody is there to answer."""
+    try:
+        return click.confirm(f"delete {name}?", err=True)
+    except click.Abort:
+        if sys.stdin.isatty():
+            raise
+        raise click.UsageError(f"{name} was not deleted: nobody answered; pass --yes") from None
 
 
 def compiled_networks(path: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
     """
     from pfstorer_rt.config import PersonalizeConfig
     from pfstorer_rt.errors import PFStorerError
+    from pfstorer_rt.files import make_folder
     from pfstorer_rt.identity import identities_dir, identity_path
 
     named = identity_path(name)
@@ -77,9 +79,22 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
     own = ("method", "lambda_gen", "first_step", "rank", "ref_source")
     train, values = ({n: options[n] for n in group if options[n] is not None} for group in (names, own))
     config = PersonalizeConfig.for_base(base.config, train, **values)
+    make_folder(target.parent)
+    for photo in without_face(photos, base.config.tile):
+        click.echo(f"note: {photo}: no face found in its middle, which is what is learned", err=True)
     identity = personalize(name, photos, base, config, target)
     if options["as_json"]:
         click.echo(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))
         return
     click.echo(f"{name}: learned from {len(photos)} photographs on base {identity.base_name}, kept in {target}")
     click.echo(f"next: pfstorer-rt export --identity {options['output'] or name} -o {name}.plan")
+
+
+def without_face(photos: Sequence[Path], tile: int) -> list[Path]:
+    """Return the photographs in whose middle square no face is found; none without the `metrics` extra."""
+    from pfstorer_rt.evaluation.metrics import face_embedder
+    from pfstorer_rt.training.data import center_crop, read_photo
+
+    if (embed := face_embedder()) is None:
+        return []
+    return [path for path in photos if embed(center_crop(read_photo(path), tile).permute(1, 2, 0).numpy()) is None]

@@ -149,7 +149,8 @@ def check_targets(jobs: Sequence[Job], output: str | None) -> None:
     targets = [job.target for job in jobs]
     if len(set(targets)) < len(targets):
         twice = next(t for t in targets if targets.count(t) > 1)
-        raise click.UsageError(f"several inputs would be written to {twice or 'stdout'}; give them apart")
+        rivals = " and ".join(str(job.source or STREAM) for job in jobs if job.target == twice)
+        raise click.UsageError(f"{rivals} would all be written to {twice or 'stdout'}; rename or leave out all but one")
     sources = {job.source.resolve() for job in jobs if job.source is not None}  # however they are spelled
     if same := [target for target in targets if target is not None and target.resolve() in sources]:
         raise click.UsageError(f"{same[0]} would be written over an input; give a --suffix or another folder")

@@ -32,7 +32,7 @@ FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
 @click.option("--suffix", default="_restored", show_default=True, help="What results' names end with.")
 @click.option("--format", "kind", type=click.Choice(list(FORMATS)), help="Of all results. [default: the input's]")
 @click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEG and WebP.")
-@click.option("--compare", is_flag=True, help="Write {result}_compare.png too, input and result side by side.")
+@click.option("--compare", is_flag=True, help="Write {result}_compare too, input and result side by side.")
 @click.option("--preview", is_flag=True, help="Write {result}_preview first, of one step.")
 @click.option("--refs", type=click.Path(exists=True, file_okay=False), help="Photographs of the person, to measure by.")
 @click.option("--watch", type=click.Path(exists=True, file_okay=False), help="Restore what comes into this folder.")
@@ -98,6 +98,8 @@ def command(inputs: tuple[str, ...], engines: tuple[str, ...], **options: Any) -
     for engine, jobs in zip(engines or (None,), plans or [[]] * len(names), strict=True):
         with open_restorer(engine, options) as restorer:
             restorer.check(config)
+            for note in without_effect(restorer, config):
+                click.echo(f"note: {note}", err=True)
             click.echo(f"{restorer.backend} on {restorer.provider}", err=True)
             if options["dry_run"]:
                 status |= forecast(restorer, jobs, config, options)
@@ -110,6 +112,8 @@ def command(inputs: tuple[str, ...], engines: tuple[str, ...], **options: Any) -
 
 def check_call(inputs: tuple[str, ...], engines: tuple[str, ...], options: dict[str, Any]) -> None:
     """Raise `click.UsageError` for options that contradict each other."""
+    from pfstorer_rt.cli.pictures import check_file, output_file
+
     if bool(engines) == (options["base"] is not None) and options["backend"] != "torch":
         raise click.UsageError("give either --engine FILE.plan or --base tiny|DIR")
     if not engines and options["base"] is None:
@@ -120,6 +124,8 @@ def check_call(inputs: tuple[str, ...], engines: tuple[str, ...], options: dict[
         raise click.UsageError("give INPUTS..., or a folder to --watch")
     if options["watch"] and (len(engines) > 1 or options["dry_run"]):
         raise click.UsageError("--watch goes with one --engine, and not with --dry-run")
+    if options["watch"] and (file := output_file(options["output"])):
+        check_file(file, FORMATS.get(options["kind"] or ""), single=False)
     if set(options["suffix"]) & set("/\\\0"):
         raise click.UsageError(f"--suffix {options['suffix']!r}: expected the end of a file's name; folders go with -o")
     if options["idle"] is not None and not options["watch"]:
@@ -130,6 +136,16 @@ def check_call(inputs: tuple[str, ...], engines: tuple[str, ...], options: dict[
         raise click.UsageError("--provider goes with --engine and a backend that runs it")
     if options["attention"] != "auto" and engines and options["backend"] != "torch":
         raise click.UsageError("--attention is for PyTorch (--base, or --backend torch); a plan has its own attention")
+
+
+def without_effect(restorer: Restorer, config: RestoreConfig) -> list[str]:
+    """Return a line for each setting that changes nothing with this engine."""
+    notes = []
+    if config.strength != 1.0 and restorer.manifest.identity_name is None:
+        notes.append(f"--strength {config.strength:g} changes nothing: this engine holds no identity")
+    if config.eta and (sampler := restorer.sampler(config)) != "ddim":
+        notes.append(f"--eta {config.eta:g} changes nothing: it is of the sampler ddim, this is {sampler}")
+    return notes
 
 
 def tell_apart(engines: tuple[str, ...]) -> list[str]:

@@ -15,7 +15,8 @@ from pfstorer_rt.files import cache_home, show_path
 from pfstorer_rt.plan import Plan
 
 TARGETS = ("onnx",)
-PRECISIONS = ("f32", "bf16", "f16")
+PRECISIONS = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
+"""Of the computation, and what OpenVINO calls a device's ability to do it."""
 
 
 def check() -> None:
@@ -35,7 +36,7 @@ class OpenVinoSession(HostSession):
     """
 
     def __init__(self, model: bytes | Path, provider: str | None = None, cache: str | None = None) -> None:
-        """Raise `MissingBackendError` for a device that is not there, `ValueError` for an unknown precision."""
+        """Raise `MissingBackendError` for a device or precision that is not there, `ValueError` for an unknown one."""
         import openvino
 
         self._core: Any = openvino.Core()
@@ -48,6 +49,8 @@ class OpenVinoSession(HostSession):
         precision = precision or self._best_precision(device, quantized)
         if precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+        if not self._computes(device, precision):  # OpenVINO would take f32 without a word
+            raise MissingBackendError(f"OpenVINO {device} does not compute in {precision} here; take {device}:f32")
         self._device = device.upper()
         self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         if cache:  # a folder for each precision: OpenVINO 2026.4 would load fp32's network for bf16, and give NaN
@@ -75,8 +78,12 @@ class OpenVinoSession(HostSession):
 
         Beside 8-bit operators f32 is the faster one: their inputs and outputs are converted from it in one step.
         """
-        native = "BF16" in self._core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
-        return "bf16" if native and not quantized else "f32"
+        return "bf16" if self._computes(device, "bf16") and not quantized else "f32"
+
+    def _computes(self, device: str, precision: str) -> bool:
+        """Whether a device computes in a precision itself; f32 all do."""
+        able = self._core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
+        return precision == "f32" or PRECISIONS[precision] in able
 
     def _compile(self, batch: int) -> Any:
         """Return the network for a batch, or for any with 0; compiled at its first use."""

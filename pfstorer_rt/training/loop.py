@@ -186,6 +186,8 @@ def train(
     done = start
     objective.train()
     with _progress(accelerator) as progress, Interruption() as interruption:
+        if start:
+            progress.console.print(f"{title}: goes on after iteration {start} of {config.iterations}")
         bar = progress.add_task(title, total=config.iterations, completed=start, loss=math.nan, rate=0.0)
         for batch in prefetch(make_batch, start, config.iterations, config.workers):
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):

@@ -115,7 +115,23 @@ def test_a_watched_folder_with_two_pictures_of_one_name_says_so(restore, save, t
     save(tmp_path / "in" / "a.png")
     save(tmp_path / "in" / "a.jpg")
     done = restore("--watch", tmp_path / "in", "-o", tmp_path / "out", "--format", "png", "--idle", 4)
-    assert done.status == 2 and "several inputs would be written to" in done.errors[0]
+    assert done.status == 2 and all(word in done.errors[0] for word in ("a.png", "a.jpg", "would all be written to"))
+
+
+def test_a_watched_folder_needs_a_folder_for_its_results(refused, nano_plan, tmp_path):
+    words = ["one.png", "give a folder"]
+    refused(2, "restore", "--engine", nano_plan.path, "--watch", tmp_path, "-o", tmp_path / "one.png", words=words)
+
+
+def test_settings_without_effect_are_said(run, save, base_plan, tmp_path):
+    save(tmp_path / "a.png")
+    fixed = ("restore", "--engine", base_plan.path, "--backend", "onnxruntime", "--steps", 1, tmp_path / "a.png")
+    done = run(*fixed, "--strength", 0.5, "--eta", 0.5, "--sampler", "ddpm")
+    assert done.status == 0
+    assert [line.split(" changes")[0] for line in done.err.splitlines() if "note:" in line] == [
+        "note: --strength 0.5", "note: --eta 0.5",
+    ]  # fmt: skip
+    assert "note:" not in run(*fixed, "--eta", 0.5, "--sampler", "ddim", "--overwrite").err
 
 
 def test_an_input_is_safe_however_it_is_spelled(restore, save, tmp_path, monkeypatch):

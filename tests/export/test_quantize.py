@@ -67,8 +67,9 @@ def test_openvino_does_not_put_bf16_between_8_bit_operators(int8_plan, nano_plan
     with open_session(int8_plan, "decoder", "openvino") as low, open_session(nano_plan, "decoder", "openvino") as full:
         native = "BF16" in full._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         assert low.provider.endswith(" f32 and int8") and full.provider.endswith(" bf16" if native else " f32")
-    with OpenVinoSession(int8_plan.read("decoder"), "CPU:bf16") as asked:
-        assert asked.provider.endswith(" bf16 and int8")
+    if native:
+        with OpenVinoSession(int8_plan.read("decoder"), "CPU:bf16") as asked:
+            assert asked.provider.endswith(" bf16 and int8")
 
 
 def test_ranges_are_measured_on_good_and_bad_photographs():

@@ -70,7 +70,7 @@ def die():
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, number, ema):
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, capsys, number, ema):
     settings = {"ema": ema, "warmup": 2, "decay": 0.5, "checkpoint_every": 100}
     whole = fit(tmp_path / "whole", **settings)
     with pytest.raises(KeyboardInterrupt, match="after iteration 3 of 6"):
@@ -81,7 +81,9 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, number, 
         asked.append(iteration)
         return make_batch(iteration)
 
+    assert "goes on" not in capsys.readouterr().err
     assert equal(fit(tmp_path / "parts", noted, **settings), whole)
+    assert "goes on after iteration 3 of 6" in capsys.readouterr().err
     assert asked == [3, 4, 5], "iterations that were done are not done again"
 
 

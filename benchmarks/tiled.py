@@ -1,0 +1,79 @@
+"""Does a large picture cost more than its tiles? Throughput of tiled restoration against one tile's, in turns.
+
+    python benchmarks/tiled.py --engine tiny.plan -o benchmarks/results/tiled.csv [--runs 7]
+
+`tile_s` is the median time of a picture that is one tile, `picture_s` of the large one, both from pixels to pixels;
+`ratio` is the median over the rounds of (large picture / its tiles) divided by the one tile of that round: 1 says that
+tiling costs nothing, below 1 that tiles are cheaper by the dozen. A tile is one of the denoiser's, with its share of
+encoder and decoder.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+from peers import picture
+from quality import machine
+
+from pfstorer_rt.config import RestoreConfig, TileConfig
+from pfstorer_rt.restore import Restorer
+from pfstorer_rt.spool import Pixels
+
+
+@click.command()
+@click.option("--engine", "engines", required=True, multiple=True)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option("--backend", "backends", multiple=True, default=("onnxruntime", "openvino"), show_default=True)
+@click.option("--size", "sizes", multiple=True, type=int, default=(480, 1200), show_default=True)
+@click.option("--batch", default=TileConfig().batch, show_default=True, help="Tiles at once.")
+@click.option("--runs", default=7, show_default=True)
+def main(
+    engines: tuple[str, ...], output: Path, backends: tuple[str, ...], sizes: tuple[int, ...], batch: int, runs: int
+) -> None:
+    rows = []
+    for engine in engines:
+        for backend in backends:
+            with Restorer.from_plan(engine, backend) as restorer:
+                rows += [{**measure(restorer, size, batch, runs), **machine()} for size in sizes]
+            for row in rows[-len(sizes) :]:
+                click.echo("  ".join(f"{k} {v}" for k, v in list(row.items())[:9]))
+    with output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def measure(restorer: Restorer, size: int, batch: int, runs: int) -> dict[str, object]:
+    """Restore one tile and one large picture in turns."""
+    config, side = RestoreConfig(tile=TileConfig(batch=batch)), restorer.manifest.tile
+    small, large = picture(side)[1], picture(size)[1]
+    tiles = restorer.plan(size, size, config).tiles
+    times: dict[str, list[float]] = {"tile": [], "picture": []}
+    for i in range(runs + 1):
+        for name, pixels in (("tile", small), ("picture", large)):
+            seconds = clock(restorer, pixels, config)
+            if i:  # the first round compiles
+                times[name].append(seconds)
+    ratios = [b / tiles / a for a, b in zip(times["tile"], times["picture"], strict=True)]
+    return {
+        "provider": restorer.provider, "precision": restorer.manifest.precision, "size": size, "tiles": tiles,
+        "batch": batch, "tile_s": round(float(np.median(times["tile"])), 4),
+        "picture_s": round(float(np.median(times["picture"])), 3), "ratio": round(float(np.median(ratios)), 3),
+        "runs": runs, "load": round(os.getloadavg()[0], 1),
+    }  # fmt: skip
+
+
+def clock(restorer: Restorer, pixels: Pixels, config: RestoreConfig) -> float:
+    """Return the seconds that a restoration takes."""
+    started = time.perf_counter()
+    restorer.restore(pixels, config)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
