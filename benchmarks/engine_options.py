@@ -24,6 +24,7 @@ import onnxruntime
 from quality import machine
 
 from pfstorer_rt.engine.openvino import OpenVinoSession
+from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.plan import COMPONENTS, Plan
 
 Run = Callable[[dict[str, Any]], Any]
@@ -47,7 +48,11 @@ def main(engine: str, output: Path, runs: int, batches: tuple[int, ...], only: t
                 if only and name not in only:
                     continue
                 started = time.perf_counter()
-                run = make()
+                try:
+                    run = make()
+                except MissingBackendError as error:  # bf16 is not for every processor
+                    click.echo(f"{name}: left out: {error}", err=True)
+                    continue
                 run(arrays)
                 opened[name] = run, time.perf_counter() - started
             times: dict[str, list[float]] = {name: [] for name in opened}
