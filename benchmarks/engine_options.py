@@ -5,7 +5,8 @@
 Every component of a plan at the batches and sizes given, by every setting in turns, so that what else the machine does
 hits all of them alike. `p50` and `best` are milliseconds, `ratio` is the median over the rounds of ONNX Runtime's
 usual setting divided by this one, above 1 is faster; `open_s` is from the payload to the first result. Threads of ONNX
-Runtime sleep between runs but for `ort spinning`, its default, in which they would take the cores from the others here.
+Runtime spin for work within a run and sleep after it; in `ort spinning on`, its default, they would take the cores from
+the others here, and in `ort sleeping` they never spin.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def settings(payload: bytes) -> dict[str, Callable[[], Run]]:
     """Return what opens a payload, by the name of a setting; `ort` is the usual one."""
     ort = partial(onnx_runtime, payload)
     return {
-        "ort": ort, "ort spinning": partial(ort, spin=True), "ort 1 thread": partial(ort, intra_op_num_threads=1),
+        "ort": ort, "ort spinning on": partial(ort, spin="on"),
+        "ort sleeping": partial(ort, spin="never"), "ort 1 thread": partial(ort, intra_op_num_threads=1),
         "ort no arena": partial(ort, enable_cpu_mem_arena=False),
         "ort no pattern": partial(ort, enable_mem_pattern=False),
         "ort extended": partial(ort, graph_optimization_level=Levels.ORT_ENABLE_EXTENDED),
@@ -90,11 +92,12 @@ def settings(payload: bytes) -> dict[str, Callable[[], Run]]:
     }  # fmt: skip
 
 
-def onnx_runtime(payload: bytes, bind: bool = False, spin: bool = False, **values: Any) -> Run:
-    """Open in ONNX Runtime, with outputs bound beforehand or not."""
+def onnx_runtime(payload: bytes, bind: bool = False, spin: str = "in runs", **values: Any) -> Run:
+    """Open in ONNX Runtime, with outputs bound beforehand or not; threads wait spinning "on", "in runs" or "never"."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin != "never")))
+    options.add_session_config_entry("session.force_spinning_stop", str(int(spin == "in runs")))
     for name, value in values.items():
         setattr(options, name, value)
     session = onnxruntime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])

@@ -56,8 +56,9 @@ class OnnxRuntimeSession(HostSession):
     """One ONNX payload, or a file with its weights beside it, in ONNX Runtime.
 
     Its defaults are kept (all graph optimizations, the memory arena and a thread for each core) but for one: threads
-    sleep between runs. By default those of one session keep spinning for work after a run, and take the cores from the
-    next session: on two cores a picture took twice as long. `benchmarks/engine_options.py` compares other settings.
+    spin for work during a run and sleep between runs. By default those of one session go on spinning after its run, and
+    take the cores from the next session: on two cores a picture took twice as long. `benchmarks/engine_options.py`
+    compares other settings.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class OnnxRuntimeSession(HostSession):
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if weights:
             sizes = [len(data) for data in weights.values()]
             options.add_external_initializers_from_files_in_memory([*weights], [*weights.values()], sizes)
