@@ -195,7 +195,7 @@ def test_the_manifest_says_what_a_reader_needs(base_plan):
 def test_the_threads_of_one_component_do_not_spin_while_another_computes(base_plan):
     with open_session(base_plan, "encoder", "onnxruntime") as session:
         options = session._session.get_session_options()
-        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+        assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
