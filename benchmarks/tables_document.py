@@ -24,9 +24,9 @@ Made by `python benchmarks/tables.py PEOPLE --document docs/results.md` from [`{
 {people} people with five reference photographs each, {pictures} other photographs of each restored, at {tile} pixels,
 base `{base}`, on {machine}. The degradations are this project's levels `heavy` and `light`
 (`pfstorer-rt degrade`), with the picture's number as the seed; their result is enlarged bicubically, so "Input" is the
-"bicubic" row too. Identity is measured with dlib (the paper uses ArcFace): the mean distance to the references,
-and the share accepted as the same person (distance under 0.6; a picture in which no face is found counts as not
-accepted). ST-LPIPS is the shift-tolerant LPIPS whose weights its package ships; LPIPS and MUSIQ need weights that could
+"bicubic" row too. Identity is measured with dlib (the paper uses ArcFace): the mean distance to the references over
+the pictures in which a face is found, which among inputs are the better ones, and the share accepted as the same person
+(distance under 0.6; a picture without a face is not accepted). ST-LPIPS is the shift-tolerant LPIPS whose weights its package ships; LPIPS and MUSIQ need weights that could
 not be had here and are not in the table. `±` is the standard error over the people, s/picture a median.
 """
 
