@@ -26,8 +26,9 @@ base `{base}`, on {machine}. The degradations are this project's levels `heavy` 
 (`pfstorer-rt degrade`), with the picture's number as the seed; their result is enlarged bicubically, so "Input" is the
 "bicubic" row too. Identity is measured with dlib (the paper uses ArcFace): the mean distance to the references over
 the pictures in which a face is found, which among inputs are the better ones, and the share accepted as the same person
-(distance under 0.6; a picture without a face is not accepted). ST-LPIPS is the shift-tolerant LPIPS whose weights its package ships; LPIPS and MUSIQ need weights that could
-not be had here and are not in the table. `±` is the standard error over the people, s/picture a median.
+(distance under 0.6; a picture without a face is not accepted). ST-LPIPS is the shift-tolerant LPIPS whose weights its
+package ships; LPIPS and MUSIQ need weights that could not be had here and are not in the table. `±` is the standard
+error over the people, s/picture a median.
 """
 
 
