@@ -186,7 +186,7 @@ def train(
     done = start
     objective.train()
     with _progress(accelerator) as progress, Interruption() as interruption:
-        if start:
+        if start and accelerator.is_main_process:
             progress.console.print(f"{title}: goes on after iteration {start} of {config.iterations}")
         bar = progress.add_task(title, total=config.iterations, completed=start, loss=math.nan, rate=0.0)
         for batch in prefetch(make_batch, start, config.iterations, config.workers):
