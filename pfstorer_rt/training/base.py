@@ -21,7 +21,7 @@ from pfstorer_rt.console import stderr
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, build_base, fingerprint_modules
 from pfstorer_rt.models.vae import Autoencoder, build_vae
-from pfstorer_rt.training.data import Batch, Photographs, find_images, prefetch
+from pfstorer_rt.training.data import Batch, Photographs, draw_timesteps, find_images, prefetch
 from pfstorer_rt.training.degradation import LEVELS, degrade
 from pfstorer_rt.training.loop import make_accelerator, train
 from pfstorer_rt.training.losses import AutoencoderObjective, RestorerObjective
@@ -190,8 +190,7 @@ def train_restorer(paths: list[Path], base: Base, work: Path, config: BaseTrainC
         chosen = torch.from_numpy(pairs[np.sort(rng.choice(len(pairs), settings.batch, replace=False))]).float()
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + first)
         noise = torch.randn(chosen[:, 0].shape, generator=generator)
-        t = torch.randint(0, 1000, (settings.batch,), generator=generator)
-        t[torch.rand(settings.batch, generator=generator) < config.first_step] = 999
+        t = draw_timesteps(settings.batch, config.first_step, generator)
         if iteration < config.cropped * settings.iterations:
             side = min(config.latent_crop, base.config.latent_tile)
             y, x = rng.integers(0, chosen.shape[-1] - side + 1, 2)

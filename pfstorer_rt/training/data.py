@@ -121,6 +121,13 @@ class Iterations(Dataset[Batch]):
         return self.make(self.start + index)
 
 
+def draw_timesteps(count: int, first_step: float, generator: torch.Generator) -> torch.Tensor:
+    """Draw (count,) timesteps from 0..999, a share of them 999, from which every restoration starts."""
+    t = torch.randint(0, 1000, (count,), generator=generator)
+    t[torch.rand(count, generator=generator) < first_step] = 999
+    return t
+
+
 def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 

@@ -14,7 +14,7 @@ from rich.progress import track
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.console import stderr
 from pfstorer_rt.models.base import Base
-from pfstorer_rt.training.data import Batch, center_crop, random_crop
+from pfstorer_rt.training.data import Batch, center_crop, draw_timesteps, random_crop
 from pfstorer_rt.training.degradation import LEVELS, degrade
 
 ZOOM = 1.25
@@ -72,8 +72,7 @@ class BatchMaker:
         chosen = torch.from_numpy(rng.choice(self.squares_without(reference), batch))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         noise = torch.randn(pool.hq[chosen].shape, generator=generator)
-        t = torch.randint(0, 1000, (batch,), generator=generator)
-        t[torch.rand(batch, generator=generator) < self.config.first_step] = 999
+        t = draw_timesteps(batch, self.config.first_step, generator)
         # One draw for all processes: they have to run the same graph.
         use_self = np.random.default_rng([seed, 5, iteration]).random() < self.share_without_reference()
         return {
