@@ -61,8 +61,8 @@ def size(path: Path) -> float:
     return round(sum(file.stat().st_size for file in files if file.is_file()) / 1e9, 3)
 
 
-def measure(folder: Path, precision: str) -> dict[str, object]:
-    """Export at a precision, restore a tile with the plan, and delete the plan."""
+def measure(folder: Path, precision: str, keep: bool) -> dict[str, object]:
+    """Export at a precision and restore a tile with the plan."""
     plan, restored, cli = folder / f"{precision}.plan", folder / "restored.png", ("-m", "pfstorer_rt.cli")
     named = ("--identity", folder / "sd21.safetensors", "--base", folder / "sd21")
     export = watch(*cli, "export", *named, "--precision", precision, "--overwrite", "-o", plan)
@@ -76,7 +76,8 @@ def measure(folder: Path, precision: str) -> dict[str, object]:
         "parity": {name: payload.parity["relative"] for name, payload in payloads.items()},
         "restored": {"size": Image.open(restored).size, "deviation": float(np.asarray(Image.open(restored)).std())},
     }  # fmt: skip
-    plan.unlink()
+    if not keep:
+        plan.unlink()
     return row
 
 
@@ -84,7 +85,8 @@ def measure(folder: Path, precision: str) -> dict[str, object]:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 @click.option("--scratch", required=True, type=click.Path(path_type=Path), help="Folder for the base; used again.")
 @click.option("--precision", "precisions", multiple=True, default=("fp16", "fp32"))
-def main(output: Path, scratch: Path, precisions: tuple[str, ...]) -> None:
+@click.option("--keep", is_flag=True, help="Leave the plans in DIR.")
+def main(output: Path, scratch: Path, precisions: tuple[str, ...], keep: bool) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     Image.fromarray(data.astronaut()).save(scratch / "tile.png")
     if not (scratch / "sd21.safetensors").is_file():
@@ -92,7 +94,7 @@ def main(output: Path, scratch: Path, precisions: tuple[str, ...]) -> None:
     sizes = {"base_gb": size(scratch / "sd21"), "identity_gb": size(scratch / "sd21.safetensors")}
     runs = {}
     for precision in precisions:
-        runs[precision] = measure(scratch, precision)
+        runs[precision] = measure(scratch, precision, keep)
         facts = {**sizes, "runs": runs, "machine": machine()}
         output.write_text(json.dumps(facts, indent=2) + "\n")
     click.echo(json.dumps(runs, indent=2))

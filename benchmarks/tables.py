@@ -42,7 +42,7 @@ class Method:
     """One line of a table: how an identity is learned, and how pictures are restored with it."""
 
     learn: Mapping[str, Any] | None = None
-    """Fields of `PersonalizeConfig`; None restores with the base alone."""
+    """Fields of `PersonalizeConfig`, and `iterations`; None restores with the base alone."""
     restore: RestoreConfig = field(default_factory=RestoreConfig)
     ablation: bool = False
 
@@ -60,6 +60,7 @@ METHODS: dict[str, Method] = {
     "PFStorer, 50 steps": Method({}, RestoreConfig(steps=50), ablation=True),
     "PFStorer, strength 0.5": Method({}, RestoreConfig(strength=0.5), ablation=True),
     "PFStorer, strength 1.5": Method({}, RestoreConfig(strength=1.5), ablation=True),
+    "PFStorer, 500 iterations": Method({"iterations": 500}, ablation=True),
     "PFStorer, lambda_gen 0.1": Method({"lambda_gen": 0.1}, ablation=True),
     "PFStorer, lambda_gen 1": Method({"lambda_gen": 1.0}, ablation=True),
     "PFStorer, first_step 0.5": Method({"first_step": 0.5}, ablation=True),
@@ -86,8 +87,10 @@ class Person:
     def identity(self, learn: Mapping[str, Any]) -> tuple[Identity, float]:
         """Learn an identity once; returns it and the processor seconds that it took."""
         if (key := repr(learn)) not in self._learned:
-            given = {"iterations": self.iterations} if self.iterations else {}
-            config = PersonalizeConfig.for_base(self.base.config, given, **learn)
+            settings = dict(learn)
+            iterations = settings.pop("iterations", self.iterations)
+            given = {"iterations": iterations} if iterations else {}
+            config = PersonalizeConfig.for_base(self.base.config, given, **settings)
             with tempfile.TemporaryDirectory() as folder:
                 start = time.process_time()
                 identity = personalize("one", self.references, self.base, config, Path(folder) / "one.safetensors")

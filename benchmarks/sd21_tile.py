@@ -1,0 +1,147 @@
+"""Is one tile of a full-size base faster than in plain PyTorch? The same restoration by each, round after round.
+
+    python benchmarks/sd21_tile.py --scratch DIR -o benchmarks/results/sd21_tile.csv
+
+DIR is that of `benchmarks/export_sd21.py --precision fp16 --scratch DIR --keep`: an SD 2.1 base and an identity of
+random weights, and their plan. One 512-pixel tile in two steps, by diffusers' modules in eager PyTorch fp32 and bf16,
+and by the plan in ONNX Runtime and OpenVINO. Together they would not fit into a small machine's memory, so each runs
+in a process of its own, one after the other, `--rounds` times. `warm_s` is the median over the rounds of a process's
+second picture, `ratio` the median over the rounds of eager fp32's time divided by this one's in the same round,
+`cold_s` is from opening the engine to the first picture (OpenVINO keeps compiled networks from the first round on),
+`peak_gb` the largest memory of its own (resident, without mapped files, which the system can drop), `resident_gb` with
+them. `psnr_to_eager` compares the pictures with eager fp32's. `gflops` is the tile's arithmetic, counted by PyTorch,
+divided by `warm_s`, and in the row `matmul bf16` what a product of two 4096x4096 matrices reaches on the same
+processor: an engine that computes in bf16 cannot be much faster.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import psutil
+import torch
+from quality import machine
+
+from pfstorer_rt.evaluation.metrics import psnr
+
+EAGER = "eager fp32"
+PEERS = {
+    EAGER: ("torch", None), "eager bf16": ("torch", "bf16"), "onnxruntime": ("onnxruntime", None),
+    "openvino f32": ("openvino", "CPU:f32"), "openvino bf16": ("openvino", "CPU:bf16"),
+}  # fmt: skip
+"""Backend and provider of each."""
+
+ONE = """
+import json, sys, time
+from contextlib import nullcontext
+from pathlib import Path
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from pfstorer_rt.config import RestoreConfig
+from pfstorer_rt.image import load_image
+from pfstorer_rt.restore import Restorer
+
+folder, backend, provider, result = Path(sys.argv[1]), *sys.argv[2:5]
+started, pixels = time.perf_counter(), load_image(folder / "tile.png").pixels
+half = torch.autocast("cpu", torch.bfloat16) if provider == "bf16" else nullcontext()
+if backend == "torch":
+    opened = Restorer.from_base(folder / "sd21", folder / "sd21.safetensors", device="cpu")
+else:
+    opened = Restorer.from_plan(folder / "fp16.plan", backend, provider=provider or None)
+times, flops = [started], 0
+with opened as restorer, half:
+    for _ in range(2):
+        restored = restorer.restore(pixels, RestoreConfig(steps=2))
+        times.append(time.perf_counter())
+    if sys.argv[5:]:
+        with FlopCounterMode(display=False) as counter:
+            restorer.restore(pixels, RestoreConfig(steps=2))
+        flops = counter.get_total_flops()
+np.save(result, restored)
+figures = {"warm_s": times[2] - times[1], "flops": flops}
+print(json.dumps(figures | {"provider": restorer.provider, "cold_s": times[1] - started}))
+"""
+
+
+def run(scratch: Path, name: str, result: Path, count: bool) -> dict[str, Any]:
+    """Restore the tile twice in a new process, and once more where its arithmetic is counted."""
+    backend, provider = PEERS[name]
+    given = [str(scratch), backend, provider or "", str(result), *(["count"] if count else [])]
+    own = resident = 0
+    with psutil.Popen([sys.executable, "-c", ONE, *given], stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            with suppress(psutil.Error):  # it may have just ended
+                memory = process.memory_info()
+                own, resident = max(own, memory.rss - memory.shared), max(resident, memory.rss)
+            time.sleep(0.05)
+        output = process.stdout.read()
+    if process.returncode:
+        raise SystemExit(f"{name} failed")
+    figures: dict[str, Any] = json.loads(output.splitlines()[-1])
+    figures |= {"peak_gb": own / 1e9, "resident_gb": resident / 1e9}
+    click.echo(f"{name}: {figures}", err=True)
+    return figures
+
+
+def matmul_gflops() -> float:
+    """Return the rate of a large matrix product in bf16, the best of ten."""
+    a, b, best = torch.randn(4096, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16(), float("inf")
+    for _ in range(10):
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2 * 4096**3 / best / 1e9
+
+
+@click.command()
+@click.option("--scratch", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--only", multiple=True, type=click.Choice([n for n in PEERS if n != EAGER]), help="Beside eager fp32.")
+def main(scratch: Path, output: Path, rounds: int, only: tuple[str, ...]) -> None:
+    names = [name for name in PEERS if not only or name in (EAGER, *only)]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    load = os.getloadavg()[0]
+    most = matmul_gflops()
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{i}.npy" for i, name in enumerate(names)}
+        for i in range(rounds):
+            for name in names:
+                found[name].append(run(scratch, name, files[name], count=name == EAGER and not i))
+        pictures = {name: np.load(file) for name, file in files.items()}
+    rows, flops = [], found[EAGER][0]["flops"]
+    for name, runs in found.items():
+        ratios = [a["warm_s"] / b["warm_s"] for a, b in zip(found[EAGER], runs, strict=True)]
+        warm = statistics.median(r["warm_s"] for r in runs)
+        rows.append({
+            "name": name, "provider": runs[0]["provider"], "size": 512, "steps": 2, "rounds": rounds,
+            "warm_s": round(warm, 2), "ratio": round(statistics.median(ratios), 2), "gflops": round(flops / warm / 1e9),
+            "cold_s": round(statistics.median(r["cold_s"] for r in runs), 1),
+            "peak_gb": round(max(r["peak_gb"] for r in runs), 2),
+            "resident_gb": round(max(r["resident_gb"] for r in runs), 2),
+            "psnr_to_eager": round(min(99.0, psnr(pictures[name], pictures[EAGER])), 2), "load": round(load, 1),
+            **machine(),
+        })  # fmt: skip
+        click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:11]))
+    rows.append({"name": "matmul bf16", "gflops": round(most), **machine()})
+    with output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
