@@ -227,6 +227,8 @@ class PersonalizeConfig:
     subject_prompt: str = "a photo of a {}"
     level: Literal["light", "heavy"] = "heavy"
     p_hq: float = 0.03
+    framing: Literal["face", "none"] = "face"
+    """Whether photographs in which the face is small or aside are cut to it (needs the `metrics` extra)."""
     rank: int = 0
     """Rank of the blocks' matrices; 0 keeps them whole."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,10 @@ from pfstorer_rt.cli.options import ATTENTION, SEED
 )
 @click.option("--rank", type=click.IntRange(0), default=0, help="Rank of the blocks' matrices; 0 keeps them whole.")
 @click.option("--ref-source", type=click.Choice(["cached", "self"]), default="cached", show_default=True)
+@click.option(
+    "--framing", type=click.Choice(["face", "none"]), default="face", show_default=True,
+    help="Cut photographs in which the face is small or aside to it; `none` learns their middle.",
+)  # fmt: skip
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
@@ -76,25 +79,13 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
         "iterations", "batch", "learning_rate", "precision", "device", "seed", "optimizer", "gradient_checkpointing",
         "attention",
     )  # fmt: skip
-    own = ("method", "lambda_gen", "first_step", "rank", "ref_source")
+    own = ("method", "lambda_gen", "first_step", "rank", "ref_source", "framing")
     train, values = ({n: options[n] for n in group if options[n] is not None} for group in (names, own))
     config = PersonalizeConfig.for_base(base.config, train, **values)
     make_folder(target.parent)
-    for photo in without_face(photos, base.config.tile):
-        click.echo(f"note: {photo}: no face found in its middle, which is what is learned", err=True)
-    identity = personalize(name, photos, base, config, target)
+    identity = personalize(name, photos, base, config, target, lambda line: click.echo(f"note: {line}", err=True))
     if options["as_json"]:
         click.echo(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))
         return
     click.echo(f"{name}: learned from {len(photos)} photographs on base {identity.base_name}, kept in {target}")
     click.echo(f"next: pfstorer-rt export --identity {options['output'] or name} -o {name}.plan")
-
-
-def without_face(photos: Sequence[Path], tile: int) -> list[Path]:
-    """Return the photographs in whose middle square no face is found; none without the `metrics` extra."""
-    from pfstorer_rt.evaluation.metrics import face_embedder
-    from pfstorer_rt.training.data import center_crop, read_photo
-
-    if (embed := face_embedder()) is None:
-        return []
-    return [path for path in photos if embed(center_crop(read_photo(path), tile).permute(1, 2, 0).numpy()) is None]

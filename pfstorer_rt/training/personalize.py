@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from pfstorer_rt.identity import Identity, named_identity
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.models.reference import reference_features
 from pfstorer_rt.training.base import signature
-from pfstorer_rt.training.data import center_crop, find_images, read_photo
+from pfstorer_rt.training.data import center_crop, find_images
+from pfstorer_rt.training.framing import read_references
 from pfstorer_rt.training.loop import make_accelerator, train
 from pfstorer_rt.training.losses import DreamBoothObjective, PersonalizationObjective
 from pfstorer_rt.training.memory import make_adamw, saving_memory
@@ -36,19 +37,21 @@ def personalize(
     base: Base | str | Path = "tiny",
     config: PersonalizeConfig | None = None,
     output: Path | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Identity:
     """Learn an identity and write its file.
 
     name: of the identity. references: photographs of one person, or folders of them; 3-5 are meant.
     base: a loaded base, a shipped name or a directory. config: None takes the base's defaults. output: the file;
-    None is the named one in the user's data directory. A call that was interrupted goes on where it stopped.
+    None is the named one in the user's data directory. note: called with a line on each photograph that may not serve.
+    A call that was interrupted goes on where it stopped.
     Raises `BadFileError` when a photograph cannot be read, before any training.
     """
     base = base if isinstance(base, Base) else load_base(base)
     config = config or PersonalizeConfig.for_base(base.config)
     target = output or named_identity(name)
     paths = find_images(references)
-    photos = [read_photo(path) for path in paths]
+    photos = read_references(paths, config, base.config.tile, note)
     accelerator = make_accelerator(config.train)
     base.to(accelerator.device)
     pool = make_pool(photos, base, config)

@@ -17,7 +17,7 @@ from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import build_base
 from pfstorer_rt.models.prompt import tokenize
 from pfstorer_rt.training import personalize as module
-from pfstorer_rt.training.data import center_crop
+from pfstorer_rt.training.data import center_crop, read_photo
 from pfstorer_rt.training.losses import PersonalizationObjective
 from pfstorer_rt.training.personalize import make_optimizer, personalize
 from pfstorer_rt.training.pool import BatchMaker, make_pool
@@ -230,7 +230,7 @@ def test_a_photograph_that_cannot_be_read_stops_it_before_training(learn, photos
 
 def pool(base, photos, seed=0, **settings):
     config = PersonalizeConfig(train=TrainConfig(batch=3, seed=seed), pool=12)
-    return make_pool([module.read_photo(p) for p in photos], base, replace(config, **settings))
+    return make_pool([read_photo(p) for p in photos], base, replace(config, **settings))
 
 
 def maker(pool, rank=0, processes=1, seed=0, **settings):
@@ -250,7 +250,7 @@ def test_a_pool_holds_latents_of_the_photographs_and_of_their_degraded_squares(b
     assert torch.equal(found.hq, found.lq)
     bad = pool(base, photos, p_hq=0.0)
     assert not any(torch.equal(a, b) for a, b in zip(bad.hq, bad.lq, strict=True))
-    middle = center_crop(module.read_photo(photos[1]), 64)[None] * 2 - 1
+    middle = center_crop(read_photo(photos[1]), 64)[None] * 2 - 1
     assert torch.allclose(found.references[1], base.encode(middle)[0], rtol=0, atol=1e-5)
 
 
