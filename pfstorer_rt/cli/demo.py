@@ -30,7 +30,7 @@ WORDS = (
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
 @click.option("--base", default="tiny", show_default=True)
-@click.option("--iterations", type=click.IntRange(1), default=300, show_default=True, help="personalize does 500.")
+@click.option("--iterations", type=click.IntRange(1), default=300, show_default=True, help="personalize does 1000.")
 @click.option("--level", type=click.Choice(["light", "heavy"]), default="heavy", show_default=True)
 @click.option("--seed", type=SEED, default=4, show_default=True, help="Of the degradation.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object.")

@@ -15,7 +15,7 @@ from pfstorer_rt.cli.options import ATTENTION, SEED
 @click.option("--identity", "name", required=True, help="Name of the person; the file is kept under it.")
 @click.option("--base", default="tiny", show_default=True, help="tiny, or a base directory.")
 @click.option("--method", type=click.Choice(["pfstorer", "vico", "dreambooth"]), default="pfstorer", show_default=True)
-@click.option("--iterations", type=click.IntRange(1), help="500, unless the base says otherwise.")
+@click.option("--iterations", type=click.IntRange(1), help="500, unless the base says otherwise; tiny says 1000.")
 @click.option("--batch", type=click.IntRange(1), help="4, unless the base says otherwise.")
 @click.option("--learning-rate", type=float, help="Of the blocks; 5e-5, unless the base says otherwise.")
 @click.option("--lambda-gen", type=click.FloatRange(0), help="Weight of L_gen; 0.1, unless the base says otherwise.")
