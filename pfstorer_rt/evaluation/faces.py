@@ -1,25 +1,35 @@
-"""Where the faces of a photograph are (dlib, extra `metrics`)."""
+"""Where the faces of a photograph are, and whose (dlib, extra `metrics`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from pfstorer_rt.evaluation.metrics import Pixels, dlib_landmarks, face_models, to_uint8
+from pfstorer_rt.evaluation.metrics import (
+    Embedding,
+    Pixels,
+    dlib_landmarks,
+    dlib_recognizer,
+    face_models,
+    to_uint8,
+)
 from pfstorer_rt.image import from_tensor, resize_bicubic, to_tensor
 
-SIDES = 512, 1024
-"""Bounds of the longer side in pixels at which faces are looked for: dlib finds those of 80 pixels and more."""
+LEAST = 512
+"""Longer side in pixels below which a picture is enlarged before faces are looked for."""
+LONGER_SIDES = (1024, 2048, 4096)
+"""What a larger picture is shrunk to, one after the other until a face is found: dlib sees those of 80 pixels."""
 
 
 class Face(NamedTuple):
-    """The square box of a face, from the brows to the chin, in pixels of its photograph."""
+    """The square box of a face, from the brows to the chin, in pixels of its photograph, and whose it is."""
 
     left: float
     top: float
     side: float
+    embedding: Embedding
 
 
 def face_finder() -> Callable[[Pixels], list[Face]] | None:
@@ -27,20 +37,35 @@ def face_finder() -> Callable[[Pixels], list[Face]] | None:
     folder = face_models()
     if folder is None:
         return None
-    detector, _ = dlib_landmarks(folder)
+    detector, landmarks = dlib_landmarks(folder)
+    recognizer = dlib_recognizer(folder)
 
     def find(pixels: Pixels) -> list[Face]:
-        longer = max(pixels.shape[:2])
-        scale = float(np.clip(longer, *SIDES)) / longer
-        image = to_uint8(_resized(pixels, scale))
-        boxes = detector(image, 0) or detector(image, 1)
-        faces = [Face(box.left() / scale, box.top() / scale, box.width() / scale) for box in boxes]
+        image, scale, boxes = look(detector, pixels)
+        faces = []
+        for box in boxes:
+            numbers = np.array(recognizer.compute_face_descriptor(image, landmarks(image, box)))
+            faces.append(Face(box.left() / scale, box.top() / scale, box.width() / scale, numbers))
         return sorted(faces, key=lambda face: -face.side)
 
     return find
 
 
-def _resized(pixels: Pixels, scale: float) -> Pixels:
+def look(detector: Any, pixels: Pixels) -> tuple[Any, float, Any]:
+    """Return the picture as it was looked at, its scale, and dlib's boxes in it."""
+    longer = max(pixels.shape[:2])
+    for most in LONGER_SIDES:
+        scale = float(np.clip(longer, LEAST, most)) / longer
+        image = to_uint8(resized(pixels, scale))
+        boxes = detector(image, 0)
+        if boxes or longer <= most:
+            break
+    small = longer <= LONGER_SIDES[0]
+    return image, scale, boxes or (detector(image, 1) if small else boxes)
+
+
+def resized(pixels: Pixels, scale: float) -> Pixels:
+    """Resize (H, W, 3) by a factor."""
     if scale == 1:
         return pixels
     height, width = (max(1, round(n * scale)) for n in pixels.shape[:2])

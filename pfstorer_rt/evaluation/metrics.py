@@ -60,10 +60,8 @@ def face_embedder() -> Callable[[Pixels], Embedding | None] | None:
     folder = face_models()
     if folder is None:
         return None
-    import dlib
-
     detector, landmarks = dlib_landmarks(folder)
-    network = dlib.face_recognition_model_v1(str(folder / "dlib_face_recognition_resnet_model_v1.dat"))
+    network = dlib_recognizer(folder)
 
     def embed(pixels: Pixels) -> Embedding | None:
         image = to_uint8(pixels)
@@ -82,6 +80,14 @@ def dlib_landmarks(folder: Path) -> tuple[Any, Any]:
 
     predictor = dlib.shape_predictor(str(folder / "shape_predictor_68_face_landmarks.dat"))
     return dlib.get_frontal_face_detector(), predictor
+
+
+@lru_cache(maxsize=1)
+def dlib_recognizer(folder: Path) -> Any:
+    """Return dlib's network from a face and its landmarks to 128 numbers, with the weights in `folder`."""
+    import dlib
+
+    return dlib.face_recognition_model_v1(str(folder / "dlib_face_recognition_resnet_model_v1.dat"))
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from skimage import data
 
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.evaluation.faces import Face, face_finder
-from pfstorer_rt.training.framing import frame_face, read_references
+from pfstorer_rt.training.framing import choose_face, frame_face, read_references
 
 PORTRAIT = data.astronaut()[:256, 96:352]
 
@@ -25,7 +27,7 @@ def read(tmp_path):
         picture.save(tmp_path / "a.png")
         notes = []
         (photo,) = read_references([tmp_path / "a.png"], PersonalizeConfig(**settings), 192, notes.append)
-        return photo, [note.split("a.png: ")[1] for note in notes]
+        return photo, [note.removeprefix(f"{tmp_path / 'a.png'}: ") for note in notes]
 
     return read
 
@@ -46,23 +48,57 @@ def test_a_portrait_is_left_whole_and_so_is_every_photograph_on_demand(read):
     assert read(snapshot((500, 1050, 300)), framing="none")[0].shape == (3, 900, 1400)
 
 
-def test_of_several_faces_the_largest_is_learned_and_said(read):
+def test_of_several_faces_the_largest_is_learned_and_its_place_said(read):
     photo, notes = read(snapshot((80, 100, 260), (300, 700, 520)))
     (face,) = face_finder()(photo.permute(1, 2, 0).numpy())
     assert face.side > 150
-    assert notes == ["2 faces; the largest is learned"]
+    assert re.match(r"2 faces; the one that is learned is 2.. pixels wide, 8.. from the left", notes[0])
+
+
+def made_up(*numbers):
+    """Faces of people that are told apart by one number, the largest first."""
+    return [Face(10.0 * i, 0.0, 50.0 - i, np.full(1, n)) for i, n in enumerate(numbers)]
+
+
+def test_of_several_faces_the_one_in_the_other_photographs_is_learned():
+    alone = [np.full(1, 1.0), np.full(1, 1.2)]
+    assert choose_face(made_up(5.0, 1.1, 3.0), alone).embedding == 1.1
+    assert choose_face(made_up(5.0, 1.1), []).embedding == 5.0 and choose_face([], alone) is None
+
+
+def test_a_photograph_of_another_person_is_named(tmp_path, monkeypatch):
+    people = iter([made_up(0.0), made_up(0.1), made_up(0.9, 0.2), made_up(2.0)])
+    monkeypatch.setattr("pfstorer_rt.training.framing.face_finder", lambda: lambda pixels: next(people))
+    paths, notes = [tmp_path / f"{i}.png" for i in range(4)], []
+    for path in paths:
+        snapshot(height=90, width=100).save(path)
+    read_references(paths, PersonalizeConfig(), 192, notes.append)
+    assert [note.split(": ")[0] for note in notes] == [str(paths[2]), str(paths[3])]
+    assert "2 faces; the one that is learned is 49" in notes[0] and "may be another person's" in notes[1]
+
+
+def test_a_wide_picture_of_a_large_face_is_cut_to_it(read):
+    photo, _ = read(snapshot((0, 450, 500), height=500, width=1400))
+    (face,) = face_finder()(photo.permute(1, 2, 0).numpy())
+    assert photo.shape == (3, 500, 500) or photo.shape[1] == photo.shape[2] < 500
+    assert abs(face.left + face.side / 2 - photo.shape[2] / 2) < 0.1 * photo.shape[2]
+
+
+def test_faces_that_are_small_in_a_large_photograph_are_found(read):
+    photo, notes = read(snapshot((1900, 3100, 230), height=2400, width=3600))
+    assert photo.shape[1] < 300 and not notes
 
 
 def test_a_face_that_is_small_or_missing_is_said(read):
     assert "its face is" in read(snapshot((400, 600, 110), height=700, width=1000))[1][0]
     photo, notes = read(snapshot())
-    assert photo.shape == (3, 900, 1400) and notes == ["no face found; the middle of the photograph is learned"]
+    assert photo.shape == (3, 900, 900) and notes == ["no face found; its middle is learned"]
 
 
 def test_without_a_face_model_photographs_are_left_whole(read, monkeypatch):
     monkeypatch.setattr("pfstorer_rt.training.framing.face_finder", lambda: None)
     photo, notes = read(snapshot((500, 1050, 300)))
-    assert photo.shape == (3, 900, 1400) and not notes
+    assert photo.shape == (3, 900, 1400) and "pfstorer-rt[metrics]" in notes[0]
 
 
 def test_squares_lie_in_the_photograph_and_hold_the_face():
@@ -72,7 +108,7 @@ def test_squares_lie_in_the_photograph_and_hold_the_face():
         side = rng.uniform(10, min(height, width))
         left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        cut = frame_face(torch.stack([rows, columns, rows]), Face(left, top, side))
+        cut = frame_face(torch.stack([rows, columns, rows]), Face(left, top, side, np.zeros(1)))
         middle = round(top + side / 2), round(left + side / 2)
         assert all(int(plane.min()) <= m <= int(plane.max()) for plane, m in zip(cut, middle, strict=False))
         if cut.shape[1:] != (height, width):
