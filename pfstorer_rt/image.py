@@ -312,6 +312,7 @@ def _decode(image: Image.Image, name: str) -> Scan:
     frames = _count_frames(image)
     if frames > 1 and image.format != "MPO":  # phones hide previews and depth maps in MPO files
         notes.append(f"{frames} frames: the first was used")
+    deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))  # Pillow reads 16-bit colour as 8-bit
     image.load()
     exif = _clean_exif(image, notes)
     profile = image.info.get("icc_profile") or None
@@ -321,6 +322,7 @@ def _decode(image: Image.Image, name: str) -> Scan:
     wide = image.mode == "F" or image.mode.startswith("I")
     if wide:
         _check_range(image, name)
+    if wide or deep:
         notes.append("more than 8 bits a channel: results have 8")
     levels, managed = to_srgb("L" if wide else image.mode, image, profile, notes)
     width, height = image.size if turn < 5 else image.size[::-1]

@@ -132,6 +132,18 @@ def test_16_bit_grey_keeps_its_depth(kind, dtype):
     np.testing.assert_allclose(pixels[..., 0], values / 65535, atol=1e-7)  # far below a step of 1.5e-5
 
 
+def test_16_bit_colour_is_read_as_8_bits_and_said():
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    row = b"\0" + np.array([[65535, 0, 32896], [257, 514, 771]], ">u2").tobytes()
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(row)), chunk(b"IEND", b"")
+    read = load_image(io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(parts)))
+    assert np.allclose(read.pixels * 255, [[[255, 0, 128], [1, 2, 3]]], rtol=0, atol=1e-3)
+    assert read.notes == ("more than 8 bits a channel: results have 8",)
+
+
 def test_16_bit_grey_with_one_transparent_value():
     values = np.array([[0, 4660, 65535]], np.uint16)
     plain = stream(Image.fromarray(values), "PNG").getvalue()

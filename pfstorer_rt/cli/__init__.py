@@ -76,8 +76,9 @@ def main(arguments: list[str] | None = None) -> None:
         cli.main(arguments, prog_name="pfstorer-rt", standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except click.Abort:
-        fail("interrupted", 130)
+    except click.Abort as error:  # click's own name for Ctrl-C
+        goes_on = "; the same command goes on from here where it can" * isinstance(error.__cause__, KeyboardInterrupt)
+        fail(f"interrupted {error.__cause__ or ''}".rstrip() + goes_on, 130)
     except click.ClickException as error:
         fail(f"{error.format_message()} (pfstorer-rt --help)", error.exit_code)
     except KeyboardInterrupt as error:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pfstorer_rt.errors import PFStorerError
+
 if TYPE_CHECKING:
     from pfstorer_rt.restore import Restorer
 
@@ -46,9 +48,10 @@ SIZES = (512, 1024, 2048, 4096)
 )  # fmt: skip
 @click.option("--csv", "table", type=click.Path(path_type=Path), help="Write the table to this file, too.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw it as a PNG.")
+@click.option("--overwrite", is_flag=True, help="Replace the files of --csv and --plot.")
 @click.option("--trust-plan", is_flag=True, help="Run a TensorRT plan (executable code) that others built.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(table: Path | None, plot: Path | None, as_json: bool, **options: Any) -> None:
+def command(table: Path | None, plot: Path | None, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Time a plan on this machine: cold start, each component, whole pictures.
 
     \b
@@ -56,6 +59,9 @@ def command(table: Path | None, plot: Path | None, as_json: bool, **options: Any
       pfstorer-rt bench --engine alice.plan --json
       pfstorer-rt bench --engine alice.plan --size 512 --csv bench.csv --plot bench.png
     """
+    for path in (table, plot):
+        if path and path.exists() and not overwrite:
+            raise PFStorerError(f"{path}: exists already; choose another name or pass --overwrite")
     report = measure(**options)
     if table:
         write_table(table, report)

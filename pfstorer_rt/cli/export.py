@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +73,8 @@ def command(
         raise PFStorerError(f"{output}: exists already; choose another name or pass --overwrite")
     if not output.resolve().parent.is_dir():
         raise PFStorerError(f"{output}: its folder does not exist; create it first")
+    if not os.access(output.resolve().parent, os.W_OK):
+        raise PFStorerError(f"{output}: cannot be written (permission denied); choose a folder that you may write to")
     from pfstorer_rt.export import export_plan
     from pfstorer_rt.export.tensorrt import BuildOptions
 

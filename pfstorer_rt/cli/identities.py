@@ -78,7 +78,7 @@ def show_command(name: str, as_json: bool) -> None:
 @click.argument("name")
 @click.argument("photos", nargs=-1, type=click.Path(path_type=Path))
 def verify_command(name: str, photos: tuple[Path, ...]) -> None:
-    """Check that a file is whole, that its base is here, and which PHOTOS it was learned from.
+    """Check that a file is whole, that its base is here, and which PHOTOS (files or folders) it was learned from.
 
     \b
     Example:
@@ -88,6 +88,7 @@ def verify_command(name: str, photos: tuple[Path, ...]) -> None:
     from pfstorer_rt.files import sha256_file
     from pfstorer_rt.identity import Identity, identity_path
     from pfstorer_rt.models.base import find_base, fingerprint_directory
+    from pfstorer_rt.training.data import find_images
 
     path = identity_path(name)
     identity = Identity.load(path)
@@ -109,7 +110,7 @@ def verify_command(name: str, photos: tuple[Path, ...]) -> None:
         )
     except PFStorerError as error:
         say(False, str(error))
-    for photo in photos:
+    for photo in find_images(photos) if photos else ():
         say(sha256_file(photo) in identity.references, f"learned from {photo}")
     sys.exit(1 if failed else 0)
 

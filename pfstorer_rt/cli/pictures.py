@@ -56,19 +56,23 @@ def find_inputs(inputs: Sequence[str], suffix: str) -> list[tuple[Path | None, P
     nothing is kept, so that its failure is reported like any other. Raises `NoPictures` for none at all.
     """
     found: list[tuple[Path | None, Path]] = []
+    results = 0
     for text in inputs:
         path = Path(text)
         if text == STREAM:
             found.append((None, Path("stdin.png")))
         elif path.is_dir():
-            inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            found.extend((p, p.relative_to(path)) for p in inside if not is_result(p.stem, suffix))
+            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+            fresh = [p for p in inside if not is_result(p.stem, suffix)]
+            found.extend((p, p.relative_to(path)) for p in fresh)
+            results += len(inside) - len(fresh)
         elif not path.exists() and glob.has_magic(text):
             found.extend((Path(p), Path(Path(p).name)) for p in sorted(glob.glob(text, recursive=True)))
         else:
             found.append((path, Path(path.name)))
     if not found:
-        raise NoPictures(f"no pictures in {' '.join(inputs)}; expected {' '.join(IMAGE_SUFFIXES)}")
+        but = f" but {results} whose names end in {suffix}, as results do (--suffix)" if results else ""
+        raise NoPictures(f"no pictures in {' '.join(inputs)}{but}; expected {' '.join(IMAGE_SUFFIXES)}")
     return list(dict.fromkeys(found))
 
 

@@ -29,7 +29,10 @@ FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
 @click.option("--base", help="Run a base in PyTorch: tiny, or a base directory.")
 @click.option("--identity", help="With --base: an identity, by name or file.")
 @click.option("-o", "--output", help="File for one picture, folder for several; - is stdout.")
-@click.option("--suffix", default="_restored", show_default=True, help="What results' names end with.")
+@click.option(
+    "--suffix", default="_restored", show_default=True,
+    help="What results' names end with; in folders, pictures that are named so are left out.",
+)  # fmt: skip
 @click.option("--format", "kind", type=click.Choice(list(FORMATS)), help="Of all results. [default: the input's]")
 @click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEG and WebP.")
 @click.option("--compare", is_flag=True, help="Write {result}_compare too, input and result side by side.")

@@ -135,8 +135,8 @@ class TrainState:
             ) from error
         if found != signature:
             raise MismatchError(
-                f"{path}: begun with other settings or photographs; delete it to start anew, "
-                "or repeat the command it was begun with"
+                f"{path}: begun with other settings or photographs; repeat the command it was begun with, or "
+                "delete it (`pfstorer-rt identities rm NAME` does) to start anew"
             )
         for name, parameter in self.parameters.items():
             parameter.copy_(state["parameters"][name])

@@ -149,6 +149,7 @@ def test_verify_tells_whole_private_known_and_learned_from(run, people, save, mo
     assert good.status == 0 and "FAILED" not in good.out and good.out.count("ok ") == 3
     stranger = run("identities", "verify", "alice", save(people / "x.png"))
     assert stranger.status == 1 and "FAILED  learned from" in stranger.out
+    assert f"learned from {people / 'x.png'}" in run("identities", "verify", "alice", people).out, "folders too"
     (people / "alice.safetensors").chmod(0o644)
     assert "FAILED  readable by its owner only" in run("identities", "verify", "alice").out
 
@@ -379,3 +380,10 @@ def test_bench_writes_what_it_measured(run, nano_plan, tmp_path):
     assert float(rows[-1]["p50"]) == large["p50"] and rows[0]["processor"]
     with Image.open(tmp_path / "b.png") as plot:
         assert plot.format == "PNG" and plot.getcolors(1 << 20)
+
+
+@pytest.mark.parametrize("option", ["--csv", "--plot"])
+def test_bench_overwrites_nothing(refused, nano_plan, tmp_path, option):
+    (tmp_path / "notes").write_text("precious")
+    refused(1, "bench", "--engine", nano_plan.path, option, tmp_path / "notes", words=("--overwrite",))
+    assert (tmp_path / "notes").read_text() == "precious"
