@@ -28,8 +28,8 @@ base `{base}`, on {machine}. The degradations are this project's levels `heavy` 
 the pictures in which a face is found, which among inputs are the better ones, and the share accepted as the same person
 (distance under 0.6; a picture without a face is not accepted). ST-LPIPS is the shift-tolerant LPIPS whose weights its
 package ships; LPIPS and MUSIQ need weights that could not be had here and are not in the table. `±` is the standard
-error over the people, s/picture a median (not all rows are of the same day's processor). A person is learned in the
-base's own number of iterations, 1000 for `tiny`; rows named `500 iterations` are PFStorer, or the method named, in half.
+error over the people, s/picture a median (rows were not all measured on the same processor). A person is learned in
+the base's own number of iterations, 1000 for `tiny`; `500 iterations` is PFStorer, or the method named, in half.
 """
 
 
