@@ -11,7 +11,6 @@ the others here, and in `ort sleeping` they never spin.
 
 from __future__ import annotations
 
-import csv
 import os
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from typing import Any
 import click
 import numpy as np
 import onnxruntime
-from quality import machine
+from quality import machine, write
 
 from pfstorer_rt.engine.openvino import OpenVinoSession
 from pfstorer_rt.errors import MissingBackendError
@@ -71,10 +70,7 @@ def main(engine: str, output: Path, runs: int, batches: tuple[int, ...], only: t
                     "open_s": round(open_s, 2), "runs": runs, "load": round(os.getloadavg()[0], 1), **machine(),
                 })  # fmt: skip
                 click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:7]))
-    with output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write(output, rows)
 
 
 def settings(payload: bytes) -> dict[str, Callable[[], Run]]:

@@ -8,7 +8,6 @@ the runtime. The input is a smooth PNG; `predicted_mb` is what `--dry-run` said 
 
 from __future__ import annotations
 
-import csv
 import json
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from tempfile import TemporaryDirectory
 import click
 import numpy as np
 import psutil
-from quality import machine
+from quality import machine, write
 
 from pfstorer_rt.image import save_image
 from pfstorer_rt.spool import Pixels
@@ -69,10 +68,7 @@ def main(output: Path, megapixels: tuple[float, ...], engine: str | None, backen
                 "engine": Path(plan).name, "backend": backend, **machine(),
             })  # fmt: skip
             click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:8]))
-    with output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write(output, rows)
 
 
 def make_plan(folder: Path) -> str:

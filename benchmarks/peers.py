@@ -13,7 +13,6 @@ are of a new process: from its start to the first restored picture of one tile o
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
@@ -28,7 +27,7 @@ import click
 import numpy as np
 import psutil
 import torch
-from quality import machine
+from quality import machine, write
 
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.errors import MissingBackendError
@@ -82,10 +81,7 @@ def main(
             **cold(name, plans.get(name), base), "load": round(load, 1), **machine(),
         })  # fmt: skip
         click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:11]))
-    with output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write(output, rows)
 
 
 def picture(size: int) -> tuple[Pixels, Pixels]:

@@ -16,7 +16,6 @@ processor: an engine that computes in bf16 cannot be much faster.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import statistics
@@ -32,7 +31,7 @@ import click
 import numpy as np
 import psutil
 import torch
-from quality import machine
+from quality import machine, write
 
 from pfstorer_rt.evaluation.metrics import psnr
 
@@ -137,10 +136,7 @@ def main(scratch: Path, output: Path, rounds: int, only: tuple[str, ...]) -> Non
         })  # fmt: skip
         click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:11]))
     rows.append({"name": "matmul bf16", "gflops": round(most), **machine()})
-    with output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write(output, rows)
 
 
 if __name__ == "__main__":

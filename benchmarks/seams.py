@@ -12,14 +12,13 @@ restoration, on a machine that others use too; `denoiser_tiles` are those of one
 
 from __future__ import annotations
 
-import csv
 import time
 from pathlib import Path
 
 import click
 import numpy as np
 import numpy.typing as npt
-from quality import machine
+from quality import machine, write
 from scipy.ndimage import gaussian_filter, zoom
 
 from pfstorer_rt.config import RestoreConfig, TileConfig
@@ -61,10 +60,7 @@ def main(engine: str, output: Path, backend: str, size: int, steps: int | None) 
                     "backend": restorer.backend, **machine(),
                 })  # fmt: skip
                 click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:10]))
-    with output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write(output, rows)
 
 
 def pictures(size: int) -> dict[str, Pixels]:

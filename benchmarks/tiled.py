@@ -10,7 +10,6 @@ encoder and decoder.
 
 from __future__ import annotations
 
-import csv
 import os
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import click
 import numpy as np
 from peers import picture
-from quality import machine
+from quality import machine, write
 
 from pfstorer_rt.config import RestoreConfig, TileConfig
 from pfstorer_rt.restore import Restorer
@@ -42,10 +41,7 @@ def main(
                 rows += [{**measure(restorer, size, batch, runs), **machine()} for size in sizes]
             for row in rows[-len(sizes) :]:
                 click.echo("  ".join(f"{k} {v}" for k, v in list(row.items())[:9]))
-    with output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write(output, rows)
 
 
 def measure(restorer: Restorer, size: int, batch: int, runs: int) -> dict[str, object]:

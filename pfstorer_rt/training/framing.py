@@ -14,8 +14,8 @@ import torch
 
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.evaluation.faces import Face, face_finder
-from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, SAME_PERSON, Embedding, mean_distance
-from pfstorer_rt.training.data import read_photo
+from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, SAME_PERSON, Embedding, identity_distance, mean_distance
+from pfstorer_rt.training.data import center_crop, read_photo
 
 SQUARE = 2.0
 """Side of the square around a face, in sides of its box; about that of a portrait."""
@@ -52,7 +52,7 @@ def read_references(
         for remark in _remarks(found[i], chosen[i], others, tile):
             note(f"{path}: {remark}")
     pairs = zip(photos, chosen, strict=True)
-    return [frame_face(photo, face) if face else central_square(photo) for photo, face in pairs]
+    return [frame_face(photo, face) if face else center_crop(photo, min(photo.shape[-2:])) for photo, face in pairs]
 
 
 def choose_face(faces: Sequence[Face], alone: Sequence[Embedding]) -> Face | None:
@@ -69,7 +69,7 @@ def _remarks(faces: Sequence[Face], face: Face | None, others: Sequence[Embeddin
     if len(faces) > 1:
         place = f"{face.side:.0f} pixels wide, {face.left:.0f} from the left and {face.top:.0f} from the top"
         found.append(f"{len(faces)} faces; the one that is learned is {place}")
-    distance = median(mean_distance(face.embedding, [other]) or 0.0 for other in others) if others else 0.0
+    distance = median(identity_distance(face.embedding, other) or 0.0 for other in others) if others else 0.0
     if distance > SAME_PERSON:
         found.append(
             f"its face may be another person's: {distance:.2f} from those of the other photographs, of the same "
@@ -78,14 +78,6 @@ def _remarks(faces: Sequence[Face], face: Face | None, others: Sequence[Embeddin
     if face.side < tile / FEW:
         found.append(f"its face is {face.side:.0f} pixels wide; from {tile // FEW} on it gives a better likeness")
     return found
-
-
-def central_square(photo: torch.Tensor) -> torch.Tensor:
-    """Cut the central square out of (3, H, W)."""
-    height, width = photo.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return photo[:, top : top + side, left : left + side].contiguous()
 
 
 def frame_face(photo: torch.Tensor, face: Face) -> torch.Tensor:
