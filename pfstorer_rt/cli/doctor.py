@@ -7,6 +7,7 @@ import os
 import platform
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import click
@@ -69,6 +70,7 @@ def examine() -> dict[str, Any]:
         "metrics": {
             "psnr, ssim": None,
             "identity (dlib)": None if face_models() else f"missing: {INSTALL_METRICS}",
+            "st-lpips": None if find_spec("stlpips_pytorch") else f"missing: {INSTALL_METRICS}",
         },
         "bases": sorted(p.parent.name for p in BUILTIN.glob("*/config.json")),
         "home": str(home()), "identities": len(list_identities()),

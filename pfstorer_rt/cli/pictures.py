@@ -160,6 +160,11 @@ def check_targets(jobs: Sequence[Job], output: str | None) -> None:
         raise click.UsageError(f"{same[0]} would be written over an input; give a --suffix or another folder")
 
 
+def is_lossy(job: Job, saving: Saving) -> bool:
+    """Whether a result's format has a quality: JPEG and WebP."""
+    return SAVE_FORMATS[job.target.suffix.lower() if job.target else f".{saving.stream}"] in ("JPEG", "WEBP")
+
+
 def write(job: Job, scan: Scan, rows: Rows, saving: Saving) -> None:
     """Save a result with the alpha, profile and EXIF of its input; `saving.stream` on stdout."""
     kept: dict[str, Any] = {"icc": scan.icc, "exif": scan.exif, "quality": saving.quality}

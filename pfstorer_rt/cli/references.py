@@ -23,14 +23,24 @@ class References:
     """Embeddings of reference photographs, in memory alone."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raise `MissingBackendError` without the metrics, `BadFileError` where no reference shows a face."""
+        """Raise `MissingBackendError` without the metrics, `BadFileError` where no reference shows a face.
+
+        `notes` has a line on each file that was left out because it could not be read.
+        """
         embed = face_embedder()
         if embed is None:
             raise MissingBackendError(f"--refs needs the metrics: {INSTALL_METRICS}")
         self._embed: Callable[[Pixels], Embedding | None] = embed
         files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        found = [embed(load_image(file).pixels) for file in files]
-        self.faces = [face for face in found if face is not None]
+        self.faces: list[Embedding] = []
+        self.notes: list[str] = []
+        for file in files:
+            try:
+                face = embed(load_image(file).pixels)
+            except BadFileError as error:
+                self.notes.append(f"left out of the references: {error}")
+                continue
+            self.faces += [] if face is None else [face]
         if not self.faces:
             raise BadFileError(f"{folder}: no face in its {len(files)} pictures; expected photographs of the person")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from pfstorer_rt.cli.options import ATTENTION, SEED
 from pfstorer_rt.image import MAX_PIXELS
@@ -90,13 +91,16 @@ def command(inputs: tuple[str, ...], engines: tuple[str, ...], **options: Any) -
       pfstorer-rt restore --base tiny old.jpg --steps 4
     """
     check_call(inputs, engines, options)
-    from pfstorer_rt.cli.pictures import Saving, plan_jobs
+    from pfstorer_rt.cli.pictures import Saving, is_lossy, plan_jobs
 
     names = tell_apart(engines) if len(engines) > 1 else [""]
     sources = inputs or (options["watch"],)
     extension = FORMATS.get(options["kind"] or "")
     plans = [plan_jobs(sources, options["output"], options["suffix"], extension, n) for n in names] if inputs else []
     config, saving = read_config(options), Saving(options["overwrite"], options["quality"], options["kind"] or "png")
+    named = click.get_current_context().get_parameter_source("quality") is ParameterSource.COMMANDLINE
+    if named and plans and not any(is_lossy(job, saving) for jobs in plans for job in jobs):
+        click.echo("note: --quality changes nothing: no result is JPEG or WebP", err=True)
     status = 0
     for engine, jobs in zip(engines or (None,), plans or [[]] * len(names), strict=True):
         with open_restorer(engine, options) as restorer:
@@ -190,6 +194,8 @@ def restore_jobs(
     from pfstorer_rt.spool import Rows
 
     references = References(options["refs"]) if options["refs"] else None
+    for note in references.notes if references else ():
+        click.echo(f"note: {note}", err=True)
     fixed = {
         "seed": config.seed, "steps": restorer.steps(config), "sampler": restorer.sampler(config),
         "strength": config.strength, "backend": restorer.backend, "provider": restorer.provider,
@@ -227,6 +233,8 @@ def restore_jobs(
 
 def forecast(restorer: Restorer, jobs: Sequence[Job], config: RestoreConfig, options: dict[str, Any]) -> int:
     """Print what each picture will take; returns 1 where one cannot be looked at."""
+    from pfstorer_rt.cli.jobs import names
+    from pfstorer_rt.cli.pictures import show
     from pfstorer_rt.errors import PFStorerError
     from pfstorer_rt.forecast import Forecaster
     from pfstorer_rt.image import image_size
@@ -235,6 +243,9 @@ def forecast(restorer: Restorer, jobs: Sequence[Job], config: RestoreConfig, opt
     for job in jobs:
         if job.source is None:
             raise click.UsageError("--dry-run cannot look at stdin without taking it; name a file")
+        if job.target is not None and job.target.exists() and not job.explicit and not options["overwrite"]:
+            show({**names(job), "status": "skipped"}, options["as_json"])
+            continue
         try:
             predicted = forecaster.predict(*image_size(job.source, options["max_pixels"]))
         except PFStorerError as error:

@@ -208,6 +208,8 @@ def test_doctor_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     report = json.loads(run("doctor", "--json").out)
     assert "pip install" in report["engines"]["openvino"]
+    monkeypatch.setattr("pfstorer_rt.cli.doctor.find_spec", lambda name: None)
+    assert "pip install" in json.loads(run("doctor", "--json").out)["metrics"]["st-lpips"]
 
 
 # ---- degrade

@@ -18,6 +18,23 @@ def test_a_dry_run_says_what_the_run_will_do_and_does_nothing(restore, save, tre
     assert "9 tiles in batches of 4, 1 steps" in restore(tmp_path / "a.png", "--dry-run").out
 
 
+def test_a_dry_run_leaves_out_what_is_done(restore, save, tmp_path):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "in" / name)
+    assert restore(tmp_path / "in" / "a.png", "-o", tmp_path / "out/").status == 0
+    planned = restore(tmp_path / "in", "-o", tmp_path / "out", "--dry-run", "--json").out.splitlines()
+    assert [json.loads(line)["status"] for line in planned] == ["skipped", "planned"]
+    again = restore(tmp_path / "in", "-o", tmp_path / "out", "--dry-run", "--json", "--overwrite").out.splitlines()
+    assert [json.loads(line)["status"] for line in again] == ["planned", "planned"]
+
+
+def test_a_quality_without_effect_is_said(restore, save, tmp_path):
+    picture, word = save(tmp_path / "a.png"), "--quality changes nothing"
+    assert word in restore(picture, "-o", tmp_path / "b.png", "--quality", 50).err
+    assert word not in restore(picture, "-o", tmp_path / "c.png").err
+    assert word not in restore(picture, "-o", tmp_path / "d.jpg", "--quality", 50).err
+
+
 def test_suffix_format_and_quality(restore, save, tree, tmp_path):
     for name in ("a.png", "b.jpg"):
         save(tmp_path / "in" / name)
@@ -178,6 +195,9 @@ def test_distances_to_references_are_reported_and_warned_of(restore, save, tmp_p
     report = json.loads(done.out)
     assert report["id_distance"] == 1 and report["id_distance_input"] == 0
     assert "farther from the references" in report["notes"][0]
+    (tmp_path / "refs" / "damaged.png").write_bytes(b"no picture")
+    again = restore(tmp_path / "a.png", "--refs", tmp_path / "refs", "--json", "--color-fix", "none", "--overwrite")
+    assert json.loads(again.out)["id_distance"] == 1 and "damaged.png" in again.err
 
 
 def test_references_need_the_metrics(restore, save, tmp_path, monkeypatch):
