@@ -17,10 +17,10 @@ from pfstorer_rt.cli.options import SEED
 @click.option("--preset", type=click.Choice(["nano", "tiny", "sd21"]), default="tiny", show_default=True)
 @click.option("--prior", help="Base to go on from: its autoencoder is kept as it is.")
 @click.option(
-    "--train", "trained", type=click.Choice(["auto", "all", "conditions", "wrapping"]), default="auto",
+    "--train", "trained", type=click.Choice(["auto", "all", "conditions", "wrapping", "finishing"]), default="auto",
     show_default=True,
     help="The whole restorer, or SPADEs and structure encoder alone (auto: those alone on a prior), or a prior's "
-    "decoder's look at the LQ picture.",
+    "decoder's look at the LQ picture, or all of a prior on what its pictures look like.",
 )  # fmt: skip
 @click.option(
     "--weighting", type=click.Choice(["prediction", "x0"]), default="prediction", show_default=True,
@@ -35,6 +35,8 @@ from pfstorer_rt.cli.options import SEED
 @click.option("--level", type=click.Choice(["light", "heavy", "mixed"]), default="heavy", show_default=True)
 @click.option("--p-hq", type=click.FloatRange(0, 1), help="Share of the pairs that are not degraded. [default: 0.03]")
 @click.option("--first-step", type=click.FloatRange(0, 1), help="Share of the samples at timestep 999. [default: 0]")
+@click.option("--lambda-id", type=click.FloatRange(0), help="Weight of the identity loss in finishing. [default: 0.2]")
+@click.option("--lambda-pixel", type=click.FloatRange(0), help="Weight of the picture's error there. [default: 0.5]")
 @click.option("--learning-rate", type=float, help="Of the restorer. [default: 5e-4]")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
@@ -52,19 +54,20 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
     """
     from dataclasses import replace
 
-    wrapping = options["trained"] == "wrapping"
-    if wrapping and not options["prior"]:
-        raise click.UsageError("--train wrapping goes with --prior, the base that is to have it")
+    part = options["trained"] if options["trained"] in ("wrapping", "finishing") else None
+    if part and not options["prior"]:
+        raise click.UsageError(f"--train {part} goes with --prior, the base that it is for")
     from pfstorer_rt.config import changed
     from pfstorer_rt.models.base import load_base
     from pfstorer_rt.training.base import BaseTrainConfig, train_base
 
     common = {k: options[k] for k in ("batch", "seed", "precision", "device", "workers")}
+    own = ("preset", "crop", "wide", "variations", "p_hq", "first_step", "lambda_id", "lambda_pixel")
     config = BaseTrainConfig()
     config = replace(
-        changed(config, **{k: options[k] for k in ("preset", "crop", "wide", "variations", "p_hq", "first_step")}),
+        changed(config, **{k: options[k] for k in own}),
         level=options["level"],
-        trained="auto" if wrapping else options["trained"],
+        trained="auto" if part else options["trained"],
         weighting=options["weighting"],
         autoencoder=changed(config.autoencoder, iterations=options["autoencoder_iterations"], **common),
         restorer=changed(
@@ -73,10 +76,14 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
     )
     work = work or output.with_name(output.name + ".training")
     prior = load_base(options["prior"]) if options["prior"] else None
-    if prior is not None and wrapping:
+    if prior is not None and part == "wrapping":
         from pfstorer_rt.training.wrapping import add_wrapping
 
         base = add_wrapping(photos, prior, output, config, work)
+    elif prior is not None and part == "finishing":
+        from pfstorer_rt.training.finishing import finish_base
+
+        base = finish_base(photos, prior, output, config, work)
     else:
         base = train_base(photos, output, config, work, prior)
     click.echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; checkpoints in {work} can go")

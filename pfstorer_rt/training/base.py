@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,16 +12,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from rich.progress import track
 from torch import nn
 
 from pfstorer_rt.attention import training_backend
 from pfstorer_rt.config import PRESETS, TrainConfig, Weighting
-from pfstorer_rt.console import stderr
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, build_base, fingerprint_modules
 from pfstorer_rt.models.vae import Autoencoder, build_vae
-from pfstorer_rt.training.data import Batch, Photographs, draw_timesteps, find_images, prefetch
+from pfstorer_rt.training.chunks import make_arrays
+from pfstorer_rt.training.data import Batch, Photographs, draw_timesteps, find_images
 from pfstorer_rt.training.degradation import LEVELS, degrade
 from pfstorer_rt.training.loop import make_accelerator, train
 from pfstorer_rt.training.losses import AutoencoderObjective, RestorerObjective
@@ -64,6 +63,10 @@ class BaseTrainConfig:
     """Share of the pairs whose LQ is the photograph itself."""
     first_step: float = 0.0
     """Share of the samples at the last timestep, where sampling begins: few-step sampling is decided there."""
+    lambda_pixel: float = 0.5
+    """Weight of the error after the decoder in the finishing part."""
+    lambda_id: float = 0.2
+    """Weight of the identity loss in the finishing part."""
     weighting: Weighting = "prediction"
     """What the restorer's error is measured in: the prediction, or the clean latent that it stands for."""
     trained: Literal["auto", "all", "conditions"] = "auto"
@@ -115,47 +118,36 @@ def latent_pairs(
 ) -> np.ndarray[Any, Any]:
     """Make (hq, lq) latents of degraded squares once; returns a memory map (pairs, 2, C, h, w) of fp16.
 
-    Pair k shows photograph `order(k)` and depends on the seed and k alone. The file grows in chunks and
-    is continued after an interruption.
+    Pair k shows photograph `order(k)` and depends on the seed and k alone.
     """
     count, side = len(paths) * config.variations, base.config.latent_tile
-    shape = (count, 2, base.config.latent_channels, side, side)
-    file, progress_file = work / "pairs.npy", work / "pairs.json"
-    squares = [config.zoom, config.wide, config.level, config.p_hq, base.config.tile]
-    mark = signature([config.variations, config.restorer.seed, *squares], paths) + base.fingerprint
-    done = 0
-    if file.exists() and progress_file.exists():
-        progress = json.loads(progress_file.read_text())
-        done = progress["done"] if progress["signature"] == mark else 0
-    pairs = np.lib.format.open_memmap(file, "r+" if done else "w+", np.float16, shape)
-    make = pair_maker(paths, base, config)
-    chunks = prefetch(make, done // PAIR_CHUNK, -(-count // PAIR_CHUNK), config.restorer.workers)
-    for chunk in track(chunks, "latent pairs", console=stderr()):
-        size = min(PAIR_CHUNK, count - done)
+
+    def encode(chunk: Batch) -> Mapping[str, np.ndarray[Any, Any]]:
         with torch.no_grad(), accelerator.autocast():
-            images = (chunk[k][:size].to(base.device, memory_format=torch.channels_last) for k in ("hq", "lq"))
-            latents = torch.stack([base.encode(image) for image in images], 1)
-        pairs[done : done + size] = latents.half().cpu().numpy()
-        pairs.flush()
-        done += size
-        progress_file.write_text(json.dumps({"done": done, "signature": mark}))
-    return pairs
+            images = (chunk[k].to(base.device, memory_format=torch.channels_last) for k in ("hq", "lq"))
+            return {"pairs": torch.stack([base.encode(image) for image in images], 1).half().cpu().numpy()}
+
+    return make_arrays(
+        work, "pairs", {"pairs": (np.float16, (2, base.config.latent_channels, side, side))}, count, PAIR_CHUNK,
+        pairs_signature(paths, base, config) + base.fingerprint, pair_maker(paths, base, config, PAIR_CHUNK),
+        config.restorer.workers, encode,
+    )["pairs"]  # fmt: skip
 
 
-def pair_maker(
-    paths: list[Path], base: Base, config: BaseTrainConfig, size: int | None = None
-) -> Callable[[int], Batch]:
-    """Return a function chunk number -> `hq` and `lq` images (size, 3, tile, tile) in [-1, 1].
+def pairs_signature(paths: list[Path], base: Base, config: BaseTrainConfig) -> str:
+    """Identify the degraded squares that `pair_maker` makes."""
+    squares = [config.zoom, config.wide, config.level, config.p_hq, base.config.tile]
+    return signature([config.variations, config.restorer.seed, *squares], paths)
 
-    size: `PAIR_CHUNK` unless given.
-    """
+
+def pair_maker(paths: list[Path], base: Base, config: BaseTrainConfig, size: int) -> Callable[[int], Batch]:
+    """Return a function chunk number -> `hq` and `lq` images (size, 3, tile, tile) in [-1, 1]."""
     photos = Photographs(paths, config.restorer.seed)
     names = ("light", "heavy") if config.level == "mixed" else (config.level,)
     levels = [replace(LEVELS[name], p_hq=config.p_hq) for name in names]
 
     def make(chunk: int) -> Batch:
-        n = size or PAIR_CHUNK
-        numbers = range(chunk * n, (chunk + 1) * n)
+        numbers = range(chunk * size, (chunk + 1) * size)
         samples = [photos.crop(k, base.config.tile, config.zoom, config.wide) for k in numbers]
         hq = torch.stack([image for image, _ in samples])
         lq = torch.stack([degrade(image, levels[int(rng.integers(len(levels)))], rng) for image, rng in samples])

@@ -61,14 +61,25 @@ def add_noise(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cum
     return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
 
-def prediction_target(
-    x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str
+def noisy_latent(
+    x0: torch.Tensor, z_lq: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor
 ) -> torch.Tensor:
-    """What the UNet is to predict: eps, or `v = sqrt(abar) eps - sqrt(1 - abar) x0`."""
-    if prediction_type == "epsilon":
-        return noise
+    """x_t of (B, C, h, w); rows at the last timestep begin as restoring does, from their LQ latents.
+
+    There x_t of the clean latent would still show 7 % of it, which no restoring sees.
+    """
+    start = t == len(alphas_cumprod) - 1
+    return add_noise(torch.where(start[:, None, None, None], z_lq, x0), noise, t, alphas_cumprod)
+
+
+def x0_from_prediction(
+    x: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str
+) -> torch.Tensor:
+    """The clean latent that a prediction of eps, or of `v = sqrt(abar) eps - sqrt(1 - abar) x0`, stands for."""
     abar = alphas_cumprod[t][:, None, None, None]
-    return abar.sqrt() * noise - (1 - abar).sqrt() * x0
+    if prediction_type == "epsilon":
+        return (x - (1 - abar).sqrt() * prediction) / abar.sqrt()
+    return abar.sqrt() * x - (1 - abar).sqrt() * prediction
 
 
 def x0_weight(t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str) -> torch.Tensor:
@@ -81,17 +92,17 @@ def x0_weight(t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: st
 
 
 def prediction_error(
-    prediction: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor,
+    prediction: torch.Tensor, x: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor,
     prediction_type: str, weighting: Weighting,
 ) -> torch.Tensor:  # fmt: skip
     """Mean squared error of each row, (B,).
 
-    weighting: `prediction` takes the error of the prediction as it is; `x0` scales it to the error of the clean
-    latent that it stands for, so that the noisy end, where few-step sampling starts, counts most.
+    weighting: `prediction` is the error of the prediction itself; `x0` that of the clean latent that it stands for,
+    so that the noisy end, where few-step sampling starts, counts most.
     """
-    target = prediction_target(x0, noise, t, alphas_cumprod, prediction_type)
-    error = (prediction.float() - target).square().mean((1, 2, 3))
-    return error if weighting == "prediction" else error * x0_weight(t, alphas_cumprod, prediction_type)
+    found = x0_from_prediction(x, prediction.float(), t, alphas_cumprod, prediction_type)
+    error = (found - x0).square().mean((1, 2, 3))
+    return error if weighting == "x0" else error / x0_weight(t, alphas_cumprod, prediction_type)
 
 
 class RestorerObjective(nn.Module):
@@ -111,11 +122,9 @@ class RestorerObjective(nn.Module):
         """Take latents `hq` and `lq` (B, C, h, w), `noise` of the same shape, `t` (B,)."""
         x0, t = batch["hq"], batch["t"]
         context = self.text_encoder(self.ids).expand(len(x0), -1, -1)
-        x = add_noise(x0, batch["noise"], t, self.alphas_cumprod)
+        x = noisy_latent(x0, batch["lq"], batch["noise"], t, self.alphas_cumprod)
         prediction = self.unet(x, t, context, self.structure_encoder(batch["lq"], t))
-        error = prediction_error(
-            prediction, x0, batch["noise"], t, self.alphas_cumprod, self.prediction_type, self.weighting
-        )
+        error = prediction_error(prediction, x, x0, t, self.alphas_cumprod, self.prediction_type, self.weighting)
         return {"loss": error.mean()}
 
 
@@ -164,14 +173,16 @@ class PersonalizationObjective(nn.Module):
         subject = self.text_encoder(self.ids, self.token)
         reference = self.reference(batch["reference"], t, subject)
         rows = torch.cat([torch.arange(n), torch.arange(k)]).to(x0.device)
-        x = add_noise(x0, noise, t, self.alphas_cumprod)[rows]
+        x = torch.cat([
+            noisy_latent(x0, z_lq, noise, t, self.alphas_cumprod), add_noise(x0, noise, t, self.alphas_cumprod)[:k]
+        ])  # fmt: skip
         structure = self.structure_encoder(torch.cat([z_lq, torch.zeros_like(z_lq[:k])]), t[rows])
         prediction = self.unet(
             x, t[rows], self.main_context(subject).expand(n + k, -1, -1), structure,
             bypass=self.bypass(n, k, x.device), **self.taps(reference, rows, bool(batch["self"])),
         )  # fmt: skip
         error = prediction_error(
-            prediction, x0[rows], noise[rows], t[rows], self.alphas_cumprod, self.base_config.prediction_type,
+            prediction, x, x0[rows], t[rows], self.alphas_cumprod, self.base_config.prediction_type,
             self.config.weighting,
         )  # fmt: skip
         diff, gen = error[:n].mean(), error[n:].sum() / max(1, k)
@@ -243,14 +254,17 @@ class DreamBoothObjective(nn.Module):
         k = min(self.config.gen_rows, n)
         rows = torch.cat([torch.arange(n), torch.arange(k)]).to(x0.device)
         t = batch["t"][rows]
-        x = add_noise(x0[rows], noise[rows], t, self.alphas_cumprod)
+        x = torch.cat([
+            noisy_latent(x0, z_lq, noise, batch["t"], self.alphas_cumprod),
+            add_noise(x0[:k], noise[:k], t[n:], self.alphas_cumprod),
+        ])  # fmt: skip
         structure = self.structure_encoder(torch.cat([z_lq, torch.zeros_like(z_lq[:k])]), t)
         context = self.base_context.expand(n + k, -1, -1)
         prediction = self.unet(x, t, context, structure).float()
         with torch.no_grad():
             prior = self.frozen(x[n:], t[n:], context[n:], {w: m[n:] for w, m in structure.items()}).float()
         diff = prediction_error(
-            prediction[:n], x0, noise, batch["t"], self.alphas_cumprod, self.base_config.prediction_type,
+            prediction[:n], x[:n], x0, batch["t"], self.alphas_cumprod, self.base_config.prediction_type,
             self.config.weighting,
         ).mean()  # fmt: skip
         keep = F.mse_loss(prediction[n:], prior)

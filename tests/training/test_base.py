@@ -11,6 +11,7 @@ from PIL import Image
 
 from pfstorer_rt.config import PRESETS, TrainConfig
 from pfstorer_rt.models.base import build_base, load_base
+from pfstorer_rt.sampling import start_from_lq
 from pfstorer_rt.training import base as module
 from pfstorer_rt.training.base import BaseTrainConfig, latent_pairs, split_holdout, train_base
 from pfstorer_rt.training.data import read_photo
@@ -162,7 +163,7 @@ def whole_folder(path):
 
 def test_every_pair_shows_one_photograph_once(photos):
     base, paths = build_base("nano", 0), sorted(photos.iterdir())
-    chunks = [module.pair_maker(paths, base, replace(CONFIG, level="light"))(i) for i in range(3)]
+    chunks = [module.pair_maker(paths, base, replace(CONFIG, level="light"), 5)(i) for i in range(3)]
     assert chunks[0]["hq"].shape == chunks[0]["lq"].shape == (5, 3, 64, 64)
     assert not torch.equal(chunks[0]["hq"], chunks[0]["lq"])
     order = [module.Photographs(paths, 0).order(k) for k in range(12)]
@@ -173,7 +174,7 @@ def test_mixed_pairs_are_of_both_levels(photos, monkeypatch):
     base, paths, drawn = build_base("nano", 0), sorted(photos.iterdir()), []
     monkeypatch.setattr(module, "degrade", lambda image, level, rng: drawn.append(level) or image)
     for chunk in range(4):
-        module.pair_maker(paths, base, replace(CONFIG, level="mixed", p_hq=0.25))(chunk)
+        module.pair_maker(paths, base, replace(CONFIG, level="mixed", p_hq=0.25), 5)(chunk)
     light, heavy = (replace(module.LEVELS[name], p_hq=0.25) for name in ("light", "heavy"))
     assert len(drawn) == 20 and all(level in (light, heavy) for level in drawn)
     assert 4 <= drawn.count(light) <= 16
@@ -248,6 +249,27 @@ def test_x0_weighting_measures_the_clean_latent(kind, monkeypatch):
         step = base.scheduler.step(prediction[i : i + 1], int(t[i]), x)
         errors.append((step.pred_original_sample - hq[i]).square().mean())
     torch.testing.assert_close(loss, torch.stack(errors).mean(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_prediction_weighting_measures_what_the_network_predicts(kind, monkeypatch):
+    base = build_base(replace(PRESETS["nano"], prediction_type=kind), seed=5)
+    generator = torch.Generator().manual_seed(0)
+    hq, lq, noise, prediction = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(4))
+    t = torch.tensor([1, 400, 950])
+    monkeypatch.setattr(type(base.unet), "forward", lambda *_: prediction)
+    loss = RestorerObjective(base)({"hq": hq, "lq": lq, "noise": noise, "t": t})["loss"]
+    target = noise if kind == "epsilon" else base.scheduler.get_velocity(hq, noise, t)  # diffusers' own
+    torch.testing.assert_close(loss, (prediction - target).square().mean(), rtol=1e-3, atol=0)
+
+
+def test_samples_at_the_last_timestep_begin_as_restoring_does(monkeypatch):
+    base, seen = build_base("nano", seed=5), []
+    hq, lq, noise = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    monkeypatch.setattr(type(base.unet), "forward", lambda self, x, *_: seen.append(x) or torch.zeros_like(x))
+    RestorerObjective(base)({"hq": hq, "lq": lq, "noise": noise, "t": torch.tensor([999, 998])})
+    torch.testing.assert_close(seen[0][0], start_from_lq(lq, noise)[0])
+    torch.testing.assert_close(seen[0][1:], base.scheduler.add_noise(hq[1:], noise[1:], torch.tensor([998])))
 
 
 def test_a_prior_trained_to_the_end_twice_gives_the_same(photos, tmp_path, monkeypatch):

@@ -1,0 +1,170 @@
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from skimage.data import astronaut
+
+from pfstorer_rt.config import TrainConfig
+from pfstorer_rt.errors import BadFileError, MissingBackendError
+from pfstorer_rt.evaluation.metrics import face_models
+from pfstorer_rt.models.base import build_base, load_base
+from pfstorer_rt.training import finishing as module
+from pfstorer_rt.training.base import BaseTrainConfig
+from pfstorer_rt.training.finishing import FinishingObjective, finish_base, jitter, picture_pairs
+from pfstorer_rt.training.recognizer import RECOGNIZER, FaceAligner, FaceRecognizer
+from pfstorer_rt.training.wrapping import add_wrapping
+
+SETTINGS = TrainConfig(iterations=4, batch=2, learning_rate=1e-3, ema=0.5, device="cpu", precision="fp32")
+CONFIG = BaseTrainConfig(
+    preset="nano", restorer=SETTINGS, variations=1, holdout=0.0, zoom=1.0, wide=1.01, first_step=0.5, p_hq=1.0
+)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, make_picture):
+    """Five pictures of nothing and one of a face."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(5):
+        Image.fromarray((make_picture(96, 96, seed=i) * 255).astype(np.uint8)).save(folder / f"{i:02d}.png")
+    Image.fromarray(astronaut()[40:200, 145:305]).save(folder / "face.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wrapped(photos, tmp_path_factory):
+    """Folder of a base with feature wrapping."""
+    folder = tmp_path_factory.mktemp("wrapped")
+    add_wrapping([photos], build_base("nano"), folder / "base", CONFIG, folder / "work")
+    return folder / "base"
+
+
+@pytest.fixture(scope="module")
+def finished(photos, wrapped, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    return finish_base([photos], load_base(wrapped), folder / "base", CONFIG, folder / "work"), folder
+
+
+def weights(folder):
+    return {p.parent.name: safetensors.torch.load_file(p) for p in sorted(folder.glob("*/*.safetensors"))}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_all_but_the_autoencoder_is_trained(wrapped, finished):
+    made, folder = finished
+    assert load_base(folder / "base").fingerprint == made.fingerprint
+    before, after = weights(wrapped), weights(folder / "base")
+    assert before.keys() == after.keys()
+    assert {name for name in before if same(before[name], after[name])} == {"vae"}
+    header, *rows = (folder / "work" / "finishing.csv").read_text().splitlines()
+    assert header == "iteration,loss,diff,pixel,id" and rows[-1].startswith("4,")
+
+
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(photos, wrapped, finished, tmp_path, monkeypatch):
+    real, calls = FinishingObjective.forward, []
+
+    def forward(self, batch):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, batch)
+
+    arguments = [photos], load_base(wrapped), tmp_path / "base", CONFIG, tmp_path / "work"
+    with monkeypatch.context() as patch:
+        patch.setattr(FinishingObjective, "forward", forward)
+        with pytest.raises(KeyboardInterrupt, match="after iteration 2 of 4"):
+            finish_base(*arguments)
+    finish_base([photos], load_base(wrapped), *arguments[2:])
+    ours, theirs = weights(tmp_path / "base"), weights(finished[1] / "base")
+    assert all(same(ours[name], theirs[name]) for name in theirs)
+
+
+def test_pictures_go_on_after_an_interruption(photos, wrapped, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PAIR_CHUNK", 2)
+    base, paths, real, made = load_base(wrapped), sorted(photos.iterdir()), module.pair_maker, []
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def maker(last):
+        def pair_maker(*arguments):
+            make = real(*arguments)
+
+            def chunk(number):
+                if number > last:
+                    raise SystemExit("power cut")
+                made.append(number)
+                return make(number)
+
+            return chunk
+
+        return pair_maker
+
+    config = replace(CONFIG, restorer=replace(SETTINGS, workers=0))
+    monkeypatch.setattr(module, "pair_maker", maker(0))
+    with pytest.raises(SystemExit):
+        picture_pairs(paths, base, face_models(), work, config)
+    monkeypatch.setattr(module, "pair_maker", maker(2))
+    pictures, maps = picture_pairs(paths, base, face_models(), work, config)
+    assert made == [0, 1, 2] and pictures.shape == (6, 2, 64, 64, 3) and pictures.any((1, 2, 3, 4)).all()
+    assert maps.shape == (6, 2, 3) and not np.isnan(maps).all((1, 2)).all() and np.isnan(maps).all((1, 2)).sum() == 5
+
+
+def test_pictures_without_a_face_do_not_count(wrapped):
+    base = load_base(wrapped)
+    objective = FinishingObjective(base, FaceRecognizer(face_models() / RECOGNIZER), CONFIG)
+    pixels = np.asarray(Image.fromarray(astronaut()[:256, 96:352]).resize((128, 128)), np.float32) / 255
+    face = torch.from_numpy(pixels).permute(2, 0, 1)[None] * 2 - 1
+    found = torch.from_numpy(FaceAligner(face_models())(pixels))[None]
+    none = torch.full((1, 2, 3), float("nan"))
+    dark = face * 0.3
+    alone = objective.identity_loss(dark, face, found)
+    assert alone > 0.001 and objective.identity_loss(face, face, found) < 1e-8
+    pair = objective.identity_loss(torch.cat([dark, -face]), torch.cat([face, face]), torch.cat([found, none]))
+    torch.testing.assert_close(pair, alone)
+    assert objective.identity_loss(dark, face, none) == 0
+
+
+def test_restoring_comes_nearer_to_the_original(photos, wrapped, tmp_path):
+    """On undegraded pictures the picture itself is the answer: what the logs measure has to fall."""
+    settings = replace(SETTINGS, iterations=100, batch=4, learning_rate=2e-3, ema=0.0)
+    config = replace(CONFIG, restorer=settings, first_step=1.0)
+    finish_base([photos], load_base(wrapped), tmp_path / "base", config, tmp_path / "work")
+    rows = np.loadtxt(tmp_path / "work" / "finishing.csv", delimiter=",", skiprows=1)
+    first, last = finishing_losses(photos, wrapped, tmp_path), finishing_losses(photos, tmp_path / "base", tmp_path)
+    assert np.isfinite(rows).all()
+    assert last["diff"] < 0.7 * first["diff"] and last["pixel"] < 0.9 * first["pixel"], (first, last)
+
+
+def finishing_losses(photos, folder, work):
+    """Losses of a base on the six pictures of `work`, all at timestep 999."""
+    base, pictures = load_base(folder), np.load(work / "work" / "pictures.npy")
+    objective = FinishingObjective(base, FaceRecognizer(face_models() / RECOGNIZER), CONFIG)
+    hq, lq = torch.from_numpy(pictures).permute(1, 0, 4, 2, 3).float() / 127.5 - 1
+    noise = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    maps = torch.from_numpy(np.load(work / "work" / "maps.npy"))
+    with torch.no_grad():
+        return objective({"hq": hq, "lq": lq, "noise": noise, "t": torch.full((6,), 999), "maps": maps})
+
+
+def test_jitter_is_a_small_similarity():
+    matrices = jitter(500, np.random.default_rng(0))
+    turn = matrices[:, :2, :2]
+    scale = np.sqrt(np.linalg.det(turn))
+    np.testing.assert_allclose(turn @ turn.transpose(0, 2, 1), scale[:, None, None] ** 2 * np.eye(2)[None], atol=1e-9)
+    assert 0.9 < scale.min() < 0.96 and 1.04 < scale.max() < 1.1
+    assert 0.04 < np.abs(matrices[:, :2, 2]).max() <= 0.06
+
+
+def test_what_finishing_needs(photos, wrapped, tmp_path, monkeypatch):
+    with pytest.raises(BadFileError, match="no feature wrapping; train it first"):
+        finish_base([photos], build_base("nano"), tmp_path / "a", CONFIG, tmp_path / "work")
+    monkeypatch.setattr(module, "face_models", lambda: None)
+    with pytest.raises(MissingBackendError, match="pip install"):
+        finish_base([photos], load_base(wrapped), tmp_path / "a", CONFIG, tmp_path / "work")

@@ -1,0 +1,74 @@
+import dlib
+import numpy as np
+import pytest
+import torch
+from skimage.data import astronaut
+
+from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.evaluation.metrics import dlib_landmarks, dlib_recognizer, face_models, largest, to_uint8
+from pfstorer_rt.training.recognizer import RECOGNIZER, FaceAligner, FaceRecognizer, cut_faces
+
+
+@pytest.fixture(scope="module")
+def network():
+    return FaceRecognizer(face_models() / RECOGNIZER)
+
+
+def picture(size=192, angle=0.0):
+    """A real face, (size, size, 3) float32 in [0, 1], turned by some degrees."""
+    from skimage.transform import resize, rotate
+
+    face = rotate(astronaut()[:256, 96:352] / 255, angle, mode="reflect")
+    return resize(face, (size, size), anti_aliasing=True).astype(np.float32)
+
+
+def landmarks(pixels):
+    detector, predictor = dlib_landmarks(face_models())
+    image = to_uint8(pixels)
+    return image, predictor(image, largest(detector(image, 1)))
+
+
+@pytest.mark.parametrize("angle", [0, 15])
+def test_it_is_the_network_of_dlib(network, angle):
+    chip = dlib.get_face_chip(*landmarks(picture(angle=angle)), 150, 0.25)
+    expected = dlib_recognizer(face_models()).compute_face_descriptor(chip)
+    found = network(torch.from_numpy(chip).permute(2, 0, 1)[None] / 255)[0]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "angle"), [(192, 0), (160, -20), (240, 25)])
+def test_faces_are_cut_as_dlib_cuts_them(network, size, angle):
+    pixels = picture(size, angle)
+    expected = dlib_recognizer(face_models()).compute_face_descriptor(*landmarks(pixels))
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    face = cut_faces(image, torch.from_numpy(FaceAligner(face_models())(pixels))[None])
+    assert face.shape == (1, 3, 150, 150)
+    assert np.linalg.norm(network(face)[0].numpy() - expected) < 0.03, "another person begins at 0.6"
+
+
+def test_no_face_no_map():
+    assert FaceAligner(face_models())(np.zeros((96, 96, 3), np.float32)) is None
+
+
+def test_the_distance_has_a_gradient_that_leads_to_the_person(network):
+    """A few steps down the gradient bring a blurred face nearer to the sharp one."""
+    pixels = picture()
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    maps = torch.from_numpy(FaceAligner(face_models())(pixels))[None]
+    target = network(cut_faces(image, maps))
+    blurred = torch.nn.functional.avg_pool2d(image, 17, 1, 8).requires_grad_()
+    distances = []
+    for _ in range(12):
+        distance = (network(cut_faces(blurred, maps)) - target).square().sum()
+        distances.append(float(distance.detach()))
+        (gradient,) = torch.autograd.grad(distance, blurred)
+        blurred = (blurred - 0.5 * gradient / gradient.norm()).detach().requires_grad_()
+    assert distances[-1] < 0.5 * distances[0]
+
+
+@pytest.mark.parametrize("damage", ["cut", "other"])
+def test_another_file_is_refused(tmp_path, damage):
+    whole = (face_models() / RECOGNIZER).read_bytes()
+    (tmp_path / "net.dat").write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"not a network")
+    with pytest.raises(BadFileError, match="does not hold dlib's face recognizer"):
+        FaceRecognizer(tmp_path / "net.dat")
