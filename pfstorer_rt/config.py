@@ -221,6 +221,12 @@ class PersonalizeConfig:
     pool: int = 256
     """Degraded squares of the photographs that are made and encoded before the training, and drawn from in it."""
     lambda_pers: float = 5e-4
+    lambda_pixel: float = 0.0
+    """Weight of the error of the decoded pictures; this and the two below look at the samples at timestep 999."""
+    lambda_perceptual: float = 0.0
+    """Weight of their perceptual distance (needs the `metrics` extra)."""
+    lambda_id: float = 0.0
+    """Weight of the identity loss on them (needs the `metrics` extra)."""
     gamma_learning_rate: float = 5e-3
     token_learning_rate: float = 5e-3
     init_word: str = "face"

@@ -23,6 +23,9 @@ from pfstorer_rt.cli.options import ATTENTION, SEED
     "--first-step", type=click.FloatRange(0, 1),
     help="Share of the samples at timestep 999, where restoring starts; 0, unless the base says otherwise.",
 )
+@click.option("--lambda-pixel", type=click.FloatRange(0), help="Weight of the pictures' error; 0 is the paper's.")
+@click.option("--lambda-perceptual", type=click.FloatRange(0), help="Weight of their ST-LPIPS; 0 is the paper's.")
+@click.option("--lambda-id", type=click.FloatRange(0), help="Weight of an identity loss on them; 0 is the paper's.")
 @click.option("--rank", type=click.IntRange(0), default=0, help="Rank of the blocks' matrices; 0 keeps them whole.")
 @click.option("--ref-source", type=click.Choice(["cached", "self"]), default="cached", show_default=True)
 @click.option(
@@ -79,7 +82,8 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
         "iterations", "batch", "learning_rate", "precision", "device", "seed", "optimizer", "gradient_checkpointing",
         "attention",
     )  # fmt: skip
-    own = ("method", "lambda_gen", "first_step", "rank", "ref_source", "framing")
+    losses = ("lambda_gen", "lambda_pixel", "lambda_perceptual", "lambda_id")
+    own = ("method", *losses, "first_step", "rank", "ref_source", "framing")
     train, values = ({n: options[n] for n in group if options[n] is not None} for group in (names, own))
     config = PersonalizeConfig.for_base(base.config, train, **values)
     make_folder(target.parent)

@@ -35,8 +35,13 @@ from pfstorer_rt.cli.options import SEED
 @click.option("--level", type=click.Choice(["light", "heavy", "mixed"]), default="heavy", show_default=True)
 @click.option("--p-hq", type=click.FloatRange(0, 1), help="Share of the pairs that are not degraded. [default: 0.03]")
 @click.option("--first-step", type=click.FloatRange(0, 1), help="Share of the samples at timestep 999. [default: 0]")
-@click.option("--lambda-id", type=click.FloatRange(0), help="Weight of the identity loss in finishing. [default: 0.2]")
+@click.option("--lambda-id", type=click.FloatRange(0), help="Weight of the identity loss in finishing. [default: 0.3]")
+@click.option("--lambda-perceptual", type=click.FloatRange(0), help="Weight of ST-LPIPS there. [default: 0.2]")
 @click.option("--lambda-pixel", type=click.FloatRange(0), help="Weight of the picture's error there. [default: 0.5]")
+@click.option(
+    "--share", type=click.FloatRange(0, 1),
+    help="How far from the prior's weights to the finished ones the result goes. [default: 0.5]",
+)  # fmt: skip
 @click.option("--learning-rate", type=float, help="Of the restorer. [default: 5e-4]")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
@@ -62,10 +67,11 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
     from pfstorer_rt.training.base import BaseTrainConfig, train_base
 
     common = {k: options[k] for k in ("batch", "seed", "precision", "device", "workers")}
-    own = ("preset", "crop", "wide", "variations", "p_hq", "first_step", "lambda_id", "lambda_pixel")
+    squares = ("preset", "crop", "wide", "variations", "p_hq", "first_step")
+    weights = ("lambda_id", "lambda_perceptual", "lambda_pixel", "share")
     config = BaseTrainConfig()
     config = replace(
-        changed(config, **{k: options[k] for k in own}),
+        changed(config, **{k: options[k] for k in squares + weights}),
         level=options["level"],
         trained="auto" if part else options["trained"],
         weighting=options["weighting"],

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.evaluation.metrics import Pixels
 
 if TYPE_CHECKING:
-    import torch
-
     from pfstorer_rt.evaluation.sample import Measure, Sample
 
 SMALLEST = 32
@@ -31,10 +31,16 @@ def load_lpips(alexnet: Path | None) -> Measure:
     advice = "pip install --no-deps lpips, and give --alexnet FILE unless torchvision loads"
     linear = package_file("lpips", "weights/v0.1/alex.pth", advice)
     backbone = torchvision_alexnet() if alexnet is None else read_weights(alexnet)
-    return distance(alexnet_slices(backbone, alexnet or Path("alexnet")), linear_weights(read_weights(linear)))
+    slices = alexnet_slices(backbone, alexnet or Path("alexnet"))
+    return measure_by(PerceptualDistance(slices, linear_weights(read_weights(linear))))
 
 
 def load_stlpips() -> Measure:
+    """Shift-tolerant LPIPS as a metric; raises MissingBackendError where its package is missing."""
+    return measure_by(shift_tolerant_distance())
+
+
+def shift_tolerant_distance() -> PerceptualDistance:
     """Shift-tolerant LPIPS with AlexNet (Ghildyal and Liu 2022, section 4), weights of `stlpips_pytorch`.
 
     Raises MissingBackendError where the package is missing.
@@ -43,7 +49,7 @@ def load_stlpips() -> Measure:
         "stlpips_pytorch", "weights/vST0.0/alex_shift_tolerant.pth", "pip install 'pfstorer-rt[metrics]'"
     )
     weights = read_weights(path)
-    return distance(shift_tolerant_slices(weights), linear_weights(weights))
+    return PerceptualDistance(shift_tolerant_slices(weights), linear_weights(weights))
 
 
 def load_musiq(path: Path | None) -> Measure:
@@ -68,32 +74,52 @@ def load_musiq(path: Path | None) -> Measure:
     return lambda result, original, references: result.once(quality)
 
 
-def distance(slices: Sequence[torch.nn.Module], linear: Sequence[torch.Tensor]) -> Measure:
+class PerceptualDistance(nn.Module):
     """Sum over the slices of the weighted squared difference of unit-length features, mean over places."""
-    import torch
 
-    def features(pixels: Pixels) -> list[torch.Tensor]:
-        shift, scale = (torch.tensor(v).view(1, 3, 1, 1) for v in (_SHIFT, _SCALE))
-        x, found = (to_planes(pixels) - shift) / scale, []
-        for part in slices:
+    shift: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, slices: Sequence[nn.Module], linear: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.slices = nn.ModuleList(slices)
+        self.linear = nn.ParameterList(linear)
+        for name, values in (("shift", _SHIFT), ("scale", _SCALE)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Return the features of (B, 3, H, W) in [-1, 1], of length 1 at every place, of each slice."""
+        x, found = (images - self.shift) / self.scale, []
+        for part in self.slices:
             x = part(x)
             found.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
         return found
+
+    def between(self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the distances (B,) of features."""
+        return torch.stack([
+            ((x - y).square() * w).sum(1).mean((1, 2)) for x, y, w in zip(a, b, self.linear, strict=True)
+        ]).sum(0)  # fmt: skip
+
+
+def measure_by(distance: PerceptualDistance) -> Measure:
+    """Return a metric of a result and its original; None for pictures of under 32 pixels."""
+
+    def features(pixels: Pixels) -> list[torch.Tensor]:
+        return distance.features(to_planes(pixels))
 
     def measure(result: Sample, original: Sample, _: Sequence[Sample]) -> float | None:
         if min(original.pixels.shape[:2]) < SMALLEST:
             return None
         with torch.no_grad():
-            pairs = zip(features(result.pixels), original.once(features), linear, strict=True)
-            return float(sum(((a - b).square() * w).sum(1).mean() for a, b, w in pairs))
+            return float(distance.between(features(result.pixels), original.once(features)))
 
     return measure
 
 
-def alexnet_slices(weights: dict[str, torch.Tensor], path: Path) -> list[torch.nn.Module]:
+def alexnet_slices(weights: dict[str, torch.Tensor], path: Path) -> list[nn.Module]:
     """AlexNet up to each of its five ReLUs, with torchvision's weights (`features.N.weight`)."""
-    from torch import nn
-
     layers = nn.Sequential(
         nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2),
         nn.Conv2d(64, 192, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(3, 2),
@@ -108,10 +134,8 @@ def alexnet_slices(weights: dict[str, torch.Tensor], path: Path) -> list[torch.n
     return cut(layers, (2, 5, 8, 10, 12))
 
 
-def shift_tolerant_slices(weights: dict[str, torch.Tensor]) -> list[torch.nn.Module]:
+def shift_tolerant_slices(weights: dict[str, torch.Tensor]) -> list[nn.Module]:
     """ST-LPIPS's AlexNet: stride 1 in the first convolution, a reflecting blur before each reduction."""
-    from torch import nn
-
     layers = nn.Sequential(
         nn.Conv2d(3, 64, 11, 1, 2), blur(64), nn.ReLU(), nn.MaxPool2d(3, 1), blur(64),
         nn.Conv2d(64, 192, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(3, 1), blur(192),
@@ -125,11 +149,8 @@ def shift_tolerant_slices(weights: dict[str, torch.Tensor]) -> list[torch.nn.Mod
     return cut(layers, (3, 7, 11, 13, 15))
 
 
-def blur(channels: int) -> torch.nn.Module:
+def blur(channels: int) -> nn.Module:
     """Binomial [1 2 1] x [1 2 1] / 16 in steps of 2, two reflected pixels around."""
-    import torch
-    from torch import nn
-
     layer = nn.Conv2d(channels, channels, 3, 2, 2, groups=channels, bias=False, padding_mode="reflect")
     line = torch.tensor([1.0, 2.0, 1.0]) / 4
     layer.weight.data.copy_(torch.outer(line, line))
@@ -137,7 +158,7 @@ def blur(channels: int) -> torch.nn.Module:
     return nn.Sequential(layer)  # not a Conv2d itself: it has no weights to load
 
 
-def cut(layers: Any, ends: Sequence[int]) -> list[torch.nn.Module]:
+def cut(layers: Any, ends: Sequence[int]) -> list[nn.Module]:
     """Split a sequence of layers before each of the indices."""
     starts = (0, *ends)
     return [layers[start:end].eval() for start, end in zip(starts, ends, strict=False)]
@@ -159,8 +180,6 @@ def package_file(package: str, name: str, advice: str) -> Path:
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read a file of tensors without running pickled code; raises BadFileError for anything else."""
-    import torch
-
     try:
         weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises errors of many kinds on damaged files
@@ -182,8 +201,6 @@ def torchvision_alexnet() -> dict[str, torch.Tensor]:
 
 def to_planes(pixels: Pixels) -> torch.Tensor:
     """(H, W, 3) in [0, 1] -> (1, 3, H, W) float32 in [-1, 1]."""
-    import torch
-
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], dtype=np.float32)) * 2 - 1
 
 

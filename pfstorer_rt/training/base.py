@@ -65,8 +65,12 @@ class BaseTrainConfig:
     """Share of the samples at the last timestep, where sampling begins: few-step sampling is decided there."""
     lambda_pixel: float = 0.5
     """Weight of the error after the decoder in the finishing part."""
-    lambda_id: float = 0.2
+    lambda_perceptual: float = 0.2
+    """Weight of the perceptual distance in the finishing part."""
+    lambda_id: float = 0.3
     """Weight of the identity loss in the finishing part."""
+    share: float = 0.5
+    """Share of the way from the prior's weights to those that the finishing part ends at, where its result lies."""
     weighting: Weighting = "prediction"
     """What the restorer's error is measured in: the prediction, or the clean latent that it stands for."""
     trained: Literal["auto", "all", "conditions"] = "auto"

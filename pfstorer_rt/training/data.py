@@ -13,8 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.image import IMAGE_SUFFIXES, load_image, resize_bicubic
+from pfstorer_rt.sampling import TRAIN_STEPS
 
 Batch = dict[str, torch.Tensor]
+LAST = TRAIN_STEPS - 1
+"""The timestep at which restoring starts; with few steps nearly all is decided there."""
 
 
 def find_images(sources: Sequence[Path]) -> list[Path]:
@@ -124,7 +127,7 @@ class Iterations(Dataset[Batch]):
 def draw_timesteps(count: int, first_step: float, generator: torch.Generator) -> torch.Tensor:
     """Draw (count,) timesteps from 0..999, a share of them 999, from which every restoration starts."""
     t = torch.randint(0, 1000, (count,), generator=generator)
-    t[torch.rand(count, generator=generator) < first_step] = 999
+    t[torch.rand(count, generator=generator) < first_step] = LAST
     return t
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pfstorer_rt.config import PersonalizeConfig, Weighting
+from pfstorer_rt.config import BaseConfig, PersonalizeConfig, Weighting
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.personalization import PersonalizationBlocks, reference_mask
 from pfstorer_rt.models.prompt import tokenize
 from pfstorer_rt.models.reference import ReferencePass, reference_pass, subject_ids
 from pfstorer_rt.models.unet import Tap
 from pfstorer_rt.models.vae import Autoencoder, decode, encode_moments
-from pfstorer_rt.training.data import Batch
+from pfstorer_rt.training.data import LAST, Batch
+
+if TYPE_CHECKING:
+    from pfstorer_rt.training.pictures import PictureLoss
 
 Losses = dict[str, torch.Tensor]
 
@@ -68,7 +72,7 @@ def noisy_latent(
 
     There x_t of the clean latent would still show 7 % of it, which no restoring sees.
     """
-    start = t == len(alphas_cumprod) - 1
+    start = t == LAST
     return add_noise(torch.where(start[:, None, None, None], z_lq, x0), noise, t, alphas_cumprod)
 
 
@@ -137,7 +141,24 @@ def attention_loss(probabilities: torch.Tensor, subject: int, end: int) -> torch
     return F.mse_loss(p / p.amax(1, keepdim=True), e / e.amax(1, keepdim=True))
 
 
-class PersonalizationObjective(nn.Module):
+class LookingObjective(nn.Module):
+    """An objective that may look at the pictures that its predictions stand for."""
+
+    alphas_cumprod: torch.Tensor
+    pictures: PictureLoss | None
+    base_config: BaseConfig
+
+    def look(self, x: torch.Tensor, prediction: torch.Tensor, batch: Batch) -> Losses:
+        """Return `pictures` and its parts of the restored rows (B, C, h, w); nothing without such losses."""
+        if self.pictures is None:
+            return {}
+        restored = x0_from_prediction(
+            x, prediction.float(), batch["t"], self.alphas_cumprod, self.base_config.prediction_type
+        )
+        return self.pictures.of_batch(restored, batch)
+
+
+class PersonalizationObjective(LookingObjective):
     """`L_diff + lambda_gen L_gen + lambda_pers L_pers` (PFStorer section 3.3).
 
     Rows that pass the frozen base: the reference, then LQ-conditioned and null-conditioned ones. L_gen is the mean over
@@ -148,9 +169,9 @@ class PersonalizationObjective(nn.Module):
     ids: torch.Tensor
     base_context: torch.Tensor
 
-    def __init__(self, base: Base, config: PersonalizeConfig) -> None:
+    def __init__(self, base: Base, config: PersonalizeConfig, pictures: PictureLoss | None = None) -> None:
         super().__init__()
-        self.config, self.base_config = config, base.config
+        self.config, self.base_config, self.pictures = config, base.config, pictures
         self.unet, self.structure_encoder, self.text_encoder = base.unet, base.structure_encoder, base.text_encoder
         layers = config.layers or base.config.layers
         self.blocks = PersonalizationBlocks.for_unet(
@@ -190,7 +211,8 @@ class PersonalizationObjective(nn.Module):
         for probabilities in reference.probabilities.values():
             pers = pers + attention_loss(probabilities, *self.positions)
         loss = diff + self.config.lambda_gen * gen + self.config.lambda_pers * pers
-        return {"loss": loss, "diff": diff, "gen": gen, "pers": pers}
+        seen = self.look(x[:n], prediction[:n], batch)
+        return {"loss": loss + seen.pop("pictures", 0), "diff": diff, "gen": gen, "pers": pers, **seen}
 
     def main_context(self, subject: torch.Tensor) -> torch.Tensor:
         """Context of the restored rows, (1, L, D): the base's prompt, or the subject's."""
@@ -229,7 +251,7 @@ class PersonalizationObjective(nn.Module):
         return {where: self.blocks.taps(features, masks)}
 
 
-class DreamBoothObjective(nn.Module):
+class DreamBoothObjective(LookingObjective):
     """DreamBooth on the restorer: the UNet itself is tuned, with prior preservation (the paper's ablation row).
 
     The prior is preserved on the null-conditioned rows, where the tuned UNet has to predict what the
@@ -239,9 +261,9 @@ class DreamBoothObjective(nn.Module):
     alphas_cumprod: torch.Tensor
     base_context: torch.Tensor
 
-    def __init__(self, base: Base, config: PersonalizeConfig) -> None:
+    def __init__(self, base: Base, config: PersonalizeConfig, pictures: PictureLoss | None = None) -> None:
         super().__init__()
-        self.config, self.base_config = config, base.config
+        self.config, self.base_config, self.pictures = config, base.config, pictures
         self.structure_encoder, self.frozen = base.structure_encoder, base.unet
         self.unet = deepcopy(base.unet).requires_grad_(True)
         with torch.no_grad():
@@ -268,4 +290,5 @@ class DreamBoothObjective(nn.Module):
             self.config.weighting,
         ).mean()  # fmt: skip
         keep = F.mse_loss(prediction[n:], prior)
-        return {"loss": diff + keep, "diff": diff, "prior": keep}
+        seen = self.look(x[:n], prediction[:n], batch)
+        return {"loss": diff + keep + seen.pop("pictures", 0), "diff": diff, "prior": keep, **seen}

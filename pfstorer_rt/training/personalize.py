@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from pfstorer_rt.training.framing import read_references
 from pfstorer_rt.training.loop import make_accelerator, train
 from pfstorer_rt.training.losses import DreamBoothObjective, PersonalizationObjective
 from pfstorer_rt.training.memory import make_adamw, saving_memory
+from pfstorer_rt.training.pictures import PictureLoss, looks_at_pictures, refusal
 from pfstorer_rt.training.pool import BatchMaker, make_pool
 
 TUNING_RATE = 0.1
@@ -49,15 +50,18 @@ def personalize(
     """
     base = base if isinstance(base, Base) else load_base(base)
     config = config or PersonalizeConfig.for_base(base.config)
+    if looks_at_pictures(config) and (missing := refusal()):
+        note(f"learned from latents alone, without losses of pictures: {missing}")
+        config = replace(config, lambda_pixel=0.0, lambda_perceptual=0.0, lambda_id=0.0)
     target = output or named_identity(name)
     paths = find_images(references)
     photos = read_references(paths, config, base.config.tile, note)
     accelerator = make_accelerator(config.train)
     base.to(accelerator.device)
     pool = make_pool(photos, base, config)
-    objective: nn.Module = (
-        DreamBoothObjective(base, config) if config.method == "dreambooth" else PersonalizationObjective(base, config)
-    )
+    pictures = PictureLoss(base, config) if looks_at_pictures(config) else None
+    kind = DreamBoothObjective if config.method == "dreambooth" else PersonalizationObjective
+    objective: nn.Module = kind(base, config, pictures)
     nn.Module.to(objective, accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     backend = config.train.attention
     base.set_attention(training_backend(accelerator.device) if backend == "auto" else backend, objective)

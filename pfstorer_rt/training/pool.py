@@ -16,6 +16,7 @@ from pfstorer_rt.console import stderr
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.training.data import Batch, center_crop, draw_timesteps, random_crop
 from pfstorer_rt.training.degradation import LEVELS, degrade
+from pfstorer_rt.training.pictures import draw_views, find_faces, looks_at_pictures
 
 ZOOM = 1.25
 """Training squares are cut at up to this magnification, so that most of the face stays in."""
@@ -32,6 +33,10 @@ class LatentPool(NamedTuple):
     """(N,) the photograph that a square was cut from"""
     references: torch.Tensor
     """(P, C, h, w) the centre of every photograph"""
+    pictures: torch.Tensor | None = None
+    """(N, 2, 3, H, W) uint8, hq and lq, where a loss looks at them"""
+    maps: npt.NDArray[np.float32] | None = None
+    """(N, 2, 3) where their faces are"""
 
 
 @torch.no_grad()
@@ -47,14 +52,20 @@ def make_pool(photos: Sequence[torch.Tensor], base: Base, config: PersonalizeCon
     def encode(image: torch.Tensor) -> torch.Tensor:
         return base.encode(image[None].to(base.device) * 2 - 1)[0].float().cpu()
 
-    pairs = []
+    pairs, pictures = [], []
     for i in track(range(size), "photographs", console=stderr(), transient=True):
         rng = np.random.default_rng([config.train.seed, 4, i])
         hq = random_crop(photos[i % len(photos)], base.config.tile, rng, ZOOM)
-        pairs.append((encode(hq), encode(degrade(hq, level, rng))))
+        lq = degrade(hq, level, rng)
+        pairs.append((encode(hq), encode(lq)))
+        pictures += [torch.stack([hq, lq]).mul(255).round().byte()] if looks_at_pictures(config) else []
     references = torch.stack([encode(center_crop(photo, base.config.tile)) for photo in photos])
     hq_latents, lq_latents = (torch.stack(latents) for latents in zip(*pairs, strict=True))
-    return LatentPool(hq_latents, lq_latents, torch.arange(size) % len(photos), references)
+    pool = LatentPool(hq_latents, lq_latents, torch.arange(size) % len(photos), references)
+    if not pictures:
+        return pool
+    maps = find_faces([picture[0].permute(1, 2, 0).numpy() / np.float32(255) for picture in pictures])
+    return pool._replace(pictures=torch.stack(pictures), maps=maps)
 
 
 class BatchMaker:
@@ -77,8 +88,15 @@ class BatchMaker:
         use_self = np.random.default_rng([seed, 5, iteration]).random() < self.share_without_reference()
         return {
             "hq": pool.hq[chosen], "lq": pool.lq[chosen], "reference": pool.references[reference][None],
-            "noise": noise, "t": t, "self": torch.tensor(use_self),
+            "noise": noise, "t": t, "self": torch.tensor(use_self), **self.looks(chosen, rng),
         }  # fmt: skip
+
+    def looks(self, chosen: torch.Tensor, rng: np.random.Generator) -> Batch:
+        """Return `hq_picture lq_picture` (B, 3, H, W) in [-1, 1] and what they are looked at by, where a loss does."""
+        if self.pool.pictures is None or self.pool.maps is None:
+            return {}
+        hq, lq = self.pool.pictures[chosen].transpose(0, 1) / 127.5 - 1
+        return {"hq_picture": hq, "lq_picture": lq, **draw_views(self.pool.maps[chosen.numpy()], hq.shape[-1], rng)}
 
     def share_without_reference(self) -> float:
         """Share of iterations in which the blocks see no reference."""

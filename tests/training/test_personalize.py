@@ -18,8 +18,9 @@ from pfstorer_rt.models.base import build_base
 from pfstorer_rt.models.prompt import tokenize
 from pfstorer_rt.training import personalize as module
 from pfstorer_rt.training.data import center_crop, read_photo
-from pfstorer_rt.training.losses import PersonalizationObjective
+from pfstorer_rt.training.losses import DreamBoothObjective, PersonalizationObjective
 from pfstorer_rt.training.personalize import make_optimizer, personalize
+from pfstorer_rt.training.pictures import PictureLoss
 from pfstorer_rt.training.pool import BatchMaker, make_pool
 
 METHODS = ("pfstorer", "vico", "dreambooth")
@@ -239,7 +240,8 @@ def maker(pool, rank=0, processes=1, seed=0, **settings):
 
 def test_a_pool_is_a_pure_function_of_its_seed(base, photos):
     one, same, other = pool(base, photos), pool(base, photos), pool(base, photos, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one[:4], same[:4], strict=True))
+    assert one.pictures is one.maps is None
     assert one.hq.shape == one.lq.shape == (12, 4, 8, 8) and one.references.shape == (3, 4, 8, 8)
     assert not torch.equal(one.hq, other.hq) and not torch.equal(one.lq, other.lq)
     assert torch.bincount(one.photo).tolist() == [4, 4, 4]
@@ -252,6 +254,46 @@ def test_a_pool_holds_latents_of_the_photographs_and_of_their_degraded_squares(b
     assert not any(torch.equal(a, b) for a, b in zip(bad.hq, bad.lq, strict=True))
     middle = center_crop(read_photo(photos[1]), 64)[None] * 2 - 1
     assert torch.allclose(found.references[1], base.encode(middle)[0], rtol=0, atol=1e-5)
+
+
+def test_a_pool_keeps_pictures_where_a_loss_looks_at_them(base, photos):
+    found = pool(base, photos, lambda_pixel=1.0)
+    assert found.pictures.shape == (12, 2, 3, 64, 64) and np.isnan(found.maps).all(), "these show no face"
+    batch = maker(found)(0)
+    for name in ("hq", "lq"):  # the pictures are those that the latents were made of
+        again = base.encode(batch[f"{name}_picture"])
+        torch.testing.assert_close(again, batch[name], rtol=0, atol=0.1)
+    assert batch["maps"].shape == (3, 2, 3) and batch["corner"].tolist() == [0, 0]
+    assert not {"hq_picture", "maps"} & set(maker(pool(base, photos))(0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_of_pictures_have_gradients_in_what_is_learned(base, photos, method):
+    config = PersonalizeConfig(
+        method=method, train=TrainConfig(batch=3), pool=12, first_step=1.0, lambda_pixel=1.0, lambda_perceptual=1.0
+    )
+    looking = PictureLoss(base, config)
+    kind = DreamBoothObjective if method == "dreambooth" else PersonalizationObjective
+    batch = maker(pool(base, photos, lambda_pixel=1.0), first_step=1.0)(0)
+    objective = kind(base, config, looking)
+    losses = objective(batch)
+    losses["pixel"].backward()
+    gradients = [p.grad for p in objective.parameters() if p.requires_grad and p.grad is not None]
+    assert gradients and any(g.abs().sum() > 0 for g in gradients)
+    objective.pictures = None
+    seen = losses["pixel"] + losses["perceptual"]
+    torch.testing.assert_close(losses["loss"] - objective(batch)["loss"], seen, atol=1e-3, rtol=0)
+    objective.pictures = looking
+    batch["t"][:] = 500  # no row at which restoring starts: nothing to look at
+    assert objective(batch)["pixel"] == 0
+
+
+def test_without_the_metrics_latents_alone_are_learned_from(base, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("pfstorer_rt.training.pictures.face_models", lambda: None)
+    train = TrainConfig(iterations=1, batch=1, device="cpu", precision="fp32")
+    config, notes = PersonalizeConfig(train=train, lambda_id=1.0, first_step=1.0), []
+    identity = personalize("a", photos, base, config, tmp_path / "a.safetensors", notes.append)
+    assert identity.settings["lambda_id"] == 0 and any("without losses of pictures" in note for note in notes)
 
 
 def test_no_more_squares_are_made_than_are_drawn(base, photos):

@@ -1,0 +1,135 @@
+"""What restored latents look like: losses after the decoder, of pixels, of perception, and of whose face it is."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, Pixels, face_models
+from pfstorer_rt.evaluation.perceptual import shift_tolerant_distance
+from pfstorer_rt.models.base import Base
+from pfstorer_rt.models.cfw import Features
+from pfstorer_rt.training.data import LAST, Batch
+from pfstorer_rt.training.losses import Losses, gradient_loss
+from pfstorer_rt.training.recognizer import RECOGNIZER, FaceAligner, FaceRecognizer, cut_faces
+
+PATCH = 96
+"""Side in pixels of what the perceptual distance looks at: of whole tiles it would cost as much as all the rest."""
+NO_FACE = np.full((2, 3), np.nan, np.float32)
+
+
+class PictureWeights(Protocol):
+    """A configuration that says how much each loss of pictures counts."""
+
+    @property
+    def lambda_pixel(self) -> float:
+        """Weight of L1 + gradient L1."""
+
+    @property
+    def lambda_perceptual(self) -> float:
+        """Weight of ST-LPIPS."""
+
+    @property
+    def lambda_id(self) -> float:
+        """Weight of the identity loss."""
+
+
+def looks_at_pictures(config: PictureWeights) -> bool:
+    """Whether a configuration has losses of pictures."""
+    return bool(config.lambda_pixel or config.lambda_perceptual or config.lambda_id)
+
+
+def refusal() -> str | None:
+    """Return why losses of pictures cannot be had here, None where they can."""
+    try:
+        shift_tolerant_distance()
+    except MissingBackendError as error:
+        return str(error)
+    return None if face_models() else INSTALL_METRICS
+
+
+class PictureLoss(nn.Module):
+    """`lambda_pixel L_pixel + lambda_perceptual L_perceptual + lambda_id L_id` of restored latents, decoded.
+
+    L_pixel: L1 + gradient L1. L_perceptual: ST-LPIPS of a square of `PATCH` pixels. L_id: squared distance between the
+    embeddings of the restored face and the original's (the identity-preserving loss of GFPGAN, section 3.4, with dlib's
+    network), over the pictures with a face. Raises `MissingBackendError` without the `metrics` extra.
+    """
+
+    def __init__(self, base: Base, config: PictureWeights) -> None:
+        super().__init__()
+        folder = face_models()
+        if folder is None:
+            raise MissingBackendError(f"losses of pictures need the networks of the metrics; {INSTALL_METRICS}")
+        self.base, self.config = base, config
+        self.recognizer, self.perceptual = FaceRecognizer(folder / RECOGNIZER), shift_tolerant_distance()
+
+    def forward(
+        self, restored: torch.Tensor, features: Features | None, hq: torch.Tensor, maps: torch.Tensor,
+        corner: torch.Tensor,
+    ) -> Losses:  # fmt: skip
+        """Take restored latents (B, C, h, w), the LQ pictures' features, and originals (B, 3, H, W) in [-1, 1].
+
+        maps: (B, 2, 3), where each original's face is (`FaceAligner`), NaN where none was found. corner: (2,), top and
+        left of the square that the perceptual distance looks at. Returns `pictures`, the weighted sum, and its parts.
+        """
+        output = self.base.decode(restored, features).float()
+        pixel = F.l1_loss(output, hq) + gradient_loss(output, hq)
+        top, left = corner.tolist()
+        patches = (self.perceptual.features(z[..., top : top + PATCH, left : left + PATCH]) for z in (output, hq))
+        perceptual = self.perceptual.between(*patches).mean()
+        identity = self.identity(output, hq, maps)
+        c = self.config
+        total = c.lambda_pixel * pixel + c.lambda_perceptual * perceptual + c.lambda_id * identity
+        return {"pictures": total, "pixel": pixel, "perceptual": perceptual, "id": identity}
+
+    def of_batch(self, restored: torch.Tensor, batch: Batch) -> Losses:
+        """Losses of the rows at timestep 999, where restoring starts; all 0 where there is none.
+
+        restored: clean latents (B, C, h, w). batch: `hq_picture lq_picture` (B, 3, H, W) in [-1, 1], `t`, and what
+        `draw_views` gives.
+        """
+        first = batch["t"] == LAST
+        if not first.any():
+            return dict.fromkeys(("pictures", "pixel", "perceptual", "id"), restored.new_zeros(()))
+        with torch.no_grad():
+            features = None if self.base.cfw is None else self.base.features(batch["lq_picture"][first])
+        return self(restored[first], features, batch["hq_picture"][first], batch["maps"][first], batch["corner"])
+
+    def identity(self, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        """Mean squared distance of the embeddings of (B, 3, H, W) in [-1, 1], over the pictures with a face."""
+        seen = maps.isfinite().all(2).all(1)
+        if not seen.any():
+            return output.new_zeros(())
+        faces = (self.recognizer(cut_faces((z[seen] + 1) / 2, maps[seen])).float() for z in (output, target))
+        restored, original = faces
+        return (restored - original.detach()).square().sum(1).mean()
+
+
+def find_faces(pictures: list[Pixels]) -> npt.NDArray[np.float32]:
+    """Return where the faces of pictures (H, W, 3) in [0, 1] are, (N, 2, 3), NaN for those without one."""
+    folder = face_models()
+    if folder is None:
+        raise MissingBackendError(f"faces are found by dlib; {INSTALL_METRICS}")
+    find = FaceAligner(folder)
+    return np.stack([NO_FACE if (face := find(picture)) is None else face for picture in pictures])
+
+
+def draw_views(maps: npt.NDArray[np.float32], side: int, rng: np.random.Generator) -> Batch:
+    """Draw what pictures of `side` pixels are looked at by: `maps` (B, 2, 3), a little moved, and `corner` (2,)."""
+    moved = np.einsum("bij,bjk->bik", maps, jitter(len(maps), rng)).astype(np.float32)
+    return {"maps": torch.from_numpy(moved), "corner": torch.from_numpy(rng.integers(0, max(0, side - PATCH) + 1, 2))}
+
+
+def jitter(count: int, rng: np.random.Generator) -> npt.NDArray[Any]:
+    """Draw small turns, scales and shifts (count, 3, 3): a face that is liked in one position only is no likeness."""
+    angle, scale = rng.uniform(-0.1, 0.1, count), np.exp(rng.uniform(-0.06, 0.06, count))
+    cos, sin, (x, y) = scale * np.cos(angle), scale * np.sin(angle), rng.uniform(-0.06, 0.06, (2, count))
+    zero, one = np.zeros(count), np.ones(count)
+    return np.stack([cos, -sin, x, sin, cos, y, zero, zero, one], 1).reshape(count, 3, 3)
