@@ -47,30 +47,31 @@ class Method:
     ablation: bool = False
 
 
-SHORT = {"iterations": 500}
+LATENTS = {"first_step": 0.0, "lambda_pixel": 0.0, "lambda_perceptual": 0.0, "lambda_id": 0.0}
+"""The papers' objectives, which look at latents alone; a base may have more of its own for PFStorer."""
+SHORT = {**LATENTS, "iterations": 500}
 """What ablations are learned with: half of what `tiny` takes by default."""
 METHODS: dict[str, Method] = {
     "Base": Method(),
-    "Base + DreamBooth": Method({"method": "dreambooth"}),
-    "Base + ViCo": Method({"method": "vico"}),
+    "Base + DreamBooth": Method({"method": "dreambooth", **LATENTS}),
+    "Base + ViCo": Method({"method": "vico", **LATENTS}),
+    "PFStorer, latents alone": Method(LATENTS),
     "PFStorer": Method({}),
     "PFStorer, strength 1.5": Method({}, RestoreConfig(strength=1.5), ablation=True),
+    "PFStorer, 4 steps": Method({}, RestoreConfig(steps=4), ablation=True),
+    "PFStorer, 8 steps": Method({}, RestoreConfig(steps=8), ablation=True),
+    "PFStorer, 50 steps": Method({}, RestoreConfig(steps=50), ablation=True),
     "Base, 4 steps": Method(restore=RestoreConfig(steps=4), ablation=True),
     "Base, 8 steps": Method(restore=RestoreConfig(steps=8), ablation=True),
     "Base, 50 steps": Method(restore=RestoreConfig(steps=50), ablation=True),
     "500 iterations": Method(SHORT, ablation=True),
-    "500 iterations, 4 steps": Method(SHORT, RestoreConfig(steps=4), ablation=True),
-    "500 iterations, 8 steps": Method(SHORT, RestoreConfig(steps=8), ablation=True),
-    "500 iterations, 50 steps": Method(SHORT, RestoreConfig(steps=50), ablation=True),
     "500 iterations, lambda_gen 0.1": Method({**SHORT, "lambda_gen": 0.1}, ablation=True),
     "500 iterations, lambda_gen 1": Method({**SHORT, "lambda_gen": 1.0}, ablation=True),
     "500 iterations, self": Method({**SHORT, "ref_source": "self"}, ablation=True),
-    "500 iterations, first_step 0.5": Method({**SHORT, "first_step": 0.5}, ablation=True),
     "500 iterations, ViCo": Method({**SHORT, "method": "vico"}, ablation=True),
-    "500 iterations, DreamBooth": Method({**SHORT, "method": "dreambooth"}, ablation=True),
 }
-"""gamma on and off is PFStorer against ViCo: the two differ in nothing else (paper, ablation). Rows without another
-method's name are PFStorer's."""
+"""gamma on and off is PFStorer with latents alone against ViCo: the two differ in nothing else (paper, ablation). Rows
+without another method's name are PFStorer's, of latents alone where they say `500 iterations`."""
 Row = dict[str, Any]
 
 

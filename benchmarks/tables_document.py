@@ -27,9 +27,13 @@ base `{base}`, on {machine}. The degradations are this project's levels `heavy` 
 "bicubic" row too. Identity is measured with dlib (the paper uses ArcFace): the mean distance to the references over
 the pictures in which a face is found, which among inputs are the better ones, and the share accepted as the same person
 (distance under 0.6; a picture without a face is not accepted). ST-LPIPS is the shift-tolerant LPIPS whose weights its
-package ships; LPIPS and MUSIQ need weights that could not be had here and are not in the table. `±` is the standard
-error over the people, s/picture a median (rows were not all measured on the same processor). A person is learned in
-the base's own number of iterations, 1000 for `tiny`; `500 iterations` is PFStorer, or the method named, in half.
+package ships; LPIPS and MUSIQ need weights that could not be had here and are not in the table. Both were objectives of
+the base's last training, on other people, and of learning a person with `PFStorer` (docs/training.md): they flatter
+it beside the rows of latents alone, which are ViCo's, DreamBooth's and those that say so. LMSE, of dlib's landmarks,
+and PSNR are the ones to compare by. `±` is the standard error over the people, s/picture a median
+(rows were not all measured on the same processor). A person is learned in the base's own number of iterations, 1000 for
+`tiny`; `500 iterations` is PFStorer with latents alone, or the method named, in half. Methods whose number of people
+differs are compared in the second table of each level, person by person.
 """
 
 
