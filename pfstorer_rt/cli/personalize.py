@@ -25,7 +25,10 @@ from pfstorer_rt.cli.options import ATTENTION, SEED
 )
 @click.option("--lambda-pixel", type=click.FloatRange(0), help="Weight of the decoded pictures' error.")
 @click.option("--lambda-perceptual", type=click.FloatRange(0), help="Weight of their ST-LPIPS.")
-@click.option("--lambda-id", type=click.FloatRange(0), help="Weight of an identity loss on them; all three 0, unless the base says otherwise.")
+@click.option(
+    "--lambda-id", type=click.FloatRange(0),
+    help="Weight of an identity loss on them; all three are 0, unless the base says otherwise.",
+)
 @click.option("--rank", type=click.IntRange(0), default=0, help="Rank of the blocks' matrices; 0 keeps them whole.")
 @click.option("--ref-source", type=click.Choice(["cached", "self"]), default="cached", show_default=True)
 @click.option(
