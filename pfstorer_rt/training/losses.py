@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,6 @@ from pfstorer_rt.models.reference import ReferencePass, reference_pass, subject_
 from pfstorer_rt.models.unet import Tap
 from pfstorer_rt.models.vae import Autoencoder, decode, encode_moments
 from pfstorer_rt.training.data import LAST, Batch
-
-if TYPE_CHECKING:
-    from pfstorer_rt.training.pictures import PictureLoss
 
 Losses = dict[str, torch.Tensor]
 
@@ -141,11 +138,18 @@ def attention_loss(probabilities: torch.Tensor, subject: int, end: int) -> torch
     return F.mse_loss(p / p.amax(1, keepdim=True), e / e.amax(1, keepdim=True))
 
 
+class Looking(Protocol):
+    """What looks at pictures: `PictureLoss`."""
+
+    def of_batch(self, restored: torch.Tensor, batch: Batch) -> Losses:
+        """Return the weighted sum, `pictures`, and its parts of clean latents (B, C, h, w)."""
+
+
 class LookingObjective(nn.Module):
     """An objective that may look at the pictures that its predictions stand for."""
 
     alphas_cumprod: torch.Tensor
-    pictures: PictureLoss | None
+    pictures: Looking | None
     base_config: BaseConfig
 
     def look(self, x: torch.Tensor, prediction: torch.Tensor, batch: Batch) -> Losses:
@@ -169,7 +173,7 @@ class PersonalizationObjective(LookingObjective):
     ids: torch.Tensor
     base_context: torch.Tensor
 
-    def __init__(self, base: Base, config: PersonalizeConfig, pictures: PictureLoss | None = None) -> None:
+    def __init__(self, base: Base, config: PersonalizeConfig, pictures: Looking | None = None) -> None:
         super().__init__()
         self.config, self.base_config, self.pictures = config, base.config, pictures
         self.unet, self.structure_encoder, self.text_encoder = base.unet, base.structure_encoder, base.text_encoder
@@ -261,7 +265,7 @@ class DreamBoothObjective(LookingObjective):
     alphas_cumprod: torch.Tensor
     base_context: torch.Tensor
 
-    def __init__(self, base: Base, config: PersonalizeConfig, pictures: PictureLoss | None = None) -> None:
+    def __init__(self, base: Base, config: PersonalizeConfig, pictures: Looking | None = None) -> None:
         super().__init__()
         self.config, self.base_config, self.pictures = config, base.config, pictures
         self.structure_encoder, self.frozen = base.structure_encoder, base.unet
