@@ -15,6 +15,8 @@ import numpy.typing as npt
 Pixels = npt.NDArray[np.float32]
 Embedding = npt.NDArray[np.float64]
 Points = npt.NDArray[np.float64]
+RECOGNIZER = "dlib_face_recognition_resnet_model_v1.dat"
+"""File of dlib's network from a face to 128 numbers."""
 SAME_PERSON = 0.6
 """dlib's own threshold: two faces nearer than this are accepted as one person."""
 INSTALL_METRICS = "pip install 'pfstorer-rt[metrics]'"
@@ -87,7 +89,7 @@ def dlib_recognizer(folder: Path) -> Any:
     """Return dlib's network from a face and its landmarks to 128 numbers, with the weights in `folder`."""
     import dlib
 
-    return dlib.face_recognition_model_v1(str(folder / "dlib_face_recognition_resnet_model_v1.dat"))
+    return dlib.face_recognition_model_v1(str(folder / RECOGNIZER))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.image import from_tensor
 from pfstorer_rt.models.base import Base, fingerprint_modules
-from pfstorer_rt.models.prompt import tokenize
 from pfstorer_rt.training.base import (
     PAIR_CHUNK,
     BaseTrainConfig,
@@ -30,28 +29,21 @@ from pfstorer_rt.training.base import (
 from pfstorer_rt.training.chunks import make_arrays
 from pfstorer_rt.training.data import LAST, Batch, draw_timesteps, find_images
 from pfstorer_rt.training.loop import make_accelerator, train
-from pfstorer_rt.training.losses import Losses, noisy_latent, x0_from_prediction
+from pfstorer_rt.training.losses import Losses, RestorerObjective, noisy_latent, x0_from_prediction
 from pfstorer_rt.training.memory import make_adamw
 from pfstorer_rt.training.pictures import PictureLoss, draw_views, find_faces
 
 
-class FinishingObjective(nn.Module):
+class FinishingObjective(RestorerObjective):
     """L_x0, the squared error of the clean latent at every timestep, and `PictureLoss` of the rows at timestep 999.
 
     Those begin as restoring does, from the LQ latent. Trained are the UNet, structure encoder, prompt encoder and
     feature wrapping; the autoencoder stays.
     """
 
-    alphas_cumprod: torch.Tensor
-    ids: torch.Tensor
-
     def __init__(self, base: Base, config: BaseTrainConfig) -> None:
-        super().__init__()
-        self.base, self.pictures = base, PictureLoss(base, config)
-        self.unet, self.structure_encoder, self.text_encoder = base.unet, base.structure_encoder, base.text_encoder
-        self.cfw, self.prediction_type = base.cfw, base.config.prediction_type
-        self.register_buffer("alphas_cumprod", base.scheduler.alphas_cumprod.clone(), persistent=False)
-        self.register_buffer("ids", tokenize(base.config.prompt, base.config), persistent=False)
+        super().__init__(base, "x0")
+        self.base, self.cfw, self.pictures = base, base.cfw, PictureLoss(base, config)
 
     def forward(self, batch: Batch) -> Losses:
         """Take `hq` and `lq` (B, 3, H, W) in [-1, 1], `noise` (B, C, h, w), `t` (B,), `maps` (B, 2, 3), `corner` (2,).

@@ -15,7 +15,6 @@ from torch import nn
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.evaluation.metrics import Pixels, dlib_landmarks, largest, to_uint8
 
-RECOGNIZER = "dlib_face_recognition_resnet_model_v1.dat"
 SIDE = 150
 """Side in pixels of the picture of a face that the network takes."""
 BLOCKS = (
@@ -29,7 +28,7 @@ MEAN = (122.782, 117.001, 104.298)
 class FaceRecognizer(nn.Module):
     """ResNet-29 of dlib, (B, 3, 150, 150) in [0, 1] -> (B, 128); faces nearer than 0.6 are one person's.
 
-    path: `dlib_face_recognition_resnet_model_v1.dat`. Its affine layers are folded into the convolutions before them.
+    path: `RECOGNIZER` in the folder of dlib's weights. Its affine layers are folded into the convolutions before them.
     Raises `BadFileError` for a file that does not hold this network.
     """
 

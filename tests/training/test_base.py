@@ -234,15 +234,20 @@ def test_a_prior_can_be_trained_as_a_whole(photos, tmp_path):
     assert all(torch.equal(v, after["vae"][k]) for k, v in vae.items())
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_x0_weighting_measures_the_clean_latent(kind, monkeypatch):
+def predicting(kind, monkeypatch):
+    """A base whose UNet predicts one fixed thing of a kind, a batch of three for it, and that prediction."""
     base = build_base(replace(PRESETS["nano"], prediction_type=kind), seed=5)
     generator = torch.Generator().manual_seed(0)
     hq, lq, noise, prediction = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(4))
-    t = torch.tensor([1, 400, 950])
     monkeypatch.setattr(type(base.unet), "forward", lambda *_: prediction)
-    objective = RestorerObjective(base, "x0")
-    loss = objective({"hq": hq, "lq": lq, "noise": noise, "t": t})["loss"]
+    return base, {"hq": hq, "lq": lq, "noise": noise, "t": torch.tensor([1, 400, 950])}, prediction
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_x0_weighting_measures_the_clean_latent(kind, monkeypatch):
+    base, batch, prediction = predicting(kind, monkeypatch)
+    hq, noise, t = batch["hq"], batch["noise"], batch["t"]
+    loss = RestorerObjective(base, "x0")(batch)["loss"]
     errors = []
     for i in range(3):  # diffusers' own solution for x0
         x = base.scheduler.add_noise(hq[i : i + 1], noise[i : i + 1], t[i : i + 1])
@@ -253,12 +258,9 @@ def test_x0_weighting_measures_the_clean_latent(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_prediction_weighting_measures_what_the_network_predicts(kind, monkeypatch):
-    base = build_base(replace(PRESETS["nano"], prediction_type=kind), seed=5)
-    generator = torch.Generator().manual_seed(0)
-    hq, lq, noise, prediction = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(4))
-    t = torch.tensor([1, 400, 950])
-    monkeypatch.setattr(type(base.unet), "forward", lambda *_: prediction)
-    loss = RestorerObjective(base)({"hq": hq, "lq": lq, "noise": noise, "t": t})["loss"]
+    base, batch, prediction = predicting(kind, monkeypatch)
+    hq, noise, t = batch["hq"], batch["noise"], batch["t"]
+    loss = RestorerObjective(base)(batch)["loss"]
     target = noise if kind == "epsilon" else base.scheduler.get_velocity(hq, noise, t)  # diffusers' own
     torch.testing.assert_close(loss, (prediction - target).square().mean(), rtol=1e-3, atol=0)
 
