@@ -1,14 +1,15 @@
 """Is it faster than plain PyTorch? The same restoration by each of them, in turns, in one run.
 
-    python benchmarks/peers.py --engine tiny.plan --int8 tiny8.plan -o benchmarks/results/peers.csv [--size 192]
+    python benchmarks/peers.py --engine tiny.plan --int8 tiny8.plan -o benchmarks/results/peers.csv
 
 Peers: diffusers' modules in eager PyTorch fp32 and bf16, and compiled by `torch.compile`; ours: the plan in ONNX
 Runtime, in OpenVINO fp32 and bf16, and one that was exported with `--precision int8` in both. All run the same tiles,
 steps, sampler, noise and colour fix, on a portrait of scikit-image's public-domain astronaut that was degraded with a
-fixed seed. Runs are interleaved, so that what else the machine does hits all of them alike; `p50` is the median of
-seconds, `ratio` the median over the rounds of eager fp32's time divided by this one's in the same round. `psnr` is of
-the result against the undegraded picture, `psnr_to_eager` against eager PyTorch's result. `cold_s` and `cold_peak_mb`
-are of a new process: from its start to the first restored picture of one tile on disk, and its largest resident size.
+fixed seed: one tile, and a picture of several. Runs are interleaved, so that what else the machine does hits all of
+them alike; `p50` is the median of seconds, `ratio` the median over the rounds of eager fp32's time divided by this
+one's in the same round. `psnr` is of the result against the undegraded picture, `psnr_to_eager` against eager PyTorch's
+result. `cold_s` and `cold_peak_mb` are of a new process: from its start to the restored picture on disk, and its
+largest resident size.
 """
 
 from __future__ import annotations
@@ -51,37 +52,49 @@ EAGER = "eager fp32"
 @click.option("--int8", required=True, help="The same exported with --precision int8.")
 @click.option("--base", default="tiny", show_default=True)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-@click.option("--size", default=192, show_default=True)
+@click.option("--size", "sizes", multiple=True, default=(192, 576), show_default=True)
 @click.option("--runs", default=5, show_default=True)
 @click.option("--steps", type=int)
 @click.option("--without", multiple=True, help="Names to leave out, such as compile.")
 def main(
-    engine: str, int8: str, base: str, output: Path, size: int, runs: int, steps: int | None, without: tuple[str, ...]
-) -> None:
-    truth, lq = picture(size)
-    config = RestoreConfig(steps=steps)
+    engine: str, int8: str, base: str, output: Path, sizes: tuple[int, ...], runs: int, steps: int | None,
+    without: tuple[str, ...],
+) -> None:  # fmt: skip
+    config, rows = RestoreConfig(steps=steps), []
     plans = {name: int8 if "int8" in name else engine for name in OURS}
     with ExitStack() as stack:
         calls = {n: c for n, c in competitors(plans, base, stack).items() if not any(w in n for w in without)}
-        results = {name: call(lq, config) for name, call in calls.items()}  # warm-up, compilation included
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        load = os.getloadavg()[0]
-        for _ in range(runs):
-            for name, call in calls.items():
-                started = time.perf_counter()
-                call(lq, config)
-                times[name].append(time.perf_counter() - started)
+        for size in sizes:
+            rows += measure(calls, size, config, runs)
+    for row in rows:
+        row |= {**cold(row["name"], plans.get(row["name"]), base, row["size"]), **machine()}
+        click.echo("  ".join(f"{k} {v}" for k, v in list(row.items())[:11]))
+    write(output, rows)
+
+
+def measure(
+    calls: dict[str, Callable[[Pixels, RestoreConfig], Pixels]], size: int, config: RestoreConfig, runs: int
+) -> list[dict[str, Any]]:
+    """Restore a picture by each, in turns."""
+    truth, lq = picture(size)
+    results = {name: call(lq, config) for name, call in calls.items()}  # warm-up, compilation included
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    load = os.getloadavg()[0]
+    for _ in range(runs):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call(lq, config)
+            times[name].append(time.perf_counter() - started)
     rows = []
     for name, result in results.items():
         ratios = [a / b for a, b in zip(times[EAGER], times[name], strict=True)]
         rows.append({
-            "name": name, "size": size, "steps": steps or "own", "p50": round(float(np.median(times[name])), 4),
+            "name": name, "size": size, "steps": config.steps or "own", "p50": round(float(np.median(times[name])), 4),
             "best": round(min(times[name]), 4), "ratio": round(float(np.median(ratios)), 2), "runs": runs,
             "psnr": round(psnr(result, truth), 3), "psnr_to_eager": round(min(99.0, psnr(result, results[EAGER])), 2),
-            **cold(name, plans.get(name), base), "load": round(load, 1), **machine(),
+            "load": round(load, 1),
         })  # fmt: skip
-        click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:11]))
-    write(output, rows)
+    return rows
 
 
 def picture(size: int) -> tuple[Pixels, Pixels]:
@@ -120,8 +133,8 @@ def competitors(
     return calls
 
 
-def cold(name: str, engine: str | None, base: str) -> dict[str, Any]:
-    """Restore one tile in a new process."""
+def cold(name: str, engine: str | None, base: str, size: int) -> dict[str, Any]:
+    """Restore a picture in a new process."""
     if name not in (EAGER, *OURS):
         return {"cold_s": "", "cold_peak_mb": ""}
     chosen = ["--base", base]
@@ -129,7 +142,7 @@ def cold(name: str, engine: str | None, base: str) -> dict[str, Any]:
         backend, provider = OURS[name]
         chosen = ["--engine", engine, "--backend", backend, *(["--provider", provider] if provider else [])]
     with TemporaryDirectory() as folder:
-        save_image(Path(folder) / "a.png", picture(192)[1])
+        save_image(Path(folder) / "a.png", picture(size)[1])
         started, peak = time.perf_counter(), 0
         process = psutil.Popen(
             [sys.executable, "-m", "pfstorer_rt.cli", "restore", *chosen, f"{folder}/a.png", "-o", f"{folder}/b.png"],

@@ -2,15 +2,15 @@
 
     python benchmarks/sd21_tile.py --scratch DIR -o benchmarks/results/sd21_tile.csv
 
-DIR is that of `benchmarks/export_sd21.py --precision fp16 --scratch DIR --keep`: an SD 2.1 base and an identity of
-random weights, and their plan. One 512-pixel tile in two steps, by diffusers' modules in eager PyTorch fp32 and bf16,
-and by the plan in ONNX Runtime and OpenVINO. Together they would not fit into a small machine's memory, so each runs
-in a process of its own, one after the other, `--rounds` times. `warm_s` is the median over the rounds of a process's
-second picture, `ratio` the median over the rounds of eager fp32's time divided by this one's in the same round,
-`cold_s` is from opening the engine to the first picture (OpenVINO keeps compiled networks from the first round on),
-`peak_gb` the largest memory of its own (resident, without mapped files, which the system can drop), `resident_gb` with
-them. `psnr_to_eager` compares the pictures with eager fp32's. `gflops` is the tile's arithmetic, counted by PyTorch,
-divided by `warm_s`, and in the row `matmul bf16` what a product of two 4096x4096 matrices reaches on the same
+DIR is that of `benchmarks/export_sd21.py --precision fp16 --precision int8 --scratch DIR --keep`: an SD 2.1 base and an
+identity of random weights, and their plans. One 512-pixel tile in two steps, by diffusers' modules in eager PyTorch
+fp32 and bf16, and by the plans in ONNX Runtime and OpenVINO. Together they would not fit into a small machine's memory,
+so each runs in a process of its own, one after the other, `--rounds` times. `warm_s` is the median over the rounds of a
+process's second picture, `ratio` the median over the rounds of eager fp32's time divided by this one's in the same
+round, `cold_s` is from opening the engine to the first picture (OpenVINO keeps compiled networks from the first round
+on), `peak_gb` the largest memory of its own (resident, without mapped files, which the system can drop), `resident_gb`
+with them. `psnr_to_eager` compares the pictures with eager fp32's. `gflops` is the tile's arithmetic, counted by
+PyTorch, divided by `warm_s`, and in the row `matmul bf16` what a product of two 4096x4096 matrices reaches on the same
 processor: an engine that computes in bf16 cannot be much faster.
 """
 
@@ -37,10 +37,12 @@ from pfstorer_rt.evaluation.metrics import psnr
 
 EAGER = "eager fp32"
 PEERS = {
-    EAGER: ("torch", None), "eager bf16": ("torch", "bf16"), "onnxruntime": ("onnxruntime", None),
-    "openvino f32": ("openvino", "CPU:f32"), "openvino bf16": ("openvino", "CPU:bf16"),
+    EAGER: ("torch", None, "fp16"), "eager bf16": ("torch", "bf16", "fp16"),
+    "onnxruntime": ("onnxruntime", None, "fp16"), "onnxruntime int8": ("onnxruntime", None, "int8"),
+    "openvino f32": ("openvino", "CPU:f32", "fp16"), "openvino bf16": ("openvino", "CPU:bf16", "fp16"),
+    "openvino int8": ("openvino", "CPU:f32", "int8"), "openvino int8 bf16": ("openvino", "CPU:bf16", "int8"),
 }  # fmt: skip
-"""Backend and provider of each."""
+"""Backend, provider and plan of each."""
 
 ONE = """
 import json, sys, time
@@ -53,19 +55,19 @@ from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.image import load_image
 from pfstorer_rt.restore import Restorer
 
-folder, backend, provider, result = Path(sys.argv[1]), *sys.argv[2:5]
+folder, backend, provider, plan, result = Path(sys.argv[1]), *sys.argv[2:6]
 started, pixels = time.perf_counter(), load_image(folder / "tile.png").pixels
 half = torch.autocast("cpu", torch.bfloat16) if provider == "bf16" else nullcontext()
 if backend == "torch":
     opened = Restorer.from_base(folder / "sd21", folder / "sd21.safetensors", device="cpu")
 else:
-    opened = Restorer.from_plan(folder / "fp16.plan", backend, provider=provider or None)
+    opened = Restorer.from_plan(folder / f"{plan}.plan", backend, provider=provider or None)
 times, flops = [started], 0
 with opened as restorer, half:
     for _ in range(2):
         restored = restorer.restore(pixels, RestoreConfig(steps=2))
         times.append(time.perf_counter())
-    if sys.argv[5:]:
+    if sys.argv[6:]:
         with FlopCounterMode(display=False) as counter:
             restorer.restore(pixels, RestoreConfig(steps=2))
         flops = counter.get_total_flops()
@@ -77,8 +79,8 @@ print(json.dumps(figures | {"provider": restorer.provider, "cold_s": times[1] - 
 
 def run(scratch: Path, name: str, result: Path, count: bool) -> dict[str, Any]:
     """Restore the tile twice in a new process, and once more where its arithmetic is counted."""
-    backend, provider = PEERS[name]
-    given = [str(scratch), backend, provider or "", str(result), *(["count"] if count else [])]
+    backend, provider, plan = PEERS[name]
+    given = [str(scratch), backend, provider or "", plan, str(result), *(["count"] if count else [])]
     own = resident = 0
     with psutil.Popen([sys.executable, "-c", ONE, *given], stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:

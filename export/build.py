@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
+import onnx_ir
 import torch
 
 from pfstorer_rt.config import BaseConfig
@@ -24,7 +25,7 @@ from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.plan import COMPONENTS, SHIPPED, Manifest, Payload, Plan, move_plan, write_plan
 
 from . import parity
-from .graph import OPSET, SELF_CONTAINED, build_graph, example_inputs, fused_module
+from .graph import OPSET, SELF_CONTAINED, Graph, build_graph, example_inputs, fused_module
 from .probes import TIMESTEPS, probe_inputs
 from .quantize import calibration_inputs, quantize
 from .tensorrt import BuildOptions, EngineBuilder
@@ -152,8 +153,6 @@ def export_plan(
     owned = not isinstance(base, Base)
     base, identity = resolve(identity, base)
     base.to("cpu", torch.float32)
-    if precision == "int8":
-        check_quantizable(base)
     described = replace(
         manifest(base, identity, target, precision), tools=tool_versions(),
         compute_capabilities=builder.capabilities if builder else [],
@@ -232,11 +231,7 @@ def export_component(
     fused = onnx_target or precision == "fp16"
     module = fused_module(component, base, identity)
     graph = build_graph(component, module, base, precision, fused_attention=fused, plugins=plugins)
-    inputs, outputs = graph.ports()
-    model = graph.save(folder, f"{component}.weights")
-    exported = Exported(component, model, inputs, outputs, precision, graph.origins)
-    if onnx_target and graph.weight_bytes() <= SELF_CONTAINED:
-        exported.message = graph.to_bytes()
+    exported = saved(component, graph, folder, precision, onnx_target)
     del graph
     gc.collect()  # exported programs are full of cycles that hold their weights
     exported.figures = compare(exported.model, expected)
@@ -252,19 +247,22 @@ def quantize_component(exported: Exported, base: Base, probes: Expected, progres
     """Compute an fp32 graph in 8 bits; its figures become those on the probes."""
     progress.line(f"{exported.component}: measuring the ranges of its activations")
     inputs = calibration_inputs(exported.component, base, "strength" in exported.inputs)
-    message = quantize(exported.model, inputs, exported.model.with_name("int8.onnx")).read_bytes()
-    return checked(replace(exported, precision="int8", message=message, figures=compare(message, probes)), progress)
+    gc.collect()
+    with TemporaryDirectory(dir=exported.model.parent) as folder:
+        written = quantize(exported.model, inputs, Path(folder) / "int8.onnx")
+        low = saved(exported.component, Graph(onnx_ir.load(written), exported.origins), exported.model.parent, "int8")
+    low.figures = compare(low.model, probes)
+    return checked(low, progress)
 
 
-def check_quantizable(base: Base) -> None:
-    """Raise `ValueError` for a base with a component that is too large for `quantize_component`."""
-    for component, module in component_modules(base).items():
-        size = 4 * sum(parameter.numel() for parameter in module.parameters())
-        if size > SELF_CONTAINED:
-            raise ValueError(
-                f"int8 for the {component}, of {size / 2**20:.0f} MB: expected at most {SELF_CONTAINED >> 20} MB, "
-                "because ranges are measured with every activation in memory; export with fp16"
-            )
+def saved(component: str, graph: Graph, folder: Path, precision: str, onnx_target: bool = True) -> Exported:
+    """Write a graph to a folder."""
+    inputs, outputs = graph.ports()
+    model = graph.save(folder, f"{component}.weights")
+    exported = Exported(component, model, inputs, outputs, precision, graph.origins)
+    if onnx_target and graph.weight_bytes() <= SELF_CONTAINED:
+        exported.message = graph.to_bytes()
+    return exported
 
 
 def checked(exported: Exported, progress: Progress) -> Exported:

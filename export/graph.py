@@ -60,6 +60,7 @@ class Graph:
 
     def to_bytes(self) -> bytes:
         """Return the graph and its weights as one ONNX message, for graphs up to `SELF_CONTAINED`."""
+        onnx_ir.external_data.load_to_model(self.model)
         return bytes(onnx_ir.to_proto(self.model).SerializeToString(deterministic=True))
 
     def ports(self) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from skimage import data
 
+from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.engine.session import Array
 from pfstorer_rt.models.base import Base
 
@@ -20,6 +22,9 @@ from .graph import wrapped_features
 from .probes import add_noise, photograph, portrait, resize
 
 SAMPLES = 20
+LARGEST_SQUARE = 256
+"""Side of the squares that encoder and decoder are measured on, where the tile is larger: their activations at full
+size are gigabytes."""
 TIMESTEPS = (999.0, 749.0, 499.0, 249.0, 0.0)
 """Where the denoiser's ranges are measured, in turns: from noise, where few-step sampling starts, to an all but clean
 latent."""
@@ -50,7 +55,8 @@ def calibration_tiles(tile: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 def calibration_inputs(component: str, base: Base, strength: bool) -> Iterator[dict[str, Array]]:
     """Yield a component's inputs as they are in use, one row each."""
     generator = torch.Generator().manual_seed(1)
-    for i, (lq, hq) in enumerate(calibration_tiles(base.config.tile)):
+    tile = base.config.tile if component == "denoiser" else min(base.config.tile, LARGEST_SQUARE)
+    for i, (lq, hq) in enumerate(calibration_tiles(tile)):
         if component == "encoder":
             inputs = {"image": lq}
         elif component == "decoder":
@@ -65,23 +71,53 @@ def calibration_inputs(component: str, base: Base, strength: bool) -> Iterator[d
 def quantize(model: Path, inputs: Iterator[dict[str, Array]], output: Path) -> Path:
     """Write an fp32 graph as one whose `OPERATORS` are between QuantizeLinear and DequantizeLinear; returns `output`.
 
-    inputs: what the graph is run on, to find the range of each activation: all but the outermost 1e-5 of its values,
-    in 8 bits without a sign. Weights have a sign, a scale for each output channel, and keep to 7 bits: processors
-    without VNNI (Intel before 2019, AMD before Zen 4) add two products in 16 bits, which two of 8 by 8 can pass.
+    Its constants are written to a file beside it. inputs: what the graph is run on, one after the other, to find the
+    range of each activation: all but the outermost 1e-5 of its values, in 8 bits without a sign. Weights have a sign, a
+    scale for each output channel, and keep to 7 bits: processors without VNNI (Intel before 2019, AMD before Zen 4) add
+    two products in 16 bits, which two of 8 by 8 can pass.
     """
     from onnxruntime import quantization
 
-    class Reader(quantization.CalibrationDataReader):
-        def get_next(self) -> dict[str, Array] | None:
-            return next(inputs, None)
-
     with _quiet():
-        quantization.quantize_static(
-            model, output, Reader(), quant_format=quantization.QuantFormat.QDQ, op_types_to_quantize=OPERATORS,
-            per_channel=True, reduce_range=True, activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8, calibrate_method=quantization.CalibrationMethod.Percentile,
+        quantizer = quantization.QDQQuantizer(
+            quantization.quant_utils.load_model_with_shape_infer(model), per_channel=True, reduce_range=True,
+            weight_qType=quantization.QuantType.QInt8, activation_qType=quantization.QuantType.QUInt8,
+            tensors_range=measure_ranges(model, inputs), nodes_to_quantize=[], nodes_to_exclude=[],
+            op_types_to_quantize=OPERATORS, extra_options={},
         )  # fmt: skip
+        quantizer.quantize_model()
+        quantizer.model.save_model_to_file(str(output), True)
     return output
+
+
+def measure_ranges(model: Path, inputs: Iterator[dict[str, Array]]) -> Any:
+    """Return the ranges of a graph's activations.
+
+    ONNX Runtime's own calibrator holds the weights three times, and the activations of all inputs. Here the weights
+    stay in their file, and the activations are those of one input.
+    """
+    from onnxruntime.quantization import CalibrationMethod, TensorsData, calibrate
+
+    watched = model.with_name("watched.onnx")
+    collector = calibrate.HistogramCollector("percentile", True, 2048, 2048, 99.999, "same")
+    onnx.save(with_activations_as_outputs(onnx.load(model, load_external_data=False)), watched)
+    with OnnxRuntimeSession(watched) as session:
+        for one in inputs:
+            collector.collect({name: [array] for name, array in session.run(**one).items()})
+    watched.unlink()
+    return TensorsData(CalibrationMethod.Percentile, collector.compute_collection_result())
+
+
+def with_activations_as_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Let a graph give what its `OPERATORS` take and make, and nothing else."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    known = {value.name: value for value in (*model.graph.value_info, *model.graph.output, *model.graph.input)}
+    names = dict.fromkeys(
+        name for node in model.graph.node if node.op_type in OPERATORS for name in (*node.input, *node.output)
+    )
+    del model.graph.output[:]
+    model.graph.output.extend(known[name] for name in names if name not in constants)
+    return model
 
 
 @contextmanager

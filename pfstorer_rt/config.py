@@ -143,9 +143,9 @@ PRESETS: dict[str, BaseConfig] = {
         vae=_tiny_vae(64, (0, 1, 2, 3), (3, 2, 1, 0), 8), text=_byte_text(64),
         personalize={"learning_rate": 2e-3, "batch": 2, "decay": 0.5, "gamma_learning_rate": 5e-2, "lambda_gen": 0.0,
                      "iterations": 1000, "first_step": 0.5, "lambda_pixel": 0.5, "lambda_perceptual": 0.05,
-                     "lambda_id": 0.05},
+                     "lambda_id": 0.02},
         cfw={"widths": (64, 64), "growth": 16}, cfw_weight=1.0,
-        sampler="ddim", steps=2, licence="research, non-commercial",
+        sampler="ddim", steps=1, licence="research, non-commercial",
     ),
     # StableSR on SD 2.1-base at 512 pixels (method: StableSR sections 2.1-2.5).
     "sd21": BaseConfig(

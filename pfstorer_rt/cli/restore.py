@@ -105,7 +105,7 @@ def command(inputs: tuple[str, ...], engines: tuple[str, ...], **options: Any) -
     for engine, jobs in zip(engines or (None,), plans or [[]] * len(names), strict=True):
         with open_restorer(engine, options) as restorer:
             restorer.check(config)
-            for note in without_effect(restorer, config):
+            for note in without_effect(restorer, config, options["preview"]):
                 click.echo(f"note: {note}", err=True)
             click.echo(f"{restorer.backend} on {restorer.provider}", err=True)
             if options["dry_run"]:
@@ -145,13 +145,15 @@ def check_call(inputs: tuple[str, ...], engines: tuple[str, ...], options: dict[
         raise click.UsageError("--attention is for PyTorch (--base, or --backend torch); a plan has its own attention")
 
 
-def without_effect(restorer: Restorer, config: RestoreConfig) -> list[str]:
+def without_effect(restorer: Restorer, config: RestoreConfig, preview: bool) -> list[str]:
     """Return a line for each setting that changes nothing with this engine."""
     notes = []
     if config.strength != 1.0 and restorer.manifest.identity_name is None:
         notes.append(f"--strength {config.strength:g} changes nothing: this engine holds no identity")
     if config.eta and (sampler := restorer.sampler(config)) != "ddim":
         notes.append(f"--eta {config.eta:g} changes nothing: it is of the sampler ddim, this is {sampler}")
+    if preview and restorer.steps(config) == 1:
+        notes.append("--preview changes nothing: the result itself takes one step")
     return notes
 
 
@@ -214,7 +216,7 @@ def restore_jobs(
         return {word: str(path)}
 
     def work(number: int, rows: Rows, step: Any) -> Rows:
-        if options["preview"]:
+        if options["preview"] and restorer.steps(config) > 1:
             beside(jobs[number], "preview", restorer.restore_rows(rows, replace(config, steps=1)))
         return restorer.restore_rows(rows, config, step)
 

@@ -73,7 +73,7 @@ def test_outputs_that_say_two_things_are_refused(restore, save, tree, tmp_path, 
 
 def test_comparison_and_preview_lie_beside_and_are_no_inputs(restore, save, tree, tmp_path):
     save(tmp_path / "a.png")
-    report = json.loads(restore(tmp_path / "a.png", "--compare", "--preview", "--json", "--scale", 2).out)
+    report = json.loads(restore(tmp_path / "a.png", "--compare", "--preview", "--steps", 2, "--json", "--scale", 2).out)
     assert sorted(tree(tmp_path)) == ["a.png", "a_restored.png", "a_restored_compare.png", "a_restored_preview.png"]
     with Image.open(report["compare"]) as both, Image.open(tmp_path / "a_restored.png") as result:
         assert both.size == (2 * 80 + 8, 48)
@@ -84,15 +84,22 @@ def test_comparison_and_preview_lie_beside_and_are_no_inputs(restore, save, tree
     assert [json.loads(line)["input"] for line in again.out.splitlines()] == [str(tmp_path / "a.png")]
 
 
+def test_a_preview_of_a_result_of_one_step_is_not_made_and_that_is_said(restore, save, tree, tmp_path):
+    save(tmp_path / "a.png")
+    done = restore(tmp_path / "a.png", "--preview", "--steps", 1)
+    assert done.status == 0 and "--preview changes nothing" in done.err
+    assert sorted(tree(tmp_path)) == ["a.png", "a_restored.png"]
+
+
 def test_what_lies_beside_a_result_is_not_overwritten_either(restore, save, tmp_path):
     save(tmp_path / "a.png")
     mine = [save(tmp_path / f"a_restored_{word}.png", seed=7) or tmp_path / f"a_restored_{word}.png"
             for word in ("preview", "compare")]  # fmt: skip
     before = [path.read_bytes() for path in mine]
-    report = json.loads(restore(tmp_path / "a.png", "--compare", "--preview", "--json").out)
+    report = json.loads(restore(tmp_path / "a.png", "--compare", "--preview", "--steps", 2, "--json").out)
     assert [path.read_bytes() for path in mine] == before
     assert report["status"] == "done" and all("was left as it is" in note for note in report["notes"])
-    assert restore(tmp_path / "a.png", "--compare", "--preview", "--overwrite").status == 0
+    assert restore(tmp_path / "a.png", "--compare", "--preview", "--steps", 2, "--overwrite").status == 0
     assert all(path.read_bytes() != old for path, old in zip(mine, before, strict=True))
 
 

@@ -5,12 +5,14 @@ import onnx
 import onnx_ir
 import pytest
 import torch
+from onnxruntime.quantization.calibrate import HistogramCollector
 from pfstorer_rt.export import build, quantize
 from pfstorer_rt.export.build import export_plan
 from pfstorer_rt.export.compare import check_rows
 from pfstorer_rt.export.graph import Graph
 from pfstorer_rt.export.quantize import calibration_inputs, calibration_tiles
 
+from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.engine.openvino import OpenVinoSession
 from pfstorer_rt.engine.session import open_session
 from pfstorer_rt.errors import ParityError
@@ -63,13 +65,38 @@ def test_two_products_fit_in_16_bits(int8_plan, component):
     assert largest > 32 and 2 * 255 * largest < 2**15
 
 
-def test_openvino_does_not_put_bf16_between_8_bit_operators(int8_plan, nano_plan):
-    with open_session(int8_plan, "decoder", "openvino") as low, open_session(nano_plan, "decoder", "openvino") as full:
-        native = "BF16" in full._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        assert low.provider.endswith(" f32 and int8") and full.provider.endswith(" bf16" if native else " f32")
-    if native:
-        with OpenVinoSession(int8_plan.read("decoder"), "CPU:bf16") as asked:
-            assert asked.provider.endswith(" bf16 and int8")
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_openvino_rounds_only_what_8_bit_operators_read(int8_plan, component):
+    with OpenVinoSession(int8_plan.read(component), "CPU:f32") as session:
+        makers = {op.get_friendly_name(): op for op in session._network.get_ops()}
+        native = "BF16" in session._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        kinds = [op.get_type_name() for op in makers.values()]
+        read = sum(reads_rounded(op) for op in makers.values())
+        assert 0 < kinds.count("FakeQuantize") <= read  # one rounded tensor may have several readers
+    with OpenVinoSession(int8_plan.read(component)) as session:
+        assert session.provider.endswith(" bf16 and int8" if native else " f32 and int8")
+
+
+def reads_rounded(op):
+    """Whether an operator is a convolution or product whose activation comes out of a rounding."""
+    if op.get_type_name() not in ("Convolution", "MatMul"):
+        return False
+    maker = op.input_value(0).get_node()
+    while maker.get_type_name() in ("Multiply", "Subtract", "Convert"):
+        maker = maker.input_value(0).get_node()
+    return maker.get_type_name() == "FakeQuantize"
+
+
+@pytest.mark.parametrize("component", ["encoder", "decoder"])
+def test_openvino_is_nearer_to_fp32_in_8_bits_than_onnx_runtime(int8_plan, nano_plan, nano_base, component):
+    inputs = list(calibration_inputs(component, nano_base, True))[3]
+    errors = {}
+    with open_session(nano_plan, component, "onnxruntime") as session:
+        exact = session.run(**inputs)[session.outputs[0]]
+    for backend in ("onnxruntime", "openvino"):
+        with open_session(int8_plan, component, backend, "CPU:f32" if backend == "openvino" else None) as session:
+            errors[backend] = np.square(session.run(**inputs)[session.outputs[0]] - exact).mean()
+    assert 0 < errors["openvino"] < errors["onnxruntime"]
 
 
 def test_ranges_are_measured_on_good_and_bad_photographs():
@@ -100,12 +127,36 @@ def test_a_graph_that_is_wrong_in_fp32_is_not_quantized(nano_base, tmp_path, mon
         build.export_component("decoder", base, None, "int8", expected, True, tmp_path, build.Progress())
 
 
-def test_int8_is_refused_where_it_cannot_be(nano_base, tmp_path, monkeypatch):
+def test_a_large_graph_is_measured_picture_by_picture_and_keeps_its_weights_beside_it(nano_base, tmp_path, monkeypatch):
+    held, collect = [], HistogramCollector.collect
+
+    def look(self, arrays):
+        held.extend(len(found) for found in arrays.values())
+        collect(self, arrays)
+
+    monkeypatch.setattr(HistogramCollector, "collect", look)
+    expected = build.expect("decoder", nano_base, None, "int8")
+
+    def export(folder):
+        return build.export_component("decoder", nano_base, None, "int8", expected, True, folder, build.Progress())
+
+    small = export(tmp_path / "small")
+    monkeypatch.setattr(build, "SELF_CONTAINED", 1 << 10)
+    large = export(tmp_path / "large")
+    assert set(held) == {1}
+    assert large.message is None
+    assert {file.name for file in large.model.parent.iterdir()} == {"model.onnx", "decoder.weights"}
+    integers = [i for i in onnx.load(large.model).graph.initializer if i.data_type == onnx.TensorProto.INT8]
+    kernels = sum(int(np.prod(i.dims)) for i in integers if len(i.dims) > 1)
+    assert kernels // 2 < large.weights.stat().st_size < 2 * kernels  # in bytes, but for those of a few values
+    inputs = {name: tensor.numpy() for name, tensor in expected.inputs[0].items()}
+    with OnnxRuntimeSession(small.message) as one, OnnxRuntimeSession(large.model) as other:
+        np.testing.assert_array_equal(one.run(**inputs)["image"], other.run(**inputs)["image"])
+
+
+def test_int8_is_refused_for_engines(nano_base, tmp_path):
     with pytest.raises(ValueError, match="precision int8 with target 'tensorrt-rtx'"):
         export_plan(tmp_path / "a.plan", None, nano_base, "tensorrt-rtx", "int8")
-    monkeypatch.setattr(build, "SELF_CONTAINED", 1 << 10)
-    with pytest.raises(ValueError, match=r"int8 for the encoder, of .* MB: expected at most"):
-        export_plan(tmp_path / "a.plan", None, nano_base, precision="int8")
     assert list(tmp_path.iterdir()) == []
 
 
