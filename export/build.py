@@ -160,18 +160,25 @@ def export_plan(
     if builder:
         described.tools[target] = builder.library.version
     with TemporaryDirectory(prefix=".pfstorer-", dir=output.resolve().parent) as folder:
-        exported = []
+        exported, probes = [], {}
+        computed = "fp32" if precision == "int8" else precision
         for component in COMPONENTS:
             progress.line(f"{component}: exporting")
             expected = expect(component, base, identity, precision)
+            if precision == "int8":
+                expected, probes[component] = expected.ordinary, expected.probes
             if owned and component == "denoiser" and precision == "fp16":
                 halve_weights(base)  # nothing after this looks at them in fp32, and a large base is gigabytes
             exported.append(
                 export_component(
-                    component, base, identity, precision, expected, builder is None, Path(folder) / component, progress,
+                    component, base, identity, computed, expected, builder is None, Path(folder) / component, progress,
                     options.plugins and component == "denoiser",
                 )
             )
+        if precision == "int8":
+            if owned:
+                drop_weights(base)
+            exported = [quantize_component(one, base, probes[one.component], progress) for one in exported]
         config = base.config
         del base, expected  # a builder needs several times the memory of the weights
         gc.collect()
@@ -218,9 +225,6 @@ def export_component(
 
     An encoder or decoder that halves do not serve is exported in fp32: it runs once a picture, the denoiser each step.
     """
-    if precision == "int8":
-        exported = export_component(component, base, identity, "fp32", expected.ordinary, onnx_target, folder, progress)
-        return quantize_component(exported, base, expected.probes, progress)
     if precision == "fp16" and not parity.fits_halves(expected.largest):
         reach = f"{component}: its values reach {expected.largest:.3g}, too near the largest half, 65504"
         if component == "denoiser":
@@ -247,7 +251,6 @@ def quantize_component(exported: Exported, base: Base, probes: Expected, progres
     """Compute an fp32 graph in 8 bits; its figures become those on the probes."""
     progress.line(f"{exported.component}: measuring the ranges of its activations")
     inputs = calibration_inputs(exported.component, base, "strength" in exported.inputs)
-    gc.collect()
     with TemporaryDirectory(dir=exported.model.parent) as folder:
         written = quantize(exported.model, inputs, Path(folder) / "int8.onnx")
         low = saved(exported.component, Graph(onnx_ir.load(written), exported.origins), exported.model.parent, "int8")
@@ -306,6 +309,14 @@ def halve_weights(base: Base) -> None:
         for name, parameter in module.named_parameters():
             if parameter.ndim > 1 and "time_embedding" not in name:
                 parameter.data = parameter.data.half()
+
+
+def drop_weights(base: Base) -> None:
+    """Free the UNet and the structure encoder: to measure ranges of graphs, the autoencoder alone is needed."""
+    for module in (base.unet, base.structure_encoder):
+        for parameter in module.parameters():
+            parameter.data = parameter.data.new_empty(0)
+    gc.collect()
 
 
 def expect(component: str, base: Base, identity: Identity | None, precision: str) -> Expected:

@@ -11,10 +11,11 @@ from torch import nn
 from pfstorer_rt.engine.session import Array, Session
 from pfstorer_rt.errors import ParityError
 
-LIMIT = {"fp32": 1e-4, "fp16": 5e-2, "int8": 0.3}
+LIMIT = {"fp32": 1e-3, "fp16": 5e-2, "int8": 0.3}
 """Difference allowed, in units of the output's standard deviation: the largest one, for int8 its root mean square.
 
-Eight bits are off here and there, and a network is trained to forgive noise; what counts is how much of it there is.
+A full-size decoder differs by 2e-4 in fp32, at its worst pixel, because libraries sum in different orders; a wrong graph
+differs by tenths. Eight bits are off here and there, and a network is trained to forgive noise; what counts is how much of it there is.
 """
 LARGEST_HALF = 65504.0
 HEADROOM = 4.0

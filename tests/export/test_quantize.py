@@ -16,7 +16,6 @@ from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.engine.openvino import OpenVinoSession
 from pfstorer_rt.engine.session import open_session
 from pfstorer_rt.errors import ParityError
-from pfstorer_rt.models.base import build_base
 from pfstorer_rt.plan import COMPONENTS
 from pfstorer_rt.restore import Restorer
 
@@ -119,12 +118,17 @@ def test_the_denoiser_is_measured_at_every_noise_level(nano_base):
 
 
 def test_a_graph_that_is_wrong_in_fp32_is_not_quantized(nano_base, tmp_path, monkeypatch):
-    base = build_base("nano", seed=1)
-    expected = build.expect("decoder", base, None, "int8")
-    expected = replace(expected, outputs=[[a + 0.1 for a in arrays] for arrays in expected.outputs])
+    expect = build.expect
+
+    def expect_other(*arguments):
+        expected = expect(*arguments)
+        return replace(expected, outputs=[[a + 0.1 for a in arrays] for arrays in expected.outputs])
+
+    monkeypatch.setattr(build, "expect", expect_other)
     monkeypatch.setattr(build, "quantize", lambda *_: pytest.fail("a wrong graph was quantized"))
-    with pytest.raises(ParityError, match=r"decoder: the exported graph differs .* at fp32"):
-        build.export_component("decoder", base, None, "int8", expected, True, tmp_path, build.Progress())
+    with pytest.raises(ParityError, match=r"encoder: the exported graph differs .* at fp32"):
+        export_plan(tmp_path / "a.plan", None, nano_base, precision="int8")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_large_graph_is_measured_picture_by_picture_and_keeps_its_weights_beside_it(nano_base, tmp_path, monkeypatch):
@@ -138,7 +142,9 @@ def test_a_large_graph_is_measured_picture_by_picture_and_keeps_its_weights_besi
     expected = build.expect("decoder", nano_base, None, "int8")
 
     def export(folder):
-        return build.export_component("decoder", nano_base, None, "int8", expected, True, folder, build.Progress())
+        said = build.Progress()
+        full = build.export_component("decoder", nano_base, None, "fp32", expected.ordinary, True, folder, said)
+        return build.quantize_component(full, nano_base, expected.probes, said)
 
     small = export(tmp_path / "small")
     monkeypatch.setattr(build, "SELF_CONTAINED", 1 << 10)
