@@ -21,6 +21,9 @@ from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError,
 from pfstorer_rt.files import atomic_write
 from pfstorer_rt.training.data import Batch, prefetch
 
+LINES = 10
+"""How often progress is told where there is no terminal to draw a bar on."""
+
 Losses = dict[str, torch.Tensor]
 
 
@@ -199,11 +202,14 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             state.update_average(done)
             done += 1
-            progress.update(bar, completed=done, loss=losses["loss"].item(), rate=progress.tasks[bar].speed or 0.0)
+            speed = (done - start) / max(progress.tasks[bar].elapsed or 0.0, 1e-9)
+            progress.update(bar, completed=done, loss=losses["loss"].item(), rate=speed)
             if not math.isfinite(losses["loss"].item()):
                 raise PFStorerError(f"{title}: the loss is not finite after {done} iterations; train more slowly")
             last = done == config.iterations or interruption.requested
             if accelerator.is_main_process:
+                if not progress.console.is_terminal and done % max(1, config.iterations // LINES) == 0:
+                    progress.console.print(f"{title}: {done} of {config.iterations}, loss {losses['loss'].item():.4f}")
                 if on_log and (done % 50 == 0 or last):
                     on_log(done, {k: v.item() for k, v in losses.items()})
                 if done % config.checkpoint_every == 0 or last:
