@@ -11,12 +11,12 @@ from torch import nn
 from pfstorer_rt.engine.session import Array, Session
 from pfstorer_rt.errors import ParityError
 
-LIMIT = {"fp32": 1e-3, "fp16": 5e-2, "int8": 0.3}
+LIMIT = {"fp32": 3e-4, "fp16": 5e-2, "int8": 0.3}
 """Difference allowed, in units of the output's standard deviation: the largest one, for int8 its root mean square.
 
-In fp32 a full-size decoder differs by 2e-4 at its worst pixel, because libraries sum in different orders; a wrong graph
-differs by tenths. Eight bits are off here and there, and a network is trained to forgive noise; what counts is how much
-of it there is.
+In fp32 a full-size decoder differs by 2e-4 at its worst pixel, because libraries sum in different orders, and a small
+network with 1 % more in one of its constants by 4e-4. Eight bits are off here and there, and a network is trained to
+forgive noise; what counts is how much of it there is.
 """
 LARGEST_HALF = 65504.0
 HEADROOM = 4.0
