@@ -202,14 +202,15 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             state.update_average(done)
             done += 1
+            loss = losses["loss"].item()
             speed = (done - start) / max(progress.tasks[bar].elapsed or 0.0, 1e-9)
-            progress.update(bar, completed=done, loss=losses["loss"].item(), rate=speed)
-            if not math.isfinite(losses["loss"].item()):
+            progress.update(bar, completed=done, loss=loss, rate=speed)
+            if not math.isfinite(loss):
                 raise PFStorerError(f"{title}: the loss is not finite after {done} iterations; train more slowly")
             last = done == config.iterations or interruption.requested
             if accelerator.is_main_process:
                 if not progress.console.is_terminal and done % max(1, config.iterations // LINES) == 0:
-                    progress.console.print(f"{title}: {done} of {config.iterations}, loss {losses['loss'].item():.4f}")
+                    progress.console.print(f"{title}: {done} of {config.iterations}, loss {loss:.4f}")
                 if on_log and (done % 50 == 0 or last):
                     on_log(done, {k: v.item() for k, v in losses.items()})
                 if done % config.checkpoint_every == 0 or last:
