@@ -19,7 +19,7 @@ from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.engine.session import Array, choose_backend
 from pfstorer_rt.engine.torch import component_modules, manifest
 from pfstorer_rt.errors import MismatchError, MissingBackendError, ParityError
-from pfstorer_rt.files import sha256_bytes, sha256_file
+from pfstorer_rt.files import sha256_bytes, sha256_file, work_folder
 from pfstorer_rt.identity import Identity, identity_path
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.plan import COMPONENTS, SHIPPED, Manifest, Payload, Plan, move_plan, write_plan
@@ -159,7 +159,7 @@ def export_plan(
     )  # fmt: skip
     if builder:
         described.tools[target] = builder.library.version
-    with TemporaryDirectory(prefix=".pfstorer-", dir=output.resolve().parent) as folder:
+    with work_folder(near=output.resolve().parent) as folder:
         exported, probes = [], {}
         computed = "fp32" if precision == "int8" else precision
         for component in COMPONENTS:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
+from pfstorer_rt.files import is_name
+
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 Weighting = Literal["prediction", "x0"]
@@ -296,12 +298,32 @@ def base_config_from_dict(data: Mapping[str, Any]) -> BaseConfig:
     missing = sorted({"name", "tile", "unet", "structure", "vae", "text", "layers"} - set(data))
     if unknown or missing:
         raise ValueError(f"base configuration: unknown fields {unknown}, missing fields {missing}")
+    check_parts(data)
     structure = dict(data["structure"])
     structure["multipliers"] = tuple(structure["multipliers"])
     values = {**data, "layers": tuple(data["layers"]), "structure": StructureConfig(**structure)}
     for part in ("unet", "vae", "cfw"):
         values[part] = _with_tuples(data.get(part))
     return BaseConfig(**values)
+
+
+def check_parts(data: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a name that is no name, and for an argument of a network that no preset has.
+
+    These arguments go to the constructors of diffusers and transformers, some of whose other arguments name code to
+    fetch and run (`attn_implementation`).
+    """
+    if not is_name(data["name"]):
+        raise ValueError(f"base configuration: name {str(data['name'])[:80]!r}, expected letters, digits, '_', '-'")
+    for part in ("unet", "vae", "text", "cfw"):
+        if unknown := sorted(set(data.get(part) or {}) - known_arguments(part)):
+            raise ValueError(f"base configuration: {part} has unknown arguments {unknown}")
+
+
+def known_arguments(part: str) -> set[str]:
+    """Return the arguments of a network that a base's configuration may hold."""
+    more = {"cfw": {"widths", "growth", "vae", "norm_groups"}, "vae": {"norm_num_groups", "scaling_factor"}}
+    return {key for preset in PRESETS.values() for key in getattr(preset, part) or {}} | more.get(part, set())
 
 
 def _with_tuples(value: Any) -> Any:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
-import secrets
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, BinaryIO
 import platformdirs
 
 from pfstorer_rt.errors import BadFileError, PFStorerError
+from pfstorer_rt.temporary import KEPT, sweep_once, temporary_file, temporary_folder
 
 if TYPE_CHECKING:
     import torch
 
 _CHUNK = 1 << 20  # bytes read at once by sha256_file
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 _ADVICE = {
     errno.ENOSPC: "free some space or choose another folder",
@@ -47,6 +50,38 @@ def cache_home() -> Path:
     return Path(override) / "cache" if override else Path(platformdirs.user_cache_dir("pfstorer-rt", appauthor=False))
 
 
+def is_fingerprint(value: object) -> bool:
+    """Whether a value is a fingerprint: a string of 64 lower-case hexadecimal digits."""
+    return isinstance(value, str) and _FINGERPRINT.fullmatch(value) is not None
+
+
+def check_fingerprint(value: object, owner: str) -> str:
+    """Return a fingerprint that was read from a file; raises `ValueError` for anything but 64 hexadecimal digits.
+
+    owner: what the fingerprint belongs to, for the message.
+    """
+    if not is_fingerprint(value):
+        raise ValueError(f"fingerprint of the {owner} {str(value)[:80]!r}, expected 64 hexadecimal digits")
+    return str(value)
+
+
+def is_name(value: object) -> bool:
+    """Whether a value is a plain name: 1-64 of a-z, A-Z, 0-9, '_', '-' and '.', the first a letter or a digit."""
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
+def inside(root: Path, *names: str) -> Path:
+    """Return the path of an entry below a folder of this project's own, such as the cache directory.
+
+    Every path below these folders that depends on the content of a file is made here. Raises `ValueError` for a name
+    that is not plain (`is_name`), and for an entry that a symbolic link leads out of the folder.
+    """
+    path = root.joinpath(*names)
+    if not all(map(is_name, names)) or not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{show_path(path)}: leads out of {show_path(root)}")
+    return path
+
+
 def show_path(path: str | os.PathLike[str]) -> str:
     """Spell a path on one line, so that a message with it can always be printed.
 
@@ -71,21 +106,44 @@ def atomic_write(path: str | os.PathLike[str], mode: int | None = None) -> Itera
     target = Path(os.path.realpath(path))
     try:
         _refuse_special(target)
-        temporary, handle = _open_temporary(target.parent, mode)
+        sweep_once(target.parent)
+        temporary, descriptor = temporary_file(target.parent, mode)
     except OSError as error:
         raise _write_error(path, error) from error
+    handle = os.fdopen(descriptor, "wb")
     try:
         yield handle
         handle.flush()
         os.fsync(handle.fileno())
-        handle.close()
+        if os.name == "nt":  # an open file cannot be renamed there; elsewhere its lock keeps it from being swept
+            handle.close()
         os.replace(temporary, target)
+        handle.close()
     except BaseException as error:
         _discard(temporary, handle)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             raise _write_error(path, error) from error
         raise
     _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def work_folder(near: Path | None = None) -> Iterator[Path]:
+    """Make an owner-only folder for the length of the block, in the cache directory.
+
+    near: a folder into which results are moved afterwards. Where it is on another file system than the cache
+    directory, the work folder is made in it, so that a file can be renamed into its place.
+    Raises PFStorerError where the folder cannot be made.
+    """
+    parent = make_folder(cache_home() / "work")
+    if near is not None and _device(near) != _device(parent):
+        parent = near
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(temporary_folder(parent))
+        except OSError as error:
+            raise _write_error(parent, error) from error
+        yield folder
 
 
 def move_file(source: Path, target: str | os.PathLike[str]) -> None:
@@ -113,21 +171,23 @@ def atomic_entries(path: Path, names: Sequence[str]) -> Iterator[Path]:
     Raises PFStorerError where the folder cannot be written.
     """
     existed = path.is_dir()
-    temporary = make_folder(path) / f".pfstorer-{secrets.token_hex(8)}.tmp"
-    new, old = temporary / "new", temporary / "old"
-    try:
-        make_folder(new), make_folder(old)
-        yield new
-        _exchange(path, new, old, names)
-    except OSError as error:
-        if error.filename is None or str(error.filename).startswith(str(temporary)):
-            raise _write_error(path, error) from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
         if not existed:
-            with contextlib.suppress(OSError):  # not empty: all went well
-                path.rmdir()
+            stack.callback(_remove_empty, path)
+        try:
+            temporary = stack.enter_context(temporary_folder(make_folder(path)))
+        except OSError as error:
+            raise _write_error(path, error) from error
+        new, old = temporary / "new", temporary / KEPT
+        try:
+            new.mkdir()
+            old.mkdir()
+            yield new
+            _exchange(path, new, old, names)
+        except OSError as error:
+            if error.filename is None or str(error.filename).startswith(str(temporary)):
+                raise _write_error(path, error) from error
+            raise
     _sync_folder(path)
 
 
@@ -175,6 +235,10 @@ def fingerprint_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def _device(folder: Path) -> int:
+    return folder.stat().st_dev
+
+
 def _refuse_special(target: Path) -> None:
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -183,27 +247,17 @@ def _refuse_special(target: Path) -> None:
         raise PFStorerError(f"{show_path(target)}: not a plain file; choose another output name")
 
 
-def _open_temporary(folder: Path, mode: int | None) -> tuple[Path, BinaryIO]:
-    # A short name of its own: the target's name may already be as long as the file system allows.
-    temporary = folder / f".pfstorer-{secrets.token_hex(8)}.tmp"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(temporary, flags, 0o666 if mode is None else mode)
-    handle = os.fdopen(descriptor, "wb")
-    try:
-        if mode is not None and hasattr(os, "fchmod"):
-            os.fchmod(descriptor, mode)  # the umask may have taken bits away from os.open's mode
-    except BaseException:
-        _discard(temporary, handle)
-        raise
-    return temporary, handle
-
-
 def _discard(temporary: Path, handle: BinaryIO) -> None:
     # Closing flushes, which fails again on a full disk; the first error is the one to report.
     with contextlib.suppress(OSError, ValueError):
         handle.close()
     with contextlib.suppress(OSError):
         temporary.unlink()
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not empty: all went well
+        folder.rmdir()
 
 
 def _exchange(path: Path, new: Path, old: Path, names: Sequence[str]) -> None:

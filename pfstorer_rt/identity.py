@@ -5,19 +5,29 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pfstorer_rt.errors import BadFileError, MismatchError
-from pfstorer_rt.files import atomic_write, fingerprint_tensors, home, make_folder, show_path
+from pfstorer_rt.files import (
+    atomic_write,
+    check_fingerprint,
+    fingerprint_tensors,
+    home,
+    is_name,
+    make_folder,
+    show_path,
+)
 
 if TYPE_CHECKING:
     import torch
 
 SCHEMA = "1"
 KIND = "pfstorer-identity"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+METHODS = ("pfstorer", "vico", "dreambooth")
+_LAYER = re.compile(r"(?:(?:down|up)_blocks\.\d{1,2}|mid_block)\.attentions\.\d{1,2}")
 
 
 @dataclass(eq=False)
@@ -84,19 +94,39 @@ class Identity:
         meta = read_metadata(path)
         try:
             values = {key: json.loads(meta[key]) for key in ("layers", "settings", "references", "gamma")}
+            check_values(meta, values["layers"], values["references"])
             identity = cls(
                 meta["name"], meta["base_fingerprint"], meta["base_name"], meta["method"], tuple(values["layers"]),
                 values["settings"], tuple(values["references"]), gamma=values["gamma"],
             )  # fmt: skip
-        except (KeyError, ValueError) as error:
-            raise BadFileError(f"{show_path(path)}: metadata are incomplete ({error}); personalize again") from error
+        except (KeyError, ValueError, TypeError) as error:
+            reason = f"its metadata are incomplete or wrong ({error}); personalize again"
+            raise BadFileError(f"{show_path(path)}: {reason}") from error
         if tensors:
             import safetensors.torch
 
             identity.tensors = safetensors.torch.load_file(path)
-            if identity.fingerprint != meta.get("fingerprint"):
+            if identity.fingerprint != meta["fingerprint"]:
                 raise BadFileError(f"{show_path(path)}: its tensors do not match its fingerprint; personalize again")
         return identity
+
+
+def check_values(meta: Mapping[str, str], layers: Sequence[str], references: Sequence[str]) -> None:
+    """Raise `ValueError` unless every string of the metadata that names something has the form of such a name.
+
+    These strings come from another person's file, and become paths, modules of a network and commands to copy.
+    """
+    check_fingerprint(meta["fingerprint"], "identity")
+    check_fingerprint(meta["base_fingerprint"], "base")
+    for digest in references:
+        check_fingerprint(digest, "reference photograph")
+    for key in ("name", "base_name"):
+        if not is_name(meta[key]):
+            raise ValueError(f"{key} {meta[key][:80]!r}, expected letters a-z, digits, '_', '-' or '.', at most 64")
+    if meta["method"] not in METHODS:
+        raise ValueError(f"method {meta['method'][:80]!r}, expected one of {', '.join(METHODS)}")
+    if odd := [layer for layer in layers if not isinstance(layer, str) or not _LAYER.fullmatch(layer)]:
+        raise ValueError(f"layers {str(odd)[:80]}, expected such as up_blocks.1.attentions.0")
 
 
 def _with_sorted_header(data: bytes) -> bytes:
@@ -147,7 +177,7 @@ def identity_path(name_or_file: str | Path) -> Path:
 
 def named_identity(name: str) -> Path:
     """Return the file of a name in the user's data directory; raises `ValueError` for what is not a name."""
-    if not _NAME.fullmatch(name) or name.endswith(".safetensors"):
+    if not is_name(name) or name.endswith(".safetensors"):
         raise ValueError(
             f"identity name {name!r}: expected letters a-z or A-Z, digits, '_', '-' or '.', at most 64 of them, "
             "without .safetensors at the end"

@@ -13,24 +13,34 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from io import SEEK_END, BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.files import atomic_write, move_file, sha256_bytes, show_path
+from pfstorer_rt.external_data import external_files
+from pfstorer_rt.files import (
+    atomic_write,
+    check_fingerprint,
+    is_name,
+    move_file,
+    sha256_bytes,
+    show_path,
+    work_folder,
+)
 from pfstorer_rt.trust import is_signed, sign
 
 SCHEMA = 2
 """What is written; 1, which knows no weights beside a payload, is read too."""
 KIND = "pfstorer-plan"
 COMPONENTS = ("encoder", "denoiser", "decoder")
+TARGETS = ("onnx", "tensorrt", "tensorrt-rtx", "torch")
+"""Values of `Manifest.target`. `torch` is a base in memory, never a file."""
+PRECISIONS = ("fp32", "fp16", "int8")
 DATA_TARGETS = ("onnx",)
 """Targets whose payloads are plain data; those of all others are executable code, and are signed."""
 SIGNATURE = "signature"
 SHIPPED = ("tiny",)
 """Bases that are known by their names."""
 _CAPABILITY = re.compile(r"\d+\.\d+\+?")
-_NAME = re.compile(r"\w[\w.-]*")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same bytes for the same content
 
 
@@ -104,14 +114,33 @@ class Manifest:
             manifest = cls(**{**data, "payloads": payloads})
         except TypeError as error:
             raise ValueError(str(error)) from error
-        capabilities, tools = manifest.compute_capabilities, manifest.tools
+        manifest.check_names()
+        return manifest
+
+    def check_names(self) -> None:
+        """Raise `ValueError` unless every string that names something has the form of such a name.
+
+        A plan is another person's file, and these strings become paths, modules and commands to copy.
+        """
+        check_fingerprint(self.base_fingerprint, "base")
+        if self.identity_fingerprint is not None:
+            check_fingerprint(self.identity_fingerprint, "identity")
+        for name in (self.base_name, self.identity_name or "none"):
+            if not is_name(name):
+                raise ValueError(f"name {name!r}, expected letters a-z, digits, '_', '-' or '.', at most 64")
+        if self.target not in TARGETS or self.precision not in PRECISIONS:
+            raise ValueError(
+                f"target {self.target!r}, precision {self.precision!r}, expected one of {TARGETS} and of {PRECISIONS}"
+            )
+        capabilities, tools = self.compute_capabilities, self.tools
         if not isinstance(capabilities, list) or not all(_CAPABILITY.fullmatch(str(name)) for name in capabilities):
             raise ValueError(f"compute_capabilities {capabilities!r}, expected such as ['8.9', '12.0+']")
         if not isinstance(tools, dict) or not all(isinstance(value, str) for value in tools.values()):
             raise ValueError(f"tools {tools!r}, expected names and versions")
-        if odd := [p.file for p in payloads.values() if not all(map(_NAME.fullmatch, (p.file, p.weights or "_")))]:
-            raise ValueError(f"payloads {odd}, expected plain file names")
-        return manifest
+        for component, payload in self.payloads.items():
+            files = {f"{component}.onnx", f"{component}.engine"}, {"", f"{component}.weights"}
+            if payload.file not in files[0] or payload.weights not in files[1]:
+                raise ValueError(f"payload {payload.file!r} with weights {payload.weights!r} for the {component}")
 
 
 @dataclass(frozen=True)
@@ -197,7 +226,22 @@ class Plan:
             raise BadFileError(
                 f"{show_path(self.path)}: the {component} does not match its sha256; copy or export the plan again"
             )
+        if self.manifest.target in DATA_TARGETS:
+            self._check_external_data(component, data)
         return data
+
+    def _check_external_data(self, component: str, data: bytes) -> None:
+        """Raise `BadFileError` for an ONNX graph that reads another file than the weights beside it."""
+        allowed = {self.manifest.payloads[component].weights} - {""}
+        try:
+            foreign = sorted(external_files(data) - allowed)
+        except ValueError as error:
+            raise BadFileError(f"{show_path(self.path)}: the {component} is not an ONNX graph ({error})") from error
+        if foreign:
+            raise BadFileError(
+                f"{show_path(self.path)}: the {component} reads other files ({', '.join(map(repr, foreign))[:200]}), "
+                "which no plan of this program does; do not use it"
+            )
 
     @contextmanager
     def map_weights(self, component: str) -> Iterator[dict[str, memoryview]]:
@@ -228,7 +272,7 @@ class Plan:
 
         Yields the payload's path.
         """
-        with TemporaryDirectory(prefix="pfstorer-") as folder:
+        with work_folder() as folder:
             path = Path(folder, self.manifest.payloads[component].file)
             path.write_bytes(self.read(component))
             with self.map_weights(component) as weights:

@@ -250,3 +250,15 @@ def test_a_finished_file_takes_a_name(tmp_path):
     with pytest.raises(PFStorerError, match="it is a folder"):
         files.move_file(tmp_path / "old", tmp_path)
     assert (tmp_path / "old").read_text() == "new"
+
+
+def test_paths_from_files_stay_in_their_folder(tmp_path):
+    root = tmp_path / "cache"
+    assert files.inside(root, "openvino", "0" * 16) == root / "openvino" / ("0" * 16)
+    for names in (("..",), ("/etc",), ("a/b",), ("",), (".",), (".hidden",), ("a", ".."), ("a\n",), ("a\\b",)):
+        with pytest.raises(ValueError, match="leads out of"):
+            files.inside(root, *names)
+    root.mkdir()
+    (root / "link").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="leads out of"):
+        files.inside(root, "link")

@@ -243,3 +243,24 @@ def test_a_flipped_byte_among_the_tensors_is_noticed(nano_identity, tmp_path):
     path.write_bytes(data)
     with pytest.raises(BadFileError, match="fingerprint"):
         Identity.load(path)
+
+
+@pytest.mark.parametrize("field", ["fingerprint", "base_fingerprint"])
+@pytest.mark.parametrize("value", ["/srv/photos", "..", "", "0" * 63, "F" * 64, "../" * 21 + "a", None])
+def test_a_fingerprint_is_64_hexadecimal_digits(saved, field, value):
+    rewrite_header(saved, **{field: value})
+    for tensors in (True, False):
+        with pytest.raises(BadFileError, match=r"64 hexadecimal digits|metadata are incomplete"):
+            Identity.load(saved, tensors)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"name": "../alice"}, {"name": "a\nb"}, {"base_name": "/srv/base"}, {"method": "os"},
+     {"layers": '["unet.__class__"]'}, {"layers": "[7]"}, {"layers": '["up_blocks.1.attentions.0.norm"]'},
+     {"references": '["photo.jpg"]'}],
+)  # fmt: skip
+def test_names_have_the_form_of_what_they_name(saved, change):
+    rewrite_header(saved, **change)
+    with pytest.raises(BadFileError, match="metadata are incomplete or wrong"):
+        Identity.load(saved)

@@ -19,19 +19,21 @@ FOLDERS = {
 }
 
 # A part and the parts below it that it may import; a part is a module or package of pfstorer_rt.
-LOW = {"errors", "config", "files", "console"}
+LOW = {"errors", "config", "files", "console", "temporary", "external_data"}
 FORMATS = {"spool", "profiles", "image", "color", "tiling", "canvas", "sampling", "identity", "plan"}
 MAY_IMPORT = {
     "errors": set(),
-    "config": {"errors"},
+    "temporary": set(),
+    "external_data": set(),
+    "config": {"errors", "files"},
     "console": {"errors"},
-    "files": {"errors"},
+    "files": {"errors", "temporary"},
     "trust": {"errors", "files"},
     **{part: {"errors", "config", "files"} for part in FORMATS - {"plan", "profiles", "image", "canvas"}},
     "profiles": {"spool"},
     "image": {"errors", "config", "files", "spool", "profiles"},
     "canvas": {"errors", "color", "image", "spool", "tiling"},
-    "plan": {"errors", "config", "files", "trust"},
+    "plan": {"errors", "config", "external_data", "files", "trust"},
     "kernels": {"errors"},
     "attention": {"errors", "files", "kernels"},  # files: where timings are kept
     "models": LOW | FORMATS | {"attention"},

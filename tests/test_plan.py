@@ -10,7 +10,18 @@ from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import sha256_bytes
 from pfstorer_rt.plan import COMPONENTS, SCHEMA, SIGNATURE, Manifest, Payload, Plan, move_plan, write_plan
 
-PAYLOADS = {"encoder": b"first" * 100, "denoiser": bytes(range(256)) * 40, "decoder": b"last"}
+
+def onnx_message(content):
+    """Bytes that are a protobuf message of ONNX: a model of which the producer's name alone is known."""
+    size = len(content)
+    length = bytes([size & 0x7F | 0x80, size >> 7]) if size > 0x7F else bytes([size])
+    return b"\x12" + length + content
+
+
+PAYLOADS = {
+    "encoder": onnx_message(b"first" * 100), "denoiser": onnx_message(bytes(range(256)) * 40),
+    "decoder": onnx_message(b"last"),
+}  # fmt: skip
 
 
 def make_manifest(**changes):
@@ -180,7 +191,7 @@ DAMAGES = {
     other_manifest: "not a plan made by",
     manifest_is_a_list: "not a plan made by",
     newer: f"plan schema {SCHEMA + 1}, this version reads 1 to {SCHEMA}",
-    climbing_name: r"expected plain file names",
+    climbing_name: r"payload 'encoder.onnx' with weights '../encoder.weights'",
     unknown_field: "manifest does not fit.*something",
     lacking_field: "manifest does not fit.*tile",
     payloads_are_a_list: "manifest does not fit",
@@ -226,6 +237,52 @@ def test_a_manifest_with_values_of_another_kind_is_a_bad_file(plan, change):
     rewrite(plan.path, lambda data: {**data, **change})
     with pytest.raises(BadFileError, match=f"manifest does not fit.*{next(iter(change))}"):
         Plan.open(plan.path)
+
+
+@pytest.mark.parametrize("field", ["base_fingerprint", "identity_fingerprint"])
+@pytest.mark.parametrize("value", ["/srv/photos", "../../../x", "", "..", "A" * 64, "0" * 63, "0" * 64 + "\n", 7])
+def test_a_fingerprint_is_64_hexadecimal_digits(plan, field, value):
+    rewrite(plan.path, lambda data: {**data, field: value})
+    with pytest.raises(BadFileError, match=r"manifest does not fit.*expected 64 hexadecimal digits"):
+        Plan.open(plan.path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"base_name": "/srv/base"}, {"base_name": "a; rm -rf ~"}, {"identity_name": "../alice"}, {"identity_name": "-x"},
+     {"target": "os"}, {"target": ["onnx"]}, {"precision": "fp32 --trust-plan"}],
+)  # fmt: skip
+def test_names_are_plain_names(plan, change):
+    rewrite(plan.path, lambda data: {**data, **change})
+    with pytest.raises(BadFileError, match="manifest does not fit"):
+        Plan.open(plan.path)
+
+
+@pytest.mark.parametrize("file", ["/etc/passwd", "decoder.onnx", "encoder.onnx.exe", "..", "\u00e9ncoder.onnx"])
+def test_a_payload_has_the_name_of_its_component(plan, file):
+    def change(data):
+        data["payloads"]["encoder"]["file"] = file
+        return data
+
+    rewrite(plan.path, change)
+    with pytest.raises(BadFileError, match=r"manifest does not fit.*for the encoder"):
+        Plan.open(plan.path)
+
+
+def test_a_graph_that_reads_another_file_is_refused(tmp_path, monkeypatch):
+    """OpenVINO 2026.4 reads external data from the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.bin").write_bytes(b"secret")
+    location = b"\x0a\x08location\x12\x0asecret.bin"
+    tensor = b"\x6a" + bytes([len(location)]) + location
+    graph = b"\x2a" + bytes([len(tensor)]) + tensor
+    data = b"\x3a" + bytes([len(graph)]) + graph
+    manifest = make_manifest()
+    entry = replace(manifest.payloads["encoder"], sha256=sha256_bytes(data))
+    manifest = replace(manifest, payloads=manifest.payloads | {"encoder": entry})
+    made = write_plan(tmp_path / "a.plan", manifest, {**PAYLOADS, "encoder": data})
+    with pytest.raises(BadFileError, match=r"the encoder reads other files \('secret.bin'\)"):
+        made.read("encoder")
 
 
 def test_a_signature_of_strange_letters_is_a_wrong_one(tmp_path, monkeypatch):

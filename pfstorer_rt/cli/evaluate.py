@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -66,9 +65,10 @@ def command(
     metrics = load_metrics(keys.split(",") if keys else None, MetricFiles(arcface, alexnet, musiq))
     with ExitStack() as stack:
         if level:
+            from pfstorer_rt.files import work_folder
             from pfstorer_rt.training.inputs import degrade_folder
 
-            inputs = save_inputs or Path(stack.enter_context(TemporaryDirectory()))
+            inputs = save_inputs or stack.enter_context(work_folder())
             degrade_folder(hq, inputs, level, seed, overwrite)
         with bar() as progress:
             report = evaluate(refs, hq, folders, inputs, seconds=times, metrics=metrics, progress=progress)

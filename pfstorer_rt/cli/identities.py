@@ -155,13 +155,17 @@ def confirmed(name: str) -> bool:
 
 
 def compiled_networks(path: Path) -> list[Path]:
-    """Return the folders in which engines keep networks with this identity in them."""
+    """Return the folders in which engines keep compiled networks of this identity.
+
+    None for a file that cannot be read, or whose tensors do not have the fingerprint in its metadata: such a file could
+    name the networks of another identity.
+    """
+    from pfstorer_rt.engine.openvino import cache_folder
     from pfstorer_rt.errors import PFStorerError
-    from pfstorer_rt.files import cache_home
-    from pfstorer_rt.identity import read_metadata
+    from pfstorer_rt.identity import Identity
 
     try:
-        fingerprint = str(read_metadata(path)["fingerprint"])
-    except (PFStorerError, KeyError):  # a file that cannot be read is deleted all the same
+        folder = cache_folder(Identity.load(path).fingerprint)
+    except (PFStorerError, ValueError):
         return []
-    return [folder for folder in [cache_home() / "openvino" / fingerprint[:16]] if folder.is_dir()]
+    return [folder] if folder.is_dir() else []

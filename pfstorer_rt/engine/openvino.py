@@ -11,7 +11,7 @@ import numpy as np
 
 from pfstorer_rt.engine.session import Array, HostSession
 from pfstorer_rt.errors import BadFileError, MissingBackendError
-from pfstorer_rt.files import cache_home, show_path
+from pfstorer_rt.files import cache_home, check_fingerprint, inside, show_path
 from pfstorer_rt.plan import Plan
 
 TARGETS = ("onnx",)
@@ -145,13 +145,21 @@ def _fill(array: Array, batch: int) -> Array:
     return np.concatenate([array, np.repeat(array[-1:], missing, 0)]) if missing > 0 else array
 
 
-def cache_folder(plan: Plan) -> str | None:
-    """Make the folder in which a plan's compiled networks are kept; None where it cannot be made.
+def cache_folder(fingerprint: str) -> Path:
+    """Return the folder in which the compiled networks of an identity, or of a base alone, are kept.
+
+    fingerprint: of the identity or the base, 64 hexadecimal digits. Raises `ValueError` for anything else.
+    """
+    return inside(cache_home(), "openvino", check_fingerprint(fingerprint, "plan")[:16])
+
+
+def make_cache_folder(plan: Plan) -> str | None:
+    """Make the folder of a plan's compiled networks; None where it cannot be made.
 
     They hold the identity's weights, so the folder is the user's alone and is named by the identity:
     `identities rm` deletes it.
     """
-    folder = cache_home() / "openvino" / (plan.manifest.identity_fingerprint or plan.manifest.base_fingerprint)[:16]
+    folder = cache_folder(plan.manifest.identity_fingerprint or plan.manifest.base_fingerprint)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
@@ -164,8 +172,8 @@ def open_component(plan: Plan, component: str, provider: str | None = None) -> O
     try:
         if plan.manifest.payloads[component].weights:  # OpenVINO reads them from a file only
             with plan.unpack(component) as path:
-                return OpenVinoSession(path, provider, cache_folder(plan))
-        return OpenVinoSession(plan.read(component), provider, cache_folder(plan))
+                return OpenVinoSession(path, provider, make_cache_folder(plan))
+        return OpenVinoSession(plan.read(component), provider, make_cache_folder(plan))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise BadFileError(f"{show_path(plan.path)}: OpenVINO cannot load the {component} ({reason})") from error

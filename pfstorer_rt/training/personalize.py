@@ -46,14 +46,16 @@ def personalize(
     base: a loaded base, a shipped name or a directory. config: None takes the base's defaults. output: the file;
     None is the named one in the user's data directory. note: called with a line on each photograph that may not serve.
     A call that was interrupted goes on where it stopped.
-    Raises `BadFileError` when a photograph cannot be read, before any training.
+    Raises `ValueError` for a name of other characters than those of a file name, and `BadFileError` when a photograph
+    cannot be read, both before any training.
     """
+    named = named_identity(name)
     base = base if isinstance(base, Base) else load_base(base)
     config = config or PersonalizeConfig.for_base(base.config)
     if looks_at_pictures(config) and (missing := refusal()):
         note(f"learned from latents alone, without losses of pictures: {missing}")
         config = replace(config, lambda_pixel=0.0, lambda_perceptual=0.0, lambda_id=0.0)
-    target = output or named_identity(name)
+    target = output or named
     paths = find_images(references)
     photos = read_references(paths, config, base.config.tile, note)
     accelerator = make_accelerator(config.train)

@@ -188,6 +188,50 @@ def test_rm_takes_a_damaged_identity_but_no_foreign_file(run, refused, people, t
     assert thesis.read_text() == "years of work"
 
 
+def hostile_identity(path, fingerprint, source=None):
+    """An identity file with the fingerprint of another one, or with a path in its place."""
+    import safetensors.numpy
+    from safetensors import safe_open
+
+    tensors, meta = {}, {"kind": "pfstorer-identity", "schema": "1"}
+    if source:
+        with safe_open(source, "np") as handle:
+            meta = handle.metadata()
+        tensors = {"token": np.zeros(4, np.float32)}
+    safetensors.numpy.save_file(tensors, path, {**meta, "fingerprint": fingerprint})
+    return path
+
+
+@pytest.mark.parametrize("form", ["{folder}", "..", "", "../../{name}", "."])
+@pytest.mark.parametrize("whole", [True, False])
+def test_rm_deletes_no_folder_that_a_file_names(run, people, tree, tmp_path, form, whole):
+    folder = tmp_path / "photographs"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "a.jpg").write_bytes(b"a memory")
+    cache = people.parent / "cache" / "openvino" / "0123456789abcdef"
+    cache.mkdir(parents=True)
+    (cache / "a.blob").write_bytes(b"somebody else's")
+    source = people / "alice.safetensors" if whole else None
+    named = form.format(folder=folder, name=folder.name)
+    gift = hostile_identity(tmp_path / "gift.safetensors", named, source)
+    hostile_identity(people / "mallory.safetensors", named, source)
+    run("identities", "rm", gift, "--yes")
+    assert run("identities", "rm", "mallory", "--yes").status == 0
+    assert tree(folder) == {"deep/a.jpg": b"a memory"}
+    assert tree(cache) == {"a.blob": b"somebody else's"}
+
+
+def test_rm_deletes_compiled_networks_of_this_identity_alone(run, people, nano_identity):
+    own = people.parent / "cache" / "openvino" / nano_identity.fingerprint[:16]
+    own.mkdir(parents=True)
+    (own / "a.blob").write_bytes(b"weights")
+    hostile_identity(people / "mallory.safetensors", nano_identity.fingerprint, people / "alice.safetensors")
+    assert run("identities", "rm", "mallory", "--yes").status == 0
+    assert own.is_dir(), "the tensors of that file do not have this fingerprint"
+    assert run("identities", "rm", "alice", "--yes").status == 0
+    assert not own.exists()
+
+
 # ---- doctor
 
 

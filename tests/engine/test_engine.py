@@ -107,7 +107,7 @@ def with_payload(plan, path, component, data, **changes):
 @pytest.mark.parametrize("data", [b"", b"not a graph at all", bytes(200)])
 def test_payloads_that_are_no_graph_are_refused(base_plan, tmp_path, data):
     plan = with_payload(base_plan, tmp_path / "bad.plan", "decoder", data)
-    with pytest.raises(BadFileError, match="ONNX Runtime cannot load the decoder") as caught:
+    with pytest.raises(BadFileError, match=r"cannot load the decoder|decoder is not an ONNX graph") as caught:
         open_session(plan, "decoder", "onnxruntime")
     assert "\n" not in str(caught.value)
 

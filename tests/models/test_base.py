@@ -155,6 +155,25 @@ def test_bases_are_found_by_path_and_by_shipped_name(nano_base_dir, tmp_path, mo
             find_base(wrong)
 
 
+@pytest.mark.parametrize(
+    "part, key", [("text", "attn_implementation"), ("text", "_attn_implementation"), ("unet", "x"), ("vae", "x")]
+)
+def test_a_base_names_no_code(copied, part, key):
+    """transformers fetches and runs an attention that is named as a repository."""
+    config = json.loads((copied / "config.json").read_text())
+    config[part][key] = "somebody/kernels"
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadFileError, match=rf"{part} has unknown arguments \['{key}'\]"):
+        load_base(copied)
+
+
+def test_a_base_has_a_plain_name(copied):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "name": "../x"}))
+    with pytest.raises(BadFileError, match=r"name '\.\./x', expected letters"):
+        load_base(copied)
+
+
 def test_unknown_presets_are_refused():
     with pytest.raises(ValueError, match="expected one of nano, tiny, sd21"):
         build_base("huge")

@@ -1,0 +1,133 @@
+"""Temporary files and folders: for their owner alone, and removed by the next run when a process was killed.
+
+Each one is locked while its process lives. `sweep` removes the ones that nobody holds a lock on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PREFIX, SUFFIX = ".pfstorer-", ".tmp"
+KEPT = "old"
+"""Entry of a temporary folder that holds a user's own files while they are replaced. Such a folder is never removed."""
+_UNLOCKED_AGE = 7 * 24 * 3600.0  # seconds after which leftovers are removed where files cannot be locked
+_ATTEMPTS = 8
+
+
+def temporary_file(folder: Path, mode: int | None = None) -> tuple[Path, int]:
+    """Create and lock an empty file in a folder: (path, descriptor for writing).
+
+    mode: permission bits; None leaves them to the umask. Closing the descriptor releases the lock.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+
+    def make(path: Path) -> int:
+        descriptor = os.open(path, flags, 0o666 if mode is None else mode)
+        try:
+            if mode is not None and hasattr(os, "fchmod"):
+                os.fchmod(descriptor, mode)  # the umask may have removed bits from the mode of os.open
+        except BaseException:
+            os.close(descriptor)
+            path.unlink()
+            raise
+        return descriptor
+
+    return _made_and_locked(folder, make)
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder with mode 0o700 in `parent`, and remove it with its content at the end of the block."""
+
+    def make(path: Path) -> int:
+        path.mkdir(mode=0o700)
+        return os.open(path, os.O_RDONLY) if fcntl else -1
+
+    sweep_once(parent.absolute())
+    path, descriptor = _made_and_locked(parent, make)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove the temporary files and folders that killed processes left in a folder; returns their paths.
+
+    Nothing is removed while its process lives, and no folder that holds a user's own files (`KEPT`).
+    """
+    with contextlib.suppress(OSError):  # a folder that cannot be listed has nothing to remove
+        candidates = [Path(e) for e in os.scandir(folder) if e.name.startswith(PREFIX) and e.name.endswith(SUFFIX)]
+        return [path for path in candidates if _remove_abandoned(path)]
+    return []
+
+
+@functools.cache
+def sweep_once(folder: Path) -> None:
+    """Sweep a folder at the first use of it in this process, as a large folder takes long to list."""
+    sweep(folder)
+
+
+def _made_and_locked(folder: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    for _ in range(_ATTEMPTS):
+        path = folder / f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}"  # short: the name of the target may be at the limit
+        try:
+            descriptor = make(path)
+        except FileNotFoundError:
+            if not folder.is_dir():
+                raise
+            continue  # another process swept it between its creation and its lock
+        if _lock(descriptor) is not False and os.path.lexists(path):
+            return path, descriptor
+        os.close(descriptor)
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(folder))
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Try to lock an open file or folder: False where another process holds the lock, None where there are no locks."""
+    if fcntl is None or descriptor < 0:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # this file system has no locks
+        return None
+    return True
+
+
+def _remove_abandoned(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        if path.is_symlink() or any((path / KEPT).glob("*")):
+            return False
+        if fcntl is None:
+            return time.time() - path.stat().st_mtime > _UNLOCKED_AGE and _remove(path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            return _lock(descriptor) is True and _remove(path)
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def _remove(path: Path) -> bool:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    return True
