@@ -20,12 +20,15 @@ import torch
 from quality import hwc, machine
 
 from pfstorer_rt.config import RestoreConfig
-from pfstorer_rt.evaluation.metrics import Pixels, face_embedder, identity_distance, psnr, ssim
-from pfstorer_rt.image import from_tensor, to_tensor
+from pfstorer_rt.evaluation.metrics import face_embedder, identity_distance
+from pfstorer_rt.imaging.files import from_tensor, to_tensor
+from pfstorer_rt.imaging.find import find_images
+from pfstorer_rt.imaging.rows import Pixels
+from pfstorer_rt.imaging.similarity import psnr, ssim
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.restore import Restorer
 from pfstorer_rt.training.base import BaseTrainConfig, split_holdout
-from pfstorer_rt.training.data import center_crop, find_images, read_photo
+from pfstorer_rt.training.data import center_crop, read_photo
 from pfstorer_rt.training.degradation import degrade
 
 LEVELS = ("light", "heavy", "clean")

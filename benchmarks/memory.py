@@ -20,8 +20,8 @@ import numpy as np
 import psutil
 from quality import machine, write
 
-from pfstorer_rt.image import save_image
-from pfstorer_rt.spool import Pixels
+from pfstorer_rt.imaging.files import save_image
+from pfstorer_rt.imaging.rows import Pixels
 
 
 class Waves:

@@ -33,7 +33,7 @@ import psutil
 import torch
 from quality import machine, write
 
-from pfstorer_rt.evaluation.metrics import psnr
+from pfstorer_rt.imaging.similarity import psnr
 
 EAGER = "eager fp32"
 PEERS = {
@@ -52,7 +52,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from pfstorer_rt.config import RestoreConfig
-from pfstorer_rt.image import load_image
+from pfstorer_rt.imaging.files import load_image
 from pfstorer_rt.restore import Restorer
 
 folder, backend, provider, plan, result = Path(sys.argv[1]), *sys.argv[2:6]

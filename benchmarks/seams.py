@@ -22,7 +22,7 @@ from quality import machine, write
 from scipy.ndimage import gaussian_filter, zoom
 
 from pfstorer_rt.config import RestoreConfig, TileConfig
-from pfstorer_rt.evaluation.metrics import psnr
+from pfstorer_rt.imaging.similarity import psnr
 from pfstorer_rt.restore import Restorer
 from pfstorer_rt.tiling import Tile, seam_ratio
 

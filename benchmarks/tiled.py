@@ -20,8 +20,8 @@ from peers import picture
 from quality import machine, write
 
 from pfstorer_rt.config import RestoreConfig, TileConfig
+from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.restore import Restorer
-from pfstorer_rt.spool import Pixels
 
 
 @click.command()

@@ -19,11 +19,11 @@ from pfstorer_rt.engine.session import BACKENDS, Array, Session, open_session
 from pfstorer_rt.engine.torch import open_sessions
 from pfstorer_rt.errors import MissingBackendError, ParityError, PFStorerError
 from pfstorer_rt.identity import Identity
-from pfstorer_rt.image import from_tensor
+from pfstorer_rt.imaging.files import from_tensor
+from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.plan import COMPONENTS, Plan
 from pfstorer_rt.restore import Restorer
-from pfstorer_rt.spool import Pixels
 
 from .build import resolve
 from .probes import probe_inputs, probe_tiles

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from skimage import data
 
-from pfstorer_rt.image import resize_bicubic
+from pfstorer_rt.imaging.files import resize_bicubic
 from pfstorer_rt.models.base import Base
 
 from .graph import wrapped_features

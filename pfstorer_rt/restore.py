@@ -13,7 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pfstorer_rt.canvas import (
+from pfstorer_rt.config import RestoreConfig
+from pfstorer_rt.engine.session import Session, choose_backend
+from pfstorer_rt.errors import MismatchError
+from pfstorer_rt.identity import Identity, identity_path, list_identities
+from pfstorer_rt.imaging.bands import (
     PADDING,
     Bands,
     ColorFixed,
@@ -25,13 +29,9 @@ from pfstorer_rt.canvas import (
     Unit,
     plan_canvas,
 )
-from pfstorer_rt.config import RestoreConfig
-from pfstorer_rt.engine.session import Session, choose_backend
-from pfstorer_rt.errors import MismatchError
-from pfstorer_rt.identity import Identity, identity_path, list_identities
+from pfstorer_rt.imaging.rows import Pixels, Rows, Spool
 from pfstorer_rt.plan import COMPONENTS, Manifest, Plan
 from pfstorer_rt.sampling import SAMPLERS, respace, start_from_lq
-from pfstorer_rt.spool import Pixels, Rows, Spool
 from pfstorer_rt.stages import CodecTiles, Done, TiledDenoiser, chop_offsets, decode, encode, run
 from pfstorer_rt.tiling import Tile, blend_by_rows, plan_tiles, ramp_weights
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pfstorer_rt.canvas import Bands
 from pfstorer_rt.engine.session import Session, out_of_memory
 from pfstorer_rt.errors import PFStorerError
-from pfstorer_rt.spool import Spool
+from pfstorer_rt.imaging.bands import Bands
+from pfstorer_rt.imaging.rows import Spool
 from pfstorer_rt.tiling import Blender, Tile, axis_offsets, even_offsets, kept_spans
 
 Tensors = dict[str, torch.Tensor]

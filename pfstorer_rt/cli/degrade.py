@@ -32,7 +32,7 @@ def command(inputs: tuple[str, ...], output: str, level: str, seed: int, overwri
     """
     from pfstorer_rt.cli.jobs import run_jobs
     from pfstorer_rt.cli.pictures import Saving, plan_jobs
-    from pfstorer_rt.spool import Rows, Spool
+    from pfstorer_rt.imaging.rows import Rows, Spool
 
     jobs = plan_jobs(inputs, output, "_degraded")
     import torch

@@ -67,7 +67,7 @@ def make_pictures(output: Path, level: str, seed: int) -> tuple[Pixels, Pixels, 
     import torch
     from skimage.data import astronaut
 
-    from pfstorer_rt.image import save_image
+    from pfstorer_rt.imaging.files import save_image
     from pfstorer_rt.training.degradation import degrade
 
     portrait = (astronaut() / 255).astype(np.float32)
@@ -98,7 +98,7 @@ def views(portrait: Pixels) -> list[Pixels]:
 
 def resize(pixels: Pixels, size: int) -> Pixels:
     """Resize a square picture."""
-    from pfstorer_rt.image import from_tensor, resize_bicubic, to_tensor
+    from pfstorer_rt.imaging.files import from_tensor, resize_bicubic, to_tensor
 
     return from_tensor(resize_bicubic(to_tensor(pixels), (size, size), antialias=True))
 
@@ -130,7 +130,8 @@ def restore_both(lq: Pixels, plan: Path) -> dict[str, Pixels]:
 
 def measure(pictures: dict[str, Pixels], references: list[Path]) -> dict[str, dict[str, float | None]]:
     """Return PSNR and identity distance of each picture to the ground truth; None where there is no figure."""
-    from pfstorer_rt.evaluation.metrics import face_embedder, identity_distance, psnr
+    from pfstorer_rt.evaluation.metrics import face_embedder, identity_distance
+    from pfstorer_rt.imaging.similarity import psnr
 
     embed = face_embedder()
     truth = pictures["ground truth"]
@@ -153,7 +154,7 @@ def save(output: Path, pictures: dict[str, Pixels], figures: dict[str, Any]) -> 
     """Write every picture, the side-by-side and the figures."""
     from PIL import Image, ImageDraw, ImageFont
 
-    from pfstorer_rt.image import save_image
+    from pfstorer_rt.imaging.files import save_image
 
     names = {"personalized": "restored", "ground truth": "truth"}
     for name, pixels in pictures.items():

@@ -87,8 +87,8 @@ def verify_command(name: str, photos: tuple[Path, ...]) -> None:
     from pfstorer_rt.errors import PFStorerError
     from pfstorer_rt.files import sha256_file
     from pfstorer_rt.identity import Identity, identity_path
+    from pfstorer_rt.imaging.find import find_images
     from pfstorer_rt.models.base import find_base, fingerprint_directory
-    from pfstorer_rt.training.data import find_images
 
     path = identity_path(name)
     identity = Identity.load(path)

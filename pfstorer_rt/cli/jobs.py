@@ -15,8 +15,8 @@ from pfstorer_rt.cli.pictures import STREAM, Job, Saving, Work, refuse_existing,
 from pfstorer_rt.console import stderr
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.files import make_folder
-from pfstorer_rt.image import MAX_PIXELS, Scan, scan_image
-from pfstorer_rt.spool import Rows
+from pfstorer_rt.imaging.files import MAX_PIXELS, Scan, scan_image
+from pfstorer_rt.imaging.rows import Rows
 
 Facts = Callable[[Job, Rows, Rows], dict[str, Any]]
 """facts(job, rows of the input, rows of the result): more entries of a picture's report; `notes` are added up."""

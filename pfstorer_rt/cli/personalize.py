@@ -73,8 +73,8 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
         raise PFStorerError(f"{target}: exists already; choose another name or pass --overwrite")
     import json
 
+    from pfstorer_rt.imaging.find import find_images
     from pfstorer_rt.models.base import load_base
-    from pfstorer_rt.training.data import find_images
     from pfstorer_rt.training.personalize import personalize
 
     photos = find_images([Path(r) for r in references])

@@ -14,8 +14,8 @@ import click
 import numpy as np
 
 from pfstorer_rt.errors import PFStorerError
-from pfstorer_rt.image import IMAGE_SUFFIXES, SAVE_FORMATS, Scan, encode_image, save_image
-from pfstorer_rt.spool import Pixels, Rows
+from pfstorer_rt.imaging.files import IMAGE_SUFFIXES, SAVE_FORMATS, Scan, encode_image, save_image
+from pfstorer_rt.imaging.rows import Pixels, Rows
 
 Work = Callable[[int, Rows, Callable[[int, int], None]], Rows]
 """work(number of the job from 0, rows of the picture in [0, 1], step(done, total)) -> rows."""

@@ -12,8 +12,8 @@ from typing import Any
 
 from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, Embedding, face_embedder, identity_distance
-from pfstorer_rt.image import IMAGE_SUFFIXES, load_image
-from pfstorer_rt.spool import Pixels, Rows
+from pfstorer_rt.imaging.files import IMAGE_SUFFIXES, load_image
+from pfstorer_rt.imaging.rows import Pixels, Rows
 
 LARGEST = 16_000_000
 """Pixels above which a picture is thinned out before a face is looked for."""

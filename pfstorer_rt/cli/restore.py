@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from pfstorer_rt.cli.options import ATTENTION, SEED
-from pfstorer_rt.image import MAX_PIXELS
+from pfstorer_rt.imaging.files import MAX_PIXELS
 
 if TYPE_CHECKING:
     from pfstorer_rt.cli.pictures import Job, Saving
@@ -191,9 +191,9 @@ def restore_jobs(
     """Restore all pictures with one engine; returns the exit status."""
     from pfstorer_rt.cli.jobs import run_jobs
     from pfstorer_rt.cli.references import References
-    from pfstorer_rt.cli.sidebyside import SideBySide
-    from pfstorer_rt.image import save_image
-    from pfstorer_rt.spool import Rows
+    from pfstorer_rt.imaging.files import save_image
+    from pfstorer_rt.imaging.rows import Rows
+    from pfstorer_rt.imaging.sidebyside import SideBySide
 
     references = References(options["refs"]) if options["refs"] else None
     for note in references.notes if references else ():
@@ -239,7 +239,7 @@ def forecast(restorer: Restorer, jobs: Sequence[Job], config: RestoreConfig, opt
     from pfstorer_rt.cli.pictures import show
     from pfstorer_rt.errors import PFStorerError
     from pfstorer_rt.forecast import Forecaster
-    from pfstorer_rt.image import image_size
+    from pfstorer_rt.imaging.files import image_size
 
     forecaster, failed = Forecaster(restorer, config), 0
     for job in jobs:

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pfstorer_rt.errors import BadFileError, MissingBackendError
-from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, Embedding, Pixels, Points, at_landmark_side, landmark_finder
+from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, Embedding, Points, at_landmark_side, landmark_finder
+from pfstorer_rt.imaging.rows import Pixels
 
 if TYPE_CHECKING:
     from pfstorer_rt.evaluation.sample import Measure, Sample

@@ -7,15 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pfstorer_rt.evaluation.metrics import (
-    Embedding,
-    Pixels,
-    dlib_landmarks,
-    dlib_recognizer,
-    face_models,
-    to_uint8,
-)
-from pfstorer_rt.image import from_tensor, resize_bicubic, to_tensor
+from pfstorer_rt.evaluation.metrics import Embedding, dlib_landmarks, dlib_recognizer, face_models, to_uint8
+from pfstorer_rt.imaging.files import from_tensor, resize_bicubic, to_tensor
+from pfstorer_rt.imaging.rows import Pixels
 
 LEAST = 512
 """Longer side in pixels below which a picture is enlarged before faces are looked for."""

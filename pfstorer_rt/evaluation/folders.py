@@ -10,7 +10,8 @@ from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.evaluation.page import THUMBNAILS, thumbnail
 from pfstorer_rt.evaluation.report import INPUT, ORIGINAL, Report, Row
 from pfstorer_rt.evaluation.table import Metrics, Sample, load_metrics
-from pfstorer_rt.image import IMAGE_SUFFIXES, load_image
+from pfstorer_rt.imaging.files import load_image
+from pfstorer_rt.imaging.find import by_name, pictures
 
 ENDINGS = ("", "_restored", "_degraded_restored", "_degraded", "_out")
 """What the name of a result may have after that of its original."""
@@ -164,27 +165,6 @@ def match(originals: Mapping[str, Path], folder: Path) -> dict[str, Path | None]
             raise BadFileError(f"{folder}: {both} are both named as results of {name}; keep one of them")
         matched[name] = named[0] if named else None
     return matched
-
-
-def by_name(folder: Path) -> dict[str, Path]:
-    """Pictures by their path in the folder without suffix; raises BadFileError when two have one name."""
-    found: dict[str, Path] = {}
-    for path in pictures(folder):
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        if name in found:
-            raise BadFileError(f"{folder}: {path.name} and {found[name].name} have one name; keep one of them")
-        found[name] = path
-    return found
-
-
-def pictures(folder: Path) -> list[Path]:
-    """List the pictures of a folder and its sub-folders, sorted; raises `BadFileError` when there are none."""
-    if not folder.is_dir():
-        raise BadFileError(f"{folder}: no such folder")
-    found = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
-    if not found:
-        raise BadFileError(f"{folder}: no pictures; expected {' '.join(IMAGE_SUFFIXES)}")
-    return found
 
 
 def evenly(names: Sequence[str], count: int) -> list[str]:

@@ -20,28 +20,8 @@ RECOGNIZER = "dlib_face_recognition_resnet_model_v1.dat"
 SAME_PERSON = 0.6
 """dlib's own threshold: two faces nearer than this are accepted as one person."""
 INSTALL_METRICS = "pip install 'pfstorer-rt[metrics]'"
-SSIM_WINDOW = 11
-"""Pixels of a side below which SSIM is not defined."""
 LANDMARK_SIDE = 512
 """Longer side in pixels of the picture that landmarks are measured on; the paper's pictures have this size."""
-
-
-def psnr(output: Pixels, target: Pixels) -> float:
-    """Peak signal-to-noise ratio in dB of two (H, W, 3) pictures in [0, 1]; infinite when equal."""
-    error = float(np.mean((output.astype(np.float64) - target.astype(np.float64)) ** 2))
-    return float("inf") if error == 0 else -10 * float(np.log10(error))
-
-
-def ssim(output: Pixels, target: Pixels) -> float:
-    """Structural similarity of two (H, W, 3) pictures in [0, 1] (Wang 2004: gaussian window, sigma 1.5)."""
-    from skimage.metrics import structural_similarity
-
-    return float(
-        structural_similarity(
-            output, target, channel_axis=2, data_range=1.0, gaussian_weights=True, sigma=1.5,
-            use_sample_covariance=False,
-        )
-    )  # fmt: skip
 
 
 def face_models() -> Path | None:

@@ -12,7 +12,8 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from pfstorer_rt.evaluation.metrics import Pixels, to_uint8
+from pfstorer_rt.evaluation.metrics import to_uint8
+from pfstorer_rt.imaging.rows import Pixels
 
 THUMBNAILS = 24
 """Pictures shown on a page; more make it slow to open."""

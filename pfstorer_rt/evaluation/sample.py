@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pfstorer_rt.evaluation.metrics import Pixels
+from pfstorer_rt.imaging.rows import Pixels
 
 T = TypeVar("T")
 

@@ -12,9 +12,12 @@ import numpy as np
 
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.evaluation import metrics
-from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, SAME_PERSON, SSIM_WINDOW, Embedding, Pixels
+from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, SAME_PERSON, Embedding
 from pfstorer_rt.evaluation.sample import Measure, Sample
 from pfstorer_rt.files import sha256_file
+from pfstorer_rt.imaging import similarity
+from pfstorer_rt.imaging.rows import Pixels
+from pfstorer_rt.imaging.similarity import SSIM_WINDOW
 
 __all__ = ["METRICS", "Measure", "Metric", "MetricFiles", "Metrics", "Sample", "load_metrics"]
 
@@ -138,7 +141,7 @@ def known_faces(references: Sequence[Sample], embed: Callable[[Pixels], Embeddin
 
 def load_psnr(_: MetricFiles) -> Measure:
     """PSNR in dB."""
-    return lambda result, original, _: metrics.psnr(result.pixels, original.pixels)
+    return lambda result, original, _: similarity.psnr(result.pixels, original.pixels)
 
 
 def load_ssim(_: MetricFiles) -> Measure:
@@ -146,7 +149,7 @@ def load_ssim(_: MetricFiles) -> Measure:
 
     def measure(result: Sample, original: Sample, _: Sequence[Sample]) -> float | None:
         fits = min(original.pixels.shape[:2]) >= SSIM_WINDOW
-        return metrics.ssim(result.pixels, original.pixels) if fits else None
+        return similarity.ssim(result.pixels, original.pixels) if fits else None
 
     return measure
 

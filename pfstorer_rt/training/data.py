@@ -11,31 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.image import IMAGE_SUFFIXES, load_image, resize_bicubic
+from pfstorer_rt.imaging.files import load_image, resize_bicubic
 from pfstorer_rt.sampling import TRAIN_STEPS
 
 Batch = dict[str, torch.Tensor]
 LAST = TRAIN_STEPS - 1
 """The timestep at which restoring starts; with few steps nearly all is decided there."""
-
-
-def find_images(sources: Sequence[Path]) -> list[Path]:
-    """List the image files among `sources` (files, or folders searched recursively), sorted by path.
-
-    Raises `BadFileError` when a source is missing or nothing is found.
-    """
-    found: set[Path] = set()
-    for source in sources:
-        if source.is_dir():
-            found.update(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        elif source.exists():
-            found.add(source)
-        else:
-            raise BadFileError(f"{source}: no such file or folder")
-    if not found:
-        raise BadFileError(f"no photographs in {', '.join(map(str, sources))}; expected {' '.join(IMAGE_SUFFIXES)}")
-    return sorted(found)
 
 
 def read_photo(path: Path) -> torch.Tensor:

@@ -15,7 +15,8 @@ from torch import nn
 from pfstorer_rt.attention import training_backend
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import make_folder
-from pfstorer_rt.image import from_tensor
+from pfstorer_rt.imaging.files import from_tensor
+from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.models.base import Base, fingerprint_modules
 from pfstorer_rt.training.base import (
     PAIR_CHUNK,
@@ -27,7 +28,7 @@ from pfstorer_rt.training.base import (
     split_holdout,
 )
 from pfstorer_rt.training.chunks import make_arrays
-from pfstorer_rt.training.data import LAST, Batch, draw_timesteps, find_images
+from pfstorer_rt.training.data import LAST, Batch, draw_timesteps
 from pfstorer_rt.training.loop import make_accelerator, train
 from pfstorer_rt.training.losses import Losses, RestorerObjective, noisy_latent, x0_from_prediction
 from pfstorer_rt.training.memory import make_adamw

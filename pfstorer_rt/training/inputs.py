@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from pfstorer_rt.evaluation.folders import by_name
 from pfstorer_rt.files import make_folder
-from pfstorer_rt.image import load_image, save_image
+from pfstorer_rt.imaging.files import load_image, save_image
+from pfstorer_rt.imaging.find import by_name
 from pfstorer_rt.training.degradation import degrade
 
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from pfstorer_rt.errors import MissingBackendError
-from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, RECOGNIZER, Pixels, face_models
-from pfstorer_rt.evaluation.perceptual import shift_tolerant_distance
+from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, RECOGNIZER, face_models
+from pfstorer_rt.imaging.perceptual import shift_tolerant_distance
+from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.cfw import Features
 from pfstorer_rt.training.data import LAST, Batch

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.evaluation.metrics import Pixels, dlib_landmarks, largest, to_uint8
+from pfstorer_rt.evaluation.metrics import dlib_landmarks, largest, to_uint8
+from pfstorer_rt.imaging.rows import Pixels
 
 SIDE = 150
 """Side in pixels of the picture of a face that the network takes."""

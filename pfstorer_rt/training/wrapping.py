@@ -14,12 +14,13 @@ from torch import nn
 from pfstorer_rt.attention import training_backend
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import make_folder
+from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.models.base import Base, build_cfw, fingerprint_modules
 from pfstorer_rt.models.cfw import LEVELS
 from pfstorer_rt.models.denoiser import Denoiser
 from pfstorer_rt.sampling import SAMPLERS, respace, start_from_lq
 from pfstorer_rt.training.base import BaseTrainConfig, log_to, pair_maker, signature, split_holdout
-from pfstorer_rt.training.data import Batch, find_images
+from pfstorer_rt.training.data import Batch
 from pfstorer_rt.training.loop import make_accelerator, train
 from pfstorer_rt.training.losses import Losses, gradient_loss
 from pfstorer_rt.training.memory import make_adamw

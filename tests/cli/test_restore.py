@@ -173,16 +173,16 @@ def test_a_seed_fixes_the_bytes(restore, save, tmp_path, suffix):
 
 
 def test_a_failing_engine_names_the_picture_and_goes_on(restore, save, tree, tmp_path, monkeypatch):
-    from pfstorer_rt import canvas
+    from pfstorer_rt.imaging import bands
 
-    real = canvas.color_fix
+    real = bands.color_fix
     seen = SimpleNamespace(first=True)
 
     def poisoned(decoded, style, kind):
         value, seen.first = float("nan") if seen.first else 0.0, False
         return real(decoded, style, kind) + value
 
-    monkeypatch.setattr(canvas, "color_fix", poisoned)
+    monkeypatch.setattr(bands, "color_fix", poisoned)
     inputs = [save(tmp_path / "in" / name) for name in ("a.png", "b.png")]
     done = restore(*inputs, "-o", tmp_path / "out")
     assert done.status == 1 and len(done.errors) == 1

@@ -193,7 +193,7 @@ def test_distances_to_references_are_reported_and_warned_of(restore, save, tmp_p
 
     # A "face" is the mean brightness: the references are bright, the input is, the result is not.
     monkeypatch.setattr(references, "face_embedder", lambda: lambda pixels: np.array([pixels.mean()]))
-    monkeypatch.setattr("pfstorer_rt.canvas.color_fix", lambda content, style, kind: content * 0 - 1)
+    monkeypatch.setattr("pfstorer_rt.imaging.bands.color_fix", lambda content, style, kind: content * 0 - 1)
     Image.new("RGB", (40, 24), "white").save(tmp_path / "white.png")
     Image.new("RGB", (40, 24), "white").save(tmp_path / "a.png")
     (tmp_path / "refs").mkdir()

@@ -82,7 +82,7 @@ def test_lpips_says_what_is_missing(alexnet, lpips_package, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     reason = load_metrics(["lpips"]).refused["lpips"]
     assert reason.startswith("not measured: ") and "--alexnet alexnet-owt-7be5be79.pth" in reason
-    monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     reasons = load_metrics(["lpips", "stlpips"], MetricFiles(alexnet=alexnet)).refused
     assert "pip install --no-deps lpips" in reasons["lpips"] and "pfstorer-rt[metrics]" in reasons["stlpips"]
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from pfstorer_rt.canvas import Canvas, plan_canvas
-from pfstorer_rt.color import adain_color_fix, wavelet_color_fix
 from pfstorer_rt.config import RestoreConfig, TileConfig
 from pfstorer_rt.errors import MismatchError, PFStorerError
-from pfstorer_rt.image import from_tensor, to_tensor
+from pfstorer_rt.imaging.bands import Canvas, plan_canvas
+from pfstorer_rt.imaging.color import adain_color_fix, wavelet_color_fix
+from pfstorer_rt.imaging.files import from_tensor, to_tensor
 from pfstorer_rt.models.base import build_base
 from pfstorer_rt.plan import COMPONENTS
 from pfstorer_rt.restore import Restorer

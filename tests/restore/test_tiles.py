@@ -6,10 +6,10 @@ import pytest
 from pfstorer_rt import restore as runtime
 from pfstorer_rt.config import RestoreConfig, TileConfig
 from pfstorer_rt.errors import PFStorerError
-from pfstorer_rt.image import to_tensor
+from pfstorer_rt.imaging.files import to_tensor
+from pfstorer_rt.imaging.rows import Spool
 from pfstorer_rt.plan import COMPONENTS
 from pfstorer_rt.restore import Restorer
-from pfstorer_rt.spool import Spool
 
 CONFIG = RestoreConfig(steps=2, sampler="ddpm")
 CHOPPED = TileConfig("parity", chop=128, chop_stride=96)
@@ -22,7 +22,7 @@ def tiles(**settings):
 def test_rows_are_what_the_whole_is(restorer, make_picture, monkeypatch):
     pixels, config = make_picture(150, 170), replace(CONFIG, scale=1.3)
     whole = restorer.restore(pixels, config)
-    monkeypatch.setattr("pfstorer_rt.spool.IN_MEMORY", 0)  # all of it in files
+    monkeypatch.setattr("pfstorer_rt.imaging.rows.IN_MEMORY", 0)  # all of it in files
     result = restorer.restore_rows(Spool.of(pixels), config)
     assert (result.height, result.width) == whole.shape[:2]
     rows = np.concatenate([result.read(y, min(195, y + 20)) for y in range(0, 195, 20)])

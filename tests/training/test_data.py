@@ -4,10 +4,10 @@ import torch
 from PIL import Image
 
 from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.training.data import (
     Photographs,
     center_crop,
-    find_images,
     mirror_beyond_edges,
     random_crop,
     read_photo,

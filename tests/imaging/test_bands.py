@@ -3,12 +3,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pfstorer_rt import canvas as canvases
-from pfstorer_rt.canvas import Canvas, ColorFixed, Cropped, Padded, Resized, Result, Spooled, Unit, cubic_taps
-from pfstorer_rt.color import color_fix
 from pfstorer_rt.errors import PFStorerError
-from pfstorer_rt.image import resize_bicubic, to_tensor
-from pfstorer_rt.spool import Spool
+from pfstorer_rt.imaging import bands as canvases
+from pfstorer_rt.imaging.bands import Canvas, ColorFixed, Cropped, Padded, Resized, Result, Spooled, Unit, cubic_taps
+from pfstorer_rt.imaging.color import color_fix
+from pfstorer_rt.imaging.files import resize_bicubic, to_tensor
+from pfstorer_rt.imaging.rows import Spool
 from pfstorer_rt.tiling import Tile
 
 
@@ -83,7 +83,7 @@ def test_a_rectangle_is_cut():
 @pytest.mark.parametrize("kind", ["adain", "wavelet", "none"])
 def test_colours_are_fixed_as_in_the_whole(kind, monkeypatch):
     monkeypatch.setattr(canvases, "TALL", 16)
-    monkeypatch.setattr("pfstorer_rt.spool.BAND_BYTES", 1)
+    monkeypatch.setattr("pfstorer_rt.imaging.rows.BAND_BYTES", 1)
     content, style = noise(150, 20, 1), noise(150, 20, 2) * 0.5 + 0.2
     expected = color_fix(content, style, kind).clamp(-1, 1)
     for rows in (13, 150):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pfstorer_rt.canvas import Canvas, Result, Unit
-from pfstorer_rt.spool import Pixels, Rows
+from pfstorer_rt.imaging.bands import Canvas, Result, Unit
+from pfstorer_rt.imaging.rows import Pixels, Rows
 
 GAP = 8
 """White pixels between the two."""

@@ -13,10 +13,17 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from pfstorer_rt.color import WAVELET_REACH, ColorFix, Statistics, channel_statistics, color_fix, match_statistics
 from pfstorer_rt.errors import PFStorerError
-from pfstorer_rt.image import from_tensor, to_tensor
-from pfstorer_rt.spool import TALL, Pixels, Rows, Spool, bands
+from pfstorer_rt.imaging.color import (
+    WAVELET_REACH,
+    ColorFix,
+    Statistics,
+    channel_statistics,
+    color_fix,
+    match_statistics,
+)
+from pfstorer_rt.imaging.files import from_tensor, to_tensor
+from pfstorer_rt.imaging.rows import TALL, Pixels, Rows, Spool, bands
 from pfstorer_rt.tiling import Tile, pad_to_multiple
 
 PADDING = 32

@@ -4,9 +4,9 @@ import os
 import numpy as np
 import pytest
 
-from pfstorer_rt import spool as spools
 from pfstorer_rt.errors import PFStorerError
-from pfstorer_rt.spool import Spool, bands
+from pfstorer_rt.imaging import rows as spools
+from pfstorer_rt.imaging.rows import Spool, bands
 
 
 @pytest.fixture(params=["memory", "file"])

@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageOps
 from skimage.color import lab2rgb
 
-from pfstorer_rt import image as images
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.image import load_image, save_image
+from pfstorer_rt.imaging import files as images
+from pfstorer_rt.imaging.files import load_image, save_image
 
 
 def picture(height=6, width=9, channels=3, seed=0):
@@ -49,7 +49,7 @@ def one_line(raised, *words):
 
 
 def test_importing_the_module_does_not_import_torch():
-    code = "import pfstorer_rt.image, sys; sys.exit('torch' in sys.modules)"
+    code = "import pfstorer_rt.imaging.files, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -468,8 +468,8 @@ def test_read_and_write_again_changes_nothing(tmp_path):
 def test_strips_of_a_turned_picture_are_the_turned_picture(turn, monkeypatch):
     from PIL import ImageOps
 
-    monkeypatch.setattr("pfstorer_rt.spool.BAND_BYTES", 1)  # a row at a time
-    monkeypatch.setattr("pfstorer_rt.spool.IN_MEMORY", 0)
+    monkeypatch.setattr("pfstorer_rt.imaging.rows.BAND_BYTES", 1)  # a row at a time
+    monkeypatch.setattr("pfstorer_rt.imaging.rows.IN_MEMORY", 0)
     values = np.random.default_rng(turn).integers(0, 256, (7, 5, 4), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = turn

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image, ImageCms, JpegImagePlugin
 
-from pfstorer_rt import color
-from pfstorer_rt import image as images
 from pfstorer_rt.errors import PFStorerError
-from pfstorer_rt.image import encode_image, load_image, save_image
+from pfstorer_rt.imaging import color
+from pfstorer_rt.imaging import files as images
+from pfstorer_rt.imaging.files import encode_image, load_image, save_image
 
 
 def picture(height=6, width=9, channels=3, seed=0):

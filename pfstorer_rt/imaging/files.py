@@ -21,8 +21,8 @@ from PIL import Image
 
 from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.files import atomic_write, show_path
-from pfstorer_rt.profiles import srgb_profile, to_srgb, wide_to_srgb
-from pfstorer_rt.spool import TALL, Pixels, Rows, Spool, bands
+from pfstorer_rt.imaging.profiles import srgb_profile, to_srgb, wide_to_srgb
+from pfstorer_rt.imaging.rows import TALL, Pixels, Rows, Spool, bands
 
 if TYPE_CHECKING:
     import torch
