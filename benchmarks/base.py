@@ -20,7 +20,7 @@ import torch
 from quality import hwc, machine
 
 from pfstorer_rt.config import RestoreConfig
-from pfstorer_rt.evaluation.metrics import face_embedder, identity_distance
+from pfstorer_rt.faces.dlib import face_embedder, identity_distance
 from pfstorer_rt.imaging.files import from_tensor, to_tensor
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.imaging.rows import Pixels

@@ -25,8 +25,7 @@ from pfstorer_rt.export import export_plan
 
 from pfstorer_rt.cli.bench import processor
 from pfstorer_rt.config import PersonalizeConfig, RestoreConfig
-from pfstorer_rt.evaluation.metrics import face_embedder
-from pfstorer_rt.evaluation.report import mean_distance
+from pfstorer_rt.faces.dlib import face_embedder, mean_distance
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.imaging.similarity import psnr, ssim

@@ -52,7 +52,7 @@ def examine() -> dict[str, Any]:
 
     from pfstorer_rt.engine.session import BACKENDS
     from pfstorer_rt.engine.tensorrt import TARGETS, load_library
-    from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, face_models
+    from pfstorer_rt.faces.dlib import INSTALL_METRICS, face_models
     from pfstorer_rt.files import home
     from pfstorer_rt.identity import list_identities
     from pfstorer_rt.models.base import BUILTIN

@@ -190,7 +190,7 @@ def restore_jobs(
 ) -> int:
     """Restore all pictures with one engine; returns the exit status."""
     from pfstorer_rt.cli.jobs import run_jobs
-    from pfstorer_rt.cli.references import References
+    from pfstorer_rt.faces.references import References
     from pfstorer_rt.imaging.files import save_image
     from pfstorer_rt.imaging.rows import Rows
     from pfstorer_rt.imaging.sidebyside import SideBySide

@@ -12,7 +12,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from pfstorer_rt.evaluation.metrics import to_uint8
+from pfstorer_rt.faces.dlib import to_uint8
 from pfstorer_rt.imaging.rows import Pixels
 
 THUMBNAILS = 24

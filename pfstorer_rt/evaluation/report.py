@@ -12,12 +12,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pfstorer_rt.evaluation.metrics import mean_distance
 from pfstorer_rt.evaluation.page import Chart, Gallery, Table, page
 from pfstorer_rt.evaluation.table import Metric, Metrics
 from pfstorer_rt.files import atomic_write, make_folder
-
-__all__ = ["INPUT", "ORIGINAL", "Report", "Row", "Summary", "mean_distance"]
 
 INPUT, ORIGINAL = "input", "original"
 """Methods of the reference rows: the bad pictures and the originals, measured like any result."""

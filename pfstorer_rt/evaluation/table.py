@@ -6,18 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from pfstorer_rt.errors import MissingBackendError
-from pfstorer_rt.evaluation import metrics
-from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, SAME_PERSON, Embedding
 from pfstorer_rt.evaluation.sample import Measure, Sample
+from pfstorer_rt.faces import dlib
+from pfstorer_rt.faces.arcface import arcface_embedder
+from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding
 from pfstorer_rt.files import sha256_file
 from pfstorer_rt.imaging import similarity
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.imaging.similarity import SSIM_WINDOW
+
+if TYPE_CHECKING:
+    from pfstorer_rt.evaluation.sample import Measure, Sample
+
 
 __all__ = ["METRICS", "Measure", "Metric", "MetricFiles", "Metrics", "Sample", "load_metrics"]
 
@@ -156,7 +161,7 @@ def load_ssim(_: MetricFiles) -> Measure:
 
 def dlib_embedder() -> Callable[[Pixels], Embedding | None]:
     """dlib's embedding, or MissingBackendError."""
-    embed = metrics.face_embedder()
+    embed = dlib.face_embedder()
     if embed is None:
         raise MissingBackendError(f"dlib and its weights are not installed; {INSTALL_METRICS}")
     return embed
@@ -165,13 +170,13 @@ def dlib_embedder() -> Callable[[Pixels], Embedding | None]:
 def load_id(_: MetricFiles) -> Measure:
     """Mean distance of dlib's embedding to those of the references."""
     embed = dlib_embedder()
-    return lambda result, _, references: metrics.mean_distance(result.once(embed), known_faces(references, embed))
+    return lambda result, _, references: dlib.mean_distance(result.once(embed), known_faces(references, embed))
 
 
 def load_id_original(_: MetricFiles) -> Measure:
     """Distance of dlib's embedding to that of the original."""
     embed = dlib_embedder()
-    return lambda result, original, _: metrics.identity_distance(result.once(embed), original.once(embed))
+    return lambda result, original, _: dlib.identity_distance(result.once(embed), original.once(embed))
 
 
 def load_verification(_: MetricFiles) -> Measure:
@@ -182,7 +187,7 @@ def load_verification(_: MetricFiles) -> Measure:
         known = known_faces(references, embed)
         if not known:
             return None
-        distance = metrics.mean_distance(result.once(embed), known)
+        distance = dlib.mean_distance(result.once(embed), known)
         return float(distance is not None and distance < SAME_PERSON)
 
     return measure
@@ -190,7 +195,7 @@ def load_verification(_: MetricFiles) -> Measure:
 
 def load_lmse(_: MetricFiles) -> Measure:
     """Squared error of dlib's landmarks, the face of the original giving the place in both pictures."""
-    landmarks = metrics.landmark_finder()
+    landmarks = dlib.landmark_finder()
     if landmarks is None:
         raise MissingBackendError(f"dlib and its weights are not installed; {INSTALL_METRICS}")
 
@@ -199,7 +204,7 @@ def load_lmse(_: MetricFiles) -> Measure:
         if face is None:
             return None
         truth = landmarks.points(original.pixels, face)
-        return metrics.landmark_error(landmarks.points(result.pixels, face), truth)
+        return dlib.landmark_error(landmarks.points(result.pixels, face), truth)
 
     return measure
 
@@ -226,10 +231,17 @@ def load_musiq(files: MetricFiles) -> Measure:
 
 
 def load_arcface(files: MetricFiles) -> Measure:
-    """Mean cosine to the references' embeddings."""
-    from pfstorer_rt.evaluation.arcface import load_arcface
+    """100 x the mean cosine of a result's embedding to those of the references; None without a face."""
+    if files.arcface is None:
+        raise MissingBackendError("give a recognizer of the ArcFace family as ONNX: --arcface FILE")
+    embed = arcface_embedder(files.arcface)
 
-    return load_arcface(files.arcface)
+    def measure(result: Sample, _: Sample, references: Sequence[Sample]) -> float | None:
+        face = result.once(embed)
+        known = [other for reference in references if (other := reference.once(embed)) is not None]
+        return None if face is None or not known else 100 * float(np.mean([face @ other for other in known]))
+
+    return measure
 
 
 DLIB = ("dlib-bin", "face_recognition_models")

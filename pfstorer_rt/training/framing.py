@@ -13,8 +13,8 @@ from statistics import median
 import torch
 
 from pfstorer_rt.config import PersonalizeConfig
-from pfstorer_rt.evaluation.faces import Face, face_finder
-from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, SAME_PERSON, Embedding, identity_distance, mean_distance
+from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding, identity_distance, mean_distance
+from pfstorer_rt.faces.finding import Face, face_finder
 from pfstorer_rt.training.data import center_crop, read_photo
 
 SQUARE = 2.0

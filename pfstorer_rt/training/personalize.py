@@ -146,7 +146,7 @@ def cache_reference(
 
 def choose_reference(photos: Sequence[torch.Tensor]) -> int:
     """Pick the photograph most like the others by face embedding; the first without a face model."""
-    from pfstorer_rt.evaluation.metrics import face_embedder
+    from pfstorer_rt.faces.dlib import face_embedder
 
     embed = face_embedder()
     found = [embed(photo.permute(1, 2, 0).numpy()) for photo in photos] if embed else []

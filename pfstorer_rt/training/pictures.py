@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from pfstorer_rt.errors import MissingBackendError
-from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, RECOGNIZER, face_models
+from pfstorer_rt.faces.dlib import INSTALL_METRICS, RECOGNIZER, face_models
+from pfstorer_rt.faces.recognizer import FaceAligner, FaceRecognizer, cut_faces
 from pfstorer_rt.imaging.perceptual import shift_tolerant_distance
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.cfw import Features
 from pfstorer_rt.training.data import LAST, Batch
 from pfstorer_rt.training.losses import Losses, gradient_loss
-from pfstorer_rt.training.recognizer import FaceAligner, FaceRecognizer, cut_faces
 
 PATCH = 96
 """Side in pixels of what the perceptual distance looks at: of whole tiles it would cost as much as all the rest."""

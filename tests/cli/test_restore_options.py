@@ -189,7 +189,7 @@ def test_watching_and_naming_exclude_each_other(restore, arguments):
 
 
 def test_distances_to_references_are_reported_and_warned_of(restore, save, tmp_path, monkeypatch):
-    from pfstorer_rt.cli import references
+    from pfstorer_rt.faces import references
 
     # A "face" is the mean brightness: the references are bright, the input is, the result is not.
     monkeypatch.setattr(references, "face_embedder", lambda: lambda pixels: np.array([pixels.mean()]))
@@ -208,7 +208,7 @@ def test_distances_to_references_are_reported_and_warned_of(restore, save, tmp_p
 
 
 def test_references_need_the_metrics(restore, save, tmp_path, monkeypatch):
-    from pfstorer_rt.cli import references
+    from pfstorer_rt.faces import references
 
     monkeypatch.setattr(references, "face_embedder", lambda: None)
     done = restore(save(tmp_path / "a.png"), "--refs", tmp_path)

@@ -7,7 +7,7 @@ from PIL import Image
 from skimage import data
 
 from pfstorer_rt.config import PersonalizeConfig
-from pfstorer_rt.evaluation.faces import Face, face_finder
+from pfstorer_rt.faces.finding import Face, face_finder
 from pfstorer_rt.training.framing import choose_face, frame_face, read_references
 
 PORTRAIT = data.astronaut()[:256, 96:352]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.evaluation.metrics import dlib_landmarks, largest, to_uint8
+from pfstorer_rt.faces.dlib import dlib_landmarks, largest, to_uint8
 from pfstorer_rt.imaging.rows import Pixels
 
 SIDE = 150

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pfstorer_rt.errors import BadFileError, MissingBackendError
-from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, Embedding, face_embedder, identity_distance
+from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, face_embedder, identity_distance
 from pfstorer_rt.imaging.files import IMAGE_SUFFIXES, load_image
 from pfstorer_rt.imaging.rows import Pixels, Rows
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pfstorer_rt.evaluation.metrics import Embedding, dlib_landmarks, dlib_recognizer, face_models, to_uint8
+from pfstorer_rt.faces.dlib import Embedding, dlib_landmarks, dlib_recognizer, face_models, to_uint8
 from pfstorer_rt.imaging.files import from_tensor, resize_bicubic, to_tensor
 from pfstorer_rt.imaging.rows import Pixels
 

@@ -5,8 +5,8 @@ import torch
 from skimage.data import astronaut
 
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.evaluation.metrics import RECOGNIZER, dlib_landmarks, dlib_recognizer, face_models, largest, to_uint8
-from pfstorer_rt.training.recognizer import FaceAligner, FaceRecognizer, cut_faces
+from pfstorer_rt.faces.dlib import RECOGNIZER, dlib_landmarks, dlib_recognizer, face_models, largest, to_uint8
+from pfstorer_rt.faces.recognizer import FaceAligner, FaceRecognizer, cut_faces
 
 
 @pytest.fixture(scope="module")

@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pfstorer_rt.errors import BadFileError, MissingBackendError
-from pfstorer_rt.evaluation.metrics import INSTALL_METRICS, Embedding, Points, at_landmark_side, landmark_finder
+from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, Points, at_landmark_side, landmark_finder
 from pfstorer_rt.imaging.rows import Pixels
-
-if TYPE_CHECKING:
-    from pfstorer_rt.evaluation.sample import Measure, Sample
 
 SIDE = 112
 TEMPLATE = np.array(
     [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)]
 )
 """Where both eyes, the nose and the corners of the mouth lie, (x, y) in pixels of 112 x 112."""
-
-
-def load_arcface(path: Path | None) -> Measure:
-    """Return 100 x the mean cosine of a result's embedding to those of the references; None without a face.
-
-    Raises MissingBackendError without a file or dlib's landmarks, BadFileError for a file that is no recognizer.
-    """
-    if path is None:
-        raise MissingBackendError("give a recognizer of the ArcFace family as ONNX: --arcface FILE")
-    embed = arcface_embedder(path)
-
-    def measure(result: Sample, _: Sample, references: Sequence[Sample]) -> float | None:
-        face = result.once(embed)
-        known = [other for reference in references if (other := reference.once(embed)) is not None]
-        return None if face is None or not known else 100 * float(np.mean([face @ other for other in known]))
-
-    return measure
 
 
 def arcface_embedder(path: Path) -> Callable[[Pixels], Embedding | None]:

@@ -1,4 +1,4 @@
-"""Measuring functions of pictures: PSNR, SSIM (scikit-image), faces and their landmarks (dlib, extra `metrics`)."""
+"""dlib's face detector, 68 landmarks and embedding of 128 numbers (extra `metrics`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Pixels = npt.NDArray[np.float32]
+from pfstorer_rt.imaging.rows import Pixels
+
 Embedding = npt.NDArray[np.float64]
 Points = npt.NDArray[np.float64]
 RECOGNIZER = "dlib_face_recognition_resnet_model_v1.dat"
