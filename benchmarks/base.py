@@ -20,6 +20,7 @@ import torch
 from quality import hwc, machine
 
 from pfstorer_rt.config import RestoreConfig
+from pfstorer_rt.degradation.degrade import degrade
 from pfstorer_rt.faces.dlib import face_embedder, identity_distance
 from pfstorer_rt.imaging.files import from_tensor, to_tensor
 from pfstorer_rt.imaging.find import find_images
@@ -29,7 +30,6 @@ from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.restore import Restorer
 from pfstorer_rt.training.base import BaseTrainConfig, split_holdout
 from pfstorer_rt.training.data import center_crop, read_photo
-from pfstorer_rt.training.degradation import degrade
 
 LEVELS = ("light", "heavy", "clean")
 """`clean` is the photograph itself as the input."""

@@ -31,12 +31,12 @@ import torch
 from quality import machine, write
 
 from pfstorer_rt.config import RestoreConfig
+from pfstorer_rt.degradation.degrade import degrade
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.imaging.files import save_image
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.imaging.similarity import psnr
 from pfstorer_rt.restore import Restorer
-from pfstorer_rt.training.degradation import degrade
 from pfstorer_rt.training.loop import has_native_bf16
 
 OURS = {

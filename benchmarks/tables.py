@@ -23,6 +23,7 @@ from quality import hwc, machine
 from tables_document import write_document
 
 from pfstorer_rt.config import PersonalizeConfig, RestoreConfig
+from pfstorer_rt.degradation.degrade import degrade
 from pfstorer_rt.evaluation.sample import Sample
 from pfstorer_rt.evaluation.table import Metrics, load_metrics
 from pfstorer_rt.identity import Identity
@@ -30,7 +31,6 @@ from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.restore import Restorer
 from pfstorer_rt.training.data import center_crop, read_photo
-from pfstorer_rt.training.degradation import degrade
 from pfstorer_rt.training.personalize import personalize
 
 METRICS = ("psnr", "ssim", "stlpips", "lmse_dlib", "id_dlib", "id_original_dlib", "verification_dlib")

@@ -18,7 +18,7 @@ _EXPORTS = {
     "Plan": "pfstorer_rt.plan",
     "open_session": "pfstorer_rt.engine.session",
     "Session": "pfstorer_rt.engine.session",
-    "degrade": "pfstorer_rt.training.degradation",
+    "degrade": "pfstorer_rt.degradation.degrade",
     "evaluate": "pfstorer_rt.evaluation.folders",
     "PFStorerError": "pfstorer_rt.errors",
 }

@@ -37,7 +37,7 @@ def command(inputs: tuple[str, ...], output: str, level: str, seed: int, overwri
     jobs = plan_jobs(inputs, output, "_degraded")
     import torch
 
-    from pfstorer_rt.training.degradation import degrade
+    from pfstorer_rt.degradation.degrade import degrade
 
     def work(number: int, rows: Rows, step: Callable[[int, int], None]) -> Rows:
         image = torch.from_numpy(rows.read(0, rows.height)).permute(2, 0, 1).contiguous()

@@ -67,8 +67,8 @@ def make_pictures(output: Path, level: str, seed: int) -> tuple[Pixels, Pixels, 
     import torch
     from skimage.data import astronaut
 
+    from pfstorer_rt.degradation.degrade import degrade
     from pfstorer_rt.imaging.files import save_image
-    from pfstorer_rt.training.degradation import degrade
 
     portrait = (astronaut() / 255).astype(np.float32)
     row, column, side = FACE

@@ -65,8 +65,8 @@ def command(
     metrics = load_metrics(keys.split(",") if keys else None, MetricFiles(arcface, alexnet, musiq))
     with ExitStack() as stack:
         if level:
+            from pfstorer_rt.degradation.folder import degrade_folder
             from pfstorer_rt.files import work_folder
-            from pfstorer_rt.training.inputs import degrade_folder
 
             inputs = save_inputs or stack.enter_context(work_folder())
             degrade_folder(hq, inputs, level, seed, overwrite)

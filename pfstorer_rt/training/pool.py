@@ -13,9 +13,9 @@ from rich.progress import track
 
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.console import stderr
+from pfstorer_rt.degradation.degrade import LEVELS, degrade
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.training.data import Batch, center_crop, draw_timesteps, random_crop
-from pfstorer_rt.training.degradation import LEVELS, degrade
 from pfstorer_rt.training.pictures import draw_views, find_faces, looks_at_pictures
 
 ZOOM = 1.25

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from pfstorer_rt.degradation.degrade import degrade
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.imaging.files import load_image, save_image
 from pfstorer_rt.imaging.find import by_name
-from pfstorer_rt.training.degradation import degrade
 
 
 def degrade_folder(source: Path, target: Path, level: str, seed: int = 0, overwrite: bool = False) -> list[Path]:

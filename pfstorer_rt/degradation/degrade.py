@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pfstorer_rt.training.kernels2d import gaussian_kernel, generalized_kernel, motion_kernel, sinc_kernel
+from pfstorer_rt.degradation.blur import gaussian_kernel, generalized_kernel, motion_kernel, sinc_kernel
 
 __all__ = [
     "BLUR_KINDS", "LEVELS", "RESIZE_MODES", "DegradationConfig", "StageConfig", "add_gaussian_noise",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pfstorer_rt.training import degradation as d
+from pfstorer_rt.degradation import degrade as d
 
 MIDDLE = 10  # the centre of a 21 x 21 kernel
 

@@ -1,0 +1,1 @@
+"""Degradation: low-quality images from good ones, the same for the same seed."""
