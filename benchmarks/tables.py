@@ -24,8 +24,8 @@ from tables_document import write_document
 
 from pfstorer_rt.config import PersonalizeConfig, RestoreConfig
 from pfstorer_rt.degradation.degrade import degrade
+from pfstorer_rt.evaluation.registry import Metrics, load_metrics
 from pfstorer_rt.evaluation.sample import Sample
-from pfstorer_rt.evaluation.table import Metrics, load_metrics
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.models.base import Base, load_base

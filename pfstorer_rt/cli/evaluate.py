@@ -60,7 +60,7 @@ def command(
     folders = name_folders(outputs)
     times = dict(read_seconds(text, [*folders, "input"]) for text in seconds)
     from pfstorer_rt.evaluation.folders import evaluate
-    from pfstorer_rt.evaluation.table import MetricFiles, load_metrics
+    from pfstorer_rt.evaluation.registry import MetricFiles, load_metrics
 
     metrics = load_metrics(keys.split(",") if keys else None, MetricFiles(arcface, alexnet, musiq))
     with ExitStack() as stack:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.evaluation.page import THUMBNAILS, thumbnail
+from pfstorer_rt.evaluation.registry import Metrics, Sample, load_metrics
 from pfstorer_rt.evaluation.report import INPUT, ORIGINAL, Report, Row
-from pfstorer_rt.evaluation.table import Metrics, Sample, load_metrics
 from pfstorer_rt.imaging.files import load_image
 from pfstorer_rt.imaging.find import by_name, pictures
 
@@ -144,7 +144,7 @@ class People:
 
     def notes(self, metrics: Metrics) -> list[str]:
         """Say where nobody can be compared because no reference shows a face."""
-        from pfstorer_rt.evaluation.table import known_faces
+        from pfstorer_rt.evaluation.registry import known_faces
         from pfstorer_rt.faces.dlib import face_embedder
 
         embed = face_embedder()

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from pfstorer_rt.evaluation.page import Chart, Gallery, Table, page
-from pfstorer_rt.evaluation.table import Metric, Metrics
+from pfstorer_rt.evaluation.registry import Metric, Metrics
 from pfstorer_rt.files import atomic_write, make_folder
 
 INPUT, ORIGINAL = "input", "original"

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from pfstorer_rt.evaluation.table import load_metrics
+from pfstorer_rt.evaluation.registry import load_metrics
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from PIL import Image
 import pfstorer_rt
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.evaluation.folders import evaluate, evenly, match, picture_seconds
-from pfstorer_rt.evaluation.table import load_metrics
+from pfstorer_rt.evaluation.registry import load_metrics
 from pfstorer_rt.imaging.similarity import psnr
 
 

@@ -10,7 +10,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.evaluation import perceptual
-from pfstorer_rt.evaluation.table import MetricFiles, Sample, load_metrics
+from pfstorer_rt.evaluation.registry import MetricFiles, Sample, load_metrics
 
 SHAPES = [(64, 3, 11, 11), (192, 64, 5, 5), (384, 192, 3, 3), (256, 384, 3, 3), (256, 256, 3, 3)]
 PLACES = [0, 3, 6, 8, 10]  # of the convolutions among torchvision's AlexNet layers

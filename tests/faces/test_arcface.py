@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.evaluation.table import MetricFiles, Sample, load_metrics
+from pfstorer_rt.evaluation.registry import MetricFiles, Sample, load_metrics
 from pfstorer_rt.faces import arcface
 from pfstorer_rt.faces.dlib import at_landmark_side, landmark_finder
 

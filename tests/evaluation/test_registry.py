@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio
 
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.evaluation.table import METRICS, MetricFiles, Sample, describe_version, load_metrics
+from pfstorer_rt.evaluation.registry import METRICS, MetricFiles, Sample, describe_version, load_metrics
 from pfstorer_rt.faces import dlib as functions
 from pfstorer_rt.imaging import similarity
 
