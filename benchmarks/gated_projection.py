@@ -20,7 +20,7 @@ from pfstorer_rt.kernels.gated_projection import TILES, gated_projection
 from roofline import DTYPES, Case, measure, need_gpu
 from torch import nn
 
-from pfstorer_rt import attention as door
+from pfstorer_rt import ops as door
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.models.personalization import PersonalizationBlock
 

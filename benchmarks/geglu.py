@@ -16,7 +16,7 @@ import torch
 from pfstorer_rt.kernels.geglu import geglu
 from roofline import DTYPES, Case, measure, need_gpu
 
-from pfstorer_rt import attention as door
+from pfstorer_rt import ops as door
 
 LEVELS = ((4096, 320), (1024, 640), (256, 1280))  # tokens, channels
 BATCHES = (1, 4, 16)

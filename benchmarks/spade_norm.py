@@ -18,7 +18,7 @@ from pfstorer_rt.kernels import spade_norm as kernel
 from roofline import DTYPES, Case, measure, need_gpu
 from torch import nn
 
-from pfstorer_rt import attention as door
+from pfstorer_rt import ops as door
 
 MAPS = ((320, 64), (640, 32), (1280, 16), (128, 512))  # channels, side
 FORMATS = {"channels-last": torch.channels_last, "channels-first": torch.contiguous_format}

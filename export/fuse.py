@@ -16,9 +16,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from pfstorer_rt.attention import AttentionFn, AttentionProcessor, sdpa
 from pfstorer_rt.models.denoiser import Denoiser
 from pfstorer_rt.models.personalization import PersonalizationBlocks
+from pfstorer_rt.ops import AttentionFn, AttentionProcessor, sdpa
 
 
 class ConstantContext(AttentionProcessor):

@@ -22,9 +22,9 @@ import onnx_ir
 import torch
 from torch import nn
 
-from pfstorer_rt.attention import Kernels
 from pfstorer_rt.engine.tensorrt import Library
 from pfstorer_rt.errors import MissingBackendError, PFStorerError
+from pfstorer_rt.ops import Kernels
 
 DOMAIN = "pfstorer"
 FLAG = "PREFER_AOT_PYTHON_PLUGINS"

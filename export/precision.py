@@ -20,7 +20,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import nn
 from torch.func import functional_call
 
-from pfstorer_rt.attention import AttentionProcessor, math
+from pfstorer_rt.ops import AttentionProcessor, math
 
 
 def centred_attention(

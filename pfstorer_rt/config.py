@@ -13,7 +13,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 Weighting = Literal["prediction", "x0"]
 Attention = Literal["auto", "sdpa", "triton", "xformers", "math", "reference"]
-"""Backends of `pfstorer_rt.attention`; `auto` takes the first that this device has."""
+"""Backends of `pfstorer_rt.ops`; `auto` takes the first that this device has."""
 Method = Literal["pfstorer", "vico", "dreambooth"]
 ConfigT = TypeVar("ConfigT")
 

@@ -26,7 +26,7 @@ from pfstorer_rt.files import (
     show_path,
     work_folder,
 )
-from pfstorer_rt.trust import is_signed, sign
+from pfstorer_rt.signing import is_signed, sign
 
 SCHEMA = 2
 """What is written; 1, which knows no weights beside a payload, is read too."""

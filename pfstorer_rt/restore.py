@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from pfstorer_rt.config import RestoreConfig
+from pfstorer_rt.diffusion import SAMPLERS, respace, start_from_lq
 from pfstorer_rt.engine.session import Session, choose_backend
 from pfstorer_rt.errors import MismatchError
 from pfstorer_rt.identity import Identity, identity_path, list_identities
@@ -31,7 +32,6 @@ from pfstorer_rt.imaging.bands import (
 )
 from pfstorer_rt.imaging.rows import Pixels, Rows, Spool
 from pfstorer_rt.plan import COMPONENTS, Manifest, Plan
-from pfstorer_rt.sampling import SAMPLERS, respace, start_from_lq
 from pfstorer_rt.stages import CodecTiles, Done, TiledDenoiser, chop_offsets, decode, encode, run
 from pfstorer_rt.tiling import Tile, blend_by_rows, plan_tiles, ramp_weights
 
@@ -89,7 +89,7 @@ class Restorer:
 
         trust: run a TensorRT plan, which is executable code, whoever built it. provider: where the backend runs it,
         in its own words (`cpu`, `cuda`; for OpenVINO `CPU:f32`, `GPU`); None takes its best. attention: with backend
-        `torch`, a backend of `pfstorer_rt.attention`.
+        `torch`, a backend of `pfstorer_rt.ops`.
         Raises `BadFileError`, `MissingBackendError`, or `MismatchError` when `torch` cannot find them.
         """
         plan = Plan.open(path, trust)
@@ -112,7 +112,7 @@ class Restorer:
     ) -> Restorer:
         """Run a base (name, directory or loaded) and an identity in PyTorch, without a plan.
 
-        attention: a backend of `pfstorer_rt.attention`; raises `MissingBackendError` when it is refused.
+        attention: a backend of `pfstorer_rt.ops`; raises `MissingBackendError` when it is refused.
         Raises `MismatchError` when the identity, or the manifest that is expected, is of another base.
         """
         from pfstorer_rt.engine.torch import manifest, open_sessions

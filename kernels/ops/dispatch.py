@@ -50,7 +50,7 @@ def check(device: torch.device, head_size: int | None) -> None:
 
 
 class Dispatch:
-    """The kernels behind the signatures of the door in `pfstorer_rt.attention`."""
+    """The kernels behind the signatures of the door in `pfstorer_rt.ops`."""
 
     def __init__(self, file: Path, write: Write) -> None:
         """Keep timings in `file`, which `write` replaces as a whole."""

@@ -80,7 +80,7 @@ def examine() -> dict[str, Any]:
 
 def attention_refusals(device: str) -> dict[str, str | None]:
     """Return for each attention backend why it is refused on a device, None when it is not."""
-    from pfstorer_rt.attention import BACKENDS, choose
+    from pfstorer_rt.ops import BACKENDS, choose
 
     return {name: refusal(lambda name=name: choose(name, device)) for name in BACKENDS}
 

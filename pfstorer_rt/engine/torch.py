@@ -62,7 +62,7 @@ def component_names(component: str, base: Base, strength: bool) -> tuple[tuple[s
 def open_sessions(
     base: Base, identity: Identity | None = None, attention: str = "auto"
 ) -> dict[str, TorchSession]:
-    """Open all components of a base, with an identity or without, on a backend of `pfstorer_rt.attention`."""
+    """Open all components of a base, with an identity or without, on a backend of `pfstorer_rt.ops`."""
     modules = component_modules(base, identity)
     base.set_attention(attention, modules["denoiser"])
     strength = bool(getattr(modules["denoiser"], "has_strength", False))

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import CLIPTextModel
 
-from pfstorer_rt.attention import choose
 from pfstorer_rt.config import PRESETS, BaseConfig, base_config_from_dict, to_json
+from pfstorer_rt.diffusion import make_scheduler
 from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.files import atomic_entries, check_space, fingerprint_tensors, show_path
 from pfstorer_rt.models.cfw import ControllableFeatureWrapping, Features
@@ -29,6 +29,7 @@ from pfstorer_rt.models.prompt import PromptEncoder, tokenize
 from pfstorer_rt.models.structure import StructureEncoder
 from pfstorer_rt.models.unet import RestorationUNet
 from pfstorer_rt.models.vae import Autoencoder, build_vae, decode, encode_moments
+from pfstorer_rt.ops import choose
 
 Tensors = dict[str, torch.Tensor]
 BUILTIN = Path(__file__).parent.parent / "bases"
@@ -141,14 +142,6 @@ class Base:
             nn.Module.to(nn.Module.to(module, dtype), kept)
         self.fingerprint, self.path = fingerprint_directory(path), path
         return path
-
-
-def make_scheduler(config: BaseConfig) -> DDPMScheduler:
-    """Return Stable Diffusion's noise schedule (StableSR section 4: 1000 steps, scaled linear)."""
-    return DDPMScheduler(
-        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.0120, beta_schedule="scaled_linear",
-        prediction_type=config.prediction_type, clip_sample=False, timestep_spacing="trailing",
-    )  # fmt: skip
 
 
 def build_base(preset: str | BaseConfig, seed: int = 0) -> Base:

@@ -10,8 +10,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from pfstorer_rt.attention import AttentionProcessor, Kernels
 from pfstorer_rt.models.unet import RestorationUNet
+from pfstorer_rt.ops import AttentionProcessor, Kernels
 
 
 class LowRankLinear(nn.Module):

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pfstorer_rt.attention import AttentionProcessor, split_heads
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.personalization import reference_mask
 from pfstorer_rt.models.prompt import PLACEHOLDER, SUBJECT, token_position, tokenize
 from pfstorer_rt.models.unet import RestorationUNet
+from pfstorer_rt.ops import AttentionProcessor, split_heads
 
 
 class RecordingProcessor(AttentionProcessor):

@@ -12,9 +12,9 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import Downsample2D, ResnetBlock2D
 from torch import nn
 
-from pfstorer_rt.attention import AttentionFn, AttentionProcessor, sdpa
 from pfstorer_rt.config import BaseConfig
 from pfstorer_rt.models.unet import embed_time, to_map, to_tokens
+from pfstorer_rt.ops import AttentionFn, AttentionProcessor, sdpa
 
 
 class SpatialAttention(nn.Module):

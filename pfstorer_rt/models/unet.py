@@ -12,8 +12,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pfstorer_rt.attention import AttentionProcessor, Kernels
 from pfstorer_rt.config import BaseConfig
+from pfstorer_rt.ops import AttentionProcessor, Kernels
 
 StructureMaps = Mapping[int, torch.Tensor]
 """Structure maps by width: {w: (B, out_channels, h, w)}."""

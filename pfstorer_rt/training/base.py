@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from pfstorer_rt.attention import training_backend
 from pfstorer_rt.config import PRESETS, TrainConfig, Weighting
 from pfstorer_rt.degradation.degrade import LEVELS, degrade
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.models.base import Base, build_base, fingerprint_modules
 from pfstorer_rt.models.vae import Autoencoder, build_vae
+from pfstorer_rt.ops import training_backend
 from pfstorer_rt.training.chunks import make_arrays
 from pfstorer_rt.training.data import Batch, Photographs, draw_timesteps
 from pfstorer_rt.training.loop import make_accelerator, train

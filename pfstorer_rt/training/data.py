@@ -11,14 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from pfstorer_rt.diffusion import LAST
 from pfstorer_rt.imaging.files import load_image, resize_bicubic
-from pfstorer_rt.sampling import TRAIN_STEPS
 
 Batch = dict[str, torch.Tensor]
-LAST = TRAIN_STEPS - 1
-"""The timestep at which restoring starts; with few steps nearly all is decided there."""
-
-
 def read_photo(path: Path) -> torch.Tensor:
     """Read a photograph as (3, H, W) float32 in [0, 1]; transparency is dropped."""
     pixels = load_image(path).pixels

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pfstorer_rt.attention import training_backend
+from pfstorer_rt.diffusion import LAST, noisy_latent, x0_from_prediction
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.imaging.files import from_tensor
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.models.base import Base, fingerprint_modules
+from pfstorer_rt.ops import training_backend
 from pfstorer_rt.training.base import (
     PAIR_CHUNK,
     BaseTrainConfig,
@@ -28,9 +29,9 @@ from pfstorer_rt.training.base import (
     split_holdout,
 )
 from pfstorer_rt.training.chunks import make_arrays
-from pfstorer_rt.training.data import LAST, Batch, draw_timesteps
+from pfstorer_rt.training.data import Batch, draw_timesteps
 from pfstorer_rt.training.loop import make_accelerator, train
-from pfstorer_rt.training.losses import Losses, RestorerObjective, noisy_latent, x0_from_prediction
+from pfstorer_rt.training.losses import Losses, RestorerObjective
 from pfstorer_rt.training.memory import make_adamw
 from pfstorer_rt.training.pictures import PictureLoss, draw_views, find_faces
 

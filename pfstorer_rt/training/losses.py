@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from pfstorer_rt.config import BaseConfig, PersonalizeConfig, Weighting
+from pfstorer_rt.diffusion import add_noise, noisy_latent, prediction_error, x0_from_prediction
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.personalization import PersonalizationBlocks, reference_mask
 from pfstorer_rt.models.prompt import tokenize
 from pfstorer_rt.models.reference import ReferencePass, reference_pass, subject_ids
 from pfstorer_rt.models.unet import Tap
 from pfstorer_rt.models.vae import Autoencoder, decode, encode_moments
-from pfstorer_rt.training.data import LAST, Batch
+from pfstorer_rt.training.data import Batch
 
 Losses = dict[str, torch.Tensor]
 
@@ -54,56 +55,6 @@ class AutoencoderObjective(nn.Module):
         moments = moment_loss(latent.float())
         loss = reconstruction + gradient_loss(output, batch["image"]) + self.moments * moments
         return {"loss": loss, "l1": reconstruction, "moments": moments}
-
-
-def add_noise(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """`sqrt(abar_t) x0 + sqrt(1 - abar_t) noise` for (B, C, h, w) and t (B,) in 0..999 (DDPM eq. 4)."""
-    abar = alphas_cumprod[t][:, None, None, None]
-    return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
-
-
-def noisy_latent(
-    x0: torch.Tensor, z_lq: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor
-) -> torch.Tensor:
-    """x_t of (B, C, h, w); rows at the last timestep begin as restoring does, from their LQ latents.
-
-    There x_t of the clean latent would still show 7 % of it, which no restoring sees.
-    """
-    start = t == LAST
-    return add_noise(torch.where(start[:, None, None, None], z_lq, x0), noise, t, alphas_cumprod)
-
-
-def x0_from_prediction(
-    x: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str
-) -> torch.Tensor:
-    """The clean latent that a prediction of eps, or of `v = sqrt(abar) eps - sqrt(1 - abar) x0`, stands for."""
-    abar = alphas_cumprod[t][:, None, None, None]
-    if prediction_type == "epsilon":
-        return (x - (1 - abar).sqrt() * prediction) / abar.sqrt()
-    return abar.sqrt() * x - (1 - abar).sqrt() * prediction
-
-
-def x0_weight(t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str) -> torch.Tensor:
-    """Factor from the squared error of a prediction to that of x0, (B,): `1 - abar` for v, over `abar` for eps.
-
-    Source: x0 solved from `x = sqrt(abar) x0 + sqrt(1 - abar) eps` (Salimans and Ho 2022, section 4 and appendix D).
-    """
-    abar = alphas_cumprod[t]
-    return (1 - abar) / abar if prediction_type == "epsilon" else 1 - abar
-
-
-def prediction_error(
-    prediction: torch.Tensor, x: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor,
-    prediction_type: str, weighting: Weighting,
-) -> torch.Tensor:  # fmt: skip
-    """Mean squared error of each row, (B,).
-
-    weighting: `prediction` is the error of the prediction itself; `x0` that of the clean latent that it stands for,
-    so that the noisy end, where few-step sampling starts, counts most.
-    """
-    found = x0_from_prediction(x, prediction.float(), t, alphas_cumprod, prediction_type)
-    error = (found - x0).square().mean((1, 2, 3))
-    return error if weighting == "x0" else error / x0_weight(t, alphas_cumprod, prediction_type)
 
 
 class RestorerObjective(nn.Module):

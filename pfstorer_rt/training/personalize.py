@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from pfstorer_rt.attention import training_backend
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.files import make_folder, sha256_file
@@ -20,6 +19,7 @@ from pfstorer_rt.identity import Identity, named_identity
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.models.reference import reference_features
+from pfstorer_rt.ops import training_backend
 from pfstorer_rt.training.base import signature
 from pfstorer_rt.training.data import center_crop
 from pfstorer_rt.training.framing import read_references

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pfstorer_rt.diffusion import LAST
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, RECOGNIZER, face_models
 from pfstorer_rt.faces.recognizer import FaceAligner, FaceRecognizer, cut_faces
@@ -17,7 +18,7 @@ from pfstorer_rt.imaging.perceptual import shift_tolerant_distance
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.cfw import Features
-from pfstorer_rt.training.data import LAST, Batch
+from pfstorer_rt.training.data import Batch
 from pfstorer_rt.training.losses import Losses, gradient_loss
 
 PATCH = 96

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pfstorer_rt.attention import training_backend
+from pfstorer_rt.diffusion import SAMPLERS, respace, start_from_lq
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.models.base import Base, build_cfw, fingerprint_modules
 from pfstorer_rt.models.cfw import LEVELS
 from pfstorer_rt.models.denoiser import Denoiser
-from pfstorer_rt.sampling import SAMPLERS, respace, start_from_lq
+from pfstorer_rt.ops import training_backend
 from pfstorer_rt.training.base import BaseTrainConfig, log_to, pair_maker, signature, split_holdout
 from pfstorer_rt.training.data import Batch
 from pfstorer_rt.training.loop import make_accelerator, train

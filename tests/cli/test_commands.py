@@ -236,8 +236,8 @@ def test_rm_deletes_compiled_networks_of_this_identity_alone(run, people, nano_i
 
 
 def test_doctor_reports_every_door(run):
-    from pfstorer_rt.attention import BACKENDS as ATTENTION
     from pfstorer_rt.engine.session import BACKENDS
+    from pfstorer_rt.ops import BACKENDS as ATTENTION
 
     report = json.loads(run("doctor", "--json").out)
     assert set(report["engines"]) == {"torch", *BACKENDS} and set(report["attention"]) == set(ATTENTION)

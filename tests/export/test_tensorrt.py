@@ -16,7 +16,7 @@ from pfstorer_rt.export.tensorrt import BuildOptions, EngineBuilder, plan_profil
 from pfstorer_rt.engine.tensorrt import Library
 from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError
 from pfstorer_rt.plan import COMPONENTS, Plan
-from pfstorer_rt.trust import is_signed, key_path, sign
+from pfstorer_rt.signing import is_signed, key_path, sign
 
 pytest.importorskip("tensorrt_rtx")
 SMALL = BuildOptions(batches=(1, 2))

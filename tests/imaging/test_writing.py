@@ -135,9 +135,9 @@ def test_exif_too_long_for_jpeg_is_left_out():
 @pytest.mark.parametrize("format", ["png", "jpg", "webp", "tif", "bmp"])
 def test_bytes_are_the_same_in_another_process(format):
     code = (
-        "import sys, numpy as np; from pfstorer_rt import image;"
+        "import sys, numpy as np; from pfstorer_rt.imaging import files;"
         "pixels = np.linspace(0, 1, 540).reshape(12, 15, 3);"
-        f"data = image.encode_image(pixels, {format!r}, icc=image.srgb_profile());"
+        f"data = files.encode_image(pixels, {format!r}, icc=files.srgb_profile());"
         "sys.stdout.buffer.write(data)"
     )
     pixels = np.linspace(0, 1, 540).reshape(12, 15, 3)

@@ -8,16 +8,10 @@ import safetensors.torch
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
+from pfstorer_rt.diffusion import make_scheduler
 from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.models import base as base_module
-from pfstorer_rt.models.base import (
-    build_base,
-    find_base,
-    fingerprint_directory,
-    fingerprint_modules,
-    load_base,
-    make_scheduler,
-)
+from pfstorer_rt.models.base import build_base, find_base, fingerprint_directory, fingerprint_modules, load_base
 
 NETWORKS = ("unet", "structure_encoder", "vae", "text_encoder")
 

@@ -84,7 +84,7 @@ def test_attention_formula(heads):
     out = out @ w["attn.to_out.0.weight"].T + w["attn.to_out.0.bias"]
     expected = h.double() + out.transpose(1, 2).reshape(h.shape)
     # The layer itself runs on the processor that the encoder gives it.
-    from pfstorer_rt.attention import AttentionProcessor, sdpa
+    from pfstorer_rt.ops import AttentionProcessor, sdpa
 
     layer.attn.set_processor(AttentionProcessor(sdpa))
     assert torch.allclose(layer(h).double(), expected, rtol=0, atol=1e-5)  # fp32 against fp64

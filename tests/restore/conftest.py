@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from pfstorer_rt.diffusion import alphas_cumprod
 from pfstorer_rt.engine.session import HostSession
 from pfstorer_rt.plan import COMPONENTS
 from pfstorer_rt.restore import Restorer
-from pfstorer_rt.sampling import alphas_cumprod
 
 
 @pytest.fixture(scope="module")

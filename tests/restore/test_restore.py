@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pfstorer_rt.config import RestoreConfig, TileConfig
+from pfstorer_rt.diffusion import SAMPLERS, respace, sample_ddpm, start_from_lq
 from pfstorer_rt.errors import MismatchError, PFStorerError
 from pfstorer_rt.imaging.bands import Canvas, plan_canvas
 from pfstorer_rt.imaging.color import adain_color_fix, wavelet_color_fix
@@ -12,7 +13,6 @@ from pfstorer_rt.imaging.files import from_tensor, to_tensor
 from pfstorer_rt.models.base import build_base
 from pfstorer_rt.plan import COMPONENTS
 from pfstorer_rt.restore import Restorer
-from pfstorer_rt.sampling import SAMPLERS, respace, sample_ddpm, start_from_lq
 
 CONFIG = RestoreConfig(steps=2, sampler="ddpm")
 CHOPPED = TileConfig("parity", chop=128, chop_stride=96)

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from pfstorer_rt.config import PRESETS, TrainConfig
+from pfstorer_rt.diffusion import start_from_lq
 from pfstorer_rt.models.base import build_base, load_base
-from pfstorer_rt.sampling import start_from_lq
 from pfstorer_rt.training import base as module
 from pfstorer_rt.training.base import BaseTrainConfig, latent_pairs, split_holdout, train_base
 from pfstorer_rt.training.data import read_photo

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from pfstorer_rt.sampling import (
+from pfstorer_rt.diffusion import (
     SAMPLERS,
     alphas_cumprod,
     betas,

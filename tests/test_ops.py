@@ -12,7 +12,7 @@ from diffusers.models.activations import GEGLU
 from pfstorer_rt.kernels import dispatch, tuning
 from torch import nn
 
-from pfstorer_rt import attention as door
+from pfstorer_rt import ops as door
 from pfstorer_rt.config import Attention, RestoreConfig
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.files import atomic_write

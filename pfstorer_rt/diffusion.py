@@ -1,4 +1,6 @@
-"""Schedules, and samplers as functions over one denoiser: `sample_*(denoiser, x, timesteps, schedule, noise)`.
+"""The diffusion process: the noise schedule, the algebra of noisy latents, and the samplers.
+
+Samplers are functions over one denoiser: `sample_*(denoiser, x, timesteps, prediction_type, noise, eta)`.
 
 Letters follow DDPM and StableSR: `x` the noisy latent, `x0` the clean one, `eps`/`v` predictions, `abar`
 the cumulative product of alphas. All samplers run on fp32 tensors of any device.
@@ -8,11 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from pfstorer_rt.config import BaseConfig, Weighting
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
 
 Denoise = Callable[[torch.Tensor, int], torch.Tensor]
 """denoiser(x, t) -> prediction, of the whole canvas."""
@@ -20,17 +27,31 @@ Noise = Callable[[], torch.Tensor]
 """Draws fresh standard normal noise of the canvas's shape."""
 
 TRAIN_STEPS = 1000
+BETAS = 0.00085, 0.0120
+"""The first and the last of the noise variances (Stable Diffusion)."""
+LAST = TRAIN_STEPS - 1
+"""The timestep at which restoring starts; with few steps nearly all is decided there."""
 
 
 def betas() -> npt.NDArray[Any]:
     """The 1000 noise variances: linspace of square roots, squared (StableSR section 4, "scaled linear")."""
-    roots = np.linspace(0.00085**0.5, 0.0120**0.5, TRAIN_STEPS, dtype=np.float64)
+    roots = np.linspace(BETAS[0] ** 0.5, BETAS[1] ** 0.5, TRAIN_STEPS, dtype=np.float64)
     return np.square(roots)
 
 
 def alphas_cumprod() -> npt.NDArray[np.float64]:
     """abar_t for t in 0..999."""
     return np.cumprod(1 - betas())
+
+
+def make_scheduler(config: BaseConfig) -> DDPMScheduler:
+    """Return Stable Diffusion's noise schedule (StableSR section 4: 1000 steps, scaled linear)."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(
+        num_train_timesteps=TRAIN_STEPS, beta_start=BETAS[0], beta_end=BETAS[1], beta_schedule="scaled_linear",
+        prediction_type=config.prediction_type, clip_sample=False, timestep_spacing="trailing",
+    )  # fmt: skip
 
 
 def respace(steps: int) -> list[int]:
@@ -86,6 +107,56 @@ def split_prediction(
     return (x - s * prediction) / a, prediction
 
 
+def add_noise(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """`sqrt(abar_t) x0 + sqrt(1 - abar_t) noise` for (B, C, h, w) and t (B,) in 0..999 (DDPM eq. 4)."""
+    abar = alphas_cumprod[t][:, None, None, None]
+    return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+
+def noisy_latent(
+    x0: torch.Tensor, z_lq: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor
+) -> torch.Tensor:
+    """x_t of (B, C, h, w); rows at the last timestep begin as restoring does, from their LQ latents.
+
+    There x_t of the clean latent would still show 7 % of it, which no restoring sees.
+    """
+    start = t == LAST
+    return add_noise(torch.where(start[:, None, None, None], z_lq, x0), noise, t, alphas_cumprod)
+
+
+def x0_from_prediction(
+    x: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str
+) -> torch.Tensor:
+    """The clean latent that a prediction of eps, or of `v = sqrt(abar) eps - sqrt(1 - abar) x0`, stands for."""
+    abar = alphas_cumprod[t][:, None, None, None]
+    if prediction_type == "epsilon":
+        return (x - (1 - abar).sqrt() * prediction) / abar.sqrt()
+    return abar.sqrt() * x - (1 - abar).sqrt() * prediction
+
+
+def x0_weight(t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str) -> torch.Tensor:
+    """Factor from the squared error of a prediction to that of x0, (B,): `1 - abar` for v, over `abar` for eps.
+
+    Source: x0 solved from `x = sqrt(abar) x0 + sqrt(1 - abar) eps` (Salimans and Ho 2022, section 4 and appendix D).
+    """
+    abar = alphas_cumprod[t]
+    return (1 - abar) / abar if prediction_type == "epsilon" else 1 - abar
+
+
+def prediction_error(
+    prediction: torch.Tensor, x: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor,
+    prediction_type: str, weighting: Weighting,
+) -> torch.Tensor:  # fmt: skip
+    """Mean squared error of each row, (B,).
+
+    weighting: `prediction` is the error of the prediction itself; `x0` that of the clean latent that it stands for,
+    so that the noisy end, where few-step sampling starts, counts most.
+    """
+    found = x0_from_prediction(x, prediction.float(), t, alphas_cumprod, prediction_type)
+    error = (found - x0).square().mean((1, 2, 3))
+    return error if weighting == "x0" else error / x0_weight(t, alphas_cumprod, prediction_type)
+
+
 def sample_ddpm(
     denoiser: Denoise,
     x: torch.Tensor,
@@ -131,7 +202,7 @@ def _diffusers_scheduler(name: str, timesteps: Sequence[int], prediction_type: s
     import diffusers
 
     settings = {
-        "num_train_timesteps": TRAIN_STEPS, "beta_start": 0.00085, "beta_end": 0.0120,
+        "num_train_timesteps": TRAIN_STEPS, "beta_start": BETAS[0], "beta_end": BETAS[1],
         "beta_schedule": "scaled_linear", "prediction_type": prediction_type,
     }  # fmt: skip
     if name == "dpmpp_2m":
