@@ -17,15 +17,15 @@ import torch
 from pfstorer_rt.config import BaseConfig
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.engine.session import Array, choose_backend
-from pfstorer_rt.engine.torch import component_modules, manifest
 from pfstorer_rt.errors import MismatchError, MissingBackendError, ParityError
 from pfstorer_rt.files import sha256_bytes, sha256_file, work_folder
 from pfstorer_rt.identity import Identity, identity_path
 from pfstorer_rt.models.base import Base, load_base
+from pfstorer_rt.models.components import component_modules, example_inputs, manifest
 from pfstorer_rt.plan import COMPONENTS, SHIPPED, Manifest, Payload, Plan, move_plan, write_plan
 
 from . import parity
-from .graph import OPSET, SELF_CONTAINED, Graph, build_graph, example_inputs, fused_module
+from .graph import OPSET, SELF_CONTAINED, Graph, build_graph, fused_module
 from .probes import TIMESTEPS, probe_inputs
 from .quantize import calibration_inputs, quantize
 from .tensorrt import BuildOptions, EngineBuilder

@@ -17,11 +17,14 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import nn
 
-from pfstorer_rt.engine.torch import component_modules, component_names
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import Base
-from pfstorer_rt.models.cfw import LEVELS
-from pfstorer_rt.models.codec import feature_names
+from pfstorer_rt.models.components import (
+    component_modules,
+    component_names,
+    dynamic_shapes,
+    example_inputs,
+)
 from pfstorer_rt.models.denoiser import Denoiser
 from pfstorer_rt.plan import COMPONENTS
 
@@ -32,7 +35,6 @@ from .precision import TypedComponent, spell_out_attention
 
 OPSET = 23
 """The first opset with an `Attention` operator, which engines replace by their own fused kernel."""
-EXAMPLE_BATCH = 2  # 0 and 1 would be taken for constants
 SELF_CONTAINED = 2**27
 """Bytes of constants up to which a payload is one ONNX message (2 GB is the most that one can have)."""
 
@@ -91,53 +93,6 @@ def fused_module(component: str, base: Base, identity: Identity | None = None) -
 def fused_modules(base: Base, identity: Identity | None = None) -> dict[str, nn.Module]:
     """Return all component modules with constants folded."""
     return {name: fused_module(name, base, identity) for name in COMPONENTS}
-
-
-def example_inputs(
-    component: str, base: Base, strength: bool, batch: int = EXAMPLE_BATCH, part: int = 1
-) -> dict[str, torch.Tensor]:
-    """Return inputs of a component with the statistics it meets in use.
-
-    part: encoder and decoder, which know pictures of all sizes, get those of a tile's side over this.
-    """
-    generator = torch.Generator().manual_seed(0)
-    side, channels = base.config.latent_tile, base.config.latent_channels
-    side = side if component == "denoiser" else side // part
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    if component == "encoder":
-        return {"image": normal(batch, 3, side * base.config.factor, side * base.config.factor).clamp(-1, 1)}
-    if component == "decoder":
-        latent = {"latent": normal(batch, channels, side, side)}
-        return latent | wrapped_features(base, example_inputs("encoder", base, False, batch, part)["image"])
-    t = torch.rand(batch, generator=generator) * 999
-    inputs = {"x": normal(batch, channels, side, side), "t": t, "z_lq": normal(batch, channels, side, side)}
-    return {**inputs, "strength": torch.ones(1)} if strength else inputs
-
-
-@torch.no_grad()
-def wrapped_features(base: Base, image: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what the decoder takes besides the latent: nothing, or the features of an LQ image and their weight."""
-    if base.cfw is None:
-        return {}
-    maps, weight = base.features(image), torch.full((1,), base.config.cfw_weight or 0.5)
-    return {**dict(zip(feature_names(base), maps.values(), strict=True)), "cfw_weight": weight}
-
-
-def dynamic_shapes(component: str, strength: bool, factor: int) -> dict[str, Any]:
-    """Return the free dimensions: the batch everywhere, height and width around the denoiser."""
-    batch = torch.export.Dim("batch", min=1, max=256)
-    if component == "denoiser":
-        shapes: dict[str, Any] = {name: {0: batch} for name in ("x", "t", "z_lq")}
-        return {**shapes, "strength": None} if strength else shapes
-    height, width = (torch.export.Dim(name, min=2, max=4096) for name in ("height", "width"))  # of the latent
-    if component == "decoder":
-        scales = {f"features_{level}": factor // 2**level for level in LEVELS}
-        features = {name: {0: batch, 2: n * height, 3: n * width} for name, n in scales.items()}
-        return {"latent": {0: batch, 2: height, 3: width}, **features, "cfw_weight": None}
-    return {"image": {0: batch, 2: factor * height, 3: factor * width}}
 
 
 def build_graph(

@@ -11,8 +11,7 @@ from skimage import data
 
 from pfstorer_rt.imaging.files import resize_bicubic
 from pfstorer_rt.models.base import Base
-
-from .graph import wrapped_features
+from pfstorer_rt.models.components import wrapped_features
 
 TIMESTEPS = {"photo": (999.0, 250.0, 0.0), "noise": (999.0,), "white": (250.0,), "grey": (0.0,), "black": (0.0,)}
 """Where a denoiser is tried on each tile: on noise, halfway, and on an all but clean latent."""

@@ -17,8 +17,8 @@ from skimage import data
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.engine.session import Array
 from pfstorer_rt.models.base import Base
+from pfstorer_rt.models.components import wrapped_features
 
-from .graph import wrapped_features
 from .probes import add_noise, photograph, portrait, resize
 
 SAMPLES = 20

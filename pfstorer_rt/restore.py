@@ -115,8 +115,9 @@ class Restorer:
         attention: a backend of `pfstorer_rt.ops`; raises `MissingBackendError` when it is refused.
         Raises `MismatchError` when the identity, or the manifest that is expected, is of another base.
         """
-        from pfstorer_rt.engine.torch import manifest, open_sessions
+        from pfstorer_rt.engine.torch import open_sessions
         from pfstorer_rt.models.base import Base, load_base
+        from pfstorer_rt.models.components import manifest
 
         loaded = base if isinstance(base, Base) else load_base(str(base))
         if identity is not None and not isinstance(identity, Identity):

@@ -36,7 +36,7 @@ def command(
         raise PFStorerError(f"{output}: the folder is not empty; choose another name or pass --overwrite")
     import torch
 
-    from pfstorer_rt.models.importing import import_base
+    from pfstorer_rt.models.stablesr.importing import import_base
 
     types = {"fp16": torch.float16, "fp32": torch.float32}
     made = import_base(

@@ -10,9 +10,8 @@ from torch import nn
 from pfstorer_rt.engine.session import Array, numpy_run
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import Base
-from pfstorer_rt.models.codec import Decoder, Encoder, feature_names
-from pfstorer_rt.models.denoiser import Denoiser
-from pfstorer_rt.plan import COMPONENTS, Manifest
+from pfstorer_rt.models.components import component_modules, component_names
+from pfstorer_rt.plan import COMPONENTS
 
 
 class TorchSession:
@@ -43,22 +42,6 @@ class TorchSession:
     ) -> None: ...
 
 
-def component_modules(base: Base, identity: Identity | None = None) -> dict[str, nn.Module]:
-    """Return the unfused component modules by name; raises `MismatchError` for an identity of another base."""
-    return {"encoder": Encoder(base), "denoiser": Denoiser(base, identity), "decoder": Decoder(base)}
-
-
-def component_names(component: str, base: Base, strength: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return a component's input and output names, in order."""
-    variational = base.config.vae["class"] == "AutoencoderKL"
-    features = feature_names(base)
-    return {
-        "encoder": (("image",), (("mean", "std") if variational else ("mean",)) + features),
-        "denoiser": (("x", "t", "z_lq", "strength") if strength else ("x", "t", "z_lq"), ("prediction",)),
-        "decoder": (("latent", *features, "cfw_weight") if features else ("latent",), ("image",)),
-    }[component]
-
-
 def open_sessions(
     base: Base, identity: Identity | None = None, attention: str = "auto"
 ) -> dict[str, TorchSession]:
@@ -67,17 +50,3 @@ def open_sessions(
     base.set_attention(attention, modules["denoiser"])
     strength = bool(getattr(modules["denoiser"], "has_strength", False))
     return {c: TorchSession(modules[c], *component_names(c, base, strength), base.device) for c in COMPONENTS}
-
-
-def manifest(base: Base, identity: Identity | None = None, target: str = "torch", precision: str = "fp32") -> Manifest:
-    """Describe a base and an identity as a plan would."""
-    c = base.config
-    return Manifest(
-        target=target, precision=precision, tile=c.tile, factor=c.factor, latent_channels=c.latent_channels,
-        prediction_type=c.prediction_type, sampler=c.sampler, steps=c.steps, base_name=c.name,
-        base_fingerprint=base.fingerprint, identity_name=identity.name if identity else None,
-        identity_fingerprint=identity.fingerprint if identity else None,
-        method=identity.method if identity else None,
-        strength=identity is not None and identity.method != "dreambooth", cfw=base.cfw is not None,
-        cfw_weight=c.cfw_weight if base.cfw else 0.0, licence=c.licence,
-    )  # fmt: skip

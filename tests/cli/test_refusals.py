@@ -80,7 +80,7 @@ def test_a_scale_out_of_range_is_found_before_the_work(refused, save, tree, tmp_
 
 
 def test_an_old_format_checkpoint_is_read_and_text_is_called_no_checkpoint(tmp_path, refused):
-    from pfstorer_rt.models.checkpoint import read_checkpoint
+    from pfstorer_rt.models.stablesr.checkpoint import read_checkpoint
 
     torch.save({"a": torch.arange(3.0)}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
     assert torch.equal(read_checkpoint(tmp_path / "old.ckpt")["a"], torch.arange(3.0))

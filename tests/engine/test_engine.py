@@ -13,9 +13,10 @@ import pfstorer_rt.engine.session as session_module
 from pfstorer_rt.engine import onnxruntime as ort_engine
 from pfstorer_rt.engine.openvino import OpenVinoSession
 from pfstorer_rt.engine.session import BACKENDS, choose_backend, open_session
-from pfstorer_rt.engine.torch import component_names, manifest, open_sessions
+from pfstorer_rt.engine.torch import open_sessions
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
 from pfstorer_rt.files import sha256_bytes
+from pfstorer_rt.models.components import component_names, manifest
 from pfstorer_rt.plan import COMPONENTS, Plan, write_plan
 from pfstorer_rt.restore import Restorer
 

@@ -11,7 +11,7 @@ import pfstorer_rt.export.graph as graph
 import pytest
 import torch
 from pfstorer_rt.export import export_plan, parity
-from pfstorer_rt.export.graph import example_inputs, fused_module, fused_modules
+from pfstorer_rt.export.graph import fused_module, fused_modules
 from torch import nn
 
 from pfstorer_rt.config import RestoreConfig
@@ -20,6 +20,7 @@ from pfstorer_rt.engine.session import open_session
 from pfstorer_rt.errors import MismatchError, ParityError
 from pfstorer_rt.files import sha256_bytes
 from pfstorer_rt.models.base import build_base
+from pfstorer_rt.models.components import example_inputs
 from pfstorer_rt.models.denoiser import Denoiser
 from pfstorer_rt.plan import COMPONENTS, Plan
 from pfstorer_rt.restore import Restorer

@@ -14,12 +14,13 @@ import onnxruntime
 import pytest
 import torch
 from pfstorer_rt.export import export_plan, plugins
-from pfstorer_rt.export.graph import build_graph, example_inputs, fused_module
+from pfstorer_rt.export.graph import build_graph, fused_module
 from pfstorer_rt.export.tensorrt import BuildOptions
 from pfstorer_rt.kernels import reference
 
 from pfstorer_rt.engine.tensorrt import Library, load_library
 from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.models.components import example_inputs
 from pfstorer_rt.models.denoiser import Denoiser
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pfstorer_rt.export import build, export_plan, parity, precision
-from pfstorer_rt.export.graph import build_graph, example_inputs, fused_module
+from pfstorer_rt.export.graph import build_graph, fused_module
 from pfstorer_rt.export.precision import TypedComponent, centred_attention
 from pfstorer_rt.export.probes import probe_inputs, probe_tiles
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.errors import ParityError
 from pfstorer_rt.models.base import build_base
+from pfstorer_rt.models.components import example_inputs
 from pfstorer_rt.restore import Restorer
 
 

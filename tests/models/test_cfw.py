@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from pfstorer_rt.config import PRESETS
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.models.base import build_base, load_base
-from pfstorer_rt.models.codec import Decoder, Encoder
-from pfstorer_rt.models.importing import convert_cfw, import_base
+from pfstorer_rt.models.components import Decoder, Encoder
+from pfstorer_rt.models.stablesr.importing import convert_cfw, import_base
 
 GROUPS, WIDTHS, GROWTH, SCALE = 4, (8, 16, 16, 16), 4, 0.18215
 KL = {
@@ -119,7 +119,7 @@ def sd(tmp_path_factory):
 
 def imported(sd, tmp_path, monkeypatch, vae_seed, cfw_seed):
     """The base imported from checkpoints under StableSR's names; its SPADEs and structure encoder are the base's."""
-    from pfstorer_rt.models import importing
+    from pfstorer_rt.models.stablesr import importing
 
     base = load_base(sd)
     first = {f"first_stage_model.{k}": v.float() for k, v in drawn(vae_seed).weights.items() if "fusion" not in k}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from pfstorer_rt.config import PRESETS
 from pfstorer_rt.models.base import build_base, load_base
-from pfstorer_rt.models.codec import Decoder, Encoder
+from pfstorer_rt.models.components import Decoder, Encoder
 
 CONFIG = replace(PRESETS["nano"], cfw={"widths": (8, 8), "growth": 4}, cfw_weight=1.0)
 

@@ -16,8 +16,8 @@ from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import show_path
 from pfstorer_rt.models.base import assemble, check_room, fingerprint_directory, read_network, write_base
 from pfstorer_rt.models.cfw import LEVELS
-from pfstorer_rt.models.checkpoint import read_checkpoint
-from pfstorer_rt.models.conversion import (
+from pfstorer_rt.models.stablesr.checkpoint import read_checkpoint
+from pfstorer_rt.models.stablesr.conversion import (  # fmt: skip
     STRUCTURE,
     TEXT,
     UNET,
@@ -27,7 +27,7 @@ from pfstorer_rt.models.conversion import (
     convert_unet,
     dropped,
     part,
-)  # fmt: skip
+)
 
 TAESD = "madebyollin/taesd"
 """The tiny autoencoder of Stable Diffusion's latent space, on the hub."""

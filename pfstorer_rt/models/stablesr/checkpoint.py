@@ -14,7 +14,7 @@ import torch
 
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import show_path
-from pfstorer_rt.models.conversion import Tensors
+from pfstorer_rt.models.stablesr.conversion import Tensors
 
 _ALLOWED = {
     ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"),

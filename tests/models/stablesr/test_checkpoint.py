@@ -14,12 +14,12 @@ from torch import nn
 
 from pfstorer_rt.config import PRESETS
 from pfstorer_rt.errors import BadFileError, PFStorerError
-from pfstorer_rt.models import importing
 from pfstorer_rt.models.base import assemble, build_base, load_base
 from pfstorer_rt.models.cfw import ControllableFeatureWrapping
-from pfstorer_rt.models.checkpoint import read_checkpoint
-from pfstorer_rt.models.conversion import convert_structure_encoder, spade_name
-from pfstorer_rt.models.importing import (
+from pfstorer_rt.models.stablesr import importing
+from pfstorer_rt.models.stablesr.checkpoint import read_checkpoint
+from pfstorer_rt.models.stablesr.conversion import convert_structure_encoder, spade_name
+from pfstorer_rt.models.stablesr.importing import (
     check_finite,
     check_fit,
     convert,

@@ -1,0 +1,1 @@
+"""Import of StableSR and Stable Diffusion checkpoints."""
