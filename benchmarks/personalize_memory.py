@@ -26,7 +26,7 @@ from pfstorer_rt.config import PRESETS, PersonalizeConfig, TrainConfig
 from pfstorer_rt.models.base import Base, assemble
 from pfstorer_rt.models.prompt import SUBJECT, PromptEncoder, token_position, tokenize
 from pfstorer_rt.models.reference import Positions
-from pfstorer_rt.training import losses
+from pfstorer_rt.training import objectives
 from pfstorer_rt.training.memory import frozen_weights_in
 from pfstorer_rt.training.personalize import make_optimizer
 
@@ -74,12 +74,12 @@ def measure(preset: str, batch: int, rank: int, recompute: bool) -> dict[str, An
     with (
         FakeTensorMode(),
         # The three places where values decide; shapes are all that matters here.
-        patch.object(losses, "subject_ids", lambda *_: (torch.zeros(1, length, dtype=torch.long), positions)),
+        patch.object(objectives, "subject_ids", lambda *_: (torch.zeros(1, length, dtype=torch.long), positions)),
         patch.object(PromptEncoder, "word_embedding", lambda *_: torch.zeros(width)),
         patch.object(Base, "encode_prompt", lambda *_: torch.zeros(1, length, width)),
     ):
         base = assemble(sizes).freeze()
-        objective, meter = losses.PersonalizationObjective(base, config), Meter()
+        objective, meter = objectives.PersonalizationObjective(base, config), Meter()
         if recompute:
             base.unet.enable_gradient_checkpointing()
         with frozen_weights_in(objective, torch.bfloat16):

@@ -77,7 +77,7 @@ def make_nano_identity(nano_base, tmp_path_factory):
     from PIL import Image
 
     from pfstorer_rt.config import PersonalizeConfig
-    from pfstorer_rt.training.losses import DreamBoothObjective, PersonalizationObjective
+    from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
     from pfstorer_rt.training.personalize import make_identity
 
     pixels = picture(80, 72, seed=5)

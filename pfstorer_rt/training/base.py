@@ -24,8 +24,8 @@ from pfstorer_rt.ops import training_backend
 from pfstorer_rt.training.chunks import make_arrays
 from pfstorer_rt.training.data import Batch, Photographs, draw_timesteps
 from pfstorer_rt.training.loop import make_accelerator, train
-from pfstorer_rt.training.losses import AutoencoderObjective, RestorerObjective
 from pfstorer_rt.training.memory import make_adamw, saving_memory
+from pfstorer_rt.training.objectives import AutoencoderObjective, RestorerObjective
 
 PAIR_CHUNK = 64
 """Latent pairs that are made and written at once."""

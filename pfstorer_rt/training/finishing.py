@@ -31,9 +31,10 @@ from pfstorer_rt.training.base import (
 from pfstorer_rt.training.chunks import make_arrays
 from pfstorer_rt.training.data import Batch, draw_timesteps
 from pfstorer_rt.training.loop import make_accelerator, train
-from pfstorer_rt.training.losses import Losses, RestorerObjective
+from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.memory import make_adamw
-from pfstorer_rt.training.pictures import PictureLoss, draw_views, find_faces
+from pfstorer_rt.training.objectives import RestorerObjective
+from pfstorer_rt.training.picture_loss import PictureLoss, draw_views, find_faces
 
 
 class FinishingObjective(RestorerObjective):

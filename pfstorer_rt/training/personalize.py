@@ -24,9 +24,9 @@ from pfstorer_rt.training.base import signature
 from pfstorer_rt.training.data import center_crop
 from pfstorer_rt.training.framing import read_references
 from pfstorer_rt.training.loop import make_accelerator, train
-from pfstorer_rt.training.losses import DreamBoothObjective, PersonalizationObjective
 from pfstorer_rt.training.memory import make_adamw, saving_memory
-from pfstorer_rt.training.pictures import PictureLoss, looks_at_pictures, refusal
+from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
+from pfstorer_rt.training.picture_loss import PictureLoss, looks_at_pictures, refusal
 from pfstorer_rt.training.pool import BatchMaker, make_pool
 
 TUNING_RATE = 0.1

@@ -16,7 +16,7 @@ from pfstorer_rt.console import stderr
 from pfstorer_rt.degradation.degrade import LEVELS, degrade
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.training.data import Batch, center_crop, draw_timesteps, random_crop
-from pfstorer_rt.training.pictures import draw_views, find_faces, looks_at_pictures
+from pfstorer_rt.training.picture_loss import draw_views, find_faces, looks_at_pictures
 
 ZOOM = 1.25
 """Training squares are cut at up to this magnification, so that most of the face stays in."""

@@ -13,7 +13,8 @@ from pfstorer_rt.models.personalization import (
 )
 from pfstorer_rt.models.reference import reference_features
 from pfstorer_rt.models.unet import RestorationUNet
-from pfstorer_rt.training.losses import PersonalizationObjective, attention_loss
+from pfstorer_rt.training.losses import attention_loss
+from pfstorer_rt.training.objectives import PersonalizationObjective
 
 
 def normal(*shape, seed=0):

@@ -16,7 +16,7 @@ from pfstorer_rt.training import base as module
 from pfstorer_rt.training.base import BaseTrainConfig, latent_pairs, split_holdout, train_base
 from pfstorer_rt.training.data import read_photo
 from pfstorer_rt.training.loop import make_accelerator
-from pfstorer_rt.training.losses import AutoencoderObjective, RestorerObjective
+from pfstorer_rt.training.objectives import AutoencoderObjective, RestorerObjective
 from pfstorer_rt.training.wrapping import add_wrapping
 
 SETTINGS = TrainConfig(iterations=4, batch=2, learning_rate=1e-3, ema=0.5, device="cpu", precision="fp32")

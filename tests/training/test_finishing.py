@@ -15,7 +15,7 @@ from pfstorer_rt.models.base import build_base, load_base
 from pfstorer_rt.training import finishing as module
 from pfstorer_rt.training.base import BaseTrainConfig
 from pfstorer_rt.training.finishing import FinishingObjective, finish_base, picture_pairs
-from pfstorer_rt.training.pictures import PictureLoss, find_faces, jitter
+from pfstorer_rt.training.picture_loss import PictureLoss, find_faces, jitter
 from pfstorer_rt.training.wrapping import add_wrapping
 
 SETTINGS = TrainConfig(iterations=4, batch=2, learning_rate=1e-3, ema=0.5, device="cpu", precision="fp32")
@@ -177,6 +177,6 @@ def test_jitter_is_a_small_similarity():
 def test_what_finishing_needs(photos, wrapped, tmp_path, monkeypatch):
     with pytest.raises(BadFileError, match="no feature wrapping; train it first"):
         finish_base([photos], build_base("nano"), tmp_path / "a", CONFIG, tmp_path / "work")
-    monkeypatch.setattr("pfstorer_rt.training.pictures.face_models", lambda: None)
+    monkeypatch.setattr("pfstorer_rt.training.picture_loss.face_models", lambda: None)
     with pytest.raises(MissingBackendError, match="pip install"):
         finish_base([photos], load_base(wrapped), tmp_path / "a", CONFIG, tmp_path / "work")

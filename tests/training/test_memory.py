@@ -12,8 +12,8 @@ from pfstorer_rt.config import PersonalizeConfig, TrainConfig
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.models.base import build_base
 from pfstorer_rt.training.loop import make_accelerator, train
-from pfstorer_rt.training.losses import DreamBoothObjective, PersonalizationObjective
 from pfstorer_rt.training.memory import frozen_weights_in, make_adamw, saving_memory
+from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
 
 CPU = TrainConfig(device="cpu", precision="bf16")
 

@@ -18,9 +18,9 @@ from pfstorer_rt.models.base import build_base
 from pfstorer_rt.models.prompt import tokenize
 from pfstorer_rt.training import personalize as module
 from pfstorer_rt.training.data import center_crop, read_photo
-from pfstorer_rt.training.losses import DreamBoothObjective, PersonalizationObjective
+from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
 from pfstorer_rt.training.personalize import make_optimizer, personalize
-from pfstorer_rt.training.pictures import PictureLoss
+from pfstorer_rt.training.picture_loss import PictureLoss
 from pfstorer_rt.training.pool import BatchMaker, make_pool
 
 METHODS = ("pfstorer", "vico", "dreambooth")
@@ -289,7 +289,7 @@ def test_losses_of_pictures_have_gradients_in_what_is_learned(base, photos, meth
 
 
 def test_without_the_metrics_latents_alone_are_learned_from(base, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("pfstorer_rt.training.pictures.face_models", lambda: None)
+    monkeypatch.setattr("pfstorer_rt.training.picture_loss.face_models", lambda: None)
     train = TrainConfig(iterations=1, batch=1, device="cpu", precision="fp32")
     config, notes = PersonalizeConfig(train=train, lambda_id=1.0, first_step=1.0), []
     identity = personalize("a", photos, base, config, tmp_path / "a.safetensors", notes.append)

@@ -1,0 +1,226 @@
+"""The objectives: the modules that accelerate trains."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pfstorer_rt.config import BaseConfig, PersonalizeConfig, Weighting
+from pfstorer_rt.diffusion import add_noise, noisy_latent, prediction_error, x0_from_prediction
+from pfstorer_rt.models.base import Base
+from pfstorer_rt.models.personalization import PersonalizationBlocks, reference_mask
+from pfstorer_rt.models.prompt import tokenize
+from pfstorer_rt.models.reference import ReferencePass, reference_pass, subject_ids
+from pfstorer_rt.models.unet import Tap
+from pfstorer_rt.models.vae import Autoencoder, decode, encode_moments
+from pfstorer_rt.training.data import Batch
+from pfstorer_rt.training.losses import Losses, attention_loss, gradient_loss, moment_loss
+
+
+class AutoencoderObjective(nn.Module):
+    """Reconstruction through a noisy latent: L1 + gradient L1 + unit moments.
+
+    The noise makes the decoder forgive the small errors that a diffusion model leaves in a latent.
+    """
+
+    def __init__(self, vae: Autoencoder, noise: float = 0.05, moments: float = 0.02) -> None:
+        super().__init__()
+        self.vae, self.noise, self.moments = vae, noise, moments
+
+    def forward(self, batch: Batch) -> Losses:
+        """Take `image` (B, 3, H, W) in [-1, 1] and `noise` (B, C, h, w)."""
+        image = batch["image"].contiguous(memory_format=torch.channels_last)
+        latent, std = encode_moments(self.vae, image)
+        deviation = self.noise if std is None else std + self.noise
+        output = decode(self.vae, latent + deviation * batch["noise"]).float()
+        reconstruction = F.l1_loss(output, batch["image"])
+        moments = moment_loss(latent.float())
+        loss = reconstruction + gradient_loss(output, batch["image"]) + self.moments * moments
+        return {"loss": loss, "l1": reconstruction, "moments": moments}
+
+
+class RestorerObjective(nn.Module):
+    """L_diff on latent pairs: MSE of the prediction at a uniform t (StableSR section 3.1)."""
+
+    alphas_cumprod: torch.Tensor
+
+    def __init__(self, base: Base, weighting: Weighting = "prediction") -> None:
+        super().__init__()
+        self.weighting = weighting
+        self.unet, self.structure_encoder = base.unet, base.structure_encoder
+        self.text_encoder, self.prediction_type = base.text_encoder, base.config.prediction_type
+        self.register_buffer("alphas_cumprod", base.scheduler.alphas_cumprod.clone(), persistent=False)
+        self.register_buffer("ids", tokenize(base.config.prompt, base.config), persistent=False)
+
+    def forward(self, batch: Batch) -> Losses:
+        """Take latents `hq` and `lq` (B, C, h, w), `noise` of the same shape, `t` (B,)."""
+        x0, t = batch["hq"], batch["t"]
+        context = self.text_encoder(self.ids).expand(len(x0), -1, -1)
+        x = noisy_latent(x0, batch["lq"], batch["noise"], t, self.alphas_cumprod)
+        prediction = self.unet(x, t, context, self.structure_encoder(batch["lq"], t))
+        error = prediction_error(prediction, x, x0, t, self.alphas_cumprod, self.prediction_type, self.weighting)
+        return {"loss": error.mean()}
+
+
+class Looking(Protocol):
+    """What looks at pictures: `PictureLoss`."""
+
+    def of_batch(self, restored: torch.Tensor, batch: Batch) -> Losses:
+        """Return the weighted sum, `pictures`, and its parts of clean latents (B, C, h, w)."""
+
+
+class LookingObjective(nn.Module):
+    """An objective that may look at the pictures that its predictions stand for."""
+
+    alphas_cumprod: torch.Tensor
+    pictures: Looking | None
+    base_config: BaseConfig
+
+    def look(self, x: torch.Tensor, prediction: torch.Tensor, batch: Batch) -> Losses:
+        """Return `pictures` and its parts of the restored rows (B, C, h, w); nothing without such losses."""
+        if self.pictures is None:
+            return {}
+        restored = x0_from_prediction(
+            x, prediction.float(), batch["t"], self.alphas_cumprod, self.base_config.prediction_type
+        )
+        return self.pictures.of_batch(restored, batch)
+
+
+class PersonalizationObjective(LookingObjective):
+    """`L_diff + lambda_gen L_gen + lambda_pers L_pers` (PFStorer section 3.3).
+
+    Rows that pass the frozen base: the reference, then LQ-conditioned and null-conditioned ones. L_gen is the mean over
+    `gen_rows` of the samples: samples are independent draws, so it estimates the same with less work.
+    """
+
+    alphas_cumprod: torch.Tensor
+    ids: torch.Tensor
+    base_context: torch.Tensor
+
+    def __init__(self, base: Base, config: PersonalizeConfig, pictures: Looking | None = None) -> None:
+        super().__init__()
+        self.config, self.base_config, self.pictures = config, base.config, pictures
+        self.unet, self.structure_encoder, self.text_encoder = base.unet, base.structure_encoder, base.text_encoder
+        layers = config.layers or base.config.layers
+        self.blocks = PersonalizationBlocks.for_unet(
+            base.unet, layers, base.config.head_size, config.rank, config.residual
+        )
+        if config.method == "vico":
+            for gamma in (p for n, p in self.blocks.named_parameters() if n.endswith("gamma")):
+                gamma.requires_grad_(False).fill_(1.0)
+        ids, self.positions = subject_ids(base, config.subject_prompt)
+        self.token = nn.Parameter(self.text_encoder.word_embedding(tokenize(config.init_word, base.config)))
+        self.register_buffer("ids", ids, persistent=False)
+        with torch.no_grad():
+            self.register_buffer("base_context", base.encode_prompt(), persistent=False)
+        self.register_buffer("alphas_cumprod", base.scheduler.alphas_cumprod.clone(), persistent=False)
+
+    def forward(self, batch: Batch) -> Losses:
+        """Take scaled latents `hq lq noise` (B, C, h, w), `reference` (1, C, h, w), `t` (B,), `self` bool ()."""
+        x0, z_lq, t, noise, n = batch["hq"], batch["lq"], batch["t"], batch["noise"], len(batch["hq"])
+        k = min(self.config.gen_rows, n) if self.config.lambda_gen else 0
+        subject = self.text_encoder(self.ids, self.token)
+        reference = self.reference(batch["reference"], t, subject)
+        rows = torch.cat([torch.arange(n), torch.arange(k)]).to(x0.device)
+        x = torch.cat([
+            noisy_latent(x0, z_lq, noise, t, self.alphas_cumprod), add_noise(x0, noise, t, self.alphas_cumprod)[:k]
+        ])  # fmt: skip
+        structure = self.structure_encoder(torch.cat([z_lq, torch.zeros_like(z_lq[:k])]), t[rows])
+        prediction = self.unet(
+            x, t[rows], self.main_context(subject).expand(n + k, -1, -1), structure,
+            bypass=self.bypass(n, k, x.device), **self.taps(reference, rows, bool(batch["self"])),
+        )  # fmt: skip
+        error = prediction_error(
+            prediction, x, x0[rows], t[rows], self.alphas_cumprod, self.base_config.prediction_type,
+            self.config.weighting,
+        )  # fmt: skip
+        diff, gen = error[:n].mean(), error[n:].sum() / max(1, k)
+        pers = diff.new_zeros(())
+        for probabilities in reference.probabilities.values():
+            pers = pers + attention_loss(probabilities, *self.positions)
+        loss = diff + self.config.lambda_gen * gen + self.config.lambda_pers * pers
+        seen = self.look(x[:n], prediction[:n], batch)
+        return {"loss": loss + seen.pop("pictures", 0), "diff": diff, "gen": gen, "pers": pers, **seen}
+
+    def main_context(self, subject: torch.Tensor) -> torch.Tensor:
+        """Context of the restored rows, (1, L, D): the base's prompt, or the subject's."""
+        return subject if self.config.main_prompt == "subject" else self.base_context
+
+    def reference(self, z_ref: torch.Tensor, t: torch.Tensor, subject: torch.Tensor) -> ReferencePass:
+        """Run the reference through the base: once, or once for each t with `ref_timestep: same`.
+
+        The paper puts it into the batch of the restored rows; apart, the outcome is the same, and the restored
+        rows need no gradients before the first personalized layer.
+        """
+        t_ref = t if self.config.ref_timestep == "same" else torch.zeros_like(t[:1])
+        n = len(t_ref)
+        return reference_pass(
+            self.unet, self.structure_encoder, z_ref.expand(n, -1, -1, -1), t_ref, subject.expand(n, -1, -1),
+            self.blocks.layers, self.config.tap, self.config.ref_sft == "bypass",
+        )  # fmt: skip
+
+    def bypass(self, n: int, k: int, device: torch.device) -> torch.Tensor | None:
+        """Rows that skip SPADE, bool (n + k,): the null-conditioned ones with `null_cond: bypass`, else None."""
+        return torch.arange(n + k, device=device) >= n if self.config.null_cond == "bypass" else None
+
+    def taps(self, reference: ReferencePass, rows: torch.Tensor, use_self: bool) -> dict[str, dict[str, Tap]]:
+        """Return the UNet's taps; both kinds of restored rows attend to the reference.
+
+        rows: (R,) the sample that each restored row is of.
+        """
+        where = "taps" if self.config.tap == "post" else "inner_taps"
+        if use_self:
+            return {where: self.blocks.taps(None)}
+        with torch.no_grad():
+            masks = {k: reference_mask(p[:, :, self.positions.subject]) for k, p in reference.probabilities.items()}
+        features = reference.features
+        if self.config.ref_timestep == "same":
+            features, masks = ({k: tensor[rows] for k, tensor in found.items()} for found in (features, masks))
+        return {where: self.blocks.taps(features, masks)}
+
+
+class DreamBoothObjective(LookingObjective):
+    """DreamBooth on the restorer: the UNet itself is tuned, with prior preservation (the paper's ablation row).
+
+    The prior is preserved on the null-conditioned rows, where the tuned UNet has to predict what the
+    frozen one does: the base's own predictions take the place of generated class pictures.
+    """
+
+    alphas_cumprod: torch.Tensor
+    base_context: torch.Tensor
+
+    def __init__(self, base: Base, config: PersonalizeConfig, pictures: Looking | None = None) -> None:
+        super().__init__()
+        self.config, self.base_config, self.pictures = config, base.config, pictures
+        self.structure_encoder, self.frozen = base.structure_encoder, base.unet
+        self.unet = deepcopy(base.unet).requires_grad_(True)
+        with torch.no_grad():
+            self.register_buffer("base_context", base.encode_prompt(), persistent=False)
+        self.register_buffer("alphas_cumprod", base.scheduler.alphas_cumprod.clone(), persistent=False)
+
+    def forward(self, batch: Batch) -> Losses:
+        """Take the same batch as `PersonalizationObjective`; the reference is not used."""
+        x0, z_lq, noise, n = batch["hq"], batch["lq"], batch["noise"], len(batch["hq"])
+        k = min(self.config.gen_rows, n)
+        rows = torch.cat([torch.arange(n), torch.arange(k)]).to(x0.device)
+        t = batch["t"][rows]
+        x = torch.cat([
+            noisy_latent(x0, z_lq, noise, batch["t"], self.alphas_cumprod),
+            add_noise(x0[:k], noise[:k], t[n:], self.alphas_cumprod),
+        ])  # fmt: skip
+        structure = self.structure_encoder(torch.cat([z_lq, torch.zeros_like(z_lq[:k])]), t)
+        context = self.base_context.expand(n + k, -1, -1)
+        prediction = self.unet(x, t, context, structure).float()
+        with torch.no_grad():
+            prior = self.frozen(x[n:], t[n:], context[n:], {w: m[n:] for w, m in structure.items()}).float()
+        diff = prediction_error(
+            prediction[:n], x[:n], x0, batch["t"], self.alphas_cumprod, self.base_config.prediction_type,
+            self.config.weighting,
+        ).mean()  # fmt: skip
+        keep = F.mse_loss(prediction[n:], prior)
+        seen = self.look(x[:n], prediction[:n], batch)
+        return {"loss": diff + keep + seen.pop("pictures", 0), "diff": diff, "prior": keep, **seen}
