@@ -27,7 +27,7 @@ from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.imaging.similarity import psnr, ssim
 from pfstorer_rt.models.base import Base, load_base
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.restorer import Restorer
 from pfstorer_rt.training.base import BaseTrainConfig, split_holdout
 from pfstorer_rt.training.data import center_crop, read_photo
 

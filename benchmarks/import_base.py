@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 import torch
 
-from pfstorer_rt.cli.bench import machine
+from pfstorer_rt.runtime.bench import machine
 
 MANIFESTS = Path(__file__).parent.parent / "tests" / "models" / "manifests"
 TRAINED = 105_514_240

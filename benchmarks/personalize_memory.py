@@ -21,11 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pfstorer_rt.cli.bench import machine
 from pfstorer_rt.config import PRESETS, PersonalizeConfig, TrainConfig
 from pfstorer_rt.models.base import Base, assemble
 from pfstorer_rt.models.prompt import SUBJECT, PromptEncoder, token_position, tokenize
 from pfstorer_rt.models.reference import Positions
+from pfstorer_rt.runtime.bench import machine
 from pfstorer_rt.training import objectives
 from pfstorer_rt.training.memory import frozen_weights_in
 from pfstorer_rt.training.personalize import make_optimizer

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from pfstorer_rt.export import export_plan
 
-from pfstorer_rt.cli.bench import processor
 from pfstorer_rt.config import PersonalizeConfig, RestoreConfig
 from pfstorer_rt.degradation.degrade import degrade
 from pfstorer_rt.faces.dlib import face_embedder, mean_distance
@@ -31,7 +30,8 @@ from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.imaging.similarity import psnr, ssim
 from pfstorer_rt.models.base import load_base
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.bench import processor
+from pfstorer_rt.runtime.restorer import Restorer
 from pfstorer_rt.training.data import center_crop, read_photo
 from pfstorer_rt.training.personalize import personalize
 

@@ -53,7 +53,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.imaging.files import load_image
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.restorer import Restorer
 
 folder, backend, provider, plan, result = Path(sys.argv[1]), *sys.argv[2:6]
 started, pixels = time.perf_counter(), load_image(folder / "tile.png").pixels

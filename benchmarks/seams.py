@@ -23,7 +23,7 @@ from scipy.ndimage import gaussian_filter, zoom
 
 from pfstorer_rt.config import RestoreConfig, TileConfig
 from pfstorer_rt.imaging.similarity import psnr
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.restorer import Restorer
 from pfstorer_rt.tiling import Tile, seam_ratio
 
 Pixels = npt.NDArray[np.float32]

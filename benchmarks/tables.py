@@ -29,7 +29,7 @@ from pfstorer_rt.evaluation.sample import Sample
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.models.base import Base, load_base
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.restorer import Restorer
 from pfstorer_rt.training.data import center_crop, read_photo
 from pfstorer_rt.training.personalize import personalize
 

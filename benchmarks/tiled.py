@@ -21,7 +21,7 @@ from quality import machine, write
 
 from pfstorer_rt.config import RestoreConfig, TileConfig
 from pfstorer_rt.imaging.rows import Pixels
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.restorer import Restorer
 
 
 @click.command()

@@ -23,7 +23,7 @@ from pfstorer_rt.imaging.files import from_tensor
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.plan import COMPONENTS, Plan
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.restorer import Restorer
 
 from .build import resolve
 from .probes import probe_inputs, probe_tiles

@@ -14,7 +14,7 @@ _EXPORTS = {
     "PersonalizeConfig": "pfstorer_rt.config",
     "RestoreConfig": "pfstorer_rt.config",
     "TileConfig": "pfstorer_rt.config",
-    "Restorer": "pfstorer_rt.restore",
+    "Restorer": "pfstorer_rt.runtime.restorer",
     "Plan": "pfstorer_rt.plan",
     "open_session": "pfstorer_rt.engine.session",
     "Session": "pfstorer_rt.engine.session",

@@ -18,7 +18,7 @@ from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.files import atomic_write
 from pfstorer_rt.models.personalization import PersonalizationBlock
 from pfstorer_rt.models.unet import Spade
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.restorer import Restorer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import click
 
@@ -30,9 +31,9 @@ def command(inputs: tuple[str, ...], output: str, level: str, seed: int, overwri
     Example:
       pfstorer-rt degrade clean/ -o bad/ --level heavy --seed 1
     """
-    from pfstorer_rt.cli.jobs import run_jobs
-    from pfstorer_rt.cli.pictures import Saving, plan_jobs
+    from pfstorer_rt.cli.pictures import plan_jobs, show
     from pfstorer_rt.imaging.rows import Rows, Spool
+    from pfstorer_rt.runtime.batch import Saving, run_jobs
 
     jobs = plan_jobs(inputs, output, "_degraded")
     import torch
@@ -43,4 +44,4 @@ def command(inputs: tuple[str, ...], output: str, level: str, seed: int, overwri
         image = torch.from_numpy(rows.read(0, rows.height)).permute(2, 0, 1).contiguous()
         return Spool.of(degrade(image, level, seed + number).permute(1, 2, 0).numpy())
 
-    sys.exit(run_jobs(jobs, work, saving=Saving(overwrite), as_json=as_json, title="degrade"))
+    sys.exit(run_jobs(jobs, work, saving=Saving(overwrite), show=partial(show, as_json=as_json), title="degrade"))

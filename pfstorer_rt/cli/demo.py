@@ -119,7 +119,7 @@ def learn_and_export(references: list[Path], base: str, iterations: int, output:
 def restore_both(lq: Pixels, plan: Path) -> dict[str, Pixels]:
     """Restore with the identity and, at strength 0, with the base alone."""
     from pfstorer_rt.config import RestoreConfig
-    from pfstorer_rt.restore import Restorer
+    from pfstorer_rt.runtime.restorer import Restorer
 
     with Restorer.from_plan(plan) as restorer:
         return {

@@ -2,83 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
-from pfstorer_rt.errors import PFStorerError
-from pfstorer_rt.imaging.files import IMAGE_SUFFIXES, SAVE_FORMATS, Scan, encode_image, save_image
-from pfstorer_rt.imaging.rows import Pixels, Rows
-
-Work = Callable[[int, Rows, Callable[[int, int], None]], Rows]
-"""work(number of the job from 0, rows of the picture in [0, 1], step(done, total)) -> rows."""
-STREAM = "-"
-BESIDE = ("compare", "preview")
-"""What may be written beside a result, and ends the names of such files."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One picture: where it is, and where its result goes (None for stdin and stdout)."""
-
-    source: Path | None
-    target: Path | None
-    explicit: bool
-    """Named by the user, not found in a folder: then an existing target is an error, not a skip."""
-
-
-@dataclass(frozen=True)
-class Saving:
-    """How results are written."""
-
-    overwrite: bool = False
-    quality: int = 95
-    """Of JPEG and WebP."""
-    stream: str = "png"
-    """Format of a result that goes to stdout."""
-
-
-class NoPictures(click.UsageError):
-    """There is nothing to do; a folder that is watched is left at that."""
-
-
-def find_inputs(inputs: Sequence[str], suffix: str) -> list[tuple[Path | None, Path]]:
-    """Expand files, folders (recursive), globs and `-` to (file, path relative to its folder) pairs.
-
-    Results of earlier runs, named `*{suffix}.*`, and what lies beside them are left out of folders. A name that matches
-    nothing is kept, so that its failure is reported like any other. Raises `NoPictures` for none at all.
-    """
-    found: list[tuple[Path | None, Path]] = []
-    results = 0
-    for text in inputs:
-        path = Path(text)
-        if text == STREAM:
-            found.append((None, Path("stdin.png")))
-        elif path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
-            fresh = [p for p in inside if not is_result(p.stem, suffix)]
-            found.extend((p, p.relative_to(path)) for p in fresh)
-            results += len(inside) - len(fresh)
-        elif not path.exists() and glob.has_magic(text):
-            found.extend((Path(p), Path(Path(p).name)) for p in sorted(glob.glob(text, recursive=True)))
-        else:
-            found.append((path, Path(path.name)))
-    if not found:
-        but = f" but {results} whose names end in {suffix}, as results do (--suffix)" if results else ""
-        raise NoPictures(f"no pictures in {' '.join(inputs)}{but}; expected {' '.join(IMAGE_SUFFIXES)}")
-    return list(dict.fromkeys(found))
-
-
-def is_result(stem: str, suffix: str) -> bool:
-    """Whether a file's name says that it was written by an earlier run."""
-    return bool(suffix) and stem.endswith((suffix, *(f"{suffix}_{word}" for word in BESIDE)))
+from pfstorer_rt.imaging.files import SAVE_FORMATS
+from pfstorer_rt.runtime.batch import STREAM, Job, Saving, find_inputs
 
 
 def plan_jobs(
@@ -163,36 +95,6 @@ def check_targets(jobs: Sequence[Job], output: str | None) -> None:
 def is_lossy(job: Job, saving: Saving) -> bool:
     """Whether a result's format has a quality: JPEG and WebP."""
     return SAVE_FORMATS[job.target.suffix.lower() if job.target else f".{saving.stream}"] in ("JPEG", "WEBP")
-
-
-def write(job: Job, scan: Scan, rows: Rows, saving: Saving) -> None:
-    """Save a result with the alpha, profile and EXIF of its input; `saving.stream` on stdout."""
-    kept: dict[str, Any] = {"icc": scan.icc, "exif": scan.exif, "quality": saving.quality}
-    if scan.alpha is not None:
-        kept["alpha"] = resize_alpha(scan.alpha, rows.height, rows.width)
-    if job.target is None:
-        sys.stdout.buffer.write(encode_image(rows, saving.stream, **kept))
-        return
-    save_image(job.target, rows, overwrite=saving.overwrite, **kept)
-
-
-def resize_alpha(alpha: Rows, height: int, width: int) -> Rows | Pixels:
-    """Bring (H, W, 1) rows in [0, 1] to a result's size."""
-    from PIL import Image
-
-    if (alpha.height, alpha.width) == (height, width):
-        return alpha
-    whole = Image.fromarray(alpha.read(0, alpha.height)[..., 0], "F")
-    return np.clip(np.asarray(whole.resize((width, height), Image.Resampling.BICUBIC), np.float32), 0, 1)
-
-
-def refuse_existing(job: Job, saving: Saving) -> bool:
-    """Return whether a job is done already; raises `PFStorerError` where the user asked for it by name."""
-    if job.target is None or saving.overwrite or not job.target.exists():
-        return False
-    if job.explicit:
-        raise PFStorerError(f"{job.target}: exists already; choose another name or pass --overwrite")
-    return True
 
 
 def show(report: dict[str, Any], as_json: bool) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,9 @@ from pfstorer_rt.cli.options import ATTENTION, SEED
 from pfstorer_rt.imaging.files import MAX_PIXELS
 
 if TYPE_CHECKING:
-    from pfstorer_rt.cli.pictures import Job, Saving
     from pfstorer_rt.config import RestoreConfig
-    from pfstorer_rt.restore import Restorer
+    from pfstorer_rt.runtime.batch import Job, Saving
+    from pfstorer_rt.runtime.restorer import Restorer
 
 FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
 
@@ -91,7 +92,8 @@ def command(inputs: tuple[str, ...], engines: tuple[str, ...], **options: Any) -
       pfstorer-rt restore --base tiny old.jpg --steps 4
     """
     check_call(inputs, engines, options)
-    from pfstorer_rt.cli.pictures import Saving, is_lossy, plan_jobs
+    from pfstorer_rt.cli.pictures import is_lossy, plan_jobs
+    from pfstorer_rt.runtime.batch import Saving
 
     names = tell_apart(engines) if len(engines) > 1 else [""]
     sources = inputs or (options["watch"],)
@@ -176,7 +178,7 @@ def read_config(options: dict[str, Any]) -> RestoreConfig:
 
 def open_restorer(engine: str | None, options: dict[str, Any]) -> Restorer:
     """Open a plan, or a base in PyTorch."""
-    from pfstorer_rt.restore import Restorer
+    from pfstorer_rt.runtime.restorer import Restorer
 
     if engine is None:
         return Restorer.from_base(options["base"], options["identity"], attention=options["attention"])
@@ -189,11 +191,12 @@ def restore_jobs(
     restorer: Restorer, jobs: Sequence[Job], config: RestoreConfig, saving: Saving, options: dict[str, Any]
 ) -> int:
     """Restore all pictures with one engine; returns the exit status."""
-    from pfstorer_rt.cli.jobs import run_jobs
+    from pfstorer_rt.cli.pictures import show
     from pfstorer_rt.faces.references import References
     from pfstorer_rt.imaging.files import save_image
     from pfstorer_rt.imaging.rows import Rows
     from pfstorer_rt.imaging.sidebyside import SideBySide
+    from pfstorer_rt.runtime.batch import run_jobs
 
     references = References(options["refs"]) if options["refs"] else None
     for note in references.notes if references else ():
@@ -228,18 +231,18 @@ def restore_jobs(
         return {**fixed, "tiles": tiles, **more, **measured, "notes": notes}
 
     return run_jobs(
-        jobs, work, saving=saving, as_json=options["as_json"], title="restore", max_pixels=options["max_pixels"],
-        facts=facts,
+        jobs, work, saving=saving, show=partial(show, as_json=options["as_json"]), title="restore",
+        max_pixels=options["max_pixels"], facts=facts,
     )  # fmt: skip
 
 
 def forecast(restorer: Restorer, jobs: Sequence[Job], config: RestoreConfig, options: dict[str, Any]) -> int:
     """Print what each picture will take; returns 1 where one cannot be looked at."""
-    from pfstorer_rt.cli.jobs import names
     from pfstorer_rt.cli.pictures import show
     from pfstorer_rt.errors import PFStorerError
-    from pfstorer_rt.forecast import Forecaster
     from pfstorer_rt.imaging.files import image_size
+    from pfstorer_rt.runtime.batch import names
+    from pfstorer_rt.runtime.forecast import Forecaster
 
     forecaster, failed = Forecaster(restorer, config), 0
     for job in jobs:
@@ -270,7 +273,8 @@ def watch(
     restorer: Restorer, config: RestoreConfig, saving: Saving, options: dict[str, Any], extension: str | None
 ) -> int:
     """Restore what comes into a folder until interrupted; a file is taken once its size has stayed for a second."""
-    from pfstorer_rt.cli.pictures import NoPictures, plan_jobs
+    from pfstorer_rt.cli.pictures import plan_jobs
+    from pfstorer_rt.runtime.batch import NoImagesError
 
     folder, status, done = options["watch"], 0, set[Path | None]()
     sizes: dict[Path, int] = {}
@@ -281,7 +285,7 @@ def watch(
         waiting = False
         try:
             found = plan_jobs((folder,), options["output"], options["suffix"], extension)
-        except NoPictures:
+        except NoImagesError:
             found = []
         for job in found:
             assert job.source is not None

@@ -129,11 +129,11 @@ def test_a_full_disk_leaves_the_old_target_and_no_temporary_file(restore, save, 
 
 
 def test_an_interruption_keeps_what_is_done(restore, save, tree, tmp_path, monkeypatch):
-    from pfstorer_rt.cli import jobs
+    from pfstorer_rt.runtime import batch
 
     for i, name in enumerate("abcd"):
         save(tmp_path / "in" / f"{name}.png", seed=i)
-    scan, calls = jobs.scan_image, []
+    scan, calls = batch.scan_image, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -142,7 +142,7 @@ def test_an_interruption_keeps_what_is_done(restore, save, tree, tmp_path, monke
             time.sleep(0.5)
         return scan(*arguments)
 
-    monkeypatch.setattr(jobs, "scan_image", interrupted)
+    monkeypatch.setattr(batch, "scan_image", interrupted)
     done = restore(tmp_path / "in", "-o", tmp_path / "out")
     assert done.status == 130 and len(done.errors) == 1 and "interrupted" in done.errors[0]
     assert set(tree(tmp_path / "out")) in ({"a_restored.png"}, {"a_restored.png", "b_restored.png"})

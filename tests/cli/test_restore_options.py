@@ -104,13 +104,11 @@ def test_what_lies_beside_a_result_is_not_overwritten_either(restore, save, tmp_
 
 
 def test_a_report_that_cannot_be_written_is_a_failure(restore, save, tmp_path, monkeypatch):
-    from pfstorer_rt.cli import jobs
-
     def full(*_):
         raise OSError(28, "No space left on device")
 
     save(tmp_path / "a.png")
-    monkeypatch.setattr(jobs, "show", full)
+    monkeypatch.setattr("pfstorer_rt.cli.pictures.show", full)
     done = restore(tmp_path / "a.png", "--json")
     assert done.status == 1 and "No space left" in done.errors[-1]
     assert (tmp_path / "a_restored.png").exists()

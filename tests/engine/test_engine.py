@@ -18,7 +18,7 @@ from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
 from pfstorer_rt.files import sha256_bytes
 from pfstorer_rt.models.components import component_names, manifest
 from pfstorer_rt.plan import COMPONENTS, Plan, write_plan
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.restorer import Restorer
 
 
 def without(monkeypatch, *modules):

@@ -17,7 +17,7 @@ from pfstorer_rt.engine.tensorrt import Library, TensorRTSession, check_fits, lo
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError
 from pfstorer_rt.files import cache_home, sha256_bytes
 from pfstorer_rt.plan import COMPONENTS, Plan, write_plan
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.restorer import Restorer
 
 spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).with_name("fake_tensorrt.py"))
 fake = importlib.util.module_from_spec(spec)

@@ -8,7 +8,7 @@ from pfstorer_rt.export.tensorrt import BuildOptions, plan_profiles
 
 from pfstorer_rt.config import PRESETS, RestoreConfig
 from pfstorer_rt.models.base import build_base
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.restorer import Restorer
 
 KL = {**PRESETS["sd21"].vae, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4, "sample_size": 64}
 CONFIG = replace(PRESETS["nano"], vae=KL, cfw={"widths": (16, 16), "growth": 4, "norm_groups": 4})

@@ -23,7 +23,7 @@ from pfstorer_rt.models.base import build_base
 from pfstorer_rt.models.components import example_inputs
 from pfstorer_rt.models.denoiser import Denoiser
 from pfstorer_rt.plan import COMPONENTS, Plan
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.restorer import Restorer
 
 
 def inputs(base, batch=2, strength=True):

@@ -12,7 +12,7 @@ from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.errors import ParityError
 from pfstorer_rt.models.base import build_base
 from pfstorer_rt.models.components import example_inputs
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.restorer import Restorer
 
 
 def qkv(offset=0.0, seed=0, tokens=40):

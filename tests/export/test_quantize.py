@@ -17,7 +17,7 @@ from pfstorer_rt.engine.openvino import OpenVinoSession
 from pfstorer_rt.engine.session import open_session
 from pfstorer_rt.errors import ParityError
 from pfstorer_rt.plan import COMPONENTS
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.restorer import Restorer
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from pfstorer_rt.imaging.bands import (
 )
 from pfstorer_rt.imaging.rows import Pixels, Rows, Spool
 from pfstorer_rt.plan import COMPONENTS, Manifest, Plan
-from pfstorer_rt.stages import CodecTiles, Done, TiledDenoiser, chop_offsets, decode, encode, run
+from pfstorer_rt.runtime.stages import CodecTiles, Done, TiledDenoiser, chop_offsets, decode, encode, run
 from pfstorer_rt.tiling import Tile, blend_by_rows, plan_tiles, ramp_weights
 
 Step = Callable[[int, int], None]

@@ -12,7 +12,7 @@ from pfstorer_rt.imaging.color import adain_color_fix, wavelet_color_fix
 from pfstorer_rt.imaging.files import from_tensor, to_tensor
 from pfstorer_rt.models.base import build_base
 from pfstorer_rt.plan import COMPONENTS
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.restorer import Restorer
 
 CONFIG = RestoreConfig(steps=2, sampler="ddpm")
 CHOPPED = TileConfig("parity", chop=128, chop_stride=96)
@@ -69,7 +69,7 @@ def test_color_fix(restorer, nano_base, make_picture, monkeypatch):
         found = restorer.restore(pixels, replace(CONFIG, color_fix=name))
         assert np.array_equal(found, untiled(nano_base, pixels, 0, fix))
     taken = []
-    monkeypatch.setattr("pfstorer_rt.restore.ColorFixed", lambda c, s, kind: taken.append(kind) or c)
+    monkeypatch.setattr("pfstorer_rt.runtime.restorer.ColorFixed", lambda c, s, kind: taken.append(kind) or c)
     restorer.restore(pixels, CONFIG)
     restorer.restore(make_picture(64, 96), CONFIG)
     restorer.restore(make_picture(64, 96), replace(CONFIG, color_fix="adain"))

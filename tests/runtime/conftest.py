@@ -4,7 +4,7 @@ import torch
 from pfstorer_rt.diffusion import alphas_cumprod
 from pfstorer_rt.engine.session import HostSession
 from pfstorer_rt.plan import COMPONENTS
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.restorer import Restorer
 
 
 @pytest.fixture(scope="module")

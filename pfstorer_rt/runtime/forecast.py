@@ -12,7 +12,7 @@ import psutil
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.imaging.color import WAVELET_REACH
 from pfstorer_rt.imaging.rows import IN_MEMORY, TALL, Spool
-from pfstorer_rt.restore import Restorer, Work
+from pfstorer_rt.runtime.restorer import Restorer, Work
 
 CODEC_BYTES = 4
 """Bytes a pixel that Pillow holds while it decodes or encodes a picture."""

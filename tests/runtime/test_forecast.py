@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from pfstorer_rt.config import RestoreConfig, TileConfig
-from pfstorer_rt.forecast import Forecaster
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime.forecast import Forecaster
+from pfstorer_rt.runtime.restorer import Restorer
 
 
 @pytest.fixture(scope="module")

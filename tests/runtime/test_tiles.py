@@ -3,13 +3,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pfstorer_rt import restore as runtime
 from pfstorer_rt.config import RestoreConfig, TileConfig
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.imaging.files import to_tensor
 from pfstorer_rt.imaging.rows import Spool
 from pfstorer_rt.plan import COMPONENTS
-from pfstorer_rt.restore import Restorer
+from pfstorer_rt.runtime import restorer as runtime
+from pfstorer_rt.runtime.restorer import Restorer
 
 CONFIG = RestoreConfig(steps=2, sampler="ddpm")
 CHOPPED = TileConfig("parity", chop=128, chop_stride=96)
