@@ -26,7 +26,7 @@ from pfstorer_rt.plan import COMPONENTS, SHIPPED, Manifest, Payload, Plan, move_
 
 from . import parity
 from .graph import OPSET, SELF_CONTAINED, Graph, build_graph, fused_module
-from .probes import TIMESTEPS, probe_inputs
+from .parity import TIMESTEPS, probe_inputs
 from .quantize import calibration_inputs, quantize
 from .tensorrt import BuildOptions, EngineBuilder
 

@@ -21,12 +21,13 @@ from pfstorer_rt.errors import MissingBackendError, ParityError, PFStorerError
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.imaging.files import from_tensor
 from pfstorer_rt.imaging.rows import Pixels
+from pfstorer_rt.imaging.similarity import psnr
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.plan import COMPONENTS, Plan
 from pfstorer_rt.runtime.restorer import Restorer
 
 from .build import resolve
-from .probes import probe_inputs, probe_tiles
+from .parity import probe_inputs, probe_tiles
 
 LEAST_PSNR = {"fp32": 45.0, "fp16": 45.0, "int8": 40.0}
 """dB that a restored picture has to agree with PyTorch's to, by the plan's precision."""
@@ -131,20 +132,19 @@ def _compare_pictures(plan: Plan, base: Base, identity: Identity | None, backend
         with Restorer.from_plan(plan.path, backend, trust=plan.trusted, provider=EXACT.get(backend)) as restorer:
             for name, pixels in tiles.items():
                 try:
-                    finite, psnr = True, agreement(restorer.restore(pixels), expected[name])
+                    finite, decibels = True, agreement(restorer.restore(pixels), expected[name])
                 except PFStorerError:  # a picture that is not finite is refused
-                    finite, psnr = False, 0.0
+                    finite, decibels = False, 0.0
                 rows.append({
                     "component": "picture", "tile": name, "pair": f"torch / {backend}", "finite": finite,
-                    "psnr": round(psnr, 2),
+                    "psnr": round(decibels, 2),
                 })  # fmt: skip
     return rows
 
 
 def agreement(found: Pixels, expected: Pixels) -> float:
     """Return the PSNR in dB of two pictures (H, W, 3) in [0, 1], at most 120."""
-    error = float(np.mean((found.astype(np.float64) - expected) ** 2))
-    return float(min(-10 * np.log10(error), IDENTICAL)) if error > 0 else IDENTICAL
+    return min(psnr(found, expected), IDENTICAL)
 
 
 def check_rows(rows: list[Row], precision: str = "fp32") -> None:

@@ -19,7 +19,7 @@ from pfstorer_rt.engine.session import Array
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.components import wrapped_features
 
-from .probes import add_noise, photograph, portrait, resize
+from .parity import noised, photograph, portrait, resize
 
 SAMPLES = 20
 LARGEST_SQUARE = 256
@@ -63,7 +63,7 @@ def calibration_inputs(component: str, base: Base, strength: bool) -> Iterator[d
             inputs = {"latent": base.encode(hq), **wrapped_features(base, lq)}
         else:
             t = torch.tensor([TIMESTEPS[i // 2 % len(TIMESTEPS)]])
-            x = add_noise(base, base.encode(hq), t, generator)
+            x = noised(base, base.encode(hq), t, generator)
             inputs = {"x": x, "t": t, "z_lq": base.encode(lq), **({"strength": torch.ones(1)} if strength else {})}
         yield {name: tensor.numpy() for name, tensor in inputs.items()}
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from pfstorer_rt.export import build, export_plan, parity, precision
 from pfstorer_rt.export.graph import build_graph, fused_module
+from pfstorer_rt.export.parity import probe_inputs, probe_tiles
 from pfstorer_rt.export.precision import TypedComponent, centred_attention
-from pfstorer_rt.export.probes import probe_inputs, probe_tiles
 from torch import nn
 
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
