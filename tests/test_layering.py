@@ -19,8 +19,9 @@ FOLDERS = {
 }
 
 # A part and the parts below it that it may import; a part is a module or package of pfstorer_rt.
-LOW = {"errors", "config", "files", "console", "temporary", "external_data"}
-FORMATS = {"spool", "profiles", "image", "color", "tiling", "canvas", "sampling", "identity", "plan"}
+PLAIN = {"errors", "config", "files", "console"}
+FORMATS = {"imaging", "tiling", "diffusion", "identity", "plan"}
+NETWORKS = PLAIN | FORMATS | {"ops", "models"}
 MAY_IMPORT = {
     "errors": set(),
     "temporary": set(),
@@ -28,26 +29,27 @@ MAY_IMPORT = {
     "config": {"errors", "files"},
     "console": {"errors"},
     "files": {"errors", "temporary"},
-    "trust": {"errors", "files"},
-    **{part: {"errors", "config", "files"} for part in FORMATS - {"plan", "profiles", "image", "canvas"}},
-    "profiles": {"spool"},
-    "image": {"errors", "config", "files", "spool", "profiles"},
-    "canvas": {"errors", "color", "image", "spool", "tiling"},
-    "plan": {"errors", "config", "external_data", "files", "trust"},
+    "signing": {"errors", "files"},
+    "tiling": {"errors", "config"},
+    "diffusion": {"errors", "config"},
+    "identity": {"errors", "config", "files"},
+    "plan": {"errors", "config", "external_data", "files", "signing"},
+    "imaging": {"errors", "config", "files", "tiling"},
+    "faces": {"errors", "config", "files", "imaging"},
+    "degradation": {"errors", "config", "files", "imaging"},
     "kernels": {"errors"},
-    "attention": {"errors", "files", "kernels"},  # files: where timings are kept
-    "models": LOW | FORMATS | {"attention"},
-    "engine": LOW | FORMATS | {"attention", "models"},
-    "stages": LOW | FORMATS | {"engine"},
-    "restore": LOW | FORMATS | {"attention", "models", "engine", "stages"},
-    "forecast": LOW | FORMATS | {"restore"},
-    "evaluation": {"image", "errors", "console", "files"},
-    "training": LOW | FORMATS | {"attention", "models", "evaluation"},
-    "export": LOW | FORMATS | {"kernels", "attention", "models", "engine", "restore"},  # kernels: TensorRT plugins
-    "cli": LOW | FORMATS | {"attention", "models", "engine", "restore", "forecast", "evaluation", "training", "export"},
+    "ops": {"errors", "files", "kernels"},  # files: where timings are kept
+    "models": PLAIN | FORMATS | {"ops"},
+    "engine": NETWORKS | {"external_data"},
+    "runtime": NETWORKS | {"engine"},
+    "training": NETWORKS | {"faces", "degradation"},
+    # kernels: TensorRT plugins. runtime: a plan is compared with its original on whole images.
+    "export": NETWORKS | {"kernels", "engine", "runtime"},
+    "evaluation": PLAIN | {"imaging", "faces"},
+    "cli": NETWORKS | {"engine", "runtime", "training", "export", "faces", "degradation", "evaluation"},
     "": set(),  # pfstorer_rt/__init__.py: names only, resolved on first use
 }
-"""Not here on purpose: anything -> cli, restore -> training or export, pfstorer_rt -> kernels but by attention."""
+"""Not here on purpose: anything -> cli, runtime -> training or export, pfstorer_rt -> kernels but by ops."""
 
 
 def source_files():
