@@ -17,7 +17,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from quality import hwc, machine
+from common import hwc, machine
 
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.degradation.degrade import degrade

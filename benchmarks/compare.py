@@ -13,8 +13,8 @@ import csv
 from pathlib import Path
 
 import click
+from common import machine
 from pfstorer_rt.export.compare import check_rows, compare_plan
-from quality import machine
 
 from pfstorer_rt.plan import Plan
 

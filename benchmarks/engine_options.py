@@ -21,7 +21,7 @@ from typing import Any
 import click
 import numpy as np
 import onnxruntime
-from quality import machine, write
+from common import machine, write
 
 from pfstorer_rt.engine.openvino import OpenVinoSession
 from pfstorer_rt.errors import MissingBackendError

@@ -20,11 +20,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
+from common import machine
 from pfstorer_rt.export import tensorrt
 from pfstorer_rt.export.build import halve_weights
 from pfstorer_rt.export.graph import build_graph, fused_module
 from pfstorer_rt.export.tensorrt import BuildOptions, EngineBuilder
-from quality import machine
 
 from pfstorer_rt.config import PRESETS, BaseConfig
 from pfstorer_rt.models.base import build_base, load_base

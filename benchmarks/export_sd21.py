@@ -18,8 +18,8 @@ from pathlib import Path
 
 import click
 import numpy as np
+from common import machine
 from PIL import Image
-from quality import machine
 from skimage import data
 
 from pfstorer_rt.plan import Plan

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import click
 import numpy as np
 import psutil
-from quality import machine, write
+from common import machine, write
 
 from pfstorer_rt.imaging.files import save_image
 from pfstorer_rt.imaging.rows import Pixels

@@ -28,7 +28,7 @@ import click
 import numpy as np
 import psutil
 import torch
-from quality import machine, write
+from common import machine, write
 
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.degradation.degrade import degrade

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 import torch
-from quality import machine
+from common import machine
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SECONDS = 1e-3

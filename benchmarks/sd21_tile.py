@@ -31,7 +31,7 @@ import click
 import numpy as np
 import psutil
 import torch
-from quality import machine, write
+from common import machine, write
 
 from pfstorer_rt.imaging.similarity import psnr
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 import numpy as np
 import numpy.typing as npt
-from quality import machine, write
+from common import machine, write
 from scipy.ndimage import gaussian_filter, zoom
 
 from pfstorer_rt.config import RestoreConfig, TileConfig

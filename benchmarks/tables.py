@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 import torch
-from quality import hwc, machine
+from common import hwc, machine
 from tables_document import write_document
 
 from pfstorer_rt.config import PersonalizeConfig, RestoreConfig

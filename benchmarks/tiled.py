@@ -16,8 +16,8 @@ from pathlib import Path
 
 import click
 import numpy as np
+from common import machine, write
 from peers import picture
-from quality import machine, write
 
 from pfstorer_rt.config import RestoreConfig, TileConfig
 from pfstorer_rt.imaging.rows import Pixels

@@ -11,7 +11,7 @@ from pfstorer_rt.evaluation.page import THUMBNAILS, thumbnail
 from pfstorer_rt.evaluation.registry import Metrics, Sample, load_metrics
 from pfstorer_rt.evaluation.report import INPUT, ORIGINAL, Report, Row
 from pfstorer_rt.imaging.files import load_image
-from pfstorer_rt.imaging.find import by_name, pictures
+from pfstorer_rt.imaging.find import by_name, images_of
 
 ENDINGS = ("", "_restored", "_degraded_restored", "_degraded", "_out")
 """What the name of a result may have after that of its original."""
@@ -125,7 +125,7 @@ class People:
     refs: Path
 
     def __post_init__(self) -> None:
-        files = pictures(self.refs)
+        files = images_of(self.refs)
         self._groups: dict[str, list[Sample]] = {}
         for path in files:
             relative = path.relative_to(self.refs)

@@ -12,7 +12,8 @@ from typing import Any
 
 from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, face_embedder, identity_distance
-from pfstorer_rt.imaging.files import IMAGE_SUFFIXES, load_image
+from pfstorer_rt.imaging.files import load_image
+from pfstorer_rt.imaging.find import list_images
 from pfstorer_rt.imaging.rows import Pixels, Rows
 
 LARGEST = 16_000_000
@@ -31,7 +32,7 @@ class References:
         if embed is None:
             raise MissingBackendError(f"--refs needs the metrics: {INSTALL_METRICS}")
         self._embed: Callable[[Pixels], Embedding | None] = embed
-        files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = list_images(Path(folder), recursive=False)  # sub-folders may hold other people
         self.faces: list[Embedding] = []
         self.notes: list[str] = []
         for file in files:

@@ -1,4 +1,4 @@
-"""Find the image files of folders."""
+"""Find the image files of folders. Every command and library function lists images with this module."""
 
 from __future__ import annotations
 
@@ -9,40 +9,46 @@ from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.imaging.files import IMAGE_SUFFIXES
 
 
+def list_images(folder: Path, recursive: bool = True) -> list[Path]:
+    """List the image files of a folder, sorted by path; an empty list where there are none.
+
+    recursive: list the images of sub-folders too.
+    """
+    found = folder.rglob("*") if recursive else folder.glob("*")
+    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
 def find_images(sources: Sequence[Path]) -> list[Path]:
     """List the image files among `sources` (files, or folders searched recursively), sorted by path.
 
-    Raises `BadFileError` when a source is missing or nothing is found.
+    A file is listed whatever its suffix. Raises `BadFileError` when a source is missing or nothing is found.
     """
     found: set[Path] = set()
     for source in sources:
-        if source.is_dir():
-            found.update(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        elif source.exists():
-            found.add(source)
-        else:
+        if not source.exists():
             raise BadFileError(f"{source}: no such file or folder")
+        found.update(list_images(source) if source.is_dir() else [source])
     if not found:
-        raise BadFileError(f"no photographs in {', '.join(map(str, sources))}; expected {' '.join(IMAGE_SUFFIXES)}")
+        raise BadFileError(f"no images in {', '.join(map(str, sources))}; expected {' '.join(IMAGE_SUFFIXES)}")
     return sorted(found)
 
 
+def images_of(folder: Path) -> list[Path]:
+    """List the image files of a folder and its sub-folders; raises `BadFileError` when it is missing or has none."""
+    if not folder.is_dir():
+        raise BadFileError(f"{folder}: no such folder")
+    return find_images([folder])
+
+
 def by_name(folder: Path) -> dict[str, Path]:
-    """Pictures by their path in the folder without suffix; raises BadFileError when two have one name."""
+    """Return the images of a folder by their path in it without suffix.
+
+    Raises `BadFileError` when the folder is missing or has no image, or when two images have one name.
+    """
     found: dict[str, Path] = {}
-    for path in pictures(folder):
+    for path in images_of(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in found:
             raise BadFileError(f"{folder}: {path.name} and {found[name].name} have one name; keep one of them")
         found[name] = path
-    return found
-
-
-def pictures(folder: Path) -> list[Path]:
-    """List the pictures of a folder and its sub-folders, sorted; raises `BadFileError` when there are none."""
-    if not folder.is_dir():
-        raise BadFileError(f"{folder}: no such folder")
-    found = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
-    if not found:
-        raise BadFileError(f"{folder}: no pictures; expected {' '.join(IMAGE_SUFFIXES)}")
     return found

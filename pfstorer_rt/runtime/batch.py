@@ -26,6 +26,7 @@ from pfstorer_rt.imaging.files import (
     save_image,
     scan_image,
 )
+from pfstorer_rt.imaging.find import list_images
 from pfstorer_rt.imaging.rows import Pixels, Rows
 
 Work = Callable[[int, Rows, Callable[[int, int], None]], Rows]
@@ -73,7 +74,7 @@ def find_inputs(inputs: Sequence[str], suffix: str) -> list[tuple[Path | None, P
         if text == STREAM:
             found.append((None, Path("stdin.png")))
         elif path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+            inside = list_images(path)
             fresh = [p for p in inside if not is_result(p.stem, suffix)]
             found.extend((p, p.relative_to(path)) for p in fresh)
             results += len(inside) - len(fresh)
@@ -83,7 +84,7 @@ def find_inputs(inputs: Sequence[str], suffix: str) -> list[tuple[Path | None, P
             found.append((path, Path(path.name)))
     if not found:
         but = f" but {results} whose names end in {suffix}, as results do (--suffix)" if results else ""
-        raise NoImagesError(f"no pictures in {' '.join(inputs)}{but}; expected {' '.join(IMAGE_SUFFIXES)}")
+        raise NoImagesError(f"no images in {' '.join(inputs)}{but}; expected {' '.join(IMAGE_SUFFIXES)}")
     return list(dict.fromkeys(found))
 
 

@@ -58,7 +58,7 @@ def test_globs_are_expanded_for_shells_that_do_not(restore, save, tree, tmp_path
     assert restore(tmp_path / "in" / "[x].png", "-o", tmp_path / "x.png").status == 0, "a real name with brackets"
     assert sorted(tree(tmp_path / "out")) == ["a1_restored.png", "a2_restored.png"]
     none = restore(tmp_path / "in" / "c*.png")
-    assert none.status == 2 and "no pictures" in none.errors[0]
+    assert none.status == 2 and "no images" in none.errors[0]
     save(tmp_path / "results" / "a_restored.png")
     none = restore(tmp_path / "results", "-o", tmp_path / "o")
     assert none.status == 2 and "but 1 whose names end in _restored" in none.errors[0]

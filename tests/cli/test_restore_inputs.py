@@ -35,7 +35,7 @@ def test_a_bad_picture_gets_one_line_and_status_1(restore, save, tree, tmp_path,
 def test_a_folder_without_pictures_is_a_wrong_call(restore, tmp_path):
     (tmp_path / "empty").mkdir()
     done = restore(tmp_path / "empty", "-o", tmp_path / "out")
-    assert done.status == 2 and "no pictures" in done.errors[0] and not (tmp_path / "out").exists()
+    assert done.status == 2 and "no images" in done.errors[0] and not (tmp_path / "out").exists()
 
 
 def test_one_bad_picture_among_good_ones_loses_nothing(restore, save, tree, tmp_path):

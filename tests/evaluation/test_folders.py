@@ -141,7 +141,7 @@ def test_nothing_that_can_be_measured_is_an_error(folders, simple):
 @pytest.mark.parametrize("missing", [0, 1, 2])
 def test_folders_must_hold_pictures(folders, simple, tmp_path, missing):
     (tmp_path / "none").mkdir()
-    for path, word in ((tmp_path / "none", "no pictures"), (tmp_path / "absent", "no such folder")):
+    for path, word in ((tmp_path / "none", "no images"), (tmp_path / "absent", "no such folder")):
         changed = [path if i == missing else folder for i, folder in enumerate(folders)]
         with pytest.raises(BadFileError, match=word):
             evaluate(*changed, metrics=simple)

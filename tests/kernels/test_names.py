@@ -28,7 +28,7 @@ def benchmark_script(monkeypatch):
 
     yield load
     for name in set(sys.modules) - before:
-        if name in ("roofline", "quality"):
+        if name in ("roofline", "common"):
             del sys.modules[name]
 
 
