@@ -35,6 +35,7 @@ test-slow: tools
 
 lint: .venv/ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: .venv/ready
 	$(BIN)/mypy

@@ -23,9 +23,10 @@ from roofline import DTYPES, Case, measure, milliseconds, need_gpu, xformers_or_
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BACKENDS = {
-    "sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
-}  # fmt: skip
+}
 LENGTHS = ((4096, 4096), (1024, 1024), (256, 256), (4096, 77), (1024, 77), (4096, 3072))
 BATCHES = (1, 4, 16)
 

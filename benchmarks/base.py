@@ -81,15 +81,19 @@ def measure(base: Base, originals: list[torch.Tensor], level: str) -> list[dict[
 
     return [
         {
-            "level": level, "method": method, "pictures": len(truths),
+            "level": level,
+            "method": method,
+            "pictures": len(truths),
             "psnr": round(min(99.0, mean(psnr, pictures)), 2),
             "ssim": round(mean(ssim, pictures), 3),
             "faces": round(np.mean([d is not None for d in distances[method]]).item(), 3),
             "id_distance": round(float(np.mean([distances[method][i] for i in common])), 3) if common else "",
-            "id_pictures": len(common), "base": base.fingerprint[:12], **machine(),
+            "id_pictures": len(common),
+            "base": base.fingerprint[:12],
+            **machine(),
         }
         for method, pictures in results.items()
-    ]  # fmt: skip
+    ]
 
 
 @torch.no_grad()

@@ -25,9 +25,13 @@ def machine() -> dict[str, Any]:
     """Return hardware, versions and commit."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     return {
-        "processor": processor(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "torch": torch.__version__, "onnxruntime": version("onnxruntime"), "commit": commit.strip(),
-    }  # fmt: skip
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnxruntime": version("onnxruntime"),
+        "commit": commit.strip(),
+    }
 
 
 def write(output: Path, rows: list[dict[str, Any]]) -> None:

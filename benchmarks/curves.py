@@ -1,6 +1,6 @@
 """Draws the loss curves of the shipped base from the CSVs that `train-base` keeps.
 
-    python benchmarks/curves.py benchmarks/results/train_*.csv -o docs/training_curves.svg
+python benchmarks/curves.py benchmarks/results/train_*.csv -o docs/training_curves.svg
 """
 
 from __future__ import annotations

@@ -63,12 +63,20 @@ def main(engine: str, output: Path, runs: int, batches: tuple[int, ...], only: t
                     times[name].append((time.perf_counter() - started) * 1e3)
             usual = times["ort"]
             for name, (_, open_s) in opened.items():
-                rows.append({
-                    "component": component, "batch": batch, "setting": name,
-                    "p50": round(float(np.median(times[name])), 1), "best": round(min(times[name]), 1),
-                    "ratio": round(float(np.median([a / b for a, b in zip(usual, times[name], strict=True)])), 2),
-                    "open_s": round(open_s, 2), "runs": runs, "load": round(os.getloadavg()[0], 1), **machine(),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "component": component,
+                        "batch": batch,
+                        "setting": name,
+                        "p50": round(float(np.median(times[name])), 1),
+                        "best": round(min(times[name]), 1),
+                        "ratio": round(float(np.median([a / b for a, b in zip(usual, times[name], strict=True)])), 2),
+                        "open_s": round(open_s, 2),
+                        "runs": runs,
+                        "load": round(os.getloadavg()[0], 1),
+                        **machine(),
+                    }
+                )
                 click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:7]))
     write(output, rows)
 
@@ -77,15 +85,18 @@ def settings(payload: bytes) -> dict[str, Callable[[], Run]]:
     """Return what opens a payload, by the name of a setting; `ort` is the usual one."""
     ort = partial(onnx_runtime, payload)
     return {
-        "ort": ort, "ort spinning on": partial(ort, spin="on"),
-        "ort sleeping": partial(ort, spin="never"), "ort 1 thread": partial(ort, intra_op_num_threads=1),
+        "ort": ort,
+        "ort spinning on": partial(ort, spin="on"),
+        "ort sleeping": partial(ort, spin="never"),
+        "ort 1 thread": partial(ort, intra_op_num_threads=1),
         "ort no arena": partial(ort, enable_cpu_mem_arena=False),
         "ort no pattern": partial(ort, enable_mem_pattern=False),
         "ort extended": partial(ort, graph_optimization_level=Levels.ORT_ENABLE_EXTENDED),
         "ort basic": partial(ort, graph_optimization_level=Levels.ORT_ENABLE_BASIC),
-        "ort binding": partial(ort, bind=True), "openvino f32": partial(openvino, payload, "CPU:f32"),
+        "ort binding": partial(ort, bind=True),
+        "openvino f32": partial(openvino, payload, "CPU:f32"),
         "openvino bf16": partial(openvino, payload, "CPU:bf16"),
-    }  # fmt: skip
+    }
 
 
 def onnx_runtime(payload: bytes, bind: bool = False, spin: str = "in runs", **values: Any) -> Run:
@@ -123,10 +134,14 @@ def inputs(plan: Plan, component: str, batch: int) -> dict[str, Any]:
     m, rng = plan.manifest, np.random.default_rng(0)
     latent = rng.standard_normal((batch, m.latent_channels, m.tile // m.factor, m.tile // m.factor), np.float32)
     every = {
-        "image": rng.standard_normal((batch, 3, m.tile, m.tile), np.float32), "latent": latent, "x": latent,
-        "z_lq": latent, "t": np.full(batch, 500, np.float32), "strength": np.ones(1, np.float32),
+        "image": rng.standard_normal((batch, 3, m.tile, m.tile), np.float32),
+        "latent": latent,
+        "x": latent,
+        "z_lq": latent,
+        "t": np.full(batch, 500, np.float32),
+        "strength": np.ones(1, np.float32),
         "cfw_weight": np.ones(1, np.float32),
-    }  # fmt: skip
+    }
     for name, port in m.payloads[component].inputs.items():
         if name.startswith("features_"):
             side = m.tile >> int(name.removeprefix("features_"))

@@ -77,10 +77,14 @@ def measure(layout: str, model: Path, origins: dict[str, str], base: BaseConfig,
         tensorrt.plan_profiles = plan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "megabytes": round(size / 1e6, 1), "build_s": round(time.perf_counter() - started, 1),
-        "fused_attention": fused, "fp32_scores": wide, "peak_memory_gb": round(peak / 1e9, 2),
-        "tensorrt_rtx": builder.library.version, **machine(),
-    }  # fmt: skip
+        "megabytes": round(size / 1e6, 1),
+        "build_s": round(time.perf_counter() - started, 1),
+        "fused_attention": fused,
+        "fp32_scores": wide,
+        "peak_memory_gb": round(peak / 1e9, 2),
+        "tensorrt_rtx": builder.library.version,
+        **machine(),
+    }
 
 
 def one_range(

@@ -70,12 +70,14 @@ def measure(folder: Path, precision: str, keep: bool) -> dict[str, object]:
     restore = watch(*cli, "restore", folder / "tile.png", *use)
     payloads = Plan.open(plan).manifest.payloads
     row = {
-        "export": export, "restore": restore, "plan_gb": size(plan),
+        "export": export,
+        "restore": restore,
+        "plan_gb": size(plan),
         "beside": [payload.weights for payload in payloads.values() if payload.weights],
         "precision": {name: payload.precision for name, payload in payloads.items()},
         "parity": {name: payload.parity["relative"] for name, payload in payloads.items()},
         "restored": {"size": Image.open(restored).size, "deviation": float(np.asarray(Image.open(restored)).std())},
-    }  # fmt: skip
+    }
     if not keep:
         plan.unlink()
     return row

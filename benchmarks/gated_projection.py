@@ -61,9 +61,7 @@ def blocks(dtype: torch.dtype) -> Iterator[Case]:
                     click.echo(f"{name}: {error}")
                     continue
                 ways[f"block, {name}"] = partial(with_kernels, block, kernels, x, reference)
-            ways["block, sdpa, compiled"] = partial(
-                with_kernels, torch.compile(block), door.Kernels(), x, reference
-            )
+            ways["block, sdpa, compiled"] = partial(with_kernels, torch.compile(block), door.Kernels(), x, reference)
             n = batch * tokens * channels
             # Projections of queries, keys, values and outputs twice, the feed-forward's (8 + 4), and two attentions.
             operations = 2 * n * channels * (8 + 12) + 2 * 4 * n * tokens

@@ -27,9 +27,10 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         for batch in BATCHES:
             x = torch.randn(batch, tokens, 8 * channels, dtype=dtype)
             ways = {
-                "triton": partial(geglu, x), "torch": partial(door.geglu, x),
+                "triton": partial(geglu, x),
+                "torch": partial(door.geglu, x),
                 "torch compiled": partial(torch.compile(door.geglu), x),
-            }  # fmt: skip
+            }
             count = x.numel() // 2
             yield Case({"batch": batch, "tokens": tokens, "channels": channels}, 10.0 * count, 2 * 3 * count, ways)
 

@@ -33,8 +33,10 @@ def shapes(*names: str) -> dict[str, list[int]]:
 
 def write_checkpoint(path: Path, sizes: dict[str, list[int]], moments: int) -> None:
     pool = torch.randn(2**22) * 0.02
-    state = {k: pool.repeat(-(-torch.Size(s).numel() // len(pool)))[: torch.Size(s).numel()].reshape(s).clone()
-             for k, s in sizes.items()}  # fmt: skip
+    state = {
+        k: pool.repeat(-(-torch.Size(s).numel() // len(pool)))[: torch.Size(s).numel()].reshape(s).clone()
+        for k, s in sizes.items()
+    }
     optimizer = {"state": {0: {"exp_avg": torch.zeros(moments), "exp_avg_sq": torch.zeros(moments)}}}
     torch.save({"state_dict": state, "optimizer_states": [optimizer], "epoch": 117}, path)
 
@@ -71,8 +73,19 @@ def main(output: Path, keep: Path | None) -> None:
         runs = {}
         for dtype in ("fp16", "fp32"):
             base = keep / dtype if keep else folder / dtype
-            command = [sys.executable, "-m", "pfstorer_rt.cli", "import-base", str(folder / "stablesr_000117.ckpt"),
-                       "--cfw", str(folder / "vqgan_cfw_00011.ckpt"), "--dtype", dtype, "-o", str(base)]  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "pfstorer_rt.cli",
+                "import-base",
+                str(folder / "stablesr_000117.ckpt"),
+                "--cfw",
+                str(folder / "vqgan_cfw_00011.ckpt"),
+                "--dtype",
+                dtype,
+                "-o",
+                str(base),
+            ]
             runs[dtype] = watch(command)
             runs[dtype]["base_gb"] = sum(f.stat().st_size for f in base.rglob("*.safetensors")) / 1e9
         sizes = {file.name: file.stat().st_size / 1e9 for file in folder.glob("*.ckpt")}

@@ -61,12 +61,21 @@ def main(output: Path, megapixels: tuple[float, ...], engine: str | None, backen
             report = json.loads(process.stdout.read())
             if report["status"] != "done":
                 raise click.ClickException(report["error"])
-            rows.append({
-                "megapixels": size, "side": side, "peak_mb": round(peak / 1e6),
-                "predicted_mb": said["predicted_peak_mb"], "seconds": round(time.perf_counter() - started, 1),
-                "predicted_seconds": said["predicted_seconds"], "tiles": report["tiles"], "steps": steps,
-                "engine": Path(plan).name, "backend": backend, **machine(),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "megapixels": size,
+                    "side": side,
+                    "peak_mb": round(peak / 1e6),
+                    "predicted_mb": said["predicted_peak_mb"],
+                    "seconds": round(time.perf_counter() - started, 1),
+                    "predicted_seconds": said["predicted_seconds"],
+                    "tiles": report["tiles"],
+                    "steps": steps,
+                    "engine": Path(plan).name,
+                    "backend": backend,
+                    **machine(),
+                }
+            )
             click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:8]))
     write(output, rows)
 

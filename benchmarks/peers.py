@@ -40,10 +40,12 @@ from pfstorer_rt.runtime.restorer import Restorer
 from pfstorer_rt.training.loop import has_native_bf16
 
 OURS = {
-    "onnxruntime": ("onnxruntime", None), "openvino f32": ("openvino", "CPU:f32"),
-    "openvino bf16": ("openvino", "CPU:bf16"), "onnxruntime int8": ("onnxruntime", None),
+    "onnxruntime": ("onnxruntime", None),
+    "openvino f32": ("openvino", "CPU:f32"),
+    "openvino bf16": ("openvino", "CPU:bf16"),
+    "onnxruntime int8": ("onnxruntime", None),
     "openvino int8": ("openvino", None),
-}  # fmt: skip
+}
 EAGER = "eager fp32"
 
 
@@ -57,9 +59,15 @@ EAGER = "eager fp32"
 @click.option("--steps", type=int)
 @click.option("--without", multiple=True, help="Names to leave out, such as compile.")
 def main(
-    engine: str, int8: str, base: str, output: Path, sizes: tuple[int, ...], runs: int, steps: int | None,
+    engine: str,
+    int8: str,
+    base: str,
+    output: Path,
+    sizes: tuple[int, ...],
+    runs: int,
+    steps: int | None,
     without: tuple[str, ...],
-) -> None:  # fmt: skip
+) -> None:
     config, rows = RestoreConfig(steps=steps), []
     plans = {name: int8 if "int8" in name else engine for name in OURS}
     with ExitStack() as stack:
@@ -88,12 +96,20 @@ def measure(
     rows = []
     for name, result in results.items():
         ratios = [a / b for a, b in zip(times[EAGER], times[name], strict=True)]
-        rows.append({
-            "name": name, "size": size, "steps": config.steps or "own", "p50": round(float(np.median(times[name])), 4),
-            "best": round(min(times[name]), 4), "ratio": round(float(np.median(ratios)), 2), "runs": runs,
-            "psnr": round(psnr(result, truth), 3), "psnr_to_eager": round(min(99.0, psnr(result, results[EAGER])), 2),
-            "load": round(load, 1),
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": name,
+                "size": size,
+                "steps": config.steps or "own",
+                "p50": round(float(np.median(times[name])), 4),
+                "best": round(min(times[name]), 4),
+                "ratio": round(float(np.median(ratios)), 2),
+                "runs": runs,
+                "psnr": round(psnr(result, truth), 3),
+                "psnr_to_eager": round(min(99.0, psnr(result, results[EAGER])), 2),
+                "load": round(load, 1),
+            }
+        )
     return rows
 
 
@@ -121,7 +137,8 @@ def competitors(
             return eager.restore(pixels, config)
 
     calls: dict[str, Callable[[Pixels, RestoreConfig], Pixels]] = {
-        EAGER: eager.restore, "compile fp32": compiled.restore,
+        EAGER: eager.restore,
+        "compile fp32": compiled.restore,
     }
     if has_native_bf16(cpu=True):  # emulated, a picture takes fifty times as long
         calls["eager bf16"] = half
@@ -146,8 +163,9 @@ def cold(name: str, engine: str | None, base: str, size: int) -> dict[str, Any]:
         started, peak = time.perf_counter(), 0
         process = psutil.Popen(
             [sys.executable, "-m", "pfstorer_rt.cli", "restore", *chosen, f"{folder}/a.png", "-o", f"{folder}/b.png"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         while process.poll() is None:
             try:
                 peak = max(peak, process.memory_info().rss)

@@ -101,9 +101,14 @@ def measure(preset: str, batch: int, rank: int, recompute: bool) -> dict[str, An
                     optimizer.zero_grad(set_to_none=True)
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     return {
-        "base": preset, "batch": batch, "rank": rank, "gradient_checkpointing": recompute, "trained": trained,
-        "weights_gb": round(weights / GB, 2), "peak_gb": round(meter.peak / GB, 2),
-    }  # fmt: skip
+        "base": preset,
+        "batch": batch,
+        "rank": rank,
+        "gradient_checkpointing": recompute,
+        "trained": trained,
+        "weights_gb": round(weights / GB, 2),
+        "peak_gb": round(meter.peak / GB, 2),
+    }
 
 
 @click.command()

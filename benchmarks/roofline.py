@@ -115,10 +115,12 @@ def measure(kernel: str, cases: Iterable[Case], output: Path) -> None:
 def timed(name: str, way: Callable[[], Any], case: Case, limits: Limits) -> dict[str, Any]:
     """Time one way; returns the columns of its row."""
     row: dict[str, Any] = {
-        "shape": " ".join(f"{k}={v}" for k, v in case.shape.items()), "operations": case.operations,
-        "bytes": case.bytes, "limit_tflops": round(limits.operations / 1e12, 1),
+        "shape": " ".join(f"{k}={v}" for k, v in case.shape.items()),
+        "operations": case.operations,
+        "bytes": case.bytes,
+        "limit_tflops": round(limits.operations / 1e12, 1),
         "limit_gbps": round(limits.bytes / 1e9, 1),
-    }  # fmt: skip
+    }
     try:
         low, middle, high = milliseconds(way)
     except Exception as error:  # whatever a library refuses with

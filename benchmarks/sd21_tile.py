@@ -37,11 +37,15 @@ from pfstorer_rt.imaging.similarity import psnr
 
 EAGER = "eager fp32"
 PEERS = {
-    EAGER: ("torch", None, "fp16"), "eager bf16": ("torch", "bf16", "fp16"),
-    "onnxruntime": ("onnxruntime", None, "fp16"), "onnxruntime int8": ("onnxruntime", None, "int8"),
-    "openvino f32": ("openvino", "CPU:f32", "fp16"), "openvino bf16": ("openvino", "CPU:bf16", "fp16"),
-    "openvino int8": ("openvino", "CPU:f32", "int8"), "openvino int8 bf16": ("openvino", "CPU:bf16", "int8"),
-}  # fmt: skip
+    EAGER: ("torch", None, "fp16"),
+    "eager bf16": ("torch", "bf16", "fp16"),
+    "onnxruntime": ("onnxruntime", None, "fp16"),
+    "onnxruntime int8": ("onnxruntime", None, "int8"),
+    "openvino f32": ("openvino", "CPU:f32", "fp16"),
+    "openvino bf16": ("openvino", "CPU:bf16", "fp16"),
+    "openvino int8": ("openvino", "CPU:f32", "int8"),
+    "openvino int8 bf16": ("openvino", "CPU:bf16", "int8"),
+}
 """Backend, provider and plan of each."""
 
 ONE = """
@@ -127,15 +131,24 @@ def main(scratch: Path, output: Path, rounds: int, only: tuple[str, ...]) -> Non
     for name, runs in found.items():
         ratios = [a["warm_s"] / b["warm_s"] for a, b in zip(found[EAGER], runs, strict=True)]
         warm = statistics.median(r["warm_s"] for r in runs)
-        rows.append({
-            "name": name, "provider": runs[0]["provider"], "size": 512, "steps": 2, "rounds": rounds,
-            "warm_s": round(warm, 2), "ratio": round(statistics.median(ratios), 2), "gflops": round(flops / warm / 1e9),
-            "cold_s": round(statistics.median(r["cold_s"] for r in runs), 1),
-            "peak_gb": round(max(r["peak_gb"] for r in runs), 2),
-            "resident_gb": round(max(r["resident_gb"] for r in runs), 2),
-            "psnr_to_eager": round(min(99.0, psnr(pictures[name], pictures[EAGER])), 2), "load": round(load, 1),
-            **machine(),
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": name,
+                "provider": runs[0]["provider"],
+                "size": 512,
+                "steps": 2,
+                "rounds": rounds,
+                "warm_s": round(warm, 2),
+                "ratio": round(statistics.median(ratios), 2),
+                "gflops": round(flops / warm / 1e9),
+                "cold_s": round(statistics.median(r["cold_s"] for r in runs), 1),
+                "peak_gb": round(max(r["peak_gb"] for r in runs), 2),
+                "resident_gb": round(max(r["resident_gb"] for r in runs), 2),
+                "psnr_to_eager": round(min(99.0, psnr(pictures[name], pictures[EAGER])), 2),
+                "load": round(load, 1),
+                **machine(),
+            }
+        )
         click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:11]))
     rows.append({"name": "matmul bf16", "gflops": round(most), **machine()})
     write(output, rows)

@@ -51,14 +51,23 @@ def main(engine: str, output: Path, backend: str, size: int, steps: int | None) 
                 parity = result if parity is None else parity
                 tiles = [Tile(*(step * side for side in t)) for t in restorer._tiles(*pixels.shape[:2], config)]
                 work = restorer.plan(size, size, config)
-                rows.append({
-                    "picture": name, "size": size, "tiling": tile.mode, "overlap": restorer.overlap(config),
-                    "seam": round(seam_ratio(result, tiles, step), 4),
-                    "seam_input": round(seam_ratio(pixels, tiles, step), 4),
-                    "psnr_to_parity": round(min(99.0, psnr(result, parity)), 2), "denoiser_tiles": work.tiles,
-                    "codec_tiles": work.codec_tiles, "seconds": round(seconds, 2), "steps": work.steps,
-                    "backend": restorer.backend, **machine(),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "picture": name,
+                        "size": size,
+                        "tiling": tile.mode,
+                        "overlap": restorer.overlap(config),
+                        "seam": round(seam_ratio(result, tiles, step), 4),
+                        "seam_input": round(seam_ratio(pixels, tiles, step), 4),
+                        "psnr_to_parity": round(min(99.0, psnr(result, parity)), 2),
+                        "denoiser_tiles": work.tiles,
+                        "codec_tiles": work.codec_tiles,
+                        "seconds": round(seconds, 2),
+                        "steps": work.steps,
+                        "backend": restorer.backend,
+                        **machine(),
+                    }
+                )
                 click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:10]))
     write(output, rows)
 

@@ -125,10 +125,19 @@ def measure(person: Person, name: str, level: str, metrics: Metrics, shared: Row
             took = time.perf_counter() - start
             figures = metrics.measure(Sample(result), Sample(hwc(hq)), person.known)
             rounded = {key: "" if (v := figures[key]) is None else round(min(v, 99.0), 4) for key in METRICS}
-            rows.append({
-                "person": person.name, "method": name, "level": level, "picture": i, **rounded,
-                "seconds": round(took, 3), "learn_cpu_s": round(seconds, 1), "iterations": iterations, **shared,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "person": person.name,
+                    "method": name,
+                    "level": level,
+                    "picture": i,
+                    **rounded,
+                    "seconds": round(took, 3),
+                    "learn_cpu_s": round(seconds, 1),
+                    "iterations": iterations,
+                    **shared,
+                }
+            )
     return rows
 
 
@@ -162,9 +171,16 @@ def write(path: Path, rows: list[Row]) -> None:
 @click.option("--iterations", default=0, help="Of learning; 0 takes the default.")
 @click.option("--level", "levels", multiple=True, type=click.Choice(LEVELS), default=LEVELS, show_default=True)
 def main(
-    people: Path, output: Path, document: Path | None, base_name: str, names: tuple[str, ...],
-    chosen: tuple[str, ...], tests: int, iterations: int, levels: tuple[str, ...],
-) -> None:  # fmt: skip
+    people: Path,
+    output: Path,
+    document: Path | None,
+    base_name: str,
+    names: tuple[str, ...],
+    chosen: tuple[str, ...],
+    tests: int,
+    iterations: int,
+    levels: tuple[str, ...],
+) -> None:
     base, rows = load_base(base_name), read(output)
     shared = {"base": base.fingerprint[:12], **machine()}
     metrics = load_metrics(METRICS)

@@ -9,9 +9,13 @@ from typing import Any
 
 Row = dict[str, Any]
 COLUMNS = [
-    ("PSNR dB ↑", "psnr", 2), ("SSIM ↑", "ssim", 3), ("ST-LPIPS ↓", "stlpips", 3), ("LMSE px² ↓", "lmse_dlib", 1),
-    ("ID (dlib) ↓", "id_dlib", 3), ("ID to original ↓", "id_original_dlib", 3),
-]  # fmt: skip
+    ("PSNR dB ↑", "psnr", 2),
+    ("SSIM ↑", "ssim", 3),
+    ("ST-LPIPS ↓", "stlpips", 3),
+    ("LMSE px² ↓", "lmse_dlib", 1),
+    ("ID (dlib) ↓", "id_dlib", 3),
+    ("ID to original ↓", "id_original_dlib", 3),
+]
 TITLES = {
     "heavy": "Heavy degradation",
     "light": "Light degradation",
@@ -43,9 +47,13 @@ def write_document(path: Path, rows: list[Row], source: Path) -> None:
     counts = {(r["person"], r["picture"]) for r in rows}
     people = {r["person"] for r in rows}
     text = HEADER.format(
-        source=source.as_posix(), people=len(people), pictures=round(len(counts) / len(people)), tile=192,
-        base=first["base"], machine=f"{first['processor']}, torch {first['torch']}",
-    )  # fmt: skip
+        source=source.as_posix(),
+        people=len(people),
+        pictures=round(len(counts) / len(people)),
+        tile=192,
+        base=first["base"],
+        machine=f"{first['processor']}, torch {first['torch']}",
+    )
     for level, title in TITLES.items():
         chosen = [r for r in rows if r["level"] == level]
         if chosen:

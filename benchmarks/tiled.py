@@ -57,11 +57,17 @@ def measure(restorer: Restorer, size: int, batch: int, runs: int) -> dict[str, o
                 times[name].append(seconds)
     ratios = [b / tiles / a for a, b in zip(times["tile"], times["picture"], strict=True)]
     return {
-        "provider": restorer.provider, "precision": restorer.manifest.precision, "size": size, "tiles": tiles,
-        "batch": batch, "tile_s": round(float(np.median(times["tile"])), 4),
-        "picture_s": round(float(np.median(times["picture"])), 3), "ratio": round(float(np.median(ratios)), 3),
-        "runs": runs, "load": round(os.getloadavg()[0], 1),
-    }  # fmt: skip
+        "provider": restorer.provider,
+        "precision": restorer.manifest.precision,
+        "size": size,
+        "tiles": tiles,
+        "batch": batch,
+        "tile_s": round(float(np.median(times["tile"])), 4),
+        "picture_s": round(float(np.median(times["picture"])), 3),
+        "ratio": round(float(np.median(ratios)), 3),
+        "runs": runs,
+        "load": round(os.getloadavg()[0], 1),
+    }
 
 
 def clock(restorer: Restorer, pixels: Pixels, config: RestoreConfig) -> float:

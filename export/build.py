@@ -154,9 +154,10 @@ def export_plan(
     base, identity = resolve(identity, base)
     base.to("cpu", torch.float32)
     described = replace(
-        manifest(base, identity, target, precision), tools=tool_versions(),
+        manifest(base, identity, target, precision),
+        tools=tool_versions(),
         compute_capabilities=builder.capabilities if builder else [],
-    )  # fmt: skip
+    )
     if builder:
         described.tools[target] = builder.library.version
     with work_folder(near=output.resolve().parent) as folder:
@@ -171,7 +172,14 @@ def export_plan(
                 halve_weights(base)  # nothing after this looks at them in fp32, and a large base is gigabytes
             exported.append(
                 export_component(
-                    component, base, identity, computed, expected, builder is None, Path(folder) / component, progress,
+                    component,
+                    base,
+                    identity,
+                    computed,
+                    expected,
+                    builder is None,
+                    Path(folder) / component,
+                    progress,
                     options.plugins and component == "denoiser",
                 )
             )
@@ -218,9 +226,16 @@ def write_graphs(path: Path, described: Manifest, exported: list[Exported]) -> P
 
 
 def export_component(
-    component: str, base: Base, identity: Identity | None, precision: str, expected: Expected, onnx_target: bool,
-    folder: Path, progress: Progress, plugins: bool = False,
-) -> Exported:  # fmt: skip
+    component: str,
+    base: Base,
+    identity: Identity | None,
+    precision: str,
+    expected: Expected,
+    onnx_target: bool,
+    folder: Path,
+    progress: Progress,
+    plugins: bool = False,
+) -> Exported:
     """Export one component to a folder and check it in ONNX Runtime.
 
     An encoder or decoder that halves do not serve is exported in fp32: it runs once a picture, the denoiser each step.
@@ -287,9 +302,15 @@ def describe_payload(
     progress.line(f"{e.component}: building for {builder.library.target}")
     built = builder.build(e.component, e.origins, e.model, base, e.engine)
     return Payload(
-        f"{e.component}.engine", sha256_file(e.engine), e.inputs, e.outputs, e.figures, e.precision, built.profiles,
+        f"{e.component}.engine",
+        sha256_file(e.engine),
+        e.inputs,
+        e.outputs,
+        e.figures,
+        e.precision,
+        built.profiles,
         built.layers,
-    )  # fmt: skip
+    )
 
 
 def graph_payload(e: Exported) -> Payload:
@@ -298,9 +319,15 @@ def graph_payload(e: Exported) -> Payload:
     if e.message is not None:
         return Payload(file, sha256_bytes(e.message), e.inputs, e.outputs, e.figures, e.precision)
     return Payload(
-        file, sha256_file(e.model), e.inputs, e.outputs, e.figures, e.precision, weights=e.weights.name,
+        file,
+        sha256_file(e.model),
+        e.inputs,
+        e.outputs,
+        e.figures,
+        e.precision,
+        weights=e.weights.name,
         weights_sha256=sha256_file(e.weights),
-    )  # fmt: skip
+    )
 
 
 def halve_weights(base: Base) -> None:

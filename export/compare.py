@@ -114,12 +114,17 @@ def _compare_component(
         for i, (tile, by_output) in enumerate(zip(probes, iterations, strict=True)):
             finite = all(np.isfinite(a).all() for name in pair for a in outputs[name][i].values())
             angles = cosines[0][pair][i]
-            rows.append({
-                "component": component, "tile": tile, "pair": " / ".join(pair), "finite": bool(finite),
-                "max": max(float(r.max_absdiff) for r in by_output.values()),
-                "mean": max(float(r.mean_absdiff) for r in by_output.values()),
-                "cosine_distance": max(1 - float(angles[name].cosine_similarity) for name in by_output),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "component": component,
+                    "tile": tile,
+                    "pair": " / ".join(pair),
+                    "finite": bool(finite),
+                    "max": max(float(r.max_absdiff) for r in by_output.values()),
+                    "mean": max(float(r.mean_absdiff) for r in by_output.values()),
+                    "cosine_distance": max(1 - float(angles[name].cosine_similarity) for name in by_output),
+                }
+            )
     return rows
 
 
@@ -135,10 +140,15 @@ def _compare_pictures(plan: Plan, base: Base, identity: Identity | None, backend
                     finite, decibels = True, agreement(restorer.restore(pixels), expected[name])
                 except PFStorerError:  # a picture that is not finite is refused
                     finite, decibels = False, 0.0
-                rows.append({
-                    "component": "picture", "tile": name, "pair": f"torch / {backend}", "finite": finite,
-                    "psnr": round(decibels, 2),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "component": "picture",
+                        "tile": name,
+                        "pair": f"torch / {backend}",
+                        "finite": finite,
+                        "psnr": round(decibels, 2),
+                    }
+                )
     return rows
 
 

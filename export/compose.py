@@ -102,5 +102,7 @@ def compose_autoencoder(vae: AutoencoderTiny) -> None:
 
 def _is_3x3(module: nn.Module, stride: int) -> bool:
     return isinstance(module, nn.Conv2d) and (module.kernel_size, module.stride, module.padding) == (
-        (3, 3), (stride, stride), (1, 1),
-    )  # fmt: skip
+        (3, 3),
+        (stride, stride),
+        (1, 1),
+    )

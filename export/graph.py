@@ -96,9 +96,14 @@ def fused_modules(base: Base, identity: Identity | None = None) -> dict[str, nn.
 
 
 def build_graph(
-    component: str, module: nn.Module, base: Base, precision: str = "fp32", identity: Binding = "constants",
-    fused_attention: bool = True, plugins: bool = False,
-) -> Graph:  # fmt: skip
+    component: str,
+    module: nn.Module,
+    base: Base,
+    precision: str = "fp32",
+    identity: Binding = "constants",
+    fused_attention: bool = True,
+    plugins: bool = False,
+) -> Graph:
     """Export one component's module; for fp16, without fused attention and with plugins, it is changed in place.
 
     fused_attention: write the operator `Attention`; else matrix products, for engines without a kernel for it.
@@ -123,10 +128,15 @@ def build_graph(
         inputs = (*inputs, *paths)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            typed, tuple(example[name] for name in inputs), dynamo=True, opset_version=OPSET, verbose=False,
-            input_names=list(inputs), output_names=list(outputs),
+            typed,
+            tuple(example[name] for name in inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            input_names=list(inputs),
+            output_names=list(outputs),
             dynamic_shapes=(tuple(shapes[name] for name in inputs),),
-        )  # fmt: skip
+        )
     assert program is not None
     if component == "encoder":  # the exporter's own names for these are those of its symbols
         for value in program.model.graph.outputs:

@@ -117,18 +117,26 @@ def _operator(name: str, inputs: tuple[torch.Tensor, ...], like: torch.Tensor, *
 
 
 def _gate(
-    layer: nn.Linear, h: torch.Tensor, stream: torch.Tensor, x: torch.Tensor, gamma: torch.Tensor,
-    strength: torch.Tensor | float = 1.0, delta: bool = True,
-) -> torch.Tensor:  # fmt: skip
+    layer: nn.Linear,
+    h: torch.Tensor,
+    stream: torch.Tensor,
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    strength: torch.Tensor | float = 1.0,
+    delta: bool = True,
+) -> torch.Tensor:
     bias = layer.bias if layer.bias is not None else torch.zeros_like(layer.weight[:, 0])
     strength = torch.as_tensor(strength, dtype=torch.float32, device=x.device).reshape(1)
     return _operator("gated_projection", (h, layer.weight, bias, x, gamma, strength, stream), x, delta=delta)
 
 
 def _norm(
-    norm: nn.GroupNorm, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
+    norm: nn.GroupNorm,
+    x: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
     silu: bool = False,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     grouped = x.float().unflatten(1, (norm.num_groups, -1)).flatten(2)
     mean = grouped.mean(-1)
     rstd = ((grouped - mean[..., None]).square().mean(-1) + norm.eps).rsqrt()
@@ -175,9 +183,10 @@ def launch_gated_projection(trtp: Any, h: Any, weight: Any, residual: Any, delta
     variant = aot.gated_projection_variant("*fp16", "*fp16", "*fp32")
     whole = all(side.is_constant and side.constant_value() % 16 == 0 for side in (n, k))
     variant = replace(
-        variant, constants={**variant.constants, "DELTA": bool(delta)},
+        variant,
+        constants={**variant.constants, "DELTA": bool(delta)},
         unaligned=("M", "tokens") if whole else variant.kernel.arg_names,
-    )  # fmt: skip
+    )
     c = variant.constants
     tiles = trtp.cdiv(rows, c["BLOCK_M"]) * trtp.cdiv(n, c["BLOCK_N"])
     return Launch(variant, (tiles, 1, 1), (rows, n, k, rows, k, k, n, n, n))
@@ -258,8 +267,9 @@ def register(trtp: Any, capability: int) -> None:
 
     results = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]
     pairs: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
-        ("gated_projection", gated_projection, gated_projection_aot), ("spade_norm", spade_norm, spade_norm_aot),
-    )  # fmt: skip
+        ("gated_projection", gated_projection, gated_projection_aot),
+        ("spade_norm", spade_norm, spade_norm_aot),
+    )
     for name, describe, implement in pairs:
         _annotate(describe, desc, desc)
         _annotate(implement, None, results)

@@ -81,11 +81,17 @@ def quantize(model: Path, inputs: Iterator[dict[str, Array]], output: Path) -> P
     with _quiet():
         ranges = measure_ranges(model, inputs)  # before the weights are loaded: both at once are gigabytes more
         quantizer = quantization.QDQQuantizer(
-            quantization.quant_utils.load_model_with_shape_infer(model), per_channel=True, reduce_range=True,
-            weight_qType=quantization.QuantType.QInt8, activation_qType=quantization.QuantType.QUInt8,
-            tensors_range=ranges, nodes_to_quantize=[], nodes_to_exclude=[],
-            op_types_to_quantize=OPERATORS, extra_options={},
-        )  # fmt: skip
+            quantization.quant_utils.load_model_with_shape_infer(model),
+            per_channel=True,
+            reduce_range=True,
+            weight_qType=quantization.QuantType.QInt8,
+            activation_qType=quantization.QuantType.QUInt8,
+            tensors_range=ranges,
+            nodes_to_quantize=[],
+            nodes_to_exclude=[],
+            op_types_to_quantize=OPERATORS,
+            extra_options={},
+        )
         quantizer.quantize_model()
         quantizer.model.save_model_to_file(str(output), True)
     return output

@@ -89,25 +89,41 @@ def _unet(channels: int, widths: tuple[int, ...], heads: tuple[int, ...], contex
     down = tuple("DownBlock2D" if p else "CrossAttnDownBlock2D" for p in plain)
     up = tuple("UpBlock2D" if p else "CrossAttnUpBlock2D" for p in reversed(plain))
     return {
-        "in_channels": channels, "out_channels": channels, "block_out_channels": widths,
-        "attention_head_dim": heads, "cross_attention_dim": context, "down_block_types": down,
-        "up_block_types": up, "use_linear_projection": True, "layers_per_block": 2, **more,
-    }  # fmt: skip
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": widths,
+        "attention_head_dim": heads,
+        "cross_attention_dim": context,
+        "down_block_types": down,
+        "up_block_types": up,
+        "use_linear_projection": True,
+        "layers_per_block": 2,
+        **more,
+    }
 
 
 def _tiny_vae(width: int, encoder: tuple[int, ...], decoder: tuple[int, ...], channels: int) -> dict[str, Any]:
     return {
-        "class": "AutoencoderTiny", "latent_channels": channels,
-        "encoder_block_out_channels": (width,) * 4, "decoder_block_out_channels": (width,) * 4,
-        "num_encoder_blocks": encoder, "num_decoder_blocks": decoder,
-    }  # fmt: skip
+        "class": "AutoencoderTiny",
+        "latent_channels": channels,
+        "encoder_block_out_channels": (width,) * 4,
+        "decoder_block_out_channels": (width,) * 4,
+        "num_encoder_blocks": encoder,
+        "num_decoder_blocks": decoder,
+    }
 
 
 def _byte_text(width: int) -> dict[str, Any]:
     return {
-        "vocab_size": 260, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1,
-        "num_attention_heads": width // 32, "max_position_embeddings": 24, "bos_token_id": 256, "eos_token_id": 257,
-    }  # fmt: skip
+        "vocab_size": 260,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 1,
+        "num_attention_heads": width // 32,
+        "max_position_embeddings": 24,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+    }
 
 
 _SD21_LAYERS = (
@@ -117,46 +133,87 @@ _SD21_LAYERS = (
     "up_blocks.3.attentions.1",
 )
 _SD21_VAE = {
-    "class": "AutoencoderKL", "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "scaling_factor": 0.18215, "sample_size": 512,
-}  # fmt: skip
+    "class": "AutoencoderKL",
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "scaling_factor": 0.18215,
+    "sample_size": 512,
+}
 _SD21_TEXT = {
-    "vocab_size": 49408, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
-    "num_attention_heads": 16, "max_position_embeddings": 77, "hidden_act": "gelu",
-    "bos_token_id": 49406, "eos_token_id": 49407,
-}  # fmt: skip
+    "vocab_size": 49408,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 77,
+    "hidden_act": "gelu",
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
 
 PRESETS: dict[str, BaseConfig] = {
     # For tests: SD 2.1's topology at the smallest widths that its norms and heads allow.
     "nano": BaseConfig(
-        name="nano", tile=64, layers=_SD21_LAYERS, head_size=8, spade_hidden=8,
+        name="nano",
+        tile=64,
+        layers=_SD21_LAYERS,
+        head_size=8,
+        spade_hidden=8,
         unet=_unet(4, (8, 16, 16, 16), (1, 2, 2, 2), 32, norm_num_groups=4),
         structure=StructureConfig(width=8, multipliers=(1, 1, 2, 2), heads=1, out_channels=8, norm_groups=4),
-        vae=_tiny_vae(8, (1, 1, 1, 1), (1, 1, 1, 1), 4), text=_byte_text(32), steps=4, licence="none",
+        vae=_tiny_vae(8, (1, 1, 1, 1), (1, 1, 1, 1), 4),
+        text=_byte_text(32),
+        steps=4,
+        licence="none",
     ),
     # The shipped base: three levels, all weights together under 24 MB in fp16.
     "tiny": BaseConfig(
-        name="tiny", tile=192, head_size=32, spade_hidden=32, prediction_type="v_prediction",
+        name="tiny",
+        tile=192,
+        head_size=32,
+        spade_hidden=32,
+        prediction_type="v_prediction",
         layers=tuple(f"up_blocks.{block}.attentions.{layer}" for block in range(3) for layer in range(2)),
         unet=_unet(8, (64, 128, 160), (2, 4, 5), 64, layers_per_block=1),
-        structure=StructureConfig(width=32, multipliers=(1, 2, 2), heads=1, out_channels=48, res_blocks=1,
-                                  norm_groups=16),
-        vae=_tiny_vae(64, (0, 1, 2, 3), (3, 2, 1, 0), 8), text=_byte_text(64),
-        personalize={"learning_rate": 2e-3, "batch": 2, "decay": 0.5, "gamma_learning_rate": 5e-2, "lambda_gen": 0.0,
-                     "iterations": 1000, "first_step": 0.5, "lambda_pixel": 0.5, "lambda_perceptual": 0.05,
-                     "lambda_id": 0.02},
-        cfw={"widths": (64, 64), "growth": 16}, cfw_weight=1.0,
-        sampler="ddim", steps=1, licence="research, non-commercial",
+        structure=StructureConfig(
+            width=32, multipliers=(1, 2, 2), heads=1, out_channels=48, res_blocks=1, norm_groups=16
+        ),
+        vae=_tiny_vae(64, (0, 1, 2, 3), (3, 2, 1, 0), 8),
+        text=_byte_text(64),
+        personalize={
+            "learning_rate": 2e-3,
+            "batch": 2,
+            "decay": 0.5,
+            "gamma_learning_rate": 5e-2,
+            "lambda_gen": 0.0,
+            "iterations": 1000,
+            "first_step": 0.5,
+            "lambda_pixel": 0.5,
+            "lambda_perceptual": 0.05,
+            "lambda_id": 0.02,
+        },
+        cfw={"widths": (64, 64), "growth": 16},
+        cfw_weight=1.0,
+        sampler="ddim",
+        steps=1,
+        licence="research, non-commercial",
     ),
     # StableSR on SD 2.1-base at 512 pixels (method: StableSR sections 2.1-2.5).
     "sd21": BaseConfig(
-        name="sd21", tile=512, layers=_SD21_LAYERS,
+        name="sd21",
+        tile=512,
+        layers=_SD21_LAYERS,
         unet=_unet(4, (320, 640, 1280, 1280), (5, 10, 20, 20), 1024),
         structure=StructureConfig(width=256, multipliers=(1, 1, 2, 2), heads=4, out_channels=256),
-        vae=_SD21_VAE, text=_SD21_TEXT, tokenizer="clip", licence="NTU S-Lab 1.0 (non-commercial)",
+        vae=_SD21_VAE,
+        text=_SD21_TEXT,
+        tokenizer="clip",
+        licence="NTU S-Lab 1.0 (non-commercial)",
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,14 @@ def make_scheduler(config: BaseConfig) -> DDPMScheduler:
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(
-        num_train_timesteps=TRAIN_STEPS, beta_start=BETAS[0], beta_end=BETAS[1], beta_schedule="scaled_linear",
-        prediction_type=config.prediction_type, clip_sample=False, timestep_spacing="trailing",
-    )  # fmt: skip
+        num_train_timesteps=TRAIN_STEPS,
+        beta_start=BETAS[0],
+        beta_end=BETAS[1],
+        beta_schedule="scaled_linear",
+        prediction_type=config.prediction_type,
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
 
 
 def respace(steps: int) -> list[int]:
@@ -144,9 +149,14 @@ def x0_weight(t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: st
 
 
 def prediction_error(
-    prediction: torch.Tensor, x: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor,
-    prediction_type: str, weighting: Weighting,
-) -> torch.Tensor:  # fmt: skip
+    prediction: torch.Tensor,
+    x: torch.Tensor,
+    x0: torch.Tensor,
+    t: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+    prediction_type: str,
+    weighting: Weighting,
+) -> torch.Tensor:
     """Mean squared error of each row, (B,).
 
     weighting: `prediction` is the error of the prediction itself; `x0` that of the clean latent that it stands for,
@@ -202,9 +212,12 @@ def _diffusers_scheduler(name: str, timesteps: Sequence[int], prediction_type: s
     import diffusers
 
     settings = {
-        "num_train_timesteps": TRAIN_STEPS, "beta_start": BETAS[0], "beta_end": BETAS[1],
-        "beta_schedule": "scaled_linear", "prediction_type": prediction_type,
-    }  # fmt: skip
+        "num_train_timesteps": TRAIN_STEPS,
+        "beta_start": BETAS[0],
+        "beta_end": BETAS[1],
+        "beta_schedule": "scaled_linear",
+        "prediction_type": prediction_type,
+    }
     if name == "dpmpp_2m":
         scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2, **settings)
         scheduler.set_timesteps(timesteps=list(reversed(timesteps)))

@@ -79,11 +79,17 @@ class Identity:
     def metadata(self) -> dict[str, str]:
         """Return everything but the tensors, as strings."""
         return {
-            "kind": KIND, "schema": SCHEMA, "name": self.name, "base_fingerprint": self.base_fingerprint,
-            "base_name": self.base_name, "method": self.method, "layers": json.dumps(self.layers),
-            "settings": json.dumps(self.settings, sort_keys=True), "references": json.dumps(self.references),
+            "kind": KIND,
+            "schema": SCHEMA,
+            "name": self.name,
+            "base_fingerprint": self.base_fingerprint,
+            "base_name": self.base_name,
+            "method": self.method,
+            "layers": json.dumps(self.layers),
+            "settings": json.dumps(self.settings, sort_keys=True),
+            "references": json.dumps(self.references),
             "gamma": json.dumps(self.gamma, sort_keys=True),
-        }  # fmt: skip
+        }
 
     @classmethod
     def load(cls, path: Path, tensors: bool = True) -> Identity:
@@ -96,9 +102,15 @@ class Identity:
             values = {key: json.loads(meta[key]) for key in ("layers", "settings", "references", "gamma")}
             check_values(meta, values["layers"], values["references"])
             identity = cls(
-                meta["name"], meta["base_fingerprint"], meta["base_name"], meta["method"], tuple(values["layers"]),
-                values["settings"], tuple(values["references"]), gamma=values["gamma"],
-            )  # fmt: skip
+                meta["name"],
+                meta["base_fingerprint"],
+                meta["base_name"],
+                meta["method"],
+                tuple(values["layers"]),
+                values["settings"],
+                tuple(values["references"]),
+                gamma=values["gamma"],
+            )
         except (KeyError, ValueError, TypeError) as error:
             reason = f"its metadata are incomplete or wrong ({error}); personalize again"
             raise BadFileError(f"{show_path(path)}: {reason}") from error

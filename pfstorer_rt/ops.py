@@ -36,9 +36,14 @@ def math(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor |
 
 
 def gated_projection(
-    layer: nn.Linear, h: torch.Tensor, stream: torch.Tensor, x: torch.Tensor, gamma: torch.Tensor,
-    strength: torch.Tensor | float = 1.0, delta: bool = True,
-) -> torch.Tensor:  # fmt: skip
+    layer: nn.Linear,
+    h: torch.Tensor,
+    stream: torch.Tensor,
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    strength: torch.Tensor | float = 1.0,
+    delta: bool = True,
+) -> torch.Tensor:
     """A block's last projection and its gate: x + strength gamma (.) (layer(h) + stream - x) (PFStorer eq. 3).
 
     h: (B, L, K); stream, the block's own residual, and x: (B, L, N); strength: scalar or (B, 1, 1). delta=False leaves
@@ -49,9 +54,12 @@ def gated_projection(
 
 
 def spade_norm(
-    norm: nn.GroupNorm, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
+    norm: nn.GroupNorm,
+    x: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
     silu: bool = False,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Return norm(x) (1 + scale) + shift, or norm(x) alone, and its SiLU where asked; all (B, C, H, W)."""
     y: torch.Tensor = norm(x)
     if scale is not None and shift is not None:
@@ -115,17 +123,25 @@ def _load_triton(device: torch.device, head_size: int | None) -> Kernels:
     dispatch = module.Dispatch(cache_home() / "kernels.json", atomic_write)
 
     def gate(
-        layer: nn.Linear, h: torch.Tensor, stream: torch.Tensor, x: torch.Tensor, gamma: torch.Tensor,
-        strength: torch.Tensor | float = 1.0, delta: bool = True,
-    ) -> torch.Tensor:  # fmt: skip
+        layer: nn.Linear,
+        h: torch.Tensor,
+        stream: torch.Tensor,
+        x: torch.Tensor,
+        gamma: torch.Tensor,
+        strength: torch.Tensor | float = 1.0,
+        delta: bool = True,
+    ) -> torch.Tensor:
         arguments = layer, h, stream, x, gamma, strength, delta
         result: torch.Tensor = dispatch.gated_projection(lambda: gated_projection(*arguments), *arguments)
         return result
 
     def norm(
-        layer: nn.GroupNorm, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
+        layer: nn.GroupNorm,
+        x: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
         silu: bool = False,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         arguments = layer, x, scale, shift, silu
         result: torch.Tensor = dispatch.spade_norm(lambda: spade_norm(*arguments), *arguments)
         return result

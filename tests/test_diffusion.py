@@ -21,9 +21,12 @@ from pfstorer_rt.diffusion import (
 SHAPE = (1, 4, 6, 5)
 KINDS = ("epsilon", "v_prediction")
 SCHEDULE = {
-    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
     "clip_sample": False,
-}  # fmt: skip
+}
 
 
 def abar_by_hand(t):

@@ -256,10 +256,17 @@ def test_a_fingerprint_is_64_hexadecimal_digits(saved, field, value):
 
 @pytest.mark.parametrize(
     "change",
-    [{"name": "../alice"}, {"name": "a\nb"}, {"base_name": "/srv/base"}, {"method": "os"},
-     {"layers": '["unet.__class__"]'}, {"layers": "[7]"}, {"layers": '["up_blocks.1.attentions.0.norm"]'},
-     {"references": '["photo.jpg"]'}],
-)  # fmt: skip
+    [
+        {"name": "../alice"},
+        {"name": "a\nb"},
+        {"base_name": "/srv/base"},
+        {"method": "os"},
+        {"layers": '["unet.__class__"]'},
+        {"layers": "[7]"},
+        {"layers": '["up_blocks.1.attentions.0.norm"]'},
+        {"references": '["photo.jpg"]'},
+    ],
+)
 def test_names_have_the_form_of_what_they_name(saved, change):
     rewrite_header(saved, **change)
     with pytest.raises(BadFileError, match="metadata are incomplete or wrong"):

@@ -19,9 +19,10 @@ def onnx_message(content):
 
 
 PAYLOADS = {
-    "encoder": onnx_message(b"first" * 100), "denoiser": onnx_message(bytes(range(256)) * 40),
+    "encoder": onnx_message(b"first" * 100),
+    "denoiser": onnx_message(bytes(range(256)) * 40),
     "decoder": onnx_message(b"last"),
-}  # fmt: skip
+}
 
 
 def make_manifest(**changes):
@@ -30,10 +31,19 @@ def make_manifest(**changes):
         c: Payload(f"{c}.onnx", sha256_bytes(data), ports, ports, {"relative": 1e-6}) for c, data in PAYLOADS.items()
     }
     values = {
-        "target": "onnx", "precision": "fp32", "tile": 64, "factor": 8, "latent_channels": 4,
-        "prediction_type": "epsilon", "sampler": "ddpm", "steps": 4, "base_name": "nano", "base_fingerprint": "0" * 64,
-        "tools": {"torch": "2"}, "payloads": payloads,
-    }  # fmt: skip
+        "target": "onnx",
+        "precision": "fp32",
+        "tile": 64,
+        "factor": 8,
+        "latent_channels": 4,
+        "prediction_type": "epsilon",
+        "sampler": "ddpm",
+        "steps": 4,
+        "base_name": "nano",
+        "base_fingerprint": "0" * 64,
+        "tools": {"torch": "2"},
+        "payloads": payloads,
+    }
     return Manifest(**{**values, **changes})
 
 
@@ -249,9 +259,16 @@ def test_a_fingerprint_is_64_hexadecimal_digits(plan, field, value):
 
 @pytest.mark.parametrize(
     "change",
-    [{"base_name": "/srv/base"}, {"base_name": "a; rm -rf ~"}, {"identity_name": "../alice"}, {"identity_name": "-x"},
-     {"target": "os"}, {"target": ["onnx"]}, {"precision": "fp32 --trust-plan"}],
-)  # fmt: skip
+    [
+        {"base_name": "/srv/base"},
+        {"base_name": "a; rm -rf ~"},
+        {"identity_name": "../alice"},
+        {"identity_name": "-x"},
+        {"target": "os"},
+        {"target": ["onnx"]},
+        {"precision": "fp32 --trust-plan"},
+    ],
+)
 def test_names_are_plain_names(plan, change):
     rewrite(plan.path, lambda data: {**data, **change})
     with pytest.raises(BadFileError, match="manifest does not fit"):
@@ -299,9 +316,13 @@ def test_a_signature_of_strange_letters_is_a_wrong_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "base, identity, command",
-    [("tiny", None, "--base tiny"), ("sd21", None, "--base DIR"), ("tiny", "al", "--identity al"),
-     ("sd21", "al", "--identity al --base DIR")],
-)  # fmt: skip
+    [
+        ("tiny", None, "--base tiny"),
+        ("sd21", None, "--base DIR"),
+        ("tiny", "al", "--identity al"),
+        ("sd21", "al", "--identity al --base DIR"),
+    ],
+)
 def test_the_command_that_makes_a_plan_again_names_what_can_be_found(tmp_path, base, identity, command):
     made = write_plan(tmp_path / "b.plan", make_manifest(base_name=base, identity_name=identity), PAYLOADS)
     assert f"export {command} --target onnx" in made.rebuild()
@@ -379,9 +400,10 @@ def test_a_signature_holds_under_another_name(tmp_path):
     "target, built_for, options",
     [
         ("tensorrt-rtx", ["8.6", "8.9"], "--compute-capability 8.6 --compute-capability 8.9 -o"),
-        ("tensorrt-rtx", ["8.0", "12.0+"], "--precision fp32 -o"), ("tensorrt", ["8.6"], "--precision fp32 -o"),
+        ("tensorrt-rtx", ["8.0", "12.0+"], "--precision fp32 -o"),
+        ("tensorrt", ["8.6"], "--precision fp32 -o"),
     ],
-)  # fmt: skip
+)
 def test_rebuilding_is_for_the_same_gpus(plan, target, built_for, options):
     manifest = make_manifest(target=target, compute_capabilities=built_for)
     assert options in Plan(plan.path, manifest).rebuild()

@@ -114,9 +114,17 @@ def test_a_finished_file_is_never_swept_before_it_has_its_name(tmp_path, monkeyp
 
     def replace(source, target):
         done = subprocess.run(
-            [sys.executable, "-c", "import sys; from pathlib import Path; from pfstorer_rt.temporary import sweep\n"
-             "print(len(sweep(Path(sys.argv[1]))))", str(tmp_path)], capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-c",
+                "import sys; from pathlib import Path; from pfstorer_rt.temporary import sweep\n"
+                "print(len(sweep(Path(sys.argv[1]))))",
+                str(tmp_path),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert done.stdout.strip() == "0"
         real(source, target)
 

@@ -55,9 +55,11 @@ class Variant:
         sizes = {n for n in names if signature[n] == "i32"} - set(self.unaligned)
         aligned = sizes | {n for n in names if signature[n].startswith("*")}
         source = ASTSource(
-            fn=self.kernel, signature=signature, constexprs=dict(self.constants),
+            fn=self.kernel,
+            signature=signature,
+            constexprs=dict(self.constants),
             attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in aligned},
-        )  # fmt: skip
+        )
         options = {"num_warps": self.warps, "num_stages": self.stages}
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -89,9 +91,14 @@ def gated_projection_variant(half: str = "*fp16", gamma: str = "*fp32", strength
     types = _pointers("h weight bias residual stream out", half) | {"gamma": gamma, "strength": strength}
     tile = gated_projection.TILES[0]
     constants = {
-        "BIAS": True, "STREAM": True, "DELTA": True, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns,
-        "BLOCK_K": tile.depth, "GROUP_M": gated_projection.GROUP,
-    }  # fmt: skip
+        "BIAS": True,
+        "STREAM": True,
+        "DELTA": True,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth,
+        "GROUP_M": gated_projection.GROUP,
+    }
     return Variant(gated_projection._gated_projection_kernel, types, constants, tile.warps, tile.stages)
 
 
@@ -109,9 +116,11 @@ def spade_norm_variants(half: str = "*fp16", dense: str = "c", size: int = 10, e
     tile = {"BLOCK_P": spade_norm.PIXELS, "BLOCK_C": spade_norm.CHANNELS}
     modulation = {**tile, "MODULATED": True, "SILU": True}
     combined = {
-        "BLOCK_P": spade_norm.PIXELS, "BLOCK_I": spade_norm.CHUNKS, "BLOCK_G": int(triton.next_power_of_2(size)),
+        "BLOCK_P": spade_norm.PIXELS,
+        "BLOCK_I": spade_norm.CHUNKS,
+        "BLOCK_G": int(triton.next_power_of_2(size)),
         "eps": eps,
-    }  # fmt: skip
+    }
     made = []
     for kernel, constants in (
         (spade_norm._statistics_kernel, tile),
@@ -132,10 +141,15 @@ def _used(kernel: Any, types: Mapping[str, str]) -> dict[str, str]:
 def variants() -> list[Variant]:
     """Return every kernel, in the variants that differ in how they are compiled."""
     return [
-        *attention_variants(64, "*fp16", False), *attention_variants(40, "*bf16", True),
-        attention_variants(128, "*fp16", False)[0], gated_projection_variant(), gated_projection_variant("*bf16"),
-        *geglu_variants(), *spade_norm_variants(), spade_norm_variants(dense="p")[2],
-    ]  # fmt: skip
+        *attention_variants(64, "*fp16", False),
+        *attention_variants(40, "*bf16", True),
+        attention_variants(128, "*fp16", False)[0],
+        gated_projection_variant(),
+        gated_projection_variant("*bf16"),
+        *geglu_variants(),
+        *spade_norm_variants(),
+        spade_norm_variants(dense="p")[2],
+    ]
 
 
 def resources(compiled: Any) -> dict[str, int]:
@@ -156,9 +170,14 @@ def report(variant: Variant, capability: int) -> dict[str, Any]:
     product = "wgmma" if "wgmma.mma" in ptx else "mma" if "mma.sync" in ptx else None
     target = re.search(r"\.target (sm_\d+)", ptx)
     return {
-        "kernel": variant.name, "capability": capability, "target": target and target.group(1),
-        **variant.constants, **resources(compiled), "product": product, "cubin_bytes": len(compiled.asm["cubin"]),
-    }  # fmt: skip
+        "kernel": variant.name,
+        "capability": capability,
+        "target": target and target.group(1),
+        **variant.constants,
+        **resources(compiled),
+        "product": product,
+        "cubin_bytes": len(compiled.asm["cubin"]),
+    }
 
 
 def main() -> None:

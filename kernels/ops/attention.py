@@ -47,8 +47,13 @@ def compact(mask: torch.Tensor) -> Keys:
 
 @triton.jit
 def _load_rows(
-    base: tl.tensor, rows: tl.tensor, stride: tl.tensor, keep: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    base: tl.tensor,
+    rows: tl.tensor,
+    stride: tl.tensor,
+    keep: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> tl.tensor:
     """Rows (R,) of a matrix with D columns as (R, BLOCK_D), zero past D and where `keep` is false; None keeps all."""
     d = tl.arange(0, BLOCK_D)
     pointers = base + rows[:, None].to(tl.int64) * stride + d[None, :]
@@ -63,9 +68,14 @@ def _load_rows(
 
 @triton.jit
 def _store_rows(
-    base: tl.tensor, rows: tl.tensor, stride: tl.tensor, keep: tl.tensor, values: tl.tensor, D: tl.constexpr,
+    base: tl.tensor,
+    rows: tl.tensor,
+    stride: tl.tensor,
+    keep: tl.tensor,
+    values: tl.tensor,
+    D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-) -> None:  # fmt: skip
+) -> None:
     d = tl.arange(0, BLOCK_D)
     pointers = base + rows[:, None].to(tl.int64) * stride + d[None, :]
     tl.store(pointers, values.to(base.dtype.element_ty), mask=keep[:, None] & (d < D)[None, :])
@@ -73,8 +83,13 @@ def _store_rows(
 
 @triton.jit
 def _key_rows(
-    index: tl.tensor, b: tl.tensor, S: tl.tensor, s: tl.tensor, keep: tl.tensor, INDEXED: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    index: tl.tensor,
+    b: tl.tensor,
+    S: tl.tensor,
+    s: tl.tensor,
+    keep: tl.tensor,
+    INDEXED: tl.constexpr,
+) -> tl.tensor:
     """Where the s-th attended keys lie."""
     if not INDEXED:
         return s
@@ -86,11 +101,26 @@ def _key_rows(
 
 @triton.jit
 def _attend(
-    acc: tl.tensor, total: tl.tensor, highest: tl.tensor, query: tl.tensor, k: tl.tensor, v: tl.tensor,
-    index: tl.tensor, b: tl.tensor, k_s: tl.tensor, v_s: tl.tensor, S: tl.tensor, scale: tl.tensor, first: tl.tensor,
-    last: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, INDEXED: tl.constexpr,
+    acc: tl.tensor,
+    total: tl.tensor,
+    highest: tl.tensor,
+    query: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    index: tl.tensor,
+    b: tl.tensor,
+    k_s: tl.tensor,
+    v_s: tl.tensor,
+    S: tl.tensor,
+    scale: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    INDEXED: tl.constexpr,
     CUT: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+) -> tl.tensor:
     """Go over the keys from `first` to `last` with a running maximum and sum; CUT: the last tile is not whole."""
     for start in tl.range(first, last, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
@@ -112,12 +142,35 @@ def _attend(
 
 @triton.jit
 def _attention_forward_kernel(
-    q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, lse: tl.tensor, index: tl.tensor, length: tl.tensor,
-    q_b: tl.tensor, q_h: tl.tensor, q_l: tl.tensor, k_b: tl.tensor, k_h: tl.tensor, k_s: tl.tensor, v_b: tl.tensor,
-    v_h: tl.tensor, v_s: tl.tensor, o_b: tl.tensor, o_h: tl.tensor, o_l: tl.tensor, H: tl.tensor, L: tl.tensor,
-    S: tl.tensor, scale: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_S: tl.constexpr, INDEXED: tl.constexpr,
-) -> None:  # fmt: skip
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    index: tl.tensor,
+    length: tl.tensor,
+    q_b: tl.tensor,
+    q_h: tl.tensor,
+    q_l: tl.tensor,
+    k_b: tl.tensor,
+    k_h: tl.tensor,
+    k_s: tl.tensor,
+    v_b: tl.tensor,
+    v_h: tl.tensor,
+    v_s: tl.tensor,
+    o_b: tl.tensor,
+    o_h: tl.tensor,
+    o_l: tl.tensor,
+    H: tl.tensor,
+    L: tl.tensor,
+    S: tl.tensor,
+    scale: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    INDEXED: tl.constexpr,
+) -> None:
     """One tile of queries against all keys; `scale` includes log2(e)."""
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     i = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -146,12 +199,38 @@ def _attention_forward_kernel(
 
 @triton.jit
 def _attention_backward_keys_kernel(
-    q: tl.tensor, k: tl.tensor, v: tl.tensor, grad: tl.tensor, lse: tl.tensor, delta: tl.tensor, grad_k: tl.tensor,
-    grad_v: tl.tensor, index: tl.tensor, length: tl.tensor, q_b: tl.tensor, q_h: tl.tensor, q_l: tl.tensor,
-    k_b: tl.tensor, k_h: tl.tensor, k_s: tl.tensor, v_b: tl.tensor, v_h: tl.tensor, v_s: tl.tensor, g_b: tl.tensor,
-    g_h: tl.tensor, g_l: tl.tensor, H: tl.tensor, L: tl.tensor, S: tl.tensor, scale: tl.tensor, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, INDEXED: tl.constexpr,
-) -> None:  # fmt: skip
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    grad: tl.tensor,
+    lse: tl.tensor,
+    delta: tl.tensor,
+    grad_k: tl.tensor,
+    grad_v: tl.tensor,
+    index: tl.tensor,
+    length: tl.tensor,
+    q_b: tl.tensor,
+    q_h: tl.tensor,
+    q_l: tl.tensor,
+    k_b: tl.tensor,
+    k_h: tl.tensor,
+    k_s: tl.tensor,
+    v_b: tl.tensor,
+    v_h: tl.tensor,
+    v_s: tl.tensor,
+    g_b: tl.tensor,
+    g_h: tl.tensor,
+    g_l: tl.tensor,
+    H: tl.tensor,
+    L: tl.tensor,
+    S: tl.tensor,
+    scale: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    INDEXED: tl.constexpr,
+) -> None:
     """Gradients of one tile of keys and values from all queries; grad_k, grad_v: (B, H, S, D) contiguous."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -184,12 +263,37 @@ def _attention_backward_keys_kernel(
 
 @triton.jit
 def _attention_backward_queries_kernel(
-    q: tl.tensor, k: tl.tensor, v: tl.tensor, grad: tl.tensor, lse: tl.tensor, delta: tl.tensor, grad_q: tl.tensor,
-    index: tl.tensor, length: tl.tensor, q_b: tl.tensor, q_h: tl.tensor, q_l: tl.tensor, k_b: tl.tensor,
-    k_h: tl.tensor, k_s: tl.tensor, v_b: tl.tensor, v_h: tl.tensor, v_s: tl.tensor, g_b: tl.tensor, g_h: tl.tensor,
-    g_l: tl.tensor, H: tl.tensor, L: tl.tensor, S: tl.tensor, scale: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, INDEXED: tl.constexpr,
-) -> None:  # fmt: skip
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    grad: tl.tensor,
+    lse: tl.tensor,
+    delta: tl.tensor,
+    grad_q: tl.tensor,
+    index: tl.tensor,
+    length: tl.tensor,
+    q_b: tl.tensor,
+    q_h: tl.tensor,
+    q_l: tl.tensor,
+    k_b: tl.tensor,
+    k_h: tl.tensor,
+    k_s: tl.tensor,
+    v_b: tl.tensor,
+    v_h: tl.tensor,
+    v_s: tl.tensor,
+    g_b: tl.tensor,
+    g_h: tl.tensor,
+    g_l: tl.tensor,
+    H: tl.tensor,
+    L: tl.tensor,
+    S: tl.tensor,
+    scale: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    INDEXED: tl.constexpr,
+) -> None:
     """Gradient of one tile of queries from all keys; grad_q: (B, H, L, D) contiguous."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -230,9 +334,13 @@ def _indices(keys: Keys | None, q: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 def _sizes(q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
     head = q.shape[-1]
     return {
-        "H": q.shape[1], "L": q.shape[2], "S": k.shape[2], "scale": math.log2(math.e) / math.sqrt(head), "D": head,
+        "H": q.shape[1],
+        "L": q.shape[2],
+        "S": k.shape[2],
+        "scale": math.log2(math.e) / math.sqrt(head),
+        "D": head,
         "BLOCK_D": triton.next_power_of_2(head),
-    }  # fmt: skip
+    }
 
 
 def default_tile(head_size: int) -> Tile:
@@ -255,16 +363,32 @@ def attention_forward(
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
     strides = [stride for tensor in (q, k, v, out) for stride in tensor.stride()[:3]]
     _attention_forward_kernel[triton.cdiv(length, tile.rows), batch * heads](
-        q, k, v, out, lse, *_indices(keys, q), *strides, **_sizes(q, k), INDEXED=keys is not None,
-        BLOCK_L=tile.rows, BLOCK_S=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        out,
+        lse,
+        *_indices(keys, q),
+        *strides,
+        **_sizes(q, k),
+        INDEXED=keys is not None,
+        BLOCK_L=tile.rows,
+        BLOCK_S=tile.columns,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return out, lse
 
 
 def attention_backward(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     keys: Keys | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the backward kernels on what the forward one took and gave; returns the gradients of q, k and v.
 
     The softmax is computed again from `lse`. Gradients of keys that are not attended are zero.
@@ -280,13 +404,34 @@ def attention_backward(
     options = {**sizes, "INDEXED": keys is not None, "num_warps": tile.warps, "num_stages": tile.stages}
     pairs = q.shape[0] * q.shape[1]
     _attention_backward_keys_kernel[triton.cdiv(k.shape[2], tile.columns), pairs](
-        q, k, v, grad, lse, delta, grad_k, grad_v, *_indices(keys, q), *strides, **options,
-        BLOCK_L=tile.rows, BLOCK_S=tile.columns,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        grad,
+        lse,
+        delta,
+        grad_k,
+        grad_v,
+        *_indices(keys, q),
+        *strides,
+        **options,
+        BLOCK_L=tile.rows,
+        BLOCK_S=tile.columns,
+    )
     _attention_backward_queries_kernel[triton.cdiv(q.shape[2], tile.columns), pairs](
-        q, k, v, grad, lse, delta, grad_q, *_indices(keys, q), *strides, **options,
-        BLOCK_L=tile.columns, BLOCK_S=tile.rows,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        grad,
+        lse,
+        delta,
+        grad_q,
+        *_indices(keys, q),
+        *strides,
+        **options,
+        BLOCK_L=tile.columns,
+        BLOCK_S=tile.rows,
+    )
     return grad_q, grad_k, grad_v
 
 

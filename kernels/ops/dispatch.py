@@ -77,9 +77,16 @@ class Dispatch:
         return self._fastest(key, plain, {str(t): partial(attention.attention, q, k, v, keys, t) for t in tiles})
 
     def gated_projection(
-        self, plain: Callable[[], torch.Tensor], layer: nn.Linear, h: torch.Tensor, stream: torch.Tensor,
-        x: torch.Tensor, gamma: torch.Tensor, strength: torch.Tensor | float, delta: bool,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        plain: Callable[[], torch.Tensor],
+        layer: nn.Linear,
+        h: torch.Tensor,
+        stream: torch.Tensor,
+        x: torch.Tensor,
+        gamma: torch.Tensor,
+        strength: torch.Tensor | float,
+        delta: bool,
+    ) -> torch.Tensor:
         """h (B, L, K), stream and x (B, L, N), gamma (N), strength scalar or (B, 1, 1) -> (B, L, N)."""
         key = f"gated_projection {_type(x)} K{h.shape[-1]} N{x.shape[-1]} rows {bucket(x.shape[0] * x.shape[1])}"
         types = {t.dtype for t in (h, layer.weight, x, stream)}
@@ -94,9 +101,14 @@ class Dispatch:
         )
 
     def spade_norm(
-        self, plain: Callable[[], torch.Tensor], norm: nn.GroupNorm, x: torch.Tensor, scale: torch.Tensor | None,
-        shift: torch.Tensor | None, silu: bool,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        plain: Callable[[], torch.Tensor],
+        norm: nn.GroupNorm,
+        x: torch.Tensor,
+        scale: torch.Tensor | None,
+        shift: torch.Tensor | None,
+        silu: bool,
+    ) -> torch.Tensor:
         """x, scale and shift (B, C, H, W) -> (B, C, H, W)."""
         dense = "channels" if x.stride(1) == 1 else "pixels"
         kind = f"{'modulated ' if scale is not None else ''}{'SiLU ' if silu else ''}{dense} dense"

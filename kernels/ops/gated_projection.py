@@ -19,9 +19,13 @@ from .tuning import Tile
 
 DTYPES = (torch.float16, torch.bfloat16)
 TILES = (
-    Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 3), Tile(64, 128, 4, 3), Tile(32, 64, 4, 4),
+    Tile(64, 64, 4, 3),
+    Tile(128, 64, 4, 3),
+    Tile(128, 128, 8, 3),
+    Tile(64, 128, 4, 3),
+    Tile(32, 64, 4, 4),
     Tile(128, 256, 8, 3),
-)  # fmt: skip
+)
 """Tiles (rows, output channels) to try, the default first; the last needs 144 KB of shared memory."""
 GROUP = 8
 """Rows of tiles that run together, so that they find W in the L2 cache."""
@@ -29,13 +33,31 @@ GROUP = 8
 
 @triton.jit
 def _gated_projection_kernel(
-    h: tl.tensor, weight: tl.tensor, bias: tl.tensor, residual: tl.tensor, gamma: tl.tensor, strength: tl.tensor,
+    h: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    residual: tl.tensor,
+    gamma: tl.tensor,
+    strength: tl.tensor,
     stream: tl.tensor,
-    M: tl.tensor, N: tl.tensor, K: tl.tensor, tokens: tl.tensor, h_m: tl.tensor, w_n: tl.tensor, r_m: tl.tensor,
-    s_m: tl.tensor, o_m: tl.tensor, out: tl.tensor,
-    BIAS: tl.constexpr, STREAM: tl.constexpr, DELTA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-) -> None:  # fmt: skip
+    M: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    tokens: tl.tensor,
+    h_m: tl.tensor,
+    w_n: tl.tensor,
+    r_m: tl.tensor,
+    s_m: tl.tensor,
+    o_m: tl.tensor,
+    out: tl.tensor,
+    BIAS: tl.constexpr,
+    STREAM: tl.constexpr,
+    DELTA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+) -> None:
     """One tile of the output; strength has one value for every `tokens` rows."""
     across = tl.cdiv(N, BLOCK_N)
     group, place = tl.program_id(0) // (GROUP_M * across), tl.program_id(0) % (GROUP_M * across)
@@ -72,9 +94,16 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gated_projection_forward(
-    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, gamma: torch.Tensor,
-    strength: torch.Tensor, stream: torch.Tensor | None, delta: bool, tile: Tile | None = None,
-) -> torch.Tensor:  # fmt: skip
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    gamma: torch.Tensor,
+    strength: torch.Tensor,
+    stream: torch.Tensor | None,
+    delta: bool,
+    tile: Tile | None = None,
+) -> torch.Tensor:
     """Launch the kernel; arguments as those of `gated_projection`, strength as a tensor."""
     tile = tile or TILES[0]
     a, x, w = _rows(h), _rows(residual), _rows(weight)
@@ -83,11 +112,33 @@ def gated_projection_forward(
     (m, k), n = a.shape, w.shape[0]
     strength = strength.reshape(-1).contiguous()
     _gated_projection_kernel[(triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),)](
-        a, w, w if bias is None else bias, x, gamma.contiguous(), strength, s, m, n, k,
-        max(m // strength.numel(), 1), a.stride(0), w.stride(0), x.stride(0), s.stride(0), out.stride(0), out,
-        BIAS=bias is not None, STREAM=stream is not None, DELTA=delta, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-        BLOCK_K=tile.depth, GROUP_M=GROUP, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        a,
+        w,
+        w if bias is None else bias,
+        x,
+        gamma.contiguous(),
+        strength,
+        s,
+        m,
+        n,
+        k,
+        max(m // strength.numel(), 1),
+        a.stride(0),
+        w.stride(0),
+        x.stride(0),
+        s.stride(0),
+        out.stride(0),
+        out,
+        BIAS=bias is not None,
+        STREAM=stream is not None,
+        DELTA=delta,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_K=tile.depth,
+        GROUP_M=GROUP,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return out.view(residual.shape)
 
 
@@ -97,9 +148,17 @@ class GatedProjectionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor,
-        gamma: torch.Tensor, strength: torch.Tensor, stream: torch.Tensor | None, delta: bool, tile: Tile | None,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any,
+        h: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor,
+        gamma: torch.Tensor,
+        strength: torch.Tensor,
+        stream: torch.Tensor | None,
+        delta: bool,
+        tile: Tile | None,
+    ) -> torch.Tensor:
         """Keep the inputs alone."""
         ctx.save_for_backward(h, weight, bias, residual, gamma, strength, stream)
         ctx.delta = delta
@@ -124,15 +183,26 @@ class GatedProjectionFunction(torch.autograd.Function):
             inner @ weight if needed[0] else None,
             flat.T @ h.flatten(0, -2) if needed[1] else None,
             wide.flatten(0, -2).sum(0).to(weight.dtype) if bias is not None and needed[2] else None,
-            grad_x, grad_gamma, grad_strength, inner if stream is not None else None, None, None,
-        )  # fmt: skip
+            grad_x,
+            grad_gamma,
+            grad_strength,
+            inner if stream is not None else None,
+            None,
+            None,
+        )
 
 
 def gated_projection(
-    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, gamma: torch.Tensor,
-    strength: torch.Tensor | float = 1.0, stream: torch.Tensor | None = None, delta: bool = False,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    gamma: torch.Tensor,
+    strength: torch.Tensor | float = 1.0,
+    stream: torch.Tensor | None = None,
+    delta: bool = False,
     tile: Tile | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Return residual + strength gamma (.) y with y = h W^T + bias + stream, less the residual where `delta`.
 
     h (B, L, K), weight (N, K), bias (N), residual and stream (B, L, N), all fp16 or all bf16; gamma (N) of any floating

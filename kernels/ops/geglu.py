@@ -19,8 +19,12 @@ def _phi(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _geglu_forward_kernel(
-    x: tl.tensor, out: tl.tensor, inner: tl.tensor, x_m: tl.tensor, BLOCK_N: tl.constexpr,
-) -> None:  # fmt: skip
+    x: tl.tensor,
+    out: tl.tensor,
+    inner: tl.tensor,
+    x_m: tl.tensor,
+    BLOCK_N: tl.constexpr,
+) -> None:
     """A part of one row."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -65,9 +69,7 @@ def geglu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     flat, inner = _rows(x), x.shape[-1] // 2
     out = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
     rows = grad.flatten(0, -2).contiguous()
-    _geglu_backward_kernel[len(flat), triton.cdiv(inner, BLOCK)](
-        rows, flat, out, inner, flat.stride(0), BLOCK_N=BLOCK
-    )
+    _geglu_backward_kernel[len(flat), triton.cdiv(inner, BLOCK)](rows, flat, out, inner, flat.stride(0), BLOCK_N=BLOCK)
     return out.view(x.shape)
 
 

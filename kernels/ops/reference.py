@@ -18,9 +18,15 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
 
 
 def gated_projection(
-    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, gamma: torch.Tensor,
-    strength: torch.Tensor | float = 1.0, stream: torch.Tensor | None = None, delta: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    gamma: torch.Tensor,
+    strength: torch.Tensor | float = 1.0,
+    stream: torch.Tensor | None = None,
+    delta: bool = False,
+) -> torch.Tensor:
     """Return residual + strength gamma (.) y with y = h W^T + bias + stream, less the residual where `delta`.
 
     h: (B, L, K); weight: (N, K); bias: (N); residual, stream: (B, L, N); gamma: (N); strength: scalar or (B, 1, 1).
@@ -34,9 +40,15 @@ def gated_projection(
 
 
 def spade_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float = 1e-5,
-    scale: torch.Tensor | None = None, shift: torch.Tensor | None = None, silu: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    silu: bool = False,
+) -> torch.Tensor:
     """Return n (1 + scale) + shift with n = GroupNorm(x), or n alone, and its SiLU where asked; all in fp32.
 
     x, scale, shift: (B, C, H, W); weight, bias: (C). Returns (B, C, H, W) in x's dtype.

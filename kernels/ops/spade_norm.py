@@ -21,27 +21,48 @@ CHUNKS = 32
 
 @triton.jit
 def _load_tile(
-    base: tl.tensor, b: tl.tensor, p: tl.tensor, c: tl.tensor, inside: tl.tensor, s_b: tl.tensor, s_c: tl.tensor,
+    base: tl.tensor,
+    b: tl.tensor,
+    p: tl.tensor,
+    c: tl.tensor,
+    inside: tl.tensor,
+    s_b: tl.tensor,
+    s_c: tl.tensor,
     s_p: tl.tensor,
-) -> tl.tensor:  # fmt: skip
+) -> tl.tensor:
     place = base + b.to(tl.int64) * s_b + p.to(tl.int64)[:, None] * s_p + c.to(tl.int64)[None, :] * s_c
     return tl.load(place, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store_tile(
-    base: tl.tensor, b: tl.tensor, p: tl.tensor, c: tl.tensor, inside: tl.tensor, s_b: tl.tensor, s_c: tl.tensor,
-    s_p: tl.tensor, values: tl.tensor,
-) -> None:  # fmt: skip
+    base: tl.tensor,
+    b: tl.tensor,
+    p: tl.tensor,
+    c: tl.tensor,
+    inside: tl.tensor,
+    s_b: tl.tensor,
+    s_c: tl.tensor,
+    s_p: tl.tensor,
+    values: tl.tensor,
+) -> None:
     place = base + b.to(tl.int64) * s_b + p.to(tl.int64)[:, None] * s_p + c.to(tl.int64)[None, :] * s_c
     tl.store(place, values.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _statistics_kernel(
-    x: tl.tensor, C: tl.tensor, P: tl.tensor, x_b: tl.tensor, x_c: tl.tensor, x_p: tl.tensor, means: tl.tensor,
-    squares: tl.tensor, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-) -> None:  # fmt: skip
+    x: tl.tensor,
+    C: tl.tensor,
+    P: tl.tensor,
+    x_b: tl.tensor,
+    x_c: tl.tensor,
+    x_p: tl.tensor,
+    means: tl.tensor,
+    squares: tl.tensor,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
     """Mean and sum of squared deviations of each channel over one tile's pixels, into (B, chunks, C)."""
     chunk, b = tl.program_id(0), tl.program_id(2)
     p = chunk * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -58,9 +79,18 @@ def _statistics_kernel(
 
 @triton.jit
 def _combine_kernel(
-    means: tl.tensor, squares: tl.tensor, chunks: tl.tensor, size: tl.tensor, P: tl.tensor, eps: tl.tensor,
-    mean: tl.tensor, rstd: tl.tensor, BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_G: tl.constexpr,
-) -> None:  # fmt: skip
+    means: tl.tensor,
+    squares: tl.tensor,
+    chunks: tl.tensor,
+    size: tl.tensor,
+    P: tl.tensor,
+    eps: tl.tensor,
+    mean: tl.tensor,
+    rstd: tl.tensor,
+    BLOCK_P: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+) -> None:
     """Mean and inverse deviation of one group of `size` channels, into (B, G) (Chan et al. 1979, eq. 2.1)."""
     g, b = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, BLOCK_G)
@@ -89,12 +119,34 @@ def _combine_kernel(
 
 @triton.jit
 def _spade_norm_kernel(
-    x: tl.tensor, scale: tl.tensor, shift: tl.tensor, weight: tl.tensor, bias: tl.tensor, mean: tl.tensor,
-    rstd: tl.tensor, C: tl.tensor, P: tl.tensor, size: tl.tensor,
-    x_b: tl.tensor, x_c: tl.tensor, x_p: tl.tensor, a_b: tl.tensor, a_c: tl.tensor, a_p: tl.tensor,
-    h_b: tl.tensor, h_c: tl.tensor, h_p: tl.tensor, o_b: tl.tensor, o_c: tl.tensor, o_p: tl.tensor,
-    out: tl.tensor, MODULATED: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-) -> None:  # fmt: skip
+    x: tl.tensor,
+    scale: tl.tensor,
+    shift: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    mean: tl.tensor,
+    rstd: tl.tensor,
+    C: tl.tensor,
+    P: tl.tensor,
+    size: tl.tensor,
+    x_b: tl.tensor,
+    x_c: tl.tensor,
+    x_p: tl.tensor,
+    a_b: tl.tensor,
+    a_c: tl.tensor,
+    a_p: tl.tensor,
+    h_b: tl.tensor,
+    h_c: tl.tensor,
+    h_p: tl.tensor,
+    o_b: tl.tensor,
+    o_c: tl.tensor,
+    o_p: tl.tensor,
+    out: tl.tensor,
+    MODULATED: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
     """Everything but the statistics, for one tile."""
     b = tl.program_id(2)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -115,14 +167,43 @@ def _spade_norm_kernel(
 
 @triton.jit
 def _spade_norm_backward_kernel(
-    grad: tl.tensor, x: tl.tensor, scale: tl.tensor, shift: tl.tensor, weight: tl.tensor, bias: tl.tensor,
-    mean: tl.tensor, rstd: tl.tensor, grad_x: tl.tensor, grad_scale: tl.tensor, grad_shift: tl.tensor,
-    sums: tl.tensor, products: tl.tensor, C: tl.tensor, P: tl.tensor, size: tl.tensor,
-    g_b: tl.tensor, g_c: tl.tensor, g_p: tl.tensor, x_b: tl.tensor, x_c: tl.tensor, x_p: tl.tensor,
-    a_b: tl.tensor, a_c: tl.tensor, a_p: tl.tensor, h_b: tl.tensor, h_c: tl.tensor, h_p: tl.tensor,
-    o_b: tl.tensor, o_c: tl.tensor, o_p: tl.tensor,
-    MODULATED: tl.constexpr, SILU: tl.constexpr, FIRST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-) -> None:  # fmt: skip
+    grad: tl.tensor,
+    x: tl.tensor,
+    scale: tl.tensor,
+    shift: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    mean: tl.tensor,
+    rstd: tl.tensor,
+    grad_x: tl.tensor,
+    grad_scale: tl.tensor,
+    grad_shift: tl.tensor,
+    sums: tl.tensor,
+    products: tl.tensor,
+    C: tl.tensor,
+    P: tl.tensor,
+    size: tl.tensor,
+    g_b: tl.tensor,
+    g_c: tl.tensor,
+    g_p: tl.tensor,
+    x_b: tl.tensor,
+    x_c: tl.tensor,
+    x_p: tl.tensor,
+    a_b: tl.tensor,
+    a_c: tl.tensor,
+    a_p: tl.tensor,
+    h_b: tl.tensor,
+    h_c: tl.tensor,
+    h_p: tl.tensor,
+    o_b: tl.tensor,
+    o_c: tl.tensor,
+    o_p: tl.tensor,
+    MODULATED: tl.constexpr,
+    SILU: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
     """FIRST: gradients of the modulation, and each channel's sums of dn and dn x^ over the tile, into (B, chunks, C).
 
     Else, with these summed over groups and divided by their size, (B, G): the gradient of x. grad_scale and grad_shift
@@ -175,31 +256,69 @@ def statistics(x: torch.Tensor, groups: int, eps: float) -> tuple[torch.Tensor, 
     tile = {"BLOCK_P": PIXELS, "BLOCK_C": CHANNELS}
     _statistics_kernel[grid](x, channels, pixels, *x.stride(), means, squares, **tile)
     _combine_kernel[groups, batch](
-        means, squares, grid[0], size, pixels, eps, mean, rstd, BLOCK_P=PIXELS, BLOCK_I=CHUNKS,
+        means,
+        squares,
+        grid[0],
+        size,
+        pixels,
+        eps,
+        mean,
+        rstd,
+        BLOCK_P=PIXELS,
+        BLOCK_I=CHUNKS,
         BLOCK_G=triton.next_power_of_2(size),
-    )  # fmt: skip
+    )
     return mean, rstd
 
 
 def spade_norm_forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor,
-    scale: torch.Tensor | None, shift: torch.Tensor | None, silu: bool,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    silu: bool,
+) -> torch.Tensor:
     """Launch the kernel on (B, C, P) tensors and the statistics of x."""
     out = torch.empty_like(x)
     a, h = (x if t is None else t for t in (scale, shift))
     _spade_norm_kernel[_grid(x)](
-        x, a, h, weight, bias, mean, rstd, x.shape[1], x.shape[2], x.shape[1] // mean.shape[1], *x.stride(),
-        *a.stride(), *h.stride(), *out.stride(), out, MODULATED=scale is not None, SILU=silu, BLOCK_P=PIXELS,
+        x,
+        a,
+        h,
+        weight,
+        bias,
+        mean,
+        rstd,
+        x.shape[1],
+        x.shape[2],
+        x.shape[1] // mean.shape[1],
+        *x.stride(),
+        *a.stride(),
+        *h.stride(),
+        *out.stride(),
+        out,
+        MODULATED=scale is not None,
+        SILU=silu,
+        BLOCK_P=PIXELS,
         BLOCK_C=CHANNELS,
-    )  # fmt: skip
+    )
     return out
 
 
 def spade_norm_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor,
-    rstd: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, silu: bool,
-) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    silu: bool,
+) -> tuple[torch.Tensor | None, ...]:
     """Launch the backward kernel twice; returns the gradients of x, weight, bias, scale and shift."""
     (batch, channels, pixels), groups, grid = x.shape, mean.shape[1], _grid(x)
     size = channels // groups
@@ -210,10 +329,33 @@ def spade_norm_backward(
 
     def launch(sums: torch.Tensor, products: torch.Tensor, first: bool) -> None:
         _spade_norm_backward_kernel[grid](
-            grad, x, a, h, weight, bias, mean, rstd, grad_x, grad_scale, grad_shift, sums, products, channels, pixels,
-            size, *grad.stride(), *x.stride(), *a.stride(), *h.stride(), *grad_x.stride(),
-            MODULATED=scale is not None, SILU=silu, FIRST=first, BLOCK_P=PIXELS, BLOCK_C=CHANNELS,
-        )  # fmt: skip
+            grad,
+            x,
+            a,
+            h,
+            weight,
+            bias,
+            mean,
+            rstd,
+            grad_x,
+            grad_scale,
+            grad_shift,
+            sums,
+            products,
+            channels,
+            pixels,
+            size,
+            *grad.stride(),
+            *x.stride(),
+            *a.stride(),
+            *h.stride(),
+            *grad_x.stride(),
+            MODULATED=scale is not None,
+            SILU=silu,
+            FIRST=first,
+            BLOCK_P=PIXELS,
+            BLOCK_C=CHANNELS,
+        )
 
     launch(sums, products, True)
     along, across = sums.sum(1), products.sum(1)  # (B, C)
@@ -228,9 +370,16 @@ class SpadeNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor | None,
-        shift: torch.Tensor | None, groups: int, eps: float, silu: bool,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        scale: torch.Tensor | None,
+        shift: torch.Tensor | None,
+        groups: int,
+        eps: float,
+        silu: bool,
+    ) -> torch.Tensor:
         """Keep the inputs and the statistics."""
         mean, rstd = statistics(x, groups, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd, scale, shift)
@@ -246,9 +395,15 @@ class SpadeNormFunction(torch.autograd.Function):
 
 
 def spade_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float = 1e-5,
-    scale: torch.Tensor | None = None, shift: torch.Tensor | None = None, silu: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    silu: bool = False,
+) -> torch.Tensor:
     """Return n (1 + scale) + shift with n = GroupNorm(x), and its SiLU where asked.
 
     x, scale, shift (B, C, H, W), fp16, bf16 or fp32, of any strides; weight, bias (C). Without scale and shift it is

@@ -27,9 +27,14 @@ from pfstorer_rt.runtime.bench import METHOD, SIZES, measure
 @click.option("--runs", type=click.IntRange(2), default=20, show_default=True, help="Of each measurement, at most.")
 @click.option("--seconds", type=click.FloatRange(0), default=30.0, show_default=True, help="Of each, about.")
 @click.option(
-    "--size", "sizes", type=click.IntRange(1), multiple=True, default=SIZES, show_default=True,
+    "--size",
+    "sizes",
+    type=click.IntRange(1),
+    multiple=True,
+    default=SIZES,
+    show_default=True,
     help="Side of a square picture.",
-)  # fmt: skip
+)
 @click.option("--csv", "table", type=click.Path(path_type=Path), help="Write the table to this file, too.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw it as a PNG.")
 @click.option("--overwrite", is_flag=True, help="Replace the files of --csv and --plot.")

@@ -13,9 +13,22 @@ from typing import Any
 import click
 
 PACKAGES = (
-    "torch", "diffusers", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "openvino", "triton", "xformers", "tensorrt", "tensorrt-rtx-cu13", "polygraphy", "dlib-bin",
-)  # fmt: skip
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "triton",
+    "xformers",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "polygraphy",
+    "dlib-bin",
+)
 
 
 @click.command()
@@ -61,8 +74,11 @@ def examine() -> dict[str, Any]:
     engines: dict[str, str | None] = {name: refusal(import_module(m).check) for name, m in BACKENDS.items()}
     return {
         "machine": {
-            "system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(), "gpu": gpu,
-            "memory_gb": memory_gb(), "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": os.cpu_count(),
+            "gpu": gpu,
+            "memory_gb": memory_gb(),
+            "python": platform.python_version(),
         },
         "engines": {"torch": None, **engines},
         "builders": {name: refusal(lambda name=name: load_library(name)) for name in TARGETS},
@@ -73,9 +89,10 @@ def examine() -> dict[str, Any]:
             "st-lpips": None if find_spec("stlpips_pytorch") else f"missing: {INSTALL_METRICS}",
         },
         "bases": sorted(p.parent.name for p in BUILTIN.glob("*/config.json")),
-        "home": str(home()), "identities": len(list_identities()),
+        "home": str(home()),
+        "identities": len(list_identities()),
         "packages": {name: installed(name) for name in PACKAGES},
-    }  # fmt: skip
+    }
 
 
 def attention_refusals(device: str) -> dict[str, str | None]:

@@ -36,10 +36,22 @@ PATH = click.Path(path_type=Path)
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per row, then the means.")
 def command(
-    refs: Path, hq: Path, outputs: tuple[str, ...], inputs: Path | None, level: str | None, seed: int,
-    save_inputs: Path | None, seconds: tuple[str, ...], keys: str | None, arcface: Path | None, alexnet: Path | None,
-    musiq: Path | None, output: Path | None, overwrite: bool, as_json: bool,
-) -> None:  # fmt: skip
+    refs: Path,
+    hq: Path,
+    outputs: tuple[str, ...],
+    inputs: Path | None,
+    level: str | None,
+    seed: int,
+    save_inputs: Path | None,
+    seconds: tuple[str, ...],
+    keys: str | None,
+    arcface: Path | None,
+    alexnet: Path | None,
+    musiq: Path | None,
+    output: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Measure restored pictures, by any method, against their originals and the person's photographs.
 
     \b

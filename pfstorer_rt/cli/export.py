@@ -23,32 +23,52 @@ Row = dict[str, Any]
 @click.option("--base", help="tiny or a base directory. [default: the identity's own]")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The plan file to write.")
 @click.option(
-    "--target", type=click.Choice(["auto", "onnx", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True,
+    "--target",
+    type=click.Choice(["auto", "onnx", "tensorrt", "tensorrt-rtx"]),
+    default="auto",
+    show_default=True,
     help="onnx runs anywhere; tensorrt-rtx on NVIDIA GPUs, and is built without one; tensorrt on this GPU.",
-)  # fmt: skip
+)
 @click.option(
-    "--precision", type=click.Choice(["auto", "fp32", "fp16", "int8"]), default="auto", show_default=True,
+    "--precision",
+    type=click.Choice(["auto", "fp32", "fp16", "int8"]),
+    default="auto",
+    show_default=True,
     help="auto: fp32 for onnx, fp16 for TensorRT. int8: 8-bit convolutions, for onnx on CPUs.",
-)  # fmt: skip
+)
 @click.option(
-    "--compute-capability", "capabilities", multiple=True, metavar="X.Y",
+    "--compute-capability",
+    "capabilities",
+    multiple=True,
+    metavar="X.Y",
     help="GPU to build for, such as 8.9, or current; repeat it for several. [default: the library's portable set]",
-)  # fmt: skip
+)
 @click.option("--workspace", type=click.IntRange(1), metavar="MB", help="Scratch memory of a TensorRT layer.")
 @click.option(
-    "--timing-cache", type=click.Path(path_type=Path),
+    "--timing-cache",
+    type=click.Path(path_type=Path),
     help="File of kernel timings for --target tensorrt. [default: in the user's cache directory]",
-)  # fmt: skip
+)
 @click.option("--plugins", is_flag=True, help="Use this project's GPU kernels inside a TensorRT engine (unmeasured).")
 @click.option("--verbose-engine", is_flag=True, help="List the layers that were built, by kind.")
 @click.option("--check", is_flag=True, help="Compare the finished plan with PyTorch on five kinds of tiles.")
 @click.option("--overwrite", is_flag=True, help="Replace a plan that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest's figures as JSON.")
 def command(
-    identity: str | None, base: str | None, output: Path, target: str, precision: str, capabilities: tuple[str, ...],
-    workspace: int | None, timing_cache: Path | None, plugins: bool, verbose_engine: bool, check: bool,
-    overwrite: bool, as_json: bool,
-) -> None:  # fmt: skip
+    identity: str | None,
+    base: str | None,
+    output: Path,
+    target: str,
+    precision: str,
+    capabilities: tuple[str, ...],
+    workspace: int | None,
+    timing_cache: Path | None,
+    plugins: bool,
+    verbose_engine: bool,
+    check: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Fuse a base and an identity into one plan file, checked against PyTorch before it is written.
 
     \b
@@ -79,7 +99,9 @@ def command(
     from pfstorer_rt.export.tensorrt import BuildOptions
 
     options = BuildOptions(
-        compute_capabilities=capabilities, workspace=workspace and workspace << 20, plugins=plugins,
+        compute_capabilities=capabilities,
+        workspace=workspace and workspace << 20,
+        plugins=plugins,
         timing_cache=timing_cache,
     )
     rows: list[Row] = []
@@ -88,9 +110,7 @@ def command(
         rows.extend(compare_with_torch(plan, identity, base))
 
     with shown_progress() as progress:
-        plan = export_plan(
-            output, identity, base, target, precision, options, progress, compare if check else None
-        )
+        plan = export_plan(output, identity, base, target, precision, options, progress, compare if check else None)
     report(plan, rows if check else None, verbose_engine, as_json)
 
 
@@ -141,9 +161,12 @@ def report(plan: Plan, comparison: list[Row] | None, verbose_engine: bool, as_js
     unchecked = not_run(manifest.target) if comparison is not None else None
     if as_json:
         facts = {
-            "plan": str(plan.path), "target": manifest.target, "precision": precisions, "parity": parity,
+            "plan": str(plan.path),
+            "target": manifest.target,
+            "precision": precisions,
+            "parity": parity,
             "compute_capabilities": manifest.compute_capabilities,
-        }  # fmt: skip
+        }
         extra: dict[str, Any] = {"layers": layers} if layers else {}
         if comparison is not None:
             extra |= {"comparison": comparison, "engine_not_run": unchecked}

@@ -52,10 +52,11 @@ def list_command(as_json: bool) -> None:
             "bytes": path.stat().st_size,
         }
         click.echo(
-            json.dumps(report) if as_json
+            json.dumps(report)
+            if as_json
             else f"{path.stem}  {identity.method} on {identity.base_name}, {len(identity.references)} references, "
             f"{report['bytes'] / 1e6:.1f} MB"
-        )  # fmt: skip
+        )
 
 
 @command.command("show")

@@ -20,9 +20,16 @@ import click
 @click.option("--tile", type=click.Choice(["512", "768"]), help="Pixels. [default: by the file's name]")
 @click.option("--overwrite", is_flag=True, help="Replace a base that exists.")
 def command(
-    checkpoint: Path, output: Path, cfw: Path | None, vae: str | None, sd: str | None, dtype: str,
-    prediction_type: str | None, tile: str | None, overwrite: bool,
-) -> None:  # fmt: skip
+    checkpoint: Path,
+    output: Path,
+    cfw: Path | None,
+    vae: str | None,
+    sd: str | None,
+    dtype: str,
+    prediction_type: str | None,
+    tile: str | None,
+    overwrite: bool,
+) -> None:
     """Turn a StableSR checkpoint into a base directory; pickled code in it is never run.
 
     \b

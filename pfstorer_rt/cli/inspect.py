@@ -87,12 +87,20 @@ def describe_identity(path: Path) -> dict[str, Any]:
 
     identity = Identity.load(path)
     return {
-        "artefact": "identity", "file": str(path), "bytes": path.stat().st_size, "name": identity.name,
-        "method": identity.method, "base": identity.base_name, "base_fingerprint": identity.base_fingerprint,
-        "fingerprint": identity.fingerprint, "references": list(identity.references),
-        "layers": list(identity.layers), "gamma": identity.gamma, "settings": identity.settings,
+        "artefact": "identity",
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "name": identity.name,
+        "method": identity.method,
+        "base": identity.base_name,
+        "base_fingerprint": identity.base_fingerprint,
+        "fingerprint": identity.fingerprint,
+        "references": list(identity.references),
+        "layers": list(identity.layers),
+        "gamma": identity.gamma,
+        "settings": identity.settings,
         "tensors": {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in identity.tensors.items()},
-    }  # fmt: skip
+    }
 
 
 def describe_base(path: str) -> dict[str, Any]:
@@ -103,9 +111,12 @@ def describe_base(path: str) -> dict[str, Any]:
     base = load_base(path)
     parameters = {n: sum(p.numel() for p in m.parameters()) for n, m in base.modules().items()}
     return {
-        "artefact": "base", "folder": str(base.path), "fingerprint": base.fingerprint, "parameters": parameters,
+        "artefact": "base",
+        "folder": str(base.path),
+        "fingerprint": base.fingerprint,
+        "parameters": parameters,
         "config": json.loads(to_json(base.config)),
-    }  # fmt: skip
+    }
 
 
 def print_report(report: dict[str, Any], as_json: bool) -> None:

@@ -20,33 +20,44 @@ from pfstorer_rt.cli.options import ATTENTION, SEED
 @click.option("--learning-rate", type=float, help="Of the blocks; 5e-5, unless the base says otherwise.")
 @click.option("--lambda-gen", type=click.FloatRange(0), help="Weight of L_gen; 0.1, unless the base says otherwise.")
 @click.option(
-    "--first-step", type=click.FloatRange(0, 1),
+    "--first-step",
+    type=click.FloatRange(0, 1),
     help="Share of the samples at timestep 999, where restoring starts; 0, unless the base says otherwise.",
 )
 @click.option("--lambda-pixel", type=click.FloatRange(0), help="Weight of the decoded pictures' error.")
 @click.option("--lambda-perceptual", type=click.FloatRange(0), help="Weight of their ST-LPIPS.")
 @click.option(
-    "--lambda-id", type=click.FloatRange(0),
+    "--lambda-id",
+    type=click.FloatRange(0),
     help="Weight of an identity loss on them; all three are 0, unless the base says otherwise.",
 )
 @click.option("--rank", type=click.IntRange(0), default=0, help="Rank of the blocks' matrices; 0 keeps them whole.")
 @click.option("--ref-source", type=click.Choice(["cached", "self"]), default="cached", show_default=True)
 @click.option(
-    "--framing", type=click.Choice(["face", "none"]), default="face", show_default=True,
+    "--framing",
+    type=click.Choice(["face", "none"]),
+    default="face",
+    show_default=True,
     help="Cut photographs in which the face is small or aside to it; `none` learns their middle.",
-)  # fmt: skip
+)
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
 @click.option(
-    "--attention", type=ATTENTION, default="auto", show_default=True,
+    "--attention",
+    type=ATTENTION,
+    default="auto",
+    show_default=True,
     help="What computes attention, gates and norms; triton needs an NVIDIA GPU.",
-)  # fmt: skip
+)
 @click.option("--gradient-checkpointing", is_flag=True, help="Compute activations twice: less memory, more time.")
 @click.option(
-    "--optimizer", type=click.Choice(["adamw", "adamw8bit", "paged_adamw8bit"]), default="adamw", show_default=True,
+    "--optimizer",
+    type=click.Choice(["adamw", "adamw8bit", "paged_adamw8bit"]),
+    default="adamw",
+    show_default=True,
     help="The 8-bit ones need bitsandbytes.",
-)  # fmt: skip
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File, in place of the named one.")
 @click.option("--overwrite", is_flag=True, help="Replace an identity of that name.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -82,9 +93,16 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
         click.echo(f"note: {len(photos)} photograph(s); 3-5 give a better likeness", err=True)
     base = load_base(options["base"])
     names = (
-        "iterations", "batch", "learning_rate", "precision", "device", "seed", "optimizer", "gradient_checkpointing",
+        "iterations",
+        "batch",
+        "learning_rate",
+        "precision",
+        "device",
+        "seed",
+        "optimizer",
+        "gradient_checkpointing",
         "attention",
-    )  # fmt: skip
+    )
     losses = ("lambda_gen", "lambda_pixel", "lambda_perceptual", "lambda_id")
     own = ("method", *losses, "first_step", "rank", "ref_source", "framing")
     train, values = ({n: options[n] for n in group if options[n] is not None} for group in (names, own))

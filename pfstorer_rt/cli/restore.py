@@ -32,9 +32,11 @@ FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
 @click.option("--identity", help="With --base: an identity, by name or file.")
 @click.option("-o", "--output", help="File for one picture, folder for several; - is stdout.")
 @click.option(
-    "--suffix", default="_restored", show_default=True,
+    "--suffix",
+    default="_restored",
+    show_default=True,
     help="What results' names end with; in folders, pictures that are named so are left out.",
-)  # fmt: skip
+)
 @click.option("--format", "kind", type=click.Choice(list(FORMATS)), help="Of all results. [default: the input's]")
 @click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEG and WebP.")
 @click.option("--compare", is_flag=True, help="Write {result}_compare too, input and result side by side.")
@@ -202,9 +204,13 @@ def restore_jobs(
     for note in references.notes if references else ():
         click.echo(f"note: {note}", err=True)
     fixed = {
-        "seed": config.seed, "steps": restorer.steps(config), "sampler": restorer.sampler(config),
-        "strength": config.strength, "backend": restorer.backend, "provider": restorer.provider,
-    }  # fmt: skip
+        "seed": config.seed,
+        "steps": restorer.steps(config),
+        "sampler": restorer.sampler(config),
+        "strength": config.strength,
+        "backend": restorer.backend,
+        "provider": restorer.provider,
+    }
 
     kept: dict[Job, list[str]] = {}
 
@@ -231,9 +237,14 @@ def restore_jobs(
         return {**fixed, "tiles": tiles, **more, **measured, "notes": notes}
 
     return run_jobs(
-        jobs, work, saving=saving, show=partial(show, as_json=options["as_json"]), title="restore",
-        max_pixels=options["max_pixels"], facts=facts,
-    )  # fmt: skip
+        jobs,
+        work,
+        saving=saving,
+        show=partial(show, as_json=options["as_json"]),
+        title="restore",
+        max_pixels=options["max_pixels"],
+        facts=facts,
+    )
 
 
 def forecast(restorer: Restorer, jobs: Sequence[Job], config: RestoreConfig, options: dict[str, Any]) -> int:

@@ -17,15 +17,21 @@ from pfstorer_rt.cli.options import SEED
 @click.option("--preset", type=click.Choice(["nano", "tiny", "sd21"]), default="tiny", show_default=True)
 @click.option("--prior", help="Base to go on from: its autoencoder is kept as it is.")
 @click.option(
-    "--train", "trained", type=click.Choice(["auto", "all", "conditions", "wrapping", "finishing"]), default="auto",
+    "--train",
+    "trained",
+    type=click.Choice(["auto", "all", "conditions", "wrapping", "finishing"]),
+    default="auto",
     show_default=True,
     help="The whole restorer, or SPADEs and structure encoder alone (auto: those alone on a prior), or a prior's "
     "decoder's look at the LQ picture, or all of a prior on what its pictures look like.",
-)  # fmt: skip
+)
 @click.option(
-    "--weighting", type=click.Choice(["prediction", "x0"]), default="prediction", show_default=True,
+    "--weighting",
+    type=click.Choice(["prediction", "x0"]),
+    default="prediction",
+    show_default=True,
     help="Measure errors in the prediction, or in the clean latent: x0 favours few steps.",
-)  # fmt: skip
+)
 @click.option("--autoencoder-iterations", type=click.IntRange(1), help="[default: the shipped base's]")
 @click.option("--iterations", type=click.IntRange(1), help="Of the restorer. [default: the shipped base's]")
 @click.option("--batch", type=click.IntRange(2), help="[default: 16]")
@@ -39,9 +45,10 @@ from pfstorer_rt.cli.options import SEED
 @click.option("--lambda-perceptual", type=click.FloatRange(0), help="Weight of ST-LPIPS there. [default: 0.2]")
 @click.option("--lambda-pixel", type=click.FloatRange(0), help="Weight of the picture's error there. [default: 0.5]")
 @click.option(
-    "--share", type=click.FloatRange(0, 1),
+    "--share",
+    type=click.FloatRange(0, 1),
     help="How far from the prior's weights to the finished ones the result goes. [default: 0.5]",
-)  # fmt: skip
+)
 @click.option("--learning-rate", type=float, help="Of the restorer. [default: 5e-4]")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)

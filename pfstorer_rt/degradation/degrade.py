@@ -20,10 +20,25 @@ from PIL import Image
 from pfstorer_rt.degradation.blur import gaussian_kernel, generalized_kernel, motion_kernel, sinc_kernel
 
 __all__ = [
-    "BLUR_KINDS", "LEVELS", "RESIZE_MODES", "DegradationConfig", "StageConfig", "add_gaussian_noise",
-    "add_poisson_noise", "degrade", "filter2d", "gaussian_kernel", "generalized_kernel", "isp_noise", "jpeg",
-    "median_blur", "motion_kernel", "random_blur_kernel", "resize", "sinc_kernel",
-]  # fmt: skip
+    "BLUR_KINDS",
+    "LEVELS",
+    "RESIZE_MODES",
+    "DegradationConfig",
+    "StageConfig",
+    "add_gaussian_noise",
+    "add_poisson_noise",
+    "degrade",
+    "filter2d",
+    "gaussian_kernel",
+    "generalized_kernel",
+    "isp_noise",
+    "jpeg",
+    "median_blur",
+    "motion_kernel",
+    "random_blur_kernel",
+    "resize",
+    "sinc_kernel",
+]
 
 BLUR_KINDS = ("iso", "aniso", "gen-iso", "gen-aniso", "plateau-iso", "plateau-aniso")
 """What the six entries of `StageConfig.kind_probs` stand for."""
@@ -94,15 +109,23 @@ LEVELS: dict[str, DegradationConfig] = {
     "light": DegradationConfig(),
     "heavy": DegradationConfig(
         first=StageConfig(
-            sigma=(0.2, 3.0), resize=(0.15, 1.5), gaussian_sigma=(1.0, 30.0), jpeg=(30, 95),
+            sigma=(0.2, 3.0),
+            resize=(0.15, 1.5),
+            gaussian_sigma=(1.0, 30.0),
+            jpeg=(30, 95),
         ),
         second=StageConfig(
-            blur_prob=0.5, sigma=(0.2, 1.5), resize_probs=(0.3, 0.4, 0.3), resize=(0.3, 1.2),
-            gaussian_sigma=(1.0, 25.0), poisson_scale=(0.05, 1.0), jpeg=(30, 95),
+            blur_prob=0.5,
+            sigma=(0.2, 1.5),
+            resize_probs=(0.3, 0.4, 0.3),
+            resize=(0.3, 1.2),
+            gaussian_sigma=(1.0, 25.0),
+            poisson_scale=(0.05, 1.0),
+            jpeg=(30, 95),
         ),
         motion_length=(3.0, 15.0),
     ),
-}  # fmt: skip
+}
 """The named levels: "light" has StableSR's ranges, "heavy" wider ones near Real-ESRGAN's."""
 
 

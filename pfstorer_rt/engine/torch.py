@@ -42,9 +42,7 @@ class TorchSession:
     ) -> None: ...
 
 
-def open_sessions(
-    base: Base, identity: Identity | None = None, attention: str = "auto"
-) -> dict[str, TorchSession]:
+def open_sessions(base: Base, identity: Identity | None = None, attention: str = "auto") -> dict[str, TorchSession]:
     """Open all components of a base, with an identity or without, on a backend of `pfstorer_rt.ops`."""
     modules = component_modules(base, identity)
     base.set_attention(attention, modules["denoiser"])

@@ -63,9 +63,14 @@ def evaluate(
 
 
 def measure_picture(
-    name: str, path: Path, found: Mapping[str, Path | None], references: Sequence[Sample], metrics: Metrics,
-    times: Mapping[str, float | None], shown: bool,
-) -> list[Row]:  # fmt: skip
+    name: str,
+    path: Path,
+    found: Mapping[str, Path | None],
+    references: Sequence[Sample],
+    metrics: Metrics,
+    times: Mapping[str, float | None],
+    shown: bool,
+) -> list[Row]:
     """Measure every method's result of one original, and the original itself; failed rows if that is damaged."""
     try:
         original = Sample(load_image(path).pixels)
@@ -80,9 +85,15 @@ def measure_picture(
 
 
 def measure_one(
-    method: str, name: str, result: Path | Sample | None, original: Sample, references: Sequence[Sample],
-    metrics: Metrics, seconds: float | None, shown: bool,
-) -> Row:  # fmt: skip
+    method: str,
+    name: str,
+    result: Path | Sample | None,
+    original: Sample,
+    references: Sequence[Sample],
+    metrics: Metrics,
+    seconds: float | None,
+    shown: bool,
+) -> Row:
     """Measure one result, or say in its row why it could not be."""
     try:
         if result is None:

@@ -61,18 +61,26 @@ class Gallery:
 
 
 def page(
-    settings: Mapping[str, object], tables: Sequence[Table], charts: Sequence[Chart], gallery: Gallery, about: Table,
+    settings: Mapping[str, object],
+    tables: Sequence[Table],
+    charts: Sequence[Chart],
+    gallery: Gallery,
+    about: Table,
     notes: Sequence[str],
-) -> str:  # fmt: skip
+) -> str:
     """Put a page together; all texts are escaped here."""
     facts = "".join(f"<li>{escape(str(key))}: {escape(str(value))}</li>" for key, value in settings.items())
     remarks = "".join(f"<li>{escape(note)}</li>" for note in notes)
     parts = [
-        f"<h1>Results</h1><ul>{facts}</ul>", *(html_table(table) for table in tables),
+        f"<h1>Results</h1><ul>{facts}</ul>",
+        *(html_table(table) for table in tables),
         '<h2>Plots</h2><p>A dot is a picture, a bar the mean.</p><div class="charts">',
-        *(svg_chart(chart) for chart in charts), "</div>", html_gallery(gallery), html_table(about),
+        *(svg_chart(chart) for chart in charts),
+        "</div>",
+        html_gallery(gallery),
+        html_table(about),
         f"<h2>Notes</h2><ul>{remarks}</ul>" if notes else "",
-    ]  # fmt: skip
+    ]
     head = f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Results</title><style>{_STYLE}</style>'
     return head + "</head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
 

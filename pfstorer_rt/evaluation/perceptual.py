@@ -26,6 +26,7 @@ from pfstorer_rt.imaging.rows import Pixels
 if TYPE_CHECKING:
     from pfstorer_rt.evaluation.sample import Measure, Sample
 
+
 def load_lpips(alexnet: Path | None) -> Measure:
     """LPIPS 0.1 with AlexNet (Zhang 2018, eq. 1): the linear weights come from the package `lpips`.
 

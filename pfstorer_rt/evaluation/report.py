@@ -88,9 +88,11 @@ class Report:
         """Write results.csv, summary.json, results.md and index.html into a folder, replacing older ones."""
         make_folder(folder)
         texts = {
-            "results.csv": self.csv(), "summary.json": self.json(), "results.md": self.markdown(),
+            "results.csv": self.csv(),
+            "summary.json": self.json(),
+            "results.md": self.markdown(),
             "index.html": self.html(),
-        }  # fmt: skip
+        }
         for name, text in texts.items():
             with atomic_write(folder / name) as handle:
                 handle.write(text.encode())
@@ -115,18 +117,25 @@ class Report:
         }
         common = {name: {"means": finite(s.means), "counts": s.counts} for name, s in self.summary(True).items()}
         document = {
-            "settings": self.settings, "methods": methods, "common_pictures": common,
-            "metrics": {metric.key: self.describe(metric) for metric in self.metrics.columns}, "notes": self.notes,
-        }  # fmt: skip
+            "settings": self.settings,
+            "methods": methods,
+            "common_pictures": common,
+            "metrics": {metric.key: self.describe(metric) for metric in self.metrics.columns},
+            "notes": self.notes,
+        }
         return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
     def describe(self, metric: Metric) -> dict[str, str | None]:
         """Everything that a reader needs to know of a column; `refused` is None where it was measured."""
         return {
-            "title": metric.title, "better": metric.better, "unit": metric.unit, "meaning": metric.meaning,
-            "licence": metric.licence, "version": self.metrics.versions.get(metric.key, ""),
+            "title": metric.title,
+            "better": metric.better,
+            "unit": metric.unit,
+            "meaning": metric.meaning,
+            "licence": metric.licence,
+            "version": self.metrics.versions.get(metric.key, ""),
             "refused": self.metrics.refused.get(metric.key),
-        }  # fmt: skip
+        }
 
     def markdown(self) -> str:
         """Tables of the means, of the metrics, and the notes."""

@@ -18,9 +18,7 @@ from pfstorer_rt.imaging.rows import Pixels
 
 SIDE = 150
 """Side in pixels of the picture of a face that the network takes."""
-BLOCKS = (
-    *[(32, 1)] * 3, (64, 2), *[(64, 1)] * 3, (128, 2), *[(128, 1)] * 2, (256, 2), *[(256, 1)] * 2, (256, 2)
-)  # fmt: skip
+BLOCKS = (*[(32, 1)] * 3, (64, 2), *[(64, 1)] * 3, (128, 2), *[(128, 1)] * 2, (256, 2), *[(256, 1)] * 2, (256, 2))
 """Channels and stride of each residual block (dlib's examples/dnn_face_recognition_ex.cpp)."""
 MEAN = (122.782, 117.001, 104.298)
 """Of red, green and blue in 0..255, which dlib takes off before it divides by 256."""

@@ -73,6 +73,8 @@ def _round(distance: float | None) -> float | None:
 def _thinned(rows: Rows, step: int) -> Pixels:
     import numpy as np
 
-    return np.concatenate([rows.read(y, y + 1)[:, ::step] for y in range(0, rows.height, step)]) if step > 1 else (
-        rows.read(0, rows.height)
-    )  # fmt: skip
+    return (
+        np.concatenate([rows.read(y, y + 1)[:, ::step] for y in range(0, rows.height, step)])
+        if step > 1
+        else (rows.read(0, rows.height))
+    )

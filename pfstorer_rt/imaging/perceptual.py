@@ -55,19 +55,27 @@ class PerceptualDistance(nn.Module):
 
     def between(self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the distances (B,) of features."""
-        return torch.stack([
-            ((x - y).square() * w).sum(1).mean((1, 2)) for x, y, w in zip(a, b, self.linear, strict=True)
-        ]).sum(0)  # fmt: skip
+        return torch.stack(
+            [((x - y).square() * w).sum(1).mean((1, 2)) for x, y, w in zip(a, b, self.linear, strict=True)]
+        ).sum(0)
 
 
 def alexnet_slices(weights: dict[str, torch.Tensor], path: Path) -> list[nn.Module]:
     """AlexNet up to each of its five ReLUs, with torchvision's weights (`features.N.weight`)."""
     layers = nn.Sequential(
-        nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2),
-        nn.Conv2d(64, 192, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(3, 2),
-        nn.Conv2d(192, 384, 3, 1, 1), nn.ReLU(), nn.Conv2d(384, 256, 3, 1, 1), nn.ReLU(),
-        nn.Conv2d(256, 256, 3, 1, 1), nn.ReLU(),
-    )  # fmt: skip
+        nn.Conv2d(3, 64, 11, 4, 2),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2),
+        nn.Conv2d(64, 192, 5, 1, 2),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2),
+        nn.Conv2d(192, 384, 3, 1, 1),
+        nn.ReLU(),
+        nn.Conv2d(384, 256, 3, 1, 1),
+        nn.ReLU(),
+        nn.Conv2d(256, 256, 3, 1, 1),
+        nn.ReLU(),
+    )
     own = {key.removeprefix("features."): value for key, value in weights.items() if key.startswith("features.")}
     try:
         layers.load_state_dict(own)
@@ -79,11 +87,22 @@ def alexnet_slices(weights: dict[str, torch.Tensor], path: Path) -> list[nn.Modu
 def shift_tolerant_slices(weights: dict[str, torch.Tensor]) -> list[nn.Module]:
     """ST-LPIPS's AlexNet: stride 1 in the first convolution, a reflecting blur before each reduction."""
     layers = nn.Sequential(
-        nn.Conv2d(3, 64, 11, 1, 2), blur(64), nn.ReLU(), nn.MaxPool2d(3, 1), blur(64),
-        nn.Conv2d(64, 192, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(3, 1), blur(192),
-        nn.Conv2d(192, 384, 3, 1, 1), nn.ReLU(), nn.Conv2d(384, 256, 3, 1, 1), nn.ReLU(),
-        nn.Conv2d(256, 256, 3, 1, 1), nn.ReLU(),
-    )  # fmt: skip
+        nn.Conv2d(3, 64, 11, 1, 2),
+        blur(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 1),
+        blur(64),
+        nn.Conv2d(64, 192, 5, 1, 2),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 1),
+        blur(192),
+        nn.Conv2d(192, 384, 3, 1, 1),
+        nn.ReLU(),
+        nn.Conv2d(384, 256, 3, 1, 1),
+        nn.ReLU(),
+        nn.Conv2d(256, 256, 3, 1, 1),
+        nn.ReLU(),
+    )
     for name, layer in layers.named_children():
         if isinstance(layer, nn.Conv2d):
             part = next(key for key in weights if key.endswith(f".{name}.weight")).removesuffix("weight")

@@ -22,7 +22,12 @@ def ssim(output: Pixels, target: Pixels) -> float:
 
     return float(
         structural_similarity(
-            output, target, channel_axis=2, data_range=1.0, gaussian_weights=True, sigma=1.5,
+            output,
+            target,
+            channel_axis=2,
+            data_range=1.0,
+            gaussian_weights=True,
+            sigma=1.5,
             use_sample_covariance=False,
         )
-    )  # fmt: skip
+    )

@@ -62,9 +62,11 @@ class Base:
     def modules(self) -> dict[str, nn.Module]:
         """Return the networks by their folder's name."""
         networks: dict[str, nn.Module] = {
-            "unet": self.unet, "structure_encoder": self.structure_encoder, "vae": self.vae,
+            "unet": self.unet,
+            "structure_encoder": self.structure_encoder,
+            "vae": self.vae,
             "text_encoder": self.text_encoder.model,
-        }  # fmt: skip
+        }
         return networks if self.cfw is None else {**networks, "cfw": self.cfw}
 
     def encode(self, image: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -162,10 +164,15 @@ def build_base(preset: str | BaseConfig, seed: int = 0) -> Base:
 def assemble(config: BaseConfig) -> Base:
     """Put the untrained networks of a configuration together, on torch's default device."""
     return Base(
-        config, RestorationUNet.from_base_config(config), StructureEncoder.from_base_config(config),
-        build_vae(config.vae), PromptEncoder.from_base_config(config), make_scheduler(config), "",
+        config,
+        RestorationUNet.from_base_config(config),
+        StructureEncoder.from_base_config(config),
+        build_vae(config.vae),
+        PromptEncoder.from_base_config(config),
+        make_scheduler(config),
+        "",
         cfw=build_cfw(config),
-    )  # fmt: skip
+    )
 
 
 def build_cfw(config: BaseConfig) -> ControllableFeatureWrapping | TinyFeatureWrapping | None:
@@ -197,9 +204,12 @@ def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> B
 
 
 def write_base(
-    path: Path, config: BaseConfig, modules: Mapping[str, nn.Module], states: Mapping[str, Tensors],
+    path: Path,
+    config: BaseConfig,
+    modules: Mapping[str, nn.Module],
+    states: Mapping[str, Tensors],
     dtype: torch.dtype,
-) -> None:  # fmt: skip
+) -> None:
     """Write a base directory from its networks' configurations and tensors, one network in memory at a time.
 
     A base that was there is replaced when the new one is complete, so both need room on the disk; files that are none

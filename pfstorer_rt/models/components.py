@@ -78,14 +78,24 @@ def manifest(base: Base, identity: Identity | None = None, target: str = "torch"
     """Describe a base and an identity as a plan would."""
     c = base.config
     return Manifest(
-        target=target, precision=precision, tile=c.tile, factor=c.factor, latent_channels=c.latent_channels,
-        prediction_type=c.prediction_type, sampler=c.sampler, steps=c.steps, base_name=c.name,
-        base_fingerprint=base.fingerprint, identity_name=identity.name if identity else None,
+        target=target,
+        precision=precision,
+        tile=c.tile,
+        factor=c.factor,
+        latent_channels=c.latent_channels,
+        prediction_type=c.prediction_type,
+        sampler=c.sampler,
+        steps=c.steps,
+        base_name=c.name,
+        base_fingerprint=base.fingerprint,
+        identity_name=identity.name if identity else None,
         identity_fingerprint=identity.fingerprint if identity else None,
         method=identity.method if identity else None,
-        strength=identity is not None and identity.method != "dreambooth", cfw=base.cfw is not None,
-        cfw_weight=c.cfw_weight if base.cfw else 0.0, licence=c.licence,
-    )  # fmt: skip
+        strength=identity is not None and identity.method != "dreambooth",
+        cfw=base.cfw is not None,
+        cfw_weight=c.cfw_weight if base.cfw else 0.0,
+        licence=c.licence,
+    )
 
 
 def example_inputs(

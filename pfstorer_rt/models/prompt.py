@@ -12,8 +12,14 @@ SUBJECT = "S*"
 PLACEHOLDER = -1
 """Stands for the learned token among token ids."""
 CLIP_WORDS = {
-    "a": 320, "photo": 1125, "of": 539, "face": 1710, "person": 2533, "man": 786, "woman": 2308,
-}  # fmt: skip
+    "a": 320,
+    "photo": 1125,
+    "of": 539,
+    "face": 1710,
+    "person": 2533,
+    "man": 786,
+    "woman": 2308,
+}
 """CLIP's ids of the words that a prompt here is made of; a whole vocabulary is not needed for them."""
 
 

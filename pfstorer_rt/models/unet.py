@@ -38,9 +38,7 @@ class Spade(nn.Module):
     def forward(self, h: torch.Tensor, structure: torch.Tensor) -> torch.Tensor:
         """h (B, C, H, W), structure (B, map_channels, H, W) -> (B, C, H, W)."""
         a = self.mlp_shared(structure)
-        modulated: torch.Tensor = self.kernels.spade_norm(
-            self.param_free_norm, h, self.mlp_gamma(a), self.mlp_beta(a)
-        )
+        modulated: torch.Tensor = self.kernels.spade_norm(self.param_free_norm, h, self.mlp_gamma(a), self.mlp_beta(a))
         return modulated
 
 

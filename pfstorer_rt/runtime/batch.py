@@ -131,9 +131,15 @@ FAILURES = (PFStorerError, OSError, MemoryError)
 
 
 def run_jobs(
-    jobs: Sequence[Job], work: Work, *, saving: Saving, show: Show, title: str, max_pixels: int = MAX_PIXELS,
+    jobs: Sequence[Job],
+    work: Work,
+    *,
+    saving: Saving,
+    show: Show,
+    title: str,
+    max_pixels: int = MAX_PIXELS,
     facts: Facts = lambda job, source, result: {},
-) -> int:  # fmt: skip
+) -> int:
     """Do all jobs; a failed one is reported and the others go on. Returns the exit status, 0 or 1.
 
     One thread beside this one reads ahead and writes behind, so that never more than one picture is being decoded or

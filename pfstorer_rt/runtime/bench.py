@@ -25,9 +25,15 @@ SIZES = (512, 1024, 2048, 4096)
 
 
 def measure(
-    engine: str, backend: str = "auto", provider: str | None = None, steps: int | None = None, runs: int = 20,
-    seconds: float = 30.0, sizes: tuple[int, ...] = SIZES, trust_plan: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    engine: str,
+    backend: str = "auto",
+    provider: str | None = None,
+    steps: int | None = None,
+    runs: int = 20,
+    seconds: float = 30.0,
+    sizes: tuple[int, ...] = SIZES,
+    trust_plan: bool = False,
+) -> dict[str, Any]:
     """Measure everything that `bench` prints; times in milliseconds unless a name says otherwise."""
     import numpy as np
 
@@ -50,11 +56,20 @@ def measure(
             rates = {"megapixels_per_s": n * n / 1e3 / figures["p50"], "tiles_per_s": tiles * 1e3 / figures["p50"]}
             whole[f"picture {n}x{n}"] = {**figures, **rates}
         return {
-            "engine": engine, "backend": restorer.backend, "provider": restorer.provider,
-            "steps": restorer.steps(config), "sampler": restorer.sampler(config), "tile": tile,
-            "cold_start_s": cold, "components_ms": components, "pictures_ms": whole,
-            "peak_memory_mb": peak_memory_mb(), "machine": machine(), "clock": clock(load), "method": METHOD,
-        }  # fmt: skip
+            "engine": engine,
+            "backend": restorer.backend,
+            "provider": restorer.provider,
+            "steps": restorer.steps(config),
+            "sampler": restorer.sampler(config),
+            "tile": tile,
+            "cold_start_s": cold,
+            "components_ms": components,
+            "pictures_ms": whole,
+            "peak_memory_mb": peak_memory_mb(),
+            "machine": machine(),
+            "clock": clock(load),
+            "method": METHOD,
+        }
 
 
 def time_components(restorer: Restorer, runs: int, seconds: float) -> dict[str, dict[str, float]]:
@@ -77,9 +92,10 @@ def time_components(restorer: Restorer, runs: int, seconds: float) -> dict[str, 
         decoded["cfw_weight"] = np.full(1, m.cfw_weight, np.float32)
     calls: dict[str, Callable[[], Any]] = {
         "encoder": lambda: sessions["encoder"].run(image=image),
-        "denoiser": denoise(1), "denoiser, 4 tiles": denoise(4),
+        "denoiser": denoise(1),
+        "denoiser, 4 tiles": denoise(4),
         "decoder": lambda: sessions["decoder"].run(**decoded),
-    }  # fmt: skip
+    }
     return {name: percentiles(call, runs, seconds) for name, call in calls.items()}
 
 
@@ -105,8 +121,9 @@ def clock(load_before: float) -> dict[str, Any]:
     return {
         "mhz": round(frequency.current) if frequency else "unknown",
         "governor": governor.read_text().strip() if governor.is_file() else "unknown",
-        "load_before": round(load_before, 2), "load_after": round(os.getloadavg()[0], 2),
-    }  # fmt: skip
+        "load_before": round(load_before, 2),
+        "load_after": round(os.getloadavg()[0], 2),
+    }
 
 
 def peak_memory_mb() -> float:
@@ -118,10 +135,12 @@ def peak_memory_mb() -> float:
 def machine() -> dict[str, Any]:
     """Return the hardware and the versions that a figure belongs to."""
     return {
-        "processor": processor(), "cores": os.cpu_count(), "system": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
         "python": platform.python_version(),
         **{name: installed(name) for name in ("pfstorer-rt", "torch", "onnxruntime", "openvino", "numpy")},
-    }  # fmt: skip
+    }
 
 
 def installed(package: str) -> str:

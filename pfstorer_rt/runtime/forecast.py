@@ -33,9 +33,10 @@ class Forecast:
     def facts(self) -> dict[str, Any]:
         """Return the entries of a report."""
         return {
-            **asdict(self.work), "predicted_seconds": round(self.seconds, 3),
+            **asdict(self.work),
+            "predicted_seconds": round(self.seconds, 3),
             "predicted_peak_mb": round(self.peak_bytes / 1e6),
-        }  # fmt: skip
+        }
 
 
 class Forecaster:

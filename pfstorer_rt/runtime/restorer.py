@@ -82,9 +82,14 @@ class Restorer:
 
     @classmethod
     def from_plan(
-        cls, path: str | Path, backend: str = "auto", base: str | Path | None = None, trust: bool = False,
-        provider: str | None = None, attention: str = "auto",
-    ) -> Restorer:  # fmt: skip
+        cls,
+        path: str | Path,
+        backend: str = "auto",
+        base: str | Path | None = None,
+        trust: bool = False,
+        provider: str | None = None,
+        attention: str = "auto",
+    ) -> Restorer:
         """Open a plan; with backend `torch`, open the base and identity that it was made of instead.
 
         trust: run a TensorRT plan, which is executable code, whoever built it. provider: where the backend runs it,
@@ -299,9 +304,13 @@ class Restorer:
         x = start_from_lq(z_lq, first) if config.init == "lq" else first
         denoiser = self._denoiser(style.height, style.width, config)
         x = SAMPLERS[self.sampler(config)](
-            lambda x, t: denoiser(x, t, z_lq, done), x, respace(self.steps(config)), m.prediction_type, noise,
+            lambda x, t: denoiser(x, t, z_lq, done),
+            x,
+            respace(self.steps(config)),
+            m.prediction_type,
+            noise,
             eta=config.eta,
-        )  # fmt: skip
+        )
         features = partial(self._features, encoded, style, config)
         decoded = decode(sessions["decoder"], x, features, codec, m.factor, done)
         kind = config.color_fix

@@ -76,9 +76,13 @@ def encode(session: Session, style: Bands, tiles: CodecTiles, factor: int, devic
 
 
 def decode(
-    session: Session, latent: torch.Tensor, features: Callable[[Tile], Tensors], tiles: CodecTiles, factor: int,
+    session: Session,
+    latent: torch.Tensor,
+    features: Callable[[Tile], Tensors],
+    tiles: CodecTiles,
+    factor: int,
     done: Done,
-) -> Spool:  # fmt: skip
+) -> Spool:
     """Decode (1, C, h, w) to rows in [-1, 1]. features(tile in latent pixels): what else the decoder takes there."""
     out = Spool(tiles.shape[0] * factor, tiles.shape[1] * factor)
     height, width = tiles.sides

@@ -112,9 +112,16 @@ def train_autoencoder(paths: list[Path], work: Path, config: BaseTrainConfig) ->
     optimizer = make_adamw(vae.parameters(), settings)
     mark = signature([asdict(settings), config.preset, config.crop, config.zoom, config.wide], paths)
     train(
-        objective, optimizer, make_batch, settings, accelerator, work / "autoencoder.pt", mark, "autoencoder",
+        objective,
+        optimizer,
+        make_batch,
+        settings,
+        accelerator,
+        work / "autoencoder.pt",
+        mark,
+        "autoencoder",
         log_to(work / "autoencoder.csv"),
-    )  # fmt: skip
+    )
     return vae.eval().requires_grad_(False)
 
 
@@ -133,10 +140,16 @@ def latent_pairs(
             return {"pairs": torch.stack([base.encode(image) for image in images], 1).half().cpu().numpy()}
 
     return make_arrays(
-        work, "pairs", {"pairs": (np.float16, (2, base.config.latent_channels, side, side))}, count, PAIR_CHUNK,
-        pairs_signature(paths, base, config) + base.fingerprint, pair_maker(paths, base, config, PAIR_CHUNK),
-        config.restorer.workers, encode,
-    )["pairs"]  # fmt: skip
+        work,
+        "pairs",
+        {"pairs": (np.float16, (2, base.config.latent_channels, side, side))},
+        count,
+        PAIR_CHUNK,
+        pairs_signature(paths, base, config) + base.fingerprint,
+        pair_maker(paths, base, config, PAIR_CHUNK),
+        config.restorer.workers,
+        encode,
+    )["pairs"]
 
 
 def pairs_signature(paths: list[Path], base: Base, config: BaseTrainConfig) -> str:
@@ -197,9 +210,16 @@ def train_restorer(paths: list[Path], base: Base, work: Path, config: BaseTrainC
     mark = signature(asdict(config), paths) + base.fingerprint
     with saving_memory(objective, settings, accelerator):
         train(
-            objective, optimizer, make_batch, settings, accelerator, work / "restorer.pt", mark, "restorer",
+            objective,
+            optimizer,
+            make_batch,
+            settings,
+            accelerator,
+            work / "restorer.pt",
+            mark,
+            "restorer",
             log_to(work / "restorer.csv"),
-        )  # fmt: skip
+        )
     base.freeze().set_attention()
 
 

@@ -18,9 +18,16 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def make_arrays(
-    work: Path, title: str, items: Mapping[str, tuple[type, tuple[int, ...]]], count: int, size: int, mark: str,
-    make: Callable[[int], Batch], workers: int, finish: Callable[[Batch], Mapping[str, npt.NDArray[Any]]],
-) -> Arrays:  # fmt: skip
+    work: Path,
+    title: str,
+    items: Mapping[str, tuple[type, tuple[int, ...]]],
+    count: int,
+    size: int,
+    mark: str,
+    make: Callable[[int], Batch],
+    workers: int,
+    finish: Callable[[Batch], Mapping[str, npt.NDArray[Any]]],
+) -> Arrays:
     """Return memory maps `work/NAME.npy` of (count, *shape), filled `size` samples at a time.
 
     items: name -> type and shape of one sample. make: chunk number -> the raw samples, in `workers` processes.

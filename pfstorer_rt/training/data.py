@@ -15,6 +15,8 @@ from pfstorer_rt.diffusion import LAST
 from pfstorer_rt.imaging.files import load_image, resize_bicubic
 
 Batch = dict[str, torch.Tensor]
+
+
 def read_photo(path: Path) -> torch.Tensor:
     """Read a photograph as (3, H, W) float32 in [0, 1]; transparency is dropped."""
     pixels = load_image(path).pixels
@@ -80,9 +82,7 @@ class Photographs:
         epoch, position = divmod(k, len(self.paths))
         return int(np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.paths))[position])
 
-    def crop(
-        self, k: int, size: int, zoom: float = 1.5, wide: float = 1.0
-    ) -> tuple[torch.Tensor, np.random.Generator]:
+    def crop(self, k: int, size: int, zoom: float = 1.5, wide: float = 1.0) -> tuple[torch.Tensor, np.random.Generator]:
         """Return crop `k`, (3, size, size) in [0, 1], and the generator to go on with (for degradation)."""
         rng = np.random.default_rng([self.seed, 2, k])
         return random_crop(read_photo(self.paths[self.order(k)]), size, rng, zoom, wide=wide), rng
@@ -115,6 +115,9 @@ def _one_thread(_: int) -> None:
 def prefetch(make: Callable[[int], Batch], start: int, stop: int, workers: int) -> DataLoader[Any]:
     """Yield `make(start) ... make(stop - 1)` in order, prepared by `workers` processes."""
     return DataLoader(
-        Iterations(make, start, stop), batch_size=None, num_workers=workers, worker_init_fn=_one_thread,
+        Iterations(make, start, stop),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_one_thread,
         prefetch_factor=4 if workers else None,
-    )  # fmt: skip
+    )

@@ -65,9 +65,12 @@ class FinishingObjective(RestorerObjective):
         restored = x0_from_prediction(x, prediction, t, self.alphas_cumprod, self.prediction_type)
         diff = F.mse_loss(restored, x0)
         seen = self.pictures(
-            restored[first], {level: f[first] for level, f in features.items()}, hq[first], batch["maps"][first],
+            restored[first],
+            {level: f[first] for level, f in features.items()},
+            hq[first],
+            batch["maps"][first],
             batch["corner"],
-        )  # fmt: skip
+        )
         return {"loss": diff + seen.pop("pictures"), "diff": diff, **seen}
 
 
@@ -111,9 +114,16 @@ def finish_base(sources: Sequence[Path], base: Base, out: Path, config: BaseTrai
 
     optimizer = make_adamw(trainable, settings)
     train(
-        objective, optimizer, make_batch, settings, accelerator, work / "finishing.pt", mark, "finishing",
+        objective,
+        optimizer,
+        make_batch,
+        settings,
+        accelerator,
+        work / "finishing.pt",
+        mark,
+        "finishing",
         log_to(work / "finishing.csv"),
-    )  # fmt: skip
+    )
     with torch.no_grad():
         for parameter, start in zip(trainable, before, strict=True):
             parameter.copy_(torch.lerp(start, parameter, config.share))
@@ -139,7 +149,14 @@ def picture_pairs(
         return {"pictures": ((both + 1) * 127.5 + 0.5).clamp(0, 255).byte().numpy(), "maps": chunk["maps"].numpy()}
 
     arrays = make_arrays(
-        work, "pictures", {"pictures": (np.uint8, (2, side, side, 3)), "maps": (np.float32, (2, 3))}, count, PAIR_CHUNK,
-        pairs_signature(paths, base, config), make, config.restorer.workers, pack,
-    )  # fmt: skip
+        work,
+        "pictures",
+        {"pictures": (np.uint8, (2, side, side, 3)), "maps": (np.float32, (2, 3))},
+        count,
+        PAIR_CHUNK,
+        pairs_signature(paths, base, config),
+        make,
+        config.restorer.workers,
+        pack,
+    )
     return arrays["pictures"], arrays["maps"]

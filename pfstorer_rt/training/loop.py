@@ -115,11 +115,13 @@ class TrainState:
         """Write everything to one file, atomically."""
         scaler = self.accelerator.scaler
         state = {
-            "iteration": iteration, "signature": signature,
+            "iteration": iteration,
+            "signature": signature,
             "parameters": {n: p.detach().cpu() for n, p in self.parameters.items()},
             "average": {n: p.cpu() for n, p in self.average.items()},
-            "optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {},
-        }  # fmt: skip
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else {},
+        }
         with atomic_write(path, mode=0o600) as file:
             torch.save(state, file)
 
@@ -155,9 +157,12 @@ def _progress(accelerator: Accelerator) -> Progress:
     from pfstorer_rt.console import stderr
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.2f} it/s"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.2f} it/s"),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=stderr(), disable=not accelerator.is_local_main_process, refresh_per_second=2)
 
 

@@ -126,18 +126,27 @@ class PersonalizationObjective(LookingObjective):
         subject = self.text_encoder(self.ids, self.token)
         reference = self.reference(batch["reference"], t, subject)
         rows = torch.cat([torch.arange(n), torch.arange(k)]).to(x0.device)
-        x = torch.cat([
-            noisy_latent(x0, z_lq, noise, t, self.alphas_cumprod), add_noise(x0, noise, t, self.alphas_cumprod)[:k]
-        ])  # fmt: skip
+        x = torch.cat(
+            [noisy_latent(x0, z_lq, noise, t, self.alphas_cumprod), add_noise(x0, noise, t, self.alphas_cumprod)[:k]]
+        )
         structure = self.structure_encoder(torch.cat([z_lq, torch.zeros_like(z_lq[:k])]), t[rows])
         prediction = self.unet(
-            x, t[rows], self.main_context(subject).expand(n + k, -1, -1), structure,
-            bypass=self.bypass(n, k, x.device), **self.taps(reference, rows, bool(batch["self"])),
-        )  # fmt: skip
+            x,
+            t[rows],
+            self.main_context(subject).expand(n + k, -1, -1),
+            structure,
+            bypass=self.bypass(n, k, x.device),
+            **self.taps(reference, rows, bool(batch["self"])),
+        )
         error = prediction_error(
-            prediction, x, x0[rows], t[rows], self.alphas_cumprod, self.base_config.prediction_type,
+            prediction,
+            x,
+            x0[rows],
+            t[rows],
+            self.alphas_cumprod,
+            self.base_config.prediction_type,
             self.config.weighting,
-        )  # fmt: skip
+        )
         diff, gen = error[:n].mean(), error[n:].sum() / max(1, k)
         pers = diff.new_zeros(())
         for probabilities in reference.probabilities.values():
@@ -159,9 +168,15 @@ class PersonalizationObjective(LookingObjective):
         t_ref = t if self.config.ref_timestep == "same" else torch.zeros_like(t[:1])
         n = len(t_ref)
         return reference_pass(
-            self.unet, self.structure_encoder, z_ref.expand(n, -1, -1, -1), t_ref, subject.expand(n, -1, -1),
-            self.blocks.layers, self.config.tap, self.config.ref_sft == "bypass",
-        )  # fmt: skip
+            self.unet,
+            self.structure_encoder,
+            z_ref.expand(n, -1, -1, -1),
+            t_ref,
+            subject.expand(n, -1, -1),
+            self.blocks.layers,
+            self.config.tap,
+            self.config.ref_sft == "bypass",
+        )
 
     def bypass(self, n: int, k: int, device: torch.device) -> torch.Tensor | None:
         """Rows that skip SPADE, bool (n + k,): the null-conditioned ones with `null_cond: bypass`, else None."""
@@ -208,19 +223,26 @@ class DreamBoothObjective(LookingObjective):
         k = min(self.config.gen_rows, n)
         rows = torch.cat([torch.arange(n), torch.arange(k)]).to(x0.device)
         t = batch["t"][rows]
-        x = torch.cat([
-            noisy_latent(x0, z_lq, noise, batch["t"], self.alphas_cumprod),
-            add_noise(x0[:k], noise[:k], t[n:], self.alphas_cumprod),
-        ])  # fmt: skip
+        x = torch.cat(
+            [
+                noisy_latent(x0, z_lq, noise, batch["t"], self.alphas_cumprod),
+                add_noise(x0[:k], noise[:k], t[n:], self.alphas_cumprod),
+            ]
+        )
         structure = self.structure_encoder(torch.cat([z_lq, torch.zeros_like(z_lq[:k])]), t)
         context = self.base_context.expand(n + k, -1, -1)
         prediction = self.unet(x, t, context, structure).float()
         with torch.no_grad():
             prior = self.frozen(x[n:], t[n:], context[n:], {w: m[n:] for w, m in structure.items()}).float()
         diff = prediction_error(
-            prediction[:n], x[:n], x0, batch["t"], self.alphas_cumprod, self.base_config.prediction_type,
+            prediction[:n],
+            x[:n],
+            x0,
+            batch["t"],
+            self.alphas_cumprod,
+            self.base_config.prediction_type,
             self.config.weighting,
-        ).mean()  # fmt: skip
+        ).mean()
         keep = F.mse_loss(prediction[n:], prior)
         seen = self.look(x[:n], prediction[:n], batch)
         return {"loss": diff + keep + seen.pop("pictures", 0), "diff": diff, "prior": keep, **seen}

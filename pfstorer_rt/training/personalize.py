@@ -107,15 +107,24 @@ def make_optimizer(objective: nn.Module, config: PersonalizeConfig) -> torch.opt
 
 @torch.no_grad()
 def make_identity(
-    name: str, objective: nn.Module, base: Base, config: PersonalizeConfig, paths: Sequence[Path],
+    name: str,
+    objective: nn.Module,
+    base: Base,
+    config: PersonalizeConfig,
+    paths: Sequence[Path],
     photos: Sequence[torch.Tensor],
-) -> Identity:  # fmt: skip
+) -> Identity:
     """Collect what was learned, rounded to the fp16 that is stored, with the cached reference."""
     layers = tuple(config.layers or base.config.layers)
     identity = Identity(
-        name, base.fingerprint, base.config.name, config.method, () if config.method == "dreambooth" else layers,
-        json.loads(json.dumps(asdict(config))), tuple(sha256_file(path) for path in paths),
-    )  # fmt: skip
+        name,
+        base.fingerprint,
+        base.config.name,
+        config.method,
+        () if config.method == "dreambooth" else layers,
+        json.loads(json.dumps(asdict(config))),
+        tuple(sha256_file(path) for path in paths),
+    )
     if isinstance(objective, DreamBoothObjective):
         identity.tensors = {f"unet.{k}": v.half().cpu() for k, v in objective.unet.state_dict().items()}
         return identity

@@ -73,9 +73,13 @@ class PictureLoss(nn.Module):
         self.recognizer, self.perceptual = FaceRecognizer(folder / RECOGNIZER), shift_tolerant_distance()
 
     def forward(
-        self, restored: torch.Tensor, features: Features | None, hq: torch.Tensor, maps: torch.Tensor,
+        self,
+        restored: torch.Tensor,
+        features: Features | None,
+        hq: torch.Tensor,
+        maps: torch.Tensor,
         corner: torch.Tensor,
-    ) -> Losses:  # fmt: skip
+    ) -> Losses:
         """Take restored latents (B, C, h, w), the LQ pictures' features, and originals (B, 3, H, W) in [-1, 1].
 
         maps: (B, 2, 3), where each original's face is (`FaceAligner`), NaN where none was found. corner: (2,), top and

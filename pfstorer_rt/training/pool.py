@@ -87,9 +87,14 @@ class BatchMaker:
         # One draw for all processes: they have to run the same graph.
         use_self = np.random.default_rng([seed, 5, iteration]).random() < self.share_without_reference()
         return {
-            "hq": pool.hq[chosen], "lq": pool.lq[chosen], "reference": pool.references[reference][None],
-            "noise": noise, "t": t, "self": torch.tensor(use_self), **self.looks(chosen, rng),
-        }  # fmt: skip
+            "hq": pool.hq[chosen],
+            "lq": pool.lq[chosen],
+            "reference": pool.references[reference][None],
+            "noise": noise,
+            "t": t,
+            "self": torch.tensor(use_self),
+            **self.looks(chosen, rng),
+        }
 
     def looks(self, chosen: torch.Tensor, rng: np.random.Generator) -> Batch:
         """Return `hq_picture lq_picture` (B, 3, H, W) in [-1, 1] and what they are looked at by, where a loss does."""

@@ -50,9 +50,13 @@ class WrappingObjective(nn.Module):
 
         c = self.base.config
         return SAMPLERS[c.sampler](
-            denoise, start_from_lq(z_lq, noise), respace(c.steps), c.prediction_type, lambda: torch.randn_like(noise),
+            denoise,
+            start_from_lq(z_lq, noise),
+            respace(c.steps),
+            c.prediction_type,
+            lambda: torch.randn_like(noise),
             eta=0.0,
-        )  # fmt: skip
+        )
 
     def forward(self, batch: Batch) -> Losses:
         """Take `hq` and `lq` (B, 3, H, W) in [-1, 1], `noise` (B, C, h, w) and `share` of the original (B,)."""
@@ -111,8 +115,15 @@ def train_wrapping(paths: list[Path], base: Base, work: Path, config: BaseTrainC
     optimizer = make_adamw(base.cfw.parameters(), settings)
     mark = signature(["wrapping", asdict(config)], paths) + base.fingerprint
     train(
-        objective, optimizer, make_batch, settings, accelerator, work / "wrapping.pt", mark, "wrapping",
+        objective,
+        optimizer,
+        make_batch,
+        settings,
+        accelerator,
+        work / "wrapping.pt",
+        mark,
+        "wrapping",
         log_to(work / "wrapping.csv"),
-    )  # fmt: skip
+    )
     base.freeze().set_attention()
     base.fingerprint = fingerprint_modules(base.modules())

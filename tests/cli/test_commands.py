@@ -338,9 +338,7 @@ def test_personalize_replaces_an_identity_only_on_demand(run, people, tree, phot
 
 
 @pytest.mark.parametrize("bad", [b"", b"\x89PNG\r\n", b"text"])
-def test_one_bad_photograph_stops_personalize_before_any_work(
-    refused, people, tree, photos, nano_base_dir, bad
-):
+def test_one_bad_photograph_stops_personalize_before_any_work(refused, people, tree, photos, nano_base_dir, bad):
     photos[1].write_bytes(bad)
     before = tree(people)
     refused(2, "personalize", "--identity", "bob", "--base", nano_base_dir, *photos, words=["1.png"])
@@ -350,10 +348,13 @@ def test_one_bad_photograph_stops_personalize_before_any_work(
 @pytest.mark.parametrize(
     ("name", "base", "extra"),
     [
-        ("../bob", None, None), ("bob.safetensors", None, None), ("a b", None, None), ("bob", "no-base", None),
+        ("../bob", None, None),
+        ("bob.safetensors", None, None),
+        ("a b", None, None),
+        ("bob", "no-base", None),
         ("bob", None, "no-photograph"),
     ],
-)  # fmt: skip
+)
 def test_wrong_calls_of_personalize_are_one_line(
     refused, people, tree, photos, nano_base_dir, tmp_path, monkeypatch, name, base, extra
 ):
@@ -388,9 +389,7 @@ def test_export_refuses_a_base_that_the_identity_is_not_of(refused, people, tmp_
     assert not (tmp_path / "a.plan").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments", [("--identity", "nobody"), ("--base", "no-base"), ("--identity", "?"), ()]
-)
+@pytest.mark.parametrize("arguments", [("--identity", "nobody"), ("--base", "no-base"), ("--identity", "?"), ()])
 def test_export_of_what_is_not_there_is_a_wrong_call(run, people, tmp_path, arguments):
     done = run("export", *arguments, "-o", tmp_path / "a.plan")
     assert done.status == 2 and len(done.errors) == 1 and not (tmp_path / "a.plan").exists()
@@ -408,9 +407,25 @@ def test_bench_writes_what_it_measured(run, nano_plan, tmp_path):
     import csv
 
     done = run(
-        "bench", "--engine", nano_plan.path, "--backend", "onnxruntime", "--steps", 1, "--runs", 2, "--size", 64,
-        "--size", 100, "--csv", tmp_path / "b.csv", "--plot", tmp_path / "b.png", "--json",
-    )  # fmt: skip
+        "bench",
+        "--engine",
+        nano_plan.path,
+        "--backend",
+        "onnxruntime",
+        "--steps",
+        1,
+        "--runs",
+        2,
+        "--size",
+        64,
+        "--size",
+        100,
+        "--csv",
+        tmp_path / "b.csv",
+        "--plot",
+        tmp_path / "b.png",
+        "--json",
+    )
     report = json.loads(done.out)
     assert report["provider"] == "CPUExecutionProvider" and report["method"].startswith("wall clock")
     assert set(report["clock"]) == {"mhz", "governor", "load_before", "load_after"}

@@ -19,10 +19,21 @@ def folders(save, tmp_path, monkeypatch):
 
 
 def test_the_table_has_a_column_for_each_method(run, folders, tmp_path):
-    outcome = run("evaluate", *folders, "--outputs", tmp_path / "out", "--outputs", f"theirs={tmp_path / 'hq'}",
-                  "--seconds", "theirs=1.25")  # fmt: skip
-    lines = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]]
-             for line in outcome.out.splitlines() if line.startswith("│")}  # fmt: skip
+    outcome = run(
+        "evaluate",
+        *folders,
+        "--outputs",
+        tmp_path / "out",
+        "--outputs",
+        f"theirs={tmp_path / 'hq'}",
+        "--seconds",
+        "theirs=1.25",
+    )
+    lines = {
+        line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]]
+        for line in outcome.out.splitlines()
+        if line.startswith("│")
+    }
     assert outcome.status == 0 and lines["PSNR dB ↑"][1:] == ["∞", "∞"]
     assert lines["s/image"] == ["", "1.25", ""] and lines["MUSIQ ↑"] == ["-", "-", "-"]
     assert "MUSIQ: not measured: pip install pyiqa" in outcome.out
@@ -59,8 +70,10 @@ def test_inputs_of_a_level_are_those_of_degrade_and_can_be_used_again(run, folde
 
 
 def test_seconds_of_restore(run, folders, tmp_path):
-    lines = [{"input": f"bad/{name}.png", "output": f"out/{name}_restored.png", "status": "done", "seconds": second}
-             for name, second in (("a", 1.0), ("b", 2.0))]  # fmt: skip
+    lines = [
+        {"input": f"bad/{name}.png", "output": f"out/{name}_restored.png", "status": "done", "seconds": second}
+        for name, second in (("a", 1.0), ("b", 2.0))
+    ]
     failed = {"input": "bad/c.png", "status": "failed", "error": "no"}
     (tmp_path / "log").write_text("\n".join(json.dumps(line) for line in [*lines, failed]))
     outcome = run("evaluate", *folders, "--outputs", tmp_path / "out", "--seconds", f"out={tmp_path / 'log'}", "--json")
@@ -90,13 +103,21 @@ def test_nothing_is_overwritten(run, refused, folders, tmp_path, tree):
     assert tree(tmp_path / "hq") == originals
 
 
-@pytest.mark.parametrize(("arguments", "word"), [
-    ([], "nothing to measure"), (["--inputs", "x", "--level", "light"], "not both"),
-    (["--inputs", "x", "--save-inputs", "y"], "--level"), (["--outputs", "input=x"], "'input'"),
-    (["--outputs", "a=x", "--outputs", "a=y"], "'a'"), (["--outputs", "a=x", "--seconds", "b=1"], "b=1"),
-    (["--outputs", "a=x", "--seconds", "a=nan"], "0 or more"), (["--outputs", "a=x", "--seconds", "a=-1"], "0 or more"),
-    (["--outputs", "a=x", "--seconds", "a=nowhere"], "JSON"), (["--outputs", "absent"], "no such folder"),
-    (["--outputs", "a=x", "--metrics", "beauty"], "beauty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "nothing to measure"),
+        (["--inputs", "x", "--level", "light"], "not both"),
+        (["--inputs", "x", "--save-inputs", "y"], "--level"),
+        (["--outputs", "input=x"], "'input'"),
+        (["--outputs", "a=x", "--outputs", "a=y"], "'a'"),
+        (["--outputs", "a=x", "--seconds", "b=1"], "b=1"),
+        (["--outputs", "a=x", "--seconds", "a=nan"], "0 or more"),
+        (["--outputs", "a=x", "--seconds", "a=-1"], "0 or more"),
+        (["--outputs", "a=x", "--seconds", "a=nowhere"], "JSON"),
+        (["--outputs", "absent"], "no such folder"),
+        (["--outputs", "a=x", "--metrics", "beauty"], "beauty"),
+    ],
+)
 def test_wrong_calls(refused, folders, arguments, word):
     refused(2, "evaluate", *folders, *arguments, words=[word])

@@ -8,9 +8,19 @@ import pytest
 from pfstorer_rt.cli import COMMANDS, cli
 
 HEAVY = {
-    "torch", "diffusers", "numpy", "transformers", "accelerate", "onnx", "onnxruntime", "PIL", "skimage", "rich",
-    "safetensors", "scipy",
-}  # fmt: skip
+    "torch",
+    "diffusers",
+    "numpy",
+    "transformers",
+    "accelerate",
+    "onnx",
+    "onnxruntime",
+    "PIL",
+    "skimage",
+    "rich",
+    "safetensors",
+    "scipy",
+}
 OPTIONS = {  # those that scripts rely on
     "personalize": "--identity --base --method --iterations --rank --seed -o",
     "export": "--identity --base --target --precision -o",
@@ -38,8 +48,10 @@ def leaves(name):
 def test_help_imports_nothing_heavy():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "pfstorer_rt.cli", "--help"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     imported = {line.rsplit("|", 1)[1].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert "click" in imported, "the import log was not understood"
     assert not imported & HEAVY

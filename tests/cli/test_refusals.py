@@ -32,8 +32,20 @@ def test_a_command_that_is_told_to_end_cleans_up_first(run, signals, monkeypatch
 @pytest.mark.parametrize("rate", ["nan", "-1", "0", "inf"])
 def test_a_learning_rate_that_cannot_train(refused, tree, photos, tmp_path, nano_base_dir, rate):
     target = tmp_path / "x.safetensors"
-    refused(2, "personalize", "--identity", "x", "--base", nano_base_dir, "--learning-rate", rate, "-o", target,
-            *photos, words=["learning rate"])  # fmt: skip
+    refused(
+        2,
+        "personalize",
+        "--identity",
+        "x",
+        "--base",
+        nano_base_dir,
+        "--learning-rate",
+        rate,
+        "-o",
+        target,
+        *photos,
+        words=["learning rate"],
+    )
     assert not target.exists()
 
 
@@ -53,9 +65,15 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp
     values = [1.0, 1.0, math.nan, 1.0]
     with pytest.raises(PFStorerError, match="after 3 iterations"):
         train(
-            objective, optimizer, lambda i: {"x": torch.tensor([values[i]])}, config, make_accelerator(config),
-            checkpoint, "mark", "test",
-        )  # fmt: skip
+            objective,
+            optimizer,
+            lambda i: {"x": torch.tensor([values[i]])},
+            config,
+            make_accelerator(config),
+            checkpoint,
+            "mark",
+            "test",
+        )
     state = torch.load(checkpoint, weights_only=True)
     assert state["iteration"] == 2 and bool(torch.isfinite(state["parameters"]["w"]).all())
 
@@ -158,8 +176,19 @@ def test_inspecting_a_plan_that_is_not_there_speaks_of_a_file(refused, tmp_path)
 
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
 def test_int8_is_refused_for_tensorrt_before_anything_is_loaded(refused, tmp_path, target):
-    refused(2, "export", "--base", "tiny", "--precision", "int8", "--target", target, "-o", tmp_path / "a.plan",
-            words=["int8", "ONNX", "fp16"])  # fmt: skip
+    refused(
+        2,
+        "export",
+        "--base",
+        "tiny",
+        "--precision",
+        "int8",
+        "--target",
+        target,
+        "-o",
+        tmp_path / "a.plan",
+        words=["int8", "ONNX", "fp16"],
+    )
 
 
 def test_wrapping_is_trained_on_a_base_that_is_there(refused, photos, tmp_path):

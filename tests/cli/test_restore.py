@@ -43,8 +43,12 @@ def test_output_is_a_file_for_one_input_and_a_folder_for_several(restore, save, 
     save(tmp_path / "one" / "a.png")
     assert restore(tmp_path / "one", "-o", f"{tmp_path / 'x.png'}/").status == 0
     assert sorted(set(tree(tmp_path)) - {"in/a.png", "in/b.webp", "one/a.png"}) == [
-        "both/a_restored.png", "both/b_restored.webp", "new/x.tif", "there/b_restored.webp", "x.png/a_restored.png",
-    ]  # fmt: skip
+        "both/a_restored.png",
+        "both/b_restored.webp",
+        "new/x.tif",
+        "there/b_restored.webp",
+        "x.png/a_restored.png",
+    ]
     with Image.open(tmp_path / "new" / "x.tif") as result:
         assert result.format == "TIFF"
 

@@ -93,8 +93,10 @@ def test_a_preview_of_a_result_of_one_step_is_not_made_and_that_is_said(restore,
 
 def test_what_lies_beside_a_result_is_not_overwritten_either(restore, save, tmp_path):
     save(tmp_path / "a.png")
-    mine = [save(tmp_path / f"a_restored_{word}.png", seed=7) or tmp_path / f"a_restored_{word}.png"
-            for word in ("preview", "compare")]  # fmt: skip
+    mine = [
+        save(tmp_path / f"a_restored_{word}.png", seed=7) or tmp_path / f"a_restored_{word}.png"
+        for word in ("preview", "compare")
+    ]
     before = [path.read_bytes() for path in mine]
     report = json.loads(restore(tmp_path / "a.png", "--compare", "--preview", "--steps", 2, "--json").out)
     assert [path.read_bytes() for path in mine] == before
@@ -151,8 +153,9 @@ def test_settings_without_effect_are_said(run, save, base_plan, tmp_path):
     done = run(*fixed, "--strength", 0.5, "--eta", 0.5, "--sampler", "ddpm")
     assert done.status == 0
     assert [line.split(" changes")[0] for line in done.err.splitlines() if "note:" in line] == [
-        "note: --strength 0.5", "note: --eta 0.5",
-    ]  # fmt: skip
+        "note: --strength 0.5",
+        "note: --eta 0.5",
+    ]
     assert "note:" not in run(*fixed, "--eta", 0.5, "--sampler", "ddim", "--overwrite").err
 
 
@@ -163,8 +166,11 @@ def test_an_input_is_safe_however_it_is_spelled(restore, save, tmp_path, monkeyp
     save(tmp_path / "real" / "a.png")
     save(tmp_path / "real" / "a_restored.png")
     before = [p.read_bytes() for p in sorted((tmp_path / "real").iterdir())]
-    calls = [("real/a.png", "-o", tmp_path / "real" / "a.png"), ("real/a.png", "-o", "link/a.png"),
-             ("real/a.png", "real/a_restored.png")]  # fmt: skip
+    calls = [
+        ("real/a.png", "-o", tmp_path / "real" / "a.png"),
+        ("real/a.png", "-o", "link/a.png"),
+        ("real/a.png", "real/a_restored.png"),
+    ]
     for call in calls:
         done = restore(*call, "--overwrite")
         assert done.status == 2 and "over an input" in done.errors[0], call

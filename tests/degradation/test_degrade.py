@@ -108,8 +108,7 @@ def test_heavy_ranges_hold_the_light_ones(stage):
 
 def test_heavy_is_worse_than_light_and_both_do_harm(face):
     light, heavy = (
-        float(np.mean([psnr(face, d.degrade(face, level, seed)) for seed in range(40)]))
-        for level in ("light", "heavy")
+        float(np.mean([psnr(face, d.degrade(face, level, seed)) for seed in range(40)])) for level in ("light", "heavy")
     )
     assert heavy < light - 0.5  # dB
     assert heavy > 15 and light < 30
@@ -117,9 +116,7 @@ def test_heavy_is_worse_than_light_and_both_do_harm(face):
 
 @pytest.mark.parametrize("field", ["motion_prob", "isp_prob", "median_prob", "final_sinc_prob"])
 def test_each_probability_switches_its_step(face, field):
-    quiet = replace(
-        d.LEVELS["light"], motion_prob=0.0, isp_prob=0.0, median_prob=0.0, final_sinc_prob=0.0
-    )
+    quiet = replace(d.LEVELS["light"], motion_prob=0.0, isp_prob=0.0, median_prob=0.0, final_sinc_prob=0.0)
     off, on = (d.degrade(face, replace(quiet, **{field: p}), 5) for p in (0.0, 1.0))
     assert not torch.equal(off, on)
 

@@ -183,13 +183,18 @@ def make_library(cuda, functions, log=None, version="1.7.1.116", drop=()):
     kinds = ("FLOAT", "HALF", "BF16", "INT32", "INT64", "BOOL")
     module = ModuleType("fake_library")
     vars(module).update(
-        __version__=version, Runtime=Runtime, ILogger=ILogger, TensorIOMode=TensorIOMode,
+        __version__=version,
+        Runtime=Runtime,
+        ILogger=ILogger,
+        TensorIOMode=TensorIOMode,
         DataType=SimpleNamespace(**{kind: kind for kind in kinds}),
         EngineValidity=SimpleNamespace(INVALID="INVALID"),
         EngineInvalidityDiagnostics=SimpleNamespace(__members__={"VERSION_MISMATCH": 1, "MALFORMED_ENGINE": 32}),
         DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="EAGER"),
-        ICudaEngine=Engine, IRuntimeConfig=Config, IExecutionContext=Context,
-    )  # fmt: skip
+        ICudaEngine=Engine,
+        IRuntimeConfig=Config,
+        IExecutionContext=Context,
+    )
     for path in drop:
         owner, _, name = path.rpartition(".")
         delattr(getattr(module, owner) if owner else module, name)

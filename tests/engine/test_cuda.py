@@ -44,10 +44,16 @@ def traced(monkeypatch):
 
     caller = Stream("caller", log)
     stand_ins = {
-        "is_available": lambda: True, "current_device": lambda: 0, "Stream": lambda device: Stream("engine", log),
-        "stream": on, "current_stream": lambda device: caller, "graph": graph, "CUDAGraph": SimpleNamespace,
-        "get_device_name": lambda device: "Fake GPU", "get_device_capability": lambda device: (8, 9),
-    }  # fmt: skip
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "Stream": lambda device: Stream("engine", log),
+        "stream": on,
+        "current_stream": lambda device: caller,
+        "graph": graph,
+        "CUDAGraph": SimpleNamespace,
+        "get_device_name": lambda device: "Fake GPU",
+        "get_device_capability": lambda device: (8, 9),
+    }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     cuda = Cuda()

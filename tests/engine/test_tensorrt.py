@@ -209,11 +209,14 @@ def test_compiled_kernels_are_kept_for_the_next_start():
 def test_a_library_without_a_runtime_cache_or_validity_check_serves():
     session, cuda, log = open_scaled(
         drop=(
-            "IRuntimeConfig.create_runtime_cache", "Runtime.get_engine_validity", "ICudaEngine.create_runtime_config",
-            "IExecutionContext.is_stream_capturable", "DynamicShapesKernelSpecializationStrategy",
+            "IRuntimeConfig.create_runtime_cache",
+            "Runtime.get_engine_validity",
+            "ICudaEngine.create_runtime_config",
+            "IExecutionContext.is_stream_capturable",
+            "DynamicShapesKernelSpecializationStrategy",
         ),
         version="10.16.1",
-    )  # fmt: skip
+    )
     with session:
         for _ in range(3):
             assert session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))["y"].sum() == 6
@@ -258,9 +261,12 @@ def tensorrt_plan(source, path, **changes):
         for c, entry in source.manifest.payloads.items()
     }
     about = {
-        "target": "tensorrt-rtx", "compute_capabilities": ["8.0", "8.6", "8.9", "12.0+"], "payloads": payloads,
-        "tools": {**source.manifest.tools, "tensorrt-rtx": "1.7.1.116"}, **changes,
-    }  # fmt: skip
+        "target": "tensorrt-rtx",
+        "compute_capabilities": ["8.0", "8.6", "8.9", "12.0+"],
+        "payloads": payloads,
+        "tools": {**source.manifest.tools, "tensorrt-rtx": "1.7.1.116"},
+        **changes,
+    }
     plan = write_plan(path, replace(source.manifest, **about), {c: made[c][0] for c in COMPONENTS})
     return plan, {c: made[c][1] for c in COMPONENTS}
 
@@ -309,9 +315,15 @@ def test_plans_that_do_not_fit_are_refused_before_they_are_loaded(base_plan, tmp
 
 @pytest.mark.parametrize(
     ("built", "here", "fits"),
-    [(["8.9"], (8, 9), True), (["8.9"], (8, 6), False), (["12.0+"], (12, 1), True), (["12.0+"], (10, 0), False),
-     (["8.0", "12.0+"], (13, 0), True), ([], (8, 9), False)],
-)  # fmt: skip
+    [
+        (["8.9"], (8, 9), True),
+        (["8.9"], (8, 6), False),
+        (["12.0+"], (12, 1), True),
+        (["12.0+"], (10, 0), False),
+        (["8.0", "12.0+"], (13, 0), True),
+        ([], (8, 9), False),
+    ],
+)
 def test_compute_capabilities(base_plan, built, here, fits):
     tools = {"tensorrt-rtx": "1.2"}
     plan = Plan(base_plan.path, replace(base_plan.manifest, compute_capabilities=built, tools=tools))
@@ -419,19 +431,36 @@ def test_the_real_library_has_every_name_that_is_used():
     trt = pytest.importorskip("tensorrt_rtx")
     library = Library("tensorrt-rtx", trt)
     used = [
-        "Runtime.deserialize_cuda_engine", "Runtime.engine_header_size", "Runtime.get_engine_validity",
-        "EngineValidity.INVALID", "TensorIOMode.INPUT", "ILogger.ERROR", "ILogger.INTERNAL_ERROR",
-        "ICudaEngine.get_tensor_profile_shape", "ICudaEngine.create_runtime_config", "ICudaEngine.num_io_tensors",
-        "ICudaEngine.num_optimization_profiles", "ICudaEngine.get_tensor_mode", "ICudaEngine.get_tensor_dtype",
-        "ICudaEngine.get_tensor_shape", "ICudaEngine.create_execution_context", "IRuntimeConfig.create_runtime_cache",
-        "IRuntimeConfig.set_runtime_cache", "IRuntimeCache.serialize", "IRuntimeCache.deserialize",
-        "IExecutionContext.set_input_shape", "IExecutionContext.set_tensor_address",
-        "IExecutionContext.get_tensor_shape", "IExecutionContext.set_optimization_profile_async",
-        "IExecutionContext.execute_async_v3", "IExecutionContext.is_stream_capturable",
-        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy", "EngineInvalidityDiagnostics.MALFORMED_ENGINE",
+        "Runtime.deserialize_cuda_engine",
+        "Runtime.engine_header_size",
+        "Runtime.get_engine_validity",
+        "EngineValidity.INVALID",
+        "TensorIOMode.INPUT",
+        "ILogger.ERROR",
+        "ILogger.INTERNAL_ERROR",
+        "ICudaEngine.get_tensor_profile_shape",
+        "ICudaEngine.create_runtime_config",
+        "ICudaEngine.num_io_tensors",
+        "ICudaEngine.num_optimization_profiles",
+        "ICudaEngine.get_tensor_mode",
+        "ICudaEngine.get_tensor_dtype",
+        "ICudaEngine.get_tensor_shape",
+        "ICudaEngine.create_execution_context",
+        "IRuntimeConfig.create_runtime_cache",
+        "IRuntimeConfig.set_runtime_cache",
+        "IRuntimeCache.serialize",
+        "IRuntimeCache.deserialize",
+        "IExecutionContext.set_input_shape",
+        "IExecutionContext.set_tensor_address",
+        "IExecutionContext.get_tensor_shape",
+        "IExecutionContext.set_optimization_profile_async",
+        "IExecutionContext.execute_async_v3",
+        "IExecutionContext.is_stream_capturable",
+        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+        "EngineInvalidityDiagnostics.MALFORMED_ENGINE",
         "DynamicShapesKernelSpecializationStrategy.EAGER",
         *(f"DataType.{kind}" for kind in ("FLOAT", "HALF", "BF16", "INT32", "INT64", "BOOL")),
-    ]  # fmt: skip
+    ]
     assert [name for name in used if not library.has(name)] == []
     assert not library.has("IRuntimeConfig.no_such_thing")
     assert engine._diagnostics(library, 2 | 64) == "unsupported cc, cuda error"

@@ -49,9 +49,14 @@ def test_several_methods_inputs_and_seconds(folders, simple, put):
         put(f"bad/{name}_degraded.png")
     done = []
     report = evaluate(
-        refs, hq, {"ours": out, "theirs": out}, out.parent / "bad", metrics=simple,
-        seconds={"ours": {"a": 1.0, "b_degraded": 3.0}, "theirs": 5.0}, progress=lambda *step: done.append(step),
-    )  # fmt: skip
+        refs,
+        hq,
+        {"ours": out, "theirs": out},
+        out.parent / "bad",
+        metrics=simple,
+        seconds={"ours": {"a": 1.0, "b_degraded": 3.0}, "theirs": 5.0},
+        progress=lambda *step: done.append(step),
+    )
     means = {name: summary.means["seconds"] for name, summary in report.summary().items()}
     assert means == {"input": None, "ours": 2.0, "theirs": 5.0, "original": None}
     assert done == [(1, 2), (2, 2)]
@@ -60,9 +65,13 @@ def test_several_methods_inputs_and_seconds(folders, simple, put):
 def test_names(put, tmp_path):
     hq = {name: put(f"hq/{name}.jpg") for name in ("a", "a_restored", "b", "c", "d", "s/e")}
     expected = {
-        "a": put("out/a.png"), "a_restored": put("out/a_restored.png"), "b": put("out/b_degraded_restored.webp"),
-        "c": put("out/c_out.png"), "d": None, "s/e": put("out/s/e_restored.jpg"),
-    }  # fmt: skip
+        "a": put("out/a.png"),
+        "a_restored": put("out/a_restored.png"),
+        "b": put("out/b_degraded_restored.webp"),
+        "c": put("out/c_out.png"),
+        "d": None,
+        "s/e": put("out/s/e_restored.jpg"),
+    }
     put("out/e.png")
     assert match(hq, tmp_path / "out") == expected
 

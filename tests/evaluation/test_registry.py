@@ -16,9 +16,14 @@ from pfstorer_rt.faces import dlib as functions
 from pfstorer_rt.imaging import similarity
 
 BEST = {
-    "psnr": math.inf, "ssim": 1.0, "stlpips": 0.0, "lmse_dlib": 0.0, "id_dlib": 0.0, "id_original_dlib": 0.0,
+    "psnr": math.inf,
+    "ssim": 1.0,
+    "stlpips": 0.0,
+    "lmse_dlib": 0.0,
+    "id_dlib": 0.0,
+    "id_original_dlib": 0.0,
     "verification_dlib": 1.0,
-}  # fmt: skip
+}
 
 
 def test_psnr_is_that_of_scikit_image(make_picture, noisy):
@@ -113,8 +118,9 @@ def test_a_missing_result_counts_as_not_verified_and_nothing_else(metrics, face)
     assert {key: value for key, value in figures.items() if value is not None} == {"verification_dlib": 0.0}
 
 
-@pytest.mark.parametrize(("side", "absent"), [(1, {"ssim", "stlpips"}), (10, {"ssim", "stlpips"}), (31, {"stlpips"}),
-                                              (32, set())])  # fmt: skip
+@pytest.mark.parametrize(
+    ("side", "absent"), [(1, {"ssim", "stlpips"}), (10, {"ssim", "stlpips"}), (31, {"stlpips"}), (32, set())]
+)
 def test_small_pictures_have_no_figure_where_none_is_defined(metrics, make_picture, side, absent):
     a = Sample(make_picture(side, 50))
     figures = metrics.measure(a, a)
@@ -126,10 +132,17 @@ def test_sizes_must_agree(simple, make_picture):
         simple.measure(Sample(make_picture(30, 40)), Sample(make_picture(30, 20)))
 
 
-@pytest.mark.parametrize("pixels", [
-    np.zeros((4, 4), np.float32), np.zeros((4, 4, 4), np.float32), np.zeros((4, 4, 3), np.uint8),
-    np.zeros((0, 4, 3), np.float32), np.full((4, 4, 3), np.nan, np.float32), np.full((4, 4, 3), np.inf),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((4, 4), np.float32),
+        np.zeros((4, 4, 4), np.float32),
+        np.zeros((4, 4, 3), np.uint8),
+        np.zeros((0, 4, 3), np.float32),
+        np.full((4, 4, 3), np.nan, np.float32),
+        np.full((4, 4, 3), np.inf),
+    ],
+)
 def test_pixels_that_are_no_picture(pixels):
     with pytest.raises(ValueError, match="expected"):
         Sample(pixels)

@@ -10,9 +10,13 @@ from pfstorer_rt.models.vae import build_vae
 def autoencoder(encoder, decoder, seed=0):
     """A small AutoencoderTiny with random weights, and a copy that is composed."""
     settings = {
-        "class": "AutoencoderTiny", "latent_channels": 3, "encoder_block_out_channels": (6,) * 4,
-        "decoder_block_out_channels": (6,) * 4, "num_encoder_blocks": encoder, "num_decoder_blocks": decoder,
-    }  # fmt: skip
+        "class": "AutoencoderTiny",
+        "latent_channels": 3,
+        "encoder_block_out_channels": (6,) * 4,
+        "decoder_block_out_channels": (6,) * 4,
+        "num_encoder_blocks": encoder,
+        "num_decoder_blocks": decoder,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vae = build_vae(settings)

@@ -49,8 +49,18 @@ def restore(engine, pixels, **settings):
         return restorer.restore(pixels, RestoreConfig(**settings))
 
 
-@pytest.mark.parametrize("settings", [{}, {"tap": "inner"}, {"residual": "full"}, {"ref_source": "self"}, {"rank": 2},
-                                      {"main_prompt": "subject"}, {"method": "vico"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tap": "inner"},
+        {"residual": "full"},
+        {"ref_source": "self"},
+        {"rank": 2},
+        {"main_prompt": "subject"},
+        {"method": "vico"},
+    ],
+)
 def test_fused_is_unfused(nano_base, make_nano_identity, settings):
     identity = make_nano_identity(gammas=(1.0, 0.0, 1.0, 1.0), **settings)
     arrays = inputs(nano_base)

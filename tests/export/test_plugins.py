@@ -134,8 +134,9 @@ def test_tensorrt_rtx_has_no_plugins():
 def test_they_are_refused_before_any_work(nano_base, tmp_path):
     output = tmp_path / "a.plan"
     for target, error, words in (
-        ("tensorrt-rtx", MissingBackendError, "no plugins in Python"), ("onnx", ValueError, "fp16 engines of TensorRT")
-    ):  # fmt: skip
+        ("tensorrt-rtx", MissingBackendError, "no plugins in Python"),
+        ("onnx", ValueError, "fp16 engines of TensorRT"),
+    ):
         with pytest.raises(error, match=words):
             export_plan(output, None, nano_base, target, options=BuildOptions(plugins=True))
     assert not list(tmp_path.iterdir())

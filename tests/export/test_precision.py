@@ -103,9 +103,7 @@ def test_group_norm_statistics_do_not_overflow():
     assert norm(x).dtype == torch.float16 and torch.allclose(norm(x).abs().float(), torch.ones(()), atol=1e-3)
 
 
-def test_fp16_plans_are_half_the_size_and_restore_the_same(
-    nano_plan, nano_base, nano_identity, tmp_path, make_picture
-):
+def test_fp16_plans_are_half_the_size_and_restore_the_same(nano_plan, nano_base, nano_identity, tmp_path, make_picture):
     plan = export_plan(tmp_path / "half.plan", nano_identity, nano_base, precision="fp16")
     assert plan.manifest.precision == "fp16"
     assert {payload.precision for payload in plan.manifest.payloads.values()} == {"fp16"}
@@ -125,9 +123,7 @@ def test_a_decoder_that_would_overflow_stays_in_fp32(tmp_path):
     expected = build.expect("decoder", base, None, "fp16")
     assert expected.largest > 65504
     told = []
-    plan = export_plan(
-        tmp_path / "a.plan", None, base, precision="fp16", progress=build.Progress(line=told.append)
-    )
+    plan = export_plan(tmp_path / "a.plan", None, base, precision="fp16", progress=build.Progress(line=told.append))
     assert plan.manifest.payloads["decoder"].precision == "fp32"
     assert plan.manifest.payloads["encoder"].precision == plan.manifest.payloads["denoiser"].precision == "fp16"
     assert any("decoder: its values reach" in line and "stays in fp32" in line for line in told)

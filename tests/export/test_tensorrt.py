@@ -26,9 +26,13 @@ SMALL = BuildOptions(batches=(1, 2))
 def rtx_plan(nano_base, nano_identity, tmp_path_factory):
     phases = []
     plan = export_plan(
-        tmp_path_factory.mktemp("rtx") / "alice.plan", nano_identity, nano_base, "tensorrt-rtx", options=SMALL,
+        tmp_path_factory.mktemp("rtx") / "alice.plan",
+        nano_identity,
+        nano_base,
+        "tensorrt-rtx",
+        options=SMALL,
         progress=Progress(phase=lambda *step: phases.append(step)),
-    )  # fmt: skip
+    )
     assert phases and all(0 <= done <= total for _, done, total in phases)
     assert {name.split(":")[0] for name, _, _ in phases} == set(COMPONENTS)
     return plan

@@ -24,10 +24,12 @@ def recognizer(tmp_path):
             helper.make_node("MatMul", ["flat", "weight"], ["embedding"]),
         ]
         graph = helper.make_graph(
-            nodes, "face", [helper.make_tensor_value_info("data", TensorProto.FLOAT, shape)],
+            nodes,
+            "face",
+            [helper.make_tensor_value_info("data", TensorProto.FLOAT, shape)],
             [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ("batch", 32))],
             [numpy_helper.from_array(weight, "weight")],
-        )  # fmt: skip
+        )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         onnx.save(model, tmp_path / name)
         return tmp_path / name

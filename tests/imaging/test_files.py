@@ -453,9 +453,7 @@ def test_read_and_write_again_changes_nothing(tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x0110] = 6, "Leica"
     source = tmp_path / "a.png"
-    Image.fromarray(picture(channels=4)).save(
-        source, exif=exif, icc_profile=matrix_profile(SRGB_XYZ, gamma_curve(1.8))
-    )
+    Image.fromarray(picture(channels=4)).save(source, exif=exif, icc_profile=matrix_profile(SRGB_XYZ, gamma_curve(1.8)))
     once = load_image(source)
     save_image(tmp_path / "b.png", once.pixels, alpha=once.alpha, icc=once.icc, exif=once.exif)
     twice = load_image(tmp_path / "b.png")

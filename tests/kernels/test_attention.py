@@ -6,9 +6,15 @@ from pfstorer_rt.kernels.attention import FORWARD_TILES, HEAD_SIZES, attention, 
 
 # (batch, heads, queries, keys, head size): 1, 3, 17, 77, a tile and one more; heads between powers of two.
 SHAPES = [
-    (1, 1, 1, 1, 32), (1, 2, 3, 17, 40), (3, 2, 17, 77, 40), (1, 1, 65, 3, 64), (1, 2, 64, 64, 64),
-    (3, 1, 77, 65, 64), (1, 1, 129, 129, 128), (1, 1, 17, 130, 80),
-]  # fmt: skip
+    (1, 1, 1, 1, 32),
+    (1, 2, 3, 17, 40),
+    (3, 2, 17, 77, 40),
+    (1, 1, 65, 3, 64),
+    (1, 2, 64, 64, 64),
+    (3, 1, 77, 65, 64),
+    (1, 1, 129, 129, 128),
+    (1, 1, 17, 130, 80),
+]
 FULL = [(1, 10, 4096, 4096, 64), (4, 20, 1024, 1024, 64), (16, 20, 256, 77, 64), (2, 8, 4096, 3001, 40)]
 DTYPES = [torch.float16, torch.bfloat16]
 
@@ -29,9 +35,11 @@ def slacks(q, k, v, grad, mask=None):
     error = p * ((dp - (grad * out).sum(-1, keepdim=True)).abs() + (grad * out).abs().sum(-1, keepdim=True))
     tiny = 2**-24 * max(scores.shape[-2:]) * 4
     sums = (
-        p @ v.abs(), scale * error @ k.abs(), scale * error.transpose(-1, -2) @ q.abs(),
+        p @ v.abs(),
+        scale * error @ k.abs(),
+        scale * error.transpose(-1, -2) @ q.abs(),
         p.transpose(-1, -2) @ grad.abs(),
-    )  # fmt: skip
+    )
     return [u * size + tiny for size in sums]
 
 
@@ -128,8 +136,11 @@ def test_what_it_does_not_take(normal):
 def test_tensors_that_do_not_go_together_are_refused(normal, change):
     q, k, v = (normal(2, 3, 17, 32, dtype=torch.float16) for _ in range(3))
     k, v = {
-        "heads": (k[:, :1], v[:, :1]), "head size": (k[..., :16], v[..., :16]), "batch": (k[:1], v[:1]),
-        "length": (k, v[:, :, :5]), "type": (k.bfloat16(), v),
-    }[change]  # fmt: skip
+        "heads": (k[:, :1], v[:, :1]),
+        "head size": (k[..., :16], v[..., :16]),
+        "batch": (k[:1], v[:1]),
+        "length": (k, v[:, :, :5]),
+        "type": (k.bfloat16(), v),
+    }[change]
     with pytest.raises(ValueError, match="expected"):
         attention(q, k, v)

@@ -13,10 +13,14 @@ def make(normal, shape, dtype):
     """h, weight, bias, residual, gamma, strength, stream; gamma and strength stay fp32, as a training keeps them."""
     b, length, k, n = shape
     return [
-        normal(b, length, k, dtype=dtype), normal(n, k, dtype=dtype), normal(n, dtype=dtype),
-        normal(b, length, n, dtype=dtype), normal(n, dtype=torch.float32), normal(b, 1, 1, dtype=torch.float32),
+        normal(b, length, k, dtype=dtype),
+        normal(n, k, dtype=dtype),
+        normal(n, dtype=dtype),
         normal(b, length, n, dtype=dtype),
-    ]  # fmt: skip
+        normal(n, dtype=torch.float32),
+        normal(b, 1, 1, dtype=torch.float32),
+        normal(b, length, n, dtype=dtype),
+    ]
 
 
 def slacks(tensors, grad, delta, differentiate):
@@ -31,8 +35,12 @@ def slacks(tensors, grad, delta, differentiate):
     absolute = differentiate(lambda *t: reference.gated_projection(*t, delta), sizes, grad.float().abs())
     u = torch.finfo(tensors[0].dtype).eps
     fp32 = torch.finfo(torch.float32).eps * max(tensors[0].shape)
-    return [fp32 * absolute[0].abs().max(), *(u * size.abs() for size in absolute[1:4]),
-            u * (2 + absolute[4].abs()), *(u * size.abs() for size in absolute[5:])]  # fmt: skip
+    return [
+        fp32 * absolute[0].abs().max(),
+        *(u * size.abs() for size in absolute[1:4]),
+        u * (2 + absolute[4].abs()),
+        *(u * size.abs() for size in absolute[5:]),
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -54,8 +62,9 @@ def test_every_tile_gives_the_same(tile, normal, assert_close):
     tensors = make(normal, (1, 300, 70, 130), torch.float16)
     assert_close(
         gated_projection(*tensors, True, tile),
-        reference.gated_projection(*(t.float() for t in tensors), True), 1e-4,
-    )  # fmt: skip
+        reference.gated_projection(*(t.float() for t in tensors), True),
+        1e-4,
+    )
 
 
 def test_it_is_eq_3_of_the_paper(normal, assert_close):

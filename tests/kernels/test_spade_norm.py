@@ -14,9 +14,7 @@ FORMATS = [torch.channels_last, torch.contiguous_format]
 
 
 def call(function, groups, silu):
-    return lambda x, weight, bias, scale=None, shift=None: function(
-        x, weight, bias, groups, 1e-5, scale, shift, silu
-    )  # fmt: skip
+    return lambda x, weight, bias, scale=None, shift=None: function(x, weight, bias, groups, 1e-5, scale, shift, silu)
 
 
 def make(normal, shape, dtype, memory_format, modulated=True):

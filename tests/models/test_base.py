@@ -211,8 +211,15 @@ def no_scheduler(folder):
 
 
 DAMAGES = (
-    empty_weights, short_weights, foreign_weights, no_weights, lacking_tensor, empty_config, unknown_field, no_scheduler
-)  # fmt: skip
+    empty_weights,
+    short_weights,
+    foreign_weights,
+    no_weights,
+    lacking_tensor,
+    empty_config,
+    unknown_field,
+    no_scheduler,
+)
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)

@@ -12,8 +12,11 @@ from pfstorer_rt.models.stablesr.importing import convert_cfw, import_base
 
 GROUPS, WIDTHS, GROWTH, SCALE = 4, (8, 16, 16, 16), 4, 0.18215
 KL = {
-    **PRESETS["sd21"].vae, "block_out_channels": WIDTHS, "norm_num_groups": GROUPS, "sample_size": 64,
-}  # fmt: skip
+    **PRESETS["sd21"].vae,
+    "block_out_channels": WIDTHS,
+    "norm_num_groups": GROUPS,
+    "sample_size": 64,
+}
 CONFIG = replace(PRESETS["nano"], vae=KL, cfw={"widths": WIDTHS[1:3], "growth": GROWTH, "norm_groups": GROUPS})
 
 

@@ -40,9 +40,13 @@ def predict(base, identity=None, strength=1.0):
 def make_batch(n=2, seed=0, use_self=False, t=(700, 20)):
     hq, lq, noise = (normal(n, 4, 8, 8, seed=seed + k) for k in (0, 1, 3))
     return {
-        "hq": hq, "lq": lq, "reference": normal(1, 4, 8, 8, seed=seed + 2), "noise": noise,
-        "t": torch.tensor(t[:n]), "self": torch.tensor(use_self),
-    }  # fmt: skip
+        "hq": hq,
+        "lq": lq,
+        "reference": normal(1, 4, 8, 8, seed=seed + 2),
+        "noise": noise,
+        "t": torch.tensor(t[:n]),
+        "self": torch.tensor(use_self),
+    }
 
 
 @pytest.fixture

@@ -17,10 +17,17 @@ NANO = PRESETS["nano"]
 # tiny's topology (three levels, attention everywhere, one block a level) at nano's widths.
 THREE_LEVELS = replace(
     NANO,
-    unet={**PRESETS["tiny"].unet, "block_out_channels": (8, 16, 16), "attention_head_dim": (1, 2, 2),
-          "cross_attention_dim": 32, "norm_num_groups": 4, "in_channels": 4, "out_channels": 4},
+    unet={
+        **PRESETS["tiny"].unet,
+        "block_out_channels": (8, 16, 16),
+        "attention_head_dim": (1, 2, 2),
+        "cross_attention_dim": 32,
+        "norm_num_groups": 4,
+        "in_channels": 4,
+        "out_channels": 4,
+    },
     structure=StructureConfig(width=8, multipliers=(1, 2, 2), heads=1, out_channels=8, res_blocks=1, norm_groups=4),
-)  # fmt: skip
+)
 CONFIGS = {"nano": NANO, "three levels": THREE_LEVELS}
 
 

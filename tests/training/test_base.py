@@ -20,9 +20,7 @@ from pfstorer_rt.training.objectives import AutoencoderObjective, RestorerObject
 from pfstorer_rt.training.wrapping import add_wrapping
 
 SETTINGS = TrainConfig(iterations=4, batch=2, learning_rate=1e-3, ema=0.5, device="cpu", precision="fp32")
-CONFIG = BaseTrainConfig(
-    preset="nano", autoencoder=SETTINGS, restorer=SETTINGS, crop=32, variations=1, holdout=0.0
-)
+CONFIG = BaseTrainConfig(preset="nano", autoencoder=SETTINGS, restorer=SETTINGS, crop=32, variations=1, holdout=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +77,9 @@ def test_the_result_is_a_base_directory(whole):
     assert loaded.fingerprint == made.fingerprint and loaded.config == made.config
     assert set(weights(folder / "base")) == {"unet", "vae", "structure_encoder", "text_encoder"}
     assert {t.dtype for part in weights(folder / "base").values() for t in part.values()} <= {
-        torch.float16, torch.int64,
-    }  # fmt: skip
+        torch.float16,
+        torch.int64,
+    }
     for name, network in loaded.modules().items():
         ours = made.modules()[name].state_dict()
         assert all(torch.equal(v, ours[k]) for k, v in network.state_dict().items()), "what is in memory is on disk"

@@ -358,9 +358,14 @@ def launch(launcher, base, photos, tmp_path):
     command = [*launcher, "-m", "pfstorer_rt.cli", *words, *photos, "-o", tmp_path / "bob.safetensors"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PFSTORER_HOME": str(tmp_path / "home")}
     done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, cwd=tmp_path, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
+        [sys.executable, *map(str, command)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert not list(tmp_path.glob("*.pt"))
     return Identity.load(tmp_path / "bob.safetensors")

@@ -17,12 +17,14 @@ from pfstorer_rt.files import show_path
 from pfstorer_rt.models.stablesr.conversion import Tensors
 
 _ALLOWED = {
-    ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"),
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
     *(("torch", f"{kind}Storage") for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Bool", "Byte")),
     *(("torch", name) for name in ("Size", "float16", "bfloat16", "float32", "float64", "int64")),
     *((module, name) for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "complex")),
     ("_codecs", "encode"),  # how Python pickles bytes
-}  # fmt: skip
+}
 _INERT = ("pytorch_lightning.", "lightning.", "torchmetrics.", "omegaconf.", "numpy.", "argparse.")
 
 

@@ -11,8 +11,11 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 UNET, STRUCTURE, VAE, TEXT = (
-    "model.diffusion_model.", "structcond_stage_model.", "first_stage_model.", "cond_stage_model.",
-)  # fmt: skip
+    "model.diffusion_model.",
+    "structcond_stage_model.",
+    "first_stage_model.",
+    "cond_stage_model.",
+)
 
 
 def part(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
@@ -97,9 +100,13 @@ def _inside(place: str, target: str, rest: str) -> tuple[str, str]:
 
 
 _RESIDUAL = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
-}  # fmt: skip
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
 
 
 def _leaf(target: str, rest: str, value: torch.Tensor, heads: int) -> Tensors:

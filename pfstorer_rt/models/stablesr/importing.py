@@ -17,7 +17,7 @@ from pfstorer_rt.files import show_path
 from pfstorer_rt.models.base import assemble, check_room, fingerprint_directory, read_network, write_base
 from pfstorer_rt.models.cfw import LEVELS
 from pfstorer_rt.models.stablesr.checkpoint import read_checkpoint
-from pfstorer_rt.models.stablesr.conversion import (  # fmt: skip
+from pfstorer_rt.models.stablesr.conversion import (
     STRUCTURE,
     TEXT,
     UNET,
@@ -45,10 +45,16 @@ class Imported:
 
 
 def import_base(
-    checkpoint: Path, output: Path, sd: str | Path | None = None, dtype: torch.dtype = torch.float16,
-    prediction_type: str | None = None, config: BaseConfig | None = None, cfw: Path | None = None,
-    vae: str | Path | None = None, tile: int | None = None,
-) -> Imported:  # fmt: skip
+    checkpoint: Path,
+    output: Path,
+    sd: str | Path | None = None,
+    dtype: torch.dtype = torch.float16,
+    prediction_type: str | None = None,
+    config: BaseConfig | None = None,
+    cfw: Path | None = None,
+    vae: str | Path | None = None,
+    tile: int | None = None,
+) -> Imported:
     """Turn a StableSR checkpoint, with SD 2.1's own weights where it lacks them, into a base directory.
 
     sd: diffusers directory or hub id of SD 2.1-base, for files that hold SPADEs and the structure encoder alone.
@@ -138,9 +144,11 @@ def convert(
         raise BadFileError(f"{name}: holds StableSR's own parts only; give SD 2.1-base with --sd DIR|HUB_ID")
     folder = fetch(sd)
     return {
-        **states, "vae": read_network(folder / "vae"), "text_encoder": read_network(folder / "text_encoder"),
+        **states,
+        "vae": read_network(folder / "vae"),
+        "text_encoder": read_network(folder / "text_encoder"),
         "unet": {**read_network(folder / "unet"), **unet},
-    }  # fmt: skip
+    }
 
 
 def convert_cfw(
@@ -157,9 +165,11 @@ def convert_cfw(
     widths = tuple(config.vae["block_out_channels"][level] for level in LEVELS)
     first = fusion.get("fusion_layer_1.encode_enc_2.0.rdb1.conv1.weight")
     settings: dict[str, object] = {
-        "widths": widths, "growth": 32 if first is None else len(first), "vae": None,
+        "widths": widths,
+        "growth": 32 if first is None else len(first),
+        "vae": None,
         "norm_groups": config.vae.get("norm_num_groups", 32),
-    }  # fmt: skip
+    }
     with torch.device("meta"):
         layout = assemble(config).vae
     rest = {k: v for k, v in tensors.items() if not k.startswith("decoder.fusion_layer_")}

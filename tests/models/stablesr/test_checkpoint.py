@@ -39,9 +39,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, entry, channels, temb):
         super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(GROUPS, entry), nn.SiLU(), nn.Conv2d(entry, channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(nn.GroupNorm(GROUPS, entry), nn.SiLU(), nn.Conv2d(entry, channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(temb, channels))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(GROUPS, channels), nn.SiLU(), nn.Dropout(0), nn.Conv2d(channels, channels, 3, padding=1)
@@ -189,17 +187,21 @@ def test_damaged_checkpoints_are_bad_files(tmp_path, content):
 
 def ldm_names_of_parts(base, reference):
     """StableSR's own parts (SPADEs and structure encoder) under StableSR's names."""
-    inverse = {"down_blocks": lambda i, j: f"input_blocks.{1 + 3 * i + j}.0",
-               "up_blocks": lambda i, j: f"output_blocks.{3 * i + j}.0"}  # fmt: skip
+    inverse = {
+        "down_blocks": lambda i, j: f"input_blocks.{1 + 3 * i + j}.0",
+        "up_blocks": lambda i, j: f"output_blocks.{3 * i + j}.0",
+    }
     tensors = {f"structcond_stage_model.{k}": v for k, v in reference.state_dict().items()}
     for key, value in base.unet.state_dict().items():
         if ".spade." not in key:
             continue
         place, leaf = key.split(".spade.")
         parts = place.split(".")
-        block = f"middle_block.{2 * int(parts[2])}" if parts[0] == "mid_block" else inverse[parts[0]](
-            int(parts[1]), int(parts[3])
-        )  # fmt: skip
+        block = (
+            f"middle_block.{2 * int(parts[2])}"
+            if parts[0] == "mid_block"
+            else inverse[parts[0]](int(parts[1]), int(parts[3]))
+        )
         tensors[f"model.diffusion_model.{block}.spade.{leaf}"] = value
     return tensors
 
@@ -236,11 +238,15 @@ def test_keys_that_do_not_fit_are_listed(tmp_path):
 @pytest.mark.parametrize(
     "key",
     [
-        "model.diffusion_model.input_blocks.13.0.weight", "model.diffusion_model.surplus.weight",
-        "first_stage_model.encoder.surplus.weight", "cond_stage_model.model.transformer.resblocks.0.surplus.weight",
-        "structcond_stage_model.fea_tran.7.weight", "structcond_stage_model.out.weight", "surplus.weight",
+        "model.diffusion_model.input_blocks.13.0.weight",
+        "model.diffusion_model.surplus.weight",
+        "first_stage_model.encoder.surplus.weight",
+        "cond_stage_model.model.transformer.resblocks.0.surplus.weight",
+        "structcond_stage_model.fea_tran.7.weight",
+        "structcond_stage_model.out.weight",
+        "surplus.weight",
     ],
-)  # fmt: skip
+)
 def test_tensors_that_no_network_has_are_refused_by_name(tmp_path, monkeypatch, key):
     # diffusers' converters leave out what they do not know
     tensors = {**whole_checkpoint(), key: torch.ones(1)}
@@ -302,15 +308,20 @@ def test_what_training_leaves_in_a_checkpoint_is_passed_over(tmp_path, monkeypat
     import types
 
     module = types.ModuleType("pytorch_lightning.utilities")
-    attributes = {"__module__": "pytorch_lightning.utilities", "__reduce__": lambda self: (type(self), (), None, None,
-                  iter([("lr", 1e-4)]))}  # fmt: skip
+    attributes = {
+        "__module__": "pytorch_lightning.utilities",
+        "__reduce__": lambda self: (type(self), (), None, None, iter([("lr", 1e-4)])),
+    }
     module.AttributeDict = type("AttributeDict", (dict,), attributes)
     for name, made in (("pytorch_lightning", types.ModuleType("pytorch_lightning")), (module.__name__, module)):
         monkeypatch.setitem(sys.modules, name, made)
     data = {
-        "state_dict": {"a": torch.ones(2), 7: torch.ones(1)}, "hyper_parameters": module.AttributeDict(),
-        "best": np.float64(0.5), "kinds": {torch.float32, torch.Size([1])}, "names": {"x"},
-    }  # fmt: skip
+        "state_dict": {"a": torch.ones(2), 7: torch.ones(1)},
+        "hyper_parameters": module.AttributeDict(),
+        "best": np.float64(0.5),
+        "kinds": {torch.float32, torch.Size([1])},
+        "names": {"x"},
+    }
     torch.save(data, tmp_path / "lightning.ckpt")
     for name in ("pytorch_lightning", "pytorch_lightning.utilities"):
         monkeypatch.delitem(sys.modules, name)
@@ -376,14 +387,19 @@ def test_the_published_feature_wrapping_has_its_place():
 @pytest.mark.parametrize(
     "name, kind, tile, steps",
     [
-        ("stablesr_000117.ckpt", "epsilon", 512, 200), ("webui_768v_139.ckpt", "v_prediction", 768, 200),
-        ("stablesr_768v_000139.ckpt", "v_prediction", 768, 200), ("stablesr_turbo.ckpt", "epsilon", 512, 4),
-        ("face_stablesr_000050.ckpt", "v_prediction", 512, 200), ("StableSR_Turbo.ckpt", "epsilon", 512, 4),
-        ("WebUI-768V.ckpt", "v_prediction", 768, 200), ("my 768 px.ckpt", "v_prediction", 768, 200),
-        ("surface_512.ckpt", "epsilon", 512, 200), ("run_20231768.ckpt", "epsilon", 512, 200),
+        ("stablesr_000117.ckpt", "epsilon", 512, 200),
+        ("webui_768v_139.ckpt", "v_prediction", 768, 200),
+        ("stablesr_768v_000139.ckpt", "v_prediction", 768, 200),
+        ("stablesr_turbo.ckpt", "epsilon", 512, 4),
+        ("face_stablesr_000050.ckpt", "v_prediction", 512, 200),
+        ("StableSR_Turbo.ckpt", "epsilon", 512, 4),
+        ("WebUI-768V.ckpt", "v_prediction", 768, 200),
+        ("my 768 px.ckpt", "v_prediction", 768, 200),
+        ("surface_512.ckpt", "epsilon", 512, 200),
+        ("run_20231768.ckpt", "epsilon", 512, 200),
         ("turbocharged.ckpt", "epsilon", 512, 200),
     ],
-)  # fmt: skip
+)
 def test_published_files_are_known_by_the_words_of_their_names(name, kind, tile, steps):
     config = replace(PRESETS["sd21"], **name_kind(name))
     assert (config.prediction_type, config.tile, config.steps) == (kind, tile, steps)
