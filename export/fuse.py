@@ -75,8 +75,7 @@ class FusedDenoiser(nn.Module):
         self, x: torch.Tensor, t: torch.Tensor, z_lq: torch.Tensor, strength: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x, z_lq (B, C, h, w), t (B,) float in 0..999, strength (1,) -> eps or v (B, C, h, w)."""
-        prediction: torch.Tensor = self.denoiser(x, t, z_lq, 1.0 if strength is None else strength)
-        return prediction
+        return self.denoiser(x, t, z_lq, 1.0 if strength is None else strength)
 
     def identity_paths(self) -> dict[str, str]:
         """Return where everything that belongs to the person is kept: {name: path of a parameter or buffer}, in order.

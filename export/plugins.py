@@ -110,10 +110,9 @@ def add_functions(model: onnx_ir.Model) -> None:
 def _operator(name: str, inputs: tuple[torch.Tensor, ...], like: torch.Tensor, **flags: bool) -> torch.Tensor:
     """Stand in the graph for an operator; what it gives is of the type and shape of `like`."""
     attributes: dict[str, Any] = {key: int(value) for key, value in flags.items()}
-    result: torch.Tensor = torch.onnx.ops.symbolic(
+    return torch.onnx.ops.symbolic(
         f"{DOMAIN}::{name}", inputs, attributes, dtype=like.dtype, shape=like.shape, version=1
     )
-    return result
 
 
 def _gate(

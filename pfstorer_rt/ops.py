@@ -132,8 +132,7 @@ def _load_triton(device: torch.device, head_size: int | None) -> Kernels:
         delta: bool = True,
     ) -> torch.Tensor:
         arguments = layer, h, stream, x, gamma, strength, delta
-        result: torch.Tensor = dispatch.gated_projection(lambda: gated_projection(*arguments), *arguments)
-        return result
+        return dispatch.gated_projection(lambda: gated_projection(*arguments), *arguments)
 
     def norm(
         layer: nn.GroupNorm,
@@ -143,8 +142,7 @@ def _load_triton(device: torch.device, head_size: int | None) -> Kernels:
         silu: bool = False,
     ) -> torch.Tensor:
         arguments = layer, x, scale, shift, silu
-        result: torch.Tensor = dispatch.spade_norm(lambda: spade_norm(*arguments), *arguments)
-        return result
+        return dispatch.spade_norm(lambda: spade_norm(*arguments), *arguments)
 
     return Kernels(dispatch.attention, gate, norm, lambda x: dispatch.geglu(lambda: geglu(x), x))
 
@@ -221,8 +219,7 @@ class AttentionProcessor:
         if mask is not None:
             mask = mask[:, None, None, :]
         out = self.attention(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), mask)
-        projected: torch.Tensor = attn.to_out[0](out.transpose(1, 2).flatten(2))
-        return projected
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
 def split_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:

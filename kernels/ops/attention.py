@@ -480,5 +480,4 @@ def attention(
     if not fits:
         got = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in (("q", q), ("k", k), ("v", v)))
         raise ValueError(f"attention of {got}; expected (B, H, L, D) and twice (B, H, S, D) of one type")
-    result: torch.Tensor = AttentionFunction.apply(q, k, v, keys, tile)
-    return result
+    return AttentionFunction.apply(q, k, v, keys, tile)

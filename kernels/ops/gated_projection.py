@@ -215,7 +215,4 @@ def gated_projection(
         raise ValueError(f"gated_projection takes tensors of fp16 or of bf16 alone, these are {types}; cast them")
     strength = torch.as_tensor(strength, device=h.device)
     strength = strength if strength.is_floating_point() else strength.float()
-    result: torch.Tensor = GatedProjectionFunction.apply(
-        h, weight, bias, residual, gamma, strength, stream, delta, tile
-    )
-    return result
+    return GatedProjectionFunction.apply(h, weight, bias, residual, gamma, strength, stream, delta, tile)

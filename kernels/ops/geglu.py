@@ -96,5 +96,4 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
     """
     if x.shape[-1] % 2:
         raise ValueError(f"geglu of {tuple(x.shape)}: the last axis holds value and gate, so it has to be even")
-    result: torch.Tensor = GegluFunction.apply(x)
-    return result
+    return GegluFunction.apply(x)

@@ -40,8 +40,7 @@ class LazyGroup(click.Group):
         """Import one command."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"pfstorer_rt.cli.{COMMANDS[cmd_name][0]}").command
-        return command
+        return import_module(f"pfstorer_rt.cli.{COMMANDS[cmd_name][0]}").command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands from the table alone."""

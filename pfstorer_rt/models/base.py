@@ -98,8 +98,7 @@ class Base:
             return decode(self.vae, latent)
         if self.cfw is None:
             raise ValueError(f"base {self.config.name!r} has no controllable feature wrapping; import it with --cfw")
-        image: torch.Tensor = self.cfw(self.vae, latent, features, cfw_weight)
-        return image
+        return self.cfw(self.vae, latent, features, cfw_weight)
 
     def encode_prompt(self, text: str | None = None, token: torch.Tensor | None = None) -> torch.Tensor:
         """Encode a prompt (the base's own when None) to a context (1, L, D); `S*` stands for `token`."""

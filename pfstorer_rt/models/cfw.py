@@ -53,8 +53,7 @@ class ResidualDenseBlock(nn.Module):
         seen = [x]
         for i in range(1, 5):
             seen.append(F.leaky_relu(self.get_submodule(f"conv{i}")(torch.cat(seen, 1)), 0.2))
-        out: torch.Tensor = x + 0.2 * self.get_submodule("conv5")(torch.cat(seen, 1))
-        return out
+        return x + 0.2 * self.get_submodule("conv5")(torch.cat(seen, 1))
 
 
 class RRDB(nn.Module):
@@ -66,8 +65,7 @@ class RRDB(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> the same."""
-        out: torch.Tensor = x + 0.2 * self.rdb3(self.rdb2(self.rdb1(x)))
-        return out
+        return x + 0.2 * self.rdb3(self.rdb2(self.rdb1(x)))
 
 
 class FusionLayer(nn.Module):
@@ -81,8 +79,7 @@ class FusionLayer(nn.Module):
 
     def forward(self, encoded: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
         """Two maps (B, C, H, W), the encoder's and the decoder's -> (B, C, H, W)."""
-        out: torch.Tensor = self.encode_enc_3(self.encode_enc_2(self.encode_enc_1(torch.cat([encoded, decoded], 1))))
-        return out
+        return self.encode_enc_3(self.encode_enc_2(self.encode_enc_1(torch.cat([encoded, decoded], 1))))
 
 
 class ControllableFeatureWrapping(ModelMixin, ConfigMixin):
@@ -135,8 +132,7 @@ class ControllableFeatureWrapping(ModelMixin, ConfigMixin):
                 h = h + weight * self.get_submodule(f"fusion_layer_{level}")(features[level], h)
             for upsampler in block.upsamplers or ():
                 h = upsampler(h)
-        out: torch.Tensor = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(h)))
-        return out
+        return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(h)))
 
 
 def encode(vae: AutoencoderKL, image: torch.Tensor) -> tuple[torch.Tensor, Features]:

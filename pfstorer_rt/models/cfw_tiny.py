@@ -32,8 +32,7 @@ class BottleneckFusion(nn.Module):
         """The encoder's map, narrowed (B, G, H, W), and the decoder's (B, C, H, W) -> (B, C, H, W)."""
         h = F.relu(narrowed + self.narrow_decoded(decoded))
         h = F.relu(self.conv2(F.relu(self.conv1(h))))
-        out: torch.Tensor = self.widen(h)
-        return out
+        return self.widen(h)
 
 
 class TinyFeatureWrapping(ModelMixin, ConfigMixin):

@@ -54,8 +54,7 @@ class Decoder(nn.Module):
         if self.cfw is None:
             return decode(self.vae, latent)
         *features, weight = wrapped
-        image: torch.Tensor = self.cfw(self.vae, latent, dict(zip(LEVELS, features, strict=True)), weight)
-        return image
+        return self.cfw(self.vae, latent, dict(zip(LEVELS, features, strict=True)), weight)
 
 
 def component_modules(base: Base, identity: Identity | None = None) -> dict[str, nn.Module]:

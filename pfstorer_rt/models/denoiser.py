@@ -72,10 +72,7 @@ class Denoiser(nn.Module):
         """x, z_lq (B, C, h, w), t (B,) in 0..999, strength scalar -> eps or v (B, C, h, w)."""
         where = "inner_taps" if self.settings.get("tap") == "inner" else "taps"
         context = self.context.expand(x.shape[0], -1, -1)
-        prediction: torch.Tensor = self.unet(
-            x, t, context, self.structure_encoder(z_lq, t), **{where: self.taps(strength)}
-        )
-        return prediction
+        return self.unet(x, t, context, self.structure_encoder(z_lq, t), **{where: self.taps(strength)})
 
 
 def load_blocks(base: Base, identity: Identity) -> PersonalizationBlocks:

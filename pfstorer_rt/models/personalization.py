@@ -24,8 +24,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
-        out: torch.Tensor = self.up(self.down(x))
-        return out
+        return self.up(self.down(x))
 
 
 def make_low_rank(module: nn.Module, rank: int) -> None:
@@ -82,10 +81,7 @@ class PersonalizationBlock(nn.Module):
         h = self.kernels.geglu(gate.proj(b.norm3(stream)))
         if isinstance(last, LowRankLinear):
             h, last = last.down(h), last.up
-        out: torch.Tensor = self.kernels.gated_projection(
-            last, h, stream, x, self.gamma, strength, self.residual == "delta"
-        )
-        return out
+        return self.kernels.gated_projection(last, h, stream, x, self.gamma, strength, self.residual == "delta")
 
 
 def layer_width(unet: RestorationUNet, layer: str) -> int:
@@ -137,8 +133,7 @@ class PersonalizationBlocks(nn.ModuleList):
             def run(x: torch.Tensor) -> torch.Tensor:
                 reference = None if references is None else references[layer].to(x.dtype).expand(x.shape[0], -1, -1)
                 mask = None if not masks or layer not in masks else masks[layer].expand(len(x), -1)
-                out: torch.Tensor = block(x, reference, mask, strength)
-                return out
+                return block(x, reference, mask, strength)
 
             return run
 

@@ -67,8 +67,7 @@ class PromptEncoder(nn.Module):
     def word_embedding(self, ids: torch.Tensor) -> torch.Tensor:
         """Mean embedding (D,) of the ids between start and end: where a learned token begins."""
         end = int((ids[0] == self.model.config.eos_token_id).nonzero()[0])
-        embedding: torch.Tensor = self.model.get_input_embeddings().weight[ids[0, 1:end]].mean(0)
-        return embedding.detach().clone()
+        return self.model.get_input_embeddings().weight[ids[0, 1:end]].mean(0).detach().clone()
 
     def forward(self, ids: torch.Tensor, token: torch.Tensor | None = None) -> torch.Tensor:
         """ids (B, L), token (D,) or None -> context (B, L, D) after the final norm."""

@@ -38,8 +38,7 @@ class Spade(nn.Module):
     def forward(self, h: torch.Tensor, structure: torch.Tensor) -> torch.Tensor:
         """h (B, C, H, W), structure (B, map_channels, H, W) -> (B, C, H, W)."""
         a = self.mlp_shared(structure)
-        modulated: torch.Tensor = self.kernels.spade_norm(self.param_free_norm, h, self.mlp_gamma(a), self.mlp_beta(a))
-        return modulated
+        return self.kernels.spade_norm(self.param_free_norm, h, self.mlp_gamma(a), self.mlp_beta(a))
 
 
 class RestorationUNet(UNet2DConditionModel):
@@ -109,8 +108,7 @@ class RestorationUNet(UNet2DConditionModel):
                 h = run.level(block, f"up_blocks.{i}", j, resnet, torch.cat([h, skips.pop()], 1), temb)
             for upsample in block.upsamplers or ():
                 h = upsample(h)
-        out: torch.Tensor = self.conv_out(self.conv_act(self.conv_norm_out(h)))
-        return out
+        return self.conv_out(self.conv_act(self.conv_norm_out(h)))
 
 
 class _Run:
@@ -140,8 +138,7 @@ class _Run:
     def resnet(self, block: Any, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         """ResnetBlock2D with SPADE after conv2, before the skip addition."""
         if self.recompute:
-            out: torch.Tensor = checkpoint(self._resnet, block, x, temb, use_reentrant=False)
-            return out
+            return checkpoint(self._resnet, block, x, temb, use_reentrant=False)
         return self._resnet(block, x, temb)
 
     def _resnet(self, block: Any, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
@@ -159,8 +156,7 @@ class _Run:
         Those with taps are not recomputed: what a tap keeps, and what is recorded beside it, happens once.
         """
         if self.recompute and name not in self.taps and name not in self.inner_taps:
-            out: torch.Tensor = checkpoint(self._transformer, name, attn, h, use_reentrant=False)
-            return out
+            return checkpoint(self._transformer, name, attn, h, use_reentrant=False)
         return self._transformer(name, attn, h)
 
     def _transformer(self, name: str, attn: Any, h: torch.Tensor) -> torch.Tensor:
@@ -178,8 +174,7 @@ class _Run:
 
 def embed_time(sinusoid: nn.Module, embedding: Any, t: torch.Tensor) -> torch.Tensor:
     """Timesteps (B,) -> (B, D) in the type of the embedding's weights; the sinusoid is computed in fp32."""
-    embedded: torch.Tensor = embedding(sinusoid(t).to(embedding.linear_1.weight.dtype))
-    return embedded
+    return embedding(sinusoid(t).to(embedding.linear_1.weight.dtype))
 
 
 def to_tokens(h: torch.Tensor) -> torch.Tensor:

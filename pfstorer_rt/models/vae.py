@@ -34,5 +34,4 @@ def encode_moments(vae: Autoencoder, image: torch.Tensor) -> tuple[torch.Tensor,
 
 def decode(vae: Autoencoder, latent: torch.Tensor) -> torch.Tensor:
     """Decode a scaled latent (B, C, h, w) to (B, 3, h*f, w*f), nominally in [-1, 1]."""
-    decoded: torch.Tensor = vae.decode(latent / vae.config.scaling_factor).sample
-    return decoded
+    return vae.decode(latent / vae.config.scaling_factor).sample

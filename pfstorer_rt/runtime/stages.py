@@ -130,8 +130,7 @@ class TiledDenoiser:
                 blender.add(tile, prediction)
             start += len(chosen)
             done(len(chosen))
-        blended: torch.Tensor = blender.result()
-        return blended[None]
+        return blender.result()[None]
 
     def shrink(self, error: Exception) -> None:
         """Halve the batch; raises `PFStorerError` where one tile is too much already."""

@@ -66,5 +66,4 @@ def make_adamw(parameters: Iterable[nn.Parameter] | list[dict[str, Any]], config
             f"optimizer {config.optimizer} needs bitsandbytes ({error}): pip install 'pfstorer-rt[gpu]'"
         ) from error
     kind = optim.AdamW8bit if config.optimizer == "adamw8bit" else optim.PagedAdamW8bit
-    optimizer: torch.optim.Optimizer = kind(parameters, **settings)
-    return optimizer
+    return kind(parameters, **settings)

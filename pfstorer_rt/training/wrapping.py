@@ -45,8 +45,7 @@ class WrappingObjective(nn.Module):
         """Sample the base's default steps from scaled LQ latents (B, C, h, w)."""
 
         def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
-            prediction: torch.Tensor = self.denoiser(x, torch.full((len(x),), t, device=x.device), z_lq)
-            return prediction.float()
+            return self.denoiser(x, torch.full((len(x),), t, device=x.device), z_lq).float()
 
         c = self.base.config
         return SAMPLERS[c.sampler](
