@@ -138,17 +138,9 @@ def export_plan(
     Raises `ParityError`, and writes nothing, when a component differs from PyTorch; `MissingBackendError`
     when TensorRT is asked for and not installed.
     """
-    if target not in TARGETS or precision not in ("auto", *PRECISIONS):
-        raise ValueError(
-            f"target {target!r}, precision {precision!r}: expected one of {TARGETS} and of {('auto', *PRECISIONS)}"
-        )
     output, progress = Path(output), progress or Progress()
     options = options or BuildOptions()
-    precision = DEFAULT_PRECISION[target] if precision == "auto" else precision
-    if precision == "int8" and target != "onnx":
-        raise ValueError(f"precision int8 with target {target!r}: it is for plans of ONNX, for CPUs")
-    if options.plugins and (target == "onnx" or precision != "fp16"):
-        raise ValueError(f"plugins with target {target!r}, {precision}: they are for fp16 engines of TensorRT")
+    precision = choose_precision(target, precision, options.plugins)
     builder = None if target == "onnx" else EngineBuilder(target, options, progress.phase)
     owned = not isinstance(base, Base)
     base, identity = resolve(identity, base)
@@ -204,6 +196,20 @@ def export_plan(
         draft = write_plan(Path(folder) / "draft.plan", described, files, weights)
         check(draft)
         return move_plan(draft, output)
+
+
+def choose_precision(target: str, precision: str, plugins: bool) -> str:
+    """Return the precision of a plan's graphs, with `auto` replaced; raises `ValueError` for what no plan has."""
+    if target not in TARGETS or precision not in ("auto", *PRECISIONS):
+        raise ValueError(
+            f"target {target!r}, precision {precision!r}: expected one of {TARGETS} and of {('auto', *PRECISIONS)}"
+        )
+    precision = DEFAULT_PRECISION[target] if precision == "auto" else precision
+    if precision == "int8" and target != "onnx":
+        raise ValueError(f"precision int8 with target {target!r}: it is for plans of ONNX, for CPUs")
+    if plugins and (target == "onnx" or precision != "fp16"):
+        raise ValueError(f"plugins with target {target!r}, {precision}: they are for fp16 engines of TensorRT")
+    return precision
 
 
 def not_run(target: str) -> str | None:
