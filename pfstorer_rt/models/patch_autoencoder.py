@@ -1,0 +1,185 @@
+"""An autoencoder that works on patches: space-to-depth at both ends, so that no convolution runs at full resolution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+from diffusers.models.autoencoders.vae import DecoderOutput
+from torch import nn
+
+from pfstorer_rt.models.cfw import Encoded, Features
+from pfstorer_rt.models.cfw_tiny import BottleneckFusion
+
+
+class PlainResidual(nn.Module):
+    """`x + conv2(ReLU(conv1(x)))` (EDSR, Lim et al. 2017, section 3.1); begins as the identity.
+
+    It has no normalization: a norm over the picture would make a tile differ from the same place in the whole picture.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> the same."""
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+def blocks(width: int, count: int) -> nn.Sequential:
+    """Return `count` residual blocks in a row."""
+    return nn.Sequential(*(PlainResidual(width) for _ in range(count)))
+
+
+class PatchEncoder(nn.Module):
+    """Pixels -> patches -> residual blocks, halved between the levels -> latent."""
+
+    def __init__(self, patch: int, widths: tuple[int, ...], counts: tuple[int, ...], latent: int) -> None:
+        super().__init__()
+        self.unshuffle = nn.PixelUnshuffle(patch)
+        self.conv_in = nn.Conv2d(3 * patch**2, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList(blocks(w, n) for w, n in zip(widths, counts, strict=True))
+        self.downsamplers = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.conv_out = nn.Conv2d(widths[-1], latent, 3, padding=1)
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """image (B, 3, H, W) -> latent (B, C, H/f, W/f), and the map after the blocks of each level, finest first."""
+        h = self.conv_in(self.unshuffle(image))
+        maps = []
+        for i, level in enumerate(self.levels):
+            h = level(h if i == 0 else self.downsamplers[i - 1](h))
+            maps.append(h)
+        return self.conv_out(h), maps
+
+
+class PatchDecoder(nn.Module):
+    """Latent -> residual blocks, doubled between the levels by sub-pixel convolution -> patches -> pixels."""
+
+    def __init__(self, patch: int, widths: tuple[int, ...], counts: tuple[int, ...], latent: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(latent, widths[-1], 3, padding=1)
+        self.levels = nn.ModuleList(blocks(w, n) for w, n in zip(widths, counts, strict=True))
+        self.upsamplers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2))
+            for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.conv_out = nn.Conv2d(widths[0], 3 * patch**2, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(patch)
+
+    def forward(self, latent: torch.Tensor, fuse: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] | None = None) -> torch.Tensor:
+        """latent (B, C, h, w) -> image (B, 3, h*f, w*f).
+
+        fuse: by index of the level (0 is the finest), a function of the map that enters its blocks, whose result is
+        added to that map.
+        """
+        h = self.conv_in(latent)
+        for i in reversed(range(len(self.levels))):
+            if fuse and i in fuse:
+                h = h + fuse[i](h)
+            h = self.levels[i](h)
+            if i:
+                h = self.upsamplers[i - 1](h)
+        image: torch.Tensor = self.shuffle(self.conv_out(h))
+        return image
+
+
+class PatchAutoencoder(ModelMixin, ConfigMixin):
+    """Deterministic autoencoder of factor `patch * 2 ** (levels - 1)` for pictures in [-1, 1].
+
+    encoder_blocks, decoder_blocks: residual blocks of each level, the finest first.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        patch: int = 4,
+        widths: tuple[int, ...] = (64, 128, 256),
+        encoder_blocks: tuple[int, ...] = (1, 1, 2),
+        decoder_blocks: tuple[int, ...] = (2, 2, 2),
+        latent_channels: int = 32,
+        scaling_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.encoder = PatchEncoder(patch, widths, encoder_blocks, latent_channels)
+        self.decoder = PatchDecoder(patch, widths, decoder_blocks, latent_channels)
+
+    def encode(self, image: torch.Tensor) -> AutoencoderTinyOutput:
+        """Encode (B, 3, H, W) in [-1, 1] to unscaled `latents` (B, C, H/f, W/f)."""
+        return AutoencoderTinyOutput(latents=self.encoder(image)[0])
+
+    def decode(self, latent: torch.Tensor) -> DecoderOutput:
+        """Decode unscaled latents (B, C, h, w) to `sample` (B, 3, h*f, w*f), nominally in [-1, 1]."""
+        return DecoderOutput(sample=self.decoder(latent))
+
+
+class PatchFeatureWrapping(ModelMixin, ConfigMixin):
+    """Controllable feature wrapping (StableSR section 3.3) for a `PatchAutoencoder`, which stays as it is.
+
+    levels: level l is the map of 1 / 2^l of the picture's side. widths: its channels. patch: of the autoencoder.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self, levels: tuple[int, ...] = (2, 3), widths: tuple[int, ...] = (64, 128), growth: int = 32, patch: int = 4
+    ) -> None:
+        super().__init__()
+        self.finest = int(math.log2(patch))
+        for level, width in zip(levels, widths, strict=True):
+            self.add_module(f"fusion_layer_{level}", BottleneckFusion(width, growth))
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Levels whose maps go from the encoder to the decoder, the finest first."""
+        return tuple(self.config.levels)
+
+    def layer(self, level: int) -> BottleneckFusion:
+        """Return a level's fusion layer."""
+        found = self.get_submodule(f"fusion_layer_{level}")
+        assert isinstance(found, BottleneckFusion)
+        return found
+
+    def encode(self, vae: PatchAutoencoder, image: torch.Tensor) -> Encoded:
+        """Encode (B, 3, H, W) in [-1, 1] to the scaled latent, None for its deviation, and the features by level.
+
+        Level l gives (B, G, H/2^l, W/2^l): the map after that level's blocks, narrowed.
+        """
+        latent, maps = vae.encoder(image)
+        features = {level: self.layer(level).narrow_encoded(maps[level - self.finest]) for level in self.levels}
+        return latent * vae.config.scaling_factor, None, features
+
+    def features(self, vae: PatchAutoencoder, image: torch.Tensor) -> Features:
+        """Return the features of `encode` alone."""
+        return self.encode(vae, image)[2]
+
+    def forward(
+        self, vae: PatchAutoencoder, latent: torch.Tensor, features: Features, weight: torch.Tensor | float
+    ) -> torch.Tensor:
+        """Decode a scaled latent (B, C, h, w) with the LQ image's features; weight 0 is the plain decoder.
+
+        Before the blocks of each level: `h + weight * Fuse(features, h)`.
+        """
+
+        def fuse(level: int, h: torch.Tensor) -> torch.Tensor:
+            share = weight.to(h.dtype) if isinstance(weight, torch.Tensor) else weight
+            fused: torch.Tensor = share * self.layer(level)(features[level], h)
+            return fused
+
+        added = {level - self.finest: partial(fuse, level) for level in self.levels}
+        image: torch.Tensor = vae.decoder(latent / vae.config.scaling_factor, added)
+        return image

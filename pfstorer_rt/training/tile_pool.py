@@ -1,0 +1,123 @@
+"""Pools of training tiles: composed and degraded once by other processes, kept as memory maps of bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.training.base import signature
+from pfstorer_rt.training.chunks import Arrays, make_arrays
+from pfstorer_rt.training.data import Batch, find_images
+from pfstorer_rt.training.degradation import LEVELS, DegradationConfig, degrade
+from pfstorer_rt.training.pictures import find_faces
+from pfstorer_rt.training.tiles import Bytes, Source, TileComposer
+
+CHUNK = 16
+"""Tiles that are made and written at once."""
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """What a pool holds."""
+
+    count: int = 2000
+    """Tiles."""
+    tile: int = 512
+    """Side of a tile in pixels."""
+    versions: int = 0
+    """Degraded versions of each tile."""
+    mix: tuple[tuple[str, float, float], ...] = (
+        ("heavy", 4.0, 0.55), ("light", 4.0, 0.15), ("heavy", 2.0, 0.1), ("light", 2.0, 0.05), ("light", 1.0, 0.05),
+    )  # fmt: skip
+    """Level, its `sf`, and the share of the versions that are degraded so; the rest are not degraded."""
+    faces: bool = False
+    """Whether faces are found in the tiles, for losses of identity."""
+    seed: int = 0
+
+
+def parse_source(text: str) -> Source:
+    """Read `FOLDER` or `FOLDER=WEIGHT`; raises `ValueError` for a weight that is not above 0."""
+    name, separator, weight = text.rpartition("=")
+    if not separator:
+        return Source(find_images([Path(text)]), 1.0)
+    try:
+        value = float(weight)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise ValueError(f"weight {weight!r} of {name}: expected a number above 0")
+    return Source(find_images([Path(name)]), value)
+
+
+def make_pool(sources: Sequence[Source], config: PoolConfig, work: Path, workers: int = 1) -> Arrays:
+    """Make a pool once, or go on with one that was interrupted; returns its memory maps.
+
+    `hq` (N, S, S, 3), `lq` (N, versions, S, S, 3), both uint8, and `maps` (N, 2, 3), where each tile's largest face is
+    (`FaceAligner`), NaN where none was found.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    composer, side = TileComposer(sources, config.tile, config.seed), config.tile
+    items: dict[str, tuple[type, tuple[int, ...]]] = {"hq": (np.uint8, (side, side, 3)), "maps": (np.float32, (2, 3))}
+    if config.versions:
+        items["lq"] = (np.uint8, (config.versions, side, side, 3))
+
+    def make(chunk: int) -> Batch:
+        samples = [make_tile(composer, config, k) for k in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
+        return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in items}
+
+    def finish(chunk: Batch) -> Mapping[str, npt.NDArray[Any]]:
+        return {name: tensor.numpy() for name, tensor in chunk.items()}
+
+    paths = [path for source in sources for path in source.paths]
+    mark = signature([asdict(config), [(len(s.paths), s.weight) for s in sources]], paths)
+    return make_arrays(work, "pool", items, config.count, CHUNK, mark, make, workers, finish)
+
+
+def make_tile(composer: TileComposer, config: PoolConfig, number: int) -> dict[str, npt.NDArray[Any]]:
+    """Make tile `number` with its degraded versions, and find its face where wanted."""
+    tile, rng = composer(number)
+    made: dict[str, npt.NDArray[Any]] = {"hq": tile, "maps": np.full((2, 3), np.nan, np.float32)}
+    if config.faces:
+        made["maps"] = find_faces([tile.astype(np.float32) / 255])[0]
+    if config.versions:
+        made["lq"] = np.stack([degrade_bytes(tile, draw_degradation(config, rng), rng) for _ in range(config.versions)])
+    return made
+
+
+def draw_degradation(config: PoolConfig, rng: np.random.Generator) -> DegradationConfig | None:
+    """Draw how a version is degraded; None is not at all."""
+    shares = [share for *_, share in config.mix]
+    k = int(rng.choice(len(shares) + 1, p=[*shares, 1 - sum(shares)]))
+    if k == len(shares):
+        return None
+    name, factor, _ = config.mix[k]
+    return replace(LEVELS[name], sf=factor)
+
+
+def degrade_bytes(tile: Bytes, config: DegradationConfig | None, rng: np.random.Generator) -> Bytes:
+    """Degrade (H, W, 3) uint8; None returns it as it is."""
+    if config is None:
+        return tile
+    image = torch.from_numpy(tile.copy()).permute(2, 0, 1).float() / 255
+    degraded = degrade(image.contiguous(), config, rng).permute(1, 2, 0)
+    made: Bytes = (degraded * 255).round().byte().numpy()
+    return made
+
+
+def open_pool(work: Path) -> Arrays:
+    """Open the memory maps of a pool that `make_pool` made in `work`, as many tiles as are finished.
+
+    Raises `BadFileError` where there is none.
+    """
+    if not (work / "pool.json").exists():
+        raise BadFileError(f"{work}: no pool of tiles here (no pool.json); make one first")
+    done = json.loads((work / "pool.json").read_text())["done"]
+    return {file.stem: np.load(file, mmap_mode="r")[:done] for file in sorted(work.glob("*.npy"))}
