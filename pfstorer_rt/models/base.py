@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import safetensors.torch
 import torch
@@ -23,6 +24,7 @@ from pfstorer_rt.diffusion import make_scheduler
 from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.files import atomic_entries, check_space, fingerprint_tensors, show_path
 from pfstorer_rt.models.cfw import ControllableFeatureWrapping, Features
+from pfstorer_rt.models.cfw_patch import PatchFeatureWrapping
 from pfstorer_rt.models.cfw_tiny import TinyFeatureWrapping
 from pfstorer_rt.models.personalization import PersonalizationBlock
 from pfstorer_rt.models.prompt import PromptEncoder, tokenize
@@ -32,6 +34,7 @@ from pfstorer_rt.models.vae import Autoencoder, build_vae, decode, encode_moment
 from pfstorer_rt.ops import choose
 
 Tensors = dict[str, torch.Tensor]
+FeatureWrapping: TypeAlias = ControllableFeatureWrapping | TinyFeatureWrapping | PatchFeatureWrapping
 BUILTIN = Path(__file__).parent.parent / "bases"
 """Bases that are shipped with the package, one folder each."""
 COMPONENTS = ("unet", "structure_encoder", "vae", "text_encoder", "cfw")
@@ -50,7 +53,7 @@ class Base:
     scheduler: DDPMScheduler
     fingerprint: str
     """sha256 over the sorted names and bytes of all tensors, as they are on disk."""
-    cfw: ControllableFeatureWrapping | TinyFeatureWrapping | None = None
+    cfw: FeatureWrapping | None = None
     """Controllable feature wrapping (StableSR section 3.3), where the base has one: `features` and `decode` use it."""
     path: Path | None = field(default=None, compare=False)
 
@@ -174,12 +177,14 @@ def assemble(config: BaseConfig) -> Base:
     )
 
 
-def build_cfw(config: BaseConfig) -> ControllableFeatureWrapping | TinyFeatureWrapping | None:
+def build_cfw(config: BaseConfig) -> FeatureWrapping | None:
     """Build untrained feature wrapping for a configuration's autoencoder, where it has that."""
     if config.cfw is None:
         return None
-    tiny = config.vae["class"] == "AutoencoderTiny"
-    return TinyFeatureWrapping(**config.cfw) if tiny else ControllableFeatureWrapping(**config.cfw)
+    classes: dict[str, Callable[..., FeatureWrapping]] = {
+        "AutoencoderTiny": TinyFeatureWrapping, "PatchAutoencoder": PatchFeatureWrapping,
+    }  # fmt: skip
+    return classes.get(config.vae["class"], ControllableFeatureWrapping)(**config.cfw)
 
 
 def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> Base:

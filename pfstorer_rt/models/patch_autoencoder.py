@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +11,6 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import nn
-
-from pfstorer_rt.models.cfw import Encoded, Features
-from pfstorer_rt.models.cfw_tiny import BottleneckFusion
 
 
 class PlainResidual(nn.Module):
@@ -124,62 +119,3 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     def decode(self, latent: torch.Tensor) -> DecoderOutput:
         """Decode unscaled latents (B, C, h, w) to `sample` (B, 3, h*f, w*f), nominally in [-1, 1]."""
         return DecoderOutput(sample=self.decoder(latent))
-
-
-class PatchFeatureWrapping(ModelMixin, ConfigMixin):
-    """Controllable feature wrapping (StableSR section 3.3) for a `PatchAutoencoder`, which stays as it is.
-
-    levels: level l is the map of 1 / 2^l of the picture's side. widths: its channels. patch: of the autoencoder.
-    """
-
-    config_name = "config.json"
-
-    @register_to_config
-    def __init__(
-        self, levels: tuple[int, ...] = (2, 3), widths: tuple[int, ...] = (64, 128), growth: int = 32, patch: int = 4
-    ) -> None:
-        super().__init__()
-        self.finest = int(math.log2(patch))
-        for level, width in zip(levels, widths, strict=True):
-            self.add_module(f"fusion_layer_{level}", BottleneckFusion(width, growth))
-
-    @property
-    def levels(self) -> tuple[int, ...]:
-        """Levels whose maps go from the encoder to the decoder, the finest first."""
-        return tuple(self.config.levels)
-
-    def layer(self, level: int) -> BottleneckFusion:
-        """Return a level's fusion layer."""
-        found = self.get_submodule(f"fusion_layer_{level}")
-        assert isinstance(found, BottleneckFusion)
-        return found
-
-    def encode(self, vae: PatchAutoencoder, image: torch.Tensor) -> Encoded:
-        """Encode (B, 3, H, W) in [-1, 1] to the scaled latent, None for its deviation, and the features by level.
-
-        Level l gives (B, G, H/2^l, W/2^l): the map after that level's blocks, narrowed.
-        """
-        latent, maps = vae.encoder(image)
-        features = {level: self.layer(level).narrow_encoded(maps[level - self.finest]) for level in self.levels}
-        return latent * vae.config.scaling_factor, None, features
-
-    def features(self, vae: PatchAutoencoder, image: torch.Tensor) -> Features:
-        """Return the features of `encode` alone."""
-        return self.encode(vae, image)[2]
-
-    def forward(
-        self, vae: PatchAutoencoder, latent: torch.Tensor, features: Features, weight: torch.Tensor | float
-    ) -> torch.Tensor:
-        """Decode a scaled latent (B, C, h, w) with the LQ image's features; weight 0 is the plain decoder.
-
-        Before the blocks of each level: `h + weight * Fuse(features, h)`.
-        """
-
-        def fuse(level: int, h: torch.Tensor) -> torch.Tensor:
-            share = weight.to(h.dtype) if isinstance(weight, torch.Tensor) else weight
-            fused: torch.Tensor = share * self.layer(level)(features[level], h)
-            return fused
-
-        added = {level - self.finest: partial(fuse, level) for level in self.levels}
-        image: torch.Tensor = vae.decoder(latent / vae.config.scaling_factor, added)
-        return image

@@ -1,4 +1,4 @@
-"""The autoencoder: diffusers' AutoencoderTiny or AutoencoderKL behind two plain functions."""
+"""The autoencoder: diffusers' AutoencoderTiny or AutoencoderKL, or a PatchAutoencoder, behind two plain functions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
-CLASSES = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
+from pfstorer_rt.models.patch_autoencoder import PatchAutoencoder
+
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny | PatchAutoencoder
+CLASSES = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL, "PatchAutoencoder": PatchAutoencoder}
 
 
 def build_vae(config: dict[str, Any]) -> Autoencoder:
@@ -23,10 +25,10 @@ def build_vae(config: dict[str, Any]) -> Autoencoder:
 def encode_moments(vae: Autoencoder, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Encode (B, 3, H, W) in [-1, 1] to the scaled posterior's mean and deviation, (B, C, H/f, W/f).
 
-    The deviation is None where the encoder is deterministic (AutoencoderTiny).
+    The deviation is None where the encoder is deterministic.
     """
     scale = vae.config.scaling_factor
-    if isinstance(vae, AutoencoderTiny):
+    if isinstance(vae, AutoencoderTiny | PatchAutoencoder):
         return vae.encode(image).latents * scale, None
     posterior = vae.encode(image).latent_dist
     return posterior.mean * scale, posterior.std * scale

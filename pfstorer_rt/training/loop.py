@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError
 from pfstorer_rt.files import atomic_write
 from pfstorer_rt.training.data import Batch, prefetch
+from pfstorer_rt.training.schedule import Schedule
 
 LINES = 10
 """How often progress is told where there is no terminal to draw a bar on."""
@@ -55,16 +57,6 @@ def has_native_bf16(cpu: bool) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def learning_rate_factor(iteration: int, config: TrainConfig) -> float:
-    """Return the factor on every learning rate: linear warm-up, then constant, then a cosine to zero."""
-    if iteration < config.warmup:
-        return (iteration + 1) / config.warmup
-    start = config.iterations * (1 - config.decay)
-    if config.decay and iteration > start:
-        return 0.5 + 0.5 * math.cos(math.pi * (iteration - start) / (config.iterations - start))
-    return 1.0
-
-
 class Interruption:
     """Takes Ctrl-C and SIGTERM between iterations, where weights, optimizer and count agree.
 
@@ -96,6 +88,7 @@ class TrainState:
     def __init__(self, objective: nn.Module, optimizer: Any, accelerator: Accelerator, config: TrainConfig) -> None:
         self.parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
         self.optimizer, self.accelerator, self.config = optimizer, accelerator, config
+        self.seconds = 0.0
         self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema else {}
 
     @torch.no_grad()
@@ -111,12 +104,13 @@ class TrainState:
         for name, value in self.average.items():
             self.parameters[name].copy_(value)
 
-    def save(self, path: Path, iteration: int, signature: str) -> None:
-        """Write everything to one file, atomically."""
+    def save(self, path: Path, iteration: int, signature: str, seconds: float = 0.0) -> None:
+        """Write everything to one file, atomically; `seconds` is how long the training took so far."""
         scaler = self.accelerator.scaler
         state = {
             "iteration": iteration,
             "signature": signature,
+            "seconds": seconds,
             "parameters": {n: p.detach().cpu() for n, p in self.parameters.items()},
             "average": {n: p.cpu() for n, p in self.average.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -150,6 +144,7 @@ class TrainState:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.seconds = float(state.get("seconds", 0.0))
         return int(state["iteration"])
 
 
@@ -159,7 +154,7 @@ def _progress(accelerator: Accelerator) -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.2f} it/s"),
         TimeRemainingColumn(),
     )
@@ -177,7 +172,7 @@ def train(
     title: str,
     on_log: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:
-    """Minimise `objective(batch)["loss"]` over `make_batch(0) ... make_batch(iterations - 1)`.
+    """Minimise `objective(batch)["loss"]` over `make_batch(0) ... make_batch(iterations - 1)`, or for `config.minutes`.
 
     The state is saved every `checkpoint_every` iterations and when interrupted (Ctrl-C, which raises
     `KeyboardInterrupt` after the iteration); a call with the same arguments goes on from `checkpoint`
@@ -193,13 +188,16 @@ def train(
     trainable = list(state.parameters.values())
     done = start
     objective.train()
+    schedule = Schedule(config, state.seconds)
+    total = sys.maxsize if config.minutes else config.iterations
+    told = math.floor(LINES * schedule.share(start))
     with _progress(accelerator) as progress, Interruption() as interruption:
         if start and accelerator.is_main_process:
-            progress.console.print(f"{title}: goes on after iteration {start} of {config.iterations}")
-        bar = progress.add_task(title, total=config.iterations, completed=start, loss=math.nan, rate=0.0)
-        for batch in prefetch(make_batch, start, config.iterations, config.workers):
+            progress.console.print(f"{title}: goes on after iteration {start}")
+        bar = progress.add_task(title, total=1.0, completed=schedule.share(start), loss=math.nan, rate=0.0)
+        for batch in prefetch(make_batch, start, total, config.workers):
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-                group["lr"] = rate * learning_rate_factor(done, config)
+                group["lr"] = rate * schedule.factor(done)
             losses = objective({k: v.to(accelerator.device) for k, v in batch.items()})
             accelerator.backward(losses["loss"])
             accelerator.clip_grad_norm_(trainable, config.clip)
@@ -209,18 +207,22 @@ def train(
             done += 1
             loss = losses["loss"].item()
             speed = (done - start) / max(progress.tasks[bar].elapsed or 0.0, 1e-9)
-            progress.update(bar, completed=done, loss=loss, rate=speed)
+            share = schedule.share(done)
+            progress.update(bar, completed=share, loss=loss, rate=speed)
             if not math.isfinite(loss):
                 raise PFStorerError(f"{title}: the loss is not finite after {done} iterations; train more slowly")
-            last = done == config.iterations or interruption.requested
+            last = share >= 1 or interruption.requested
             if accelerator.is_main_process:
-                if not progress.console.is_terminal and done % max(1, config.iterations // LINES) == 0:
-                    progress.console.print(f"{title}: {done} of {config.iterations}, loss {loss:.4f}")
+                if not progress.console.is_terminal and math.floor(LINES * share) > told:
+                    told = math.floor(LINES * share)
+                    progress.console.print(f"{title}: {share:.0%}, iteration {done}, loss {loss:.4f}")
                 if on_log and (done % 50 == 0 or last):
                     on_log(done, {k: v.item() for k, v in losses.items()})
                 if done % config.checkpoint_every == 0 or last:
-                    state.save(checkpoint, done, signature)
+                    state.save(checkpoint, done, signature, schedule.seconds)
             if interruption.requested:
-                raise KeyboardInterrupt(f"stopped after iteration {done} of {config.iterations}")
+                raise KeyboardInterrupt(f"stopped after iteration {done}")
+            if last:
+                break
     accelerator.wait_for_everyone()
     state.use_average()

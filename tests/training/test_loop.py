@@ -11,7 +11,8 @@ from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
 from pfstorer_rt.training import loop
 from pfstorer_rt.training.data import prefetch
-from pfstorer_rt.training.loop import Interruption, learning_rate_factor, make_accelerator, train
+from pfstorer_rt.training.loop import Interruption, make_accelerator, train
+from pfstorer_rt.training.schedule import Schedule
 
 
 class Line(nn.Module):
@@ -229,13 +230,13 @@ def test_large_gradients_are_clipped(tmp_path, monkeypatch):
 
 def test_learning_rate_warms_up_stays_and_falls():
     config = TrainConfig(iterations=100, warmup=10, decay=0.5)
-    factors = [learning_rate_factor(i, config) for i in range(100)]
+    factors = [Schedule(config).factor(i) for i in range(100)]
     assert factors[:10] == [(i + 1) / 10 for i in range(10)]
     assert factors[10:51] == [1.0] * 41
     assert all(a > b for a, b in itertools.pairwise(factors[50:])) and 0 < factors[-1] < 0.01
     assert factors[75] == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 2))
     plain = TrainConfig(iterations=7)
-    assert [learning_rate_factor(i, plain) for i in range(7)] == [1.0] * 7
+    assert [Schedule(plain).factor(i) for i in range(7)] == [1.0] * 7
 
 
 def test_every_group_keeps_its_own_rate(tmp_path):

@@ -1,0 +1,114 @@
+"""The first part of a base's training: its autoencoder, on a pool of tiles."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pfstorer_rt.config import PRESETS, TrainConfig
+from pfstorer_rt.files import make_folder
+from pfstorer_rt.models.vae import Autoencoder, build_vae, decode, encode_moments
+from pfstorer_rt.training.base import log_to, signature
+from pfstorer_rt.training.data import Batch
+from pfstorer_rt.training.loop import make_accelerator, train
+from pfstorer_rt.training.losses import Losses, gradient_loss, moment_loss
+from pfstorer_rt.training.lpips import Lpips
+from pfstorer_rt.training.memory import make_adamw
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """How an autoencoder is trained on a pool of tiles."""
+
+    preset: str = "portrait"
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            iterations=5000, batch=8, learning_rate=8e-4, warmup=200, decay=0.5, ema=0.998, weight_decay=0.0
+        )
+    )
+    crop: int = 256
+    """Side in pixels of the squares that are cut from the tiles."""
+    noise: float = 0.05
+    """Deviation of the noise that the decoder learns to forgive in a latent."""
+    moments: float = 0.02
+    """Weight of the latent's distance from mean 0 and deviation 1."""
+    lambda_perceptual: float = 0.2
+    """Weight of LPIPS."""
+    patch: int = 128
+    """Side in pixels of the squares that LPIPS compares."""
+    patches: int = 2
+    """Rows of a batch that LPIPS compares: its network costs more than the autoencoder."""
+
+
+class PatchAutoencoderObjective(nn.Module):
+    """Reconstruction through a noisy latent: L1 + gradient L1 + unit moments + LPIPS of small squares."""
+
+    def __init__(self, vae: Autoencoder, config: AutoencoderConfig, perceptual: Lpips | None = None) -> None:
+        super().__init__()
+        self.vae, self.config, self.perceptual = vae, config, perceptual
+
+    def forward(self, batch: Batch) -> Losses:
+        """Take `image` (B, 3, H, W) in [-1, 1] and `noise` (B, C, h, w)."""
+        c = self.config
+        image = batch["image"].contiguous(memory_format=torch.channels_last)
+        latent, _ = encode_moments(self.vae, image)
+        output = decode(self.vae, latent + c.noise * batch["noise"]).float()
+        reconstruction, moments = F.l1_loss(output, image), moment_loss(latent.float())
+        loss = reconstruction + gradient_loss(output, image) + c.moments * moments
+        losses = {"l1": reconstruction, "moments": moments, "psnr": psnr(output.detach(), image)}
+        if self.perceptual is not None:
+            rows = (slice(0, c.patches), slice(None), slice(0, c.patch), slice(0, c.patch))
+            losses["perceptual"] = self.perceptual(output[rows], image[rows]).mean()
+            loss = loss + c.lambda_perceptual * losses["perceptual"]
+        return {"loss": loss, **losses}
+
+
+def psnr(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """PSNR in dB of (B, 3, H, W) in [-1, 1], over the whole batch."""
+    return -10 * torch.log10(F.mse_loss(output, target) / 4)
+
+
+def train_patch_autoencoder(
+    pool: npt.NDArray[np.uint8], work: Path, config: AutoencoderConfig, lpips: Path | None = None
+) -> Autoencoder:
+    """Train the preset's autoencoder on tiles (N, S, S, 3); resumes from `work/autoencoder.pt`.
+
+    lpips: weights of LPIPS; None trains without it.
+    """
+    make_folder(work)
+    settings, preset = config.train, PRESETS[config.preset]
+    accelerator = make_accelerator(settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        vae = build_vae(preset.vae)
+    objective = PatchAutoencoderObjective(vae, config, Lpips(lpips) if lpips else None)
+    nn.Module.to(objective, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    side = config.crop // preset.factor
+
+    def make_batch(iteration: int) -> Batch:
+        number = iteration * accelerator.num_processes + accelerator.process_index
+        rng = np.random.default_rng([settings.seed, 19, number])
+        noise = rng.standard_normal((settings.batch, preset.latent_channels, side, side), np.float32)
+        squares = np.stack([cut(pool[int(rng.integers(len(pool)))], config.crop, rng) for _ in range(settings.batch)])
+        image = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return {"image": image, "noise": torch.from_numpy(noise)}
+
+    mark = signature([asdict(config), str(lpips is not None), pool.shape], [])
+    train(
+        objective, make_adamw(vae.parameters(), settings), make_batch, settings, accelerator, work / "autoencoder.pt",
+        mark, "autoencoder", log_to(work / "autoencoder.csv"),
+    )  # fmt: skip
+    return vae.eval().requires_grad_(False)
+
+
+def cut(tile: npt.NDArray[np.uint8], side: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Cut a random square of (H, W, 3), flipped half of the time."""
+    top, left = (int(rng.integers(0, n - side + 1)) for n in tile.shape[:2])
+    square = tile[top : top + side, left : left + side]
+    return square[:, ::-1] if rng.random() < 0.5 else square
