@@ -221,7 +221,8 @@ def train(
                 if done % config.checkpoint_every == 0 or last:
                     state.save(checkpoint, done, signature, schedule.seconds)
             if interruption.requested:
-                raise KeyboardInterrupt(f"stopped after iteration {done}")
+                of = f", {share:.0%} of the time" if config.minutes else f" of {config.iterations}"
+                raise KeyboardInterrupt(f"stopped after iteration {done}{of}")
             if last:
                 break
     accelerator.wait_for_everyone()
