@@ -6,6 +6,7 @@ authors' release 0.1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,21 +81,28 @@ class Lpips(nn.Module):
         return maps
 
     def between(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
-        """Return the distance of two pictures given by their `features`, (B,)."""
+        """Return the distance of two pictures given by their `features`, each scaled by `normalize`, (B,)."""
         total = torch.zeros(len(a[0]), device=a[0].device)
         for x, y, weight in zip(a, b, self.weights, strict=True):
-            difference = (normalize(x.float()) - normalize(y.float())).square()
-            total = total + F.conv2d(difference, weight.float()).mean((1, 2, 3))
+            difference = x - y
+            total = total + F.conv2d(difference * difference, weight.to(x.dtype)).float().mean((1, 2, 3))
         return total
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return the distance of two pictures (B, 3, H, W) in [-1, 1], (B,)."""
-        return self.between(self.features(a), self.features(b))
+        return self.between(normalize(self.features(a)), normalize(self.features(b)))
 
 
-def normalize(features: torch.Tensor) -> torch.Tensor:
-    """Scale the channels of every pixel of (B, C, H, W) to length 1."""
-    return features * (features.square().sum(1, keepdim=True) + EPSILON).rsqrt()
+def normalize(maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Scale the channels of every pixel of each (B, C, H, W) to length 1.
+
+    A convolution sums the squares, in few passes over the largest maps there are: they stay in their own type.
+    """
+    scaled = []
+    for x in maps:
+        energy = F.conv2d(x * x, x.new_ones(1, x.shape[1], 1, 1)).float()
+        scaled.append(x * (energy + EPSILON).rsqrt().to(x.dtype))
+    return scaled
 
 
 def read_npz(path: Path) -> dict[str, nn.Parameter]:

@@ -91,8 +91,8 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, capsys, 
 def test_without_a_terminal_progress_is_told_in_lines(tmp_path, capsys):
     fit(tmp_path / "a", iterations=30)
     lines = capsys.readouterr().err.splitlines()
-    told = [line for line in lines if " of 30, loss " in line]
-    assert len(told) == 10 and "30 of 30" in told[-1]
+    told = [line for line in lines if ", iteration " in line]
+    assert len(told) == 10 and "100%, iteration 30," in told[-1]
     rate = float(lines[-1].split(" it/s")[0].split()[-1])
     assert rate > 0  # of all iterations, not of the last half minute
 

@@ -1,0 +1,62 @@
+"""Latents of a pool of tiles, encoded once, for trainings that need no pixels or few."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+
+from pfstorer_rt.models.base import Base
+from pfstorer_rt.training.base import signature
+from pfstorer_rt.training.chunks import Arrays, make_arrays
+from pfstorer_rt.training.data import Batch
+
+CHUNK = 8
+"""Tiles that are encoded at once."""
+
+
+def is_flipped(version: int) -> bool:
+    """Whether a degraded version of a tile is trained on flipped, with its original: every second one is."""
+    return version % 2 == 1
+
+
+def flip(pixels: npt.NDArray[np.uint8], version: int) -> npt.NDArray[np.uint8]:
+    """Flip (..., H, W, 3) as that version of a tile is."""
+    return pixels[..., ::-1, :] if is_flipped(version) else pixels
+
+
+def to_pixels(tiles: npt.NDArray[np.uint8]) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(tiles)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def encode_pool(pool: Arrays, base: Base, work: Path, accelerator: Accelerator, workers: int = 0) -> npt.NDArray[Any]:
+    """Encode every tile and version once: a memory map (N, versions, 2, C, h, w) fp16 of `hq` and `lq`.
+
+    Versions with odd numbers are flipped (`is_flipped`).
+    """
+    count, versions = pool["lq"].shape[:2]
+    side, channels = base.config.latent_tile, base.config.latent_channels
+
+    def make(chunk: int) -> Batch:
+        rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+        pairs = [
+            np.stack([flip(pool["hq"][rows], v), flip(pool["lq"][rows, v], v)], 1) for v in range(versions)
+        ]  # fmt: skip
+        return {"pairs": torch.from_numpy(np.stack(pairs, 1))}
+
+    def finish(chunk: Batch) -> Mapping[str, npt.NDArray[Any]]:
+        pairs = chunk["pairs"]
+        images = to_pixels(pairs.flatten(0, 2).numpy()).to(base.device, memory_format=torch.channels_last)
+        with torch.no_grad(), accelerator.autocast():
+            latents = torch.cat([base.encode(part) for part in images.split(8)])
+        return {"latents": latents.float().unflatten(0, pairs.shape[:3]).half().cpu().numpy()}
+
+    mark = signature([base.fingerprint, list(pool["lq"].shape)], [])
+    items: dict[str, tuple[type, tuple[int, ...]]] = {"latents": (np.float16, (versions, 2, channels, side, side))}
+    return make_arrays(work, "latents", items, count, CHUNK, mark, make, workers, finish)["latents"]

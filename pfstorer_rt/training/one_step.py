@@ -1,0 +1,251 @@
+"""The last part of a base's training: one step from the LQ latent through the decoder, judged as a picture.
+
+The encoder stays; UNet, structure encoder, prompt encoder, feature wrapping and decoder are trained together. Losses of
+pictures are taken on windows, because the perceptual network costs more than everything else; whole tiles are decoded
+for the identity loss alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from pfstorer_rt.attention import training_backend
+from pfstorer_rt.config import TrainConfig
+from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.files import make_folder
+from pfstorer_rt.models.base import Base, fingerprint_modules
+from pfstorer_rt.training.base import log_to, signature
+from pfstorer_rt.training.chunks import Arrays
+from pfstorer_rt.training.data import Batch, draw_timesteps
+from pfstorer_rt.training.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
+from pfstorer_rt.training.latents import encode_pool, flip, is_flipped, to_pixels
+from pfstorer_rt.training.loop import make_accelerator, train
+from pfstorer_rt.training.losses import Losses, RestorerObjective, noisy_latent, x0_from_prediction
+from pfstorer_rt.training.lpips import Lpips, normalize
+from pfstorer_rt.training.memory import make_adamw
+from pfstorer_rt.training.pictures import jitter
+from pfstorer_rt.training.recognizer import FaceRecognizer, cut_faces
+
+MARGIN = 1
+"""Latent pixels around a window that are decoded with it and cut off, so that its edge is no edge to the decoder."""
+
+
+@dataclass(frozen=True)
+class OneStepConfig:
+    """How a base is finished on a pool of tiles."""
+
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            iterations=2500, batch=4, learning_rate=3e-4, warmup=50, decay=0.5, ema=0.995, weight_decay=0.0
+        )
+    )
+    window: int = 10
+    """Side in latent pixels of the windows that are looked at."""
+    crop: int = 24
+    """Side of the latent squares that a share of the iterations restores in place of whole tiles."""
+    cropped: float = 0.5
+    """That share; only the other iterations have an identity loss."""
+    on_faces: float = 0.6
+    """Share of the iterations whose windows lie on a face, where there is one."""
+    first_step: float = 0.9
+    """Share of the samples at timestep 999."""
+    lambda_latent: float = 0.1
+    """Weight of the squared error of the clean latent."""
+    lambda_pixel: float = 1.0
+    """Weight of L1."""
+    lambda_perceptual: float = 1.0
+    """Weight of LPIPS."""
+    lambda_adversarial: float = 0.05
+    """Weight of the adversarial loss; 0 has no discriminator."""
+    lambda_id: float = 0.2
+    """Weight of the identity loss; 0 has no recognizer."""
+    discriminator_rate: float = 4e-4
+    """Learning rate of the discriminator."""
+
+
+class OneStepObjective(RestorerObjective):
+    """`lambda_latent L_x0 + lambda_pixel L1 + lambda_perceptual LPIPS + lambda_adversarial L_G + lambda_id L_id + L_D`.
+
+    L_D trains the discriminator alone: its input is detached from the restorer, and L_G's discriminator from its
+    weights, so that one backward pass and one optimizer serve both.
+    """
+
+    def __init__(self, base: Base, config: OneStepConfig, lpips: Lpips, recognizer: FaceRecognizer | None) -> None:
+        super().__init__(base, "x0")
+        assert base.cfw is not None
+        self.config, self.vae, self.cfw, self.factor = config, base.vae, base.cfw, base.config.factor
+        self.lpips, self.recognizer = lpips, recognizer
+        widths = [stage[-1].out_channels for stage in lpips.stages]  # type: ignore[index]
+        self.discriminator = FeatureDiscriminator(widths) if config.lambda_adversarial else None
+
+    def forward(self, batch: Batch) -> Losses:
+        """Take latents `hq lq noise` (B, C, h, w), `t` (B,), and windows `hq_window lq_window` (B, 3, P, P) in [-1, 1].
+
+        The windows are those of the latents from `corner` (2,) on, margins included. Where `hq_tile lq_tile`
+        (1, 3, S, S) and `maps` (1, 2, 3) are given, the first row's whole picture is compared too.
+        """
+        c, x0, z_lq, t = self.config, batch["hq"], batch["lq"], batch["t"]
+        restored = self.restore(x0, z_lq, batch["noise"], t)
+        latent = F.mse_loss(restored, x0)
+        top, left = batch["corner"].tolist()
+        side, border = batch["lq_window"].shape[-1] // self.factor, MARGIN * self.factor
+        part = restored[..., top : top + side, left : left + side]
+        inner = (..., slice(border, -border), slice(border, -border))
+        output, target = self.decode(part, batch["lq_window"])[inner], batch["hq_window"][inner]
+        losses = self.picture_losses(output, target)
+        if "hq_tile" in batch:
+            whole = self.decode(restored[:1], batch["lq_tile"])
+            losses["id"] = self.identity(whole, batch["hq_tile"], batch["maps"])
+            losses["pixel"] = (losses["pixel"] + F.l1_loss(whole, batch["hq_tile"])) / 2
+        weights = {"pixel": c.lambda_pixel, "perceptual": c.lambda_perceptual, "adversarial": c.lambda_adversarial,
+                   "discriminator": 1.0, "id": c.lambda_id}  # fmt: skip
+        loss = c.lambda_latent * latent + sum(weights[name] * value for name, value in losses.items())
+        missing = {name: latent.new_zeros(()) for name in weights if name not in losses}
+        return {"loss": loss, "latent": latent, **{n: {**losses, **missing}[n] for n in weights}}
+
+    def restore(self, x0: torch.Tensor, z_lq: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Return the clean latents (B, C, h, w) that the network sees in those of timestep t."""
+        x = noisy_latent(x0, z_lq, noise, t, self.alphas_cumprod)
+        context = self.text_encoder(self.ids).expand(len(x), -1, -1)
+        prediction = self.unet(x, t, context, self.structure_encoder(z_lq, t)).float()
+        return x0_from_prediction(x, prediction, t, self.alphas_cumprod, self.prediction_type)
+
+    def decode(self, latent: torch.Tensor, lq: torch.Tensor) -> torch.Tensor:
+        """Decode latents (B, C, h, w) with the features of the LQ pictures (B, 3, H, W)."""
+        features = self.cfw.encode(self.vae, lq.contiguous(memory_format=torch.channels_last))[2]  # type: ignore[arg-type]
+        image: torch.Tensor = self.cfw(self.vae, latent, features, 1.0)
+        return image.float()
+
+    def picture_losses(self, output: torch.Tensor, target: torch.Tensor) -> Losses:
+        """Compare pictures (B, 3, P, P) in [-1, 1]."""
+        made = normalize(self.lpips.features(output))
+        with torch.no_grad():
+            real = normalize(self.lpips.features(target))
+        losses = {"pixel": F.l1_loss(output, target), "perceptual": self.lpips.between(made, real).mean()}
+        if self.discriminator is not None:
+            frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+            losses["adversarial"] = generator_loss(functional_call(self.discriminator, frozen, (made,)))
+            judged = self.discriminator([m.detach() for m in made])
+            losses["discriminator"] = discriminator_loss(self.discriminator(real), judged)
+        return losses
+
+    def identity(self, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        """Squared distance of the embeddings of the faces at `maps` (B, 2, 3) in pictures in [-1, 1]; 0 without one."""
+        if self.recognizer is None or not bool(maps.isfinite().all()):
+            return output.new_zeros(())
+        with torch.no_grad():
+            original = self.recognizer(cut_faces((target + 1) / 2, maps)).float()
+        restored = self.recognizer(cut_faces((output + 1) / 2, maps)).float()
+        return (restored - original).square().sum(1).mean()
+
+
+class WindowSampler:
+    """Draws what `OneStepObjective` takes: iteration -> batch, a pure function of (seed, iteration)."""
+
+    def __init__(self, pool: Arrays, latents: npt.NDArray[Any], config: OneStepConfig) -> None:
+        self.pool, self.latents, self.config = pool, latents, config
+        self.factor = pool["hq"].shape[1] // latents.shape[-1]
+
+    def __call__(self, number: int) -> Batch:
+        """Return batch `number`."""
+        c, settings = self.config, self.config.train
+        rng = np.random.default_rng([settings.seed, 29, number])
+        (tiles, versions), size = self.latents.shape[:2], self.latents.shape[-1]
+        rows = rng.integers(0, tiles, settings.batch), rng.integers(0, versions, settings.batch)
+        whole = bool(rng.random() >= c.cropped)
+        side = size if whole else min(c.crop, size)
+        window = min(c.window + 2 * MARGIN, side)
+        place = self.on_a_face(*(int(r[0]) for r in rows), window, rng) if rng.random() < c.on_faces else None
+        if place is None:
+            place = rng.integers(0, size - window + 1, 2)
+        low, high = np.maximum(0, place + window - side), np.minimum(place, size - side)
+        y, x = (int(rng.integers(a, b + 1)) for a, b in zip(low, high, strict=True))
+        chosen = torch.from_numpy(self.latents[rows]).float()[..., y : y + side, x : x + side]
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+        batch = {
+            "hq": chosen[:, 0], "lq": chosen[:, 1],
+            "noise": torch.randn(chosen[:, 0].shape, generator=generator),
+            "t": draw_timesteps(settings.batch, c.first_step, generator),
+            "corner": torch.from_numpy(place - [y, x]), **self.windows(rows, place * self.factor, window * self.factor),
+        }  # fmt: skip
+        return {**batch, **self.whole(int(rows[0][0]), int(rows[1][0]), rng)} if whole else batch
+
+    def windows(self, rows: tuple[npt.NDArray[Any], ...], place: npt.NDArray[Any], side: int) -> Batch:
+        """Cut the windows at `place` from pairs of tiles."""
+        top, left = place.tolist()
+        cut = (slice(top, top + side), slice(left, left + side))
+        pairs = list(zip(*rows, strict=True))
+        hq = np.stack([flip(self.pool["hq"][k], v)[cut] for k, v in pairs])
+        lq = np.stack([flip(self.pool["lq"][k, v], v)[cut] for k, v in pairs])
+        return {"hq_window": to_pixels(hq), "lq_window": to_pixels(lq)}
+
+    def whole(self, tile: int, version: int, rng: np.random.Generator) -> Batch:
+        """Return a whole pair, and where its face is, a little moved."""
+        maps = self.face(tile, version)[None] @ jitter(1, rng)
+        return {
+            "hq_tile": to_pixels(flip(self.pool["hq"][tile], version)[None]),
+            "lq_tile": to_pixels(flip(self.pool["lq"][tile, version], version)[None]),
+            "maps": torch.from_numpy(maps.astype(np.float32)),
+        }
+
+    def face(self, tile: int, version: int) -> npt.NDArray[Any]:
+        """Return the map (2, 3) of a tile's face; of a flipped one, the face is flipped too."""
+        found: npt.NDArray[Any] = np.array(self.pool["maps"][tile], float)
+        if is_flipped(version):
+            found[0] = -found[0]
+        return found
+
+    def on_a_face(self, tile: int, version: int, window: int, rng: np.random.Generator) -> npt.NDArray[Any] | None:
+        """Draw the corner of a window whose middle lies on the face of a tile; None where there is none."""
+        found, size = self.face(tile, version), self.latents.shape[-1]
+        if not np.isfinite(found).all():
+            return None
+        x, y = found @ np.array([*rng.uniform(-0.6, 0.6, 2), 1.0])
+        middle = (np.array([y, x]) + 1) / 2 * size
+        return np.clip(np.round(middle - window / 2), 0, size - window).astype(int)
+
+
+def finish_in_one_step(
+    pool: Arrays, base: Base, work: Path, config: OneStepConfig, lpips: Path, recognizer: Path | None
+) -> None:
+    """Train a base in place on what its pictures look like; resumes from `work/one_step.pt`.
+
+    pool: from `tile_pool.make_pool`, with degraded versions. lpips: NPZ file of LPIPS's weights. recognizer: dlib's
+    network, for the identity loss. Raises `BadFileError` for a base without feature wrapping.
+    """
+    if base.cfw is None:
+        raise BadFileError(f"base {base.config.name!r} has no feature wrapping; expected a base with `cfw`")
+    make_folder(work)
+    settings = config.train
+    accelerator = make_accelerator(settings)
+    base.to(accelerator.device).set_attention(training_backend(accelerator.device))
+    nn.Module.to(base.vae, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    latents = encode_pool(pool, base, work, accelerator, settings.workers)
+    mark = signature([asdict(config), base.fingerprint, list(latents.shape)], [])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        objective = OneStepObjective(
+            base, config, Lpips(lpips), FaceRecognizer(recognizer) if recognizer and config.lambda_id else None
+        )
+    nn.Module.to(objective, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = [base.unet, base.structure_encoder, base.text_encoder, base.cfw, base.vae.decoder]
+    groups = [{"params": [p for m in trained for p in m.requires_grad_(True).parameters()]}]
+    if objective.discriminator is not None:
+        groups.append({"params": list(objective.discriminator.parameters()), "lr": config.discriminator_rate})  # type: ignore[dict-item]
+    sampler = WindowSampler(pool, latents, config)
+    train(
+        objective, make_adamw(groups, settings),
+        lambda n: sampler(n * accelerator.num_processes + accelerator.process_index), settings, accelerator,
+        work / "one_step.pt", mark, "one step", log_to(work / "one_step.csv"),
+    )  # fmt: skip
+    base.freeze().set_attention()
+    base.fingerprint = fingerprint_modules(base.modules())

@@ -1,0 +1,80 @@
+"""The second part of a base's training: the restorer, on latents of a pool of tiles (StableSR section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from pfstorer_rt.attention import training_backend
+from pfstorer_rt.config import TrainConfig, Weighting
+from pfstorer_rt.files import make_folder
+from pfstorer_rt.models.base import Base, fingerprint_modules
+from pfstorer_rt.training.base import log_to, signature
+from pfstorer_rt.training.chunks import Arrays
+from pfstorer_rt.training.data import Batch, draw_timesteps
+from pfstorer_rt.training.latents import encode_pool
+from pfstorer_rt.training.loop import make_accelerator, train
+from pfstorer_rt.training.losses import RestorerObjective
+from pfstorer_rt.training.memory import make_adamw
+
+
+@dataclass(frozen=True)
+class RestoringConfig:
+    """How a restorer is trained on a pool of tiles."""
+
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            iterations=4000, batch=16, learning_rate=8e-4, warmup=200, decay=0.5, ema=0.998
+        )
+    )
+    crop: int = 24
+    """Side of the latent squares that most iterations see: the same network at half of the cost."""
+    cropped: float = 0.75
+    """Share of the iterations that see such squares; the others see whole tiles."""
+    first_step: float = 0.6
+    """Share of the samples at timestep 999, where one-step sampling begins and ends."""
+    weighting: Weighting = "x0"
+    """What the error is measured in: the prediction, or the clean latent that it stands for."""
+
+
+def train_restorer_on(pool: Arrays, base: Base, work: Path, config: RestoringConfig) -> None:
+    """Train UNet, structure encoder and prompt encoder of a base in place; resumes from `work/restorer.pt`.
+
+    pool: from `tile_pool.make_pool`, with degraded versions. The autoencoder stays as it is.
+    """
+    make_folder(work)
+    settings = config.train
+    accelerator = make_accelerator(settings)
+    base.to(accelerator.device).set_attention(training_backend(accelerator.device))
+    nn.Module.to(base.vae, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    latents = encode_pool(pool, base, work, accelerator, settings.workers)
+    tiles, versions = latents.shape[:2]
+    objective: nn.Module = RestorerObjective(base, config.weighting)
+    objective = nn.Module.to(objective, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    objective.requires_grad_(True)
+    mark = signature([asdict(config), base.fingerprint, list(latents.shape)], [])
+
+    def make_batch(iteration: int) -> Batch:
+        number = iteration * accelerator.num_processes + accelerator.process_index
+        rng = np.random.default_rng([settings.seed, 23, number])
+        rows = rng.integers(0, tiles, settings.batch), rng.integers(0, versions, settings.batch)
+        chosen = torch.from_numpy(latents[rows]).float()
+        if rng.random() < config.cropped:
+            side = min(config.crop, latents.shape[-1])
+            y, x = (int(n) for n in rng.integers(0, latents.shape[-1] - side + 1, 2))
+            chosen = chosen[..., y : y + side, x : x + side]
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+        noise = torch.randn(chosen[:, 0].shape, generator=generator)
+        t = draw_timesteps(settings.batch, config.first_step, generator)
+        return {"hq": chosen[:, 0], "lq": chosen[:, 1], "noise": noise, "t": t}
+
+    train(
+        objective, make_adamw(objective.parameters(), settings), make_batch, settings, accelerator,
+        work / "restorer.pt", mark, "restorer", log_to(work / "restorer.csv"),
+    )  # fmt: skip
+    base.freeze().set_attention()
+    base.fingerprint = fingerprint_modules(base.modules())
