@@ -100,6 +100,11 @@ class ControllableFeatureWrapping(ModelMixin, ConfigMixin):
             self.add_module(f"fusion_layer_{level}", FusionLayer(width, growth, norm_groups))
         self.autoencoder = build_vae(vae) if vae else None  # under its own name: a setting hides a module of the same
 
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Levels whose maps go from the encoder to the decoder, the finest first."""
+        return LEVELS
+
     def encode(self, vae: AutoencoderKL, image: torch.Tensor) -> Encoded:
         """Encode (B, 3, H, W) in [-1, 1] to the scaled posterior's mean and deviation, and the features by level."""
         moments, features = encode(vae, image)

@@ -46,6 +46,11 @@ class TinyFeatureWrapping(ModelMixin, ConfigMixin):
         for level, width in zip(LEVELS, widths, strict=True):
             self.add_module(f"fusion_layer_{level}", BottleneckFusion(width, growth))
 
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Levels whose maps go from the encoder to the decoder, the finest first."""
+        return LEVELS
+
     def layer(self, level: int) -> BottleneckFusion:
         """Return a level's fusion layer."""
         found = self.get_submodule(f"fusion_layer_{level}")

@@ -169,7 +169,7 @@ def test_a_base_has_a_plain_name(copied):
 
 
 def test_unknown_presets_are_refused():
-    with pytest.raises(ValueError, match="expected one of nano, tiny, sd21"):
+    with pytest.raises(ValueError, match="expected one of nano, tiny, portrait, sd21"):
         build_base("huge")
 
 

@@ -1,0 +1,151 @@
+"""How good is a base on whole pictures that its training left out? Input and bases, picture by picture.
+
+    python benchmarks/heldout.py london=FOLDER generated=FOLDER --lpips FILE --recognizer FILE -o heldout.csv
+
+Each folder's pictures are cut to their middle square, resized to 512 pixels, and degraded with a seed of their own. The
+input is what a degradation leaves, enlarged to 512 pixels by bicubic interpolation. Columns: PSNR in dB; LPIPS
+(AlexNet, ONNX: `in0`, `in1` in [-1, 1]); `gradient`, the mean gradient of the result over that of the original;
+`cosine` of a recognizer (ONNX, RGB 0..255, 112x112 ArcFace template) to the original, both aligned by the landmarks of
+the original, so that a face that no detector finds counts as well.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnxruntime
+import torch
+from quality import hwc, machine
+
+from pfstorer_rt.evaluation.arcface import align, five_points
+from pfstorer_rt.evaluation.metrics import Pixels, landmark_finder, psnr
+from pfstorer_rt.models.base import load_base
+from pfstorer_rt.restore import Restorer
+from pfstorer_rt.training.data import center_crop, find_images, read_photo
+from pfstorer_rt.training.degradation import degrade
+
+SIDE = 512
+Metric = Callable[[Pixels, Pixels], float | None]
+
+
+@click.command()
+@click.argument("sets", nargs=-1, required=True, metavar="NAME=FOLDER...")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option("--base", "bases", multiple=True, default=("tiny",), show_default=True)
+@click.option("--level", "levels", type=click.Choice(["heavy", "light", "clean"]), multiple=True,
+              default=("heavy", "light", "clean"))  # fmt: skip
+@click.option("--count", default=24, show_default=True, help="Pictures of each set, evenly drawn.")
+@click.option("--lpips", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--recognizer", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--sheet", type=click.Path(path_type=Path), help="Folder for one sheet of pictures of each set and level.")
+def main(
+    sets: tuple[str, ...], output: Path, bases: tuple[str, ...], levels: tuple[str, ...], count: int, lpips: Path,
+    recognizer: Path, sheet: Path | None,
+) -> None:  # fmt: skip
+    metrics: dict[str, Metric] = {
+        "psnr": psnr, "lpips": lpips_distance(lpips), "gradient": gradient_ratio, "cosine": cosine_to(recognizer)
+    }  # fmt: skip
+    originals = {}
+    for text in sets:
+        name, folder = text.split("=", 1)
+        paths = find_images([Path(folder)])
+        originals[name] = [center_crop(read_photo(p), SIDE) for p in paths[:: max(1, len(paths) // count)][:count]]
+    restorers = {name: Restorer.from_base(load_base(name)) for name in bases}
+    rows: list[dict[str, Any]] = []
+    for name, images in originals.items():
+        for level in levels:
+            shown = []
+            for number, image in enumerate(images):
+                lq = image if level == "clean" else degrade(image, level, 1000 + number)
+                results: dict[str, Pixels] = {"input": hwc(lq)}
+                seconds = {"input": 0.0}
+                for base, restorer in restorers.items():
+                    started = time.perf_counter()
+                    results[base] = restorer.restore(hwc(lq))
+                    seconds[base] = time.perf_counter() - started
+                for method, result in results.items():
+                    values = {key: metric(result, hwc(image)) for key, metric in metrics.items()}
+                    rows.append({
+                        "set": name, "level": level, "picture": number, "method": Path(method).name,
+                        **{k: "" if v is None else round(v, 4) for k, v in values.items()},
+                        "seconds": round(seconds[method], 2), **machine(),
+                    })  # fmt: skip
+                shown.append([*results.values(), hwc(image)])
+            if sheet is not None:
+                save_sheet(sheet / f"{name}_{level}.jpg", shown[:4])
+            tell(rows, name, level, list(metrics))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def tell(rows: list[dict[str, Any]], name: str, level: str, columns: list[str]) -> None:
+    """Print the means of one set and level."""
+    chosen = [row for row in rows if row["set"] == name and row["level"] == level]
+    for method in dict.fromkeys(row["method"] for row in chosen):
+        mine = [row for row in chosen if row["method"] == method]
+        known = {c: [row[c] for row in mine if row[c] != ""] for c in columns}
+        click.echo(f"{name} {level} {method:<10} " + "  ".join(f"{c} {np.mean(v):.3f}" for c, v in known.items()))
+
+
+def lpips_distance(path: Path) -> Metric:
+    """Return LPIPS of an ONNX file."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def distance(result: Pixels, truth: Pixels) -> float:
+        planes = [p.transpose(2, 0, 1)[None].astype(np.float32) * 2 - 1 for p in (result, truth)]
+        return float(np.ravel(session.run(None, dict(zip(("in0", "in1"), planes, strict=True)))[0])[0])
+
+    return distance
+
+
+def gradient_ratio(result: Pixels, truth: Pixels) -> float:
+    """Mean absolute difference of neighbouring pixels, over that of the original."""
+
+    def mean_gradient(pixels: Pixels) -> float:
+        return sum(float(np.abs(np.diff(pixels, axis=axis)).mean()) for axis in (0, 1))
+
+    return mean_gradient(result) / mean_gradient(truth)
+
+
+def cosine_to(path: Path) -> Metric:
+    """Return the cosine of a recognizer's embeddings; None where the original shows no face."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    landmarks, name = landmark_finder(), session.get_inputs()[0].name
+    assert landmarks is not None, "install the metrics extra"
+
+    def embed(pixels: Pixels, points: Any) -> Any:
+        planes = align(pixels, points).transpose(2, 0, 1)[None].astype(np.float32) * 255
+        vector = np.ravel(session.run(None, {name: planes})[0])
+        return vector / np.linalg.norm(vector)
+
+    def cosine(result: Pixels, truth: Pixels) -> float | None:
+        face = landmarks.face(truth)
+        if face is None:
+            return None
+        points = five_points(landmarks.points(truth, face))
+        return float(embed(result, points) @ embed(truth, points))
+
+    return cosine
+
+
+def save_sheet(path: Path, rows: list[list[Pixels]]) -> None:
+    """Save pictures side by side, a row for each picture: input, bases, original."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet = np.concatenate([np.concatenate(row, 1) for row in rows])
+    Image.fromarray((sheet.clip(0, 1) * 255).round().astype(np.uint8)).save(path, quality=90)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
