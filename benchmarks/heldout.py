@@ -11,7 +11,6 @@ the original, so that a face that no detector finds counts as well.
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +20,17 @@ import click
 import numpy as np
 import onnxruntime
 import torch
-from quality import hwc, machine
+from common import hwc, machine, write
 
-from pfstorer_rt.evaluation.arcface import align, five_points
-from pfstorer_rt.evaluation.metrics import Pixels, landmark_finder, psnr
+from pfstorer_rt.degradation.degrade import degrade
+from pfstorer_rt.faces.arcface import align, five_points
+from pfstorer_rt.faces.dlib import landmark_finder
+from pfstorer_rt.imaging.find import find_images
+from pfstorer_rt.imaging.rows import Pixels
+from pfstorer_rt.imaging.similarity import psnr
 from pfstorer_rt.models.base import load_base
-from pfstorer_rt.restore import Restorer
-from pfstorer_rt.training.data import center_crop, find_images, read_photo
-from pfstorer_rt.training.degradation import degrade
+from pfstorer_rt.runtime.restorer import Restorer
+from pfstorer_rt.training.data import center_crop, read_photo
 
 SIDE = 512
 Metric = Callable[[Pixels, Pixels], float | None]
@@ -38,19 +40,33 @@ Metric = Callable[[Pixels, Pixels], float | None]
 @click.argument("sets", nargs=-1, required=True, metavar="NAME=FOLDER...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 @click.option("--base", "bases", multiple=True, default=("tiny",), show_default=True)
-@click.option("--level", "levels", type=click.Choice(["heavy", "light", "clean"]), multiple=True,
-              default=("heavy", "light", "clean"))  # fmt: skip
+@click.option(
+    "--level",
+    "levels",
+    type=click.Choice(["heavy", "light", "clean"]),
+    multiple=True,
+    default=("heavy", "light", "clean"),
+)
 @click.option("--count", default=24, show_default=True, help="Pictures of each set, evenly drawn.")
 @click.option("--lpips", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--recognizer", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--sheet", type=click.Path(path_type=Path), help="Folder for one sheet of pictures of each set and level.")
+@click.option("--sheet", type=click.Path(path_type=Path), help="Folder for a sheet of pictures of each set and level.")
 def main(
-    sets: tuple[str, ...], output: Path, bases: tuple[str, ...], levels: tuple[str, ...], count: int, lpips: Path,
-    recognizer: Path, sheet: Path | None,
-) -> None:  # fmt: skip
+    sets: tuple[str, ...],
+    output: Path,
+    bases: tuple[str, ...],
+    levels: tuple[str, ...],
+    count: int,
+    lpips: Path,
+    recognizer: Path,
+    sheet: Path | None,
+) -> None:
     metrics: dict[str, Metric] = {
-        "psnr": psnr, "lpips": lpips_distance(lpips), "gradient": gradient_ratio, "cosine": cosine_to(recognizer)
-    }  # fmt: skip
+        "psnr": psnr,
+        "lpips": lpips_distance(lpips),
+        "gradient": gradient_ratio,
+        "cosine": cosine_to(recognizer),
+    }
     originals = {}
     for text in sets:
         name, folder = text.split("=", 1)
@@ -71,20 +87,22 @@ def main(
                     seconds[base] = time.perf_counter() - started
                 for method, result in results.items():
                     values = {key: metric(result, hwc(image)) for key, metric in metrics.items()}
-                    rows.append({
-                        "set": name, "level": level, "picture": number, "method": Path(method).name,
-                        **{k: "" if v is None else round(v, 4) for k, v in values.items()},
-                        "seconds": round(seconds[method], 2), **machine(),
-                    })  # fmt: skip
+                    rows.append(
+                        {
+                            "set": name,
+                            "level": level,
+                            "picture": number,
+                            "method": Path(method).name,
+                            **{k: "" if v is None else round(v, 4) for k, v in values.items()},
+                            "seconds": round(seconds[method], 2),
+                            **machine(),
+                        }
+                    )
                 shown.append([*results.values(), hwc(image)])
             if sheet is not None:
                 save_sheet(sheet / f"{name}_{level}.jpg", shown[:4])
             tell(rows, name, level, list(metrics))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write(output, rows)
 
 
 def tell(rows: list[dict[str, Any]], name: str, level: str, columns: list[str]) -> None:

@@ -113,7 +113,7 @@ def build_graph(
     strength = bool(getattr(module, "has_strength", False))
     inputs, outputs = component_names(component, base, strength)
     example = example_inputs(component, base, strength)
-    shapes = dynamic_shapes(component, strength, base.config.factor)
+    shapes = dynamic_shapes(component, base, strength)
     paths = module.identity_paths() if identity == "inputs" and isinstance(module, FusedDenoiser) else {}
     typed = TypedComponent(module, precision, tuple(paths.values())).eval()
     if not fused_attention:

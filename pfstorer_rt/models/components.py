@@ -9,7 +9,6 @@ from torch import nn
 
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import Base
-from pfstorer_rt.models.cfw import LEVELS
 from pfstorer_rt.models.denoiser import Denoiser
 from pfstorer_rt.models.vae import decode, encode_moments
 from pfstorer_rt.plan import Manifest
@@ -19,7 +18,7 @@ EXAMPLE_BATCH = 2  # 0 and 1 would be taken for constants
 
 def feature_names(base: Base) -> tuple[str, ...]:
     """Return the names of the LQ image's features that go from encoder to decoder."""
-    return () if base.cfw is None else tuple(f"features_{level}" for level in LEVELS)
+    return () if base.cfw is None else tuple(f"features_{level}" for level in base.cfw.levels)
 
 
 class Encoder(nn.Module):
@@ -35,7 +34,7 @@ class Encoder(nn.Module):
             mean, std = encode_moments(self.vae, image)
             return (mean,) if std is None else (mean, std)
         mean, std, features = self.cfw.encode(self.vae, image)
-        maps = (features[level] for level in LEVELS)
+        maps = (features[level] for level in self.cfw.levels)
         return (mean, *maps) if std is None else (mean, std, *maps)
 
 
@@ -54,7 +53,7 @@ class Decoder(nn.Module):
         if self.cfw is None:
             return decode(self.vae, latent)
         *features, weight = wrapped
-        return self.cfw(self.vae, latent, dict(zip(LEVELS, features, strict=True)), weight)
+        return self.cfw(self.vae, latent, dict(zip(self.cfw.levels, features, strict=True)), weight)
 
 
 def component_modules(base: Base, identity: Identity | None = None) -> dict[str, nn.Module]:
@@ -130,15 +129,16 @@ def wrapped_features(base: Base, image: torch.Tensor) -> dict[str, torch.Tensor]
     return {**dict(zip(feature_names(base), maps.values(), strict=True)), "cfw_weight": weight}
 
 
-def dynamic_shapes(component: str, strength: bool, factor: int) -> dict[str, Any]:
+def dynamic_shapes(component: str, base: Base, strength: bool) -> dict[str, Any]:
     """Return the free dimensions: the batch everywhere, height and width around the denoiser."""
     batch = torch.export.Dim("batch", min=1, max=256)
     if component == "denoiser":
         shapes: dict[str, Any] = {name: {0: batch} for name in ("x", "t", "z_lq")}
         return {**shapes, "strength": None} if strength else shapes
+    factor = base.config.factor
     height, width = (torch.export.Dim(name, min=2, max=4096) for name in ("height", "width"))  # of the latent
     if component == "decoder":
-        scales = {f"features_{level}": factor // 2**level for level in LEVELS}
+        scales = {name: factor // 2 ** int(name.removeprefix("features_")) for name in feature_names(base)}
         features = {name: {0: batch, 2: n * height, 3: n * width} for name, n in scales.items()}
         return {"latent": {0: batch, 2: height, 3: width}, **features, "cfw_weight": None}
     return {"image": {0: batch, 2: factor * height, 3: factor * width}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +45,7 @@ class PatchEncoder(nn.Module):
         self.unshuffle = nn.PixelUnshuffle(patch)
         self.conv_in = nn.Conv2d(3 * patch**2, widths[0], 3, padding=1)
         self.levels = nn.ModuleList(blocks(w, n) for w, n in zip(widths, counts, strict=True))
-        self.downsamplers = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.downsamplers = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
         self.conv_out = nn.Conv2d(widths[-1], latent, 3, padding=1)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -67,13 +66,14 @@ class PatchDecoder(nn.Module):
         self.conv_in = nn.Conv2d(latent, widths[-1], 3, padding=1)
         self.levels = nn.ModuleList(blocks(w, n) for w, n in zip(widths, counts, strict=True))
         self.upsamplers = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2))
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
+            nn.Sequential(nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2)) for a, b in pairwise(widths)
         )
         self.conv_out = nn.Conv2d(widths[0], 3 * patch**2, 3, padding=1)
         self.shuffle = nn.PixelShuffle(patch)
 
-    def forward(self, latent: torch.Tensor, fuse: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] | None = None) -> torch.Tensor:
+    def forward(
+        self, latent: torch.Tensor, fuse: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] | None = None
+    ) -> torch.Tensor:
         """latent (B, C, h, w) -> image (B, 3, h*f, w*f).
 
         fuse: by index of the level (0 is the finest), a function of the map that enters its blocks, whose result is

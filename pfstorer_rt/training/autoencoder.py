@@ -61,7 +61,7 @@ class PatchAutoencoderObjective(nn.Module):
         output = decode(self.vae, latent + c.noise * batch["noise"]).float()
         reconstruction, moments = F.l1_loss(output, image), moment_loss(latent.float())
         loss = reconstruction + gradient_loss(output, image) + c.moments * moments
-        losses = {"l1": reconstruction, "moments": moments, "psnr": psnr(output.detach(), image)}
+        losses = {"l1": reconstruction, "moments": moments, "psnr": decibels(output.detach(), image)}
         if self.perceptual is not None:
             rows = (slice(0, c.patches), slice(None), slice(0, c.patch), slice(0, c.patch))
             losses["perceptual"] = self.perceptual(output[rows], image[rows]).mean()
@@ -69,7 +69,7 @@ class PatchAutoencoderObjective(nn.Module):
         return {"loss": loss, **losses}
 
 
-def psnr(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def decibels(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """PSNR in dB of (B, 3, H, W) in [-1, 1], over the whole batch."""
     return -10 * torch.log10(F.mse_loss(output, target) / 4)
 
@@ -101,9 +101,16 @@ def train_patch_autoencoder(
 
     mark = signature([asdict(config), str(lpips is not None), pool.shape], [])
     train(
-        objective, make_adamw(vae.parameters(), settings), make_batch, settings, accelerator, work / "autoencoder.pt",
-        mark, "autoencoder", log_to(work / "autoencoder.csv"),
-    )  # fmt: skip
+        objective,
+        make_adamw(vae.parameters(), settings),
+        make_batch,
+        settings,
+        accelerator,
+        work / "autoencoder.pt",
+        mark,
+        "autoencoder",
+        log_to(work / "autoencoder.csv"),
+    )
     return vae.eval().requires_grad_(False)
 
 

@@ -27,11 +27,14 @@ class FeatureDiscriminator(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(entry, width, 3, stride, 1), nn.LeakyReLU(0.2), nn.Conv2d(width, width, 3, 1, 1),
-                nn.LeakyReLU(0.2), nn.Conv2d(width, 1, 1),
+                nn.Conv2d(entry, width, 3, stride, 1),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(width, width, 3, 1, 1),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(width, 1, 1),
             )
             for entry, stride in zip(channels, STRIDES, strict=True)
-        )  # fmt: skip
+        )
         for head in self.heads:
             nn.init.zeros_(head[-1].weight)  # type: ignore[index]
             nn.init.zeros_(head[-1].bias)  # type: ignore[index]

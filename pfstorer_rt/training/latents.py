@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 
-from pfstorer_rt.models.base import Base
+from pfstorer_rt.models.base import Base, fingerprint_modules
 from pfstorer_rt.training.base import signature
 from pfstorer_rt.training.chunks import Arrays, make_arrays
 from pfstorer_rt.training.data import Batch
@@ -45,9 +45,7 @@ def encode_pool(pool: Arrays, base: Base, work: Path, accelerator: Accelerator, 
 
     def make(chunk: int) -> Batch:
         rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-        pairs = [
-            np.stack([flip(pool["hq"][rows], v), flip(pool["lq"][rows, v], v)], 1) for v in range(versions)
-        ]  # fmt: skip
+        pairs = [np.stack([flip(pool["hq"][rows], v), flip(pool["lq"][rows, v], v)], 1) for v in range(versions)]
         return {"pairs": torch.from_numpy(np.stack(pairs, 1))}
 
     def finish(chunk: Batch) -> Mapping[str, npt.NDArray[Any]]:
@@ -57,6 +55,6 @@ def encode_pool(pool: Arrays, base: Base, work: Path, accelerator: Accelerator, 
             latents = torch.cat([base.encode(part) for part in images.split(8)])
         return {"latents": latents.float().unflatten(0, pairs.shape[:3]).half().cpu().numpy()}
 
-    mark = signature([base.fingerprint, list(pool["lq"].shape)], [])
+    mark = signature([fingerprint_modules({"encoder": base.vae.encoder}), list(pool["lq"].shape)], [])
     items: dict[str, tuple[type, tuple[int, ...]]] = {"latents": (np.float16, (versions, 2, channels, side, side))}
     return make_arrays(work, "latents", items, count, CHUNK, mark, make, workers, finish)["latents"]

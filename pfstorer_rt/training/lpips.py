@@ -30,8 +30,12 @@ def _vgg(entry: int, width: int, count: int) -> list[Layer]:
 
 VGG16: list[list[Layer]] = [_vgg(3, 64, 2), _vgg(64, 128, 2), _vgg(128, 256, 3), _vgg(256, 512, 3), _vgg(512, 512, 3)]
 ALEXNET: list[list[Layer]] = [
-    [(3, 64, 11, 4, 2)], [(64, 192, 5, 1, 2)], [(192, 384, 3, 1, 1)], [(384, 256, 3, 1, 1)], [(256, 256, 3, 1, 1)]
-]  # fmt: skip
+    [(3, 64, 11, 4, 2)],
+    [(64, 192, 5, 1, 2)],
+    [(192, 384, 3, 1, 1)],
+    [(384, 256, 3, 1, 1)],
+    [(256, 256, 3, 1, 1)],
+]
 POOLED = {"vgg16": {1: 2, 2: 2, 3: 2, 4: 2}, "alexnet": {1: 3, 2: 3}}
 """Stages that begin with max-pooling of stride 2, and its window."""
 

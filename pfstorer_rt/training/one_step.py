@@ -18,22 +18,24 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from pfstorer_rt.attention import training_backend
 from pfstorer_rt.config import TrainConfig
+from pfstorer_rt.diffusion import noisy_latent, x0_from_prediction
 from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.faces.recognizer import FaceRecognizer, cut_faces
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, fingerprint_modules
+from pfstorer_rt.ops import training_backend
 from pfstorer_rt.training.base import log_to, signature
 from pfstorer_rt.training.chunks import Arrays
 from pfstorer_rt.training.data import Batch, draw_timesteps
 from pfstorer_rt.training.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
 from pfstorer_rt.training.latents import encode_pool, flip, is_flipped, to_pixels
 from pfstorer_rt.training.loop import make_accelerator, train
-from pfstorer_rt.training.losses import Losses, RestorerObjective, noisy_latent, x0_from_prediction
+from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.lpips import Lpips, normalize
 from pfstorer_rt.training.memory import make_adamw
-from pfstorer_rt.training.pictures import jitter
-from pfstorer_rt.training.recognizer import FaceRecognizer, cut_faces
+from pfstorer_rt.training.objectives import RestorerObjective
+from pfstorer_rt.training.picture_loss import jitter
 
 MARGIN = 1
 """Latent pixels around a window that are decoded with it and cut off, so that its edge is no edge to the decoder."""
@@ -60,11 +62,11 @@ class OneStepConfig:
     """Share of the samples at timestep 999."""
     lambda_latent: float = 0.1
     """Weight of the squared error of the clean latent."""
-    lambda_pixel: float = 1.0
+    lambda_pixel: float = 0.5
     """Weight of L1."""
     lambda_perceptual: float = 1.0
     """Weight of LPIPS."""
-    lambda_adversarial: float = 0.05
+    lambda_adversarial: float = 0.1
     """Weight of the adversarial loss; 0 has no discriminator."""
     lambda_id: float = 0.2
     """Weight of the identity loss; 0 has no recognizer."""
@@ -106,8 +108,13 @@ class OneStepObjective(RestorerObjective):
             whole = self.decode(restored[:1], batch["lq_tile"])
             losses["id"] = self.identity(whole, batch["hq_tile"], batch["maps"])
             losses["pixel"] = (losses["pixel"] + F.l1_loss(whole, batch["hq_tile"])) / 2
-        weights = {"pixel": c.lambda_pixel, "perceptual": c.lambda_perceptual, "adversarial": c.lambda_adversarial,
-                   "discriminator": 1.0, "id": c.lambda_id}  # fmt: skip
+        weights = {
+            "pixel": c.lambda_pixel,
+            "perceptual": c.lambda_perceptual,
+            "adversarial": c.lambda_adversarial,
+            "discriminator": 1.0,
+            "id": c.lambda_id,
+        }
         loss = c.lambda_latent * latent + sum(weights[name] * value for name, value in losses.items())
         missing = {name: latent.new_zeros(()) for name in weights if name not in losses}
         return {"loss": loss, "latent": latent, **{n: {**losses, **missing}[n] for n in weights}}
@@ -172,11 +179,13 @@ class WindowSampler:
         chosen = torch.from_numpy(self.latents[rows]).float()[..., y : y + side, x : x + side]
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
         batch = {
-            "hq": chosen[:, 0], "lq": chosen[:, 1],
+            "hq": chosen[:, 0],
+            "lq": chosen[:, 1],
             "noise": torch.randn(chosen[:, 0].shape, generator=generator),
             "t": draw_timesteps(settings.batch, c.first_step, generator),
-            "corner": torch.from_numpy(place - [y, x]), **self.windows(rows, place * self.factor, window * self.factor),
-        }  # fmt: skip
+            "corner": torch.from_numpy(place - [y, x]),
+            **self.windows(rows, place * self.factor, window * self.factor),
+        }
         return {**batch, **self.whole(int(rows[0][0]), int(rows[1][0]), rng)} if whole else batch
 
     def windows(self, rows: tuple[npt.NDArray[Any], ...], place: npt.NDArray[Any], side: int) -> Batch:
@@ -243,9 +252,15 @@ def finish_in_one_step(
         groups.append({"params": list(objective.discriminator.parameters()), "lr": config.discriminator_rate})  # type: ignore[dict-item]
     sampler = WindowSampler(pool, latents, config)
     train(
-        objective, make_adamw(groups, settings),
-        lambda n: sampler(n * accelerator.num_processes + accelerator.process_index), settings, accelerator,
-        work / "one_step.pt", mark, "one step", log_to(work / "one_step.csv"),
-    )  # fmt: skip
+        objective,
+        make_adamw(groups, settings),
+        lambda n: sampler(n * accelerator.num_processes + accelerator.process_index),
+        settings,
+        accelerator,
+        work / "one_step.pt",
+        mark,
+        "one step",
+        log_to(work / "one_step.csv"),
+    )
     base.freeze().set_attention()
     base.fingerprint = fingerprint_modules(base.modules())

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from pfstorer_rt.attention import training_backend
 from pfstorer_rt.config import TrainConfig, Weighting
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, fingerprint_modules
+from pfstorer_rt.ops import training_backend
 from pfstorer_rt.training.base import log_to, signature
 from pfstorer_rt.training.chunks import Arrays
 from pfstorer_rt.training.data import Batch, draw_timesteps
 from pfstorer_rt.training.latents import encode_pool
 from pfstorer_rt.training.loop import make_accelerator, train
-from pfstorer_rt.training.losses import RestorerObjective
 from pfstorer_rt.training.memory import make_adamw
+from pfstorer_rt.training.objectives import RestorerObjective
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,15 @@ def train_restorer_on(pool: Arrays, base: Base, work: Path, config: RestoringCon
         return {"hq": chosen[:, 0], "lq": chosen[:, 1], "noise": noise, "t": t}
 
     train(
-        objective, make_adamw(objective.parameters(), settings), make_batch, settings, accelerator,
-        work / "restorer.pt", mark, "restorer", log_to(work / "restorer.csv"),
-    )  # fmt: skip
+        objective,
+        make_adamw(objective.parameters(), settings),
+        make_batch,
+        settings,
+        accelerator,
+        work / "restorer.pt",
+        mark,
+        "restorer",
+        log_to(work / "restorer.csv"),
+    )
     base.freeze().set_attention()
     base.fingerprint = fingerprint_modules(base.modules())

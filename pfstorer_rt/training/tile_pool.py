@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pfstorer_rt.degradation.degrade import LEVELS, DegradationConfig, degrade
 from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.training.base import signature
 from pfstorer_rt.training.chunks import Arrays, make_arrays
-from pfstorer_rt.training.data import Batch, find_images
-from pfstorer_rt.training.degradation import LEVELS, DegradationConfig, degrade
-from pfstorer_rt.training.pictures import find_faces
+from pfstorer_rt.training.data import Batch
+from pfstorer_rt.training.picture_loss import find_faces
 from pfstorer_rt.training.tiles import Bytes, Source, TileComposer
 
 CHUNK = 16
@@ -35,8 +36,12 @@ class PoolConfig:
     versions: int = 0
     """Degraded versions of each tile."""
     mix: tuple[tuple[str, float, float], ...] = (
-        ("heavy", 4.0, 0.55), ("light", 4.0, 0.15), ("heavy", 2.0, 0.1), ("light", 2.0, 0.05), ("light", 1.0, 0.05),
-    )  # fmt: skip
+        ("heavy", 4.0, 0.55),
+        ("light", 4.0, 0.15),
+        ("heavy", 2.0, 0.1),
+        ("light", 2.0, 0.05),
+        ("light", 1.0, 0.05),
+    )
     """Level, its `sf`, and the share of the versions that are degraded so; the rest are not degraded."""
     faces: bool = False
     """Whether faces are found in the tiles, for losses of identity."""

@@ -42,7 +42,9 @@ def published(kind, file, a, b):
             if kind == "alexnet" and i in (1, 2):
                 h = F.max_pool2d(h, 3, 2)
             for _ in range(count):
-                stride, padding = ((4, 2) if number == 0 else (1, 2 if number == 1 else 1)) if kind == "alexnet" else (1, 1)
+                stride, padding = (
+                    ((4, 2) if number == 0 else (1, 2 if number == 1 else 1)) if kind == "alexnet" else (1, 1)
+                )
                 h = F.relu(F.conv2d(h, tensors[f"conv{number}.weight"], tensors[f"conv{number}.bias"], stride, padding))
                 number += 1
             maps.append(h / h.norm(dim=1, keepdim=True).clamp_min(1e-12))
@@ -55,7 +57,9 @@ def published(kind, file, a, b):
 def test_it_is_the_published_distance(weights):
     kind, path = weights
     found = Lpips(path)(images(), images(1))
-    torch.testing.assert_close(found.double(), published(kind, np.load(path), images(), images(1)), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        found.double(), published(kind, np.load(path), images(), images(1)), atol=1e-6, rtol=1e-4
+    )
     assert Lpips(path)(images(), images()).abs().max() == 0
 
 
@@ -81,8 +85,14 @@ def test_black_features_have_no_direction():
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "text.npz").write_text("no weights")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
-    good = {f"conv{i}.weight": np.zeros((2, 3, 3, 3)) for i in range(5)} | {f"conv{i}.bias": np.zeros(2) for i in range(5)}
+    good = {f"conv{i}.weight": np.zeros((2, 3, 3, 3)) for i in range(5)} | {
+        f"conv{i}.bias": np.zeros(2) for i in range(5)
+    }
     np.savez(tmp_path / "shapes.npz", **good, **{f"lin{i}": np.zeros((1, 2, 1, 1)) for i in range(5)})
-    for name, words in (("text", "not a readable NPZ"), ("other", "expected the weights of LPIPS"), ("shapes", "conv0")):
+    for name, words in (
+        ("text", "not a readable NPZ"),
+        ("other", "expected the weights of LPIPS"),
+        ("shapes", "conv0"),
+    ):
         with pytest.raises(BadFileError, match=words):
             Lpips(tmp_path / f"{name}.npz")
