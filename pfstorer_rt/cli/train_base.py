@@ -9,21 +9,25 @@ import click
 
 from pfstorer_rt.cli.options import SEED
 
+PARTS = ("autoencoder", "restorer", "one-step")
+"""Parts of a training on tiles."""
+
 
 @click.command()
 @click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PHOTOS...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the finished base.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder of checkpoints. [default: OUTPUT.training]")
-@click.option("--preset", type=click.Choice(["nano", "tiny", "sd21"]), default="tiny", show_default=True)
+@click.option("--preset", type=click.Choice(["nano", "tiny", "portrait", "sd21"]), default="tiny", show_default=True)
 @click.option("--prior", help="Base to go on from: its autoencoder is kept as it is.")
 @click.option(
     "--train",
     "trained",
-    type=click.Choice(["auto", "all", "conditions", "wrapping", "finishing"]),
+    type=click.Choice(["auto", "all", "conditions", "wrapping", "finishing", *PARTS]),
     default="auto",
     show_default=True,
     help="The whole restorer, or SPADEs and structure encoder alone (auto: those alone on a prior), or a prior's "
-    "decoder's look at the LQ picture, or all of a prior on what its pictures look like.",
+    "decoder's look at the LQ picture, or all of a prior on what its pictures look like. The last three are parts of a "
+    "training on tiles (docs/training.md): an autoencoder, then a restorer, then the whole in one step.",
 )
 @click.option(
     "--weighting",
@@ -50,6 +54,9 @@ from pfstorer_rt.cli.options import SEED
     help="How far from the prior's weights to the finished ones the result goes. [default: 0.5]",
 )
 @click.option("--learning-rate", type=float, help="Of the restorer. [default: 5e-4]")
+@click.option("--minutes", type=click.FloatRange(0.1), help="Time of a part on tiles, in place of its iterations.")
+@click.option("--tiles", type=click.IntRange(16), default=2000, show_default=True, help="Tiles of a part on tiles.")
+@click.option("--lpips", type=click.Path(exists=True, path_type=Path), help="NPZ file of the weights of LPIPS.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
@@ -64,6 +71,9 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
     Example:
       pfstorer-rt train-base photos/ -o my-base
     """
+    if options["trained"] in PARTS:
+        train_on_tiles(photos, output, work or output.with_name(output.name + ".training"), options)
+        return
     from dataclasses import replace
 
     part = options["trained"] if options["trained"] in ("wrapping", "finishing") else None
@@ -99,4 +109,25 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
         base = finish_base(photos, prior, output, config, work)
     else:
         base = train_base(photos, output, config, work, prior)
+    click.echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; checkpoints in {work} can go")
+
+
+def train_on_tiles(photos: tuple[Path, ...], output: Path, work: Path, options: dict[str, Any]) -> None:
+    """Train one part of a base on tiles."""
+    if options["trained"] != "autoencoder" and not options["prior"]:
+        raise click.UsageError(f"--train {options['trained']} goes with --prior, the base of the part before")
+    from pfstorer_rt.models.base import load_base
+    from pfstorer_rt.training.parts import PartConfig, train_part
+
+    names = ("iterations", "minutes", "batch", "learning_rate", "seed", "precision", "device")
+    config = PartConfig(
+        options["trained"],
+        preset=options["preset"],
+        tiles=options["tiles"],
+        lpips=options["lpips"],
+        workers=options["workers"],
+        train={name: options[name] for name in names},
+    )
+    prior = load_base(options["prior"]) if options["prior"] else None
+    base = train_part([str(photo) for photo in photos], output, config, work, prior)
     click.echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; checkpoints in {work} can go")

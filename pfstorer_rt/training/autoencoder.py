@@ -89,13 +89,14 @@ def train_patch_autoencoder(
         vae = build_vae(preset.vae)
     objective = PatchAutoencoderObjective(vae, config, Lpips(lpips) if lpips else None)
     nn.Module.to(objective, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    side = config.crop // preset.factor
+    crop = min(config.crop, pool.shape[1])
+    side = crop // preset.factor
 
     def make_batch(iteration: int) -> Batch:
         number = iteration * accelerator.num_processes + accelerator.process_index
         rng = np.random.default_rng([settings.seed, 19, number])
         noise = rng.standard_normal((settings.batch, preset.latent_channels, side, side), np.float32)
-        squares = np.stack([cut(pool[int(rng.integers(len(pool)))], config.crop, rng) for _ in range(settings.batch)])
+        squares = np.stack([cut(pool[int(rng.integers(len(pool)))], crop, rng) for _ in range(settings.batch)])
         image = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 127.5 - 1
         return {"image": image, "noise": torch.from_numpy(noise)}
 

@@ -288,3 +288,18 @@ def test_precisions_can_change_within_one_process():
 def test_auto_takes_bf16_where_the_machine_has_it(monkeypatch, native, expected):
     monkeypatch.setattr(loop, "has_native_bf16", lambda cpu: native)
     assert make_accelerator(TrainConfig(precision="auto", device="cpu")).mixed_precision == expected
+
+
+def test_a_training_of_minutes_ends_in_time_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    """Each look at the clock takes a second; the time of earlier runs counts."""
+    from pfstorer_rt.training import schedule
+
+    clock = iter(range(10_000))
+    monkeypatch.setattr(schedule.time, "monotonic", lambda: float(next(clock)))
+    with pytest.raises(KeyboardInterrupt, match="of the time"):
+        fit(tmp_path, stopping(2, signalled(signal.SIGTERM)), minutes=0.5, decay=0.5)
+    before = torch.load(tmp_path / "state.pt", weights_only=True)
+    fit(tmp_path, minutes=0.5, decay=0.5)
+    after = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert 0 < before["seconds"] < 30 <= after["seconds"] < 40
+    assert after["iteration"] > before["iteration"]

@@ -1,0 +1,94 @@
+"""The three parts of a training on tiles, each of them one call that an interrupted run repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pfstorer_rt.config import changed
+from pfstorer_rt.errors import BadFileError, MissingBackendError
+from pfstorer_rt.faces.dlib import INSTALL_METRICS, RECOGNIZER, face_models
+from pfstorer_rt.files import make_folder
+from pfstorer_rt.models.base import Base, build_base, fingerprint_modules
+from pfstorer_rt.training.autoencoder import AutoencoderConfig, train_patch_autoencoder
+from pfstorer_rt.training.chunks import Arrays
+from pfstorer_rt.training.one_step import OneStepConfig, finish_in_one_step
+from pfstorer_rt.training.restoring import RestoringConfig, train_restorer_on
+from pfstorer_rt.training.tile_pool import PoolConfig, make_pool, parse_source
+
+Part = Literal["autoencoder", "restorer", "one-step"]
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """What a part of the training needs besides its photographs."""
+
+    part: Part
+    preset: str = "portrait"
+    tiles: int = 2000
+    """Tiles in the pool."""
+    lpips: Path | None = None
+    """NPZ file of LPIPS's weights; `one-step` cannot do without."""
+    identity: bool = True
+    """Whether `one-step` has an identity loss."""
+    workers: int = 1
+    """Processes that compose and degrade tiles."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """Fields of `TrainConfig` that differ from the part's own; None leaves a field alone."""
+
+
+def train_part(sources: Sequence[str], out: Path, config: PartConfig, work: Path, prior: Base | None = None) -> Base:
+    """Train one part of a base on tiles and write the base to `out` in fp16; goes on from what is in `work`.
+
+    sources: `FOLDER` or `FOLDER=WEIGHT` of photographs. prior: the base of the part before; the first part has none.
+    Raises `BadFileError` where the prior is missing, `MissingBackendError` where a loss lacks its network.
+    """
+    base = build_base(config.preset, config.train.get("seed") or 0) if prior is None else prior
+    if prior is None and config.part != "autoencoder":
+        raise BadFileError(f"the part {config.part!r} goes on from a base with a trained autoencoder; give that base")
+    make_folder(work)
+    pool = pool_of(sources, base.config.tile, config, work / "pool")
+    if config.part == "autoencoder":
+        train_first(pool, base, work, config)
+    elif config.part == "restorer":
+        settings = RestoringConfig()
+        train_restorer_on(pool, base, work, replace(settings, train=changed(settings.train, **config.train)))
+    else:
+        train_last(pool, base, work, config)
+    base.save(out, torch.float16)
+    return base
+
+
+def pool_of(sources: Sequence[str], tile: int, config: PartConfig, work: Path) -> Arrays:
+    """Make the pool of a part: the autoencoder's needs no degraded tiles, the last one's needs faces."""
+    versions = 0 if config.part == "autoencoder" else 2
+    settings = PoolConfig(
+        count=config.tiles, tile=tile, versions=versions, faces=config.part == "one-step" and config.identity,
+        seed=config.train.get("seed") or 0,
+    )  # fmt: skip
+    return make_pool([parse_source(source) for source in sources], settings, work, config.workers)
+
+
+def train_first(pool: Arrays, base: Base, work: Path, config: PartConfig) -> None:
+    """Train the autoencoder and put it into the base."""
+    settings = AutoencoderConfig(preset=config.preset)
+    settings = replace(settings, train=changed(settings.train, **config.train))
+    base.vae = train_patch_autoencoder(pool["hq"], work, settings, config.lpips)
+    base.fingerprint = fingerprint_modules(base.modules())
+
+
+def train_last(pool: Arrays, base: Base, work: Path, config: PartConfig) -> None:
+    """Finish the base in one step."""
+    if config.lpips is None:
+        raise MissingBackendError("finishing in one step compares images by LPIPS; give the NPZ file of its weights")
+    folder = face_models()
+    if folder is None and config.identity:
+        raise MissingBackendError(f"the identity loss needs dlib's recognizer; {INSTALL_METRICS}")
+    settings = OneStepConfig()
+    settings = replace(settings, train=changed(settings.train, **config.train))
+    recognizer = folder / RECOGNIZER if folder and config.identity else None
+    finish_in_one_step(pool, base, work, settings, config.lpips, recognizer)
