@@ -194,7 +194,8 @@ def train(
     with _progress(accelerator) as progress, Interruption() as interruption:
         if start and accelerator.is_main_process:
             progress.console.print(f"{title}: goes on after iteration {start}")
-        bar = progress.add_task(title, total=1.0, completed=schedule.share(start), loss=math.nan, rate=0.0)
+        bar = progress.add_task(title, total=1.0, loss=math.nan, rate=0.0)
+        progress.update(bar, completed=schedule.share(start))
         for batch in prefetch(make_batch, start, total, config.workers):
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * schedule.factor(done)

@@ -128,7 +128,7 @@ class OneStepObjective(RestorerObjective):
 
     def decode(self, latent: torch.Tensor, lq: torch.Tensor) -> torch.Tensor:
         """Decode latents (B, C, h, w) with the features of the LQ pictures (B, 3, H, W)."""
-        features = self.cfw.encode(self.vae, lq.contiguous(memory_format=torch.channels_last))[2]  # type: ignore[arg-type]
+        features = self.cfw.encode(self.vae, lq.contiguous(memory_format=torch.channels_last))[2]
         image: torch.Tensor = self.cfw(self.vae, latent, features, 1.0)
         return image.float()
 
@@ -171,7 +171,7 @@ class WindowSampler:
         whole = bool(rng.random() >= c.cropped)
         side = size if whole else min(c.crop, size)
         window = min(c.window + 2 * MARGIN, side)
-        place = self.on_a_face(*(int(r[0]) for r in rows), window, rng) if rng.random() < c.on_faces else None
+        place = self.on_a_face(int(rows[0][0]), int(rows[1][0]), window, rng) if rng.random() < c.on_faces else None
         if place is None:
             place = rng.integers(0, size - window + 1, 2)
         low, high = np.maximum(0, place + window - side), np.minimum(place, size - side)

@@ -91,7 +91,7 @@ def make_tile(composer: TileComposer, config: PoolConfig, number: int) -> dict[s
     tile, rng = composer(number)
     made: dict[str, npt.NDArray[Any]] = {"hq": tile, "maps": np.full((2, 3), np.nan, np.float32)}
     if config.faces:
-        made["maps"] = find_faces([tile[::2, ::2].astype(np.float32) / 255])[0]  # the map is relative to the sides
+        made["maps"] = find_faces([tile[::2, ::2] / np.float32(255)])[0]  # the map is relative to the sides
     if config.versions:
         made["lq"] = np.stack([degrade_bytes(tile, draw_degradation(config, rng), rng) for _ in range(config.versions)])
     return made
