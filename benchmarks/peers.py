@@ -129,7 +129,7 @@ def competitors(
     """Open everything that will run; plans: files by the names in `OURS`."""
     eager = stack.enter_context(Restorer.from_base(base, device="cpu"))
     compiled = stack.enter_context(Restorer.from_base(base, device="cpu"))
-    for session in compiled._sessions.values():
+    for session in compiled.sessions.values():
         session.module = torch.compile(session.module)  # type: ignore[attr-defined]
 
     def half(pixels: Pixels, config: RestoreConfig) -> Pixels:

@@ -49,21 +49,21 @@ def main(engine: str, output: Path, backend: str, size: int, steps: int | None) 
                 result = restorer.restore(pixels, config)
                 seconds = time.perf_counter() - started
                 parity = result if parity is None else parity
-                tiles = [Tile(*(step * side for side in t)) for t in restorer._tiles(*pixels.shape[:2], config)]
-                work = restorer.plan(size, size, config)
+                layout = restorer.layout(size, size, config)
+                tiles = [Tile(*(step * side for side in t)) for t in layout.tiles]
                 rows.append(
                     {
                         "picture": name,
                         "size": size,
                         "tiling": tile.mode,
-                        "overlap": restorer.overlap(config),
+                        "overlap": layout.recipe.overlap,
                         "seam": round(seam_ratio(result, tiles, step), 4),
                         "seam_input": round(seam_ratio(pixels, tiles, step), 4),
                         "psnr_to_parity": round(min(99.0, psnr(result, parity)), 2),
-                        "denoiser_tiles": work.tiles,
-                        "codec_tiles": work.codec_tiles,
+                        "denoiser_tiles": layout.denoiser_tiles,
+                        "codec_tiles": layout.codec_tiles,
                         "seconds": round(seconds, 2),
-                        "steps": work.steps,
+                        "steps": layout.recipe.steps,
                         "backend": restorer.backend,
                         **machine(),
                     }

@@ -48,7 +48,7 @@ def measure(restorer: Restorer, size: int, batch: int, runs: int) -> dict[str, o
     """Restore one tile and one large picture in turns."""
     config, side = RestoreConfig(tile=TileConfig(batch=batch)), restorer.manifest.tile
     small, large = picture(side)[1], picture(size)[1]
-    tiles = restorer.plan(size, size, config).tiles
+    tiles = restorer.layout(size, size, config).denoiser_tiles
     times: dict[str, list[float]] = {"tile": [], "picture": []}
     for i in range(runs + 1):
         for name, pixels in (("tile", small), ("picture", large)):

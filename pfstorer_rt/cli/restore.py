@@ -108,7 +108,7 @@ def command(inputs: tuple[str, ...], engines: tuple[str, ...], **options: Any) -
     status = 0
     for engine, jobs in zip(engines or (None,), plans or [[]] * len(names), strict=True):
         with open_restorer(engine, options) as restorer:
-            restorer.check(config)
+            restorer.recipe(config)  # refuses settings that do not fit this engine
             for note in without_effect(restorer, config, options["preview"]):
                 click.echo(f"note: {note}", err=True)
             click.echo(f"{restorer.backend} on {restorer.provider}", err=True)
@@ -154,9 +154,9 @@ def without_effect(restorer: Restorer, config: RestoreConfig, preview: bool) -> 
     notes = []
     if config.strength != 1.0 and restorer.manifest.identity_name is None:
         notes.append(f"--strength {config.strength:g} changes nothing: this engine holds no identity")
-    if config.eta and (sampler := restorer.sampler(config)) != "ddim":
+    if config.eta and (sampler := restorer.recipe(config).sampler) != "ddim":
         notes.append(f"--eta {config.eta:g} changes nothing: it is of the sampler ddim, this is {sampler}")
-    if preview and restorer.steps(config) == 1:
+    if preview and restorer.recipe(config).steps == 1:
         notes.append("--preview changes nothing: the result itself takes one step")
     return notes
 
@@ -205,8 +205,8 @@ def restore_jobs(
         click.echo(f"note: {note}", err=True)
     fixed = {
         "seed": config.seed,
-        "steps": restorer.steps(config),
-        "sampler": restorer.sampler(config),
+        "steps": restorer.recipe(config).steps,
+        "sampler": restorer.recipe(config).sampler,
         "strength": config.strength,
         "backend": restorer.backend,
         "provider": restorer.provider,
@@ -225,7 +225,7 @@ def restore_jobs(
         return {word: str(path)}
 
     def work(number: int, rows: Rows, step: Any) -> Rows:
-        if options["preview"] and restorer.steps(config) > 1:
+        if options["preview"] and restorer.recipe(config).steps > 1:
             beside(jobs[number], "preview", restorer.restore_rows(rows, replace(config, steps=1)))
         return restorer.restore_rows(rows, config, step)
 
@@ -233,7 +233,7 @@ def restore_jobs(
         more = beside(job, "compare", SideBySide(source, result)) if options["compare"] else {}
         measured = references.facts(source, result) if references else {}
         notes = [*measured.pop("notes", ()), *kept.pop(job, ())]
-        tiles = restorer.plan(source.height, source.width, config).tiles
+        tiles = restorer.layout(source.height, source.width, config).denoiser_tiles
         return {**fixed, "tiles": tiles, **more, **measured, "notes": notes}
 
     return run_jobs(
@@ -268,13 +268,13 @@ def forecast(restorer: Restorer, jobs: Sequence[Job], config: RestoreConfig, opt
             failed = 1
             click.echo(f"failed: {error}", err=True)
             continue
-        facts, work = predicted.facts(), predicted.work
+        facts = predicted.facts()
         if options["as_json"]:
             click.echo(json.dumps({"input": str(job.source), "output": str(job.target), "status": "planned", **facts}))
             continue
         click.echo(
-            f"{job.source}: canvas {work.width}x{work.height}, {work.tiles} tiles in batches of {work.batch}, "
-            f"{work.steps} steps, {work.codec_tiles} tiles of encoder and decoder; about "
+            f"{job.source}: canvas {facts['width']}x{facts['height']}, {facts['tiles']} tiles in batches of "
+            f"{facts['batch']}, {facts['steps']} steps, {facts['codec_tiles']} tiles of encoder and decoder; about "
             f"{facts['predicted_peak_mb']} MB of memory and {facts['predicted_seconds']:.0f} s"
         )
     return failed

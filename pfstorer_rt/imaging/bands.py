@@ -28,6 +28,8 @@ from pfstorer_rt.tiling import Tile, pad_to_multiple
 
 PADDING = 32
 """The canvas's sides are multiples of this, in pixels."""
+MAX_SCALE = 16.0
+"""Largest factor by which a result may be larger than its input."""
 MAX_ENLARGEMENT = 4.0
 """A picture smaller than a tile is enlarged to one by at most this factor, and padded for the rest."""
 
@@ -55,15 +57,20 @@ def plan_canvas(height: int, width: int, tile: int, scale: float) -> Canvas:
     """Enlarge until the short side is a tile, then pad to multiples of 32 and to at least a tile.
 
     Enlarging stops at a factor of 4 (or at `scale`): a picture of a few pixels is padded, so that
-    3 x 5000 does not become 192 x 320000. Raises `ValueError` when scale is not above 0.
+    3 x 5000 does not become 192 x 320000. Raises `ValueError` as `check_scale` does.
     """
-    if not 0 < scale <= 16:
-        raise ValueError(f"scale {scale}: expected above 0 and at most 16")
+    check_scale(scale)
     s = max(scale, min(tile / min(height, width), max(MAX_ENLARGEMENT, scale)))
     h, w = max(1, round(height * s)), max(1, round(width * s))
     bottom, right = pad_to_multiple(max(h, tile), max(w, tile), PADDING)
     out = max(1, round(height * scale)), max(1, round(width * scale))
     return Canvas(h, w, max(h, tile) + bottom - h, max(w, tile) + right - w, *out)
+
+
+def check_scale(scale: float) -> None:
+    """Raise `ValueError` unless an image can be enlarged by this factor."""
+    if not 0 < scale <= MAX_SCALE:
+        raise ValueError(f"scale {scale}: expected above 0 and at most {MAX_SCALE:g}")
 
 
 class Bands(Protocol):

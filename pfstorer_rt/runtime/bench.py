@@ -43,7 +43,7 @@ def measure(
     config, rng, load = RestoreConfig(steps=steps), np.random.default_rng(0), os.getloadavg()[0]
     started = time.perf_counter()
     with Restorer.from_plan(engine, backend, trust=trust_plan, provider=provider) as restorer:
-        tile = restorer.manifest.tile
+        tile, recipe = restorer.manifest.tile, restorer.recipe(config)
         restorer.restore(rng.random((tile, tile, 3), np.float32), config)
         cold = time.perf_counter() - started
         components = time_components(restorer, runs, seconds)
@@ -51,16 +51,15 @@ def measure(
         for n in dict.fromkeys(sizes):
             pixels = rng.random((n, n, 3), np.float32)
             figures = percentiles(lambda p=pixels: restorer.restore(p, config), runs, seconds)  # type: ignore[misc]
-            work = restorer.plan(n, n, config)
-            tiles = work.tiles * work.steps
+            tiles = restorer.layout(n, n, config).denoiser_tiles * recipe.steps
             rates = {"megapixels_per_s": n * n / 1e3 / figures["p50"], "tiles_per_s": tiles * 1e3 / figures["p50"]}
             whole[f"picture {n}x{n}"] = {**figures, **rates}
         return {
             "engine": engine,
             "backend": restorer.backend,
             "provider": restorer.provider,
-            "steps": restorer.steps(config),
-            "sampler": restorer.sampler(config),
+            "steps": recipe.steps,
+            "sampler": recipe.sampler,
             "tile": tile,
             "cold_start_s": cold,
             "components_ms": components,
@@ -76,7 +75,7 @@ def time_components(restorer: Restorer, runs: int, seconds: float) -> dict[str, 
     """Time one tile through each component, and four through the denoiser at once."""
     import numpy as np
 
-    m, sessions = restorer.manifest, restorer._sessions
+    m, sessions = restorer.manifest, restorer.sessions
     side = m.tile // m.factor
     latent = np.zeros((1, m.latent_channels, side, side), np.float32)
     image = np.zeros((1, 3, m.tile, m.tile), np.float32)

@@ -16,32 +16,12 @@ from pfstorer_rt.engine.session import Session, out_of_memory
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.imaging.bands import Bands
 from pfstorer_rt.imaging.rows import Spool
-from pfstorer_rt.tiling import Blender, Tile, axis_offsets, even_offsets, kept_spans
+from pfstorer_rt.runtime.layout import CodecTiles
+from pfstorer_rt.tiling import Blender, Tile
 
 Tensors = dict[str, torch.Tensor]
 Done = Callable[[int], None]
 """done(n): that many tiles went through a network."""
-
-
-class CodecTiles:
-    """How encoder and decoder cut a canvas: squares with margins that are thrown away. The unit is latent pixels."""
-
-    def __init__(self, height: int, width: int, tile: int, margin: int) -> None:
-        self.shape = height, width
-        self.sides = min(tile, height), min(tile, width)
-        spans = []
-        for length, side in zip(self.shape, self.sides, strict=True):
-            offsets = even_offsets(length, side, min(2 * margin, side - 1))
-            spans.append(list(zip(offsets, kept_spans(offsets, side), strict=True)))
-        self.rows, self.columns = spans
-
-    @property
-    def whole(self) -> bool:
-        """Whether one tile is the canvas."""
-        return len(self) == 1
-
-    def __len__(self) -> int:
-        return len(self.rows) * len(self.columns)
 
 
 def run(session: Session, tensors: Mapping[str, torch.Tensor]) -> Tensors:
@@ -137,11 +117,6 @@ class TiledDenoiser:
         if self.batch == 1:
             raise PFStorerError("too little memory for a single tile; close other programs") from error
         self.batch = min(self.batch, len(self.tiles)) // 2 or 1
-
-
-def chop_offsets(length: int, side: int, stride: int) -> list[int]:
-    """Return where StableSR's squares begin along an axis (method: image pipeline, step 3)."""
-    return axis_offsets(length, side, max(0, side - stride))
 
 
 def crop(array: Any, tile: Tile) -> Any:

@@ -167,7 +167,7 @@ def test_torch_backend_refuses_another_base(base_plan, tmp_path):
 
 def test_sessions_are_closed_with_the_restorer(base_plan):
     with Restorer.from_plan(base_plan.path, "onnxruntime") as restorer:
-        session = restorer._sessions["decoder"]
+        session = restorer.sessions["decoder"]
         session.run(latent=np.zeros((1, 4, 8, 8), np.float32))
     with pytest.raises((AttributeError, TypeError)):
         session.run(latent=np.zeros((1, 4, 8, 8), np.float32))

@@ -46,7 +46,7 @@ def counting():
 @pytest.fixture
 def counted(restorer):
     """The restorer with counting sessions, by component."""
-    sessions = {name: Counting(session) for name, session in restorer._sessions.items()}
+    sessions = {name: Counting(session) for name, session in restorer.sessions.items()}
     return Restorer(restorer.manifest, sessions, "torch"), sessions
 
 

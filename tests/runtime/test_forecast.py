@@ -12,15 +12,15 @@ def forecaster(nano_base):
         yield Forecaster(restorer, RestoreConfig(steps=2, tile=TileConfig(batch=2)))
 
 
-def test_work_is_that_of_the_restorer(forecaster):
-    predicted = forecaster.predict(300, 200)
-    assert predicted.work == forecaster.restorer.plan(300, 200, forecaster.config)
-    assert predicted.facts()["tiles"] == predicted.work.tiles and predicted.work.batch == 2
+def test_the_report_of_a_forecast_has_the_layout_of_the_restoration(forecaster):
+    facts, layout = forecaster.predict(300, 200).facts(), forecaster.restorer.layout(300, 200, forecaster.config)
+    assert layout.facts().items() <= facts.items()
+    assert (facts["tiles"], facts["batch"], facts["steps"], facts["squares"]) == (7 * 5, 2, 2, 1)
 
 
 def test_time_grows_with_the_tiles(forecaster):
     small, large = forecaster.predict(512, 512), forecaster.predict(5120, 5120)
-    ratio = large.work.tiles / small.work.tiles
+    ratio = large.layout.denoiser_tiles / small.layout.denoiser_tiles
     assert small.seconds > 0 and large.seconds / small.seconds == pytest.approx(ratio, rel=0.5)
 
 

@@ -136,11 +136,12 @@ def test_canvas_by_hand():
 
 
 def test_settings_default_to_the_engines(restorer):
-    config = RestoreConfig()
-    assert (restorer.steps(config), restorer.sampler(config), restorer.overlap(config)) == (4, "ddpm", 16)
-    assert restorer.overlap(RestoreConfig(tile=TileConfig("parity"))) == 32
-    chosen = RestoreConfig(steps=9, sampler="ddim", tile=TileConfig(overlap=8))
-    assert (restorer.steps(chosen), restorer.sampler(chosen), restorer.overlap(chosen)) == (9, "ddim", 8)
+    recipe = restorer.recipe()
+    assert (recipe.steps, recipe.sampler, recipe.overlap, recipe.chop) == (4, "ddpm", 16, 1280)
+    assert restorer.recipe(RestoreConfig(tile=TileConfig("parity"))).overlap == 32
+    assert restorer.recipe(RestoreConfig(tile=TileConfig("parity", chop=32))).chop == 64  # never below a tile
+    recipe = restorer.recipe(RestoreConfig(steps=9, sampler="ddim", tile=TileConfig(overlap=8)))
+    assert (recipe.steps, recipe.sampler, recipe.overlap) == (9, "ddim", 8)
 
 
 @pytest.mark.parametrize(
@@ -162,9 +163,11 @@ def test_settings_default_to_the_engines(restorer):
         (RestoreConfig(tile=TileConfig(chop=100)), "chop 100: expected a multiple of 32"),
         (RestoreConfig(tile=TileConfig(chop=0)), "chop 0"),
         (RestoreConfig(tile=TileConfig(chop_stride=0)), "chop_stride 0"),
-        (RestoreConfig(init="zero"), "init 'zero': expected lq or noise"),
+        (RestoreConfig(init="zero"), "init 'zero': expected one of lq, noise"),
         (RestoreConfig(eta=1.5), "eta 1.5: expected 0 to 1"),
         (RestoreConfig(eta=float("nan")), "eta nan"),
+        (RestoreConfig(cfw_weight=0.5), "cfw_weight 0.5: this engine has no controllable feature wrapping"),
+        (RestoreConfig(cfw_weight=float("nan")), "cfw_weight nan"),
     ],
 )
 def test_impossible_settings_are_refused_before_any_work(counted, make_picture, config, message):
@@ -186,8 +189,8 @@ def test_strength_turns_the_person_up_and_down(personal, restorer, make_picture)
 
 
 def test_strength_reaches_the_engine_as_a_float(personal, counting, make_picture):
-    denoiser = counting(personal._sessions["denoiser"])
-    with Restorer(personal.manifest, {**personal._sessions, "denoiser": denoiser}, "torch") as made:
+    denoiser = counting(personal.sessions["denoiser"])
+    with Restorer(personal.manifest, {**personal.sessions, "denoiser": denoiser}, "torch") as made:
         made.restore(make_picture(64, 64), replace(CONFIG, strength=1))
     for name, shape in (("strength", (1,)), ("t", (1,))):
         assert {(call[name].dtype, call[name].shape) for call in denoiser.calls} == {(np.dtype(np.float32), shape)}
@@ -250,7 +253,7 @@ def test_values_that_are_not_finite_are_an_error(restorer, counting, make_pictur
             return {name: array * np.float32("nan") for name, array in self.session.run(**arrays).items()}
 
     for component in ("encoder", "denoiser", "decoder"):
-        sessions = dict(restorer._sessions)
+        sessions = dict(restorer.sessions)
         sessions[component] = Broken(sessions[component])
         with pytest.raises(PFStorerError, match="not finite"):
             Restorer(restorer.manifest, sessions, "torch").restore(make_picture(64, 64), CONFIG)
@@ -277,7 +280,7 @@ def test_torch_works_in_one_thread_beside_an_engine_alone(restorer, counting, ma
     torch.set_num_threads(3)
     try:
         for backend in ("torch", "onnxruntime"):
-            sessions = {name: Looking(session) for name, session in restorer._sessions.items()}
+            sessions = {name: Looking(session) for name, session in restorer.sessions.items()}
             Restorer(restorer.manifest, sessions, backend).restore(make_picture(64, 64), CONFIG)
             assert torch.get_num_threads() == 3
     finally:

@@ -8,7 +8,7 @@ from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.imaging.files import to_tensor
 from pfstorer_rt.imaging.rows import Spool
 from pfstorer_rt.plan import COMPONENTS
-from pfstorer_rt.runtime import restorer as runtime
+from pfstorer_rt.runtime import layout as layouts
 from pfstorer_rt.runtime.restorer import Restorer
 
 CONFIG = RestoreConfig(steps=2, sampler="ddpm")
@@ -35,12 +35,12 @@ def test_tiles_of_the_autoencoder_are_the_untiled_autoencoder(nano_base, counted
     restorer, sessions = counted
     pixels = make_picture(*size)
     untiled = restorer.restore(pixels, CONFIG)
-    monkeypatch.setitem(runtime.CODEC_TILE, False, 128)
+    monkeypatch.setattr(layouts, "TINY_CODEC", layouts.CodecSize(128, 32))
     for component in COMPONENTS:
         sessions[component].calls.clear()
     tiled = restorer.restore(pixels, CONFIG)
-    work = restorer.plan(*size, CONFIG)
-    assert len(sessions["encoder"].calls) == len(sessions["decoder"].calls) == work.codec_tiles > 1
+    layout = restorer.layout(*size, CONFIG)
+    assert len(sessions["encoder"].calls) == len(sessions["decoder"].calls) == layout.codec_tiles > 1
     error = np.mean((tiled.astype(np.float64) - untiled) ** 2)
     assert -10 * np.log10(error) >= 45
 
@@ -62,8 +62,8 @@ def test_out_of_memory_halves_the_batch_and_goes_on(restorer, counting, make_pic
             return super().run(**arrays)
 
     pixels = make_picture(130, 200)
-    small = Small(restorer._sessions["denoiser"])
-    made = Restorer(restorer.manifest, {**restorer._sessions, "denoiser": small}, "torch")
+    small = Small(restorer.sessions["denoiser"])
+    made = Restorer(restorer.manifest, {**restorer.sessions, "denoiser": small}, "torch")
     found = made.restore(pixels, tiles(batch=8))
     np.testing.assert_allclose(found, restorer.restore(pixels, tiles(batch=8)), atol=1e-4)
     assert max(len(call["x"]) for call in small.calls) == 1 << (allowed.bit_length() - 1)
@@ -77,21 +77,21 @@ def test_other_failures_are_not_taken_for_want_of_memory(restorer, counting, mak
         def run(self, **arrays):
             raise RuntimeError("no kernel")
 
-    made = Restorer(restorer.manifest, {**restorer._sessions, "denoiser": Broken(restorer._sessions["denoiser"])}, "x")
+    made = Restorer(restorer.manifest, {**restorer.sessions, "denoiser": Broken(restorer.sessions["denoiser"])}, "x")
     with pytest.raises(RuntimeError, match="no kernel"):
         made.restore(make_picture(64, 64), CONFIG)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (130, 97), (300, 64), (20, 20)])
 @pytest.mark.parametrize("tile", [TileConfig(batch=3), CHOPPED])
-def test_the_plan_is_what_is_done(counted, make_picture, height, width, tile):
+def test_every_tile_of_the_layout_is_run_once(counted, make_picture, height, width, tile):
     restorer, sessions = counted
     config = replace(CONFIG, tile=tile, steps=3)
-    work = restorer.plan(height, width, config)
+    layout = restorer.layout(height, width, config)
     restorer.restore(make_picture(height, width), config)
-    assert sum(len(call["x"]) for call in sessions["denoiser"].calls) == 3 * work.tiles
-    assert len(sessions["encoder"].calls) == work.codec_tiles
-    assert max(len(call["x"]) for call in sessions["denoiser"].calls) == work.batch
+    assert sum(len(call["x"]) for call in sessions["denoiser"].calls) == 3 * layout.denoiser_tiles
+    assert len(sessions["encoder"].calls) == layout.codec_tiles
+    assert max(len(call["x"]) for call in sessions["denoiser"].calls) == layout.batch
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 160), (130, 97)])
@@ -186,4 +186,4 @@ def test_progress_counts_every_step_once(restorer, make_picture):
     assert steps(64, 160, CONFIG) == [(1, 8), (4, 8), (7, 8), (8, 8)]  # three tiles go through at once
     for config in (tiles(batch=2), replace(CONFIG, tile=CHOPPED)):
         done = [d for d, _ in steps(128, 224, config)]
-        assert done == sorted(set(done)) and done[-1] == restorer.plan(128, 224, config).total
+        assert done == sorted(set(done)) and done[-1] == restorer.layout(128, 224, config).total
