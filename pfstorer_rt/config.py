@@ -424,8 +424,9 @@ def check_parts(data: Mapping[str, Any]) -> None:
     """
     if not is_name(data["name"]):
         raise ValueError(f"base configuration: name {str(data['name'])[:80]!r}, expected letters, digits, '_', '-'")
-    for part in ("unet", "vae", "text", "cfw"):
-        if unknown := sorted(set(data.get(part) or {}) - known_arguments(part)):
+    given = {part: data.get(part) or {} for part in ("unet", "vae", "text", "cfw")}
+    for part, values in (*given.items(), ("vae", given["cfw"].get("vae") or {})):  # cfw can hold an autoencoder
+        if unknown := sorted(set(values) - known_arguments(part)):
             raise ValueError(f"base configuration: {part} has unknown arguments {unknown}")
 
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -133,17 +134,30 @@ def work_folder(near: Path | None = None) -> Iterator[Path]:
 
     near: a folder into which results are moved afterwards. Where it is on another file system than the cache
     directory, the work folder is made in it, so that a file can be renamed into its place.
-    Raises PFStorerError where the folder cannot be made.
+    Where the cache directory cannot be written, the work folder is made in `near`, or else among the system's
+    temporary files. Raises PFStorerError where the folder cannot be made.
     """
-    parent = make_folder(cache_home() / "work")
-    if near is not None and _device(near) != _device(parent):
-        parent = near
+    parent = _work_parent(near)
     with contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(temporary_folder(parent))
         except OSError as error:
             raise _write_error(parent, error) from error
         yield folder
+
+
+def work_home() -> Path:
+    """Return the folder of all work folders."""
+    return cache_home() / "work"
+
+
+def _work_parent(near: Path | None) -> Path:
+    try:
+        parent = make_folder(work_home())
+    except PFStorerError:
+        return near or Path(tempfile.gettempdir())
+    other_disk = near is not None and _device(near) != _device(parent)
+    return parent if os.access(parent, os.W_OK) and not other_disk else near or Path(tempfile.gettempdir())
 
 
 def move_file(source: Path, target: str | os.PathLike[str]) -> None:
@@ -290,10 +304,18 @@ def _write_error(path: str | os.PathLike[str], error: OSError) -> PFStorerError:
     return PFStorerError(f"{show_path(path)}: cannot be written ({reason}); {advice}")
 
 
-def make_folder(path: Path) -> Path:
-    """Make a folder and those above it; returns it. Raises PFStorerError where it cannot be made."""
+def make_folder(path: Path, private: bool = False) -> Path:
+    """Make a folder and those above it; returns it. Raises PFStorerError where it cannot be made.
+
+    private: for the owner alone, whatever the umask; an existing folder keeps its mode. Folders in the data and cache
+    directories always are: in a folder that others may write to, they could replace an identity or the signing key.
+    """
+    private = private or any(path.is_relative_to(root) for root in (home(), cache_home()))
+    mode = 0o700 if private else 0o777
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        for folder in reversed((path, *path.parents)):  # the mode of `mkdir(parents=True)` is for the last one alone
+            if folder == path or not folder.exists():
+                folder.mkdir(mode, exist_ok=True)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise PFStorerError(f"{show_path(path)}: this folder cannot be made ({reason}); choose another one") from error

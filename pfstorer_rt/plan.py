@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
+import shlex
 import shutil
 import struct
 import zipfile
@@ -32,15 +33,15 @@ SCHEMA = 2
 """What is written; 1, which knows no weights beside a payload, is read too."""
 KIND = "pfstorer-plan"
 COMPONENTS = ("encoder", "denoiser", "decoder")
-TARGETS = ("onnx", "tensorrt", "tensorrt-rtx", "torch")
-"""Values of `Manifest.target`. `torch` is a base in memory, never a file."""
+TARGETS = ("onnx", "tensorrt", "tensorrt-rtx")
+"""Values of `Manifest.target` in a file. A base in memory has `torch`."""
 PRECISIONS = ("fp32", "fp16", "int8")
 DATA_TARGETS = ("onnx",)
 """Targets whose payloads are plain data; those of all others are executable code, and are signed."""
 SIGNATURE = "signature"
 SHIPPED = ("tiny",)
 """Bases that are known by their names."""
-_CAPABILITY = re.compile(r"\d+\.\d+\+?")
+_CAPABILITY = re.compile(r"[0-9]+\.[0-9]+\+?")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same bytes for the same content
 
 
@@ -206,7 +207,7 @@ class Plan:
         gpus = "".join(f"--compute-capability {name} " for name in named)
         return (
             f"build it with `pfstorer-rt export {source} --target {m.target} --precision {m.precision} {gpus}"
-            f"-o {self.path.name} --overwrite`"
+            f"-o {shlex.quote(self.path.name)} --overwrite`"
         )
 
     def read(self, component: str) -> bytes:
@@ -231,7 +232,15 @@ class Plan:
         return data
 
     def _check_external_data(self, component: str, data: bytes) -> None:
-        """Raise `BadFileError` for an ONNX graph that reads another file than the weights beside it."""
+        """Raise `BadFileError` for an ONNX graph that reads another file than the weights beside it, or runs code.
+
+        An operator EPContext holds or names an engine, such as TensorRT's, that ONNX Runtime hands to its provider.
+        """
+        if b"EPContext" in data:
+            raise BadFileError(
+                f"{show_path(self.path)}: the {component} holds a compiled engine (EPContext), which is code; do not "
+                "use it"
+            )
         allowed = {self.manifest.payloads[component].weights} - {""}
         try:
             foreign = sorted(external_files(data) - allowed)

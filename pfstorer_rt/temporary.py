@@ -113,15 +113,18 @@ def _lock(descriptor: int) -> bool | None:
 
 def _remove_abandoned(path: Path) -> bool:
     with contextlib.suppress(OSError):
-        if path.is_symlink() or any((path / KEPT).glob("*")):
+        if path.is_symlink():
             return False
-        if fcntl is None:
-            return time.time() - path.stat().st_mtime > _UNLOCKED_AGE and _remove(path)
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) if fcntl else -1
         try:
-            return _lock(descriptor) is True and _remove(path)
+            locked = _lock(descriptor)
+            old = time.time() - path.lstat().st_mtime > _UNLOCKED_AGE
+            # Looked for with the lock held: before, a living process could still move files there.
+            kept = any((path / KEPT).glob("*"))
+            return (locked or (locked is None and old)) and not kept and _remove(path)
         finally:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
     return False
 
 

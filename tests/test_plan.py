@@ -302,6 +302,22 @@ def test_a_graph_that_reads_another_file_is_refused(tmp_path, monkeypatch):
         made.read("encoder")
 
 
+def test_a_graph_with_an_engine_in_it_is_refused(tmp_path):
+    """ONNX Runtime gives the engine in an EPContext node to its provider, which runs it."""
+    data = onnx_message(b"EPContext")
+    manifest = make_manifest()
+    entry = replace(manifest.payloads["encoder"], sha256=sha256_bytes(data))
+    manifest = replace(manifest, payloads=manifest.payloads | {"encoder": entry})
+    made = write_plan(tmp_path / "a.plan", manifest, {**PAYLOADS, "encoder": data})
+    with pytest.raises(BadFileError, match=r"the encoder holds a compiled engine"):
+        made.read("encoder")
+
+
+def test_a_command_to_copy_quotes_the_name_of_the_file(tmp_path):
+    made = write_plan(tmp_path / "a;reboot;.plan", make_manifest(), PAYLOADS)
+    assert "-o 'a;reboot;.plan' --overwrite" in made.rebuild()
+
+
 def test_a_signature_of_strange_letters_is_a_wrong_one(tmp_path, monkeypatch):
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "home"))
     made = write_plan(tmp_path / "b.plan", make_manifest(target="tensorrt"), PAYLOADS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pfstorer_rt.files import atomic_entries, atomic_write, work_folder
+from pfstorer_rt.files import atomic_entries, atomic_write, make_folder, work_folder
 from pfstorer_rt.temporary import sweep
 
 KILLED = """
@@ -144,3 +144,60 @@ def test_old_leftovers_go_where_files_cannot_be_locked(tmp_path, monkeypatch):
     long_ago = time.time() - 30 * 24 * 3600
     os.utime(old, (long_ago, long_ago))
     assert sweep(tmp_path) == [old]
+
+
+def test_files_that_a_living_process_moved_in_meanwhile_are_kept(tmp_path, monkeypatch):
+    """The process replaced the user's files and was killed between the sweep's first look and its lock."""
+    from pfstorer_rt import temporary
+
+    folder = tmp_path / ".pfstorer-1.tmp"
+    (folder / "old").mkdir(parents=True)
+    real = temporary._lock
+
+    def lock(descriptor):
+        (folder / "old" / "config.json").write_text("{}")
+        return real(descriptor)
+
+    monkeypatch.setattr(temporary, "_lock", lock)
+    assert sweep(tmp_path) == []
+    assert (folder / "old" / "config.json").exists()
+
+
+def test_old_leftovers_go_on_a_file_system_without_locks(tmp_path, monkeypatch):
+    from pfstorer_rt import temporary
+
+    def refuse(descriptor, operation):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(temporary.fcntl, "flock", refuse)
+    new, old = tmp_path / ".pfstorer-1.tmp", tmp_path / ".pfstorer-2.tmp"
+    new.write_bytes(b"x")
+    old.write_bytes(b"x")
+    long_ago = time.time() - 30 * 24 * 3600
+    os.utime(old, (long_ago, long_ago))
+    assert sweep(tmp_path) == [old]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_work_folder_is_made_elsewhere_without_a_cache_directory(tmp_path, monkeypatch, beside):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "file" / "home"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "system"))
+    (tmp_path / "system").mkdir()
+    near = tmp_path / "near"
+    near.mkdir()
+    with work_folder(near if beside else None) as folder:
+        assert folder.parent == (near if beside else tmp_path / "system")
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_folders_for_data_are_the_owners_alone_whatever_the_umask(tmp_path, monkeypatch):
+    monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "deep" / "home"))
+    mask = os.umask(0)
+    try:
+        made = [make_folder(tmp_path / "deep" / "home" / name) for name in ("identities", "cache/work")]
+        assert {stat.S_IMODE(p.stat().st_mode) for p in (*made, made[0].parent, made[1].parent)} == {0o700}
+        assert stat.S_IMODE(make_folder(tmp_path / "photos").stat().st_mode) == 0o777
+        assert stat.S_IMODE(make_folder(tmp_path / "work", private=True).stat().st_mode) == 0o700
+    finally:
+        os.umask(mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -113,4 +114,5 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
         click.echo(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))
         return
     click.echo(f"{name}: learned from {len(photos)} photographs on base {identity.base_name}, kept in {target}")
-    click.echo(f"next: pfstorer-rt export --identity {options['output'] or name} -o {name}.plan")
+    source = shlex.quote(str(options["output"] or name))
+    click.echo(f"next: pfstorer-rt export --identity {source} -o {name}.plan")

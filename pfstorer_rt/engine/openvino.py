@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from pfstorer_rt.engine.session import Array, HostSession
-from pfstorer_rt.errors import BadFileError, MissingBackendError
-from pfstorer_rt.files import cache_home, check_fingerprint, inside, show_path
+from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError
+from pfstorer_rt.files import cache_home, check_fingerprint, inside, make_folder, show_path
 from pfstorer_rt.plan import Plan
 
 TARGETS = ("onnx",)
@@ -159,10 +159,10 @@ def make_cache_folder(plan: Plan) -> str | None:
     They hold the identity's weights, so the folder is the user's alone and is named by the identity:
     `identities rm` deletes it.
     """
-    folder = cache_folder(plan.manifest.identity_fingerprint or plan.manifest.base_fingerprint)
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
+        folder = make_folder(cache_folder(plan.manifest.identity_fingerprint or plan.manifest.base_fingerprint))
+        folder.chmod(0o700)
+    except (PFStorerError, OSError, ValueError):  # ValueError: a symbolic link leads out of the cache directory
         return None
     return str(folder) if os.access(folder, os.W_OK) else None
 

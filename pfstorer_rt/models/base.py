@@ -197,7 +197,7 @@ def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> B
         config = base_config_from_dict(json.loads((path / "config.json").read_text()))
         with init_empty_weights():  # their own tensors would be made for nothing
             base = assemble(config)
-        base.scheduler = DDPMScheduler.from_pretrained(path / "scheduler")
+        base.scheduler = read_scheduler(path / "scheduler")
         for name, module in base.modules().items():
             module.load_state_dict({k: in_fp32(v) for k, v in read_network(path / name).items()}, assign=True)
         base.fingerprint, base.path = fingerprint_directory(path), path
@@ -205,6 +205,16 @@ def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> B
         reason = " ".join(str(error).split())[:300]
         raise BadFileError(f"{path}: not a usable base directory ({reason}); import or train it again") from error
     return base.freeze().to(device)
+
+
+def read_scheduler(folder: Path) -> DDPMScheduler:
+    """Read the noise schedule of a base directory; raises `BadFileError` where it is missing.
+
+    diffusers reads a path that is no folder as the name of a repository on the hub.
+    """
+    if not (folder / "scheduler_config.json").is_file():
+        raise BadFileError(f"{folder.name}/scheduler_config.json is missing")
+    return DDPMScheduler.from_pretrained(folder, local_files_only=True)
 
 
 def write_base(

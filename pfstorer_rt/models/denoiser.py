@@ -99,7 +99,7 @@ def subject_context(base: Base, identity: Identity) -> torch.Tensor:
     """Encode the subject prompt with the learned token, (1, L, D)."""
     with torch.no_grad():
         token = identity.tensors["token"].float().to(base.device)
-        return base.encode_prompt(identity.settings["subject_prompt"].format("S*"), token)
+        return base.encode_prompt(identity.settings["subject_prompt"].replace("{}", "S*"), token)
 
 
 def tuned_unet(unet: RestorationUNet, identity: Identity) -> RestorationUNet:

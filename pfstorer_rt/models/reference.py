@@ -65,8 +65,13 @@ class Positions(NamedTuple):
 
 
 def subject_ids(base: Base, prompt: str) -> tuple[torch.Tensor, Positions]:
-    """Tokenize the subject prompt ('{}' stands for S*); returns ids (1, L) and the positions in it."""
-    ids = tokenize(prompt.format(SUBJECT), base.config)
+    """Tokenize the subject prompt ('{}' stands for S*); returns ids (1, L) and the positions in it.
+
+    The prompt can be another person's, so it is no format string. Raises `ValueError` for a prompt without '{}'.
+    """
+    if "{}" not in prompt:
+        raise ValueError(f"subject prompt {prompt[:80]!r}, expected {{}} in it, such as 'a photo of a {{}}'")
+    ids = tokenize(prompt.replace("{}", SUBJECT), base.config)
     end = token_position(ids, base.config.text["eos_token_id"])
     return ids.to(base.device), Positions(token_position(ids, PLACEHOLDER), end)
 

@@ -232,7 +232,7 @@ def train_base(
     checkpoints are kept; the same call goes on from them. prior: a base whose autoencoder and UNet are
     taken up; what trains on top of it is `config.trained`.
     """
-    make_folder(work)
+    make_folder(work, private=True)
     paths, _ = split_holdout(find_images(sources), config.holdout)
     if prior is None:
         base = build_base(config.preset, config.restorer.seed)

@@ -85,7 +85,7 @@ def finish_base(sources: Sequence[Path], base: Base, out: Path, config: BaseTrai
     """
     if base.cfw is None:
         raise BadFileError(f"base {base.config.name!r} has no feature wrapping; train it first (--train wrapping)")
-    make_folder(work)
+    make_folder(work, private=True)
     paths, _ = split_holdout(find_images(sources), config.holdout)
     accelerator, settings = make_accelerator(config.restorer), config.restorer
     base.to(accelerator.device).set_attention(training_backend(accelerator.device))

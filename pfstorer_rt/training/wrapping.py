@@ -79,7 +79,7 @@ def add_wrapping(sources: Sequence[Path], base: Base, out: Path, config: BaseTra
     """
     if base.config.vae["class"] != "AutoencoderTiny":
         raise BadFileError(f"base {base.config.name!r}: only an AutoencoderTiny's wrapping is trained here; use --cfw")
-    make_folder(work)
+    make_folder(work, private=True)
     paths, _ = split_holdout(find_images(sources), config.holdout)
     train_wrapping(paths, base, work, config)
     base.save(out, torch.float16)

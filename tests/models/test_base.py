@@ -161,6 +161,25 @@ def test_a_base_names_no_code(copied, part, key):
         load_base(copied)
 
 
+def test_the_autoencoder_of_feature_wrapping_names_no_code(copied):
+    config = json.loads((copied / "config.json").read_text())
+    config["cfw"] = {"vae": {"class": "AutoencoderKL", "quantization_config": {}}}
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadFileError, match=r"vae has unknown arguments \['quantization_config'\]"):
+        load_base(copied)
+
+
+def test_a_base_without_a_noise_schedule_is_not_looked_up_on_the_hub(copied, monkeypatch):
+    """diffusers reads `copy/scheduler` as the name of a repository where there is no such folder."""
+    asked = []
+    monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", lambda *names, **more: asked.append(names))
+    monkeypatch.chdir(copied.parent)
+    shutil.rmtree(copied / "scheduler")
+    with pytest.raises(BadFileError, match=r"scheduler_config.json is missing"):
+        load_base(copied.name)
+    assert asked == []
+
+
 def test_a_base_has_a_plain_name(copied):
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps({**config, "name": "../x"}))

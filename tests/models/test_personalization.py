@@ -11,7 +11,7 @@ from pfstorer_rt.models.personalization import (
     make_low_rank,
     reference_mask,
 )
-from pfstorer_rt.models.reference import reference_features
+from pfstorer_rt.models.reference import reference_features, subject_ids
 from pfstorer_rt.models.unet import RestorationUNet
 from pfstorer_rt.training.losses import attention_loss
 from pfstorer_rt.training.objectives import PersonalizationObjective
@@ -346,6 +346,11 @@ def test_reference_dropout_hides_the_reference(objective):
     assert torch.allclose(made(one)["diff"], made(other)["diff"], rtol=1e-5)
     one["self"] = other["self"] = torch.tensor(False)
     assert (made(one)["diff"] - made(other)["diff"]).abs() > 1e-6
+
+
+def test_a_subject_prompt_is_no_format_string(nano_base):
+    with pytest.raises(ValueError, match=r"expected \{\} in it"):
+        subject_ids(nano_base, "a {0.__class__} of a {0}")
 
 
 @torch.no_grad()

@@ -67,6 +67,18 @@ def _restricted() -> ModuleType:
     return module
 
 
+def refuse_programs(path: Path) -> None:
+    """Raise `BadFileError` for a TorchScript archive: `torch.load` runs its code, which can write any file.
+
+    `torch.load` finds these archives by the same entry, listed by the same reader.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+        raise BadFileError("a TorchScript program; expected a checkpoint of tensors, as torch.save writes it")
+
+
 def read_checkpoint(path: Path) -> Tensors:
     """Read a `.ckpt`/`.pt` (memory-mapped, nothing executed) or `.safetensors` file's tensors by key.
 
@@ -80,6 +92,7 @@ def read_checkpoint(path: Path) -> Tensors:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
         new = zipfile.is_zipfile(path)  # the older format of torch.save cannot be mapped
+        refuse_programs(path)
         data = torch.load(path, map_location="cpu", mmap=new, weights_only=False, pickle_module=_restricted())
     except BadFileError as error:
         raise BadFileError(f"{show_path(path)}: {error}") from error

@@ -157,6 +157,37 @@ def test_code_in_a_checkpoint_is_refused_by_name_and_not_run(tmp_path, monkeypat
     assert not (tmp_path / "exploded").exists()
 
 
+class Program(nn.Module):
+    """A TorchScript module that writes a file when it is loaded."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.target, self.tensor, self.training = target, torch.zeros(1), False
+
+    def forward(self, x):
+        return x
+
+    @torch.jit.export
+    def __getstate__(self):
+        return (self.target, self.tensor, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, torch.Tensor, bool]):
+        self.target, self.tensor, self.training = state
+        torch.save(self.tensor, self.target)
+
+
+def test_a_torchscript_program_is_refused_and_not_run(tmp_path):
+    path, written = tmp_path / "stablesr.ckpt", tmp_path / "written"
+    torch.jit.script(Program(str(written))).save(str(path))
+    torch.jit.load(str(path))
+    assert written.exists(), "loading it in the usual way runs it"
+    written.unlink()
+    with pytest.raises(BadFileError, match="TorchScript program"):
+        read_checkpoint(path)
+    assert not written.exists()
+
+
 def test_lightning_objects_become_stubs_and_optimizer_state_is_left(tmp_path, monkeypatch):
     import sys
     import types
