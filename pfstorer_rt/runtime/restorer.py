@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,9 @@ from pfstorer_rt.imaging.rows import Pixels, Rows, Spool
 from pfstorer_rt.plan import COMPONENTS, Manifest, Plan
 from pfstorer_rt.runtime.stages import CodecTiles, Done, TiledDenoiser, chop_offsets, decode, encode, run
 from pfstorer_rt.tiling import Tile, blend_by_rows, plan_tiles, ramp_weights
+
+if TYPE_CHECKING:
+    from pfstorer_rt.models.base import Base
 
 Step = Callable[[int, int], None]
 """step(done, total), called after each batch of tiles; total counts all tiles through all networks and steps."""
@@ -109,7 +113,7 @@ class Restorer:
     @classmethod
     def from_base(
         cls,
-        base: object = "tiny",
+        base: Base | str | Path = "tiny",
         identity: str | Path | Identity | None = None,
         expected: Manifest | None = None,
         device: str = "auto",
@@ -124,7 +128,7 @@ class Restorer:
         from pfstorer_rt.models.base import Base, load_base
         from pfstorer_rt.models.components import manifest
 
-        loaded = base if isinstance(base, Base) else load_base(str(base))
+        loaded = base if isinstance(base, Base) else load_base(base)
         if identity is not None and not isinstance(identity, Identity):
             identity = Identity.load(identity_path(identity))
         if expected is not None and loaded.fingerprint != expected.base_fingerprint:
