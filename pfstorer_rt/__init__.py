@@ -1,35 +1,57 @@
-"""PFStorer runtime: personalized face restoration. Names are resolved on first use, so importing is instant."""
+"""PFStorer runtime: personalized face restoration. Names are imported on first use, so `import pfstorer_rt` is instant.
+
+The imports under `TYPE_CHECKING` tell type checkers and editors what each name is. `_MODULES` tells Python where to
+find it.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-_EXPORTS = {
-    "load_base": "pfstorer_rt.models.base",
+if TYPE_CHECKING:
+    from pfstorer_rt.config import PersonalizeConfig as PersonalizeConfig
+    from pfstorer_rt.config import RestoreConfig as RestoreConfig
+    from pfstorer_rt.config import TileConfig as TileConfig
+    from pfstorer_rt.config import TrainConfig as TrainConfig
+    from pfstorer_rt.degradation.degrade import degrade as degrade
+    from pfstorer_rt.engine.session import Session as Session
+    from pfstorer_rt.engine.session import open_session as open_session
+    from pfstorer_rt.errors import PFStorerError as PFStorerError
+    from pfstorer_rt.evaluation.folders import evaluate as evaluate
+    from pfstorer_rt.identity import Identity as Identity
+    from pfstorer_rt.models.base import Base as Base
+    from pfstorer_rt.models.base import load_base as load_base
+    from pfstorer_rt.plan import Plan as Plan
+    from pfstorer_rt.runtime.restorer import Restorer as Restorer
+    from pfstorer_rt.training.personalize import personalize as personalize
+
+_MODULES = {
     "Base": "pfstorer_rt.models.base",
     "Identity": "pfstorer_rt.identity",
-    "personalize": "pfstorer_rt.training.personalize",
-    "TrainConfig": "pfstorer_rt.config",
+    "PFStorerError": "pfstorer_rt.errors",
     "PersonalizeConfig": "pfstorer_rt.config",
-    "RestoreConfig": "pfstorer_rt.config",
-    "TileConfig": "pfstorer_rt.config",
-    "Restorer": "pfstorer_rt.runtime.restorer",
     "Plan": "pfstorer_rt.plan",
-    "open_session": "pfstorer_rt.engine.session",
+    "RestoreConfig": "pfstorer_rt.config",
+    "Restorer": "pfstorer_rt.runtime.restorer",
     "Session": "pfstorer_rt.engine.session",
+    "TileConfig": "pfstorer_rt.config",
+    "TrainConfig": "pfstorer_rt.config",
     "degrade": "pfstorer_rt.degradation.degrade",
     "evaluate": "pfstorer_rt.evaluation.folders",
-    "PFStorerError": "pfstorer_rt.errors",
+    "load_base": "pfstorer_rt.models.base",
+    "open_session": "pfstorer_rt.engine.session",
+    "personalize": "pfstorer_rt.training.personalize",
 }
-__all__ = sorted(_EXPORTS)
+__all__ = sorted(_MODULES)
 
+if not TYPE_CHECKING:  # a type checker would accept every name of a module that has this function
 
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'pfstorer_rt' has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module 'pfstorer_rt' has no attribute {name!r}")
+        return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+    return sorted({*globals(), *_MODULES})

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,9 @@ from pfstorer_rt.runtime.layout import Layout
 from pfstorer_rt.runtime.recipe import Recipe
 from pfstorer_rt.runtime.stages import Done, TiledDenoiser, decode, encode, run
 from pfstorer_rt.tiling import Tile, blend_by_rows, ramp_weights
+
+if TYPE_CHECKING:
+    from pfstorer_rt.models.base import Base
 
 Step = Callable[[int, int], None]
 """step(done, total), called after each batch of tiles; total counts all tiles through all networks and steps."""
@@ -72,7 +76,7 @@ class Restorer:
     @classmethod
     def from_base(
         cls,
-        base: object = "tiny",
+        base: Base | str | Path = "tiny",
         identity: str | Path | Identity | None = None,
         expected: Manifest | None = None,
         device: str = "auto",
@@ -87,7 +91,7 @@ class Restorer:
         from pfstorer_rt.models.base import Base, load_base
         from pfstorer_rt.models.components import manifest
 
-        loaded = base if isinstance(base, Base) else load_base(str(base))
+        loaded = base if isinstance(base, Base) else load_base(base)
         if identity is not None and not isinstance(identity, Identity):
             identity = Identity.load(identity_path(identity))
         if expected is not None and loaded.fingerprint != expected.base_fingerprint:
