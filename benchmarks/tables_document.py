@@ -57,14 +57,14 @@ HEADER = """# Results on held-out people
 | --- | --- |
 | ST-LPIPS | shift-tolerant LPIPS with the weights of the package `stlpips_pytorch` |
 | LMSE | mean squared distance between dlib's 68 landmarks in the result and in the original |
-| ID (dlib) | mean Euclidean distance between dlib's embeddings of the result and of the references, over the images in which a face is detected |
+| ID (dlib) | mean Euclidean distance of dlib's embeddings of result and references, over the images with a face |
 | ID to original | the same distance to the original |
 | verified | share of images with ID (dlib) below 0.6; an image without a detected face is not verified |
 | faces found | number of images in which dlib detects a face |
 | s/image | median time of one restoration in PyTorch |
 
 † **Training losses.** The last training stage of the base used three losses on decoded images: L1, ST-LPIPS and the
-distance of dlib's embeddings. The personalization method `PFStorer` uses them again. The rows `PFStorer, latents alone`,
+distance of dlib's embeddings. The personalization method `PFStorer` uses them again. `PFStorer, latents alone`,
 `Base + ViCo`, `Base + DreamBooth` and `500 iterations` are personalized without them. Therefore ST-LPIPS and ID are
 optimistic for `PFStorer`, and L1 favours its PSNR. LMSE and SSIM were no training losses. ArcFace, LPIPS and MUSIQ are
 missing because their weights were not available.
@@ -156,7 +156,12 @@ def differences(rows: Sequence[Row]) -> str:
     for method, mine in methods.items():
         pairs = [(theirs, base[person]) for person, theirs in by(mine, "person").items()]
         cells = []
-        for key, digits, scale in (("psnr", 2, 1), ("lmse_dlib", 1, 1), ("id_dlib", 3, 1), ("verification_dlib", 0, 100)):
+        for key, digits, scale in (
+            ("psnr", 2, 1),
+            ("lmse_dlib", 1, 1),
+            ("id_dlib", 3, 1),
+            ("verification_dlib", 0, 100),
+        ):
             found = [d for a, b in pairs if (d := shared_difference(a, b, key)) is not None]
             cells.append(spread([scale * d for d in found], digits))
         lines.append(line([method, *cells]))
