@@ -1,104 +1,182 @@
-"""Writes docs/results.md from the rows of `tables.py`."""
+"""Write docs/results.md, and the table in README.md, from the rows of `tables.py`.
+
+    python benchmarks/tables_document.py benchmarks/results/tables.csv --document docs/results.md --readme README.md
+
+Methods were measured on different numbers of people. Every table here has the same people in all of its rows: one
+table for each set of people, with all methods that were measured on at least these people.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+import click
+
 Row = dict[str, Any]
-COLUMNS = [
-    ("PSNR dB ↑", "psnr", 2),
-    ("SSIM ↑", "ssim", 3),
-    ("ST-LPIPS ↓", "stlpips", 3),
-    ("LMSE px² ↓", "lmse_dlib", 1),
-    ("ID (dlib) ↓", "id_dlib", 3),
-    ("ID to original ↓", "id_original_dlib", 3),
-]
+COLUMNS = {
+    "psnr": ("PSNR dB ↑", 2),
+    "ssim": ("SSIM ↑", 3),
+    "stlpips": ("ST-LPIPS ↓ †", 3),
+    "lmse_dlib": ("LMSE px² ↓", 1),
+    "id_dlib": ("ID (dlib) ↓ †", 3),
+    "id_original_dlib": ("ID to original ↓ †", 3),
+}
+"""Key in the CSV -> title and digits. A dagger marks a training loss."""
+README_COLUMNS = ("psnr", "lmse_dlib", "stlpips", "id_dlib")
+README_TABLE = re.compile(r"(<!-- table: .*? -->\n).*?(<!-- end of table -->)", re.DOTALL)
+FEW = 3
+"""Differences are shown from this number of people on; a standard error needs at least so many."""
 TITLES = {
     "heavy": "Heavy degradation",
     "light": "Light degradation",
-    "clean": "Clean pictures as input (the identity has to survive)",
+    "clean": "Undegraded images as input",
 }
-HEADER = """# Results on people that no training has seen
+HEADER = """# Results on held-out people
 
-Made by `python benchmarks/tables.py PEOPLE --document docs/results.md` from [`{source}`](../{source}); do not edit.
+`python benchmarks/tables_document.py` generates this page from [`{source}`](../{source}). Do not edit it.
 
-{people} people with five reference photographs each, {pictures} other photographs of each restored, at {tile} pixels,
-base `{base}`, on {machine}. The degradations are this project's levels `heavy` and `light`
-(`pfstorer-rt degrade`), with the picture's number as the seed; their result is enlarged bicubically, so "Input" is the
-"bicubic" row too. Identity is measured with dlib (the paper uses ArcFace): the mean distance to the references over
-the pictures in which a face is found, which among inputs are the better ones, and the share accepted as the same person
-(distance under 0.6; a picture without a face is not accepted). ST-LPIPS is the shift-tolerant LPIPS whose weights its
-package ships; LPIPS and MUSIQ need weights that could not be had here and are not in the table. Both were objectives of
-the base's last training, on other people, and of learning a person with `PFStorer` (docs/training.md): they flatter
-it beside the rows of latents alone, which are ViCo's, DreamBooth's and those that say so. LMSE, of dlib's landmarks,
-and PSNR are the ones to compare by. `±` is the standard error over the people, s/picture a median
-(rows were not all measured on the same processor). A person is learned in the base's own number of iterations, 1000 for
-`tiny`; `500 iterations` is PFStorer with latents alone, or the method named, in half. Methods whose number of people
-differs are compared in the second table of each level, person by person.
+## Setup
+
+- **People**: {people}. No training and no choice of settings used photographs of them. Each person has five reference
+  photographs. {pictures} other photographs of each person are degraded and restored.
+- **Images**: centre crops of {tile} x {tile} pixels. The levels are the levels of `pfstorer-rt degrade`, and the number
+  of the photograph is the seed. "Input" is the degraded image, resized bicubically to its original size.
+- **Base**: `tiny`, fingerprint `{base}`, one step unless the row states another number.
+- **Personalization**: {iterations} iterations unless the row states another number.
+- **Hardware**: {machine}. The rows were measured on several machines of this type: do not compare close times.
+- **Command**: `python benchmarks/tables.py PEOPLE`, where `PEOPLE` has one folder of photographs for each person.
+
+## Columns
+
+| column | definition |
+| --- | --- |
+| ST-LPIPS | shift-tolerant LPIPS with the weights of the package `stlpips_pytorch` |
+| LMSE | mean squared distance between dlib's 68 landmarks in the result and in the original |
+| ID (dlib) | mean Euclidean distance of dlib's embeddings of result and references, over the images with a face |
+| ID to original | the same distance to the original |
+| verified | share of images with ID (dlib) below 0.6; an image without a detected face is not verified |
+| faces found | number of images in which dlib detects a face |
+| s/image | median time of one restoration in PyTorch |
+
+† **Training losses.** The last training stage of the base used three losses on decoded images: L1, ST-LPIPS and the
+distance of dlib's embeddings. The personalization method `PFStorer` uses them again. `PFStorer, latents alone`,
+`Base + ViCo`, `Base + DreamBooth` and `500 iterations` are personalized without them. Therefore ST-LPIPS and ID are
+optimistic for `PFStorer`, and L1 favours its PSNR. LMSE and SSIM were no training losses. ArcFace, LPIPS and MUSIQ are
+missing because their weights were not available.
+
+ID (dlib) of the input covers only the images in which a face is detected. These are the less degraded ones. Use
+"verified" to compare with the input.
+
+"±" is the standard error over the people. [Evaluation](evaluation.md) describes the metrics, and
+[Training](training.md) describes the losses.
 """
 
 
 def write_document(path: Path, rows: list[Row], source: Path) -> None:
-    """Write one table for each level, and how far the methods are from the base."""
+    """Write one section for each level, with one table for each set of people."""
     first = rows[0]
-    counts = {(r["person"], r["picture"]) for r in rows}
     people = {r["person"] for r in rows}
+    photographs = {(r["person"], r["picture"]) for r in rows}
     text = HEADER.format(
         source=source.as_posix(),
         people=len(people),
-        pictures=round(len(counts) / len(people)),
+        pictures=round(len(photographs) / len(people)),
         tile=192,
         base=first["base"],
-        machine=f"{first['processor']}, torch {first['torch']}",
+        iterations=max(int(r["iterations"] or 0) for r in rows),
+        machine=f"{first['processor']}, {first['threads']} thread, torch {first['torch']}",
     )
     for level, title in TITLES.items():
         chosen = [r for r in rows if r["level"] == level]
         if chosen:
-            text += f"\n## {title}\n\n{table(chosen)}\n{differences(chosen)}"
+            text += f"\n## {title}\n"
+            text += "".join(section(group) for group in same_people(chosen))
     path.write_text(text)
+
+
+def write_readme(path: Path, rows: list[Row]) -> None:
+    """Replace the table between the two comments in README.md; raises `ClickException` without these comments."""
+    text = path.read_text()
+    if not README_TABLE.search(text):
+        raise click.ClickException(f"{path}: no '<!-- table: ... -->' and '<!-- end of table -->' in it; add them")
+    new = readme_table(rows)
+    path.write_text(README_TABLE.sub(lambda found: found[1] + new + found[2], text))
+
+
+def readme_table(rows: Sequence[Row]) -> str:
+    """Methods on heavily degraded images, over the people that every method in the main comparison has."""
+    heavy = [r for r in rows if r["level"] == "heavy"]
+    light = {r["method"] for r in rows if r["level"] == "light"}  # ablations have heavy images alone
+    (group,) = list(same_people([r for r in heavy if r["method"] in light]))[-1:]
+    heads = ["", *(COLUMNS[key][0] for key in README_COLUMNS), "verified †"]
+    lines = [line(heads), line(["---"] * len(heads))]
+    for method, mine in by(group, "method").items():
+        figures = [number(values(mine, key), COLUMNS[key][1]) for key in README_COLUMNS]
+        lines.append(line([method, *figures, f"{fmean(values(mine, 'verification_dlib')):.0%}"]))
+    return "\n".join(lines) + "\n"
+
+
+def same_people(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield rows for each set of people, largest set first: all methods that have at least these people."""
+    people = {method: frozenset(by(mine, "person")) for method, mine in by(rows, "method").items()}
+    for chosen in sorted(set(people.values()), key=lambda found: (-len(found), sorted(found))):
+        yield [r for r in rows if r["person"] in chosen and chosen <= people[r["method"]]]
+
+
+def section(rows: Sequence[Row]) -> str:
+    """One set of people: a table of means, and with enough people the differences to the base."""
+    people = by(rows, "person")
+    text = f"\n### {len(people)} people\n\n{table(rows)}"
+    return text + f"\nDifference to the base, paired by person:\n\n{differences(rows)}" if len(people) >= FEW else text
 
 
 def table(rows: Sequence[Row]) -> str:
     """Means of every method."""
-    heads = ["", "people", *(title for title, _, _ in COLUMNS), "verified", "faces found", "s/picture"]
+    heads = ["", *(title for title, _ in COLUMNS.values()), "verified †", "faces found", "s/image"]
     lines = [line(heads), line(["---"] * len(heads))]
     for method, mine in by(rows, "method").items():
-        figures = [number(values(mine, key), digits) for _, key, digits in COLUMNS]
+        figures = [number(values(mine, key), digits) for key, (_, digits) in COLUMNS.items()]
         accepted, found = values(mine, "verification_dlib"), values(mine, "id_dlib")
         share = [f"{fmean(accepted):.0%}", f"{len(found)} of {len(mine)}", f"{median(values(mine, 'seconds')):.2f}"]
-        lines.append(line([method, str(len(by(mine, "person"))), *figures, *share]))
+        lines.append(line([method, *figures, *share]))
     return "\n".join(lines) + "\n"
 
 
 def differences(rows: Sequence[Row]) -> str:
-    """What each method adds to the base, person by person, over the people that both were measured on."""
+    """Mean difference of each method to the base, and its standard error over the people."""
     methods = by(rows, "method")
-    base = by(methods.pop("Base", []), "person")
-    if not base:
-        return ""
-    heads = ["minus Base", "PSNR dB", "ID (dlib)", "verified, points"]
-    lines = [line(heads), line(["---"] * 4)]
+    base = by(methods.pop("Base"), "person")
+    heads = ["", "PSNR dB", "LMSE px²", "ID (dlib) †", "verified, points †"]
+    lines = [line(heads), line(["---"] * len(heads))]
     for method, mine in methods.items():
-        pairs = [(theirs, base[person]) for person, theirs in by(mine, "person").items() if person in base]
-        cells = [spread([mean(a, "psnr") - mean(b, "psnr") for a, b in pairs], 2)]
-        cells.append(spread([d for a, b in pairs if (d := shared_difference(a, b, "id_dlib")) is not None], 3))
-        cells.append(spread([100 * (mean(a, "verification_dlib") - mean(b, "verification_dlib")) for a, b in pairs], 0))
+        pairs = [(theirs, base[person]) for person, theirs in by(mine, "person").items()]
+        cells = []
+        for key, digits, scale in (
+            ("psnr", 2, 1),
+            ("lmse_dlib", 1, 1),
+            ("id_dlib", 3, 1),
+            ("verification_dlib", 0, 100),
+        ):
+            found = [d for a, b in pairs if (d := shared_difference(a, b, key)) is not None]
+            cells.append(spread([scale * d for d in found], digits))
         lines.append(line([method, *cells]))
     return "\n".join(lines) + "\n"
 
 
 def shared_difference(a: Sequence[Row], b: Sequence[Row], key: str) -> float | None:
-    """Mean difference over the pictures for which both have a figure."""
+    """Mean difference over the images for which both have a value."""
     others = {r["picture"]: r[key] for r in b if r[key] != ""}
     found = [float(r[key]) - float(others[r["picture"]]) for r in a if r[key] != "" and r["picture"] in others]
     return fmean(found) if found else None
 
 
 def by(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
-    """Group rows, in the order of their first."""
+    """Group rows by a column, in order of appearance."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row[key], []).append(row)
@@ -106,13 +184,8 @@ def by(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
 
 
 def values(rows: Sequence[Row], key: str) -> list[float]:
-    """The figures that there are."""
+    """The values of a column, without empty cells."""
     return [float(r[key]) for r in rows if r[key] != ""]
-
-
-def mean(rows: Sequence[Row], key: str) -> float:
-    """Mean of the figures that there are."""
-    return fmean(values(rows, key))
 
 
 def number(found: Sequence[float], digits: int) -> str:
@@ -131,3 +204,20 @@ def spread(found: Sequence[float], digits: int) -> str:
 def line(cells: Sequence[str]) -> str:
     """A line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
+
+
+@click.command()
+@click.argument("rows", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--document", type=click.Path(path_type=Path), help="Page to write.")
+@click.option("--readme", type=click.Path(exists=True, path_type=Path), help="Page whose table to replace.")
+def main(rows: Path, document: Path | None, readme: Path | None) -> None:
+    with rows.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    if document:
+        write_document(document, found, rows)
+    if readme:
+        write_readme(readme, found)
+
+
+if __name__ == "__main__":
+    main()
