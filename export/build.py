@@ -147,8 +147,6 @@ def export_plan(
     precision = DEFAULT_PRECISION[target] if precision == "auto" else precision
     if precision == "int8" and target != "onnx":
         raise ValueError(f"precision int8 with target {target!r}: it is for plans of ONNX, for CPUs")
-    if options.plugins and (target == "onnx" or precision != "fp16"):
-        raise ValueError(f"plugins with target {target!r}, {precision}: they are for fp16 engines of TensorRT")
     builder = None if target == "onnx" else EngineBuilder(target, options, progress.phase)
     owned = not isinstance(base, Base)
     base, identity = resolve(identity, base)
@@ -180,7 +178,6 @@ def export_plan(
                     builder is None,
                     Path(folder) / component,
                     progress,
-                    options.plugins and component == "denoiser",
                 )
             )
         if precision == "int8":
@@ -234,7 +231,6 @@ def export_component(
     onnx_target: bool,
     folder: Path,
     progress: Progress,
-    plugins: bool = False,
 ) -> Exported:
     """Export one component to a folder and check it in ONNX Runtime.
 
@@ -249,7 +245,7 @@ def export_component(
     # No engine of TensorRT's has a fused kernel for fp32 attention.
     fused = onnx_target or precision == "fp16"
     module = fused_module(component, base, identity)
-    graph = build_graph(component, module, base, precision, fused_attention=fused, plugins=plugins)
+    graph = build_graph(component, module, base, precision, fused_attention=fused)
     exported = saved(component, graph, folder, precision, onnx_target)
     del graph
     gc.collect()  # exported programs are full of cycles that hold their weights
@@ -258,7 +254,7 @@ def export_component(
         progress.line(f"{component}: {parity.describe(exported.figures, precision)}; it stays in fp32")
         # Checked as any fp32 export: probes are for halves, and ONNX Runtime is inexact on flat tiles in fp32 too.
         ordinary = expected.ordinary
-        return export_component(component, base, identity, "fp32", ordinary, onnx_target, folder, progress, plugins)
+        return export_component(component, base, identity, "fp32", ordinary, onnx_target, folder, progress)
     return checked(exported, progress)
 
 
