@@ -100,11 +100,6 @@ def resolve(identity: str | Path | Identity | None, base: str | Path | Base | No
     """
     if identity is not None and not isinstance(identity, Identity):
         identity = Identity.load(identity_path(identity))
-    if identity is not None and identity.settings.get("ref_source") == "live":
-        raise MismatchError(
-            f"identity {identity.name!r} needs its reference photographs at run time (ref_source live); "
-            "personalize with ref_source cached or self to export it"
-        )
     named = base if base is not None else (identity.base_name if identity else "tiny")
     if base is None and identity is not None and identity.base_name not in SHIPPED:
         raise MismatchError(

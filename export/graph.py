@@ -26,7 +26,6 @@ from pfstorer_rt.models.components import (
     example_inputs,
 )
 from pfstorer_rt.models.denoiser import Denoiser
-from pfstorer_rt.plan import COMPONENTS
 
 from .compose import compose_autoencoder
 from .fuse import FusedDenoiser
@@ -87,11 +86,6 @@ def fused_module(component: str, base: Base, identity: Identity | None = None) -
     if isinstance(module.vae, AutoencoderTiny):
         compose_autoencoder(module.vae)
     return module
-
-
-def fused_modules(base: Base, identity: Identity | None = None) -> dict[str, nn.Module]:
-    """Return all component modules with constants folded."""
-    return {name: fused_module(name, base, identity) for name in COMPONENTS}
 
 
 def build_graph(
