@@ -35,9 +35,9 @@ def projections(dtype: torch.dtype) -> Iterator[Case]:
             h = torch.randn(batch, tokens, 4 * channels, dtype=dtype)
             x, stream = (torch.randn(batch, tokens, channels, dtype=dtype) for _ in range(2))
             gamma, strength = torch.randn(channels, dtype=dtype), torch.ones(1)
-            plain = partial(door.gated_projection, layer, h, stream, x, gamma, strength)
-            compiled = partial(torch.compile(door.gated_projection), layer, h, stream, x, gamma, strength)
-            arguments = h, layer.weight, layer.bias, x, gamma, strength, stream, True
+            plain = partial(door.gated_projection, h, layer, stream, x, gamma, strength)
+            compiled = partial(torch.compile(door.gated_projection), h, layer, stream, x, gamma, strength)
+            arguments = h, layer.weight, layer.bias, stream, x, gamma, strength
             ways: dict[str, Callable[[], Any]]
             ways = {f"triton {tile}": partial(gated_projection, *arguments, tile) for tile in TILES}
             ways |= {"layer and passes": plain, "layer and passes, compiled": compiled}

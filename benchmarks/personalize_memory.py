@@ -70,7 +70,7 @@ def measure(preset: str, batch: int, rank: int, recompute: bool) -> dict[str, An
     sizes = PRESETS[preset]
     ids = tokenize(config.subject_prompt.format(SUBJECT), sizes)
     positions = Positions(token_position(ids, -1), token_position(ids, sizes.text["eos_token_id"]))
-    width, length = sizes.context_width, ids.shape[1]
+    width, length = sizes.unet["cross_attention_dim"], ids.shape[1]
     with (
         FakeTensorMode(),
         # The three places where values decide; shapes are all that matters here.

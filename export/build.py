@@ -100,11 +100,6 @@ def resolve(identity: str | Path | Identity | None, base: str | Path | Base | No
     """
     if identity is not None and not isinstance(identity, Identity):
         identity = Identity.load(identity_path(identity))
-    if identity is not None and identity.settings.get("ref_source") == "live":
-        raise MismatchError(
-            f"identity {identity.name!r} needs its reference photographs at run time (ref_source live); "
-            "personalize with ref_source cached or self to export it"
-        )
     named = base if base is not None else (identity.base_name if identity else "tiny")
     if base is None and identity is not None and identity.base_name not in SHIPPED:
         raise MismatchError(
@@ -140,7 +135,7 @@ def export_plan(
     """
     output, progress = Path(output), progress or Progress()
     options = options or BuildOptions()
-    precision = choose_precision(target, precision, options.plugins)
+    precision = choose_precision(target, precision)
     builder = None if target == "onnx" else EngineBuilder(target, options, progress.phase)
     owned = not isinstance(base, Base)
     base, identity = resolve(identity, base)
@@ -172,7 +167,6 @@ def export_plan(
                     builder is None,
                     Path(folder) / component,
                     progress,
-                    options.plugins and component == "denoiser",
                 )
             )
         if precision == "int8":
@@ -198,7 +192,7 @@ def export_plan(
         return move_plan(draft, output)
 
 
-def choose_precision(target: str, precision: str, plugins: bool) -> str:
+def choose_precision(target: str, precision: str) -> str:
     """Return the precision of a plan's graphs, with `auto` replaced; raises `ValueError` for what no plan has."""
     if target not in TARGETS or precision not in ("auto", *PRECISIONS):
         raise ValueError(
@@ -207,8 +201,6 @@ def choose_precision(target: str, precision: str, plugins: bool) -> str:
     precision = DEFAULT_PRECISION[target] if precision == "auto" else precision
     if precision == "int8" and target != "onnx":
         raise ValueError(f"precision int8 with target {target!r}: it is for plans of ONNX, for CPUs")
-    if plugins and (target == "onnx" or precision != "fp16"):
-        raise ValueError(f"plugins with target {target!r}, {precision}: they are for fp16 engines of TensorRT")
     return precision
 
 
@@ -240,7 +232,6 @@ def export_component(
     onnx_target: bool,
     folder: Path,
     progress: Progress,
-    plugins: bool = False,
 ) -> Exported:
     """Export one component to a folder and check it in ONNX Runtime.
 
@@ -255,7 +246,7 @@ def export_component(
     # No engine of TensorRT's has a fused kernel for fp32 attention.
     fused = onnx_target or precision == "fp16"
     module = fused_module(component, base, identity)
-    graph = build_graph(component, module, base, precision, fused_attention=fused, plugins=plugins)
+    graph = build_graph(component, module, base, precision, fused_attention=fused)
     exported = saved(component, graph, folder, precision, onnx_target)
     del graph
     gc.collect()  # exported programs are full of cycles that hold their weights
@@ -264,7 +255,7 @@ def export_component(
         progress.line(f"{component}: {parity.describe(exported.figures, precision)}; it stays in fp32")
         # Checked as any fp32 export: probes are for halves, and ONNX Runtime is inexact on flat tiles in fp32 too.
         ordinary = expected.ordinary
-        return export_component(component, base, identity, "fp32", ordinary, onnx_target, folder, progress, plugins)
+        return export_component(component, base, identity, "fp32", ordinary, onnx_target, folder, progress)
     return checked(exported, progress)
 
 

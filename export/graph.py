@@ -26,11 +26,9 @@ from pfstorer_rt.models.components import (
     example_inputs,
 )
 from pfstorer_rt.models.denoiser import Denoiser
-from pfstorer_rt.plan import COMPONENTS
 
 from .compose import compose_autoencoder
 from .fuse import FusedDenoiser
-from .plugins import add_functions, use_plugins
 from .precision import TypedComponent, spell_out_attention
 
 OPSET = 23
@@ -90,11 +88,6 @@ def fused_module(component: str, base: Base, identity: Identity | None = None) -
     return module
 
 
-def fused_modules(base: Base, identity: Identity | None = None) -> dict[str, nn.Module]:
-    """Return all component modules with constants folded."""
-    return {name: fused_module(name, base, identity) for name in COMPONENTS}
-
-
 def build_graph(
     component: str,
     module: nn.Module,
@@ -102,13 +95,12 @@ def build_graph(
     precision: str = "fp32",
     identity: Binding = "constants",
     fused_attention: bool = True,
-    plugins: bool = False,
 ) -> Graph:
-    """Export one component's module; for fp16, without fused attention and with plugins, it is changed in place.
+    """Export one component's module; for fp16 and without fused attention it is changed in place.
 
     fused_attention: write the operator `Attention`; else matrix products, for engines without a kernel for it.
     identity: whether the tensors of `FusedDenoiser.identity_paths` are constants, or inputs that follow the others
-    in that order, under those names. plugins: write gates and normalizations as the operators of `export.plugins`.
+    in that order, under those names.
     """
     strength = bool(getattr(module, "has_strength", False))
     inputs, outputs = component_names(component, base, strength)
@@ -118,8 +110,6 @@ def build_graph(
     typed = TypedComponent(module, precision, tuple(paths.values())).eval()
     if not fused_attention:
         spell_out_attention(typed)
-    if plugins:
-        use_plugins(typed)
     if isinstance(module, FusedDenoiser) and paths:
         example |= module.identity_tensors()
         # With free token counts the tracer finds bounds of its own for the batch, narrower than those stated.
@@ -142,8 +132,6 @@ def build_graph(
         for value in program.model.graph.outputs:
             if value.name in ("mean", "std"):
                 value.shape = onnx_ir.Shape(["batch", base.config.latent_channels, "height", "width"])
-    if plugins:
-        add_functions(program.model)
     return _without_source_notes(program.model)
 
 

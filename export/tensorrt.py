@@ -17,8 +17,6 @@ from pfstorer_rt.engine.tensorrt import Library, load_library
 from pfstorer_rt.errors import MissingBackendError, PFStorerError
 from pfstorer_rt.files import atomic_write, cache_home, make_folder
 
-from . import plugins
-
 Phase = Callable[[str, int, int], None]
 PORTABLE = ("8.0", "8.6", "8.9", "12.0+")
 """What TensorRT-RTX builds for when it is not told: these GPUs and, from the last on, all later ones."""
@@ -36,8 +34,6 @@ class BuildOptions:
     """Pixels; the encoder and decoder take pictures up to this square, as `TileConfig.chop` cuts them."""
     workspace: int | None = None
     """Bytes of scratch memory that a layer may use; None is all that the GPU has."""
-    plugins: bool = False
-    """Whether gates and normalizations run in this project's kernels (`export.plugins`); full TensorRT alone."""
     timing_cache: Path | None = None
     """Where the full TensorRT keeps the kernels that it timed; None is the user's cache directory."""
 
@@ -61,10 +57,7 @@ class EngineBuilder:
     def __init__(self, target: str, options: BuildOptions, phase: Phase = lambda _, __, ___: None) -> None:
         self.library, self.options, self.phase = load_library(target), options, phase
         self._messages = self.library.logger()
-        api = plugins.load_api(self.library) if options.plugins else None
         self.capabilities = self._capabilities()
-        if api is not None:
-            plugins.register(api, int(self.capabilities[0].replace(".", "")))
 
     def build(
         self, component: str, origins: Mapping[str, str], model: Path, base: BaseConfig, file: Path
@@ -77,7 +70,7 @@ class EngineBuilder:
         trt = self.library.module
         builder = self._created(trt.Builder(self._messages))
         network = builder.create_network(self._network_flags())
-        self._parse(network, plugins.without_functions(model) if self.options.plugins else model, origins)
+        self._parse(network, model, origins)
         _allow_decomposition(self.library, network)
         config = builder.create_builder_config()
         profiles = self._add_profiles(builder, config, network, component, base)
@@ -122,8 +115,7 @@ class EngineBuilder:
     def _network_flags(self) -> int:
         flags = self.library.module.NetworkDefinitionCreationFlag
         # Where the flag is gone, every network is strongly typed.
-        typed = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
-        return typed | (1 << int(getattr(flags, plugins.FLAG)) if self.options.plugins else 0)
+        return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
 
     def _parse(self, network: Any, model: Path, origins: Mapping[str, str]) -> None:
         parser = self.library.module.OnnxParser(network, self._messages)

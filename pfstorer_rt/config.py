@@ -77,11 +77,6 @@ class BaseConfig:
         """Channels of a latent."""
         return int(self.unet["in_channels"])
 
-    @property
-    def context_width(self) -> int:
-        """Width of a prompt token."""
-        return int(self.unet["cross_attention_dim"])
-
 
 def _unet(channels: int, widths: tuple[int, ...], heads: tuple[int, ...], context: int, **more: Any) -> dict[str, Any]:
     """SD 2.1's block order at other widths: attention at every level but the deepest of four."""
@@ -312,15 +307,9 @@ class PersonalizeConfig:
     method: Method = "pfstorer"
     train: TrainConfig = field(default_factory=TrainConfig)
     layers: tuple[str, ...] = ()
-    """Modules that a block follows; empty takes the base's own list."""
-    tap: Literal["post", "inner"] = "post"
-    """Where a block sits: after the spatial transformer, or inside it before proj_out (ViCo)."""
-    residual: Literal["delta", "full"] = "delta"
-    ref_source: Literal["cached", "self", "live"] = "cached"
-    ref_sft: Literal["self", "bypass"] = "self"
-    ref_timestep: Literal["0", "same"] = "0"
-    main_prompt: Literal["null", "subject"] = "null"
-    null_cond: Literal["zero_latent", "bypass"] = "zero_latent"
+    """Spatial transformers of the UNet that a block follows; empty selects the base's own list."""
+    ref_source: Literal["cached", "self"] = "cached"
+    """What a block attends to at inference: features of one reference, stored in the identity, or its own input."""
     first_step: float = 0.0
     """Share of the samples at timestep 999, from which every restoration starts; the others are uniform."""
     p_self: float = 0.1
@@ -357,6 +346,26 @@ class PersonalizeConfig:
         trained = {name: value for name, value in base.personalize.items() if name in training}
         own = {name: value for name, value in base.personalize.items() if name not in training}
         return cls(train=TrainConfig(**{**trained, **(train or {})}), **{**own, **values})
+
+
+SUPPORTED_SETTINGS = {
+    "tap": ("post",),
+    "residual": ("delta",),
+    "ref_sft": ("self",),
+    "ref_timestep": ("0",),
+    "main_prompt": ("null",),
+    "null_cond": ("zero_latent",),
+    "ref_source": ("cached", "self"),
+}
+"""Values still supported of the settings that identities of earlier versions carry."""
+
+
+def unsupported_setting(settings: Mapping[str, Any]) -> str | None:
+    """Return the first setting of an identity that this version cannot reproduce, with the supported values."""
+    for name, supported in SUPPORTED_SETTINGS.items():
+        if name in settings and settings[name] not in supported:
+            return f"{name}={settings[name]!r}, and this version supports only {' or '.join(map(repr, supported))}"
+    return None
 
 
 @dataclass(frozen=True)

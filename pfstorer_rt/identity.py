@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pfstorer_rt.config import unsupported_setting
 from pfstorer_rt.errors import BadFileError, MismatchError
 from pfstorer_rt.files import (
     atomic_write,
@@ -111,9 +112,12 @@ class Identity:
                 tuple(values["references"]),
                 gamma=values["gamma"],
             )
+            reason = unsupported_setting(identity.settings)
         except (KeyError, ValueError, TypeError) as error:
-            reason = f"its metadata are incomplete or wrong ({error}); personalize again"
-            raise BadFileError(f"{show_path(path)}: {reason}") from error
+            what = f"its metadata are incomplete or wrong ({error}); personalize again"
+            raise BadFileError(f"{show_path(path)}: {what}") from error
+        if reason:
+            raise BadFileError(f"{show_path(path)}: it was trained with {reason}; personalize again")
         if tensors:
             import safetensors.torch
 

@@ -36,21 +36,19 @@ def math(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor |
 
 
 def gated_projection(
-    layer: nn.Linear,
     h: torch.Tensor,
+    layer: nn.Linear,
     stream: torch.Tensor,
     x: torch.Tensor,
     gamma: torch.Tensor,
     strength: torch.Tensor | float = 1.0,
-    delta: bool = True,
 ) -> torch.Tensor:
     """A block's last projection and its gate: x + strength gamma (.) (layer(h) + stream - x) (PFStorer eq. 3).
 
-    h: (B, L, K); stream, the block's own residual, and x: (B, L, N); strength: scalar or (B, 1, 1). delta=False leaves
-    out the `- x`. Returns (B, L, N) in x's dtype.
+    h: (B, L, K); stream, the block's own residual, and x: (B, L, N); gamma: (N); strength: scalar or (B, 1, 1).
+    Returns (B, L, N) in x's dtype.
     """
-    out = layer(h) + stream
-    return (x + strength * gamma * (out - x if delta else out)).to(x.dtype)
+    return (x + strength * gamma * (layer(h) + stream - x)).to(x.dtype)
 
 
 def spade_norm(
@@ -123,15 +121,14 @@ def _load_triton(device: torch.device, head_size: int | None) -> Kernels:
     dispatch = module.Dispatch(cache_home() / "kernels.json", atomic_write)
 
     def gate(
-        layer: nn.Linear,
         h: torch.Tensor,
+        layer: nn.Linear,
         stream: torch.Tensor,
         x: torch.Tensor,
         gamma: torch.Tensor,
         strength: torch.Tensor | float = 1.0,
-        delta: bool = True,
     ) -> torch.Tensor:
-        arguments = layer, h, stream, x, gamma, strength, delta
+        arguments = h, layer, stream, x, gamma, strength
         return dispatch.gated_projection(lambda: gated_projection(*arguments), *arguments)
 
     def norm(

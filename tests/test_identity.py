@@ -155,6 +155,34 @@ def test_damaged_files_are_refused(saved, damage, tensors):
     assert "\n" not in str(caught.value)
 
 
+REMOVED = {
+    "tap": ("post", "inner"),
+    "residual": ("delta", "full"),
+    "ref_sft": ("self", "bypass"),
+    "ref_timestep": ("0", "same"),
+    "main_prompt": ("null", "subject"),
+    "null_cond": ("zero_latent", "bypass"),
+}
+"""Settings of earlier versions: the value that is still supported, and one that is not."""
+
+
+def test_identities_of_earlier_versions_are_loaded(nano_identity, saved, nano_base):
+    earlier = nano_identity.settings | {name: kept for name, (kept, _) in REMOVED.items()}
+    assert earlier.keys() > nano_identity.settings.keys()
+    rewrite_header(saved, settings=json.dumps(earlier))
+    assert len(Denoiser(nano_base, Identity.load(saved)).blocks) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [*((name, gone) for name, (_, gone) in REMOVED.items()), ("ref_source", "live")]
+)
+def test_identities_trained_with_a_removed_setting_are_refused(nano_identity, saved, name, value):
+    rewrite_header(saved, settings=json.dumps(nano_identity.settings | {name: value}))
+    expected = rf"it was trained with {name}='{value}', and this version supports only .*personalize again"
+    with pytest.raises(BadFileError, match=expected):
+        Identity.load(saved)
+
+
 def test_missing_files_are_refused(tmp_path):
     for path in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(BadFileError, match="no such identity file"):

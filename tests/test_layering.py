@@ -43,8 +43,7 @@ MAY_IMPORT = {
     "engine": NETWORKS | {"external_data"},
     "runtime": NETWORKS | {"engine"},
     "training": NETWORKS | {"faces", "degradation"},
-    # kernels: TensorRT plugins. runtime: a plan is compared with its original on whole images.
-    "export": NETWORKS | {"kernels", "engine", "runtime"},
+    "export": NETWORKS | {"engine", "runtime"},  # runtime: a plan is compared with its original on whole images
     "evaluation": PLAIN | {"imaging", "faces"},
     "cli": NETWORKS | {"engine", "runtime", "training", "export", "faces", "degradation", "evaluation"},
     "": set(),  # pfstorer_rt/__init__.py: names only, resolved on first use

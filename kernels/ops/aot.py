@@ -87,13 +87,11 @@ def attention_variants(head: int, half: str, indexed: bool) -> list[Variant]:
 
 
 def gated_projection_variant(half: str = "*fp16", gamma: str = "*fp32", strength: str = "*fp32") -> Variant:
-    """Return the projection with its gate as a personalization block calls it."""
-    types = _pointers("h weight bias residual stream out", half) | {"gamma": gamma, "strength": strength}
+    """Return the gated projection as a personalization block calls it."""
+    types = _pointers("h weight bias stream x out", half) | {"gamma": gamma, "strength": strength}
     tile = gated_projection.TILES[0]
     constants = {
         "BIAS": True,
-        "STREAM": True,
-        "DELTA": True,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,
         "BLOCK_K": tile.depth,

@@ -79,13 +79,12 @@ class Dispatch:
     def gated_projection(
         self,
         plain: Callable[[], torch.Tensor],
-        layer: nn.Linear,
         h: torch.Tensor,
+        layer: nn.Linear,
         stream: torch.Tensor,
         x: torch.Tensor,
         gamma: torch.Tensor,
-        strength: torch.Tensor | float,
-        delta: bool,
+        strength: torch.Tensor | float = 1.0,
     ) -> torch.Tensor:
         """h (B, L, K), stream and x (B, L, N), gamma (N), strength scalar or (B, 1, 1) -> (B, L, N)."""
         key = f"gated_projection {_type(x)} K{h.shape[-1]} N{x.shape[-1]} rows {bucket(x.shape[0] * x.shape[1])}"
@@ -94,7 +93,7 @@ class Dispatch:
             return self._plain(key, plain, "it computes on fp16 or bf16 throughout")
         if _elsewhere(h):
             return self._plain(key, plain, _elsewhere(h))
-        arguments = h, layer.weight, layer.bias, x, gamma, strength, stream, delta
+        arguments = h, layer.weight, layer.bias, stream, x, gamma, strength
         tiles = gated_projection.TILES
         return self._fastest(
             key, plain, {str(t): partial(gated_projection.gated_projection, *arguments, t) for t in tiles}

@@ -1,8 +1,8 @@
-"""A projection with its gate: residual + strength gamma (.) (h W^T + bias + stream), written once.
+"""A projection with its gate: x + strength gamma (.) (h W^T + bias + stream - x) (PFStorer eq. 3).
 
-The gate is fused here and not into attention: gamma scales output channels, and one of those is a sum over all heads,
-which no program of the attention kernel holds. The last projection of a personalization block holds it, and the
-block's own residual stream, and x itself, so that eq. 3 of PFStorer costs no pass over memory of its own.
+The gate is fused here and not into attention: gamma scales output channels, and an output channel is a sum over all
+heads, which no program of the attention kernel holds. The last projection of a personalization block holds the output
+channels, the block's own residual stream and x, so eq. 3 needs no memory pass of its own.
 """
 
 from __future__ import annotations
@@ -36,23 +36,21 @@ def _gated_projection_kernel(
     h: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
-    residual: tl.tensor,
+    stream: tl.tensor,
+    x: tl.tensor,
     gamma: tl.tensor,
     strength: tl.tensor,
-    stream: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
     tokens: tl.tensor,
     h_m: tl.tensor,
     w_n: tl.tensor,
-    r_m: tl.tensor,
     s_m: tl.tensor,
+    x_m: tl.tensor,
     o_m: tl.tensor,
     out: tl.tensor,
     BIAS: tl.constexpr,
-    STREAM: tl.constexpr,
-    DELTA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -72,18 +70,15 @@ def _gated_projection_kernel(
         b = tl.load(weight + columns * w_n + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
         acc = dot(a, b, acc)
     inside = (m < M)[:, None] & (n < N)[None, :]
-    kept = tl.load(residual + rows * r_m + n[None, :], mask=inside, other=0.0)
-    x = kept.to(tl.float32)
+    kept = tl.load(x + rows * x_m + n[None, :], mask=inside, other=0.0)
     if BIAS:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if STREAM:
-        acc += tl.load(stream + rows * s_m + n[None, :], mask=inside, other=0.0).to(tl.float32)
-    if DELTA:
-        acc -= x
+    acc += tl.load(stream + rows * s_m + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    acc -= kept.to(tl.float32)
     gate = tl.load(gamma + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     gate *= tl.load(strength + m // tokens, mask=m < M, other=0.0).to(tl.float32)[:, None]
-    # A closed gate gives the residual's own bits, whatever came out of the projection.
-    gated = tl.where(gate == 0, kept, (x + gate * acc).to(kept.dtype))
+    # A closed gate returns the bits of x, whatever the projection computed.
+    gated = tl.where(gate == 0, kept, (kept.to(tl.float32) + gate * acc).to(kept.dtype))
     tl.store(out + rows * o_m + n[None, :], gated, mask=inside)
 
 
@@ -97,41 +92,37 @@ def gated_projection_forward(
     h: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    residual: torch.Tensor,
+    stream: torch.Tensor,
+    x: torch.Tensor,
     gamma: torch.Tensor,
     strength: torch.Tensor,
-    stream: torch.Tensor | None,
-    delta: bool,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """Launch the kernel; arguments as those of `gated_projection`, strength as a tensor."""
+    """Launch the kernel with the arguments of `gated_projection`, strength as a tensor."""
     tile = tile or TILES[0]
-    a, x, w = _rows(h), _rows(residual), _rows(weight)
-    s = x if stream is None else _rows(stream)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    a, w, s, r = _rows(h), _rows(weight), _rows(stream), _rows(x)
+    out = torch.empty(r.shape, dtype=r.dtype, device=r.device)
     (m, k), n = a.shape, w.shape[0]
     strength = strength.reshape(-1).contiguous()
     _gated_projection_kernel[(triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),)](
         a,
         w,
         w if bias is None else bias,
-        x,
+        s,
+        r,
         gamma.contiguous(),
         strength,
-        s,
         m,
         n,
         k,
         max(m // strength.numel(), 1),
         a.stride(0),
         w.stride(0),
-        x.stride(0),
         s.stride(0),
+        r.stride(0),
         out.stride(0),
         out,
         BIAS=bias is not None,
-        STREAM=stream is not None,
-        DELTA=delta,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_K=tile.depth,
@@ -139,12 +130,14 @@ def gated_projection_forward(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return out.view(residual.shape)
+    return out.view(x.shape)
 
 
 class GatedProjectionFunction(torch.autograd.Function):
-    """`gated_projection_forward`; its backward is matrix products, which cuBLAS does best, and computes the gated
-    value again rather than keeping it."""
+    """`gated_projection_forward`, with matrix products as backward, where cuBLAS is fastest.
+
+    The backward computes the projection again instead of keeping it.
+    """
 
     @staticmethod
     def forward(
@@ -152,42 +145,37 @@ class GatedProjectionFunction(torch.autograd.Function):
         h: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        residual: torch.Tensor,
+        stream: torch.Tensor,
+        x: torch.Tensor,
         gamma: torch.Tensor,
         strength: torch.Tensor,
-        stream: torch.Tensor | None,
-        delta: bool,
         tile: Tile | None,
     ) -> torch.Tensor:
-        """Keep the inputs alone."""
-        ctx.save_for_backward(h, weight, bias, residual, gamma, strength, stream)
-        ctx.delta = delta
-        return gated_projection_forward(h, weight, bias, residual, gamma, strength, stream, delta, tile)
+        """Keep only the inputs."""
+        ctx.save_for_backward(h, weight, bias, stream, x, gamma, strength)
+        return gated_projection_forward(h, weight, bias, stream, x, gamma, strength, tile)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of all tensors."""
-        h, weight, bias, residual, gamma, strength, stream = ctx.saved_tensors
+        h, weight, bias, stream, x, gamma, strength = ctx.saved_tensors
         grad, needed = grads[0], ctx.needs_input_grad
-        wide = (strength * gamma).float() * grad.float()  # what reaches the projection
+        wide = (strength * gamma).float() * grad.float()  # the gradient of the projection
         inner = wide.to(h.dtype)
         flat = inner.flatten(0, -2)
-        grad_x = grad - inner if ctx.delta else grad
         grad_gamma = grad_strength = None
-        if needed[4] or needed[5]:
-            gated = F.linear(h, weight, bias).float() + (0 if stream is None else stream.float())
-            product = grad.float() * (gated - residual.float() if ctx.delta else gated)
+        if needed[5] or needed[6]:
+            product = grad.float() * (F.linear(h, weight, bias).float() + stream.float() - x.float())
             grad_gamma = (strength * product).flatten(0, -2).sum(0).to(gamma.dtype)
             grad_strength = (gamma * product).sum_to_size(strength.shape).to(strength.dtype)
         return (
             inner @ weight if needed[0] else None,
             flat.T @ h.flatten(0, -2) if needed[1] else None,
             wide.flatten(0, -2).sum(0).to(weight.dtype) if bias is not None and needed[2] else None,
-            grad_x,
+            inner,
+            grad - inner,
             grad_gamma,
             grad_strength,
-            inner if stream is not None else None,
-            None,
             None,
         )
 
@@ -196,23 +184,22 @@ def gated_projection(
     h: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    residual: torch.Tensor,
+    stream: torch.Tensor,
+    x: torch.Tensor,
     gamma: torch.Tensor,
     strength: torch.Tensor | float = 1.0,
-    stream: torch.Tensor | None = None,
-    delta: bool = False,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """Return residual + strength gamma (.) y with y = h W^T + bias + stream, less the residual where `delta`.
+    """Return x + strength gamma (.) (h W^T + bias + stream - x) (PFStorer eq. 3).
 
-    h (B, L, K), weight (N, K), bias (N), residual and stream (B, L, N), all fp16 or all bf16; gamma (N) of any floating
-    type; strength a scalar or (B, 1, 1). Differentiable in every tensor. Returns (B, L, N); where strength gamma is
-    zero, the residual bit for bit. Raises `ValueError` for other types.
+    h (B, L, K), weight (N, K), bias (N), stream and x (B, L, N), all fp16 or all bf16; gamma (N) of any floating type;
+    strength a scalar or (B, 1, 1). Differentiable in every tensor. Returns (B, L, N); where strength gamma is zero, x
+    bit for bit. Raises `ValueError` for other types.
     """
-    given = {"h": h, "weight": weight, "bias": bias, "residual": residual, "stream": stream}
+    given = {"h": h, "weight": weight, "bias": bias, "stream": stream, "x": x}
     types = {name: t.dtype for name, t in given.items() if t is not None}
     if len(set(types.values())) > 1 or h.dtype not in DTYPES:
-        raise ValueError(f"gated_projection takes tensors of fp16 or of bf16 alone, these are {types}; cast them")
+        raise ValueError(f"gated_projection: tensors are {types}, expected all fp16 or all bf16; cast them")
     strength = torch.as_tensor(strength, device=h.device)
     strength = strength if strength.is_floating_point() else strength.float()
-    return GatedProjectionFunction.apply(h, weight, bias, residual, gamma, strength, stream, delta, tile)
+    return GatedProjectionFunction.apply(h, weight, bias, stream, x, gamma, strength, tile)

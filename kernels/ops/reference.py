@@ -21,22 +21,19 @@ def gated_projection(
     h: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    residual: torch.Tensor,
+    stream: torch.Tensor,
+    x: torch.Tensor,
     gamma: torch.Tensor,
     strength: torch.Tensor | float = 1.0,
-    stream: torch.Tensor | None = None,
-    delta: bool = False,
 ) -> torch.Tensor:
-    """Return residual + strength gamma (.) y with y = h W^T + bias + stream, less the residual where `delta`.
+    """Return x + strength gamma (.) (h W^T + bias + stream - x), in fp32 (PFStorer eq. 3).
 
-    h: (B, L, K); weight: (N, K); bias: (N); residual, stream: (B, L, N); gamma: (N); strength: scalar or (B, 1, 1).
-    With delta and the block's own residual stream this is eq. 3 of PFStorer. Returns (B, L, N) in residual's dtype.
+    h: (B, L, K); weight: (N, K); bias: (N); stream, x: (B, L, N); gamma: (N); strength: scalar or (B, 1, 1).
+    Returns (B, L, N) in x's dtype.
     """
-    y = h.float() @ weight.float().T
-    x = residual.float()
-    for term in (bias, stream):
-        y = y if term is None else y + term.float()
-    return (x + strength * gamma.float() * (y - x if delta else y)).to(residual.dtype)
+    y = h.float() @ weight.float().T + stream.float()
+    y = y if bias is None else y + bias.float()
+    return (x.float() + strength * gamma.float() * (y - x.float())).to(x.dtype)
 
 
 def spade_norm(

@@ -49,7 +49,6 @@ Row = dict[str, Any]
     type=click.Path(path_type=Path),
     help="File of kernel timings for --target tensorrt. [default: in the user's cache directory]",
 )
-@click.option("--plugins", is_flag=True, help="Use this project's GPU kernels inside a TensorRT engine (unmeasured).")
 @click.option("--verbose-engine", is_flag=True, help="List the layers that were built, by kind.")
 @click.option("--check", is_flag=True, help="Compare the finished plan with PyTorch on five kinds of tiles.")
 @click.option("--overwrite", is_flag=True, help="Replace a plan that exists.")
@@ -63,7 +62,6 @@ def command(
     capabilities: tuple[str, ...],
     workspace: int | None,
     timing_cache: Path | None,
-    plugins: bool,
     verbose_engine: bool,
     check: bool,
     overwrite: bool,
@@ -80,9 +78,9 @@ def command(
     if identity is None and base is None:
         raise click.UsageError("give --identity NAME|FILE, or --base tiny|DIR for a plan without one")
     target = "onnx" if target == "auto" else target
-    if target == "onnx" and (capabilities or workspace or timing_cache or plugins or verbose_engine):
+    if target == "onnx" and (capabilities or workspace or timing_cache or verbose_engine):
         raise click.UsageError(
-            "--compute-capability, --workspace, --timing-cache, --plugins and --verbose-engine go with --target "
+            "--compute-capability, --workspace, --timing-cache and --verbose-engine go with --target "
             "tensorrt or tensorrt-rtx"
         )
     if precision == "int8" and target != "onnx":
@@ -101,7 +99,6 @@ def command(
     options = BuildOptions(
         compute_capabilities=capabilities,
         workspace=workspace and workspace << 20,
-        plugins=plugins,
         timing_cache=timing_cache,
     )
     rows: list[Row] = []

@@ -1,8 +1,8 @@
-"""The personalization blocks: `F + strength * gamma (.) (Block(F, ref) - F)` (PFStorer section 3.2, eq. 3)."""
+"""Personalization blocks: `F + strength * gamma (.) (Block(F, reference) - F)` (PFStorer section 3.2, eq. 3)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from pfstorer_rt.models.constant_context import fold_context
 from pfstorer_rt.models.unet import RestorationUNet
 from pfstorer_rt.ops import AttentionProcessor, Kernels
 
@@ -40,23 +41,28 @@ def make_low_rank(module: nn.Module, rank: int) -> None:
 class PersonalizationBlock(nn.Module):
     """Self-attention, attention to the reference, GEGLU feed-forward; gated per channel by gamma.
 
-    The block is ViCo's image block at the width of the features; gamma = 1 is the ViCo update and
-    gamma = 0, its start, is the base.
+    The block is ViCo's image block at the width of the features. gamma = 1 is the ViCo update; gamma = 0, the initial
+    value, is the base. Buffer `reference` (1, S, C): tokens of the cached reference, or None (`ref_source` self, and
+    during training, where each call passes its own).
     """
 
-    def __init__(self, channels: int, head_size: int, rank: int = 0, residual: str = "delta") -> None:
+    reference: torch.Tensor | None
+
+    def __init__(self, channels: int, head_size: int, rank: int = 0, layer: str = "") -> None:
+        """Build an untrained block; layer: the spatial transformer of the UNet that the block follows."""
         super().__init__()
+        self.layer = layer
+        self.register_buffer("reference", None, persistent=False)
         self.block = BasicTransformerBlock(
             channels, channels // head_size, head_size, cross_attention_dim=channels, activation_fn="geglu"
         )
         if rank:
             make_low_rank(self.block, rank)
         self.gamma = nn.Parameter(torch.zeros(channels))
-        self.residual = residual
         self.set_kernels(Kernels())
 
     def set_kernels(self, kernels: Kernels) -> None:
-        """Compute both attentions, the feed-forward's gate and gamma's with `kernels`."""
+        """Compute both attentions, the GEGLU and the gated projection with `kernels`."""
         self.kernels = kernels
         for module in self.modules():
             if isinstance(module, Attention):
@@ -65,83 +71,67 @@ class PersonalizationBlock(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        reference: torch.Tensor | None,
+        reference: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         strength: torch.Tensor | float = 1.0,
     ) -> torch.Tensor:
         """Move the tokens towards the person.
 
-        x: (B, L, C). reference: (B, S, C), not normalised; None lets x attend to itself. mask: bool
-        (B, S), True is attended. strength: scalar or (B, 1, 1). Returns (B, L, C).
+        x: (B, L, C). reference: (1 or B, S, C), not normalised; None selects the block's own, and without one the
+        block attends to its own input. mask: bool (1 or B, S), True is attended. strength: scalar or (B, 1, 1).
+        Returns (B, L, C).
         """
         b: Any = self.block
+        reference = self.reference if reference is None else reference
+        if reference is not None:
+            reference = reference.to(x.dtype).expand(len(x), -1, -1)
+        if mask is not None:
+            mask = mask.expand(len(x), -1)
         stream = x + b.attn1(b.norm1(x))
         stream = stream + b.attn2(b.norm2(stream), encoder_hidden_states=reference, attention_mask=mask)
-        gate, _, last = b.ff.net  # in between is a dropout, of nothing
+        gate, _, last = b.ff.net  # the layer between them is a dropout with probability 0
         h = self.kernels.geglu(gate.proj(b.norm3(stream)))
         if isinstance(last, LowRankLinear):
             h, last = last.down(h), last.up
-        return self.kernels.gated_projection(last, h, stream, x, self.gamma, strength, self.residual == "delta")
+        return self.kernels.gated_projection(h, last, stream, x, self.gamma, strength)
+
+    def fold_reference(self) -> None:
+        """Replace the projections of the block's reference by constant keys and values; nothing without a reference."""
+        if self.reference is not None:
+            fold_context(self.block.attn2, self.reference)
+            self.reference = None
+
+
+class PersonalizationBlocks(nn.ModuleList):
+    """Personalization blocks in execution order."""
+
+    def __iter__(self) -> Iterator[PersonalizationBlock]:
+        """Iterate over the blocks."""
+        return (block for block in super().__iter__() if isinstance(block, PersonalizationBlock))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The spatial transformers that the blocks follow."""
+        return tuple(block.layer for block in self)
+
+
+def build_blocks(unet: RestorationUNet, layers: Sequence[str], head_size: int, rank: int = 0) -> PersonalizationBlocks:
+    """Build untrained blocks of the widths that `unet` has at `layers`; raises `ValueError` for an unknown layer."""
+    return PersonalizationBlocks(
+        PersonalizationBlock(layer_width(unet, layer), head_size, rank, layer) for layer in layers
+    )
 
 
 def layer_width(unet: RestorationUNet, layer: str) -> int:
-    """Channels at a spatial transformer of the UNet; raises `ValueError` when it is not one."""
+    """Return the channels at a spatial transformer of the UNet; raises `ValueError` for any other module."""
     known = [n for n, m in unet.named_modules() if hasattr(m, "transformer_blocks")]
     if layer not in known:
         raise ValueError(f"layer {layer!r}: not a spatial transformer of this UNet; expected one of {', '.join(known)}")
     return int(unet.get_submodule(layer).norm.num_channels)
 
 
-class PersonalizationBlocks(nn.ModuleList):
-    """One block for each personalized layer, in execution order."""
-
-    def __init__(
-        self,
-        layers: Sequence[str],
-        widths: Sequence[int],
-        head_size: int,
-        rank: int = 0,
-        residual: str = "delta",
-    ) -> None:
-        super().__init__(PersonalizationBlock(w, head_size, rank, residual) for w in widths)
-        self.layers = tuple(layers)
-
-    @classmethod
-    def for_unet(
-        cls,
-        unet: RestorationUNet,
-        layers: Sequence[str],
-        head_size: int,
-        rank: int = 0,
-        residual: str = "delta",
-    ) -> PersonalizationBlocks:
-        """Build blocks of the widths that `unet` has at `layers`."""
-        return cls(layers, [layer_width(unet, layer) for layer in layers], head_size, rank, residual)
-
-    def taps(
-        self,
-        references: Mapping[str, torch.Tensor] | None,
-        masks: Mapping[str, torch.Tensor] | None = None,
-        strength: torch.Tensor | float = 1.0,
-    ) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-        """Return the UNet's taps for fixed references.
-
-        references: {layer: (1 or B, S, C)} or None for `self`; masks: {layer: bool (1 or B, S)}.
-        """
-
-        def tap(block: nn.Module, layer: str) -> Callable[[torch.Tensor], torch.Tensor]:
-            def run(x: torch.Tensor) -> torch.Tensor:
-                reference = None if references is None else references[layer].to(x.dtype).expand(x.shape[0], -1, -1)
-                mask = None if not masks or layer not in masks else masks[layer].expand(len(x), -1)
-                return block(x, reference, mask, strength)
-
-            return run
-
-        return {layer: tap(block, layer) for layer, block in zip(self.layers, self, strict=True)}
-
-
 def reference_mask(attention: torch.Tensor) -> torch.Tensor:
-    """Which reference tokens show the subject: Otsu's threshold on the token's attention (ViCo 3.2).
+    """Return which reference tokens show the subject: Otsu's threshold on the token's attention (ViCo 3.2).
 
     attention: (B, S) head-mean attention of the reference tokens to the learned token.
     Returns bool (B, S); a constant map keeps every token.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ Tap = Callable[[torch.Tensor], torch.Tensor]
 class Spade(nn.Module):
     """`n * (1 + gamma(a)) + beta(a)` with `n = GroupNorm(h)`, `a = ReLU(conv(s))` (method: SPADE).
 
-    Names follow StableSR's checkpoint; `param_free_norm` is affine there in spite of its name.
+    Names follow StableSR's checkpoint; `param_free_norm` is affine there despite its name.
     """
 
     def __init__(self, channels: int, map_channels: int, hidden: int, groups: int) -> None:
@@ -42,10 +43,10 @@ class Spade(nn.Module):
 
 
 class RestorationUNet(UNet2DConditionModel):
-    """UNet2DConditionModel whose residual blocks carry a `spade` child and whose forward is spelled out.
+    """UNet2DConditionModel whose residual blocks carry a `spade` child.
 
-    The forward is written out because two things enter it that diffusers has no argument for: the
-    structure maps, and the personalization taps after chosen spatial transformers.
+    The forward is written out because diffusers has no argument for two of its inputs: the structure maps, and the
+    taps after chosen spatial transformers (personalization blocks).
     """
 
     def __init__(self, *, map_channels: int = 256, spade_hidden: int = 128, **config: Any) -> None:
@@ -78,18 +79,15 @@ class RestorationUNet(UNet2DConditionModel):
         context: torch.Tensor,
         structure: StructureMaps,
         taps: Mapping[str, Tap] | None = None,
-        inner_taps: Mapping[str, Tap] | None = None,
-        bypass: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict eps or v.
 
         x: noisy latent (B, C, h, w), sides multiples of 2^(levels - 1). t: (B,) in 0..999.
-        context: prompt (B, L, D). structure: {width: map}. taps: changes to the output tokens of the
-        named spatial transformers; inner_taps: the same before proj_out and the residual (ViCo's place).
-        bypass: bool (B,), rows that skip every SPADE. Returns (B, C, h, w).
+        context: prompt (B, L, D). structure: {width: map}. taps: {spatial transformer: change of its output tokens}.
+        Returns (B, C, h, w).
         """
         recompute = torch.is_grad_enabled() and self.is_gradient_checkpointing
-        run = _Run(self.kernels, context, structure, taps or {}, inner_taps or {}, bypass, recompute)
+        run = _Run(self.kernels, context, structure, taps or {}, recompute)
         temb = embed_time(self.time_proj, self.time_embedding, t).to(x.dtype)
         h = self.conv_in(x)
         skips = [h]
@@ -101,8 +99,8 @@ class RestorationUNet(UNet2DConditionModel):
                 h = downsample(h)
                 skips.append(h)
         h = run.resnet(self.mid_block.resnets[0], h, temb)
-        for attn, resnet in zip(self.mid_block.attentions, self.mid_block.resnets[1:], strict=True):
-            h = run.resnet(resnet, run.transformer("mid_block.attentions.0", attn, h), temb)
+        for j, (attn, resnet) in enumerate(zip(self.mid_block.attentions, self.mid_block.resnets[1:], strict=True)):
+            h = run.resnet(resnet, run.transformer(f"mid_block.attentions.{j}", attn, h), temb)
         for i, block in enumerate(self.up_blocks):
             for j, resnet in enumerate(block.resnets):
                 h = run.level(block, f"up_blocks.{i}", j, resnet, torch.cat([h, skips.pop()], 1), temb)
@@ -111,23 +109,15 @@ class RestorationUNet(UNet2DConditionModel):
         return self.conv_out(self.conv_act(self.conv_norm_out(h)))
 
 
+@dataclass(frozen=True)
 class _Run:
-    """One forward pass: what every level needs besides its input."""
+    """One forward pass: the values that every level needs besides its input."""
 
-    def __init__(
-        self,
-        kernels: Kernels,
-        context: torch.Tensor,
-        structure: StructureMaps,
-        taps: Mapping[str, Tap],
-        inner_taps: Mapping[str, Tap],
-        bypass: torch.Tensor | None,
-        recompute: bool,
-    ) -> None:
-        self.kernels, self.context, self.structure = kernels, context, structure
-        self.taps, self.inner_taps = taps, inner_taps
-        self.keep = None if bypass is None else bypass[:, None, None, None]
-        self.recompute = recompute
+    kernels: Kernels
+    context: torch.Tensor
+    structure: StructureMaps
+    taps: Mapping[str, Tap]
+    recompute: bool
 
     def level(self, block: Any, name: str, j: int, resnet: Any, h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         h = self.resnet(resnet, h, temb)
@@ -145,17 +135,16 @@ class _Run:
         h = block.conv1(self.kernels.spade_norm(block.norm1, x, silu=True))
         h = h + block.time_emb_proj(F.silu(temb))[:, :, None, None]
         h = block.conv2(self.kernels.spade_norm(block.norm2, h, silu=True))
-        modulated = block.spade(h, self.structure[h.shape[-1]])
-        h = modulated if self.keep is None else torch.where(self.keep, h, modulated)
+        h = block.spade(h, self.structure[h.shape[-1]])
         skip: torch.Tensor = x if block.conv_shortcut is None else block.conv_shortcut(x)
         return skip + h
 
     def transformer(self, name: str, attn: Any, h: torch.Tensor) -> torch.Tensor:
-        """Transformer2DModel with linear projections, and the taps.
+        """Transformer2DModel with linear projections, then its tap.
 
-        Those with taps are not recomputed: what a tap keeps, and what is recorded beside it, happens once.
+        A transformer with a tap is not recomputed, because a tap may record features and has to run once.
         """
-        if self.recompute and name not in self.taps and name not in self.inner_taps:
+        if self.recompute and name not in self.taps:
             return checkpoint(self._transformer, name, attn, h, use_reentrant=False)
         return self._transformer(name, attn, h)
 
@@ -164,8 +153,6 @@ class _Run:
         tokens = attn.proj_in(to_tokens(attn.norm(h)))
         for block in attn.transformer_blocks:
             tokens = block(tokens, encoder_hidden_states=self.context)
-        if name in self.inner_taps:
-            tokens = self.inner_taps[name](tokens)
         h = to_map(attn.proj_out(tokens), size) + h
         if name in self.taps:
             h = to_map(self.taps[name](to_tokens(h)), size)

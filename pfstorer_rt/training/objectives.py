@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,9 +14,9 @@ from torch import nn
 from pfstorer_rt.config import BaseConfig, PersonalizeConfig, Weighting
 from pfstorer_rt.diffusion import add_noise, noisy_latent, prediction_error, x0_from_prediction
 from pfstorer_rt.models.base import Base
-from pfstorer_rt.models.personalization import PersonalizationBlocks, reference_mask
+from pfstorer_rt.models.personalization import build_blocks
 from pfstorer_rt.models.prompt import tokenize
-from pfstorer_rt.models.reference import ReferencePass, reference_pass, subject_ids
+from pfstorer_rt.models.reference import LayerReference, reference_pass, subject_ids
 from pfstorer_rt.models.unet import Tap
 from pfstorer_rt.models.vae import Autoencoder, decode, encode_moments
 from pfstorer_rt.training.data import Batch
@@ -106,12 +108,9 @@ class PersonalizationObjective(LookingObjective):
         self.config, self.base_config, self.pictures = config, base.config, pictures
         self.unet, self.structure_encoder, self.text_encoder = base.unet, base.structure_encoder, base.text_encoder
         layers = config.layers or base.config.layers
-        self.blocks = PersonalizationBlocks.for_unet(
-            base.unet, layers, base.config.head_size, config.rank, config.residual
-        )
-        if config.method == "vico":
-            for gamma in (p for n, p in self.blocks.named_parameters() if n.endswith("gamma")):
-                gamma.requires_grad_(False).fill_(1.0)
+        self.blocks = build_blocks(base.unet, layers, base.config.head_size, config.rank)
+        for block in self.blocks if config.method == "vico" else ():
+            block.gamma.requires_grad_(False).fill_(1.0)
         ids, self.positions = subject_ids(base, config.subject_prompt)
         self.token = nn.Parameter(self.text_encoder.word_embedding(tokenize(config.init_word, base.config)))
         self.register_buffer("ids", ids, persistent=False)
@@ -124,7 +123,9 @@ class PersonalizationObjective(LookingObjective):
         x0, z_lq, t, noise, n = batch["hq"], batch["lq"], batch["t"], batch["noise"], len(batch["hq"])
         k = min(self.config.gen_rows, n) if self.config.lambda_gen else 0
         subject = self.text_encoder(self.ids, self.token)
-        reference = self.reference(batch["reference"], t, subject)
+        # The paper puts the reference into the batch of the restored rows. A pass of its own gives the same result, and
+        # the restored rows need no gradients before the first personalized layer.
+        reference = reference_pass(self.unet, self.structure_encoder, batch["reference"], subject, self.blocks.layers)
         rows = torch.cat([torch.arange(n), torch.arange(k)]).to(x0.device)
         x = torch.cat(
             [noisy_latent(x0, z_lq, noise, t, self.alphas_cumprod), add_noise(x0, noise, t, self.alphas_cumprod)[:k]]
@@ -133,10 +134,9 @@ class PersonalizationObjective(LookingObjective):
         prediction = self.unet(
             x,
             t[rows],
-            self.main_context(subject).expand(n + k, -1, -1),
+            self.base_context.expand(n + k, -1, -1),
             structure,
-            bypass=self.bypass(n, k, x.device),
-            **self.taps(reference, rows, bool(batch["self"])),
+            self.taps(None if batch["self"] else reference),
         )
         error = prediction_error(
             prediction,
@@ -149,53 +149,19 @@ class PersonalizationObjective(LookingObjective):
         )
         diff, gen = error[:n].mean(), error[n:].sum() / max(1, k)
         pers = diff.new_zeros(())
-        for probabilities in reference.probabilities.values():
-            pers = pers + attention_loss(probabilities, *self.positions)
+        for seen in reference.values():
+            pers = pers + attention_loss(seen.probabilities, *self.positions)
         loss = diff + self.config.lambda_gen * gen + self.config.lambda_pers * pers
-        seen = self.look(x[:n], prediction[:n], batch)
-        return {"loss": loss + seen.pop("pictures", 0), "diff": diff, "gen": gen, "pers": pers, **seen}
+        images = self.look(x[:n], prediction[:n], batch)
+        return {"loss": loss + images.pop("pictures", 0), "diff": diff, "gen": gen, "pers": pers, **images}
 
-    def main_context(self, subject: torch.Tensor) -> torch.Tensor:
-        """Context of the restored rows, (1, L, D): the base's prompt, or the subject's."""
-        return subject if self.config.main_prompt == "subject" else self.base_context
-
-    def reference(self, z_ref: torch.Tensor, t: torch.Tensor, subject: torch.Tensor) -> ReferencePass:
-        """Run the reference through the base: once, or once for each t with `ref_timestep: same`.
-
-        The paper puts it into the batch of the restored rows; apart, the outcome is the same, and the restored
-        rows need no gradients before the first personalized layer.
-        """
-        t_ref = t if self.config.ref_timestep == "same" else torch.zeros_like(t[:1])
-        n = len(t_ref)
-        return reference_pass(
-            self.unet,
-            self.structure_encoder,
-            z_ref.expand(n, -1, -1, -1),
-            t_ref,
-            subject.expand(n, -1, -1),
-            self.blocks.layers,
-            self.config.tap,
-            self.config.ref_sft == "bypass",
-        )
-
-    def bypass(self, n: int, k: int, device: torch.device) -> torch.Tensor | None:
-        """Rows that skip SPADE, bool (n + k,): the null-conditioned ones with `null_cond: bypass`, else None."""
-        return torch.arange(n + k, device=device) >= n if self.config.null_cond == "bypass" else None
-
-    def taps(self, reference: ReferencePass, rows: torch.Tensor, use_self: bool) -> dict[str, dict[str, Tap]]:
-        """Return the UNet's taps; both kinds of restored rows attend to the reference.
-
-        rows: (R,) the sample that each restored row is of.
-        """
-        where = "taps" if self.config.tap == "post" else "inner_taps"
-        if use_self:
-            return {where: self.blocks.taps(None)}
-        with torch.no_grad():
-            masks = {k: reference_mask(p[:, :, self.positions.subject]) for k, p in reference.probabilities.items()}
-        features = reference.features
-        if self.config.ref_timestep == "same":
-            features, masks = ({k: tensor[rows] for k, tensor in found.items()} for found in (features, masks))
-        return {where: self.blocks.taps(features, masks)}
+    def taps(self, reference: Mapping[str, LayerReference] | None) -> dict[str, Tap]:
+        """Return the UNet's taps: the blocks on a reference, or on their own input without one."""
+        if reference is None:
+            return {block.layer: block for block in self.blocks}
+        subject = self.positions.subject
+        seen = {layer: {"reference": r.features, "mask": r.mask(subject)} for layer, r in reference.items()}
+        return {block.layer: partial(block, **seen[block.layer]) for block in self.blocks}
 
 
 class DreamBoothObjective(LookingObjective):

@@ -143,13 +143,12 @@ def cache_reference(
 ) -> dict[str, torch.Tensor]:
     """Return `reference.{i}` (S, C) fp16 and `mask.{i}` (S,) of one photograph (3, H, W) in [0, 1]."""
     image = (center_crop(photo, base.config.tile) * 2 - 1)[None].to(base.device)
-    found = reference_features(
-        base, base.encode(image), token.float().to(base.device), identity.settings, identity.layers
-    )
+    prompt = identity.settings["subject_prompt"]
+    found = reference_features(base, base.encode(image), token.float().to(base.device), prompt, identity.layers)
     tensors = {}
     for i, layer in enumerate(identity.layers):
-        tensors[f"reference.{i}"] = found.features[layer][0].half().cpu()
-        tensors[f"mask.{i}"] = found.masks[layer][0].cpu()
+        features, mask = found[layer]
+        tensors[f"reference.{i}"], tensors[f"mask.{i}"] = features[0].half().cpu(), mask[0].cpu()
     return tensors
 
 

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from pfstorer_rt.models.denoiser import Denoiser
 from pfstorer_rt.models.personalization import (
     LowRankLinear,
     PersonalizationBlock,
-    PersonalizationBlocks,
+    build_blocks,
     make_low_rank,
     reference_mask,
 )
@@ -71,7 +73,7 @@ def test_gamma_zero_is_the_base_bit_for_bit(nano_base, make_nano_identity):
     assert torch.equal(predict(nano_base, identity), predict(nano_base))
 
 
-@pytest.mark.parametrize("settings", [{}, {"tap": "inner"}, {"residual": "full"}, {"ref_source": "self"}])
+@pytest.mark.parametrize("settings", [{}, {"ref_source": "self"}])
 def test_strength_zero_is_the_base_bit_for_bit(nano_base, make_nano_identity, settings):
     identity = make_nano_identity(**settings)
     assert torch.equal(predict(nano_base, identity, 0.0), predict(nano_base))
@@ -110,13 +112,11 @@ def test_reference_tokens_are_not_normalised():
     assert (block(x, reference) - block(x, 3 * reference + 1)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("residual", ["delta", "full"])
-def test_eq_3_for_any_gamma(residual):
-    block = make_block(residual=residual)
+def test_eq_3_for_any_gamma():
+    block = make_block()
     block.gamma.copy_(normal(16, seed=9))
     x, reference = normal(2, 12, 16), normal(2, 7, 16, seed=1)
-    out = vico_update(block, x, reference).double()
-    delta = out - x.double() if residual == "delta" else out
+    delta = vico_update(block, x, reference).double() - x.double()
     expected = x.double() + 0.7 * block.gamma.double() * delta
     assert torch.allclose(block(x, reference, strength=0.7).double(), expected, rtol=0, atol=1e-5)
 
@@ -146,12 +146,12 @@ def test_cached_reference_is_masked_attention_in_the_whole_model(nano_base, make
     identity = make_nano_identity()
     masks = [identity.tensors[f"mask.{i}"] for i in range(4)]
     assert any(0 < int(m.sum()) < m.numel() for m in masks)
-    from pfstorer_rt.models.reference import References
-
-    features = {layer: identity.tensors[f"reference.{i}"].float()[None] for i, layer in enumerate(identity.layers)}
-    masked = References(features, {layer: masks[i][None].bool() for i, layer in enumerate(identity.layers)})
+    whole = Denoiser(nano_base, identity)
+    for i, block in enumerate(whole.blocks):
+        block.reference = identity.tensors[f"reference.{i}"].float()[None]
+        block.forward = partial(block.forward, mask=masks[i][None].bool())
     with torch.no_grad():
-        expected = Denoiser(nano_base, identity, masked)(*denoiser_inputs())
+        expected = whole(*denoiser_inputs())
     assert torch.allclose(predict(nano_base, identity), expected, rtol=0, atol=1e-5)
 
 
@@ -223,22 +223,40 @@ def test_low_rank_identities_run(nano_base, make_nano_identity):
 
 def test_unknown_layers_are_refused(nano_base):
     with pytest.raises(ValueError, match="not a spatial transformer"):
-        PersonalizationBlocks.for_unet(nano_base.unet, ("up_blocks.0.resnets.0",), 8)
+        build_blocks(nano_base.unet, ("up_blocks.0.resnets.0",), 8)
 
 
-def test_taps_share_one_reference_among_rows(nano_base):
-    blocks = PersonalizationBlocks.for_unet(nano_base.unet, nano_base.config.layers[:1], 8)
-    blocks[0].gamma.data.fill_(1.0)
-    layer, x, reference = blocks.layers[0], normal(3, 4, 16), normal(1, 5, 16, seed=1)
+def test_all_rows_share_one_reference():
+    block = make_block()
+    block.gamma.fill_(1.0)
+    x, reference = normal(3, 4, 16), normal(1, 5, 16, seed=1)
     mask = torch.tensor([[True, True, False, True, False]])
-    run = blocks.taps({layer: reference}, {layer: mask})[layer]
-    expected = blocks[0](x, reference.expand(3, -1, -1), mask.expand(3, -1))
-    assert torch.equal(run(x), expected)
+    assert torch.equal(block(x, reference, mask), block(x, reference.expand(3, -1, -1), mask.expand(3, -1)))
 
 
-def test_places_of_the_block_differ(nano_base, make_nano_identity):
-    post, inner = (predict(nano_base, make_nano_identity(tap=tap)) for tap in ("post", "inner"))
-    assert (post - inner).abs().max() > 1e-2
+def test_a_block_attends_to_its_own_reference_unless_a_call_passes_another():
+    block = make_block()
+    block.gamma.fill_(1.0)
+    x, own, other = normal(2, 4, 16), normal(1, 5, 16, seed=1), normal(1, 7, 16, seed=2)
+    expected, without = (block(x, reference) for reference in (own, None))
+    block.reference = own
+    assert torch.equal(block(x), expected) and not torch.equal(expected, without)
+    assert not torch.equal(block(x, other), expected)
+    assert "reference" not in block.state_dict()  # it belongs to the identity file under a name of its own
+
+
+def test_folding_a_reference_keeps_the_result():
+    block = make_block()
+    block.gamma.fill_(1.0)
+    block.reference = normal(1, 5, 16, seed=1)
+    x = normal(2, 4, 16)
+    expected = block(x)
+    block.fold_reference()
+    assert isinstance(block.block.attn2.to_k, nn.Identity) and block.reference is None
+    assert torch.allclose(block(x), expected, rtol=0, atol=1e-5)
+    plain = make_block()
+    plain.fold_reference()
+    assert isinstance(plain.block.attn2.to_k, nn.Linear)  # without a reference nothing is constant
 
 
 def gradients(objective, batch, loss="loss"):
@@ -260,15 +278,6 @@ def test_without_lambda_gen_no_null_row_is_run(objective, nano_base):
     handle.remove()
     assert sorted(rows) == [1, 2]  # the reference and the two samples
     assert all(found[f"blocks.{i}.gamma"] > 0 for i in range(4))
-
-
-def test_a_reference_at_the_timestep_of_every_row(objective):
-    made, seen = objective(gamma=0.3, ref_timestep="same"), []
-    handle = made.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[1]))
-    made(make_batch())
-    handle.remove()
-    first, second, null = seen[0]  # rows: two samples, and the null-conditioned row of the first
-    assert torch.equal(first, null) and not torch.allclose(first, second)
 
 
 def test_the_token_moves_by_its_own_loss(objective):
@@ -356,16 +365,19 @@ def test_a_subject_prompt_is_no_format_string(nano_base):
 @torch.no_grad()
 def test_the_cached_reference_is_what_training_saw(objective, nano_base):
     made, batch, seen = objective(gamma=0.3), make_batch(n=1), []
-    handles = [b.register_forward_pre_hook(lambda module, args: seen.append(args[1:3])) for b in made.blocks]
+    handles = [
+        block.register_forward_pre_hook(lambda module, args, passed: seen.append(passed), with_kwargs=True)
+        for block in made.blocks
+    ]
     made(batch)
     for handle in handles:
         handle.remove()
-    settings = {"subject_prompt": "a photo of a {}", "ref_sft": "self", "tap": "post"}
-    found = reference_features(nano_base, batch["reference"], made.token.data, settings, made.blocks.layers)
-    for layer, (reference, mask) in zip(made.blocks.layers, seen, strict=True):
-        assert torch.allclose(reference[0], found.features[layer][0], rtol=0, atol=1e-5)
-        assert torch.equal(mask[0], found.masks[layer][0])
-        assert torch.equal(reference[0], reference[1])  # for the LQ and the null row
+    found = reference_features(nano_base, batch["reference"], made.token.data, "a photo of a {}", made.blocks.layers)
+    for layer, passed in zip(made.blocks.layers, seen, strict=True):
+        features, mask = found[layer]
+        assert features.shape[0] == 1  # one row, shared by the LQ and the null rows
+        assert torch.allclose(passed["reference"], features, rtol=0, atol=1e-5)
+        assert torch.equal(passed["mask"], mask)
 
 
 def test_l_pers_formula():
@@ -422,7 +434,7 @@ def test_an_identity_of_full_size_stays_small(rank, megabytes):
     config = PRESETS["sd21"]
     with torch.device("meta"):
         unet = RestorationUNet.from_base_config(config)
-        blocks = PersonalizationBlocks.for_unet(unet, config.layers, config.head_size, rank)
+        blocks = build_blocks(unet, config.layers, config.head_size, rank)
     # The token's level of the four-level UNet, counted from the bottom: 8, 16, 32, 64 latent pixels a side.
     sides = [8 * 2 ** int(layer.split(".")[1]) for layer in config.layers]
     widths = [block.gamma.numel() for block in blocks]

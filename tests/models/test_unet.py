@@ -9,7 +9,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from pfstorer_rt.config import PRESETS, StructureConfig
-from pfstorer_rt.models.personalization import PersonalizationBlocks
+from pfstorer_rt.models.personalization import build_blocks
 from pfstorer_rt.models.structure import StructureEncoder
 from pfstorer_rt.models.unet import RestorationUNet, Spade, to_map, to_tokens
 
@@ -47,7 +47,7 @@ def inputs(config, batch=2, seed=1):
     generator = torch.Generator().manual_seed(seed)
     side = config.latent_tile
     x = torch.randn(batch, config.latent_channels, side, side, generator=generator)
-    context = torch.randn(batch, 5, config.context_width, generator=generator)
+    context = torch.randn(batch, 5, config.unet["cross_attention_dim"], generator=generator)
     channels, levels = config.structure.out_channels, len(config.unet["block_out_channels"])
     sides = [side >> i for i in range(levels)]
     maps = {s: torch.randn(batch, channels, s, s, generator=generator) for s in sides}
@@ -87,7 +87,7 @@ def test_sizes_of_sd21_are_the_published_checkpoints():
     with torch.device("meta"):
         unet = RestorationUNet.from_base_config(config)
         structure = StructureEncoder.from_base_config(config)
-        blocks = PersonalizationBlocks.for_unet(unet, config.layers, config.head_size)
+        blocks = build_blocks(unet, config.layers, config.head_size)
     spade = sum(p.numel() for name, p in unet.named_parameters() if ".spade." in name)
     assert spade == 53_020_160
     assert sum(".spade." in name for name in unet.state_dict()) == 176
@@ -119,12 +119,10 @@ def test_forward_is_diffusers_when_spade_changes_nothing(name):
     x, t, context, maps = inputs(config)
     expected = diffusers_twin(unet, config)(x, t, context).sample.detach()
     assert expected.std() > 0.01
-    bypassed = unet(x, t, context, maps, bypass=torch.tensor([True, True]))
-    # The same operations in the same order, but for the attention's memory layout.
-    assert torch.allclose(bypassed, expected, rtol=0, atol=1e-5)
     assert not torch.allclose(unet(x, t, context, maps), expected, rtol=0, atol=1e-2)
     for block in resnets(unet).values():
         block.spade = WithoutSpade()
+    # The same operations in the same order, but for the memory layout of the attention.
     assert torch.allclose(unet(x, t, context, maps), expected, rtol=0, atol=1e-5)
 
 
@@ -168,18 +166,6 @@ def test_spade_formula(height, width, groups):
     assert torch.allclose(spade(h, s).double(), expected, rtol=0, atol=1e-5)  # fp32 sums of 90 products
 
 
-def test_bypass_is_per_row():
-    unet = build(NANO)
-    x, t, context, maps = inputs(NANO)
-    mixed = unet(x, t, context, maps, bypass=torch.tensor([True, False]))
-    conditioned = unet(x, t, context, maps)
-    plain = diffusers_twin(unet, NANO)(x, t, context).sample.detach()
-    assert torch.allclose(mixed[0], plain[0], rtol=0, atol=1e-5)
-    assert torch.allclose(mixed[1], conditioned[1], rtol=0, atol=1e-5)
-    none = unet(x, t, context, maps, bypass=torch.tensor([False, False]))
-    assert torch.equal(none, conditioned)
-
-
 def test_every_level_of_the_structure_maps_counts():
     unet = build(NANO)
     x, t, context, maps = inputs(NANO)
@@ -212,34 +198,20 @@ def test_taps_see_the_output_of_their_transformer():
         return tap
 
     twin = diffusers_twin(unet, NANO)
-    for block in resnets(twin).values():
-        block.conv2.register_forward_hook(lambda module, args, h: h)
+    for block in resnets(unet).values():
+        block.spade = WithoutSpade()
     for layer in NANO.layers:
         twin.get_submodule(layer).register_forward_hook(
             lambda module, args, out, layer=layer: outputs.update({layer: out[0]})
         )
     with torch.no_grad():
         twin(x, t, context)
-    bypass = torch.tensor([True, True])
-    plain = unet(x, t, context, maps, bypass=bypass)
-    tapped = unet(x, t, context, maps, taps={layer: keep(layer) for layer in NANO.layers}, bypass=bypass)
+    plain = unet(x, t, context, maps)
+    tapped = unet(x, t, context, maps, taps={layer: keep(layer) for layer in NANO.layers})
     assert torch.equal(tapped, plain)  # a tap that changes nothing
     assert order == list(NANO.layers)
     for layer in NANO.layers:
         assert torch.allclose(to_map(seen[layer], outputs[layer].shape[-2:]), outputs[layer], rtol=0, atol=1e-5)
-
-
-def test_inner_taps_sit_before_proj_out_and_the_residual():
-    unet = build(NANO)
-    x, t, context, maps = inputs(NANO)
-    layer = NANO.layers[0]
-    arrived = []
-    transformer = unet.get_submodule(layer)
-    handle = transformer.proj_out.register_forward_pre_hook(lambda module, args: arrived.append(args[0]))
-    unet(x, t, context, maps, inner_taps={layer: lambda tokens: tokens + 7})
-    unet(x, t, context, maps)
-    handle.remove()
-    assert torch.allclose(arrived[0], arrived[1] + 7, rtol=0, atol=1e-5)
 
 
 def test_tokens_run_row_by_row():
