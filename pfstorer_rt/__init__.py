@@ -28,7 +28,10 @@ __all__ = sorted(_EXPORTS)
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'pfstorer_rt' has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
+    from pfstorer_rt.extras import needed_by
+
+    with needed_by(name):
+        return getattr(import_module(_EXPORTS[name]), name)
 
 
 def __dir__() -> list[str]:
