@@ -3,34 +3,32 @@ PYTHON ?= python3
 # Extra arguments for pip, such as an index with CPU-only builds of torch.
 PIP_ARGS ?=
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt --disable-pip-version-check -q
 
-.PHONY: setup demo test test-slow tools lint types clean
+.PHONY: setup demo test test-slow lint types clean
 
 setup: .venv/ready
 
+# torch comes first: the build of torch that is installed already is kept, for example a CPU build from another index.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13) and "Python 3.10-3.12 is needed, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt --disable-pip-version-check -q torch setuptools
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt --disable-pip-version-check -q -e '.[metrics,dev]'
+	$(PIP) torch setuptools
+	$(PIP) -e '.[all,dev]'
 	touch $@
 
 demo: .venv/ready
 	$(BIN)/pfstorer-rt demo -o demo
 
-# The tests run OpenVINO, and build TensorRT-RTX engines, for which no GPU is needed.
-tools: .venv/tools
+# ruff takes a second and comes first; mypy takes a minute without its cache and runs beside the tests.
+# One test process for each core, with one thread each, is faster than one process with all threads.
+test: lint
+	@$(BIN)/mypy > .venv/mypy.log 2>&1 & mypy=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=15; tests=$$?; \
+	wait $$mypy || { cat .venv/mypy.log; exit 1; }; exit $$tests
 
-.venv/tools: .venv/ready
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt --disable-pip-version-check -q -e '.[metrics,dev,openvino,tensorrt-rtx]'
-	touch $@
-
-# One process for each core, with one thread each, goes quicker than all threads in one process.
-test: lint types tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
-
-# Minutes and gigabytes: engines of a full-size base.
-test-slow: tools
+# Minutes and gigabytes: engines of a full-size base, exports that leave the cache of graphs aside.
+test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
 
 lint: .venv/ready
@@ -41,4 +39,4 @@ types: .venv/ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info demo
+	rm -rf .venv .cache build dist *.egg-info demo

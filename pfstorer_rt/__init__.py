@@ -50,7 +50,10 @@ if not TYPE_CHECKING:  # a type checker would accept every name of a module that
     def __getattr__(name: str) -> object:
         if name not in _MODULES:
             raise AttributeError(f"module 'pfstorer_rt' has no attribute {name!r}")
-        return getattr(import_module(_MODULES[name]), name)
+        from pfstorer_rt.extras import needed_by
+
+        with needed_by(name):
+            return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

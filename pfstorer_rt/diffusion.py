@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from pfstorer_rt.config import BaseConfig, Weighting
+from pfstorer_rt.extras import needed_by
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -209,7 +210,8 @@ def sample_ddim(
 
 def _diffusers_scheduler(name: str, timesteps: Sequence[int], prediction_type: str) -> Any:
     """Return a diffusers scheduler of this noise schedule, set to the timesteps where it takes them."""
-    import diffusers
+    with needed_by(f"sampler {name}"):
+        import diffusers
 
     settings = {
         "num_train_timesteps": TRAIN_STEPS,

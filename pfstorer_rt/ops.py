@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.extras import install
 from pfstorer_rt.files import atomic_write, cache_home
 
 AttentionFn = Callable[..., torch.Tensor]
@@ -115,7 +116,7 @@ def _load_triton(device: torch.device, head_size: int | None) -> Kernels:
     try:
         import_module("triton")
     except ImportError as error:
-        raise MissingBackendError("triton is not installed: pip install 'pfstorer-rt[gpu]' (Linux)") from error
+        raise MissingBackendError(f"triton is not installed: {install('gpu')} (Linux)") from error
     module = import_module("pfstorer_rt.kernels.dispatch")
     module.check(device, head_size)
     dispatch = module.Dispatch(cache_home() / "kernels.json", atomic_write)
@@ -150,7 +151,7 @@ def _load_xformers(device: torch.device, head_size: int | None) -> Kernels:
     try:
         ops = import_module("xformers.ops")
     except ImportError as error:
-        raise MissingBackendError("xformers is not installed: pip install 'pfstorer-rt[gpu]'") from error
+        raise MissingBackendError(f"xformers is not installed: {install('gpu')}") from error
 
     def xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         if mask is not None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.external_data import external_files
 from pfstorer_rt.files import (
     atomic_write,
     check_fingerprint,
@@ -27,6 +26,7 @@ from pfstorer_rt.files import (
     show_path,
     work_folder,
 )
+from pfstorer_rt.onnx_message import external_files
 from pfstorer_rt.signing import is_signed, sign
 
 SCHEMA = 2

@@ -1,3 +1,5 @@
+import hashlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -15,6 +17,10 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported: without a GPU they run in the interpreter
 
+spec = importlib.util.spec_from_file_location("graph_cache", Path(__file__).with_name("graph_cache.py"))
+graph_cache = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(graph_cache)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def private_home(tmp_path_factory):
@@ -23,6 +29,24 @@ def private_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PFSTORER_HOME", str(home))
         yield home
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_graphs():
+    """`torch.onnx.export`, half a minute for a nano denoiser, computes each graph once and keeps it between runs.
+
+    A graph is kept under a hash of the module, its example inputs, the options, the versions, and all sources on which
+    an export depends: any change of them exports anew. `make clean` removes the graphs. Returns the cache's module.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", graph_cache.GraphCache(ROOT / ".cache" / "graphs", torch.onnx.export))
+        yield graph_cache
+
+
+@pytest.fixture
+def export_anew(monkeypatch):
+    """`torch.onnx.export` itself, without the cache, in one test."""
+    monkeypatch.setattr(torch.onnx, "export", torch.onnx.export.export)
 
 
 def picture(height, width, seed=0):
@@ -109,21 +133,28 @@ def nano_identity(make_nano_identity):
 
 @pytest.fixture(scope="session")
 def exported_once(nano_base, tmp_path_factory):
-    """Function (file name, identity or None) -> plan of the nano base, exported by one test process for all of them."""
+    """Function (identity or None, base=nano, precision="fp32") -> its ONNX plan, exported by one test process for all.
+
+    The caller may write into the file of the plan: it is a copy.
+    """
     from filelock import FileLock
     from pfstorer_rt.export import export_plan
 
+    from pfstorer_rt.config import to_json
     from pfstorer_rt.plan import Plan
 
     root = tmp_path_factory.getbasetemp()
     shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
-    def export(name, identity):
-        with FileLock(shared / f"{name}.lock"):
-            if not (shared / name).exists():
-                export_plan(shared / name, identity, nano_base)
-        own = tmp_path_factory.mktemp("plans") / name  # a test may write into its copy
-        shutil.copyfile(shared / name, own)
+    def export(identity=None, base=nano_base, precision="fp32"):
+        content = [base.fingerprint, to_json(base.config), precision]
+        content += [] if identity is None else [identity.fingerprint, *sorted(identity.metadata().items())]
+        first = shared / f"{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}.plan"
+        with FileLock(first.with_suffix(".lock")):
+            if not first.exists():
+                export_plan(first, identity, base, precision=precision)
+        own = tmp_path_factory.mktemp("plans") / f"{identity.name if identity else 'base'}.plan"
+        shutil.copyfile(first, own)
         return Plan.open(own)
 
     return export
@@ -131,12 +162,12 @@ def exported_once(nano_base, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def nano_plan(exported_once, nano_identity):
-    return exported_once("alice.plan", nano_identity)
+    return exported_once(nano_identity)
 
 
 @pytest.fixture(scope="session")
 def base_plan(exported_once):
-    return exported_once("base.plan", None)
+    return exported_once()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The house: who may import whom, what is installed, and how long files and functions are."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -19,28 +20,30 @@ FOLDERS = {
 }
 
 # A part and the parts below it that it may import; a part is a module or package of pfstorer_rt.
-PLAIN = {"errors", "config", "files", "console"}
-FORMATS = {"imaging", "tiling", "diffusion", "identity", "plan"}
+PLAIN = {"errors", "extras", "config", "files", "console"}
+FORMATS = {"imaging", "tiling", "diffusion", "identity", "plan", "base_files", "onnx_message"}
 NETWORKS = PLAIN | FORMATS | {"ops", "models"}
 MAY_IMPORT = {
     "errors": set(),
     "temporary": set(),
-    "external_data": set(),
+    "extras": {"errors"},
+    "onnx_message": set(),
+    "base_files": {"errors", "config", "files"},
     "config": {"errors", "files"},
     "console": {"errors"},
     "files": {"errors", "temporary"},
     "signing": {"errors", "files"},
     "tiling": {"errors", "config"},
-    "diffusion": {"errors", "config"},
+    "diffusion": {"errors", "extras", "config"},
     "identity": {"errors", "config", "files"},
-    "plan": {"errors", "config", "external_data", "files", "signing"},
-    "imaging": {"errors", "config", "files", "tiling"},
-    "faces": {"errors", "config", "files", "imaging"},
+    "plan": {"errors", "config", "onnx_message", "files", "signing"},
+    "imaging": {"errors", "extras", "config", "files", "tiling"},
+    "faces": {"errors", "extras", "config", "files", "imaging"},
     "degradation": {"errors", "config", "files", "imaging"},
     "kernels": {"errors"},
-    "ops": {"errors", "files", "kernels"},  # files: where timings are kept
+    "ops": {"errors", "extras", "files", "kernels"},  # files: where timings are kept
     "models": PLAIN | FORMATS | {"ops"},
-    "engine": NETWORKS | {"external_data"},
+    "engine": NETWORKS,
     "runtime": NETWORKS | {"engine"},
     "training": NETWORKS | {"faces", "degradation"},
     "export": NETWORKS | {"engine", "runtime"},  # runtime: a plan is compared with its original on whole images
@@ -49,6 +52,9 @@ MAY_IMPORT = {
     "": set(),  # pfstorer_rt/__init__.py: names only, resolved on first use
 }
 """Not here on purpose: anything -> cli, runtime -> training or export, pfstorer_rt -> kernels but by ops."""
+
+NEED_EXTRAS = {"models", "training", "export", "kernels"}
+"""The parts that import packages of the extras [train], [export] and [gpu] as soon as they are imported."""
 
 
 def source_files():
@@ -103,11 +109,10 @@ def test_imports_follow_the_graph():
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_package_itself_imports_nothing_but_the_standard_library():
-    tree = ast.parse((ROOT / "pfstorer_rt" / "__init__.py").read_text())
-    nodes = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]  # not the ones for type checkers
-    found = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
-    found |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+def test_importing_the_package_imports_the_standard_library_alone():
+    body = ast.parse((ROOT / "pfstorer_rt" / "__init__.py").read_text()).body
+    found = {a.name for n in body if isinstance(n, ast.Import) for a in n.names}
+    found |= {str(n.module) for n in body if isinstance(n, ast.ImportFrom)}
     assert found and {name.split(".")[0] for name in found} <= set(sys.stdlib_module_names)
 
 
@@ -131,6 +136,30 @@ def test_no_two_modules_import_each_other():
         left = {name: below for name, below in left.items() if name not in ready}
 
 
+def imported_at_once(path):
+    """Third-party packages that a file imports as soon as it is imported itself: not in functions, not for types."""
+    pending, found = list(ast.parse(path.read_text()).body), set()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or "TYPE_CHECKING" in ast.unparse(node)[:20]:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).split(".")[0])
+        pending += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+    return found - set(sys.stdlib_module_names) - {"pfstorer_rt"}
+
+
+def test_the_runtime_imports_its_own_dependencies_only():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    own = {re.split(r"[<>=;\[ ]", text)[0] for text in project["dependencies"]}
+    allowed = {{"pillow": "PIL"}.get(name, name) for name in own}
+    for name, path in MODULES.items():
+        if part_of(name) not in NEED_EXTRAS:
+            assert imported_at_once(path) <= allowed, f"{name}: import it in a function, inside `extras.needed_by`"
+
+
 def test_kernels_need_torch_and_triton_alone():
     for name, path in MODULES.items():
         if part_of(name) == "kernels":
@@ -146,6 +175,16 @@ def test_folders_of_the_checkout_are_imported_by_their_installed_names():
             nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
             own = [n.module for n in nodes if not n.level and part_of(n.module) == part_of(name)]
             assert not own, name
+
+
+def test_a_kept_graph_depends_on_every_source_that_exporting_imports(kept_graphs):
+    pending, reached = {"pfstorer_rt.export.build"}, set()
+    while pending:
+        name = pending.pop()
+        reached.add(name)
+        found = {m if m in MODULES else m.rpartition(".")[0] for _, m in imports(name, MODULES[name], tables=False)}
+        pending |= (found & set(MODULES)) - reached
+    assert reached <= {name for name, path in MODULES.items() if path in set(kept_graphs.sources())}
 
 
 def test_the_package_list_names_every_folder():

@@ -7,10 +7,12 @@ import signal
 import sys
 import threading
 from importlib import import_module
+from typing import Any
 
 import click
 
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError
+from pfstorer_rt.extras import missing
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "personalize": ("personalize", "Learn a person from 3-5 photographs."),
@@ -41,6 +43,13 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         return import_module(f"pfstorer_rt.cli.{COMMANDS[cmd_name][0]}").command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; raises `MissingBackendError` with the name of the extra when a package is missing."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            raise missing(str(ctx.invoked_subcommand), error) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands from the table alone."""

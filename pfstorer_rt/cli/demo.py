@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pfstorer_rt.cli.options import SEED
+from pfstorer_rt.extras import needed_by
 
 Pixels = npt.NDArray[np.float32]
 FACE = (20, 116, 216)
@@ -65,7 +66,12 @@ def command(output: Path, base: str, iterations: int, level: str, seed: int, as_
 def make_pictures(output: Path, level: str, seed: int) -> tuple[Pixels, Pixels, list[Path]]:
     """Write the truth, the degraded input and the reference views; returns them and their paths."""
     import torch
-    from skimage.data import astronaut
+
+    with needed_by("demo", "all"):  # before anything is written
+        from skimage.data import astronaut
+
+        import pfstorer_rt.export
+        import pfstorer_rt.training.personalize  # noqa: F401
 
     from pfstorer_rt.degradation.degrade import degrade
     from pfstorer_rt.imaging.files import save_image

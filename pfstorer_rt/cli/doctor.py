@@ -50,7 +50,7 @@ def command(as_json: bool) -> None:
         f"Python {machine['python']}"
     )
     click.echo(f"gpu       {machine['gpu'] or 'none visible to torch'}")
-    for key in ("engines", "builders", "attention", "metrics"):
+    for key in ("extras", "engines", "builders", "attention", "metrics"):
         for name, refusal in report[key].items():
             title = key.removesuffix("s") if key != "metrics" else key
             click.echo(f"{title:<9} {name}: {'ready' if refusal is None else refusal}")
@@ -63,12 +63,13 @@ def examine() -> dict[str, Any]:
     """Collect everything that `doctor` prints; a refusal of None means ready."""
     import torch
 
+    from pfstorer_rt.base_files import shipped_bases
     from pfstorer_rt.engine.session import BACKENDS
     from pfstorer_rt.engine.tensorrt import TARGETS, load_library
+    from pfstorer_rt.extras import EXTRAS
     from pfstorer_rt.faces.dlib import INSTALL_METRICS, face_models
     from pfstorer_rt.files import home
     from pfstorer_rt.identity import list_identities
-    from pfstorer_rt.models.base import BUILTIN
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     engines: dict[str, str | None] = {name: refusal(import_module(m).check) for name, m in BACKENDS.items()}
@@ -80,19 +81,29 @@ def examine() -> dict[str, Any]:
             "memory_gb": memory_gb(),
             "python": platform.python_version(),
         },
-        "engines": {"torch": None, **engines},
+        "extras": {name: absent(name) for name in EXTRAS},
+        "engines": {"torch": absent("train"), **engines},
         "builders": {name: refusal(lambda name=name: load_library(name)) for name in TARGETS},
         "attention": attention_refusals("cuda" if gpu else "cpu"),
         "metrics": {
-            "psnr, ssim": None,
+            "psnr": None,
+            "ssim": None if find_spec("skimage") else f"missing: {INSTALL_METRICS}",
             "identity (dlib)": None if face_models() else f"missing: {INSTALL_METRICS}",
             "st-lpips": None if find_spec("stlpips_pytorch") else f"missing: {INSTALL_METRICS}",
         },
-        "bases": sorted(p.parent.name for p in BUILTIN.glob("*/config.json")),
+        "bases": shipped_bases(),
         "home": str(home()),
         "identities": len(list_identities()),
         "packages": {name: installed(name) for name in PACKAGES},
     }
+
+
+def absent(extra: str) -> str | None:
+    """Return which packages of an extra are missing and how to install them, None when all are here."""
+    from pfstorer_rt.extras import EXTRAS, install
+
+    packages = [name for name in EXTRAS[extra] if find_spec(name) is None]
+    return f"{', '.join(packages)} missing: {install(extra)}" if packages else None
 
 
 def attention_refusals(device: str) -> dict[str, str | None]:

@@ -85,11 +85,11 @@ def verify_command(name: str, photos: tuple[Path, ...]) -> None:
     Example:
       pfstorer-rt identities verify alice photos/alice/*.jpg
     """
+    from pfstorer_rt.base_files import find_base, fingerprint_directory
     from pfstorer_rt.errors import PFStorerError
     from pfstorer_rt.files import sha256_file
     from pfstorer_rt.identity import Identity, identity_path
     from pfstorer_rt.imaging.find import find_images
-    from pfstorer_rt.models.base import find_base, fingerprint_directory
 
     path = identity_path(name)
     identity = Identity.load(path)

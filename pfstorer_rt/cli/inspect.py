@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
@@ -73,10 +72,9 @@ def describe_payload(plan: Plan, component: str) -> dict[str, Any]:
     with plan.map_weights(component) as weights:
         sizes = {"bytes": len(data), "weights_bytes": sum(map(len, weights.values()))}
     if plan.manifest.target == "onnx":
-        import onnx
+        from pfstorer_rt.onnx_message import count_operators
 
-        operators = Counter(node.op_type for node in onnx.load_from_string(data).graph.node)
-        return {**sizes, "format": "ONNX", "layers": dict(sorted(operators.items()))}
+        return {**sizes, "format": "ONNX", "layers": dict(sorted(count_operators(data).items()))}
     known = {mark: name for name, mark in ENGINE_MARKS.items()}
     return {**sizes, "format": known.get(data[:4], f"unknown (begins with {data[:4]!r})")}
 
@@ -104,19 +102,25 @@ def describe_identity(path: Path) -> dict[str, Any]:
 
 
 def describe_base(path: str) -> dict[str, Any]:
-    """Describe a base after loading it."""
+    """Describe a base directory after reading every tensor."""
+    from pfstorer_rt.base_files import (
+        count_parameters,
+        find_base,
+        fingerprint_directory,
+        read_config,
+        reading_base,
+    )
     from pfstorer_rt.config import to_json
-    from pfstorer_rt.models.base import load_base
 
-    base = load_base(path)
-    parameters = {n: sum(p.numel() for p in m.parameters()) for n, m in base.modules().items()}
-    return {
-        "artefact": "base",
-        "folder": str(base.path),
-        "fingerprint": base.fingerprint,
-        "parameters": parameters,
-        "config": json.loads(to_json(base.config)),
-    }
+    folder = find_base(path)
+    with reading_base(folder):
+        return {
+            "artefact": "base",
+            "folder": str(folder),
+            "fingerprint": fingerprint_directory(folder),
+            "parameters": count_parameters(folder),
+            "config": json.loads(to_json(read_config(folder))),
+        }
 
 
 def print_report(report: dict[str, Any], as_json: bool) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from pfstorer_rt.engine.session import Array, HostSession
 from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError
+from pfstorer_rt.extras import install
 from pfstorer_rt.files import cache_home, check_fingerprint, inside, make_folder, show_path
 from pfstorer_rt.plan import Plan
 
@@ -24,7 +25,7 @@ def check() -> None:
     try:
         import openvino  # noqa: F401
     except ImportError as error:
-        raise MissingBackendError("openvino is not installed: pip install 'pfstorer-rt[openvino]'") from error
+        raise MissingBackendError(f"openvino is not installed: {install('openvino')}") from error
 
 
 class OpenVinoSession(HostSession):

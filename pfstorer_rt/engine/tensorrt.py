@@ -15,13 +15,14 @@ import torch
 from pfstorer_rt.engine.cuda import Cuda, Replay
 from pfstorer_rt.engine.session import Array, numpy_run
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError
+from pfstorer_rt.extras import install
 from pfstorer_rt.files import atomic_write, cache_home, make_folder, sha256_bytes, show_path
 from pfstorer_rt.plan import Plan
 
 TARGETS = ("tensorrt", "tensorrt-rtx")
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Module of each target."""
-EXTRAS = {target: f"pip install 'pfstorer-rt[{target}]'" for target in TARGETS}
+EXTRAS = {target: install(target) for target in TARGETS}
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.evaluation.sample import Measure, Sample
+from pfstorer_rt.extras import needed_by
 from pfstorer_rt.faces import dlib
 from pfstorer_rt.faces.arcface import arcface_embedder
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding
@@ -152,6 +153,8 @@ def load_psnr(_: MetricFiles) -> Measure:
 
 def load_ssim(_: MetricFiles) -> Measure:
     """SSIM; None below its window of 11 pixels."""
+    with needed_by("SSIM"):
+        import skimage.metrics  # noqa: F401
 
     def measure(result: Sample, original: Sample, _: Sequence[Sample]) -> float | None:
         fits = min(original.pixels.shape[:2]) >= SSIM_WINDOW

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pfstorer_rt.extras import install
 from pfstorer_rt.imaging.rows import Pixels
 
 Embedding = npt.NDArray[np.float64]
@@ -20,7 +21,7 @@ RECOGNIZER = "dlib_face_recognition_resnet_model_v1.dat"
 """File of dlib's network from a face to 128 numbers."""
 SAME_PERSON = 0.6
 """dlib's own threshold: two faces nearer than this are accepted as one person."""
-INSTALL_METRICS = "pip install 'pfstorer-rt[metrics]'"
+INSTALL_METRICS = install("metrics")
 LANDMARK_SIDE = 512
 """Longer side in pixels of the picture that landmarks are measured on; the paper's pictures have this size."""
 

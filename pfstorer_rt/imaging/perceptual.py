@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pfstorer_rt.errors import BadFileError, MissingBackendError
+from pfstorer_rt.extras import install
 from pfstorer_rt.imaging.rows import Pixels
 
 SMALLEST = 32
@@ -24,9 +25,7 @@ def shift_tolerant_distance() -> PerceptualDistance:
 
     Raises MissingBackendError where the package is missing.
     """
-    path = package_file(
-        "stlpips_pytorch", "weights/vST0.0/alex_shift_tolerant.pth", "pip install 'pfstorer-rt[metrics]'"
-    )
+    path = package_file("stlpips_pytorch", "weights/vST0.0/alex_shift_tolerant.pth", install("metrics"))
     weights = read_weights(path)
     return PerceptualDistance(shift_tolerant_slices(weights), linear_weights(weights))
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -15,14 +12,15 @@ import safetensors.torch
 import torch
 from accelerate import init_empty_weights
 from diffusers import DDPMScheduler
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel
 
-from pfstorer_rt.config import PRESETS, BaseConfig, base_config_from_dict, to_json
+from pfstorer_rt.base_files import NETWORKS, find_base, fingerprint_directory, read_config, read_network, reading_base
+from pfstorer_rt.config import PRESETS, BaseConfig, to_json
 from pfstorer_rt.diffusion import make_scheduler
 from pfstorer_rt.errors import BadFileError, PFStorerError
-from pfstorer_rt.files import atomic_entries, check_space, fingerprint_tensors, show_path
+from pfstorer_rt.files import atomic_entries, check_space, fingerprint_tensors
 from pfstorer_rt.models.cfw import ControllableFeatureWrapping, Features
 from pfstorer_rt.models.cfw_patch import PatchFeatureWrapping
 from pfstorer_rt.models.cfw_tiny import TinyFeatureWrapping
@@ -35,10 +33,6 @@ from pfstorer_rt.ops import choose
 
 Tensors = dict[str, torch.Tensor]
 FeatureWrapping: TypeAlias = ControllableFeatureWrapping | TinyFeatureWrapping | PatchFeatureWrapping
-BUILTIN = Path(__file__).parent.parent / "bases"
-"""Bases that are shipped with the package, one folder each."""
-COMPONENTS = ("unet", "structure_encoder", "vae", "text_encoder", "cfw")
-"""The networks' folders; `cfw` only where the base has one."""
 
 
 @dataclass
@@ -193,17 +187,13 @@ def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> B
     Raises `BadFileError` when it is not a base directory or a part of it is damaged.
     """
     path = find_base(path_or_name)
-    try:
-        config = base_config_from_dict(json.loads((path / "config.json").read_text()))
-        with init_empty_weights():  # their own tensors would be made for nothing
-            base = assemble(config)
+    with reading_base(path):
+        with init_empty_weights():  # the tensors of the new networks would be allocated for nothing
+            base = assemble(read_config(path))
         base.scheduler = read_scheduler(path / "scheduler")
         for name, module in base.modules().items():
             module.load_state_dict({k: in_fp32(v) for k, v in read_network(path / name).items()}, assign=True)
         base.fingerprint, base.path = fingerprint_directory(path), path
-    except Exception as error:  # each library has its own errors for a damaged file
-        reason = " ".join(str(error).split())[:300]
-        raise BadFileError(f"{path}: not a usable base directory ({reason}); import or train it again") from error
     return base.freeze().to(device)
 
 
@@ -230,7 +220,7 @@ def write_base(
     of a base's stay. Raises `PFStorerError` when the disk has too little room, before anything is written.
     """
     check_room(path, modules, dtype)
-    with atomic_entries(path, ("config.json", "scheduler", *COMPONENTS)) as folder:
+    with atomic_entries(path, ("config.json", "scheduler", *NETWORKS)) as folder:
         for name, module in modules.items():
             write_network(folder / name, module, states[name], dtype)
         make_scheduler(config).save_pretrained(folder / "scheduler")
@@ -261,57 +251,12 @@ def write_network(folder: Path, module: nn.Module, state: Tensors, dtype: torch.
     shutil.copymode(folder / "config.json", file)  # the library writes for its owner alone
 
 
-def network_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of one network in diffusers' layout: one, or the shards of one.
-
-    A folder from the hub may hold the same weights again as a variant (`.fp16.safetensors`); that is taken only
-    where it is alone. Raises `BadFileError` when there are none.
-    """
-    variants: dict[str, list[Path]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        variants.setdefault(re.sub(r"-\d+-of-\d+", "", file.stem), []).append(file)
-    if not variants:
-        raise BadFileError(f"{show_path(folder)}: no safetensors file; expected a network in diffusers' layout")
-    return variants[min(variants, key=lambda name: (name.count("."), name))]
-
-
-def read_network(folder: Path) -> Tensors:
-    """Read all tensors of one network in diffusers' layout."""
-    return {k: v for file in network_files(folder) for k, v in safetensors.torch.load_file(file).items()}
-
-
 def in_fp32(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a file's tensor, floating-point ones to fp32.
 
     Always a copy, as tensors may lie in a file where vector instructions are slower and round in another order.
     """
     return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
-
-
-def find_base(path_or_name: str | Path) -> Path:
-    """Return the directory of a base given by path or by a shipped name; raises `BadFileError`."""
-    for path in (Path(path_or_name), BUILTIN / str(path_or_name)):
-        if (path / "config.json").is_file():
-            return path
-    shipped = sorted(p.parent.name for p in BUILTIN.glob("*/config.json"))
-    raise BadFileError(
-        f"{path_or_name}: no base there (no config.json); expected a base directory or one of: "
-        f"{', '.join(shipped) or 'none shipped'}"
-    )
-
-
-def fingerprint_directory(path: Path) -> str:
-    """Fingerprint a base directory from its safetensors files, one tensor at a time."""
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name in sorted(name for name in COMPONENTS if name != "cfw" or (path / name).is_dir()):
-            with ExitStack() as stack:
-                files = [stack.enter_context(safe_open(file, "pt")) for file in network_files(path / name)]
-                holders = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
-                for key in sorted(holders):
-                    yield f"{name}.{key}", holders[key].get_tensor(key)
-
-    return fingerprint_tensors(tensors())
 
 
 def fingerprint_modules(modules: Mapping[str, nn.Module]) -> str:

@@ -17,6 +17,7 @@ from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.diffusion import SAMPLERS, respace, start_from_lq
 from pfstorer_rt.engine.session import Session, choose_backend
 from pfstorer_rt.errors import MismatchError
+from pfstorer_rt.extras import needed_by
 from pfstorer_rt.identity import Identity, identity_path, list_identities
 from pfstorer_rt.imaging.bands import Bands, ColorFixed, Cropped, Padded, Resized, Result, Spooled, Unit
 from pfstorer_rt.imaging.color import ColorFix
@@ -87,9 +88,10 @@ class Restorer:
         attention: a backend of `pfstorer_rt.ops`; raises `MissingBackendError` when it is refused.
         Raises `MismatchError` when the identity, or the manifest that is expected, is of another base.
         """
-        from pfstorer_rt.engine.torch import open_sessions
-        from pfstorer_rt.models.base import Base, load_base
-        from pfstorer_rt.models.components import manifest
+        with needed_by("a base in PyTorch"):
+            from pfstorer_rt.engine.torch import open_sessions
+            from pfstorer_rt.models.base import Base, load_base
+            from pfstorer_rt.models.components import manifest
 
         loaded = base if isinstance(base, Base) else load_base(base)
         if identity is not None and not isinstance(identity, Identity):

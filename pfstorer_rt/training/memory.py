@@ -13,6 +13,7 @@ from torch import nn
 
 from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.extras import install
 from pfstorer_rt.models.unet import RestorationUNet
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,7 +64,7 @@ def make_adamw(parameters: Iterable[nn.Parameter] | list[dict[str, Any]], config
         optim = import_module("bitsandbytes.optim")
     except ImportError as error:
         raise MissingBackendError(
-            f"optimizer {config.optimizer} needs bitsandbytes ({error}): pip install 'pfstorer-rt[gpu]'"
+            f"optimizer {config.optimizer} needs bitsandbytes ({error}): {install('gpu')}"
         ) from error
     kind = optim.AdamW8bit if config.optimizer == "adamw8bit" else optim.PagedAdamW8bit
     return kind(parameters, **settings)

@@ -11,7 +11,7 @@ import pfstorer_rt.export.graph as graph
 import pytest
 import torch
 from pfstorer_rt.export import export_plan, parity
-from pfstorer_rt.export.graph import fused_module
+from pfstorer_rt.export.graph import build_graph, fused_module
 from torch import nn
 
 from pfstorer_rt.config import RestoreConfig
@@ -350,6 +350,14 @@ def test_a_session_outlives_the_mapping_of_its_weights(large_plan, nano_plan, na
         large_plan.path.write_bytes(copy)
     with open_session(nano_plan, "denoiser", "onnxruntime") as session:
         assert np.array_equal(found, session.run(**arrays)["prediction"])
+
+
+@pytest.mark.parametrize("component", ["decoder", pytest.param("denoiser", marks=pytest.mark.slow)])
+def test_a_graph_is_exported_to_the_same_bytes_again(nano_base, component, request):
+    """The first graph may be one that the tests keep between runs: a run before and this one agree."""
+    first = build_graph(component, fused_module(component, nano_base), nano_base).to_bytes()
+    request.getfixturevalue("export_anew")
+    assert build_graph(component, fused_module(component, nano_base), nano_base).to_bytes() == first
 
 
 def test_the_same_large_base_gives_the_same_bytes(large_plan, nano_base, nano_identity, tmp_path, monkeypatch):

@@ -8,10 +8,11 @@ import safetensors.torch
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
+from pfstorer_rt import base_files
+from pfstorer_rt.base_files import find_base, fingerprint_directory
 from pfstorer_rt.diffusion import make_scheduler
 from pfstorer_rt.errors import BadFileError, PFStorerError
-from pfstorer_rt.models import base as base_module
-from pfstorer_rt.models.base import build_base, find_base, fingerprint_directory, fingerprint_modules, load_base
+from pfstorer_rt.models.base import build_base, fingerprint_modules, load_base
 
 NETWORKS = ("unet", "structure_encoder", "vae", "text_encoder")
 
@@ -140,7 +141,7 @@ def test_prompts(nano_base):
 def test_bases_are_found_by_path_and_by_shipped_name(nano_base_dir, tmp_path, monkeypatch):
     assert find_base(nano_base_dir) == nano_base_dir
     assert find_base(str(nano_base_dir)) == nano_base_dir
-    monkeypatch.setattr(base_module, "BUILTIN", nano_base_dir.parent)
+    monkeypatch.setattr(base_files, "BUILTIN", nano_base_dir.parent)
     assert find_base(nano_base_dir.name) == nano_base_dir
     with pytest.raises(BadFileError, match=f"one of: {nano_base_dir.name}"):
         find_base("no-such-base")

@@ -11,10 +11,11 @@ import torch
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_open_clip_checkpoint
 from torch import nn
 
+from pfstorer_rt.base_files import fingerprint_directory, read_network
 from pfstorer_rt.config import PRESETS, BaseConfig
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import show_path
-from pfstorer_rt.models.base import assemble, check_room, fingerprint_directory, read_network, write_base
+from pfstorer_rt.models.base import assemble, check_room, write_base
 from pfstorer_rt.models.cfw import LEVELS
 from pfstorer_rt.models.stablesr.checkpoint import read_checkpoint
 from pfstorer_rt.models.stablesr.conversion import (

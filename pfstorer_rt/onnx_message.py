@@ -1,11 +1,8 @@
-"""The files outside of an ONNX message that its tensors are read from, found without loading the message.
-
-An engine opens these files by the names in the message, so a plan of unknown origin could make it read any file in the
-working directory.
-"""
+"""Facts that are read from a serialized ONNX model without the onnx package and without loading its weights."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 # Fields that lead to a tensor, by message and field number (onnx.proto of ONNX 1.18, IR version 11).
@@ -24,9 +21,10 @@ _FIXED = {1: 8, 5: 4}
 
 
 def external_files(model: bytes) -> set[str]:
-    """Return the locations in the external data of all tensors of a serialized ModelProto.
+    """Return the names of all files, outside of a serialized ModelProto, from which its tensors are read.
 
-    Raises `ValueError` for bytes that are not a protobuf message.
+    An engine opens these files by name, so a plan of unknown origin could make it read any file in the working
+    directory. Raises `ValueError` for bytes that are not a protobuf message.
     """
     found: set[str] = set()
     pending = [("Model", memoryview(model))]
@@ -40,6 +38,16 @@ def external_files(model: bytes) -> set[str]:
         children = _FIELDS[kind]
         pending.extend((children[number], value) for number, value in _fields(message) if number in children)
     return found
+
+
+def count_operators(model: bytes) -> Counter[str]:
+    """Count the nodes of a serialized ModelProto's main graph by operator; subgraphs are not counted.
+
+    Raises `ValueError` for bytes that are not a protobuf message.
+    """
+    graphs = (graph for number, graph in _fields(memoryview(model)) if number == 7)
+    nodes = (node for graph in graphs for number, node in _fields(graph) if number == 1)
+    return Counter(str(name, "utf-8", "replace") for node in nodes for number, name in _fields(node) if number == 4)
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:

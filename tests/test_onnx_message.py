@@ -3,7 +3,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from pfstorer_rt.external_data import external_files
+from pfstorer_rt.onnx_message import count_operators, external_files
 
 
 def external(location, name="w"):
@@ -76,7 +76,15 @@ def test_several_files_and_strange_names():
     assert external_files(model([ADD], tensors).SerializeToString()) == {"a/../b", "ü\n"}
 
 
+def test_operators_of_the_main_graph_are_counted():
+    branch = helper.make_graph([helper.make_node("Identity", ["w"], ["z"])], "b", [], ports("z"))
+    nodes = [ADD, helper.make_node("If", ["c"], ["z"], then_branch=branch, else_branch=branch), ADD]
+    assert count_operators(model(nodes).SerializeToString()) == {"Add": 2, "If": 1}
+
+
 @pytest.mark.parametrize("bad", [b"not protobuf", b"\x3a", b"\x3a\xff\x01x", b"\xff" * 20, b"\x3a\x02\x0b\x00"])
 def test_other_bytes_are_refused(bad):
     with pytest.raises(ValueError, match="protobuf"):
         external_files(bad)
+    with pytest.raises(ValueError, match="protobuf"):
+        count_operators(bad)

@@ -1,0 +1,105 @@
+"""The files of a base directory (diffusers' layout), read without building its networks."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+
+from pfstorer_rt.config import BaseConfig, base_config_from_dict
+from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.files import fingerprint_tensors, show_path
+
+BUILTIN = Path(__file__).parent / "bases"
+"""The bases that are shipped with the package, one folder each."""
+NETWORKS = ("unet", "structure_encoder", "vae", "text_encoder", "cfw")
+"""The folders of the networks; a base without feature wrapping has no `cfw`."""
+
+
+def find_base(path_or_name: str | Path) -> Path:
+    """Return the directory of a base given by path or by a shipped name; raises `BadFileError`."""
+    for path in (Path(path_or_name), BUILTIN / str(path_or_name)):
+        if (path / "config.json").is_file():
+            return path
+    raise BadFileError(
+        f"{path_or_name}: no base there (no config.json); expected a base directory or one of: "
+        f"{', '.join(shipped_bases()) or 'none shipped'}"
+    )
+
+
+def shipped_bases() -> list[str]:
+    """Return the names of the bases that are shipped with the package, sorted."""
+    return sorted(p.parent.name for p in BUILTIN.glob("*/config.json"))
+
+
+@contextmanager
+def reading_base(path: Path) -> Iterator[None]:
+    """Turn any error of a library that reads a damaged base directory into a `BadFileError` that names it."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # each library has its own errors for a damaged file
+        reason = " ".join(str(error).split())[:300]
+        raise BadFileError(f"{path}: not a usable base directory ({reason}); import or train it again") from error
+
+
+def read_config(path: Path) -> BaseConfig:
+    """Read the configuration of a base directory."""
+    return base_config_from_dict(json.loads((path / "config.json").read_text()))
+
+
+def network_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of one network in diffusers' layout: one, or the shards of one.
+
+    A folder from the hub may hold the same weights again as a variant (`.fp16.safetensors`); that is taken only
+    where it is alone. Raises `BadFileError` when there are none.
+    """
+    variants: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        variants.setdefault(re.sub(r"-\d+-of-\d+", "", file.stem), []).append(file)
+    if not variants:
+        raise BadFileError(f"{show_path(folder)}: no safetensors file; expected a network in diffusers' layout")
+    return variants[min(variants, key=lambda name: (name.count("."), name))]
+
+
+def read_network(folder: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of one network in diffusers' layout."""
+    return {k: v for file in network_files(folder) for k, v in safetensors.torch.load_file(file).items()}
+
+
+def network_folders(path: Path) -> list[Path]:
+    """Return the folders of the networks of a base directory, sorted."""
+    return [path / name for name in sorted(NETWORKS) if name != "cfw" or (path / name).is_dir()]
+
+
+def count_parameters(path: Path) -> dict[str, int]:
+    """Count the values in the tensors of each network of a base directory, from the headers of its files."""
+    counts: dict[str, int] = {}
+    for folder in network_folders(path):
+        for file in network_files(folder):
+            with safe_open(file, "pt") as handle:
+                sizes = [math.prod(handle.get_slice(key).get_shape()) for key in handle.keys()]  # noqa: SIM118
+            counts[folder.name] = counts.get(folder.name, 0) + sum(sizes)
+    return counts
+
+
+def fingerprint_directory(path: Path) -> str:
+    """Fingerprint a base directory from its safetensors files, one tensor at a time."""
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for folder in network_folders(path):
+            with ExitStack() as stack:
+                files = [stack.enter_context(safe_open(file, "pt")) for file in network_files(folder)]
+                holders = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
+                for key in sorted(holders):
+                    yield f"{folder.name}.{key}", holders[key].get_tensor(key)
+
+    return fingerprint_tensors(tensors())
