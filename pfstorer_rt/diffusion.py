@@ -210,8 +210,7 @@ def sample_ddim(
 
 def _diffusers_scheduler(name: str, timesteps: Sequence[int], prediction_type: str) -> Any:
     """Return a diffusers scheduler of this noise schedule, set to the timesteps where it takes them."""
-    with needed_by(f"sampler {name}"):
-        import diffusers
+    import diffusers
 
     settings = {
         "num_train_timesteps": TRAIN_STEPS,
@@ -269,3 +268,12 @@ SAMPLERS: dict[str, Callable[..., torch.Tensor]] = {
     "dpmpp_2m": sample_dpmpp_2m,
     "unipc": sample_unipc,
 }
+
+
+def check_sampler(name: str) -> None:
+    """Raise `ValueError` for an unknown sampler, and `MissingBackendError` for one of diffusers without diffusers."""
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler {name!r}: expected one of {', '.join(SAMPLERS)}")
+    if SAMPLERS[name] in (sample_dpmpp_2m, sample_unipc):
+        with needed_by(f"sampler {name}"):
+            import diffusers  # noqa: F401

@@ -17,6 +17,7 @@ class Layer(nn.Module):
         super().__init__()
         self.linear, self.scale = nn.Linear(2, 2), 3.0
         nn.init.constant_(self.linear.weight, weight)
+        nn.init.zeros_(self.linear.bias)
         self.register_buffer("hidden", torch.zeros(2), persistent=False)
 
 

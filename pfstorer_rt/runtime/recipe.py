@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pfstorer_rt.config import RestoreConfig
-from pfstorer_rt.diffusion import SAMPLERS, respace
+from pfstorer_rt.diffusion import check_sampler, respace
 from pfstorer_rt.imaging.bands import PADDING, check_scale
 from pfstorer_rt.plan import Manifest
 
@@ -81,8 +81,7 @@ def _check_choices(config: RestoreConfig) -> None:
 def _check_diffusion(recipe: Recipe) -> None:
     respace(recipe.steps)
     check_scale(recipe.scale)
-    if recipe.sampler not in SAMPLERS:
-        raise ValueError(f"sampler {recipe.sampler!r}: expected one of {', '.join(SAMPLERS)}")
+    check_sampler(recipe.sampler)
     if not 0 <= recipe.eta <= 1:
         raise ValueError(f"eta {recipe.eta}: expected 0 to 1")
 
