@@ -191,8 +191,8 @@ def compiled_networks(path: Path) -> list[Path]:
         compiled = cache_home() / "openvino"
         if path.is_file() and compiled.is_dir():
             click.echo(
-                f"note: compiled networks of {show_path(path)} may be left in {show_path(compiled)}, as its fingerprint "
-                "is not known; that folder can be deleted at any time",
+                f"note: compiled networks of {show_path(path)} may be left in {show_path(compiled)}, as its "
+                "fingerprint is not known; that folder can be deleted at any time",
                 err=True,
             )
         return []

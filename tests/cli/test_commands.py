@@ -282,6 +282,22 @@ def test_rm_tells_of_networks_that_it_cannot_find(run, people, tmp_path):
     assert made.status == 0 and "may be left in" in made.err
 
 
+def test_texts_of_a_file_give_no_commands_to_the_terminal(run, refused, people, tmp_path):
+    import safetensors.numpy
+    from safetensors import safe_open
+
+    source = people / "alice.safetensors"
+    with safe_open(source, "np") as handle:
+        meta = handle.metadata()
+    clear = "\x1b[2J"
+    meta["gamma"] = json.dumps({clear: clear})
+    gift = tmp_path / "gift.safetensors"
+    safetensors.numpy.save_file(safetensors.numpy.load_file(source), gift, meta)
+    shown = run("inspect", gift).out
+    assert "\x1b" not in shown and r"\x1b[2J: \x1b[2J" in shown
+    assert r"\x1b[2J" in refused(2, "inspect", f"{clear}.safetensors")
+
+
 # ---- doctor
 
 
