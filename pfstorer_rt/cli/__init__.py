@@ -99,7 +99,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def fail(message: str, status: int) -> None:
     """Print one line on stderr and exit."""
-    click.echo("Error: " + " ".join(message.split()), err=True)
+    from pfstorer_rt.console import printable
+
+    click.echo("Error: " + printable(" ".join(message.split())), err=True)
     sys.exit(status)
 
 

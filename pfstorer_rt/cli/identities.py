@@ -127,21 +127,29 @@ def rm_command(names: tuple[str, ...], yes: bool) -> None:
       pfstorer-rt identities rm alice --yes
     """
     from pfstorer_rt.errors import BadFileError
+    from pfstorer_rt.files import work_home
     from pfstorer_rt.identity import identities_dir, identity_path, read_metadata
+    from pfstorer_rt.temporary import sweep
 
     paths: list[tuple[str, list[Path]]] = []
     for name in names:
         path = identity_path(name)
-        present = [p for p in (path, path.with_name(path.stem + ".training.pt")) if p.exists()]
+        checkpoint = path.with_name(path.stem + ".training.pt")
+        named = path.parent == identities_dir()  # other folders hold files of other programs too
+        if path.is_file() and not named:
+            read_metadata(path)
+        present = [checkpoint] if checkpoint.is_file() and (named or is_checkpoint(checkpoint)) else []
+        present += [path] if path.is_file() else []
         if not present:
             raise BadFileError(f"{name}: no such identity; `pfstorer-rt identities list` shows the known ones")
-        if path in present and path.parent != identities_dir():
-            read_metadata(path)  # a file given by its path is deleted only when it is an identity
-        paths.append((name, [*present, *compiled_networks(path)]))
+        # The identity goes last: without it the rest could not be found again after an interruption.
+        paths.append((name, [*compiled_networks(path), *present]))
     for name, present in paths:
         if yes or confirmed(name):
             for path in present:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            sweep(work_home())
+            sweep(present[-1].parent)
             click.echo(f"{name}: deleted")
 
 
@@ -155,18 +163,37 @@ def confirmed(name: str) -> bool:
         raise click.UsageError(f"{name} was not deleted: nobody answered; pass --yes") from None
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is the state of an interrupted training, as `TrainState.save` writes it."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # torch.load raises many kinds for another file
+        return False
+    return isinstance(state, dict) and {"iteration", "signature", "parameters"} <= state.keys()
+
+
 def compiled_networks(path: Path) -> list[Path]:
     """Return the folders in which engines keep compiled networks of this identity.
 
-    None for a file that cannot be read, or whose tensors do not have the fingerprint in its metadata: such a file could
-    name the networks of another identity.
+    None, with a note on stderr, for a file that cannot be read, or whose tensors do not have the fingerprint in its
+    metadata: such a file could name the networks of another identity.
     """
     from pfstorer_rt.engine.openvino import cache_folder
     from pfstorer_rt.errors import PFStorerError
+    from pfstorer_rt.files import cache_home, show_path
     from pfstorer_rt.identity import Identity
 
     try:
         folder = cache_folder(Identity.load(path).fingerprint)
     except (PFStorerError, ValueError):
+        compiled = cache_home() / "openvino"
+        if path.is_file() and compiled.is_dir():
+            click.echo(
+                f"note: compiled networks of {show_path(path)} may be left in {show_path(compiled)}, as its "
+                "fingerprint is not known; that folder can be deleted at any time",
+                err=True,
+            )
         return []
     return [folder] if folder.is_dir() else []

@@ -10,6 +10,7 @@ from zipfile import is_zipfile
 
 import click
 
+from pfstorer_rt.console import printable
 from pfstorer_rt.errors import BadFileError
 
 if TYPE_CHECKING:
@@ -136,9 +137,11 @@ def print_report(report: dict[str, Any], as_json: bool) -> None:
 def _print_level(values: dict[str, Any], indent: str) -> None:
     for key, value in values.items():
         if key == "layers" and isinstance(value, dict) and value:
-            click.echo(f"{indent}layers: {sum(value.values())}: " + ", ".join(f"{n} {k}" for k, n in value.items()))
+            kinds = ", ".join(f"{n} {k}" for k, n in value.items())
+            click.echo(indent + printable(f"layers: {sum(value.values())}: {kinds}"))
         elif isinstance(value, dict):
-            click.echo(f"{indent}{key}:")
+            click.echo(indent + printable(f"{key}:"))
             _print_level(value, indent + "  ")
         else:
-            click.echo(f"{indent}{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            click.echo(indent + printable(f"{key}: {text}"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from pfstorer_rt.console import printable
 from pfstorer_rt.imaging.files import SAVE_FORMATS
 from pfstorer_rt.runtime.batch import STREAM, Job, Saving, find_inputs
 
@@ -104,12 +105,12 @@ def show(report: dict[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(report), err=to_stderr)
     elif report["status"] == "failed":
         about = "" if report["error"].startswith(report["input"]) else f"{report['input']}: "
-        click.echo(f"failed: {about}{report['error']}", err=True)
+        click.echo(printable(f"failed: {about}{report['error']}"), err=True)
     elif report["status"] == "skipped":
-        click.echo(f"{report['output']}: exists, skipped")
+        click.echo(printable(f"{report['output']}: exists, skipped"))
     else:
         notes = "".join(f" ({note})" for note in report.get("notes", ()))
         click.echo(
-            f"{report['output']}: {report['width']}x{report['height']}, {report['seconds']:.1f} s{notes}",
+            printable(f"{report['output']}: {report['width']}x{report['height']}, {report['seconds']:.1f} s{notes}"),
             err=to_stderr,
         )

@@ -232,6 +232,72 @@ def test_rm_deletes_compiled_networks_of_this_identity_alone(run, people, nano_i
     assert not own.exists()
 
 
+def test_rm_by_path_deletes_no_file_of_another_program(run, refused, tmp_path):
+    import torch
+
+    folder = tmp_path / "photos.training.pt"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(b"a memory")
+    thesis, own = tmp_path / "model.training.pt", tmp_path / "alice.training.pt"
+    torch.save({"weights": torch.zeros(3)}, thesis)
+    torch.save({"iteration": 1, "signature": "", "parameters": {}}, own)
+    for name in ("photos", "model"):
+        refused(2, "identities", "rm", tmp_path / f"{name}.safetensors", "--yes", words=("no such identity",))
+    assert (folder / "a.jpg").exists() and thesis.exists()
+    assert run("identities", "rm", tmp_path / "alice.safetensors", "--yes").status == 0
+    assert not own.exists()
+
+
+def test_rm_deletes_the_networks_before_the_identity(run, people, nano_identity, monkeypatch):
+    """Without the identity, nothing could tell which networks are its own."""
+    own = people.parent / "cache" / "openvino" / nano_identity.fingerprint[:16]
+    own.mkdir(parents=True)
+
+    def fails(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", fails)
+        assert run("identities", "rm", "alice", "--yes").status == 1
+    assert (people / "alice.safetensors").exists()
+    assert run("identities", "rm", "alice", "--yes").status == 0
+    assert not own.exists()
+
+
+def test_rm_removes_what_killed_processes_left(run, people):
+    left = [people / ".pfstorer-1.tmp", people.parent / "cache" / "work" / ".pfstorer-2.tmp"]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"a person")
+    assert run("identities", "rm", "alice", "--yes").status == 0
+    assert not any(path.exists() for path in left)
+
+
+def test_rm_tells_of_networks_that_it_cannot_find(run, people, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (people.parent / "cache").mkdir(exist_ok=True)
+    (people.parent / "cache" / "openvino").symlink_to(elsewhere)
+    made = run("identities", "rm", "alice", "--yes")
+    assert made.status == 0 and "may be left in" in made.err
+
+
+def test_texts_of_a_file_give_no_commands_to_the_terminal(run, refused, people, tmp_path):
+    import safetensors.numpy
+    from safetensors import safe_open
+
+    source = people / "alice.safetensors"
+    with safe_open(source, "np") as handle:
+        meta = handle.metadata()
+    clear = "\x1b[2J"
+    meta["gamma"] = json.dumps({clear: clear})
+    gift = tmp_path / "gift.safetensors"
+    safetensors.numpy.save_file(safetensors.numpy.load_file(source), gift, meta)
+    shown = run("inspect", gift).out
+    assert "\x1b" not in shown and r"\x1b[2J: \x1b[2J" in shown
+    assert r"\x1b[2J" in refused(2, "inspect", f"{clear}.safetensors")
+
+
 # ---- doctor
 
 

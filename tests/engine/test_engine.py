@@ -1,8 +1,11 @@
 import importlib
 import json
+import stat
 import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from pfstorer_rt.export.build import TARGETS
 
 import pfstorer_rt.engine.session as session_module
 from pfstorer_rt.engine import onnxruntime as ort_engine
-from pfstorer_rt.engine.openvino import OpenVinoSession
+from pfstorer_rt.engine.openvino import OpenVinoSession, make_cache_folder
 from pfstorer_rt.engine.session import BACKENDS, choose_backend, open_session
 from pfstorer_rt.engine.torch import open_sessions
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
@@ -261,3 +264,13 @@ def test_providers_are_chosen_by_name(base_plan):
     ):
         with pytest.raises(error, match=message):
             open_session(base_plan, "encoder", backend, provider)
+
+
+def test_compiled_networks_are_not_kept_where_a_link_leads_out_of_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "home"))
+    plan = SimpleNamespace(manifest=SimpleNamespace(identity_fingerprint=None, base_fingerprint="0" * 64))
+    folder = Path(make_cache_folder(plan))
+    assert folder.is_relative_to(tmp_path / "home" / "cache") and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    assert make_cache_folder(plan) is None
