@@ -42,7 +42,7 @@ class AutoencoderConfig:
     """Weight of LPIPS."""
     patch: int = 128
     """Side in pixels of the squares that LPIPS compares."""
-    patches: int = 2
+    patches: int = 1
     """Rows of a batch that LPIPS compares: its network costs more than the autoencoder."""
 
 
