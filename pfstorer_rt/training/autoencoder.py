@@ -29,7 +29,7 @@ class AutoencoderConfig:
     preset: str = "portrait"
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            iterations=5000, batch=8, learning_rate=8e-4, warmup=200, decay=0.5, ema=0.998, weight_decay=0.0
+            iterations=5000, batch=8, learning_rate=6e-4, warmup=200, decay=0.6, ema=0.998, weight_decay=0.0
         )
     )
     crop: int = 256
@@ -42,7 +42,7 @@ class AutoencoderConfig:
     """Weight of LPIPS."""
     patch: int = 128
     """Side in pixels of the squares that LPIPS compares."""
-    patches: int = 2
+    patches: int = 1
     """Rows of a batch that LPIPS compares: its network costs more than the autoencoder."""
 
 

@@ -47,7 +47,7 @@ class OneStepConfig:
 
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            iterations=2500, batch=4, learning_rate=3e-4, warmup=50, decay=0.5, ema=0.995, weight_decay=0.0
+            iterations=2500, batch=4, learning_rate=3e-4, warmup=50, decay=0.4, ema=0.995, weight_decay=0.0
         )
     )
     window: int = 10

@@ -28,7 +28,7 @@ class RestoringConfig:
 
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            iterations=4000, batch=16, learning_rate=8e-4, warmup=200, decay=0.5, ema=0.998
+            iterations=4000, batch=8, learning_rate=6e-4, warmup=150, decay=0.5, ema=0.997
         )
     )
     crop: int = 24

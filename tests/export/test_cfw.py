@@ -13,9 +13,17 @@ from pfstorer_rt.runtime.restorer import Restorer
 KL = {**PRESETS["sd21"].vae, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4, "sample_size": 64}
 CONFIG = replace(PRESETS["nano"], vae=KL, cfw={"widths": (16, 16), "growth": 4, "norm_groups": 4})
 TINY = replace(PRESETS["nano"], cfw={"widths": (8, 8), "growth": 4}, cfw_weight=1.0)
+PATCH = replace(
+    PRESETS["nano"],
+    tile=128,
+    factor=16,
+    vae={**PRESETS["portrait"].vae, "widths": (8, 8, 8), "latent_channels": 4},
+    cfw={"levels": (2, 3), "widths": (8, 8), "growth": 4, "patch": 4},
+    cfw_weight=1.0,
+)
 
 
-@pytest.fixture(scope="module", params=[CONFIG, TINY], ids=["AutoencoderKL", "AutoencoderTiny"])
+@pytest.fixture(scope="module", params=[CONFIG, TINY, PATCH], ids=["AutoencoderKL", "AutoencoderTiny", "PatchAutoencoder"])
 def wrapped(request):
     base = build_base(request.param, seed=2)
     generator = torch.Generator().manual_seed(3)
@@ -31,12 +39,13 @@ def plan(wrapped, tmp_path_factory):
 
 
 def test_the_features_go_from_encoder_to_decoder(plan, wrapped):
-    moments, channels = ({"mean"}, 4) if wrapped.config == TINY else ({"mean", "std"}, 16)
+    moments, channels = ({"mean", "std"}, 16) if wrapped.config == CONFIG else ({"mean"}, 4)
+    features = {"features_2", "features_3"} if wrapped.config == PATCH else {"features_1", "features_2"}
     assert plan.manifest.cfw
     encoder, decoder = (plan.manifest.payloads[name] for name in ("encoder", "decoder"))
-    assert set(encoder.outputs) == moments | {"features_1", "features_2"}
-    assert set(decoder.inputs) == {"latent", "features_1", "features_2", "cfw_weight"}
-    assert decoder.inputs["features_1"]["shape"][1] == channels
+    assert set(encoder.outputs) == moments | features
+    assert set(decoder.inputs) == {"latent", *features, "cfw_weight"}
+    assert decoder.inputs["features_2"]["shape"][1] == channels
 
 
 def test_a_plan_wraps_as_pytorch_does(plan, wrapped, make_picture):
