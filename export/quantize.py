@@ -1,4 +1,4 @@
-"""int8: convolutions and matrix products in 8 bits, with ranges that are measured on photographs."""
+"""int8: convolutions and matrix products in 8 bits, with activation ranges measured on photographs."""
 
 from __future__ import annotations
 
@@ -16,26 +16,23 @@ from skimage import data
 
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.engine.session import Array
-from pfstorer_rt.models.base import Base
-from pfstorer_rt.models.components import wrapped_features
+from pfstorer_rt.models.components import Component
 
-from .parity import noised, photograph, portrait, resize
+from .parity import photograph, portrait, resize
 
 SAMPLES = 20
 LARGEST_SQUARE = 256
-"""Side of the squares that encoder and decoder are measured on, where the tile is larger: their activations at full
-size are gigabytes."""
+"""Largest side of the squares for encoder and decoder, whose activations at full size are gigabytes."""
 TIMESTEPS = (999.0, 749.0, 499.0, 249.0, 0.0)
-"""Where the denoiser's ranges are measured, in turns: from noise, where few-step sampling starts, to an all but clean
-latent."""
+"""Timesteps for the denoiser's ranges, in turns: from pure noise, where sampling starts, to an almost clean latent."""
 OPERATORS = ["Conv", "MatMul", "Gemm"]
-"""What is computed in 8 bits. Norms, attention and gates stay as they were."""
+"""Operators in 8 bits. Norms, attention and gates keep their precision."""
 
 
 def calibration_tiles(tile: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (LQ, HQ) tiles (1, 3, tile, tile) in [-1, 1]: parts of public-domain photographs that scikit-image ships.
+    """Yield (LQ, HQ) tiles (1, 3, tile, tile) in [-1, 1], crops of public-domain photographs from scikit-image.
 
-    Every other LQ tile is blurred by a factor of 2 to 4 and noisy, the others are the photograph itself.
+    Every other LQ tile is downsampled by a factor of 2 to 4 and noisy; the others equal the HQ tile.
     """
     generator = torch.Generator().manual_seed(0)
     photos = [portrait(), data.chelsea(), data.coffee(), data.rocket()]
@@ -51,21 +48,13 @@ def calibration_tiles(tile: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield lq.clamp(-1, 1), hq.clamp(-1, 1)
 
 
-@torch.no_grad()
-def calibration_inputs(component: str, base: Base, strength: bool) -> Iterator[dict[str, Array]]:
-    """Yield a component's inputs as they are in use, one row each."""
+def calibration_inputs(component: Component) -> Iterator[dict[str, Array]]:
+    """Yield a component's inputs for `calibration_tiles`, one row each."""
     generator = torch.Generator().manual_seed(1)
-    tile = base.config.tile if component == "denoiser" else min(base.config.tile, LARGEST_SQUARE)
-    for i, (lq, hq) in enumerate(calibration_tiles(tile)):
-        if component == "encoder":
-            inputs = {"image": lq}
-        elif component == "decoder":
-            inputs = {"latent": base.encode(hq), **wrapped_features(base, lq)}
-        else:
-            t = torch.tensor([TIMESTEPS[i // 2 % len(TIMESTEPS)]])
-            x = noised(base, base.encode(hq), t, generator)
-            inputs = {"x": x, "t": t, "z_lq": base.encode(lq), **({"strength": torch.ones(1)} if strength else {})}
-        yield {name: tensor.numpy() for name, tensor in inputs.items()}
+    side = component.config.tile if component.every_step else min(component.config.tile, LARGEST_SQUARE)
+    for i, (lq, hq) in enumerate(calibration_tiles(side)):
+        t = torch.tensor([TIMESTEPS[i // 2 % len(TIMESTEPS)]])
+        yield {name: tensor.numpy() for name, tensor in component.inputs_of(lq, hq, t, generator).items()}
 
 
 def quantize(model: Path, inputs: Iterator[dict[str, Array]], output: Path) -> Path:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pfstorer_rt.config import BaseConfig
 from pfstorer_rt.engine.tensorrt import Library, load_library
 from pfstorer_rt.errors import MissingBackendError, PFStorerError
 from pfstorer_rt.files import atomic_write, cache_home, make_folder
@@ -60,12 +59,12 @@ class EngineBuilder:
         self.capabilities = self._capabilities()
 
     def build(
-        self, component: str, origins: Mapping[str, str], model: Path, base: BaseConfig, file: Path
+        self, component: str, origins: Mapping[str, str], model: Path, tile: int, scales: Mapping[str, int], file: Path
     ) -> BuiltEngine:
         """Build one component's engine from its saved ONNX graph and write it to `file`.
 
-        origins: the module that each node came from (`Graph.origins`).
-        Raises `PFStorerError` with the library's reason, the node and the module that it came from.
+        origins: `Graph.origins`. tile: pixels. scales: `Component.scales`.
+        Raises `PFStorerError` with the library's reason, the node and the module that it was exported from.
         """
         trt = self.library.module
         builder = self._created(trt.Builder(self._messages))
@@ -73,7 +72,7 @@ class EngineBuilder:
         self._parse(network, model, origins)
         _allow_decomposition(self.library, network)
         config = builder.create_builder_config()
-        profiles = self._add_profiles(builder, config, network, component, base)
+        profiles = self._add_profiles(builder, config, network, component, tile, scales)
         self._configure(config)
         cache = self._timing_cache(config)
         # TensorRT keeps a bare pointer to the monitor: it has to live as long as the build.
@@ -128,10 +127,10 @@ class EngineBuilder:
         )
 
     def _add_profiles(
-        self, builder: Any, config: Any, network: Any, component: str, base: BaseConfig
+        self, builder: Any, config: Any, network: Any, component: str, tile: int, scales: Mapping[str, int]
     ) -> list[dict[str, list[list[int]]]]:
         inputs = {network.get_input(i).name: list(network.get_input(i).shape) for i in range(network.num_inputs)}
-        profiles = plan_profiles(component, inputs, base, self.options)
+        profiles = plan_profiles(inputs, tile, scales, self.options)
         for shapes in profiles:
             profile = builder.create_optimization_profile()
             for name, (least, usual, most) in shapes.items():
@@ -174,25 +173,25 @@ class EngineBuilder:
 
 
 def plan_profiles(
-    component: str, inputs: dict[str, list[int]], base: BaseConfig, options: BuildOptions
+    inputs: Mapping[str, list[int]], tile: int, scales: Mapping[str, int], options: BuildOptions
 ) -> list[dict[str, list[list[int]]]]:
     """Return the optimization profiles, each {input: [smallest, usual, largest shape]}, for inputs with free axes.
 
-    inputs: shapes with -1 where an axis is free. The denoiser has a profile for each batch size and nothing free in
-    it; encoder and decoder have one, for a single picture of a tile up to `largest_side`.
+    inputs: shapes with -1 where an axis is free. tile: pixels. scales: `Component.scales`. A component that takes any
+    image size has one profile, for one image of a tile up to `largest_side`; the denoiser has one fixed shape for each
+    batch size.
     """
     free = {name: shape for name, shape in inputs.items() if -1 in shape}
-    if component == "denoiser":
+    if not scales:
         ladder = [{n: [b if d == -1 else d for d in s] for n, s in free.items()} for b in options.batches]
         return [{name: [shape] * 3 for name, shape in fixed.items()} for fixed in ladder]
 
     def sized(name: str, pixels: int) -> list[int]:
-        level = name.removeprefix("features_")  # a map of level l has one value for 2^l pixels
-        unit = {"image": 1, "latent": base.factor}.get(name) or 2 ** int(level)
-        return [1, free[name][1], pixels // unit, pixels // unit]
+        side = pixels // scales[name]
+        return [1, free[name][1], side, side]
 
-    least, most = base.tile, max(options.largest_side, base.tile)
-    return [{name: [sized(name, least), sized(name, least), sized(name, most)] for name in free}]
+    largest = max(options.largest_side, tile)
+    return [{name: [sized(name, tile), sized(name, tile), sized(name, largest)] for name in free}]
 
 
 def _allow_decomposition(library: Library, network: Any) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import safetensors.torch
 import torch
@@ -26,6 +26,7 @@ from pfstorer_rt.models.cfw_patch import PatchFeatureWrapping
 from pfstorer_rt.models.cfw_tiny import TinyFeatureWrapping
 from pfstorer_rt.models.personalization import PersonalizationBlock
 from pfstorer_rt.models.prompt import PromptEncoder, tokenize
+from pfstorer_rt.models.sharing import share_weights
 from pfstorer_rt.models.structure import StructureEncoder
 from pfstorer_rt.models.unet import RestorationUNet
 from pfstorer_rt.models.vae import Autoencoder, build_vae, decode, encode_moments
@@ -33,6 +34,12 @@ from pfstorer_rt.ops import choose
 
 Tensors = dict[str, torch.Tensor]
 FeatureWrapping: TypeAlias = ControllableFeatureWrapping | TinyFeatureWrapping | PatchFeatureWrapping
+WRAPPINGS: dict[str, Callable[..., FeatureWrapping]] = {
+    "AutoencoderKL": ControllableFeatureWrapping,
+    "AutoencoderTiny": TinyFeatureWrapping,
+    "PatchAutoencoder": PatchFeatureWrapping,
+}
+"""The feature wrapping of each class of autoencoder."""
 
 
 @dataclass
@@ -108,6 +115,21 @@ class Base:
             nn.Module.to(module, device=device, dtype=dtype)
         return self
 
+    def copy(self) -> Base:
+        """Return a base whose networks share the weights of this one, without a copy of them in memory.
+
+        To move or convert the copy, or to select its kernels, leaves this base as it is.
+        """
+        memo: dict[int, Any] = {}
+        return replace(
+            self,
+            unet=share_weights(self.unet, memo),
+            structure_encoder=share_weights(self.structure_encoder, memo),
+            vae=share_weights(self.vae, memo),
+            text_encoder=share_weights(self.text_encoder, memo),
+            cfw=None if self.cfw is None else share_weights(self.cfw, memo),
+        )
+
     def freeze(self) -> Base:
         """Switch every network to evaluation without gradients; returns self."""
         for module in self.modules().values():
@@ -158,27 +180,15 @@ def build_base(preset: str | BaseConfig, seed: int = 0) -> Base:
 
 
 def assemble(config: BaseConfig) -> Base:
-    """Put the untrained networks of a configuration together, on torch's default device."""
-    return Base(
-        config,
-        RestorationUNet.from_base_config(config),
-        StructureEncoder.from_base_config(config),
-        build_vae(config.vae),
-        PromptEncoder.from_base_config(config),
-        make_scheduler(config),
-        "",
-        cfw=build_cfw(config),
-    )
+    """Assemble the untrained networks of a configuration, on torch's default device."""
+    unet, structure = RestorationUNet.from_base_config(config), StructureEncoder.from_base_config(config)
+    vae, text = build_vae(config.vae), PromptEncoder.from_base_config(config)
+    return Base(config, unet, structure, vae, text, make_scheduler(config), "", build_cfw(config))
 
 
 def build_cfw(config: BaseConfig) -> FeatureWrapping | None:
-    """Build untrained feature wrapping for a configuration's autoencoder, where it has that."""
-    if config.cfw is None:
-        return None
-    classes: dict[str, Callable[..., FeatureWrapping]] = {
-        "AutoencoderTiny": TinyFeatureWrapping, "PatchAutoencoder": PatchFeatureWrapping,
-    }  # fmt: skip
-    return classes.get(config.vae["class"], ControllableFeatureWrapping)(**config.cfw)
+    """Build untrained feature wrapping for the autoencoder of a configuration; None where it has no `cfw`."""
+    return None if config.cfw is None else WRAPPINGS[config.vae["class"]](**config.cfw)
 
 
 def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> Base:
