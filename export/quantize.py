@@ -60,15 +60,15 @@ def calibration_inputs(component: Component) -> Iterator[dict[str, Array]]:
 def quantize(model: Path, inputs: Iterator[dict[str, Array]], output: Path) -> Path:
     """Write an fp32 graph as one whose `OPERATORS` are between QuantizeLinear and DequantizeLinear; returns `output`.
 
-    Its constants are written to a file beside it. inputs: what the graph is run on, one after the other, to find the
-    range of each activation: all but the outermost 1e-5 of its values, in 8 bits without a sign. Weights have a sign, a
-    scale for each output channel, and keep to 7 bits: processors without VNNI (Intel before 2019, AMD before Zen 4) add
-    two products in 16 bits, which two of 8 by 8 can pass.
+    The constants go to a file beside `output`. inputs: runs of the graph that give the range of each activation, all
+    but the outermost 1e-5 of its values, in 8 unsigned bits. Weights have 7 signed bits and a scale for each output
+    channel: processors without VNNI (Intel before 2019, AMD before Zen 4) add two products in 16 bits, and two products
+    of 8 by 8 bits can overflow them.
     """
     from onnxruntime import quantization
 
     with _quiet():
-        ranges = measure_ranges(model, inputs)  # before the weights are loaded: both at once are gigabytes more
+        ranges = measure_ranges(model, inputs)  # before the weights are loaded, to save gigabytes
         quantizer = quantization.QDQQuantizer(
             quantization.quant_utils.load_model_with_shape_infer(model),
             per_channel=True,
@@ -89,8 +89,8 @@ def quantize(model: Path, inputs: Iterator[dict[str, Array]], output: Path) -> P
 def measure_ranges(model: Path, inputs: Iterator[dict[str, Array]]) -> Any:
     """Return the ranges of a graph's activations.
 
-    ONNX Runtime's own calibrator holds the weights three times, and the activations of all inputs. Here the weights
-    stay in their file, and the activations are those of one input.
+    ONNX Runtime's calibrator holds the weights three times and the activations of all inputs. Here the weights stay in
+    their file, and only the activations of one input are in memory.
     """
     from onnxruntime.quantization import CalibrationMethod, TensorsData, calibrate
 
@@ -105,7 +105,7 @@ def measure_ranges(model: Path, inputs: Iterator[dict[str, Array]]) -> Any:
 
 
 def with_activations_as_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Let a graph give what its `OPERATORS` take and make, and nothing else."""
+    """Replace the outputs of a graph by the inputs and outputs of its `OPERATORS`."""
     constants = {tensor.name for tensor in model.graph.initializer}
     known = {value.name: value for value in (*model.graph.value_info, *model.graph.output, *model.graph.input)}
     names = dict.fromkeys(
@@ -118,7 +118,7 @@ def with_activations_as_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the calibration prints of its progress."""
+    """Silence the progress output of the calibration."""
     logger: Any = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)

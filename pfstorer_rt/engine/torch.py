@@ -26,7 +26,7 @@ class TorchSession:
 
     @torch.no_grad()
     def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Do the same on tensors of `device`."""
+        """Compute all outputs from tensors, by name; inputs are moved to `device`."""
         result = self.module(*(tensors[name].to(self.device) for name in self.inputs))
         outputs = result if isinstance(result, tuple) else (result,)
         return {name: tensor.float() for name, tensor in zip(self.outputs, outputs, strict=True)}
@@ -39,8 +39,15 @@ class TorchSession:
     ) -> None: ...
 
 
-def open_sessions(base: Base, identity: Identity | None = None, attention: str = "auto") -> dict[str, TorchSession]:
-    """Open all components of a base, with an identity or without, on a backend of `pfstorer_rt.ops`."""
+def open_sessions(
+    base: Base, identity: Identity | None = None, attention: str = "auto", device: str | torch.device | None = None
+) -> dict[str, TorchSession]:
+    """Open all components of a base, with an identity or without, on a backend of `pfstorer_rt.ops`.
+
+    device: None is the base's own. The sessions share the base's weights, but neither its device nor its kernels.
+    """
+    base = base.copy()
+    base = base if device is None else base.to(device)
     parts = components(base, identity)
     base.set_attention(attention, parts["denoiser"].module)
     return {name: TorchSession(component, base.device) for name, component in parts.items()}

@@ -18,6 +18,7 @@ from pfstorer_rt.engine.torch import open_sessions
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
 from pfstorer_rt.files import sha256_bytes
 from pfstorer_rt.models.components import encoder, manifest
+from pfstorer_rt.ops import math, sdpa
 from pfstorer_rt.plan import COMPONENTS, Plan, write_plan
 from pfstorer_rt.runtime.restorer import Restorer
 
@@ -92,6 +93,14 @@ def test_a_variational_encoder_gives_mean_and_deviation(nano_base):
     assert encoder(nano_base).outputs == ("mean",)
     assert encoder(variational).outputs == ("mean", "std")
     assert len(encoder(variational).module(torch.zeros(1, 3, 64, 64))) == 2
+
+
+def test_sessions_of_one_base_keep_their_own_kernels(nano_base):
+    before = nano_base.unet.kernels
+    first, second = (open_sessions(nano_base, attention=name)["denoiser"].module.unet for name in ("math", "sdpa"))
+    assert (first.kernels.attention, second.kernels.attention) == (math, sdpa)
+    assert nano_base.unet.kernels is before
+    assert first.conv_in.weight.data_ptr() == nano_base.unet.conv_in.weight.data_ptr()  # no copy of the weights
 
 
 def test_manifest_in_memory_is_that_of_the_plan(nano_base, nano_identity, nano_plan):
