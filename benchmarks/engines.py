@@ -15,6 +15,7 @@ import gc
 import re
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,11 +24,12 @@ import click
 from common import machine
 from pfstorer_rt.export import tensorrt
 from pfstorer_rt.export.build import halve_weights
-from pfstorer_rt.export.graph import build_graph, fused_module
+from pfstorer_rt.export.graph import build_graph, fuse
 from pfstorer_rt.export.tensorrt import BuildOptions, EngineBuilder
 
-from pfstorer_rt.config import PRESETS, BaseConfig
+from pfstorer_rt.config import PRESETS
 from pfstorer_rt.models.base import build_base, load_base
+from pfstorer_rt.models.components import denoiser
 
 LADDER = (1, 2, 4, 8)
 
@@ -41,13 +43,13 @@ def main(output: Path, name: str, layouts: tuple[str, ...]) -> None:
     halve_weights(base)
     rows = []
     with TemporaryDirectory() as folder:
-        graph = build_graph("denoiser", fused_module("denoiser", base), base, "fp16")
+        graph = build_graph(fuse(denoiser(base)), "fp16")
         model, origins = graph.save(Path(folder)), graph.origins
-        config = base.config
+        tile = base.config.tile
         del graph, base
         gc.collect()
         for layout in layouts or ("one", "ladder", "each", "range"):
-            rows.append({"base": name, "layout": layout, **measure(layout, model, origins, config, Path(folder))})
+            rows.append({"base": name, "layout": layout, **measure(layout, model, origins, tile, Path(folder))})
             click.echo("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:8]))
     new = not output.exists()
     with output.open("a", newline="") as file:
@@ -57,7 +59,7 @@ def main(output: Path, name: str, layouts: tuple[str, ...]) -> None:
         writer.writerows(rows)
 
 
-def measure(layout: str, model: Path, origins: dict[str, str], base: BaseConfig, folder: Path) -> dict[str, Any]:
+def measure(layout: str, model: Path, origins: dict[str, str], tile: int, folder: Path) -> dict[str, Any]:
     """Build the engines of one layout; returns their figures."""
     ladders = {"one": [(1,)], "ladder": [LADDER], "each": [(b,) for b in LADDER], "range": [LADDER]}[layout]
     plan, started, size, fused, wide = tensorrt.plan_profiles, time.perf_counter(), 0, 0, 0
@@ -67,7 +69,7 @@ def measure(layout: str, model: Path, origins: dict[str, str], base: BaseConfig,
         for batches in ladders:
             file = folder / "engine"
             builder = EngineBuilder("tensorrt-rtx", BuildOptions(batches=batches))
-            builder.build("denoiser", origins, model, base, file)
+            builder.build("denoiser", origins, model, tile, {}, file)
             data = file.read_bytes()
             size += len(data)
             kernels = re.findall(rb"using Kernel_traits = fmha::\w+<\s*fmha::(\w+)", data)
@@ -88,7 +90,7 @@ def measure(layout: str, model: Path, origins: dict[str, str], base: BaseConfig,
 
 
 def one_range(
-    component: str, inputs: dict[str, list[int]], base: BaseConfig, options: BuildOptions
+    inputs: dict[str, list[int]], tile: int, scales: Mapping[str, int], options: BuildOptions
 ) -> list[dict[str, list[list[int]]]]:
     """One profile from the smallest to the largest batch, tuned for four."""
     sizes = (min(options.batches), 4, max(options.batches))

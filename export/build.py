@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,18 +14,17 @@ import onnx
 import onnx_ir
 import torch
 
-from pfstorer_rt.config import BaseConfig
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.engine.session import Array, choose_backend
 from pfstorer_rt.errors import MismatchError, MissingBackendError, ParityError
 from pfstorer_rt.files import sha256_bytes, sha256_file, work_folder
 from pfstorer_rt.identity import Identity, identity_path
 from pfstorer_rt.models.base import Base, load_base
-from pfstorer_rt.models.components import component_modules, example_inputs, manifest
-from pfstorer_rt.plan import COMPONENTS, SHIPPED, Manifest, Payload, Plan, move_plan, write_plan
+from pfstorer_rt.models.components import Component, components, manifest
+from pfstorer_rt.plan import SHIPPED, Manifest, Payload, Plan, move_plan, write_plan
 
 from . import parity
-from .graph import OPSET, SELF_CONTAINED, Graph, build_graph, fused_module
+from .graph import OPSET, SELF_CONTAINED, Graph, build_graph, fuse
 from .parity import TIMESTEPS, probe_inputs
 from .quantize import calibration_inputs, quantize
 from .tensorrt import BuildOptions, EngineBuilder
@@ -33,24 +32,24 @@ from .tensorrt import BuildOptions, EngineBuilder
 TARGETS = ("onnx", "tensorrt", "tensorrt-rtx")
 PRECISIONS = ("fp32", "fp16", "int8")
 ORDINARY = ((1, 1), (3, 2))
-"""`batch` and `part` of the `example_inputs` that every export is checked on; `probe_inputs` come after them."""
+"""`batch` and `part` of the example inputs that every export is checked on; `probe_inputs` come after them."""
 DEFAULT_PRECISION = {"onnx": "fp32", "tensorrt": "fp16", "tensorrt-rtx": "fp16"}
-"""What `auto` means: halves where the hardware is fast at them."""
+"""Precision for `auto`: fp16 where the hardware is fast at it."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What an export tells its caller."""
+    """Callbacks of an export."""
 
     line: Callable[[str], None] = lambda _: None
-    """Called with a line at each stage."""
+    """line(text), at each stage."""
     phase: Callable[[str, int, int], None] = lambda _, __, ___: None
     """phase(name, steps done, steps in all), while an engine is built."""
 
 
 @dataclass
 class Expected:
-    """What a component's original computes, kept while the original itself need not be."""
+    """Inputs of a component with the outputs of its PyTorch original."""
 
     inputs: list[dict[str, torch.Tensor]] = field(default_factory=list)
     outputs: list[list[Array]] = field(default_factory=list)
@@ -58,12 +57,12 @@ class Expected:
 
     @property
     def ordinary(self) -> Expected:
-        """What every precision is checked on."""
+        """The inputs that every precision is checked on."""
         return Expected(self.inputs[: len(ORDINARY)], self.outputs[: len(ORDINARY)])
 
     @property
     def probes(self) -> Expected:
-        """The rest."""
+        """The inputs that only fp16 and int8 are checked on."""
         return Expected(self.inputs[len(ORDINARY) :], self.outputs[len(ORDINARY) :])
 
 
@@ -72,6 +71,8 @@ class Exported:
     """A component's graph on disk, before it becomes a payload."""
 
     component: str
+    scales: Mapping[str, int]
+    """`Component.scales`."""
     model: Path
     """The ONNX file, with `weights` beside it."""
     inputs: dict[str, Any]
@@ -80,7 +81,7 @@ class Exported:
     origins: dict[str, str]
     figures: dict[str, float] = field(default_factory=dict)
     message: bytes | None = None
-    """The same as one ONNX message, for a small graph that becomes an ONNX payload."""
+    """The model as one ONNX message, for a small graph that becomes an ONNX payload."""
 
     @property
     def weights(self) -> Path:
@@ -94,9 +95,9 @@ class Exported:
 
 
 def resolve(identity: str | Path | Identity | None, base: str | Path | Base | None) -> tuple[Base, Identity | None]:
-    """Load what was named; without a base, the identity's own.
+    """Load an identity and a base; base None selects the identity's own.
 
-    Raises `MismatchError` when the two do not belong together or the identity's base is not at hand.
+    Raises `MismatchError` when the identity was learned on another base, or when its own base is not shipped.
     """
     if identity is not None and not isinstance(identity, Identity):
         identity = Identity.load(identity_path(identity))
@@ -104,7 +105,7 @@ def resolve(identity: str | Path | Identity | None, base: str | Path | Base | No
     if base is None and identity is not None and identity.base_name not in SHIPPED:
         raise MismatchError(
             f"identity {identity.name!r} was learned on base {identity.base_name!r} "
-            f"({identity.base_fingerprint[:12]}), which is not shipped; give its directory with --base"
+            f"({identity.base_fingerprint[:12]}), which is not shipped; give its directory as the base"
         )
     loaded = named if isinstance(named, Base) else load_base(named)
     if identity is not None:
@@ -122,65 +123,38 @@ def export_plan(
     progress: Progress | None = None,
     check: Callable[[Plan], None] | None = None,
 ) -> Plan:
-    """Fuse, export, check, build and write a plan.
+    """Fuse, export, check, build and write a plan; a base given as an object stays as it is.
 
     identity: name, file or object; None exports the base alone. base: name, directory or object; None
-    is the identity's own. precision: `fp32`, `fp16`, or `auto` (fp32 for ONNX, fp16 for TensorRT); with fp16
-    an encoder or decoder whose values would overflow, or that would differ from PyTorch, stays in fp32.
-    options: how TensorRT engines are built.
-    check: called with the finished plan before it takes its name; where nothing here runs engines of `target`, with an
-    ONNX plan of the same graphs before the engines are built. What it raises ends the export.
-    Raises `ParityError`, and writes nothing, when a component differs from PyTorch; `MissingBackendError`
-    when TensorRT is asked for and not installed.
+    is the identity's own. precision: `fp32`, `fp16`, `int8` (ONNX only) or `auto` (fp32 for ONNX, fp16 for TensorRT);
+    with fp16 an encoder or decoder that would overflow or differ from PyTorch stays in fp32.
+    options: of the TensorRT engines.
+    check: called with the finished plan before it is moved to `output`; where this machine cannot run engines of
+    `target`, with an ONNX plan of the same graphs before the engines are built. An exception from it ends the export.
+    Raises `ParityError`, and writes nothing, when a component differs from PyTorch; `MissingBackendError` when
+    TensorRT is not installed.
     """
     output, progress = Path(output), progress or Progress()
-    options = options or BuildOptions()
     precision = choose_precision(target, precision)
-    builder = None if target == "onnx" else EngineBuilder(target, options, progress.phase)
-    owned = not isinstance(base, Base)
-    base, identity = resolve(identity, base)
-    base.to("cpu", torch.float32)
+    builder = None if target == "onnx" else EngineBuilder(target, options or BuildOptions(), progress.phase)
+    loaded, identity = resolve(identity, base)
+    loaded = loaded.copy().to("cpu", torch.float32)  # a base given as an object stays where and as it is
     described = replace(
-        manifest(base, identity, target, precision),
+        manifest(loaded, identity, target, precision),
         tools=tool_versions(),
         compute_capabilities=builder.capabilities if builder else [],
     )
     if builder:
         described.tools[target] = builder.library.version
     with work_folder(near=output.resolve().parent) as folder:
-        exported, probes = [], {}
-        computed = "fp32" if precision == "int8" else precision
-        for component in COMPONENTS:
-            progress.line(f"{component}: exporting")
-            expected = expect(component, base, identity, precision)
-            if precision == "int8":
-                expected, probes[component] = expected.ordinary, expected.probes
-            if owned and component == "denoiser" and precision == "fp16":
-                halve_weights(base)  # nothing after this looks at them in fp32, and a large base is gigabytes
-            exported.append(
-                export_component(
-                    component,
-                    base,
-                    identity,
-                    computed,
-                    expected,
-                    builder is None,
-                    Path(folder) / component,
-                    progress,
-                )
-            )
-        if precision == "int8":
-            if owned:
-                drop_weights(base)
-            exported = [quantize_component(one, base, probes[one.component], progress) for one in exported]
-        config = base.config
-        del base, expected  # a builder needs several times the memory of the weights
+        exported = export_components(loaded, identity, precision, builder is None, Path(folder), progress)
+        del loaded  # a builder needs several times the memory of the weights
         gc.collect()
         runnable = not_run(target) is None
         if check and not runnable:
             progress.line("checking the graphs")
             check(write_graphs(Path(folder) / "graphs.plan", described, exported))
-        entries = {one.component: describe_payload(one, builder, config, progress) for one in exported}
+        entries = {one.component: describe_payload(one, builder, described.tile, progress) for one in exported}
         described = replace(described, payloads=entries, strength="strength" in entries["denoiser"].inputs)
         files = {one.component: one.engine if builder else one.message or one.model for one in exported}
         weights = {one.component: one.weights for one in exported if entries[one.component].weights}
@@ -193,19 +167,43 @@ def export_plan(
 
 
 def choose_precision(target: str, precision: str) -> str:
-    """Return the precision of a plan's graphs, with `auto` replaced; raises `ValueError` for what no plan has."""
+    """Return the precision of a plan's graphs, with `auto` resolved; raises `ValueError` for an unknown combination."""
     if target not in TARGETS or precision not in ("auto", *PRECISIONS):
         raise ValueError(
             f"target {target!r}, precision {precision!r}: expected one of {TARGETS} and of {('auto', *PRECISIONS)}"
         )
     precision = DEFAULT_PRECISION[target] if precision == "auto" else precision
     if precision == "int8" and target != "onnx":
-        raise ValueError(f"precision int8 with target {target!r}: it is for plans of ONNX, for CPUs")
+        raise ValueError(f"precision int8 with target {target!r}: only ONNX plans, for CPUs, have 8-bit operators")
     return precision
 
 
+def export_components(
+    base: Base, identity: Identity | None, precision: str, onnx_target: bool, folder: Path, progress: Progress
+) -> list[Exported]:
+    """Export all components of a base and an identity, each to a folder of its own.
+
+    Weights of the base are rounded or freed as soon as nothing needs them.
+    """
+    parts, exported, probes = components(base, identity), [], []
+    for component in parts.values():
+        progress.line(f"{component.name}: exporting")
+        expected, computed = expect(component, precision), precision
+        if precision == "int8":
+            probes.append(expected.probes)
+            expected, computed = expected.ordinary, "fp32"
+        if component.every_step and precision == "fp16":
+            halve_weights(base)  # nothing below needs fp32, and the weights of a large base are gigabytes
+        exported.append(export_component(component, computed, expected, onnx_target, folder / component.name, progress))
+    if precision != "int8":
+        return exported
+    drop_weights(base)
+    chain = zip(exported, parts.values(), probes, strict=True)
+    return [quantize_component(one, component, probe, progress) for one, component, probe in chain]
+
+
 def not_run(target: str) -> str | None:
-    """Say why nothing here runs plans of a target; None where something does."""
+    """Return why no backend on this machine runs plans of a target; None where one does."""
     try:
         choose_backend("auto", target)
     except MissingBackendError as error:
@@ -214,7 +212,7 @@ def not_run(target: str) -> str | None:
 
 
 def write_graphs(path: Path, described: Manifest, exported: list[Exported]) -> Plan:
-    """Write the graphs that engines are to be built from as an ONNX plan."""
+    """Write the graphs of engines as an ONNX plan."""
     entries = {one.component: graph_payload(one) for one in exported}
     strength = "strength" in entries["denoiser"].inputs
     described = replace(described, target="onnx", payloads=entries, strength=strength)
@@ -224,64 +222,54 @@ def write_graphs(path: Path, described: Manifest, exported: list[Exported]) -> P
 
 
 def export_component(
-    component: str,
-    base: Base,
-    identity: Identity | None,
-    precision: str,
-    expected: Expected,
-    onnx_target: bool,
-    folder: Path,
-    progress: Progress,
+    component: Component, precision: str, expected: Expected, onnx_target: bool, folder: Path, progress: Progress
 ) -> Exported:
     """Export one component to a folder and check it in ONNX Runtime.
 
-    An encoder or decoder that halves do not serve is exported in fp32: it runs once a picture, the denoiser each step.
+    A component that fp16 cannot serve is exported in fp32, where it runs once an image; at every step it is refused.
     """
     if precision == "fp16" and not parity.fits_halves(expected.largest):
-        reach = f"{component}: its values reach {expected.largest:.3g}, too near the largest half, 65504"
-        if component == "denoiser":
-            raise ParityError(f"{reach}; export with --precision fp32")
+        reach = f"{component.name}: its values reach {expected.largest:.3g}, too near the largest half, 65504"
+        if component.every_step:
+            raise ParityError(f"{reach}; export with precision fp32")
         progress.line(f"{reach}; it stays in fp32")
         precision = "fp32"
-    # No engine of TensorRT's has a fused kernel for fp32 attention.
-    fused = onnx_target or precision == "fp16"
-    module = fused_module(component, base, identity)
-    graph = build_graph(component, module, base, precision, fused_attention=fused)
+    # TensorRT has no fused kernel for fp32 attention.
+    graph = build_graph(fuse(component), precision, fused_attention=onnx_target or precision == "fp16")
     exported = saved(component, graph, folder, precision, onnx_target)
     del graph
     gc.collect()  # exported programs are full of cycles that hold their weights
     exported.figures = compare(exported.model, expected)
-    if precision == "fp16" and component != "denoiser" and not parity.within(exported.figures, precision):
-        progress.line(f"{component}: {parity.describe(exported.figures, precision)}; it stays in fp32")
-        # Checked as any fp32 export: probes are for halves, and ONNX Runtime is inexact on flat tiles in fp32 too.
-        ordinary = expected.ordinary
-        return export_component(component, base, identity, "fp32", ordinary, onnx_target, folder, progress)
+    if precision == "fp16" and not component.every_step and not parity.within(exported.figures, precision):
+        progress.line(f"{component.name}: {parity.describe(exported.figures, precision)}; it stays in fp32")
+        # Checked like any fp32 export: the probes are for halves, and ONNX Runtime is inexact on flat tiles in fp32.
+        return export_component(component, "fp32", expected.ordinary, onnx_target, folder, progress)
     return checked(exported, progress)
 
 
-def quantize_component(exported: Exported, base: Base, probes: Expected, progress: Progress) -> Exported:
-    """Compute an fp32 graph in 8 bits; its figures become those on the probes."""
-    progress.line(f"{exported.component}: measuring the ranges of its activations")
-    inputs = calibration_inputs(exported.component, base, "strength" in exported.inputs)
+def quantize_component(exported: Exported, component: Component, probes: Expected, progress: Progress) -> Exported:
+    """Convert an fp32 graph to 8 bits; its figures are measured on the probes."""
+    progress.line(f"{component.name}: measuring the ranges of its activations")
+    inputs = calibration_inputs(component if "strength" in exported.inputs else component.without_strength())
     with TemporaryDirectory(dir=exported.model.parent) as folder:
         written = quantize(exported.model, inputs, Path(folder) / "int8.onnx")
-        low = saved(exported.component, Graph(onnx_ir.load(written), exported.origins), exported.model.parent, "int8")
+        low = saved(component, Graph(onnx_ir.load(written), exported.origins), exported.model.parent, "int8")
     low.figures = compare(low.model, probes)
     return checked(low, progress)
 
 
-def saved(component: str, graph: Graph, folder: Path, precision: str, onnx_target: bool = True) -> Exported:
+def saved(component: Component, graph: Graph, folder: Path, precision: str, onnx_target: bool = True) -> Exported:
     """Write a graph to a folder."""
     inputs, outputs = graph.ports()
-    model = graph.save(folder, f"{component}.weights")
-    exported = Exported(component, model, inputs, outputs, precision, graph.origins)
+    model = graph.save(folder, f"{component.name}.weights")
+    exported = Exported(component.name, component.scales, model, inputs, outputs, precision, graph.origins)
     if onnx_target and graph.weight_bytes() <= SELF_CONTAINED:
         exported.message = graph.to_bytes()
     return exported
 
 
 def checked(exported: Exported, progress: Progress) -> Exported:
-    """Return a component after a look at its figures; raises `ParityError`."""
+    """Return a component whose figures are within the limit; raises `ParityError`."""
     parity.check(exported.component, exported.figures, exported.precision)
     off = parity.judged(exported.figures, exported.precision)
     what = "" if exported.precision == "fp32" else f"in {exported.precision} it "
@@ -289,15 +277,13 @@ def checked(exported: Exported, progress: Progress) -> Exported:
     return exported
 
 
-def describe_payload(
-    exported: Exported, builder: EngineBuilder | None, base: BaseConfig, progress: Progress
-) -> Payload:
-    """Describe an exported component's payload, after building its engine where there is a builder."""
+def describe_payload(exported: Exported, builder: EngineBuilder | None, tile: int, progress: Progress) -> Payload:
+    """Describe an exported component's payload; with a builder, build its engine first."""
     e = exported
     if builder is None:
         return graph_payload(e)
     progress.line(f"{e.component}: building for {builder.library.target}")
-    built = builder.build(e.component, e.origins, e.model, base, e.engine)
+    built = builder.build(e.component, e.origins, e.model, tile, e.scales, e.engine)
     return Payload(
         f"{e.component}.engine",
         sha256_file(e.engine),
@@ -328,7 +314,7 @@ def graph_payload(e: Exported) -> Payload:
 
 
 def halve_weights(base: Base) -> None:
-    """Round the matrices and kernels of the UNet and the structure encoder to fp16, to halve the memory they take."""
+    """Round the matrices and kernels of UNet and structure encoder to fp16, which halves their memory."""
     for module in (base.unet, base.structure_encoder):
         for name, parameter in module.named_parameters():
             if parameter.ndim > 1 and "time_embedding" not in name:
@@ -336,23 +322,22 @@ def halve_weights(base: Base) -> None:
 
 
 def drop_weights(base: Base) -> None:
-    """Free the UNet and the structure encoder: to measure ranges of graphs, the autoencoder alone is needed."""
+    """Free the weights of UNet and structure encoder; the ranges of graphs need only the autoencoder."""
     for module in (base.unet, base.structure_encoder):
         for parameter in module.parameters():
             parameter.data = parameter.data.new_empty(0)
     gc.collect()
 
 
-def expect(component: str, base: Base, identity: Identity | None, precision: str) -> Expected:
-    """Run a component's original on what the export will be compared on."""
-    original = component_modules(base, identity)[component].eval()
-    strength = bool(getattr(original, "has_strength", False))
-    expected = Expected([example_inputs(component, base, strength, *shape) for shape in ORDINARY])
+def expect(component: Component, precision: str) -> Expected:
+    """Run an unfused component on the inputs that its export is compared on."""
+    original = component.module.eval()
+    expected = Expected([component.example_inputs(*shape) for shape in ORDINARY])
     expected.outputs = [parity.outputs_of(original, inputs) for inputs in expected.inputs]
     if precision != "fp32":
-        # 8 bits are for photographs: flat tiles are off where their prediction hardly counts, at the last timesteps.
+        # 8 bits serve photographs: flat tiles differ at the last timesteps, where their prediction hardly counts.
         names = ("photo",) if precision == "int8" else tuple(TIMESTEPS)
-        for inputs in probe_inputs(component, base, strength, names).values():
+        for inputs in probe_inputs(component, names).values():
             outputs, largest = parity.outputs_and_largest(original, inputs)
             expected.inputs.append(inputs)
             expected.outputs.append(outputs)
@@ -361,8 +346,8 @@ def expect(component: str, base: Base, identity: Identity | None, precision: str
 
 
 def compare(model: bytes | Path, expected: Expected) -> dict[str, float]:
-    """Run a graph in ONNX Runtime against its original's outputs; returns the worst figures."""
-    spread = float(expected.outputs[0][0].std())  # of ordinary inputs; those of flat tiles hardly vary
+    """Compare a graph in ONNX Runtime with its original's outputs; returns the worst figures."""
+    spread = float(expected.outputs[0][0].std())  # of ordinary inputs; outputs of flat tiles hardly vary
     with OnnxRuntimeSession(model) as session:
         pairs = zip(expected.outputs, expected.inputs, strict=True)
         measured = [parity.measure(outputs, session, inputs, spread) for outputs, inputs in pairs]
@@ -370,6 +355,6 @@ def compare(model: bytes | Path, expected: Expected) -> dict[str, float]:
 
 
 def tool_versions() -> dict[str, str]:
-    """Return the versions of what made the plan."""
+    """Return the versions of the packages that made the plan."""
     packages = ("pfstorer-rt", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
     return {name: version(name) for name in packages} | {"opset": str(OPSET), "onnx_ir": str(onnx.IR_VERSION)}

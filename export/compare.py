@@ -1,8 +1,8 @@
-"""`compare_plan`: a finished plan against PyTorch, on every backend that runs it here (polygraphy's comparator)."""
+"""`compare_plan`: a finished plan against PyTorch, on every backend that runs it here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
 from time import perf_counter
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
-from polygraphy.comparator import Comparator, CosineSimilarityCompareFunc, SimpleCompareFunc
+from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
 from pfstorer_rt.engine.session import BACKENDS, Array, Session, open_session
@@ -23,32 +23,33 @@ from pfstorer_rt.imaging.files import from_tensor
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.imaging.similarity import psnr
 from pfstorer_rt.models.base import Base
-from pfstorer_rt.plan import COMPONENTS, Plan
+from pfstorer_rt.models.components import Component, components
+from pfstorer_rt.plan import Plan
 from pfstorer_rt.runtime.restorer import Restorer
 
 from .build import resolve
 from .parity import probe_inputs, probe_tiles
 
 LEAST_PSNR = {"fp32": 45.0, "fp16": 45.0, "int8": 40.0}
-"""dB that a restored picture has to agree with PyTorch's to, by the plan's precision."""
+"""Least PSNR in dB of a restored image against PyTorch, by the precision of the plan."""
 IDENTICAL = 120.0
-"""dB written for pictures without a difference."""
+"""PSNR in dB of identical images."""
 
 Row = dict[str, Any]
 Open = Callable[[str], Session]
 EXACT = {"openvino": "CPU:f32"}
-"""Providers that compute in the precision of the graph, for backends that would choose a lower one."""
+"""Providers that compute in the precision of the graph, for backends that default to a lower one."""
 
 
 class SessionRunner(BaseRunner):
-    """One component of one backend, as polygraphy's comparator wants it."""
+    """One component of one backend, for polygraphy's comparator."""
 
     def __init__(self, name: str, session: Session, feed: dict[str, Array]) -> None:
         super().__init__(name=name)
         self.session, self.feed = session, feed
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        """Names, types and numbers of axes, as in the feed: all sizes are free."""
+        """Return names, types and numbers of axes of the feed; all sizes are free."""
         metadata = TensorMetadata()
         for name in self.session.inputs:
             metadata.add(name, dtype=self.feed[name].dtype, shape=(None,) * self.feed[name].ndim)
@@ -63,25 +64,23 @@ class SessionRunner(BaseRunner):
 
 
 def compare_plan(plan: Plan, identity: str | Path | Identity | None, base: str | Path | Base | None) -> list[Row]:
-    """Compare a plan with the base and identity it was made of, in PyTorch fp32, and its backends with each other.
+    """Compare a plan with its base and identity in PyTorch fp32, and its backends with each other.
 
     Returns one row for each component, kind of tile and pair of backends: largest and mean absolute difference,
     cosine distance, whether all values are finite; then one row for each kind of tile and backend with the PSNR in dB
     of the restored picture against PyTorch's. Raises `MissingBackendError` when nothing here runs the plan.
     """
-    base, identity = resolve(identity, base)
-    base.to("cpu", torch.float32)
+    loaded, identity = resolve(identity, base)
+    loaded = loaded.copy().to("cpu", torch.float32)  # a base given as an object stays where and as it is
     backends, refused = _openers(plan)
     if not backends:
         raise MissingBackendError(f"nothing here runs this {plan.manifest.target} plan: {'; '.join(refused)}")
-    originals = open_sessions(base, identity)
-    rows: list[Row] = []
-    for component in COMPONENTS:
-        sessions: dict[str, Session] = {"torch": originals[component]}
-        sessions |= {name: open_component(component) for name, open_component in backends.items()}
-        probes = probe_inputs(component, base, "strength" in originals[component].inputs)
-        rows += _compare_component(component, sessions, probes)
-    return rows + _compare_pictures(plan, base, identity, list(backends))
+    originals, rows = open_sessions(loaded, identity), []
+    for component in components(loaded, identity).values():
+        sessions: dict[str, Session] = {"torch": originals[component.name]}
+        sessions |= {name: open_component(component.name) for name, open_component in backends.items()}
+        rows += _compare_component(component, sessions)
+    return rows + _compare_pictures(plan, loaded, identity, list(backends))
 
 
 def _openers(plan: Plan) -> tuple[dict[str, Open], list[str]]:
@@ -96,36 +95,29 @@ def _openers(plan: Plan) -> tuple[dict[str, Open], list[str]]:
     return found, refused
 
 
-def _compare_component(
-    component: str, sessions: dict[str, Session], probes: dict[str, dict[str, torch.Tensor]]
-) -> list[Row]:
+def _compare_component(component: Component, sessions: dict[str, Session]) -> list[Row]:
+    probes = probe_inputs(component)
     feeds = [{name: tensor.numpy() for name, tensor in inputs.items()} for inputs in probes.values()]
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        runners = [SessionRunner(name, session, feeds[0]) for name, session in sessions.items()]
-        results = Comparator.run(runners, data_loader=feeds)
-        pairs = list(combinations(range(len(sessions)), 2))
-        differences, cosines = (
-            Comparator.compare_accuracy(results, compare_func=function, comparisons=pairs)
-            for function in (SimpleCompareFunc(check_error_stat="max"), CosineSimilarityCompareFunc())
-        )
-    outputs = {name: [dict(i.items()) for i in iterations] for name, iterations in results.items()}
-    rows = []
-    for pair, iterations in differences[0].items():
-        for i, (tile, by_output) in enumerate(zip(probes, iterations, strict=True)):
-            finite = all(np.isfinite(a).all() for name in pair for a in outputs[name][i].values())
-            angles = cosines[0][pair][i]
-            rows.append(
-                {
-                    "component": component,
-                    "tile": tile,
-                    "pair": " / ".join(pair),
-                    "finite": bool(finite),
-                    "max": max(float(r.max_absdiff) for r in by_output.values()),
-                    "mean": max(float(r.mean_absdiff) for r in by_output.values()),
-                    "cosine_distance": max(1 - float(angles[name].cosine_similarity) for name in by_output),
-                }
-            )
-    return rows
+        results = Comparator.run([SessionRunner(n, s, feeds[0]) for n, s in sessions.items()], data_loader=feeds)
+    outputs = {name: [dict(iteration.items()) for iteration in found] for name, found in results.items()}
+    return [
+        {"component": component.name, "tile": tile, "pair": f"{one} / {other}", **differences(first, second)}
+        for one, other in combinations(sessions, 2)
+        for tile, first, second in zip(probes, outputs[one], outputs[other], strict=True)
+    ]
+
+
+def differences(found: Mapping[str, Array], expected: Mapping[str, Array]) -> Row:
+    """Compare outputs by name; returns `finite` (all values of both), `max`, `mean` (absolute difference) and
+    `cosine_distance`, each of the worst output."""
+    pairs = [[outputs[name].astype(np.float64).ravel() for outputs in (found, expected)] for name in expected]
+    return {
+        "finite": all(bool(np.isfinite(array).all()) for pair in pairs for array in pair),
+        "max": max(float(np.abs(a - b).max()) for a, b in pairs),
+        "mean": max(float(np.abs(a - b).mean()) for a, b in pairs),
+        "cosine_distance": max(1 - float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) for a, b in pairs),
+    }
 
 
 def _compare_pictures(plan: Plan, base: Base, identity: Identity | None, backends: list[str]) -> list[Row]:
@@ -138,7 +130,7 @@ def _compare_pictures(plan: Plan, base: Base, identity: Identity | None, backend
             for name, pixels in tiles.items():
                 try:
                     finite, decibels = True, agreement(restorer.restore(pixels), expected[name])
-                except PFStorerError:  # a picture that is not finite is refused
+                except PFStorerError:  # an image that is not finite is refused
                     finite, decibels = False, 0.0
                 rows.append(
                     {
@@ -153,14 +145,14 @@ def _compare_pictures(plan: Plan, base: Base, identity: Identity | None, backend
 
 
 def agreement(found: Pixels, expected: Pixels) -> float:
-    """Return the PSNR in dB of two pictures (H, W, 3) in [0, 1], at most 120."""
+    """Return the PSNR in dB of two images (H, W, 3) in [0, 1], at most 120."""
     return min(psnr(found, expected), IDENTICAL)
 
 
 def check_rows(rows: list[Row], precision: str = "fp32") -> None:
-    """Raise `ParityError` for a value that is not finite, and for a picture that agrees with less than `LEAST_PSNR`.
+    """Raise `ParityError` for a value that is not finite, and for a restored image below `LEAST_PSNR`.
 
-    What int8 makes of pure noise is not judged: its ranges are those of photographs.
+    Pure noise is not checked in int8, whose ranges are measured on photographs.
     """
     least = LEAST_PSNR[precision]
     judged = [r for r in rows if precision != "int8" or r["tile"] != "noise"]
@@ -171,4 +163,4 @@ def check_rows(rows: list[Row], precision: str = "fp32") -> None:
         if r.get("psnr", least) < least
     ]
     if wrong:
-        raise ParityError("; ".join(wrong) + "; export with --precision fp32")
+        raise ParityError("; ".join(wrong) + "; export with precision fp32")

@@ -1,14 +1,14 @@
-"""Neighbouring convolutions of an AutoencoderTiny with nothing between them become one, with the same result.
+"""Two consecutive convolutions of an AutoencoderTiny become one, with the same result.
 
-An autoencoder without blocks at full resolution goes from three channels to many and back at the full size of the
-picture. One convolution in place of such a pair never makes that map:
+An autoencoder without blocks at full resolution converts three channels to many and back at the full size of the image.
+One convolution in place of such a pair avoids that large map:
 
-- the encoder's first two, the second of stride 2, are one of 5x5 and stride 2;
-- the decoder's last two after an enlargement by repetition are one of 3x3 at half the size, whose channels are the
-  pixels of 2x2 squares. (What repetition enlarged has each value four times; a sum of weights takes it once.)
+- the first two of the encoder, the second of stride 2, become one of 5x5 and stride 2;
+- the last two of the decoder, after nearest-neighbour upsampling, become one of 3x3 at half the size, whose channels
+  are the pixels of 2x2 squares (upsampling repeats each value four times, and a sum of weights uses it once).
 
-The two are the same but for a border one pixel wide, where the first convolution's result is padded with zeros; the
-border is computed as before, on narrow strips.
+The results differ only in a border one pixel wide, because the first convolution's result is padded with zeros. The
+border is computed with the original pair, on narrow strips.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from diffusers import AutoencoderTiny
 from torch import nn
 
 STRIP = 4
-"""Pixels of the strips that a border is computed on; the pair sees three, and sides are to stay even."""
+"""Pixels of the border strips: the pair needs three, and stride 2 needs an even number."""
 
 
 class ComposedEntry(nn.Module):
@@ -40,7 +40,7 @@ class ComposedEntry(nn.Module):
 
 
 class ComposedEnd(nn.Module):
-    """An enlargement by repetition and two 3x3 convolutions, as one before the enlargement."""
+    """Nearest-neighbour upsampling and two 3x3 convolutions, as one convolution before the upsampling."""
 
     scale_factor = 2
 
@@ -63,16 +63,16 @@ class ComposedEnd(nn.Module):
 def compose(first: nn.Conv2d, second: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the 5x5 weight and the bias, in fp64, of two 3x3 convolutions one after the other."""
     a, b = first.weight.detach().double(), second.weight.detach().double()
-    # The weight of a composition is the convolution of the weights, over the channels between.
+    # The weight of the composition is the convolution of both weights, summed over the channels between them.
     weight = F.conv2d(a.transpose(0, 1), b.flip(-1, -2), padding=2).transpose(0, 1)
     bias = torch.zeros(len(b), dtype=torch.float64) if second.bias is None else second.bias.detach().double()
     return weight, bias if first.bias is None else bias + b.sum((2, 3)) @ first.bias.detach().double()
 
 
 def halve_grid(weight: torch.Tensor) -> torch.Tensor:
-    """Turn a 5x5 weight on repeated pixels, (D, C, 5, 5), into one on the pixels themselves, (4 D, C, 3, 3).
+    """Convert a 5x5 weight on upsampled pixels, (D, C, 5, 5), to one on the original pixels, (4 D, C, 3, 3).
 
-    The pixel (y, x) of a 2x2 square is channel `4 d + 2 y + x`, as `pixel_shuffle` wants it.
+    The pixel (y, x) of a 2x2 square is channel `4 d + 2 y + x`, the order of `pixel_shuffle`.
     """
     taps = torch.zeros(2, 5, 3, dtype=weight.dtype)
     for phase in range(2):
@@ -83,7 +83,7 @@ def halve_grid(weight: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def set_convolution(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """Fill a convolution in, rounded to its type."""
+    """Set the weight and bias of a convolution, rounded to its type."""
     assert conv.bias is not None and conv.weight.shape == weight.shape
     conv.weight.copy_(weight)
     conv.bias.copy_(bias)
@@ -91,7 +91,7 @@ def set_convolution(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -
 
 
 def compose_autoencoder(vae: AutoencoderTiny) -> None:
-    """Compose what an autoencoder has to compose, in place: nothing where it has blocks at full resolution."""
+    """Compose the convolutions of an autoencoder in place; nothing where it has blocks at full resolution."""
     entry, end = vae.encoder.layers, vae.decoder.layers
     if _is_3x3(entry[0], 1) and _is_3x3(entry[1], 2):
         vae.encoder.layers = nn.Sequential(ComposedEntry(entry[0], entry[1]), *entry[2:])

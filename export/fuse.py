@@ -32,11 +32,6 @@ class FusedDenoiser(nn.Module):
         for block in denoiser.blocks:
             block.fold_reference()
 
-    @property
-    def has_strength(self) -> bool:
-        """Whether any personalization block is left."""
-        return self.denoiser.has_strength
-
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, z_lq: torch.Tensor, strength: torch.Tensor | None = None
     ) -> torch.Tensor:

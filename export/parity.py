@@ -1,6 +1,6 @@
-"""Parity: an exported component has to compute what its PyTorch original computes.
+"""Parity: an exported component has to compute the outputs of its PyTorch original.
 
-It is tried on a photograph, and on the flat and noisy tiles that break halves.
+Both are compared on a photograph, and on the flat and noisy tiles on which fp16 fails.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ import torch
 from skimage import data
 from torch import nn
 
-from pfstorer_rt.diffusion import add_noise
 from pfstorer_rt.engine.session import Array, Session
 from pfstorer_rt.errors import ParityError
 from pfstorer_rt.imaging.files import resize_bicubic
-from pfstorer_rt.models.base import Base
-from pfstorer_rt.models.components import wrapped_features
+from pfstorer_rt.models.components import Component, Inputs
 
 TIMESTEPS = {"photo": (999.0, 250.0, 0.0), "noise": (999.0,), "white": (250.0,), "grey": (0.0,), "black": (0.0,)}
-"""Where a denoiser is tried on each tile: on noise, halfway, and on an all but clean latent."""
+"""Timesteps of the denoiser for each tile: pure noise, halfway, and an almost clean latent."""
 
 
 def portrait() -> npt.NDArray[np.uint8]:
@@ -40,12 +38,6 @@ def resize(image: torch.Tensor, side: int) -> torch.Tensor:
     return resize_bicubic(image, (side, side), antialias=side < image.shape[-1])
 
 
-def noised(base: Base, z: torch.Tensor, t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return a latent (1, C, h, w) at the timesteps t (B,), with noise of its own for each."""
-    noise = torch.randn((len(t), *z.shape[1:]), generator=generator)
-    return add_noise(z, noise, t.long(), base.scheduler.alphas_cumprod)
-
-
 def probe_tiles(tile: int) -> dict[str, torch.Tensor]:
     """Return tiles (1, 3, tile, tile) in [-1, 1] by name: photo, grey, black, white, noise.
 
@@ -57,53 +49,37 @@ def probe_tiles(tile: int) -> dict[str, torch.Tensor]:
     return {"photo": resize(photo, tile).clamp(-1, 1), **flat, "white": torch.ones(1, 3, tile, tile), "noise": noise}
 
 
-@torch.no_grad()
-def probe_inputs(
-    component: str, base: Base, strength: bool, names: Collection[str] = tuple(TIMESTEPS)
-) -> dict[str, dict[str, torch.Tensor]]:
+def probe_inputs(component: Component, names: Collection[str] = tuple(TIMESTEPS)) -> dict[str, Inputs]:
     """Return a component's inputs for some of `probe_tiles`, by the tile's name.
 
-    Encoder and decoder know pictures of all sizes, and get small ones where all places look the same.
+    Encoder and decoder take images of any size, and get small ones for the tiles that look the same everywhere.
     """
-    probes: dict[str, dict[str, torch.Tensor]] = {}
+    tiles = probe_tiles(component.config.tile)
+    if not component.every_step:
+        tiles |= {name: image for name, image in probe_tiles(component.config.tile // 4).items() if name != "photo"}
     generator = torch.Generator().manual_seed(1)
-    tile = base.config.tile
-    tiles = probe_tiles(tile)
-    if component != "denoiser":
-        tiles |= {name: image for name, image in probe_tiles(tile // 4).items() if name != "photo"}
-    for name, image in tiles.items():
-        if name not in names:
-            continue
-        if component == "encoder":
-            probes[name] = {"image": image}
-            continue
-        z = base.encode(image)
-        if component == "decoder":
-            probes[name] = {"latent": z, **wrapped_features(base, image)}
-            continue
-        t = torch.tensor(TIMESTEPS[name])
-        x = noised(base, z, t, generator)
-        probes[name] = {"x": x, "t": t, "z_lq": z.expand(len(t), -1, -1, -1).contiguous()}
-        if strength:
-            probes[name]["strength"] = torch.ones(1)
-    return probes
+    return {
+        name: component.inputs_of(image, image, torch.tensor(TIMESTEPS[name]), generator)
+        for name, image in tiles.items()
+        if name in names
+    }
 
 
 LIMIT = {"fp32": 3e-4, "fp16": 5e-2, "int8": 0.3}
 """Difference allowed, in units of the output's standard deviation: the largest one, for int8 its root mean square.
 
 In fp32 a full-size decoder differs by 2e-4 at its worst pixel, because libraries sum in different orders, and a small
-network with 1 % more in one of its constants by 4e-4. Eight bits are off here and there, and a network is trained to
-forgive noise; what counts is how much of it there is.
+network with 1 % more in one of its constants by 4e-4. Eight bits differ at single pixels, and a network is trained to
+tolerate noise, so the root mean square is the measure.
 """
 LARGEST_HALF = 65504.0
 HEADROOM = 4.0
-"""How many times over the largest value seen in a component has to fit into a half before it is computed in them."""
+"""fp16 is used for a component whose largest value times this fits."""
 
 
 @torch.no_grad()
 def outputs_of(original: nn.Module, inputs: dict[str, torch.Tensor]) -> list[Array]:
-    """Return what the original computes from inputs in their order, as fp64 arrays."""
+    """Return the original's outputs for inputs in their order, as fp64 arrays."""
     result = original(*inputs.values())
     return [tensor.double().numpy() for tensor in (result if isinstance(result, tuple) else (result,))]
 
@@ -111,11 +87,11 @@ def outputs_of(original: nn.Module, inputs: dict[str, torch.Tensor]) -> list[Arr
 def measure(
     expected: list[Array], session: Session, inputs: dict[str, torch.Tensor], spread: float = 0.0
 ) -> dict[str, float]:
-    """Compare a session with what its original computed from the same inputs.
+    """Compare a session with its original's outputs for the same inputs.
 
-    spread: the output's deviation in use, where the inputs at hand are flat. Returns `max_abs` (largest absolute
-    difference), `std` (of the original's output, at least `spread`), `relative` (their ratio) and `rms` (root mean
-    square of the difference by `std`); the worst output counts. A value that is not finite makes both infinite.
+    spread: the output's standard deviation on ordinary inputs, for inputs that are flat. Returns `max_abs` (largest
+    absolute difference), `std` (of the original's output, at least `spread`), `relative` (their ratio) and `rms` (root
+    mean square of the difference by `std`); the worst output counts. A value that is not finite makes both infinite.
     """
     found = session.run(**{name: inputs[name].numpy() for name in session.inputs})
     worst = {"max_abs": 0.0, "std": 0.0, "relative": 0.0, "rms": 0.0}
@@ -132,17 +108,17 @@ def measure(
 
 
 def judged(figures: dict[str, float], precision: str) -> float:
-    """Return the one of `measure`'s figures that has a limit."""
+    """Return the figure of `measure` that has a limit."""
     return figures["rms" if precision == "int8" else "relative"]
 
 
 def within(figures: dict[str, float], precision: str) -> bool:
-    """Whether `measure`'s figures are within the precision's limit; what is not finite never is."""
+    """Whether `measure`'s figures are within the precision's limit; values that are not finite never are."""
     return judged(figures, precision) <= LIMIT[precision]
 
 
 def describe(figures: dict[str, float], precision: str) -> str:
-    """Say how far a graph is from its original."""
+    """Describe the difference of a graph from its original."""
     return (
         f"the exported graph differs from PyTorch by {judged(figures, precision):.2e} of the output's deviation; at "
         f"most {LIMIT[precision]:.0e} is allowed at {precision}"
@@ -156,7 +132,7 @@ def check(component: str, figures: dict[str, float], precision: str) -> None:
 
 
 def outputs_and_largest(original: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[list[Array], float]:
-    """Return `outputs_of`, and the largest magnitude that any module inside gives: what halves would have to hold."""
+    """Return `outputs_of`, and the largest magnitude in the output of any module inside, which fp16 has to hold."""
     largest = 0.0
 
     def look(_: nn.Module, __: Any, output: Any) -> None:
@@ -174,5 +150,5 @@ def outputs_and_largest(original: nn.Module, inputs: dict[str, torch.Tensor]) ->
 
 
 def fits_halves(largest: float) -> bool:
-    """Whether a component whose values reach `largest` can be computed in fp16."""
+    """Whether fp16 can hold the values of a component whose largest one is this."""
     return largest * HEADROOM <= LARGEST_HALF

@@ -1,12 +1,12 @@
-"""fp16 graphs: which numbers are halves and which stay fp32 is decided here, and nowhere in an engine.
+"""fp16 graphs: the types of all values are set here, and engines follow them.
 
-Engines from TensorRT 11 on have no precision flags: they compute in the types that the graph states. Halves are the
-weights and activations of convolutions and projections. In fp32 stay
+TensorRT 11 and later have no precision flags: engines compute in the types of the graph. The weights and activations of
+convolutions and projections are fp16. These stay in fp32:
 
-- the statistics of GroupNorm and LayerNorm: sums of squares over a whole map pass 65504 long before a value does;
-- the sinusoid and the time embedding: neighbouring timesteps differ by less than a half resolves;
-- softmax, inside the engines' fused attention; its sums are kept small enough for halves by `centred_attention`;
-- the inputs and outputs, so that the sampler outside never rounds.
+- the statistics of GroupNorm and LayerNorm: sums of squares over a whole map overflow long before a value does;
+- the sinusoid and the time embedding: fp16 cannot resolve the difference of neighbouring timesteps;
+- softmax, inside the engines' fused attention; `centred_attention` keeps its scores small enough for fp16;
+- the inputs and outputs, so that the sampler outside the graph does not round.
 """
 
 from __future__ import annotations
@@ -26,35 +26,34 @@ from pfstorer_rt.ops import AttentionProcessor, math
 def centred_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention whose keys have their mean over the tokens taken off; q (B, H, L, D), k and v (B, H, S, D).
+    """Attention on keys without their mean over the tokens; q (B, H, L, D), k and v (B, H, S, D).
 
-    Softmax ignores what is added to all scores of one query, and `q . mean(k)` is just that, so the result is the
-    same. On flat pictures all keys are nearly alike and large, and `q . k` passes 65504, the largest half; without
-    their mean they are small. (The same identity smooths keys in SageAttention, Zhang et al. 2024, section 4.2.)
+    The result is the same, because the mean adds the same value `q . mean(k)` to all scores of one query, and softmax
+    ignores it. On flat images all keys are large and nearly equal, and `q . k` exceeds 65504, the largest fp16 value;
+    without their mean they are small. (SageAttention smooths keys in the same way: Zhang et al. 2024, section 4.2.)
     """
     mean = k.float().mean(-2, keepdim=True)
     return F.scaled_dot_product_attention(q, (k.float() - mean).to(k.dtype), v, attn_mask=mask)
 
 
 def spell_out_attention(module: nn.Module) -> None:
-    """Let every attention layer that goes through the door be matrix products and a softmax."""
+    """Compute every attention layer of `pfstorer_rt.ops` as matrix products and a softmax."""
     for child in module.modules():
         if isinstance(child, Attention) and isinstance(child.processor, AttentionProcessor):
             child.processor.attention = math
 
 
 def compute_in_float32(norm: nn.Module) -> None:
-    """Let a normalization take halves, compute in fp32 and give halves; its parameters keep their names."""
+    """Let a normalization take and return fp16 but compute in fp32; its parameters keep their names."""
     norm.float()
     norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
     norm.register_forward_hook(lambda _, __, output: output.half())
 
 
 class TypedComponent(nn.Module):
-    """One component with fp32 inputs and outputs, computing in fp32 or fp16; for fp16 it is changed in place.
+    """One component with fp32 inputs and outputs that computes in fp32 or fp16; for fp16 it is changed in place.
 
-    bound: parameters and buffers of the module, by path, that follow the other inputs in this order instead of
-    being constants of the graph.
+    bound: paths of the parameters and buffers that are inputs of the graph, after the other inputs and in this order.
     """
 
     def __init__(self, module: nn.Module, precision: str, bound: Sequence[str] = ()) -> None:
@@ -64,7 +63,7 @@ class TypedComponent(nn.Module):
             make_half(module)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Take and give fp32; inside, pictures and latents (4-d) become halves, `t` and `strength` do not."""
+        """fp32 -> fp32; inside, images and latents (4-d) become fp16, `t` and `strength` stay fp32."""
         ports, tensors = inputs[: len(inputs) - len(self.bound)], inputs[len(inputs) - len(self.bound) :]
         arguments = tuple(i.half() if self.half_inside and i.ndim == 4 else i for i in ports)
         if self.bound:
@@ -75,7 +74,7 @@ class TypedComponent(nn.Module):
 
 
 def make_half(module: nn.Module) -> None:
-    """Cast a component's weights to fp16, but for the parts that stay fp32."""
+    """Cast the weights of a component to fp16, except for the parts that stay in fp32."""
     module.half()
     for child in module.modules():
         if isinstance(child, nn.GroupNorm | nn.LayerNorm):

@@ -1,4 +1,4 @@
-"""int8: convolutions and matrix products in 8 bits, with ranges that are measured on photographs."""
+"""int8: convolutions and matrix products in 8 bits, with activation ranges measured on photographs."""
 
 from __future__ import annotations
 
@@ -16,26 +16,23 @@ from skimage import data
 
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.engine.session import Array
-from pfstorer_rt.models.base import Base
-from pfstorer_rt.models.components import wrapped_features
+from pfstorer_rt.models.components import Component
 
-from .parity import noised, photograph, portrait, resize
+from .parity import photograph, portrait, resize
 
 SAMPLES = 20
 LARGEST_SQUARE = 256
-"""Side of the squares that encoder and decoder are measured on, where the tile is larger: their activations at full
-size are gigabytes."""
+"""Largest side of the squares for encoder and decoder, whose activations at full size are gigabytes."""
 TIMESTEPS = (999.0, 749.0, 499.0, 249.0, 0.0)
-"""Where the denoiser's ranges are measured, in turns: from noise, where few-step sampling starts, to an all but clean
-latent."""
+"""Timesteps for the denoiser's ranges, in turns: from pure noise, where sampling starts, to an almost clean latent."""
 OPERATORS = ["Conv", "MatMul", "Gemm"]
-"""What is computed in 8 bits. Norms, attention and gates stay as they were."""
+"""Operators in 8 bits. Norms, attention and gates keep their precision."""
 
 
 def calibration_tiles(tile: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (LQ, HQ) tiles (1, 3, tile, tile) in [-1, 1]: parts of public-domain photographs that scikit-image ships.
+    """Yield (LQ, HQ) tiles (1, 3, tile, tile) in [-1, 1], crops of public-domain photographs from scikit-image.
 
-    Every other LQ tile is blurred by a factor of 2 to 4 and noisy, the others are the photograph itself.
+    Every other LQ tile is downsampled by a factor of 2 to 4 and noisy; the others equal the HQ tile.
     """
     generator = torch.Generator().manual_seed(0)
     photos = [portrait(), data.chelsea(), data.coffee(), data.rocket()]
@@ -51,35 +48,27 @@ def calibration_tiles(tile: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield lq.clamp(-1, 1), hq.clamp(-1, 1)
 
 
-@torch.no_grad()
-def calibration_inputs(component: str, base: Base, strength: bool) -> Iterator[dict[str, Array]]:
-    """Yield a component's inputs as they are in use, one row each."""
+def calibration_inputs(component: Component) -> Iterator[dict[str, Array]]:
+    """Yield a component's inputs for `calibration_tiles`, one row each."""
     generator = torch.Generator().manual_seed(1)
-    tile = base.config.tile if component == "denoiser" else min(base.config.tile, LARGEST_SQUARE)
-    for i, (lq, hq) in enumerate(calibration_tiles(tile)):
-        if component == "encoder":
-            inputs = {"image": lq}
-        elif component == "decoder":
-            inputs = {"latent": base.encode(hq), **wrapped_features(base, lq)}
-        else:
-            t = torch.tensor([TIMESTEPS[i // 2 % len(TIMESTEPS)]])
-            x = noised(base, base.encode(hq), t, generator)
-            inputs = {"x": x, "t": t, "z_lq": base.encode(lq), **({"strength": torch.ones(1)} if strength else {})}
-        yield {name: tensor.numpy() for name, tensor in inputs.items()}
+    side = component.config.tile if component.every_step else min(component.config.tile, LARGEST_SQUARE)
+    for i, (lq, hq) in enumerate(calibration_tiles(side)):
+        t = torch.tensor([TIMESTEPS[i // 2 % len(TIMESTEPS)]])
+        yield {name: tensor.numpy() for name, tensor in component.inputs_of(lq, hq, t, generator).items()}
 
 
 def quantize(model: Path, inputs: Iterator[dict[str, Array]], output: Path) -> Path:
     """Write an fp32 graph as one whose `OPERATORS` are between QuantizeLinear and DequantizeLinear; returns `output`.
 
-    Its constants are written to a file beside it. inputs: what the graph is run on, one after the other, to find the
-    range of each activation: all but the outermost 1e-5 of its values, in 8 bits without a sign. Weights have a sign, a
-    scale for each output channel, and keep to 7 bits: processors without VNNI (Intel before 2019, AMD before Zen 4) add
-    two products in 16 bits, which two of 8 by 8 can pass.
+    The constants go to a file beside `output`. inputs: runs of the graph that give the range of each activation, all
+    but the outermost 1e-5 of its values, in 8 unsigned bits. Weights have 7 signed bits and a scale for each output
+    channel: processors without VNNI (Intel before 2019, AMD before Zen 4) add two products in 16 bits, and two products
+    of 8 by 8 bits can overflow them.
     """
     from onnxruntime import quantization
 
     with _quiet():
-        ranges = measure_ranges(model, inputs)  # before the weights are loaded: both at once are gigabytes more
+        ranges = measure_ranges(model, inputs)  # before the weights are loaded, to save gigabytes
         quantizer = quantization.QDQQuantizer(
             quantization.quant_utils.load_model_with_shape_infer(model),
             per_channel=True,
@@ -100,8 +89,8 @@ def quantize(model: Path, inputs: Iterator[dict[str, Array]], output: Path) -> P
 def measure_ranges(model: Path, inputs: Iterator[dict[str, Array]]) -> Any:
     """Return the ranges of a graph's activations.
 
-    ONNX Runtime's own calibrator holds the weights three times, and the activations of all inputs. Here the weights
-    stay in their file, and the activations are those of one input.
+    ONNX Runtime's calibrator holds the weights three times and the activations of all inputs. Here the weights stay in
+    their file, and only the activations of one input are in memory.
     """
     from onnxruntime.quantization import CalibrationMethod, TensorsData, calibrate
 
@@ -116,7 +105,7 @@ def measure_ranges(model: Path, inputs: Iterator[dict[str, Array]]) -> Any:
 
 
 def with_activations_as_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Let a graph give what its `OPERATORS` take and make, and nothing else."""
+    """Replace the outputs of a graph by the inputs and outputs of its `OPERATORS`."""
     constants = {tensor.name for tensor in model.graph.initializer}
     known = {value.name: value for value in (*model.graph.value_info, *model.graph.output, *model.graph.input)}
     names = dict.fromkeys(
@@ -129,7 +118,7 @@ def with_activations_as_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the calibration prints of its progress."""
+    """Silence the progress output of the calibration."""
     logger: Any = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)

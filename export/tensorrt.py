@@ -1,7 +1,7 @@
 """TensorRT engines from the exported graphs; `tensorrt` and `tensorrt_rtx` through one path.
 
-TensorRT-RTX builds without a GPU, for a set of compute capabilities, and compiles the rest where it runs. The full
-TensorRT times kernels while it builds, so it builds on the machine that it will run on.
+TensorRT-RTX builds without a GPU, for a set of compute capabilities, and completes the compilation where it runs. The
+full TensorRT times kernels while it builds, so it builds on the machine that runs the engine.
 """
 
 from __future__ import annotations
@@ -12,46 +12,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pfstorer_rt.config import BaseConfig
 from pfstorer_rt.engine.tensorrt import Library, load_library
 from pfstorer_rt.errors import MissingBackendError, PFStorerError
 from pfstorer_rt.files import atomic_write, cache_home, make_folder
 
 Phase = Callable[[str, int, int], None]
 PORTABLE = ("8.0", "8.6", "8.9", "12.0+")
-"""What TensorRT-RTX builds for when it is not told: these GPUs and, from the last on, all later ones."""
+"""Default compute capabilities for TensorRT-RTX; `+` includes all later ones."""
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How engines are built."""
+    """Settings of the engine builder."""
 
     compute_capabilities: tuple[str, ...] = ()
-    """GPUs to build for, such as `8.9`, or `current`; empty takes the library's own choice."""
+    """GPUs to build for, such as `8.9`, or `current`; empty selects the library's default."""
     batches: tuple[int, ...] = (1, 2, 4, 8)
-    """Tiles that the denoiser takes at once: one optimization profile each."""
+    """Batch sizes of the denoiser: one optimization profile each."""
     largest_side: int = 1280
-    """Pixels; the encoder and decoder take pictures up to this square, as `TileConfig.chop` cuts them."""
+    """Pixels; encoder and decoder take images up to this square, the size of `TileConfig.chop`."""
     workspace: int | None = None
-    """Bytes of scratch memory that a layer may use; None is all that the GPU has."""
+    """Largest scratch memory of a layer in bytes; None is all memory of the GPU."""
     timing_cache: Path | None = None
-    """Where the full TensorRT keeps the kernels that it timed; None is the user's cache directory."""
+    """File of kernel timings for the full TensorRT; None is in the user's cache directory."""
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """What is known of an engine after it was written."""
+    """Facts about a built engine."""
 
     profiles: list[dict[str, list[list[int]]]]
     layers: dict[str, int]
-    """How many layers of each kind the parsed network had."""
+    """Number of layers of the parsed network, by kind."""
 
 
 class EngineBuilder:
     """Builds the engines of one plan.
 
-    Raises `MissingBackendError` at once when the library is missing, cannot build on this machine, or does not
-    know a compute capability.
+    The constructor raises `MissingBackendError` when the library is missing, cannot build on this machine, or does not
+    support a compute capability.
     """
 
     def __init__(self, target: str, options: BuildOptions, phase: Phase = lambda _, __, ___: None) -> None:
@@ -60,12 +59,12 @@ class EngineBuilder:
         self.capabilities = self._capabilities()
 
     def build(
-        self, component: str, origins: Mapping[str, str], model: Path, base: BaseConfig, file: Path
+        self, component: str, origins: Mapping[str, str], model: Path, tile: int, scales: Mapping[str, int], file: Path
     ) -> BuiltEngine:
         """Build one component's engine from its saved ONNX graph and write it to `file`.
 
-        origins: the module that each node came from (`Graph.origins`).
-        Raises `PFStorerError` with the library's reason, the node and the module that it came from.
+        origins: `Graph.origins`. tile: pixels. scales: `Component.scales`.
+        Raises `PFStorerError` with the library's reason, the node and the module that it was exported from.
         """
         trt = self.library.module
         builder = self._created(trt.Builder(self._messages))
@@ -73,17 +72,17 @@ class EngineBuilder:
         self._parse(network, model, origins)
         _allow_decomposition(self.library, network)
         config = builder.create_builder_config()
-        profiles = self._add_profiles(builder, config, network, component, base)
+        profiles = self._add_profiles(builder, config, network, component, tile, scales)
         self._configure(config)
         cache = self._timing_cache(config)
-        # TensorRT keeps a bare pointer to the monitor: it has to live as long as the build.
+        # TensorRT keeps a raw pointer to the monitor, which has to live as long as the build.
         monitor = _progress_monitor(trt, component, self.phase)
         config.progress_monitor = monitor
         serialized = builder.build_serialized_network(network, config)
         if serialized is None:
             raise PFStorerError(
                 f"{component}: {self.library.target} {self.library.version} could not build an engine "
-                f"({self._messages.last() or 'it gave no reason'})"
+                f"({self._messages.last() or 'no reason given'})"
             )
         with file.open("wb") as out:
             out.write(memoryview(serialized))
@@ -102,7 +101,7 @@ class EngineBuilder:
             return sorted(set(wanted), key=lambda name: tuple(map(int, name.split("."))))
         if self.library.target == "tensorrt-rtx" and set(wanted) != {"current"}:
             raise MissingBackendError(
-                f"compute capability {', '.join(wanted)}: `current` means this machine's GPU alone; name it as X.Y "
+                f"compute capability {', '.join(wanted)}: `current` is this machine's GPU alone; name it as X.Y "
                 "to build for it and for others"
             )
         if set(wanted) - {"current"}:
@@ -114,7 +113,7 @@ class EngineBuilder:
 
     def _network_flags(self) -> int:
         flags = self.library.module.NetworkDefinitionCreationFlag
-        # Where the flag is gone, every network is strongly typed.
+        # Versions without the flag have strongly typed networks only.
         return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
 
     def _parse(self, network: Any, model: Path, origins: Mapping[str, str]) -> None:
@@ -128,10 +127,10 @@ class EngineBuilder:
         )
 
     def _add_profiles(
-        self, builder: Any, config: Any, network: Any, component: str, base: BaseConfig
+        self, builder: Any, config: Any, network: Any, component: str, tile: int, scales: Mapping[str, int]
     ) -> list[dict[str, list[list[int]]]]:
         inputs = {network.get_input(i).name: list(network.get_input(i).shape) for i in range(network.num_inputs)}
-        profiles = plan_profiles(component, inputs, base, self.options)
+        profiles = plan_profiles(inputs, tile, scales, self.options)
         for shapes in profiles:
             profile = builder.create_optimization_profile()
             for name, (least, usual, most) in shapes.items():
@@ -148,15 +147,15 @@ class EngineBuilder:
             config.num_compute_capabilities = len(names)
             for i, name in enumerate(names):
                 config.set_compute_capability(_capability(self.library, name), i)
-        config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32: TF32 keeps 10 bits of a product's factors
+        config.clear_flag(trt.BuilderFlag.TF32)  # fp32 stays fp32: TF32 rounds the factors of a product to 10 bits
         if self.library.has("BuilderFlag.REQUIRE_USER_ALLOCATION"):
-            # Memory that is allocated while an engine runs could not be captured in a CUDA graph.
+            # A CUDA graph cannot capture memory that is allocated while an engine runs.
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if self.options.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.options.workspace)
 
     def _timing_cache(self, config: Any) -> Path | None:
-        """Give the full TensorRT what it timed before; returns where to keep what it times now."""
+        """Load the timing cache of the full TensorRT; returns its file, None for TensorRT-RTX."""
         if self.library.target != "tensorrt":
             return None
         path = self.options.timing_cache or cache_home() / "tensorrt" / f"{self.library.version}.timing"
@@ -168,37 +167,37 @@ class EngineBuilder:
         if builder is None or not hasattr(builder, "create_network"):
             raise MissingBackendError(
                 f"{self.library.target} {self.library.version} cannot build on this machine "
-                f"({self._messages.last() or 'it gave no reason'})"
+                f"({self._messages.last() or 'no reason given'})"
             )
         return builder
 
 
 def plan_profiles(
-    component: str, inputs: dict[str, list[int]], base: BaseConfig, options: BuildOptions
+    inputs: Mapping[str, list[int]], tile: int, scales: Mapping[str, int], options: BuildOptions
 ) -> list[dict[str, list[list[int]]]]:
     """Return the optimization profiles, each {input: [smallest, usual, largest shape]}, for inputs with free axes.
 
-    inputs: shapes with -1 where an axis is free. The denoiser has a profile for each batch size and nothing free in
-    it; encoder and decoder have one, for a single picture of a tile up to `largest_side`.
+    inputs: shapes with -1 where an axis is free. tile: pixels. scales: `Component.scales`. A component that takes any
+    image size has one profile, for one image of a tile up to `largest_side`; the denoiser has one fixed shape for each
+    batch size.
     """
     free = {name: shape for name, shape in inputs.items() if -1 in shape}
-    if component == "denoiser":
+    if not scales:
         ladder = [{n: [b if d == -1 else d for d in s] for n, s in free.items()} for b in options.batches]
         return [{name: [shape] * 3 for name, shape in fixed.items()} for fixed in ladder]
 
     def sized(name: str, pixels: int) -> list[int]:
-        level = name.removeprefix("features_")  # a map of level l has one value for 2^l pixels
-        unit = {"image": 1, "latent": base.factor}.get(name) or 2 ** int(level)
-        return [1, free[name][1], pixels // unit, pixels // unit]
+        side = pixels // scales[name]
+        return [1, free[name][1], side, side]
 
-    least, most = base.tile, max(options.largest_side, base.tile)
-    return [{name: [sized(name, least), sized(name, least), sized(name, most)] for name in free}]
+    largest = max(options.largest_side, tile)
+    return [{name: [sized(name, tile), sized(name, tile), sized(name, largest)] for name in free}]
 
 
 def _allow_decomposition(library: Library, network: Any) -> None:
-    """Let an attention that no fused kernel takes (fp32, or an unusual head) run as matrix products.
+    """Allow matrix products for an attention without a fused kernel (fp32, or an unusual head size).
 
-    Where there is a fused kernel it is still taken; without this the whole build fails.
+    A fused kernel is still preferred. Without this the whole build fails.
     """
     if not library.has("IAttentionInputLayer"):
         return
@@ -206,7 +205,7 @@ def _allow_decomposition(library: Library, network: Any) -> None:
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # the bindings' way to reach a kind's own properties
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings reach the properties of a layer type in this way
             layer.attention.decomposable = True
 
 
@@ -216,7 +215,7 @@ def _layer_kinds(network: Any) -> Counter[str]:
 
 
 def _capability(library: Library, name: str) -> Any:
-    if name == "current":  # GPUs that no name is known for, too
+    if name == "current":  # includes GPUs without a name in the library
         return library.module.ComputeCapability.CURRENT
     known = {m.removeprefix("SM") for m in dir(library.module.ComputeCapability) if m.startswith("SM")}
     digits = "".join(name.split("."))
@@ -248,7 +247,7 @@ def _describe_error(problem: Any, origins: Mapping[str, str]) -> str:
 
 
 def _progress_monitor(trt: Any, component: str, phase: Phase) -> Any:
-    """Return a monitor that tells `phase(name, done, total)` of the outermost phase under way."""
+    """Return a monitor that calls `phase(name, done, total)` for the phases of a build."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:

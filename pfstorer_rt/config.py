@@ -302,7 +302,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PersonalizeConfig:
-    """How an identity is learned; the open points of the paper are fields (PFStorer section 3)."""
+    """Settings of the training of an identity (PFStorer section 3); the open points of the paper are fields."""
 
     method: Method = "pfstorer"
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -311,23 +311,23 @@ class PersonalizeConfig:
     ref_source: Literal["cached", "self"] = "cached"
     """What a block attends to at inference: features of one reference, stored in the identity, or its own input."""
     first_step: float = 0.0
-    """Share of the samples at timestep 999, from which every restoration starts; the others are uniform."""
+    """Share of the samples at timestep 999, where every restoration starts; the others are uniform."""
     p_self: float = 0.1
-    """Share of the iterations in which the blocks see no reference (`self` stays usable)."""
+    """Share of the iterations without a reference, so that `ref_source` self stays usable."""
     weighting: Weighting = "prediction"
-    """What L_diff and L_gen are measured in: the prediction, or the clean latent that it stands for."""
+    """Space of L_diff and L_gen: the network's prediction, or the clean latent computed from it."""
     lambda_gen: float = 0.1
     gen_rows: int = 1
-    """Samples of a batch that L_gen looks at."""
+    """Samples of a batch for L_gen."""
     pool: int = 256
-    """Degraded squares of the photographs that are made and encoded before the training, and drawn from in it."""
+    """Number of degraded crops that are made and encoded before the training, which samples from them."""
     lambda_pers: float = 5e-4
     lambda_pixel: float = 0.0
-    """Weight of the error of the decoded pictures; this and the two below look at the samples at timestep 999."""
+    """Weight of the pixel error of the decoded images; this loss and the next two use the samples at timestep 999."""
     lambda_perceptual: float = 0.0
-    """Weight of their perceptual distance (needs the `metrics` extra)."""
+    """Weight of the perceptual distance of the decoded images (needs the `metrics` extra)."""
     lambda_id: float = 0.0
-    """Weight of the identity loss on them (needs the `metrics` extra)."""
+    """Weight of the identity loss on the decoded images (needs the `metrics` extra)."""
     gamma_learning_rate: float = 5e-3
     token_learning_rate: float = 5e-3
     init_word: str = "face"
@@ -335,13 +335,13 @@ class PersonalizeConfig:
     level: Literal["light", "heavy"] = "heavy"
     p_hq: float = 0.03
     framing: Literal["face", "none"] = "face"
-    """Whether photographs in which the face is small or aside are cut to it (needs the `metrics` extra)."""
+    """face: crop around small or off-centre faces (needs the `metrics` extra); none: centre crop."""
     rank: int = 0
-    """Rank of the blocks' matrices; 0 keeps them whole."""
+    """Rank of the matrices of the blocks; 0 for full matrices."""
 
     @classmethod
     def for_base(cls, base: BaseConfig, train: Mapping[str, Any] | None = None, **values: Any) -> PersonalizeConfig:
-        """Return a base's defaults with some values changed; `train` has fields of `TrainConfig`."""
+        """Return the defaults of a base with some values changed; `train` has fields of `TrainConfig`."""
         training = {f.name for f in fields(TrainConfig)}
         trained = {name: value for name, value in base.personalize.items() if name in training}
         own = {name: value for name, value in base.personalize.items() if name not in training}

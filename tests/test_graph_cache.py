@@ -6,10 +6,11 @@ import onnx_ir
 import pytest
 import torch
 from onnx import TensorProto, helper
-from pfstorer_rt.export.graph import fused_module
+from pfstorer_rt.export.graph import fuse
 from torch import nn
 
 from pfstorer_rt.models.base import build_base
+from pfstorer_rt.models.components import components
 
 
 class Layer(nn.Module):
@@ -88,7 +89,7 @@ def test_a_module_that_cannot_be_pickled_is_exported_each_time(cache):
 
 def test_networks_of_equal_weights_have_one_fingerprint(kept_graphs):
     first, same, other = (
-        [fused_module(c, build_base("nano", seed)) for c in ("encoder", "denoiser", "decoder")] for seed in (0, 0, 1)
+        [fuse(component).module for component in components(build_base("nano", seed)).values()] for seed in (0, 0, 1)
     )
     prints = [[kept_graphs.fingerprint(module) for module in modules] for modules in (first, same, other)]
     assert prints[0] == prints[1] and not set(prints[0]) & set(prints[2])

@@ -1,26 +1,23 @@
-"""PyTorch as an engine: the base and the identity themselves, the reference that plans are compared with."""
+"""PyTorch as an engine: it runs base and identity themselves, and is the reference for plans."""
 
 from __future__ import annotations
 
 from types import TracebackType
 
 import torch
-from torch import nn
 
 from pfstorer_rt.engine.session import Array, numpy_run
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import Base
-from pfstorer_rt.models.components import component_modules, component_names
-from pfstorer_rt.plan import COMPONENTS
+from pfstorer_rt.models.components import Component, components
 
 
 class TorchSession:
-    """A module whose forward takes `inputs` in order and returns `outputs` in order."""
+    """A component in PyTorch."""
 
-    def __init__(
-        self, module: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...], device: torch.device
-    ) -> None:
-        self.module, self.inputs, self.outputs, self.device = module.eval(), inputs, outputs, device
+    def __init__(self, component: Component, device: torch.device) -> None:
+        self.module, self.device = component.module.eval(), device
+        self.inputs, self.outputs = component.inputs, component.outputs
         self.provider = f"PyTorch {torch.__version__} {device}"
 
     def run(self, **arrays: Array) -> dict[str, Array]:
@@ -29,7 +26,7 @@ class TorchSession:
 
     @torch.no_grad()
     def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Do the same on tensors of `device`."""
+        """Compute all outputs from tensors, by name; inputs are moved to `device`."""
         result = self.module(*(tensors[name].to(self.device) for name in self.inputs))
         outputs = result if isinstance(result, tuple) else (result,)
         return {name: tensor.float() for name, tensor in zip(self.outputs, outputs, strict=True)}
@@ -42,9 +39,15 @@ class TorchSession:
     ) -> None: ...
 
 
-def open_sessions(base: Base, identity: Identity | None = None, attention: str = "auto") -> dict[str, TorchSession]:
-    """Open all components of a base, with an identity or without, on a backend of `pfstorer_rt.ops`."""
-    modules = component_modules(base, identity)
-    base.set_attention(attention, modules["denoiser"])
-    strength = bool(getattr(modules["denoiser"], "has_strength", False))
-    return {c: TorchSession(modules[c], *component_names(c, base, strength), base.device) for c in COMPONENTS}
+def open_sessions(
+    base: Base, identity: Identity | None = None, attention: str = "auto", device: str | torch.device | None = None
+) -> dict[str, TorchSession]:
+    """Open all components of a base, with an identity or without, on a backend of `pfstorer_rt.ops`.
+
+    device: None is the base's own. The sessions share the base's weights, but neither its device nor its kernels.
+    """
+    base = base.copy()
+    base = base if device is None else base.to(device)
+    parts = components(base, identity)
+    base.set_attention(attention, parts["denoiser"].module)
+    return {name: TorchSession(component, base.device) for name, component in parts.items()}

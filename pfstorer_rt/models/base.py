@@ -1,12 +1,12 @@
-"""A base: the frozen networks that identities are learned on, as a directory in diffusers' layout."""
+"""A base: the frozen networks that identities are trained on, stored as a directory in diffusers' layout."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import safetensors.torch
 import torch
@@ -26,6 +26,7 @@ from pfstorer_rt.models.cfw_patch import PatchFeatureWrapping
 from pfstorer_rt.models.cfw_tiny import TinyFeatureWrapping
 from pfstorer_rt.models.personalization import PersonalizationBlock
 from pfstorer_rt.models.prompt import PromptEncoder, tokenize
+from pfstorer_rt.models.sharing import share_weights
 from pfstorer_rt.models.structure import StructureEncoder
 from pfstorer_rt.models.unet import RestorationUNet
 from pfstorer_rt.models.vae import Autoencoder, build_vae, decode, encode_moments
@@ -33,6 +34,12 @@ from pfstorer_rt.ops import choose
 
 Tensors = dict[str, torch.Tensor]
 FeatureWrapping: TypeAlias = ControllableFeatureWrapping | TinyFeatureWrapping | PatchFeatureWrapping
+WRAPPINGS: dict[str, Callable[..., FeatureWrapping]] = {
+    "AutoencoderKL": ControllableFeatureWrapping,
+    "AutoencoderTiny": TinyFeatureWrapping,
+    "PatchAutoencoder": PatchFeatureWrapping,
+}
+"""The feature wrapping of each class of autoencoder."""
 
 
 @dataclass
@@ -46,14 +53,14 @@ class Base:
     text_encoder: PromptEncoder
     scheduler: DDPMScheduler
     fingerprint: str
-    """sha256 over the sorted names and bytes of all tensors, as they are on disk."""
+    """sha256 over the sorted names and bytes of all tensors on disk."""
     cfw: FeatureWrapping | None = None
-    """Controllable feature wrapping (StableSR section 3.3), where the base has one: `features` and `decode` use it."""
+    """Controllable feature wrapping (StableSR section 3.3), for `features` and `decode`; None without one."""
     path: Path | None = field(default=None, compare=False)
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """The device of the networks."""
         return torch.device(self.unet.device)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -69,8 +76,8 @@ class Base:
     def encode(self, image: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Encode (B, 3, H, W) in [-1, 1] to a scaled latent (B, C, H/f, W/f).
 
-        A variational encoder gives a sample of the posterior drawn from `generator`, or its mean
-        without one (StableSR samples).
+        A variational encoder returns a sample of the posterior drawn from `generator` (StableSR), or its mean without
+        a generator.
         """
         mean, std = encode_moments(self.vae, image)
         if std is None or generator is None:
@@ -79,9 +86,11 @@ class Base:
         return mean + std * noise
 
     def features(self, image: torch.Tensor) -> Features:
-        """Return what `decode` takes of the LQ image (B, 3, H, W) in [-1, 1]; raises `ValueError` without CFW."""
+        """Return the features of the LQ image (B, 3, H, W) in [-1, 1] for `decode`; raises `ValueError` without CFW."""
         if self.cfw is None:
-            raise ValueError(f"base {self.config.name!r} has no controllable feature wrapping; import it with --cfw")
+            raise ValueError(
+                f"base {self.config.name!r} has no controllable feature wrapping; import it with its CFW weights"
+            )
         return self.cfw.features(self.vae, image)
 
     def decode(
@@ -94,11 +103,13 @@ class Base:
         if features is None:
             return decode(self.vae, latent)
         if self.cfw is None:
-            raise ValueError(f"base {self.config.name!r} has no controllable feature wrapping; import it with --cfw")
+            raise ValueError(
+                f"base {self.config.name!r} has no controllable feature wrapping; import it with its CFW weights"
+            )
         return self.cfw(self.vae, latent, features, cfw_weight)
 
     def encode_prompt(self, text: str | None = None, token: torch.Tensor | None = None) -> torch.Tensor:
-        """Encode a prompt (the base's own when None) to a context (1, L, D); `S*` stands for `token`."""
+        """Encode a prompt (None selects the base's own) to a context (1, L, D); `S*` is the position of `token`."""
         ids = tokenize(self.config.prompt if text is None else text, self.config).to(self.device)
         return self.text_encoder(ids, token)
 
@@ -108,6 +119,21 @@ class Base:
             nn.Module.to(module, device=device, dtype=dtype)
         return self
 
+    def copy(self) -> Base:
+        """Return a base whose networks share the weights of this one, without a copy of them in memory.
+
+        To move or convert the copy, or to select its kernels, leaves this base as it is.
+        """
+        memo: dict[int, Any] = {}
+        return replace(
+            self,
+            unet=share_weights(self.unet, memo),
+            structure_encoder=share_weights(self.structure_encoder, memo),
+            vae=share_weights(self.vae, memo),
+            text_encoder=share_weights(self.text_encoder, memo),
+            cfw=None if self.cfw is None else share_weights(self.cfw, memo),
+        )
+
     def freeze(self) -> Base:
         """Switch every network to evaluation without gradients; returns self."""
         for module in self.modules().values():
@@ -115,10 +141,10 @@ class Base:
         return self
 
     def set_attention(self, backend: str = "auto", *attached: nn.Module) -> str:
-        """Choose the backend of the kernels of UNet and structure encoder; returns the name taken.
+        """Select the backend of the kernels of UNet and structure encoder; returns its name.
 
-        attached: networks that work on this base's features (personalization blocks, or a UNet of their own).
-        Raises `MissingBackendError` when the named one is refused.
+        attached: more networks for the same backend, such as personalization blocks or a tuned UNet.
+        Raises `MissingBackendError` when the named backend is refused.
         """
         choice = choose(backend, self.device, self.config.head_size)
         for module in (self.unet, *(m for network in attached for m in network.modules())):
@@ -130,8 +156,7 @@ class Base:
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> Path:
         """Write the base as a directory (safetensors of `dtype`) and update `fingerprint`; returns the path.
 
-        The weights in memory are rounded too, so that they stay those on disk. A base that was there is replaced when
-        the new one is complete.
+        The weights in memory are rounded to the same values. An existing base is replaced when the new one is complete.
         """
         modules = self.modules()
         write_base(path, self.config, modules, {n: m.state_dict() for n, m in modules.items()}, dtype)
@@ -158,33 +183,21 @@ def build_base(preset: str | BaseConfig, seed: int = 0) -> Base:
 
 
 def assemble(config: BaseConfig) -> Base:
-    """Put the untrained networks of a configuration together, on torch's default device."""
-    return Base(
-        config,
-        RestorationUNet.from_base_config(config),
-        StructureEncoder.from_base_config(config),
-        build_vae(config.vae),
-        PromptEncoder.from_base_config(config),
-        make_scheduler(config),
-        "",
-        cfw=build_cfw(config),
-    )
+    """Assemble the untrained networks of a configuration, on torch's default device."""
+    unet, structure = RestorationUNet.from_base_config(config), StructureEncoder.from_base_config(config)
+    vae, text = build_vae(config.vae), PromptEncoder.from_base_config(config)
+    return Base(config, unet, structure, vae, text, make_scheduler(config), "", build_cfw(config))
 
 
 def build_cfw(config: BaseConfig) -> FeatureWrapping | None:
-    """Build untrained feature wrapping for a configuration's autoencoder, where it has that."""
-    if config.cfw is None:
-        return None
-    classes: dict[str, Callable[..., FeatureWrapping]] = {
-        "AutoencoderTiny": TinyFeatureWrapping, "PatchAutoencoder": PatchFeatureWrapping,
-    }  # fmt: skip
-    return classes.get(config.vae["class"], ControllableFeatureWrapping)(**config.cfw)
+    """Build untrained feature wrapping for the autoencoder of a configuration; None where it has no `cfw`."""
+    return None if config.cfw is None else WRAPPINGS[config.vae["class"]](**config.cfw)
 
 
 def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> Base:
-    """Load a base directory, or by name one that is shipped, to fp32 networks in evaluation mode.
+    """Load a base directory, or a shipped base by name, to fp32 networks in evaluation mode.
 
-    Raises `BadFileError` when it is not a base directory or a part of it is damaged.
+    Raises `BadFileError` when it is not a base directory or when a part of it is damaged.
     """
     path = find_base(path_or_name)
     with reading_base(path):
@@ -216,8 +229,8 @@ def write_base(
 ) -> None:
     """Write a base directory from its networks' configurations and tensors, one network in memory at a time.
 
-    A base that was there is replaced when the new one is complete, so both need room on the disk; files that are none
-    of a base's stay. Raises `PFStorerError` when the disk has too little room, before anything is written.
+    An existing base is replaced when the new one is complete, so the disk needs room for both. Unrelated files are left
+    in place. Raises `PFStorerError` before anything is written when the disk has too little room.
     """
     check_room(path, modules, dtype)
     with atomic_entries(path, ("config.json", "scheduler", *NETWORKS)) as folder:
@@ -228,13 +241,13 @@ def write_base(
 
 
 def check_room(path: Path, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
-    """Raise `PFStorerError` where a base with networks of these shapes (on any device) does not fit on the disk."""
+    """Raise `PFStorerError` when the disk has no room for networks of these shapes; they may be on any device."""
     tensors = [tensor for module in modules.values() for tensor in module.state_dict().values()]
     check_space(path, sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors))
 
 
 def write_network(folder: Path, module: nn.Module, state: Tensors, dtype: torch.dtype) -> None:
-    """Write one network's configuration and tensors in diffusers' layout."""
+    """Write the configuration and tensors of one network in diffusers' layout."""
     folder.mkdir()
     if isinstance(module, CLIPTextModel):
         file = folder / "model.safetensors"
@@ -244,23 +257,23 @@ def write_network(folder: Path, module: nn.Module, state: Tensors, dtype: torch.
         module.save_config(folder)  # type: ignore[operator]
     tensors = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in state.items()}
     try:
-        safetensors.torch.save_file(tensors, file, {"format": "pt"})  # without a copy
+        safetensors.torch.save_file(tensors, file, {"format": "pt"})  # makes no copy
     except (SafetensorError, OSError) as error:
         reason = f"cannot be written ({error}); is the disk full?"
         raise PFStorerError(f"{folder.name}/{file.name}: {reason}") from error
-    shutil.copymode(folder / "config.json", file)  # the library writes for its owner alone
+    shutil.copymode(folder / "config.json", file)  # safetensors writes files that only their owner can read
 
 
 def in_fp32(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy a file's tensor, floating-point ones to fp32.
+    """Copy a tensor of a file to memory, floating-point ones as fp32.
 
-    Always a copy, as tensors may lie in a file where vector instructions are slower and round in another order.
+    A copy is aligned. On unaligned tensors of a mapped file vector instructions are slower and round in another order.
     """
     return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def fingerprint_modules(modules: Mapping[str, nn.Module]) -> str:
-    """Fingerprint networks in memory, equal to that of a directory saved in their dtype."""
+    """Fingerprint networks in memory; equals the fingerprint of a directory saved in their dtype."""
     return fingerprint_tensors(
         (f"{name}.{key}", tensor)
         for name in sorted(modules)

@@ -1,4 +1,4 @@
-"""Controllable feature wrapping: a decoder that looks at the LQ image's encoder features (StableSR section 3.3)."""
+"""Controllable feature wrapping: the decoder uses encoder features of the LQ image (StableSR section 3.3)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from torch import nn
 from pfstorer_rt.models.vae import build_vae
 
 Features = dict[int, torch.Tensor]
-"""Maps of the encoder by level: level l has 1 / 2^l of the picture's side."""
+"""Encoder maps by level: level l has 1 / 2^l of the image's side."""
 Encoded = tuple[torch.Tensor, torch.Tensor | None, Features]
-"""A scaled latent's mean, its deviation where the encoder has one, and the features."""
+"""Mean of a scaled latent, its deviation (None for a deterministic encoder), and the features."""
 LEVELS = (1, 2)
-"""Levels of the autoencoder whose decoder features are wrapped."""
+"""Levels of the autoencoder that are wrapped."""
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice; a 1x1 convolution beside them where the width changes."""
+    """Norm, SiLU and convolution, twice, plus a shortcut; its 1x1 convolution changes the width.
+
+    diffusers' ResnetBlock2D computes the same under other names; these are the names of StableSR's checkpoint.
+    """
 
     def __init__(self, entry: int, width: int, groups: int) -> None:
         super().__init__()
@@ -40,7 +43,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualDenseBlock(nn.Module):
-    """Five convolutions, each of which sees what all before it gave (ESRGAN, Wang et al. 2018, section 3.1)."""
+    """Five convolutions; each takes the outputs of all earlier ones (ESRGAN, Wang et al. 2018, section 3.1)."""
 
     def __init__(self, width: int, growth: int) -> None:
         super().__init__()
@@ -69,7 +72,7 @@ class RRDB(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """What one level of the decoder is given on top: residual block, two RRDBs, residual block."""
+    """The addition to one level of the decoder: residual block, two RRDBs, residual block."""
 
     def __init__(self, width: int, growth: int, groups: int) -> None:
         super().__init__()
@@ -78,12 +81,12 @@ class FusionLayer(nn.Module):
         self.encode_enc_3 = ResidualBlock(width, width, groups)
 
     def forward(self, encoded: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-        """Two maps (B, C, H, W), the encoder's and the decoder's -> (B, C, H, W)."""
+        """Maps of encoder and decoder, each (B, C, H, W) -> (B, C, H, W)."""
         return self.encode_enc_3(self.encode_enc_2(self.encode_enc_1(torch.cat([encoded, decoded], 1))))
 
 
 class ControllableFeatureWrapping(ModelMixin, ConfigMixin):
-    """The fusion layers and, where it is not the base's own, the autoencoder that they were trained on."""
+    """The fusion layers, and the autoencoder that they were trained on where it is not the base's own."""
 
     config_name = "config.json"
 
@@ -98,31 +101,31 @@ class ControllableFeatureWrapping(ModelMixin, ConfigMixin):
         super().__init__()
         for level, width in zip(LEVELS, widths, strict=True):
             self.add_module(f"fusion_layer_{level}", FusionLayer(width, growth, norm_groups))
-        self.autoencoder = build_vae(vae) if vae else None  # under its own name: a setting hides a module of the same
+        self.autoencoder = build_vae(vae) if vae else None  # not `vae`: a setting hides a module of the same name
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Levels whose maps go from the encoder to the decoder, the finest first."""
+        """Levels whose maps go from the encoder to the decoder, finest first."""
         return LEVELS
 
     def encode(self, vae: AutoencoderKL, image: torch.Tensor) -> Encoded:
         """Encode (B, 3, H, W) in [-1, 1] to the scaled posterior's mean and deviation, and the features by level."""
         moments, features = encode(vae, image)
-        if self.autoencoder is not None:  # trained on another autoencoder: the picture is encoded twice
+        if self.autoencoder is not None:  # trained on another autoencoder: the image is encoded twice
             features = self.features(vae, image)
         posterior, scale = DiagonalGaussianDistribution(moments), vae.config.scaling_factor
         return posterior.mean * scale, posterior.std * scale, features
 
     def features(self, vae: AutoencoderKL, image: torch.Tensor) -> Features:
-        """Encode (B, 3, H, W) in [-1, 1] as far as is needed; level l gives (B, C_l, H/2^l, W/2^l)."""
+        """Encode (B, 3, H, W) in [-1, 1] to features; level l gives (B, C_l, H/2^l, W/2^l)."""
         return encode(self.autoencoder or vae, image)[1]
 
     def forward(
         self, vae: AutoencoderKL, latent: torch.Tensor, features: Features, weight: torch.Tensor | float
     ) -> torch.Tensor:
-        """Decode a scaled latent (B, C, h, w) with the LQ image's features; weight 0 is the plain decoder.
+        """Decode a scaled latent (B, C, h, w) with the LQ image's features; weight 0 gives the plain decoder.
 
-        At levels 2 and 1, after the residual blocks and before the enlargement: `h + weight * Fuse(features, h)`.
+        At levels 2 and 1, after the residual blocks and before the upsampling: `h + weight * Fuse(features, h)`.
         """
         vae = self.autoencoder or vae
         decoder, top = vae.decoder, len(vae.decoder.up_blocks) - 1
@@ -143,7 +146,7 @@ class ControllableFeatureWrapping(ModelMixin, ConfigMixin):
 def encode(vae: AutoencoderKL, image: torch.Tensor) -> tuple[torch.Tensor, Features]:
     """Encode (B, 3, H, W) in [-1, 1] to moments (B, 2C, h, w), unscaled, and the features of `LEVELS`.
 
-    The features are those after a level's residual blocks, before it is made smaller.
+    The features are taken after the residual blocks of a level, before the downsampling.
     """
     encoder, features = vae.encoder, {}
     h = encoder.conv_in(image)

@@ -12,10 +12,10 @@ from pfstorer_rt.models.cfw import LEVELS, Encoded, Features
 
 
 class BottleneckFusion(nn.Module):
-    """What one level of the decoder is given on top: both maps narrowed and added, two convolutions, widened.
+    """The addition to one level of the decoder: both maps are narrowed and added, then two convolutions, then widened.
 
-    The encoder's map is narrowed on the encoder's side, so that little goes from there to the decoder. The last
-    convolution begins at zero: untrained, the decoder is the plain one.
+    The encoder narrows its own map, so that little data goes to the decoder. The last convolution is initialized to
+    zero, so an untrained wrapping is the plain decoder.
     """
 
     def __init__(self, width: int, growth: int) -> None:
@@ -29,14 +29,14 @@ class BottleneckFusion(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, narrowed: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-        """The encoder's map, narrowed (B, G, H, W), and the decoder's (B, C, H, W) -> (B, C, H, W)."""
+        """Narrowed encoder map (B, G, H, W) and decoder map (B, C, H, W) -> (B, C, H, W)."""
         h = F.relu(narrowed + self.narrow_decoded(decoded))
         h = F.relu(self.conv2(F.relu(self.conv1(h))))
         return self.widen(h)
 
 
 class TinyFeatureWrapping(ModelMixin, ConfigMixin):
-    """The fusion layers of an AutoencoderTiny, whose encoder and decoder stay as they are."""
+    """The fusion layers of an AutoencoderTiny; its encoder and decoder are not changed."""
 
     config_name = "config.json"
 
@@ -52,7 +52,7 @@ class TinyFeatureWrapping(ModelMixin, ConfigMixin):
         return LEVELS
 
     def layer(self, level: int) -> BottleneckFusion:
-        """Return a level's fusion layer."""
+        """Return the fusion layer of a level."""
         found = self.get_submodule(f"fusion_layer_{level}")
         assert isinstance(found, BottleneckFusion)
         return found
@@ -60,7 +60,7 @@ class TinyFeatureWrapping(ModelMixin, ConfigMixin):
     def encode(self, vae: AutoencoderTiny, image: torch.Tensor) -> Encoded:
         """Encode (B, 3, H, W) in [-1, 1] to the scaled latent, None for its deviation, and the features by level.
 
-        Level l gives (B, G, H/2^l, W/2^l): the map after that level's blocks, before it is made smaller.
+        Level l gives (B, G, H/2^l, W/2^l): the narrowed map after the blocks of the level, before the downsampling.
         """
         features, level, h = {}, 0, image.add(1).div(2)
         for module in vae.encoder.layers:
@@ -72,15 +72,15 @@ class TinyFeatureWrapping(ModelMixin, ConfigMixin):
         return h * vae.config.scaling_factor, None, features
 
     def features(self, vae: AutoencoderTiny, image: torch.Tensor) -> Features:
-        """Return the features of `encode` alone."""
+        """Return only the features of `encode`."""
         return self.encode(vae, image)[2]
 
     def forward(
         self, vae: AutoencoderTiny, latent: torch.Tensor, features: Features, weight: torch.Tensor | float
     ) -> torch.Tensor:
-        """Decode a scaled latent (B, C, h, w) with the LQ image's features; weight 0 is the plain decoder.
+        """Decode a scaled latent (B, C, h, w) with the LQ image's features; weight 0 gives the plain decoder.
 
-        At levels 2 and 1, after the blocks and before the enlargement: `h + weight * Fuse(features, h)`.
+        At levels 2 and 1, after the blocks and before the upsampling: `h + weight * Fuse(features, h)`.
         """
         h = torch.tanh(latent / vae.config.scaling_factor / 3) * 3
         level = sum(enlarges(module) for module in vae.decoder.layers)
@@ -96,5 +96,5 @@ class TinyFeatureWrapping(ModelMixin, ConfigMixin):
 
 
 def enlarges(module: nn.Module) -> bool:
-    """Whether a level of the decoder ends before this layer."""
+    """Whether this layer upsamples, which ends a level of the decoder."""
     return getattr(module, "scale_factor", None) == 2

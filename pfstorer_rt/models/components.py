@@ -1,28 +1,117 @@
-"""The components of a plan, `encoder`, `denoiser` and `decoder`: modules, names of inputs, examples, free sizes."""
+"""The components of a plan, `encoder`, `denoiser` and `decoder`, as networks with named inputs and outputs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from pfstorer_rt.config import BaseConfig
+from pfstorer_rt.diffusion import add_noise
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.denoiser import Denoiser
-from pfstorer_rt.models.vae import decode, encode_moments
+from pfstorer_rt.models.vae import decode, encode_moments, is_variational
 from pfstorer_rt.plan import Manifest
 
-EXAMPLE_BATCH = 2  # 0 and 1 would be taken for constants
+Inputs = dict[str, torch.Tensor]
+"""Inputs of a component by name, in order."""
+EXAMPLE_BATCH = 2
+"""Batch of an export's example; the exporter treats 0 and 1 as constants."""
+SCALARS = ("strength", "cfw_weight")
+"""Inputs with one value for the whole batch."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """A network of a plan, with its inputs and outputs.
+
+    The denoiser runs at every sampling step, on tiles of one size. Encoder and decoder run once an image, at any size.
+    """
+
+    name: str
+    module: nn.Module
+    """Its forward takes `inputs` in order and returns `outputs` in order."""
+    config: BaseConfig
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    random_inputs: Callable[[int, int, torch.Generator], Inputs]
+    """random_inputs(batch, side in pixels, generator)."""
+    image_inputs: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Generator], Inputs]
+    """image_inputs(LQ image, HQ image, timesteps (B,), generator)."""
+    scales: Mapping[str, int] = field(default_factory=dict)
+    """Image pixels per value along a side, for the inputs of free height and width; empty for the denoiser."""
+
+    @property
+    def every_step(self) -> bool:
+        """Whether the component runs at every sampling step, on tiles of one size."""
+        return not self.scales
+
+    @property
+    def has_strength(self) -> bool:
+        """Whether the input `strength` scales the identity."""
+        return "strength" in self.inputs
+
+    def with_module(self, module: nn.Module) -> Component:
+        """Return the component with another module that has the same inputs and outputs."""
+        return replace(self, module=module)
+
+    def without_strength(self) -> Component:
+        """Return the component without the input `strength`."""
+        return replace(self, inputs=tuple(name for name in self.inputs if name != "strength"))
+
+    def example_inputs(self, batch: int = EXAMPLE_BATCH, part: int = 1) -> Inputs:
+        """Return random inputs with the statistics of real ones.
+
+        part: a component that takes any image size gets images of the tile's side divided by this.
+        """
+        side = self.config.tile if self.every_step else self.config.tile // part
+        with torch.no_grad():
+            return self._ordered(self.random_inputs(batch, side, torch.Generator().manual_seed(0)))
+
+    def inputs_of(self, lq: torch.Tensor, hq: torch.Tensor, t: torch.Tensor, generator: torch.Generator) -> Inputs:
+        """Return the inputs that the component has in use, for an LQ image and its HQ image (1, 3, H, W) in [-1, 1].
+
+        t: the timesteps of the denoiser, (B,). generator: of its noise.
+        """
+        with torch.no_grad():
+            return self._ordered(self.image_inputs(lq, hq, t, generator))
+
+    def dynamic_axes(self) -> dict[str, dict[int, Any] | None]:
+        """Return the free axes of each input: the batch, and height and width where the component takes any size."""
+        batch = torch.export.Dim("batch", min=1, max=256)
+        height, width = (torch.export.Dim(name, min=2, max=4096) for name in ("height", "width"))  # of the latent
+
+        def free(name: str) -> dict[int, Any] | None:
+            if name in SCALARS:
+                return None
+            if name not in self.scales:
+                return {0: batch}
+            times = self.config.factor // self.scales[name]
+            return {0: batch, 2: times * height, 3: times * width}
+
+        return {name: free(name) for name in self.inputs}
+
+    def _ordered(self, found: Inputs) -> Inputs:
+        return {name: found[name] for name in self.inputs}
+
+
+def components(base: Base, identity: Identity | None = None) -> dict[str, Component]:
+    """Return the unfused components; raises `MismatchError` for an identity of another base."""
+    made = encoder(base), denoiser(base, identity), decoder(base)
+    return {component.name: component for component in made}
 
 
 def feature_names(base: Base) -> tuple[str, ...]:
-    """Return the names of the LQ image's features that go from encoder to decoder."""
+    """Return the names of the LQ image's features, which the encoder passes to the decoder."""
     return () if base.cfw is None else tuple(f"features_{level}" for level in base.cfw.levels)
 
 
 class Encoder(nn.Module):
-    """Image -> mean, std for a variational autoencoder, and the features that feature wrapping wants."""
+    """Image -> mean, std for a variational autoencoder, and the features for feature wrapping."""
 
     def __init__(self, base: Base) -> None:
         super().__init__()
@@ -38,6 +127,21 @@ class Encoder(nn.Module):
         return (mean, *maps) if std is None else (mean, std, *maps)
 
 
+def encoder(base: Base) -> Component:
+    """Return the encoder of a base."""
+    moments = ("mean", "std") if is_variational(base.vae) else ("mean",)
+    return Component(
+        "encoder",
+        Encoder(base),
+        base.config,
+        ("image",),
+        moments + feature_names(base),
+        lambda batch, side, generator: {"image": random_image(batch, side, generator)},
+        lambda lq, hq, t, generator: {"image": lq},
+        {"image": 1},
+    )
+
+
 class Decoder(nn.Module):
     """Latent -> image; with feature wrapping, latent and the LQ image's features -> image."""
 
@@ -48,7 +152,7 @@ class Decoder(nn.Module):
     def forward(self, latent: torch.Tensor, *wrapped: torch.Tensor) -> torch.Tensor:
         """latent (B, C, h, w), scaled[, features by level, cfw_weight (1,)] -> image (B, 3, h*f, w*f).
 
-        The image is nominally in [-1, 1]; weight 0 gives that of the plain decoder.
+        The image is nominally in [-1, 1]; weight 0 gives the image of the plain decoder.
         """
         if self.cfw is None:
             return decode(self.vae, latent)
@@ -56,20 +160,65 @@ class Decoder(nn.Module):
         return self.cfw(self.vae, latent, dict(zip(self.cfw.levels, features, strict=True)), weight)
 
 
-def component_modules(base: Base, identity: Identity | None = None) -> dict[str, nn.Module]:
-    """Return the unfused component modules by name; raises `MismatchError` for an identity of another base."""
-    return {"encoder": Encoder(base), "denoiser": Denoiser(base, identity), "decoder": Decoder(base)}
+def decoder(base: Base) -> Component:
+    """Return the decoder of a base."""
+    config, features = base.config, feature_names(base)
+    scales = {f"features_{level}": 2**level for level in (base.cfw.levels if base.cfw else ())}
+
+    def random_inputs(batch: int, side: int, generator: torch.Generator) -> Inputs:
+        latent = random_latent(config, batch, side, generator)
+        return {"latent": latent, **wrapped_features(base, random_image(batch, side, generator))}
+
+    return Component(
+        "decoder",
+        Decoder(base),
+        config,
+        ("latent", *features, "cfw_weight") if features else ("latent",),
+        ("image",),
+        random_inputs,
+        lambda lq, hq, t, generator: {"latent": base.encode(hq), **wrapped_features(base, lq)},
+        {"latent": config.factor, **scales},
+    )
 
 
-def component_names(component: str, base: Base, strength: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return a component's input and output names, in order."""
-    variational = base.config.vae["class"] == "AutoencoderKL"
-    features = feature_names(base)
-    return {
-        "encoder": (("image",), (("mean", "std") if variational else ("mean",)) + features),
-        "denoiser": (("x", "t", "z_lq", "strength") if strength else ("x", "t", "z_lq"), ("prediction",)),
-        "decoder": (("latent", *features, "cfw_weight") if features else ("latent",), ("image",)),
-    }[component]
+def wrapped_features(base: Base, lq: torch.Tensor) -> Inputs:
+    """Return the decoder's inputs besides the latent: none, or the features of an LQ image and their weight."""
+    if base.cfw is None:
+        return {}
+    maps, weight = base.features(lq), torch.full((1,), base.config.cfw_weight or 0.5)
+    return {**dict(zip(feature_names(base), maps.values(), strict=True)), "cfw_weight": weight}
+
+
+def denoiser(base: Base, identity: Identity | None = None) -> Component:
+    """Return the denoiser of a base and an identity."""
+
+    def random_inputs(batch: int, side: int, generator: torch.Generator) -> Inputs:
+        t = torch.rand(batch, generator=generator) * 999
+        x, z_lq = (random_latent(base.config, batch, side, generator) for _ in range(2))
+        return {"x": x, "t": t, "z_lq": z_lq, "strength": torch.ones(1)}
+
+    def image_inputs(lq: torch.Tensor, hq: torch.Tensor, t: torch.Tensor, generator: torch.Generator) -> Inputs:
+        z = base.encode(hq)
+        z_lq = z if lq is hq else base.encode(lq)
+        noise = torch.randn((len(t), *z.shape[1:]), generator=generator)
+        x = add_noise(z, noise, t.long(), base.scheduler.alphas_cumprod)
+        return {"x": x, "t": t, "z_lq": z_lq.expand(len(t), -1, -1, -1).contiguous(), "strength": torch.ones(1)}
+
+    module = Denoiser(base, identity)
+    ports = ("x", "t", "z_lq", "strength")
+    made = Component("denoiser", module, base.config, ports, ("prediction",), random_inputs, image_inputs)
+    return made if len(module.blocks) else made.without_strength()
+
+
+def random_image(batch: int, side: int, generator: torch.Generator) -> torch.Tensor:
+    """Return images of clipped normal noise, (B, 3, side, side) in [-1, 1]."""
+    return torch.randn((batch, 3, side, side), generator=generator).clamp(-1, 1)
+
+
+def random_latent(config: BaseConfig, batch: int, side: int, generator: torch.Generator) -> torch.Tensor:
+    """Return latents of normal noise for images of `side` pixels."""
+    side //= config.factor
+    return torch.randn((batch, config.latent_channels, side, side), generator=generator)
 
 
 def manifest(base: Base, identity: Identity | None = None, target: str = "torch", precision: str = "fp32") -> Manifest:
@@ -94,51 +243,3 @@ def manifest(base: Base, identity: Identity | None = None, target: str = "torch"
         cfw_weight=c.cfw_weight if base.cfw else 0.0,
         licence=c.licence,
     )
-
-
-def example_inputs(
-    component: str, base: Base, strength: bool, batch: int = EXAMPLE_BATCH, part: int = 1
-) -> dict[str, torch.Tensor]:
-    """Return inputs of a component with the statistics it meets in use.
-
-    part: encoder and decoder, which know pictures of all sizes, get those of a tile's side over this.
-    """
-    generator = torch.Generator().manual_seed(0)
-    side, channels = base.config.latent_tile, base.config.latent_channels
-    side = side if component == "denoiser" else side // part
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    if component == "encoder":
-        return {"image": normal(batch, 3, side * base.config.factor, side * base.config.factor).clamp(-1, 1)}
-    if component == "decoder":
-        latent = {"latent": normal(batch, channels, side, side)}
-        return latent | wrapped_features(base, example_inputs("encoder", base, False, batch, part)["image"])
-    t = torch.rand(batch, generator=generator) * 999
-    inputs = {"x": normal(batch, channels, side, side), "t": t, "z_lq": normal(batch, channels, side, side)}
-    return {**inputs, "strength": torch.ones(1)} if strength else inputs
-
-
-@torch.no_grad()
-def wrapped_features(base: Base, image: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what the decoder takes besides the latent: nothing, or the features of an LQ image and their weight."""
-    if base.cfw is None:
-        return {}
-    maps, weight = base.features(image), torch.full((1,), base.config.cfw_weight or 0.5)
-    return {**dict(zip(feature_names(base), maps.values(), strict=True)), "cfw_weight": weight}
-
-
-def dynamic_shapes(component: str, base: Base, strength: bool) -> dict[str, Any]:
-    """Return the free dimensions: the batch everywhere, height and width around the denoiser."""
-    batch = torch.export.Dim("batch", min=1, max=256)
-    if component == "denoiser":
-        shapes: dict[str, Any] = {name: {0: batch} for name in ("x", "t", "z_lq")}
-        return {**shapes, "strength": None} if strength else shapes
-    factor = base.config.factor
-    height, width = (torch.export.Dim(name, min=2, max=4096) for name in ("height", "width"))  # of the latent
-    if component == "decoder":
-        scales = {name: factor // 2 ** int(name.removeprefix("features_")) for name in feature_names(base)}
-        features = {name: {0: batch, 2: n * height, 3: n * width} for name, n in scales.items()}
-        return {"latent": {0: batch, 2: height, 3: width}, **features, "cfw_weight": None}
-    return {"image": {0: batch, 2: factor * height, 3: factor * width}}

@@ -37,11 +37,6 @@ class Denoiser(nn.Module):
         else:
             self.blocks = load_blocks(base, identity)
 
-    @property
-    def has_strength(self) -> bool:
-        """Whether `strength` scales anything."""
-        return len(self.blocks) > 0
-
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, z_lq: torch.Tensor, strength: torch.Tensor | float = 1.0
     ) -> torch.Tensor:

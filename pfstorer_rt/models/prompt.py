@@ -1,4 +1,4 @@
-"""The prompt encoder: transformers' CLIPTextModel with one learned token, over CLIP's or plain byte tokens."""
+"""The prompt encoder: transformers' CLIPTextModel with one learned token; CLIP tokens or plain bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pfstorer_rt.config import BaseConfig
 
 SUBJECT = "S*"
 PLACEHOLDER = -1
-"""Stands for the learned token among token ids."""
+"""Token id of the learned token."""
 CLIP_WORDS = {
     "a": 320,
     "photo": 1125,
@@ -20,13 +20,13 @@ CLIP_WORDS = {
     "man": 786,
     "woman": 2308,
 }
-"""CLIP's ids of the words that a prompt here is made of; a whole vocabulary is not needed for them."""
+"""CLIP ids of the words of the prompts in use, which need no whole vocabulary."""
 
 
 def tokenize(text: str, config: BaseConfig) -> torch.Tensor:
     """Turn a prompt into token ids (1, L): start, words, end, padding with 0 (open_clip's way).
 
-    `S*` becomes `PLACEHOLDER`. Raises `ValueError` for a word that the vocabulary lacks or a prompt
+    `S*` becomes `PLACEHOLDER`. Raises `ValueError` for a word outside the vocabulary or a prompt
     that is too long.
     """
     settings = config.text
@@ -48,12 +48,12 @@ def tokenize(text: str, config: BaseConfig) -> torch.Tensor:
 
 
 def token_position(ids: torch.Tensor, token: int) -> int:
-    """Position of the first `token` in (1, L) ids."""
+    """Return the position of the first `token` in ids (1, L)."""
     return int((ids[0] == token).nonzero()[0])
 
 
 class PromptEncoder(nn.Module):
-    """Encodes token ids, with the learned token put in where they hold `PLACEHOLDER`."""
+    """Encodes token ids; the learned token replaces `PLACEHOLDER`."""
 
     def __init__(self, model: CLIPTextModel) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class PromptEncoder(nn.Module):
         return cls(CLIPTextModel(CLIPTextConfig(pad_token_id=0, **config.text)))
 
     def word_embedding(self, ids: torch.Tensor) -> torch.Tensor:
-        """Mean embedding (D,) of the ids between start and end: where a learned token begins."""
+        """Return the mean embedding (D,) of the ids between start and end, the initial value of a learned token."""
         end = int((ids[0] == self.model.config.eos_token_id).nonzero()[0])
         return self.model.get_input_embeddings().weight[ids[0, 1:end]].mean(0).detach().clone()
 
@@ -73,7 +73,7 @@ class PromptEncoder(nn.Module):
         """ids (B, L), token (D,) or None -> context (B, L, D) after the final norm."""
         is_token = ids == PLACEHOLDER
         if token is None and bool(is_token.any()):
-            raise ValueError(f"the prompt holds {SUBJECT} but no learned token was given")
+            raise ValueError(f"the prompt contains {SUBJECT}, which needs a learned token; none was given")
 
         def insert(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
             return output if token is None else torch.where(is_token[..., None], token.to(output.dtype), output)

@@ -1,4 +1,4 @@
-"""The time-aware structure encoder: the LQ latent as one feature map per UNet level (StableSR 3.1)."""
+"""The time-aware structure encoder: LQ latent -> one feature map per UNet level (StableSR 3.1)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SpatialAttention(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention where the level has it."""
+    """Residual blocks of one resolution, each followed by attention if the level has it."""
 
     def __init__(self, entry: int, channels: int, blocks: int, temb: int, heads: int, groups: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def residual(entry: int, channels: int, temb: int, groups: int) -> ResnetBlock2D
 
 
 class StructureEncoder(ModelMixin, ConfigMixin):
-    """StableSR's `EncoderUNetModelWT`: half a UNet whose taps are brought to one width.
+    """StableSR's `EncoderUNetModelWT`: the encoder half of a UNet, whose maps are projected to one width.
 
     Attention at every level but the deepest of four, as in StableSR.
     """
@@ -103,7 +103,7 @@ class StructureEncoder(ModelMixin, ConfigMixin):
         )
 
     def set_attention(self, attention: AttentionFn) -> None:
-        """Send every attention layer through `attention`."""
+        """Compute every attention layer with `attention`."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.set_processor(AttentionProcessor(attention))

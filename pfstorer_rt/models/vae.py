@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from typing_extensions import TypeIs
 
 from pfstorer_rt.models.patch_autoencoder import PatchAutoencoder
 
@@ -22,13 +23,18 @@ def build_vae(config: dict[str, Any]) -> Autoencoder:
     return CLASSES[name](**settings)
 
 
+def is_variational(vae: Autoencoder) -> TypeIs[AutoencoderKL]:
+    """Whether the encoder gives a distribution, mean and deviation, in place of one latent."""
+    return isinstance(vae, AutoencoderKL)
+
+
 def encode_moments(vae: Autoencoder, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Encode (B, 3, H, W) in [-1, 1] to the scaled posterior's mean and deviation, (B, C, H/f, W/f).
 
     The deviation is None where the encoder is deterministic.
     """
     scale = vae.config.scaling_factor
-    if isinstance(vae, AutoencoderTiny | PatchAutoencoder):
+    if not is_variational(vae):
         return vae.encode(image).latents * scale, None
     posterior = vae.encode(image).latent_dist
     return posterior.mean * scale, posterior.std * scale

@@ -103,8 +103,7 @@ class Restorer:
             )
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded.to(device)
-        return cls(manifest(loaded, identity), open_sessions(loaded, identity, attention), "torch")
+        return cls(manifest(loaded, identity), open_sessions(loaded, identity, attention, device), "torch")
 
     def __enter__(self) -> Restorer:
         return self

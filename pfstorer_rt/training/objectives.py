@@ -26,7 +26,7 @@ from pfstorer_rt.training.losses import Losses, attention_loss, gradient_loss, m
 class AutoencoderObjective(nn.Module):
     """Reconstruction through a noisy latent: L1 + gradient L1 + unit moments.
 
-    The noise makes the decoder forgive the small errors that a diffusion model leaves in a latent.
+    The noise makes the decoder robust to the small errors of a latent from a diffusion model.
     """
 
     def __init__(self, vae: Autoencoder, noise: float = 0.05, moments: float = 0.02) -> None:
@@ -95,8 +95,8 @@ class LookingObjective(nn.Module):
 class PersonalizationObjective(LookingObjective):
     """`L_diff + lambda_gen L_gen + lambda_pers L_pers` (PFStorer section 3.3).
 
-    Rows that pass the frozen base: the reference, then LQ-conditioned and null-conditioned ones. L_gen is the mean over
-    `gen_rows` of the samples: samples are independent draws, so it estimates the same with less work.
+    The frozen base runs on the reference, then on LQ-conditioned and null-conditioned rows. L_gen is the mean over
+    `gen_rows` of the samples: samples are independent draws, so this estimates the same mean with less work.
     """
 
     alphas_cumprod: torch.Tensor
@@ -167,8 +167,8 @@ class PersonalizationObjective(LookingObjective):
 class DreamBoothObjective(LookingObjective):
     """DreamBooth on the restorer: the UNet itself is tuned, with prior preservation (the paper's ablation row).
 
-    The prior is preserved on the null-conditioned rows, where the tuned UNet has to predict what the
-    frozen one does: the base's own predictions take the place of generated class pictures.
+    The prior is preserved on the null-conditioned rows: there the tuned UNet has to match the predictions of the frozen
+    one, which replace the generated class images of DreamBooth.
     """
 
     alphas_cumprod: torch.Tensor

@@ -1,4 +1,4 @@
-"""`personalize`: learn one identity from a few photographs on a frozen base (PFStorer section 3)."""
+"""`personalize`: train one identity on a few photographs, on a frozen base (PFStorer section 3)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pfstorer_rt.training.picture_loss import PictureLoss, looks_at_pictures, re
 from pfstorer_rt.training.pool import BatchMaker, make_pool
 
 TUNING_RATE = 0.1
-"""Learning rate of weights that are trained already, relative to that of new blocks."""
+"""Learning rate of pretrained weights, relative to the rate of new blocks."""
 
 
 def personalize(
@@ -41,20 +41,20 @@ def personalize(
     output: Path | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Identity:
-    """Learn an identity and write its file.
+    """Train an identity and write its file.
 
-    name: of the identity. references: photographs of one person, or folders of them; 3-5 are meant.
-    base: a loaded base, a shipped name or a directory. config: None takes the base's defaults. output: the file;
-    None is the named one in the user's data directory. note: called with a line on each photograph that may not serve.
-    A call that was interrupted goes on where it stopped.
-    Raises `ValueError` for a name of other characters than those of a file name, and `BadFileError` when a photograph
-    cannot be read, both before any training.
+    name: of the identity. references: 3-5 photographs of one person, or folders of them.
+    base: a loaded base, a shipped name or a directory. config: None selects the base's defaults. output: the file;
+    None is the named file in the user's data directory. note: called with a line on each unsuitable photograph.
+    After an interruption, the same call resumes the training.
+    Raises `ValueError` for an invalid name, and `BadFileError` when a photograph cannot be read, both before any
+    training.
     """
     named = named_identity(name)
     base = base if isinstance(base, Base) else load_base(base)
     config = config or PersonalizeConfig.for_base(base.config)
     if looks_at_pictures(config) and (missing := refusal()):
-        note(f"learned from latents alone, without losses of pictures: {missing}")
+        note(f"training without the losses on images: {missing}")
         config = replace(config, lambda_pixel=0.0, lambda_perceptual=0.0, lambda_id=0.0)
     target = output or named
     paths = find_images(references)
@@ -78,7 +78,7 @@ def personalize(
     base.set_attention("auto", objective)
     identity = make_identity(name, objective, base, config, paths, photos)
     if not all(bool(torch.isfinite(t).all()) for t in identity.tensors.values()):
-        raise PFStorerError(f"{name}: training left values that are not finite; use a lower learning rate")
+        raise PFStorerError(f"{name}: training produced values that are not finite; use a lower learning rate")
     if accelerator.is_main_process:
         identity.save(target)
         checkpoint.unlink(missing_ok=True)
@@ -86,11 +86,11 @@ def personalize(
 
 
 def make_optimizer(objective: nn.Module, config: PersonalizeConfig) -> torch.optim.Optimizer:
-    """Return AdamW with a learning rate of its own for gamma and the token, which also do not decay.
+    """Return AdamW; gamma and the token have their own learning rates and no weight decay.
 
-    Adam moves a parameter by at most about its rate a step, so gamma at the blocks' 5e-5 could not
-    leave the neighbourhood of zero in 500 steps. DreamBooth's UNet is trained already, and takes a tenth of the
-    rate of blocks that start from nothing (5e-6 is DreamBooth's own on Stable Diffusion).
+    Adam moves a parameter by at most about its rate a step, so gamma would stay near zero in 500 steps at the blocks'
+    rate of 5e-5. DreamBooth's UNet is pretrained, and takes a tenth of the rate of new blocks (5e-6 is DreamBooth's own
+    on Stable Diffusion).
     """
     rate = config.train.learning_rate * (TUNING_RATE if config.method == "dreambooth" else 1.0)
     named = {n: p for n, p in objective.named_parameters() if p.requires_grad}
@@ -114,7 +114,7 @@ def make_identity(
     paths: Sequence[Path],
     photos: Sequence[torch.Tensor],
 ) -> Identity:
-    """Collect what was learned, rounded to the fp16 that is stored, with the cached reference."""
+    """Return the trained identity, rounded to fp16, with the cached reference."""
     layers = tuple(config.layers or base.config.layers)
     identity = Identity(
         name,
@@ -153,7 +153,7 @@ def cache_reference(
 
 
 def choose_reference(photos: Sequence[torch.Tensor]) -> int:
-    """Pick the photograph most like the others by face embedding; the first without a face model."""
+    """Return the index of the photograph closest to the others by face embedding; 0 without a face model."""
     from pfstorer_rt.faces.dlib import face_embedder
 
     embed = face_embedder()
@@ -166,6 +166,6 @@ def choose_reference(photos: Sequence[torch.Tensor]) -> int:
 
 
 def gamma_summary(tensors: dict[str, torch.Tensor], layers: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Mean and largest |gamma| of every layer."""
+    """Return the mean and largest |gamma| of every layer."""
     gammas = {layer: tensors[f"blocks.{i}.gamma"].float().abs() for i, layer in enumerate(layers)}
     return {k: {"mean": round(g.mean().item(), 6), "max": round(g.max().item(), 6)} for k, g in gammas.items()}

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from pfstorer_rt.export.build import TARGETS
 
 import pfstorer_rt.engine.session as session_module
@@ -19,7 +20,8 @@ from pfstorer_rt.engine.session import BACKENDS, choose_backend, open_session
 from pfstorer_rt.engine.torch import open_sessions
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
 from pfstorer_rt.files import sha256_bytes
-from pfstorer_rt.models.components import component_names, manifest
+from pfstorer_rt.models.components import encoder, manifest
+from pfstorer_rt.ops import math, sdpa
 from pfstorer_rt.plan import COMPONENTS, Plan, write_plan
 from pfstorer_rt.runtime.restorer import Restorer
 
@@ -90,8 +92,18 @@ def test_torch_sessions_have_the_plans_ports(identity, nano_base, nano_identity,
 
 
 def test_a_variational_encoder_gives_mean_and_deviation(nano_base):
-    config = replace(nano_base.config, vae={"class": "AutoencoderKL"})
-    assert component_names("encoder", replace(nano_base, config=config), False) == (("image",), ("mean", "std"))
+    variational = replace(nano_base, vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4))
+    assert encoder(nano_base).outputs == ("mean",)
+    assert encoder(variational).outputs == ("mean", "std")
+    assert len(encoder(variational).module(torch.zeros(1, 3, 64, 64))) == 2
+
+
+def test_sessions_of_one_base_keep_their_own_kernels(nano_base):
+    before = nano_base.unet.kernels
+    first, second = (open_sessions(nano_base, attention=name)["denoiser"].module.unet for name in ("math", "sdpa"))
+    assert (first.kernels.attention, second.kernels.attention) == (math, sdpa)
+    assert nano_base.unet.kernels is before
+    assert first.conv_in.weight.data_ptr() == nano_base.unet.conv_in.weight.data_ptr()  # no copy of the weights
 
 
 def test_manifest_in_memory_is_that_of_the_plan(nano_base, nano_identity, nano_plan):

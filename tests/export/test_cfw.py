@@ -8,6 +8,7 @@ from pfstorer_rt.export.tensorrt import BuildOptions, plan_profiles
 
 from pfstorer_rt.config import PRESETS, RestoreConfig
 from pfstorer_rt.models.base import build_base
+from pfstorer_rt.models.components import decoder
 from pfstorer_rt.runtime.restorer import Restorer
 
 KL = {**PRESETS["sd21"].vae, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4, "sample_size": 64}
@@ -74,7 +75,8 @@ def test_an_engine_without_it_refuses_a_weight(base_plan, make_picture):
 
 def test_profiles_follow_each_maps_scale():
     inputs = {"latent": [-1, 4, -1, -1], "features_1": [-1, 16, -1, -1], "features_2": [-1, 16, -1, -1]}
-    (profile,) = plan_profiles("decoder", {**inputs, "cfw_weight": [1]}, CONFIG, BuildOptions(largest_side=128))
+    scales = decoder(build_base(CONFIG)).scales
+    (profile,) = plan_profiles({**inputs, "cfw_weight": [1]}, CONFIG.tile, scales, BuildOptions(largest_side=128))
     assert profile == {
         "latent": [[1, 4, 8, 8], [1, 4, 8, 8], [1, 4, 16, 16]],
         "features_1": [[1, 16, 32, 32], [1, 16, 32, 32], [1, 16, 64, 64]],

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from pfstorer_rt.export import export_plan
-from pfstorer_rt.export.compare import check_rows, compare_plan
+from pfstorer_rt.export.compare import check_rows, compare_plan, differences
 
 from pfstorer_rt.errors import MissingBackendError, ParityError
 from pfstorer_rt.files import sha256_bytes
@@ -42,6 +42,15 @@ def test_a_plan_agrees_with_pytorch(nano_plan, nano_base, nano_identity):
     pictures = [r for r in rows if r["component"] == "picture" and r["pair"] == "torch / onnxruntime"]
     assert [r["tile"] for r in pictures] == TILES and all(r["psnr"] > 80 for r in pictures)
     check_rows(rows)
+
+
+def test_differences_of_the_worst_output():
+    expected = {"a": np.array([[0.0, 3.0, 4.0]], np.float32), "b": np.array([1.0, 0.0], np.float32)}
+    found = {"a": np.array([[0.0, 4.0, 3.0]], np.float32), "b": np.array([3.0, 0.0], np.float32)}
+    figures = {"finite": True, "max": 2.0, "mean": 1.0, "cosine_distance": 1 - 24 / 25}
+    assert differences(found, expected) == pytest.approx(figures)
+    found["b"][1] = np.nan
+    assert differences(found, expected)["finite"] is False
 
 
 def test_an_identity_that_learned_nothing_is_compared_too(nano_base, make_nano_identity, tmp_path):

@@ -11,7 +11,6 @@ import pfstorer_rt.export.graph as graph
 import pytest
 import torch
 from pfstorer_rt.export import export_plan, parity
-from pfstorer_rt.export.graph import build_graph, fused_module
 from torch import nn
 
 from pfstorer_rt.config import RestoreConfig
@@ -20,18 +19,18 @@ from pfstorer_rt.engine.session import open_session
 from pfstorer_rt.errors import MismatchError, ParityError
 from pfstorer_rt.files import sha256_bytes
 from pfstorer_rt.models.base import build_base
-from pfstorer_rt.models.components import example_inputs
+from pfstorer_rt.models.components import components, denoiser
 from pfstorer_rt.models.denoiser import Denoiser
 from pfstorer_rt.plan import COMPONENTS, Plan
 from pfstorer_rt.runtime.restorer import Restorer
 
 
-def inputs(base, batch=2, strength=True):
-    return example_inputs("denoiser", base, strength, batch)
+def inputs(base, identity=None, batch=2):
+    return denoiser(base, identity).example_inputs(batch)
 
 
 def fuse(base, identity=None):
-    return fused_module("denoiser", base, identity)
+    return graph.fuse(denoiser(base, identity)).module
 
 
 @torch.no_grad()
@@ -60,7 +59,7 @@ def restore(engine, pixels, **settings):
 )
 def test_fused_is_unfused(nano_base, make_nano_identity, settings):
     identity = make_nano_identity(gammas=(1.0, 0.0, 1.0, 1.0), **settings)
-    arrays = inputs(nano_base)
+    arrays = inputs(nano_base, identity)
     unfused, fused = Denoiser(nano_base, identity), fuse(nano_base, identity)
     for strength in (1.0, 0.4):
         expected = run(unfused, arrays, strength)
@@ -70,26 +69,27 @@ def test_fused_is_unfused(nano_base, make_nano_identity, settings):
 
 
 def test_fusing_the_base_alone(nano_base):
-    arrays = inputs(nano_base, strength=False)
+    arrays = inputs(nano_base)
     assert torch.allclose(run(fuse(nano_base), arrays), run(Denoiser(nano_base), arrays), rtol=0, atol=2e-5)
 
 
 def test_dreambooth_is_fused_as_a_base_of_its_own(nano_base, make_nano_identity):
     identity = make_nano_identity(method="dreambooth")
     identity.tensors["unet.conv_out.bias"] = identity.tensors["unet.conv_out.bias"] + 1
-    fused, arrays = fuse(nano_base, identity), inputs(nano_base, strength=False)
-    assert not fused.has_strength
+    fused, arrays = fuse(nano_base, identity), inputs(nano_base, identity)
+    assert "strength" not in arrays
     assert torch.allclose(run(fused, arrays), run(Denoiser(nano_base, identity), arrays), rtol=0, atol=2e-5)
     # The weights are stored in fp16; what is left of the difference is the bias.
     assert torch.allclose(run(fused, arrays), run(Denoiser(nano_base), arrays) + 1, rtol=0, atol=2e-2)
 
 
 def test_fusing_leaves_the_base_alone(nano_base, nano_identity):
-    arrays = inputs(nano_base)
+    arrays = inputs(nano_base, nano_identity)
     before = run(Denoiser(nano_base, nano_identity), arrays)
     names = set(nano_base.unet.state_dict())
     fuse(nano_base, nano_identity)
     assert set(nano_base.unet.state_dict()) == names
+    assert all(p.dtype == torch.float32 for p in nano_base.unet.parameters())
     assert torch.equal(run(Denoiser(nano_base, nano_identity), arrays), before)
 
 
@@ -107,10 +107,11 @@ def test_blocks_with_zero_gamma_are_left_out(nano_base, nano_identity, make_nano
     layers = nano_base.config.layers
     assert fused.denoiser.blocks.layers == (layers[0], *layers[2:])
     assert len(fused.denoiser.blocks) == 3
-    nothing = fuse(nano_base, make_nano_identity(gammas=(0.0,) * 4))
-    assert not nothing.has_strength
+    untrained = denoiser(nano_base, make_nano_identity(gammas=(0.0,) * 4))
+    assert untrained.has_strength and not graph.fuse(untrained).has_strength
+    nothing = graph.fuse(untrained).module
     assert nothing.identity_tensors() == {}
-    arrays = inputs(nano_base, strength=False)
+    arrays = inputs(nano_base)
     assert torch.equal(run(nothing, arrays), run(fuse(nano_base), arrays))
 
 
@@ -183,8 +184,8 @@ def test_strength_zero_is_the_bases_plan(nano_plan, base_plan, make_picture):
     assert psnr(restore(Restorer.from_plan(nano_plan.path, "onnxruntime"), pixels), base) < 60
 
 
-def test_a_batch_is_its_rows(nano_plan, nano_base):
-    arrays = {k: v.numpy() for k, v in inputs(nano_base, batch=3).items()}
+def test_a_batch_is_its_rows(nano_plan, nano_base, nano_identity):
+    arrays = {k: v.numpy() for k, v in inputs(nano_base, nano_identity, batch=3).items()}
     with open_session(nano_plan, "denoiser", "onnxruntime") as session:
         together = session.run(**arrays)["prediction"]
         for i in range(3):
@@ -230,7 +231,7 @@ def tampered(model_bytes):
 
 
 def test_a_changed_graph_is_found(nano_plan, nano_base, nano_identity):
-    expected = build.expect("denoiser", nano_base, nano_identity, "fp32")
+    expected = build.expect(denoiser(nano_base, nano_identity), "fp32")
     good = nano_plan.read("denoiser")
     assert parity.within(build.compare(good, expected), "fp32")
     with pytest.raises(ParityError, match="denoiser: the exported graph differs from PyTorch"):
@@ -238,14 +239,14 @@ def test_a_changed_graph_is_found(nano_plan, nano_base, nano_identity):
 
 
 def test_a_graph_that_differs_leaves_no_file(nano_base, nano_identity, tmp_path, monkeypatch):
-    def tamper(component, base, identity=None):
-        module = fused_module(component, base, identity)
-        if component == "encoder":
-            with torch.no_grad():
-                next(module.parameters()).mul_(1.05)
-        return module
+    def tamper(component):
+        fused = graph.fuse(component)
+        if component.name == "encoder":
+            first = next(fused.module.parameters())
+            first.data = 1.05 * first.data
+        return fused
 
-    monkeypatch.setattr(build, "fused_module", tamper)
+    monkeypatch.setattr(build, "fuse", tamper)
     with pytest.raises(ParityError, match=r"encoder.*no plan was written"):
         export_plan(tmp_path / "a.plan", nano_identity, nano_base)
     assert list(tmp_path.iterdir()) == []
@@ -303,7 +304,7 @@ def test_a_plan_opens_anywhere(nano_plan, tmp_path):
 
 
 def test_an_identity_of_a_base_of_ones_own_says_that_the_base_has_to_be_named(nano_identity, tmp_path):
-    with pytest.raises(MismatchError, match=r"base 'nano'.*not shipped.*--base"):
+    with pytest.raises(MismatchError, match=r"base 'nano'.*not shipped.*give its directory as the base"):
         export_plan(tmp_path / "a.plan", nano_identity)
     assert not list(tmp_path.iterdir())
 
@@ -341,8 +342,8 @@ def test_weights_beside_a_graph_give_the_same_picture(large_plan, nano_plan, bac
     assert np.array_equal(*pictures)
 
 
-def test_a_session_outlives_the_mapping_of_its_weights(large_plan, nano_plan, nano_base):
-    arrays = {k: v.numpy() for k, v in inputs(nano_base).items()}
+def test_a_session_outlives_the_mapping_of_its_weights(large_plan, nano_plan, nano_base, nano_identity):
+    arrays = {k: v.numpy() for k, v in inputs(nano_base, nano_identity).items()}
     with open_session(large_plan, "denoiser", "onnxruntime") as session:
         copy = large_plan.path.read_bytes()
         large_plan.path.write_bytes(bytes(len(copy)))  # in place: a mapping would see it
@@ -355,9 +356,10 @@ def test_a_session_outlives_the_mapping_of_its_weights(large_plan, nano_plan, na
 @pytest.mark.parametrize("component", ["decoder", pytest.param("denoiser", marks=pytest.mark.slow)])
 def test_a_graph_is_exported_to_the_same_bytes_again(nano_base, component, request):
     """The first graph may be one that the tests keep between runs: a run before and this one agree."""
-    first = build_graph(component, fused_module(component, nano_base), nano_base).to_bytes()
+    part = components(nano_base)[component]
+    first = graph.build_graph(graph.fuse(part)).to_bytes()
     request.getfixturevalue("export_anew")
-    assert build_graph(component, fused_module(component, nano_base), nano_base).to_bytes() == first
+    assert graph.build_graph(graph.fuse(part)).to_bytes() == first
 
 
 def test_the_same_large_base_gives_the_same_bytes(large_plan, nano_base, nano_identity, tmp_path, monkeypatch):

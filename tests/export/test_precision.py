@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pfstorer_rt.export import build, export_plan, parity, precision
-from pfstorer_rt.export.graph import build_graph, fused_module
+from pfstorer_rt.export.graph import build_graph, fuse
 from pfstorer_rt.export.parity import probe_inputs, probe_tiles
 from pfstorer_rt.export.precision import TypedComponent, centred_attention
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.errors import ParityError
 from pfstorer_rt.models.base import build_base
-from pfstorer_rt.models.components import example_inputs
+from pfstorer_rt.models.components import decoder, denoiser, encoder
 from pfstorer_rt.runtime.restorer import Restorer
 
 
@@ -61,13 +61,13 @@ def overflowing(base):
 @pytest.mark.parametrize("naive", [True, False])
 def test_flat_tiles_overflow_naive_halves_and_not_ours(naive, monkeypatch):
     base = overflowing(build_base("nano", seed=0))
-    original = fused_module("denoiser", base)
+    original = fuse(denoiser(base)).module
     if naive:
         monkeypatch.setattr(precision, "centred_attention", F.scaled_dot_product_attention)
-    graph = build_graph("denoiser", fused_module("denoiser", base), base, "fp16")
+    graph = build_graph(fuse(denoiser(base)), "fp16")
     with OnnxRuntimeSession(graph.to_bytes()) as session:
         for tile in ("grey", "black", "white"):
-            inputs = probe_inputs("denoiser", base, False)[tile]
+            inputs = probe_inputs(denoiser(base))[tile]
             inputs["x"] = inputs["z_lq"].clone()  # flat all the way
             found = session.run(**{name: inputs[name].numpy() for name in session.inputs})["prediction"]
             expected = parity.outputs_of(original, inputs)[0]
@@ -78,7 +78,8 @@ def test_flat_tiles_overflow_naive_halves_and_not_ours(naive, monkeypatch):
 
 
 def test_what_stays_in_fp32(nano_base, nano_identity):
-    typed = TypedComponent(fused_module("denoiser", nano_base, nano_identity), "fp16")
+    component = fuse(denoiser(nano_base, nano_identity))
+    typed = TypedComponent(component.module, "fp16")
     fp32 = {n for n, p in typed.named_parameters() if p.dtype == torch.float32}
     owners = {type(typed.get_submodule(n.rpartition(".")[0])).__name__ for n in fp32}
     assert owners == {"GroupNorm", "LayerNorm", "Linear"}
@@ -90,7 +91,7 @@ def test_what_stays_in_fp32(nano_base, nano_identity):
     for module in typed.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
             module.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0].dtype, out.dtype)))
-    typed(*example_inputs("denoiser", nano_base, True).values())
+    typed(*component.example_inputs().values())
     assert seen and set(seen) == {(torch.float32, torch.float16)}
 
 
@@ -120,7 +121,7 @@ def test_a_decoder_that_would_overflow_stays_in_fp32(tmp_path):
     with torch.no_grad():
         base.vae.decoder.layers[0].weight.mul_(1e6)
         base.vae.decoder.layers[2].conv[0].weight.mul_(1e-6)
-    expected = build.expect("decoder", base, None, "fp16")
+    expected = build.expect(decoder(base), "fp16")
     assert expected.largest > 65504
     told = []
     plan = export_plan(tmp_path / "a.plan", None, base, precision="fp16", progress=build.Progress(line=told.append))
@@ -132,8 +133,9 @@ def test_a_decoder_that_would_overflow_stays_in_fp32(tmp_path):
 def test_an_encoder_that_halves_do_not_serve_stays_in_fp32(nano_base, tmp_path, monkeypatch):
     monkeypatch.setitem(parity.LIMIT, "fp16", 1e-4)  # what fp32 meets and halves cannot
     told = []
-    expected, progress = build.expect("encoder", nano_base, None, "fp16"), build.Progress(line=told.append)
-    made = build.export_component("encoder", nano_base, None, "fp16", expected, True, tmp_path, progress)
+    component, progress = encoder(nano_base), build.Progress(line=told.append)
+    expected = build.expect(component, "fp16")
+    made = build.export_component(component, "fp16", expected, True, tmp_path, progress)
     assert made.precision == "fp32" and made.figures["relative"] <= 1e-4
     assert any("encoder: the exported graph differs" in line and "stays in fp32" in line for line in told)
 
@@ -142,16 +144,42 @@ def test_a_denoiser_that_would_overflow_is_refused(tmp_path):
     base = build_base("nano", seed=0)
     with torch.no_grad():
         base.unet.conv_in.weight.mul_(1e7)
-    with pytest.raises(ParityError, match=r"denoiser: its values reach .*--precision fp32"):
+    with pytest.raises(ParityError, match=r"denoiser: its values reach .*export with precision fp32"):
         export_plan(tmp_path / "a.plan", None, base, precision="fp16")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_exporting_halves_leaves_a_callers_base_alone(nano_base, tmp_path):
-    before = {k: v.clone() for k, v in nano_base.unet.state_dict().items()}
-    export_plan(tmp_path / "a.plan", None, nano_base, precision="fp16")
-    after = nano_base.unet.state_dict()
-    assert all(after[k].dtype == v.dtype and torch.equal(after[k], v) for k, v in before.items())
+def state(base):
+    """Types, devices, values and kernels of a base, and whether its networks train."""
+    networks = base.modules().values()
+    return (
+        [(t.dtype, t.device, t.clone()) for network in networks for t in network.state_dict().values()],
+        [id(getattr(m, "processor", None)) for network in networks for m in network.modules()],
+        [id(getattr(m, "kernels", None)) for network in networks for m in network.modules()],
+        [m.training for network in networks for m in network.modules()],
+    )
+
+
+def assert_unchanged(before, base):
+    after = state(base)
+    assert after[1:] == before[1:]
+    for (kind, device, values), (old_kind, old_device, old_values) in zip(after[0], before[0], strict=True):
+        assert (kind, device) == (old_kind, old_device) and torch.equal(values, old_values)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_an_export_leaves_the_callers_base_as_it_was(fails, tmp_path, monkeypatch):
+    base = build_base("nano", seed=0).to("cpu", torch.float64)
+    base.set_attention("math")
+    base.vae.train()
+    before = state(base)
+    if fails:
+        monkeypatch.setitem(parity.LIMIT, "fp16", -1.0)  # the denoiser is exported, and refused
+        with pytest.raises(ParityError):
+            export_plan(tmp_path / "a.plan", None, base, precision="fp16")
+    else:
+        export_plan(tmp_path / "a.plan", None, base, precision="fp16")
+    assert_unchanged(before, base)
 
 
 def test_probe_tiles():
@@ -164,30 +192,30 @@ def test_probe_tiles():
 
 def test_identity_tensors_as_inputs_are_those_of_the_constants(nano_base, make_nano_identity):
     alice, bob = (make_nano_identity(gammas=(1.0,) * 4, seed=seed) for seed in (1, 2))
-    shared = build_graph("denoiser", fused_module("denoiser", nano_base, alice), nano_base, identity="inputs")
-    inputs = example_inputs("denoiser", nano_base, True, 3)
+    shared = build_graph(fuse(denoiser(nano_base, alice)), identity="inputs")
+    inputs = denoiser(nano_base, alice).example_inputs(3)
     with OnnxRuntimeSession(shared.to_bytes()) as session:
         for person in (alice, bob):
-            fused = fused_module("denoiser", nano_base, person)
+            fused = fuse(denoiser(nano_base, person)).module
             tensors = {**inputs, **fused.identity_tensors()}
             assert session.inputs == tuple(tensors)
             found = session.run(**{name: tensor.numpy() for name, tensor in tensors.items()})["prediction"]
             expected = parity.outputs_of(fused, inputs)[0]
             assert np.abs(found - expected).max() < 1e-4 * expected.std()
-    apart = np.abs(parity.outputs_of(fused_module("denoiser", nano_base, alice), inputs)[0] - expected).max()
+    apart = np.abs(parity.outputs_of(fuse(denoiser(nano_base, alice)).module, inputs)[0] - expected).max()
     assert apart > 1e-2 * expected.std()
-    constants = build_graph("denoiser", fused_module("denoiser", nano_base, alice), nano_base)
+    constants = build_graph(fuse(denoiser(nano_base, alice)))
     assert shared.weight_bytes() < constants.weight_bytes()
 
 
 def test_identity_inputs_in_halves(nano_base, nano_identity):
-    module = fused_module("denoiser", nano_base, nano_identity)
-    graph = build_graph("denoiser", module, nano_base, "fp16", identity="inputs")
-    inputs = example_inputs("denoiser", nano_base, True)
+    component = fuse(denoiser(nano_base, nano_identity))
+    graph = build_graph(component, "fp16", identity="inputs")
+    inputs = component.example_inputs()
     with OnnxRuntimeSession(graph.to_bytes()) as session:
-        tensors = {**inputs, **module.identity_tensors()}
+        tensors = {**inputs, **component.module.identity_tensors()}
         kinds = {n: t.dtype for n, t in tensors.items() if n.endswith((".k", ".v", ".gamma", ".to_q.weight"))}
         assert set(kinds.values()) == {torch.float16}
         found = session.run(**{name: tensor.numpy() for name, tensor in tensors.items()})["prediction"]
-    expected = parity.outputs_of(fused_module("denoiser", nano_base, nano_identity), inputs)[0]
+    expected = parity.outputs_of(fuse(denoiser(nano_base, nano_identity)).module, inputs)[0]
     assert np.abs(found - expected).max() < 0.05 * expected.std()

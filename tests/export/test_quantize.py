@@ -16,6 +16,7 @@ from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.engine.openvino import OpenVinoSession
 from pfstorer_rt.engine.session import open_session
 from pfstorer_rt.errors import ParityError
+from pfstorer_rt.models.components import components, decoder, denoiser
 from pfstorer_rt.plan import COMPONENTS
 from pfstorer_rt.runtime.restorer import Restorer
 
@@ -25,7 +26,7 @@ def int8_plan(nano_base, nano_identity, nano_plan, tmp_path_factory):
     """Made of the graphs in the fp32 plan, for exporting them is what takes a minute."""
 
     def graph(component, *_, **__):
-        return Graph(onnx_ir.from_proto(onnx.load_from_string(nano_plan.read(component))), {})
+        return Graph(onnx_ir.from_proto(onnx.load_from_string(nano_plan.read(component.name))), {})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "build_graph", graph)
@@ -88,7 +89,7 @@ def reads_rounded(op):
 
 @pytest.mark.parametrize("component", ["encoder", "decoder"])
 def test_openvino_is_nearer_to_fp32_in_8_bits_than_onnx_runtime(int8_plan, nano_plan, nano_base, component):
-    inputs = list(calibration_inputs(component, nano_base, True))[3]
+    inputs = list(calibration_inputs(components(nano_base)[component]))[3]
     errors = {}
     with open_session(nano_plan, component, "onnxruntime") as session:
         exact = session.run(**inputs)[session.outputs[0]]
@@ -107,8 +108,8 @@ def test_ranges_are_measured_on_good_and_bad_photographs():
         assert hq.std() > 0.1
 
 
-def test_the_denoiser_is_measured_at_every_noise_level(nano_base):
-    inputs = list(calibration_inputs("denoiser", nano_base, True))
+def test_the_denoiser_is_measured_at_every_noise_level(nano_base, nano_identity):
+    inputs = list(calibration_inputs(denoiser(nano_base, nano_identity)))
     for level in (inputs[::2], inputs[1::2]):  # good pictures and bad ones
         assert {float(one["t"][0]) for one in level} == set(quantize.TIMESTEPS)
     for one in inputs:
@@ -139,12 +140,13 @@ def test_a_large_graph_is_measured_picture_by_picture_and_keeps_its_weights_besi
         collect(self, arrays)
 
     monkeypatch.setattr(HistogramCollector, "collect", look)
-    expected = build.expect("decoder", nano_base, None, "int8")
+    component = decoder(nano_base)
+    expected = build.expect(component, "int8")
 
     def export(folder):
         said = build.Progress()
-        full = build.export_component("decoder", nano_base, None, "fp32", expected.ordinary, True, folder, said)
-        return build.quantize_component(full, nano_base, expected.probes, said)
+        full = build.export_component(component, "fp32", expected.ordinary, True, folder, said)
+        return build.quantize_component(full, component, expected.probes, said)
 
     small = export(tmp_path / "small")
     monkeypatch.setattr(build, "SELF_CONTAINED", 1 << 10)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from pfstorer_rt.export import export_plan, tensorrt
 from pfstorer_rt.export.build import Progress
-from pfstorer_rt.export.graph import build_graph, fused_module
+from pfstorer_rt.export.graph import build_graph, fuse
 from pfstorer_rt.export.tensorrt import BuildOptions, EngineBuilder, plan_profiles
 
 from pfstorer_rt.engine.tensorrt import Library
 from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError
+from pfstorer_rt.models.components import components, denoiser, encoder
 from pfstorer_rt.plan import COMPONENTS, Plan
 from pfstorer_rt.signing import is_signed, key_path, sign
 
@@ -79,28 +80,31 @@ def test_a_corrupted_payload_is_refused(rtx_plan, tmp_path):
 def test_profiles(nano_base):
     side = nano_base.config.latent_tile
     inputs = {"x": [-1, 4, side, side], "t": [-1], "strength": [1]}
-    ladder = plan_profiles("denoiser", inputs, nano_base.config, BuildOptions())
+    parts, tile = components(nano_base), nano_base.config.tile
+    ladder = plan_profiles(inputs, tile, parts["denoiser"].scales, BuildOptions())
     assert [profile["x"] for profile in ladder] == [[[b, 4, side, side]] * 3 for b in (1, 2, 4, 8)]
     assert [profile["t"] for profile in ladder] == [[[b]] * 3 for b in (1, 2, 4, 8)]
     assert all("strength" not in profile for profile in ladder)
-    tile = nano_base.config.tile
-    assert plan_profiles("encoder", {"image": [-1, 3, -1, -1]}, nano_base.config, BuildOptions()) == [
+    assert plan_profiles({"image": [-1, 3, -1, -1]}, tile, parts["encoder"].scales, BuildOptions()) == [
         {"image": [[1, 3, tile, tile], [1, 3, tile, tile], [1, 3, 1280, 1280]]}
     ]
-    latent = plan_profiles("decoder", {"latent": [-1, 4, -1, -1]}, nano_base.config, BuildOptions(largest_side=16))
+    small = BuildOptions(largest_side=16)
+    latent = plan_profiles({"latent": [-1, 4, -1, -1]}, tile, parts["decoder"].scales, small)
     assert latent == [{"latent": [[1, 4, side, side]] * 3}]
 
 
 @pytest.fixture(scope="module")
 def half_graph(nano_base, tmp_path_factory):
     """The nano denoiser in halves: (graph, its file)."""
-    graph = build_graph("denoiser", fused_module("denoiser", nano_base), nano_base, "fp16")
+    graph = build_graph(fuse(denoiser(nano_base)), "fp16")
     return graph, graph.save(tmp_path_factory.mktemp("half"))
 
 
 def build(graph_and_file, base, file, component="denoiser", **options):
     graph, model = graph_and_file
-    EngineBuilder("tensorrt-rtx", BuildOptions(**options)).build(component, graph.origins, model, base.config, file)
+    scales = components(base)[component].scales
+    builder = EngineBuilder("tensorrt-rtx", BuildOptions(**options))
+    builder.build(component, graph.origins, model, base.config.tile, scales, file)
     return file.read_bytes()
 
 
@@ -127,11 +131,12 @@ def test_fp32_engines_are_built_too(nano_base, tmp_path):
 
 
 def test_compute_capabilities_are_kept(nano_base, tmp_path):
-    graph = build_graph("encoder", fused_module("encoder", nano_base), nano_base, "fp16")
+    graph = build_graph(fuse(encoder(nano_base)), "fp16")
     options = BuildOptions(compute_capabilities=("12.0", "8.9"))
     builder = EngineBuilder("tensorrt-rtx", options)
     assert builder.capabilities == ["8.9", "12.0"]
-    builder.build("encoder", graph.origins, graph.save(tmp_path), nano_base.config, tmp_path / "engine")
+    model, scales = graph.save(tmp_path), encoder(nano_base).scales
+    builder.build("encoder", graph.origins, model, nano_base.config.tile, scales, tmp_path / "engine")
     assert (tmp_path / "engine").read_bytes()[:4] == b"vtrt"
 
 
@@ -180,7 +185,7 @@ def test_a_missing_library_is_told_before_any_work(monkeypatch, tmp_path):
 
 
 def test_a_node_that_the_parser_cannot_take_is_named_with_its_module(nano_base, tmp_path):
-    graph = build_graph("encoder", fused_module("encoder", nano_base), nano_base)
+    graph = build_graph(fuse(encoder(nano_base)))
     model = graph.save(tmp_path)
     proto = onnx.load(model)
     node = next(n for n in proto.graph.node if n.op_type == "Conv")
@@ -198,36 +203,38 @@ def test_an_engine_that_cannot_be_built_says_why(half_graph, nano_base, tmp_path
 
 
 def test_a_shared_denoiser_is_built_with_the_identity_as_inputs(nano_base, nano_identity, tmp_path):
-    module = fused_module("denoiser", nano_base, nano_identity)
-    graph = build_graph("denoiser", module, nano_base, "fp16", identity="inputs")
+    component = fuse(denoiser(nano_base, nano_identity))
+    graph = build_graph(component, "fp16", identity="inputs")
     trt = pytest.importorskip("tensorrt_rtx")
     logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
     network = trt.Builder(logger).create_network(0)
     parser = trt.OnnxParser(network, logger)
     assert parser.parse_from_file(str(graph.save(tmp_path))), parser.get_error(0).desc()
     names = [network.get_input(i).name for i in range(network.num_inputs)]
-    assert names == ["x", "t", "z_lq", "strength", *module.identity_tensors()]
+    assert names == ["x", "t", "z_lq", "strength", *component.module.identity_tensors()]
 
 
 SD21 = """
 import gc, json, resource, sys
 from pathlib import Path
 from pfstorer_rt.export.build import halve_weights
-from pfstorer_rt.export.graph import build_graph, fused_module
+from pfstorer_rt.export.graph import build_graph, fuse
 from pfstorer_rt.export.tensorrt import BuildOptions, EngineBuilder
 from pfstorer_rt.models.base import build_base
+from pfstorer_rt.models.components import components
 
 base, folder, saved = build_base("sd21"), Path(sys.argv[1]), {}
 halve_weights(base)
-for component in ("encoder", "denoiser", "decoder"):
-    graph = build_graph(component, fused_module(component, base), base, "fp16")
-    saved[component] = graph.save(folder / component), graph.origins
-config, built = base.config, {}
-del base, graph
+for name, component in components(base).items():
+    graph = build_graph(fuse(component), "fp16")
+    saved[name] = graph.save(folder / name), graph.origins, component.scales
+tile, built = base.config.tile, {}
+del base, graph, component
 gc.collect()
-for component, (model, origins) in saved.items():
+for component, (model, origins, scales) in saved.items():
     file = folder / f"{component}.engine"
-    about = EngineBuilder("tensorrt-rtx", BuildOptions(batches=(1,))).build(component, origins, model, config, file)
+    builder = EngineBuilder("tensorrt-rtx", BuildOptions(batches=(1,)))
+    about = builder.build(component, origins, model, tile, scales, file)
     with file.open("rb") as handle:
         built[component] = {"mark": handle.read(4).decode(), "bytes": file.stat().st_size, "layers": about.layers}
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

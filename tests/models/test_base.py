@@ -304,3 +304,16 @@ def test_a_base_that_the_disk_has_no_room_for_is_refused_before_anything_is_writ
     monkeypatch.setattr(safetensors.torch, "save_file", None)
     with pytest.raises(PFStorerError, match="are needed"):
         base.save(copied, torch.float16)
+
+
+def test_a_copy_shares_the_weights_but_neither_types_nor_kernels(nano_base):
+    names, kernels = nano_base.modules(), nano_base.unet.kernels
+    before = {name: [t.data_ptr() for t in module.parameters()] for name, module in names.items()}
+    copy = nano_base.copy()
+    assert {name: [t.data_ptr() for t in module.parameters()] for name, module in copy.modules().items()} == before
+    copy.to("cpu", torch.float16).set_attention("math")
+    copy.vae.train()
+    assert {name: [t.data_ptr() for t in module.parameters()] for name, module in names.items()} == before
+    assert all(t.dtype == torch.float32 for module in names.values() for t in module.parameters())
+    assert nano_base.unet.kernels is kernels and not nano_base.vae.training
+    assert copy.fingerprint == nano_base.fingerprint
