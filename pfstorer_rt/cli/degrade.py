@@ -32,7 +32,7 @@ def command(inputs: tuple[str, ...], output: str, level: str, seed: int, overwri
       pfstorer-rt degrade clean/ -o bad/ --level heavy --seed 1
     """
     from pfstorer_rt.cli.pictures import plan_jobs, show
-    from pfstorer_rt.imaging.rows import Rows, Spool
+    from pfstorer_rt.imaging.rows import Rows, Spool, read_pixels
     from pfstorer_rt.runtime.batch import Saving, run_jobs
 
     jobs = plan_jobs(inputs, output, "_degraded")
@@ -41,7 +41,8 @@ def command(inputs: tuple[str, ...], output: str, level: str, seed: int, overwri
     from pfstorer_rt.degradation.degrade import degrade
 
     def work(number: int, rows: Rows, step: Callable[[int, int], None]) -> Rows:
-        image = torch.from_numpy(rows.read(0, rows.height)).permute(2, 0, 1).contiguous()
-        return Spool.of(degrade(image, level, seed + number).permute(1, 2, 0).numpy())
+        image = torch.from_numpy(read_pixels(rows, 0, rows.height)).permute(2, 0, 1).contiguous()
+        degraded = degrade(image, level, seed + number)
+        return Spool.of((degraded.clamp(0, 1) * 255 + 0.5).to(torch.uint8).numpy())
 
     sys.exit(run_jobs(jobs, work, saving=Saving(overwrite), show=partial(show, as_json=as_json), title="degrade"))

@@ -14,7 +14,7 @@ from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, face_embedder, identity_distance
 from pfstorer_rt.imaging.files import load_image
 from pfstorer_rt.imaging.find import list_images
-from pfstorer_rt.imaging.rows import Pixels, Rows
+from pfstorer_rt.imaging.rows import Pixels, Rows, read_pixels
 
 LARGEST = 16_000_000
 """Pixels above which a picture is thinned out before a face is looked for."""
@@ -74,7 +74,7 @@ def _thinned(rows: Rows, step: int) -> Pixels:
     import numpy as np
 
     return (
-        np.concatenate([rows.read(y, y + 1)[:, ::step] for y in range(0, rows.height, step)])
+        np.concatenate([read_pixels(rows, y, y + 1)[:, ::step] for y in range(0, rows.height, step)])
         if step > 1
-        else (rows.read(0, rows.height))
+        else read_pixels(rows, 0, rows.height)
     )

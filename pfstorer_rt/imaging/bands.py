@@ -1,15 +1,14 @@
-"""A picture on its way in and out, by rows: enlarged and padded to the canvas, colour-fixed and brought to size.
+"""An image on its way to the networks and back, by rows: enlarged and padded, colour-fixed and resized.
 
-Nothing here holds a picture: each step reads the rows that it needs from the step before, when it is asked for some.
-Bands of a canvas are tensors (1, 3, n, W) in [-1, 1].
+No class here holds an image: each reads the rows that it needs from its source when rows are read from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -22,25 +21,24 @@ from pfstorer_rt.imaging.color import (
     color_fix,
     match_statistics,
 )
-from pfstorer_rt.imaging.files import from_tensor, to_tensor
-from pfstorer_rt.imaging.rows import TALL, Pixels, Rows, Spool, bands
+from pfstorer_rt.imaging.rows import TALL, Band, Rows, bands
 from pfstorer_rt.tiling import Tile, pad_to_multiple
 
 PADDING = 32
-"""The canvas's sides are multiples of this, in pixels."""
+"""The sides of a canvas are multiples of this many pixels."""
 MAX_SCALE = 16.0
 """Largest factor by which a result may be larger than its input."""
 MAX_ENLARGEMENT = 4.0
-"""A picture smaller than a tile is enlarged to one by at most this factor, and padded for the rest."""
+"""Largest factor by which an image smaller than a tile is enlarged; padding adds the rest."""
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """How a picture is laid on the canvas that the networks see, in pixels."""
+    """Size and padding of an image on the canvas that the networks process, in pixels."""
 
     height: int
     width: int
-    """Of the enlarged picture, before padding."""
+    """Of the enlarged image, before padding."""
     pad_bottom: int
     pad_right: int
     out_height: int
@@ -56,8 +54,8 @@ class Canvas:
 def plan_canvas(height: int, width: int, tile: int, scale: float) -> Canvas:
     """Enlarge until the short side is a tile, then pad to multiples of 32 and to at least a tile.
 
-    Enlarging stops at a factor of 4 (or at `scale`): a picture of a few pixels is padded, so that
-    3 x 5000 does not become 192 x 320000. Raises `ValueError` as `check_scale` does.
+    Enlarging stops at a factor of 4 (or at `scale`), so that 3 x 5000 does not become 192 x 320000. Raises
+    `ValueError` as `check_scale` does.
     """
     check_scale(scale)
     s = max(scale, min(tile / min(height, width), max(MAX_ENLARGEMENT, scale)))
@@ -73,151 +71,125 @@ def check_scale(scale: float) -> None:
         raise ValueError(f"scale {scale}: expected above 0 and at most {MAX_SCALE:g}")
 
 
-class Bands(Protocol):
-    """A canvas that is asked for by rows."""
-
-    height: int
-    width: int
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return rows start..stop-1: (1, 3, stop - start, width) float32."""
-        ...
-
-
 class Resized:
-    """Bands of another size, bicubic: `image.resize_bicubic` of the whole, by rows."""
+    """Rows of another size: `files.resize_bicubic` of the whole image, band by band."""
 
-    def __init__(self, source: Bands, height: int, width: int, antialias: bool) -> None:
+    def __init__(self, source: Rows, height: int, width: int, antialias: bool) -> None:
         self.source, self.height, self.width, self.antialias = source, height, width, antialias
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
+    def read(self, start: int, stop: int) -> Band:
         """Return rows start..stop-1, clamped to [-1, 1]."""
         if (self.source.height, self.source.width) == (self.height, self.width):
             return self.source.read(start, stop)
         rows, weights = cubic_taps(self.source.height, self.height, start, stop, self.antialias)
         first, last = int(rows.min()), int(rows.max())
-        band = self.source.read(first, last + 1)
+        band = as_tensor(self.source.read(first, last + 1))
         size = (band.shape[-2], self.width)
-        band = F.interpolate(band, size, mode="bicubic", align_corners=False, antialias=self.antialias)
-        out = torch.zeros(1, 3, stop - start, self.width)
+        wide = F.interpolate(band, size, mode="bicubic", align_corners=False, antialias=self.antialias)[0].numpy()
+        out = np.zeros((wide.shape[0], stop - start, self.width), np.float32)
         for tap in range(rows.shape[1]):
-            out += band[:, :, rows[:, tap] - first] * weights[:, tap, None]
-        return out.clamp_(-1, 1)
+            out += wide[:, rows[:, tap] - first] * weights[:, tap, None]
+        return out.clip(-1, 1)
 
 
-def cubic_taps(length: int, wanted: int, start: int, stop: int, antialias: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which source pixels the results start..stop-1 of an axis are made of, and their weights, (n, taps) each.
+def cubic_taps(
+    length: int, wanted: int, start: int, stop: int, antialias: bool
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Return the source pixels and weights of the results start..stop-1 along an axis, (n, taps) each.
 
-    Keys' kernel (1981) at half-pixel centres. As PyTorch has it: a = -0.75 and borders repeated; with antialias
-    a = -0.5, the kernel stretched by the factor of shrinking, and cut and renormalized at borders.
+    The kernel of Keys (1981) at half-pixel centres, with the choices of PyTorch: a = -0.75 and repeated borders;
+    with antialias a = -0.5, a kernel stretched by the factor of shrinking, cut and renormalized at the borders.
     """
     scale = length / wanted
     stretch, a = (max(1.0, scale), -0.5) if antialias else (1.0, -0.75)
-    middle = (torch.arange(start, stop, dtype=torch.float64) + 0.5) * scale - 0.5
+    middle = (np.arange(start, stop) + 0.5) * scale - 0.5
     reach = int(2 * stretch) + 1
-    near = torch.arange(-reach, reach + 1)
-    places = middle.floor().long()[:, None] + near
-    d = ((places - middle[:, None]) / stretch).abs()
+    places = np.floor(middle).astype(np.int64)[:, None] + np.arange(-reach, reach + 1)
+    d = np.abs((places - middle[:, None]) / stretch)
     inner = (a + 2) * d**3 - (a + 3) * d**2 + 1
     outer = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-    weights = torch.where(d <= 1, inner, torch.where(d < 2, outer, 0.0))
+    weights = np.where(d <= 1, inner, np.where(d < 2, outer, 0.0))
     if antialias:
         weights = weights * ((places >= 0) & (places < length))
-        weights = weights / weights.sum(1, keepdim=True)
-    return places.clamp(0, length - 1), weights.float()
-
-
-class Unit:
-    """Rows in [0, 1] as bands in [-1, 1]."""
-
-    def __init__(self, source: Rows) -> None:
-        self.source, self.height, self.width = source, source.height, source.width
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return rows start..stop-1."""
-        return to_tensor(self.source.read(start, stop))
+        weights = weights / weights.sum(1, keepdims=True)
+    return places.clip(0, length - 1), weights.astype(np.float32)
 
 
 class Padded:
-    """Bands with a reflected border at the right and bottom; where they are too small to reflect, a repeated edge."""
+    """Rows with a reflected border at the right and bottom, or a repeated edge where the image is too small."""
 
-    def __init__(self, source: Bands, canvas: Canvas) -> None:
+    def __init__(self, source: Rows, canvas: Canvas) -> None:
         self.source, self.right = source, canvas.pad_right
         self.height, self.width = canvas.padded
-        small = canvas.pad_right >= canvas.width or canvas.pad_bottom >= canvas.height
-        self.mode = "replicate" if small else "reflect"
+        self.small = canvas.pad_right >= canvas.width or canvas.pad_bottom >= canvas.height
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
+    def read(self, start: int, stop: int) -> Band:
         """Return rows start..stop-1."""
         last = self.source.height - 1
-        places = torch.arange(start, stop)
-        mirrored = 2 * last - places if self.mode == "reflect" else torch.full_like(places, last)
-        places = torch.where(places > last, mirrored, places)
+        places = np.arange(start, stop)
+        places = np.where(places > last, last if self.small else 2 * last - places, places)
         first = int(places.min())
         band = self.source.read(first, int(places.max()) + 1)
         if stop > self.source.height:
-            band = band[:, :, places - first]
-        return F.pad(band, (0, self.right, 0, 0), mode=self.mode) if self.right else band
+            band = band[:, places - first]
+        return np.pad(band, ((0, 0), (0, 0), (0, self.right)), "edge" if self.small else "reflect")
 
 
 class Cropped:
-    """A rectangle of other bands."""
+    """A rectangle of another image."""
 
-    def __init__(self, source: Bands, tile: Tile) -> None:
+    def __init__(self, source: Rows, tile: Tile) -> None:
         self.source, self.tile, self.height, self.width = source, tile, tile.height, tile.width
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
+    def read(self, start: int, stop: int) -> Band:
         """Return rows start..stop-1 of the rectangle."""
         columns = slice(self.tile.x, self.tile.x + self.width)
         return self.source.read(self.tile.y + start, self.tile.y + stop)[..., columns]
 
 
-class Spooled:
-    """Bands that were written: (n, W, 3) rows of a spool in [-1, 1]."""
-
-    def __init__(self, spool: Spool) -> None:
-        self.spool, self.height, self.width = spool, spool.height, spool.width
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return rows start..stop-1."""
-        return torch.from_numpy(self.spool.read(start, stop)).permute(2, 0, 1)[None].contiguous()
-
-
 class ColorFixed:
-    """Content with the colours of the style, in [-1, 1]; what AdaIN needs is taken from the whole, once."""
+    """Content with the colours of the style; AdaIN computes its statistics once, over the whole image."""
 
-    def __init__(self, content: Bands, style: Bands, kind: ColorFix) -> None:
+    def __init__(self, content: Rows, style: Rows, kind: ColorFix) -> None:
         self.content, self.style, self.kind = content, style, kind
         self.height, self.width = content.height, content.width
         self._statistics: tuple[Statistics, Statistics] | None = None
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return rows start..stop-1."""
+    def read(self, start: int, stop: int) -> Band:
+        """Return rows start..stop-1, clamped to [-1, 1]."""
         if self.kind == "adain":
             self._statistics = self._statistics or (_statistics(self.content), _statistics(self.style))
-            return match_statistics(self.content.read(start, stop), *self._statistics).clamp(-1, 1)
+            fixed = match_statistics(as_tensor(self.content.read(start, stop)), *self._statistics)
+            return fixed.clamp(-1, 1)[0].numpy()
         margin = WAVELET_REACH if self.kind == "wavelet" else 0
         top, bottom = max(0, start - margin), min(self.height, stop + margin)
-        fixed = color_fix(self.content.read(top, bottom), self.style.read(top, bottom), self.kind)
-        return fixed[:, :, start - top : stop - top].clamp(-1, 1)
+        content, style = (as_tensor(rows.read(top, bottom)) for rows in (self.content, self.style))
+        fixed = color_fix(content, style, self.kind)
+        return fixed[0, :, start - top : stop - top].clamp(-1, 1).numpy()
 
 
-def _statistics(source: Bands) -> Statistics:
-    return channel_statistics(source.read(*band) for band in bands(source.height, source.width, least=TALL))
+def _statistics(source: Rows) -> Statistics:
+    cuts = bands(source.height, source.width, least=TALL)
+    return channel_statistics(as_tensor(source.read(*cut)) for cut in cuts)
+
+
+def as_tensor(band: Band) -> torch.Tensor:
+    """Wrap a band as a (1, C, n, W) tensor, without a copy where its strides allow it."""
+    return torch.from_numpy(np.ascontiguousarray(band))[None]
 
 
 class Result:
-    """The finished picture: the canvas without its padding, at the result's size, as rows in [0, 1]."""
+    """The restored image: the canvas without its padding, resized to the size of the result."""
 
-    def __init__(self, fixed: Bands, canvas: Canvas, complaint: Callable[[], str]) -> None:
-        """complaint: the message of the `PFStorerError` that values which are not finite raise when they are read."""
+    def __init__(self, fixed: Rows, canvas: Canvas, complaint: str) -> None:
+        """complaint: message of the `PFStorerError` that `read` raises for values that are not finite."""
         self.height, self.width, self.complaint = canvas.out_height, canvas.out_width, complaint
-        picture = Cropped(fixed, Tile(0, 0, canvas.height, canvas.width))
-        self.source = Resized(picture, self.height, self.width, antialias=self.height < canvas.height)
+        image = Cropped(fixed, Tile(0, 0, canvas.height, canvas.width))
+        self.source = Resized(image, self.height, self.width, antialias=self.height < canvas.height)
 
-    def read(self, start: int, stop: int) -> Pixels:
-        """Return rows start..stop-1, (n, W, 3)."""
+    def read(self, start: int, stop: int) -> Band:
+        """Return rows start..stop-1."""
         band = self.source.read(start, stop)
-        if not bool(torch.isfinite(band).all()):
-            raise PFStorerError(self.complaint())
-        return from_tensor(band)
+        if not np.isfinite(band).all():
+            raise PFStorerError(self.complaint)
+        return band

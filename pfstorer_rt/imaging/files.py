@@ -10,8 +10,9 @@ import contextlib
 import io
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -22,7 +23,7 @@ from PIL import Image
 from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.files import atomic_write, show_path
 from pfstorer_rt.imaging.profiles import srgb_profile, to_srgb, wide_to_srgb
-from pfstorer_rt.imaging.rows import TALL, Pixels, Rows, Spool, bands
+from pfstorer_rt.imaging.rows import TALL, Pixels, Rows, Spool, bands, from_pixels, read_pixels, to_pixels
 
 if TYPE_CHECKING:
     import torch
@@ -86,9 +87,8 @@ class Scan:
     """The same as a `Picture`, by rows; large ones are in temporary files."""
 
     pixels: Spool
-    """(H, W, 3)."""
     alpha: Spool | None = None
-    """(H, W, 1)."""
+    """One channel; 1 is opaque, -1 transparent."""
     icc: bytes | None = None
     exif: bytes | None = None
     frames: int = 1
@@ -99,8 +99,8 @@ def load_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_
     """Read the first frame of an image file or of a binary stream into memory; as `scan_image`."""
     scan = scan_image(source, max_pixels)
     height = scan.pixels.height
-    alpha = None if scan.alpha is None else scan.alpha.read(0, height)[..., 0]
-    return Picture(scan.pixels.read(0, height), alpha, scan.icc, scan.exif, scan.frames, scan.notes)
+    alpha = None if scan.alpha is None else scan.alpha.pixels(0, height)[..., 0]
+    return Picture(scan.pixels.pixels(0, height), alpha, scan.icc, scan.exif, scan.frames, scan.notes)
 
 
 def scan_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS) -> Scan:
@@ -229,8 +229,7 @@ def to_tensor(pixels: Pixels) -> torch.Tensor:
     """Turn (H, W, 3) float in [0, 1] into a (1, 3, H, W) float32 tensor in [-1, 1]."""
     import torch
 
-    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], dtype=np.float32)
-    return torch.from_numpy(planes * 2 - 1)
+    return torch.from_numpy(from_pixels(pixels)[None])
 
 
 def from_tensor(tensor: torch.Tensor) -> Pixels:
@@ -240,8 +239,7 @@ def from_tensor(tensor: torch.Tensor) -> Pixels:
     """
     if tensor.ndim != 4 or tensor.shape[:2] != (1, 3):
         raise ValueError(f"tensor of shape {tuple(tensor.shape)}; expected (1, 3, H, W)")
-    planes = ((tensor[0].detach().float() + 1) / 2).clamp(0, 1)
-    return np.ascontiguousarray(planes.permute(1, 2, 0).cpu().numpy())
+    return to_pixels(tensor[0].detach().float().cpu().numpy())
 
 
 def resize_bicubic(tensor: torch.Tensor, size: tuple[int, int], antialias: bool = False) -> torch.Tensor:
@@ -331,12 +329,13 @@ def _decode(image: Image.Image, name: str) -> Scan:
     alpha = Spool(height, width, 1, np.uint8) if opaque else None
     for start, stop in bands(height, width):
         strip = _upright(image, turn, start, stop)
-        pixels.write(start, wide_to_srgb(strip, levels, _top(image)) if wide else levels(strip))
+        srgb = wide_to_srgb(strip, levels, _top(image)) * 2 - 1 if wide else levels(strip)
+        pixels.write(start, srgb.transpose(2, 0, 1))
         if alpha and wide:
             opacity = np.where(np.asarray(strip) == image.info["transparency"], 0, 255)
-            alpha.write(start, opacity[..., None].astype(np.uint8))
+            alpha.write(start, opacity[None].astype(np.uint8))
         elif alpha:
-            alpha.write(start, np.asarray(strip.convert("RGBA").getchannel("A"))[..., None])
+            alpha.write(start, np.asarray(strip.convert("RGBA").getchannel("A"))[None])
     return Scan(pixels, alpha, srgb_profile() if managed else None, exif, frames, tuple(notes))
 
 
@@ -403,28 +402,30 @@ def _top(image: Image.Image) -> int:
 
 
 def _to_pillow(pixels: Any, alpha: Any, kind: str) -> Image.Image:
-    """Make an image of arrays or rows, band by band: 4 bytes of memory a pixel."""
-    pixels, alpha = _rows(pixels, "pixels (H, W, 3)", 3), None if alpha is None else _rows(alpha, "alpha (H, W)", 1)
-    if alpha and (alpha.height, alpha.width) != (pixels.height, pixels.width):
-        raise ValueError(f"alpha {(alpha.height, alpha.width)}; expected {(pixels.height, pixels.width)}")
-    over_white = alpha is not None and kind in ("JPEG", "BMP")
-    image = Image.new("RGBA" if alpha and not over_white else "RGB", (pixels.width, pixels.height))
-    for start, stop in bands(pixels.height, pixels.width, least=TALL):
-        band = pixels.read(start, stop)
-        if alpha:
-            opacity = alpha.read(start, stop)
+    """Make an image of arrays or rows, band by band: 4 bytes of memory per pixel."""
+    (height, width), read = _reader(pixels, "pixels (H, W, 3)", 3)
+    size, read_alpha = (None, None) if alpha is None else _reader(alpha, "alpha (H, W)", 1)
+    if size not in (None, (height, width)):
+        raise ValueError(f"alpha {size}; expected {(height, width)}")
+    over_white = read_alpha is not None and kind in ("JPEG", "BMP")
+    image = Image.new("RGBA" if read_alpha and not over_white else "RGB", (width, height))
+    for start, stop in bands(height, width, least=TALL):
+        band = read(start, stop)
+        if read_alpha:
+            opacity = read_alpha(start, stop)
             band = band * opacity + (1 - opacity) if over_white else np.concatenate([band, opacity], axis=-1)
         image.paste(Image.fromarray(_to_uint8(band)), (0, start))
     return image
 
 
-def _rows(given: Any, what: str, channels: int) -> Rows:
+def _reader(given: Any, what: str, channels: int) -> tuple[tuple[int, int], Callable[[int, int], Pixels]]:
+    """Return (height, width) of an array or of rows, and the function that reads pixels (n, W, channels) of it."""
     if not isinstance(given, np.ndarray):
-        return cast(Rows, given)
+        return (given.height, given.width), partial(read_pixels, given)
     planes = given[..., None] if channels == 1 and given.ndim == 2 else given
     if planes.ndim != 3 or planes.shape[2] != channels or not planes.size or planes.dtype.kind != "f":
         raise ValueError(f"got {given.shape} {given.dtype}; expected {what} float")
-    return Spool.of(planes)
+    return planes.shape[:2], lambda start, stop: planes[start:stop]
 
 
 def _to_uint8(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:

@@ -1,7 +1,8 @@
-"""Pictures by rows: in memory while they are small, in a temporary file once they are large.
+"""Images by rows: in memory while they are small, in a temporary file once they are large.
 
-What works on rows alone needs memory for a band of a picture, not for the picture. A file that is read and written
-is not part of a process's memory, as a mapped one would be; the system caches it as far as it has room.
+A program that processes an image by rows needs memory for one band of it. A band is a (C, n, W) float32 array in
+[-1, 1], the range of the networks. Only the edges of the program convert: files and public functions use (H, W, C)
+pixels in [0, 1].
 """
 
 from __future__ import annotations
@@ -17,41 +18,44 @@ import numpy.typing as npt
 from pfstorer_rt.errors import PFStorerError
 
 Array = npt.NDArray[Any]
+Band = npt.NDArray[np.float32]
+"""(C, n, W) in [-1, 1]: n rows of an image."""
 Pixels = npt.NDArray[np.float32]
+"""(H, W, C) in [0, 1]."""
 
 IN_MEMORY = 64 << 20
-"""Bytes up to which a picture is kept in memory."""
+"""Largest image in bytes that is kept in memory."""
 BAND_BYTES = 4 << 20
-"""About the bytes of a band when nothing else says how many rows to take at once."""
+"""Default size of a band."""
 TALL = 128
-"""Rows of a band at least where each comes at the price of a margin, as in the wavelet's colour fix."""
+"""Fewest rows of a band where every band costs a margin, as in the wavelet colour fix."""
 
 
 class Rows(Protocol):
-    """A picture that is asked for by rows."""
+    """An image that is read by rows."""
 
     height: int
     width: int
 
-    def read(self, start: int, stop: int) -> Pixels:
-        """Return rows start..stop-1: (stop - start, width, channels) float32."""
+    def read(self, start: int, stop: int) -> Band:
+        """Return rows start..stop-1: (C, stop - start, width) float32 in [-1, 1]."""
         ...
 
 
 class Spool:
-    """(H, W, C) rows that were written to be read; floats, or bytes that stand for 0 to 1.
+    """A (C, H, W) image that is written first and read later: float32 in [-1, 1], or uint8 levels of that range.
 
-    A temporary file (in TMPDIR) lives as long as the object. For one thread at a time.
+    A temporary file (in TMPDIR) lives as long as the object. Not thread-safe.
     """
 
     def __init__(self, height: int, width: int, channels: int = 3, dtype: Any = np.float32) -> None:
-        """Raise `PFStorerError` where a temporary file is needed and cannot be made."""
+        """Raise `PFStorerError` when a temporary file is needed and cannot be created."""
         self.height, self.width, self.channels, self.dtype = height, width, channels, np.dtype(dtype)
         self._row = width * channels * self.dtype.itemsize
         self._array: Array | None = None
         self._file: Any = None
         if height * self._row <= IN_MEMORY:
-            self._array = np.zeros((height, width, channels), self.dtype)
+            self._array = np.zeros((channels, height, width), self.dtype)
             return
         try:
             self._file = tempfile.TemporaryFile(prefix="pfstorer-")  # noqa: SIM115
@@ -61,42 +65,66 @@ class Spool:
 
     @classmethod
     def of(cls, array: Array) -> Spool:
-        """Wrap an array (H, W, C) without copying it."""
-        made = cls(0, array.shape[1], array.shape[2], array.dtype)
-        made.height, made._array = array.shape[0], array
+        """Wrap a (C, H, W) array without a copy."""
+        made = cls(0, array.shape[2], array.shape[0], array.dtype)
+        made.height, made._array = array.shape[1], array
         return made
 
-    def write(self, start: int, rows: Array) -> None:
-        """Put rows (n, W, C) from row `start` on; raises `PFStorerError` on a full disk."""
+    def write(self, start: int, band: Array) -> None:
+        """Store a (C, n, W) band from row `start` on; raises `PFStorerError` on a full disk."""
         if self._array is not None:
-            self._array[start : start + len(rows)] = rows
+            self._array[:, start : start + band.shape[1]] = band
             return
         try:
             self._file.seek(start * self._row)
-            self._file.write(np.ascontiguousarray(rows, self.dtype).data)
+            self._file.write(np.ascontiguousarray(band.swapaxes(0, 1), self.dtype).data)  # whole rows lie together
         except OSError as error:
             raise _disk_error(error) from error
 
-    def read(self, start: int, stop: int) -> Pixels:
-        """Return rows start..stop-1 as float32; bytes are divided by 255."""
-        rows = self.stored(start, stop)
-        return rows.astype(np.float32) / np.float32(255) if rows.dtype == np.uint8 else rows.astype(np.float32)
+    def read(self, start: int, stop: int) -> Band:
+        """Return a copy of rows start..stop-1, (C, n, W) float32 in [-1, 1]."""
+        band = self._unit(start, stop)
+        return band * 2 - 1 if self.dtype == np.uint8 else band
 
-    def stored(self, start: int, stop: int) -> Array:
-        """Return rows start..stop-1 as they are kept."""
+    def pixels(self, start: int, stop: int) -> Pixels:
+        """Return rows start..stop-1 as (n, W, C) in [0, 1]; levels are exactly their 255ths."""
+        band = self._unit(start, stop)
+        return np.ascontiguousarray(band.transpose(1, 2, 0)) if self.dtype == np.uint8 else to_pixels(band)
+
+    def _unit(self, start: int, stop: int) -> Band:
+        """Return rows as float32: levels in [0, 1], floats as they are stored."""
+        band = np.array(self._stored(start, stop), np.float32, order="C")
+        return band / np.float32(255) if self.dtype == np.uint8 else band
+
+    def _stored(self, start: int, stop: int) -> Array:
         if self._array is not None:
-            return self._array[start:stop]
-        rows = np.empty((stop - start, self.width, self.channels), self.dtype)
+            return self._array[:, start:stop]
+        rows = np.empty((stop - start, self.channels, self.width), self.dtype)
         try:
             self._file.seek(start * self._row)
             self._file.readinto(rows.data.cast("B"))
         except OSError as error:
             raise _disk_error(error) from error
-        return rows
+        return rows.swapaxes(0, 1)
+
+
+def from_pixels(pixels: Pixels) -> Band:
+    """Turn (n, W, C) in [0, 1] into a band (C, n, W) in [-1, 1]."""
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) * 2 - 1
+
+
+def to_pixels(band: Band) -> Pixels:
+    """Turn a band (C, n, W) in [-1, 1] into (n, W, C), clamped to [0, 1]; NaN stays NaN."""
+    return np.ascontiguousarray(((band + 1) / 2).clip(0, 1).transpose(1, 2, 0))
+
+
+def read_pixels(rows: Rows, start: int, stop: int) -> Pixels:
+    """Read rows start..stop-1 of an image as (n, W, C) in [0, 1]."""
+    return rows.pixels(start, stop) if isinstance(rows, Spool) else to_pixels(rows.read(start, stop))
 
 
 def bands(height: int, width: int, bytes_per_pixel: int = 12, least: int = 1) -> Iterator[tuple[int, int]]:
-    """Cut `height` rows into (start, stop) of about `BAND_BYTES`, at least `least` rows each but the last."""
+    """Yield (start, stop) of bands of about `BAND_BYTES` that cover all rows; only the last may have under `least`."""
     rows = max(least, BAND_BYTES // max(1, width * bytes_per_pixel), 1)
     for start in range(0, height, rows):
         yield start, min(height, start + rows)
@@ -105,6 +133,6 @@ def bands(height: int, width: int, bytes_per_pixel: int = 12, least: int = 1) ->
 def _disk_error(error: OSError) -> PFStorerError:
     reason = (error.strerror or str(error)).lower()
     return PFStorerError(
-        f"the temporary file of a large picture in {tempfile.gettempdir()} failed ({reason}); free some space or set "
+        f"the temporary file of a large image in {tempfile.gettempdir()} failed ({reason}); free some space or set "
         "TMPDIR to another folder"
     )

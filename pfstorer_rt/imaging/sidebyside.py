@@ -1,26 +1,25 @@
-"""Input and result in one picture."""
+"""Input and result in one image."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pfstorer_rt.imaging.bands import Canvas, Result, Unit
-from pfstorer_rt.imaging.rows import Pixels, Rows
+from pfstorer_rt.imaging.bands import Resized
+from pfstorer_rt.imaging.rows import Band, Rows
 
 GAP = 8
-"""White pixels between the two."""
+"""White pixels between the two images."""
 
 
 class SideBySide:
-    """Two pictures side by side, by rows; the left one is brought to the size of the right."""
+    """Two images side by side, by rows; the left one is resized to the size of the right one."""
 
     def __init__(self, left: Rows, right: Rows) -> None:
         self.right, self.height = right, right.height
-        canvas = Canvas(left.height, left.width, 0, 0, right.height, right.width)
-        self.left = Result(Unit(left), canvas, lambda: "not finite")
+        self.left = Resized(left, right.height, right.width, antialias=right.height < left.height)
         self.width = 2 * right.width + GAP
 
-    def read(self, start: int, stop: int) -> Pixels:
-        """Return rows start..stop-1, (n, W, 3)."""
-        gap = np.ones((stop - start, GAP, 3), np.float32)
-        return np.concatenate([self.left.read(start, stop), gap, self.right.read(start, stop)], 1)
+    def read(self, start: int, stop: int) -> Band:
+        """Return rows start..stop-1, (3, n, W)."""
+        gap = np.ones((3, stop - start, GAP), np.float32)
+        return np.concatenate([self.left.read(start, stop), gap, self.right.read(start, stop)], 2)

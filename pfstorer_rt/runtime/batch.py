@@ -27,10 +27,10 @@ from pfstorer_rt.imaging.files import (
     scan_image,
 )
 from pfstorer_rt.imaging.find import list_images
-from pfstorer_rt.imaging.rows import Pixels, Rows
+from pfstorer_rt.imaging.rows import Pixels, Rows, read_pixels
 
 Work = Callable[[int, Rows, Callable[[int, int], None]], Rows]
-"""work(number of the job from 0, rows of the picture in [0, 1], step(done, total)) -> rows."""
+"""work(number of the job from 0, rows of the image, step(done, total)) -> rows of the result."""
 STREAM = "-"
 BESIDE = ("compare", "preview")
 """What may be written beside a result, and ends the names of such files."""
@@ -105,12 +105,12 @@ def write(job: Job, scan: Scan, rows: Rows, saving: Saving) -> None:
 
 
 def resize_alpha(alpha: Rows, height: int, width: int) -> Rows | Pixels:
-    """Bring (H, W, 1) rows in [0, 1] to a result's size."""
+    """Resize rows of one channel to the size of a result: rows, or (H, W) pixels in [0, 1]."""
     from PIL import Image
 
     if (alpha.height, alpha.width) == (height, width):
         return alpha
-    whole = Image.fromarray(alpha.read(0, alpha.height)[..., 0], "F")
+    whole = Image.fromarray(read_pixels(alpha, 0, alpha.height)[..., 0], "F")
     return np.clip(np.asarray(whole.resize((width, height), Image.Resampling.BICUBIC), np.float32), 0, 1)
 
 

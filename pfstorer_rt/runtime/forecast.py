@@ -47,7 +47,7 @@ class Forecaster:
         """Restore an image of one batch of tiles twice; the engine allocates its memory in the first restoration."""
         self.restorer, self.config = restorer, config
         tile, recipe = restorer.manifest.tile, restorer.recipe(config)
-        wide = Spool.of(np.full((tile, tile + (recipe.batch - 1) * (tile - recipe.overlap), 3), 0.5, np.float32))
+        wide = Spool.of(np.zeros((3, tile, tile + (recipe.batch - 1) * (tile - recipe.overlap)), np.float32))
         restorer.restore_rows(wide, config)
         self._moments = [time.perf_counter()]
         restorer.restore_rows(wide, config, lambda done, total: self._moments.append(time.perf_counter()))

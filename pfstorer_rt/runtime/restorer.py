@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from pfstorer_rt.config import RestoreConfig
@@ -19,14 +16,14 @@ from pfstorer_rt.engine.session import Session, choose_backend
 from pfstorer_rt.errors import MismatchError
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.identity import Identity, identity_path, list_identities
-from pfstorer_rt.imaging.bands import Bands, ColorFixed, Cropped, Padded, Resized, Result, Spooled, Unit
+from pfstorer_rt.imaging.bands import ColorFixed, Cropped, Padded, Resized, Result
 from pfstorer_rt.imaging.color import ColorFix
-from pfstorer_rt.imaging.rows import Pixels, Rows, Spool
+from pfstorer_rt.imaging.rows import Band, Pixels, Rows, Spool, from_pixels, to_pixels
 from pfstorer_rt.plan import COMPONENTS, Manifest, Plan
 from pfstorer_rt.runtime.layout import Layout
 from pfstorer_rt.runtime.recipe import Recipe
-from pfstorer_rt.runtime.stages import Done, TiledDenoiser, decode, encode, run
-from pfstorer_rt.tiling import Tile, blend_by_rows, ramp_weights
+from pfstorer_rt.runtime.stages import Codec, Done, TiledDenoiser
+from pfstorer_rt.tiling import blend_by_rows, ramp_weights
 
 if TYPE_CHECKING:
     from pfstorer_rt.models.base import Base
@@ -120,20 +117,20 @@ class Restorer:
         Raises `ValueError` for a setting out of range, `PFStorerError` when the engine gives NaN.
         """
         with one_host_thread(self.backend != "torch"):
-            result = self.restore_rows(Spool.of(pixels), config, step)
-            return result.read(0, result.height)
+            result = self.restore_rows(Spool.of(from_pixels(pixels)), config, step)
+            return to_pixels(result.read(0, result.height))
 
     def restore_rows(self, source: Rows, config: RestoreConfig | None = None, step: Step | None = None) -> Rows:
-        """Restore a picture that is read and given by rows, so that memory is needed for tiles and not for it.
+        """Restore an image by rows, so that memory is needed for tiles and not for the image.
 
-        source: rows (n, W, 3) float32 in [0, 1]. The networks are done when this returns; what is read from the result
-        is colour-fixed and brought to size on the way, and `PFStorerError` raised for values that are not finite.
-        Latents stay in memory: about 32 * channels / factor^2 bytes a pixel.
+        The networks have finished when this returns. Colours are fixed and sizes changed while rows are read from the
+        result; `PFStorerError` is raised there for values that are not finite.
+        Latents stay in memory: about 32 * channels / factor^2 bytes per pixel.
         """
         layout = self.layout(source.height, source.width, config)
         canvas, passed = layout.canvas, 0
         shrinking = canvas.height < source.height
-        style = Padded(Resized(Unit(source), canvas.height, canvas.width, shrinking), canvas)
+        style = Padded(Resized(source, canvas.height, canvas.width, shrinking), canvas)
 
         def done(n: int) -> None:
             nonlocal passed
@@ -144,9 +141,7 @@ class Restorer:
         with one_host_thread(self.backend != "torch"):
             restore = self._restore_squares if len(layout.squares) > 1 else self._restore_square
             restored = restore(style, layout, done)
-        return Result(
-            restored, canvas, lambda: f"{self.backend} returned values that are not finite; use another backend"
-        )
+        return Result(restored, canvas, f"{self.backend} returned values that are not finite; use another backend")
 
     def recipe(self, config: RestoreConfig | None = None) -> Recipe:
         """Return all settings with this engine's defaults; raises `ValueError` for a setting that does not fit it."""
@@ -157,24 +152,24 @@ class Restorer:
         variational = "std" in self.sessions["encoder"].outputs
         return Layout.of(height, width, self.recipe(config), self.manifest, variational)
 
-    def _restore_squares(self, style: Bands, layout: Layout, done: Done) -> Bands:
+    def _restore_squares(self, style: Rows, layout: Layout, done: Done) -> Rows:
         """Restore all squares, each from the same seed, and blend them (StableSR's tiled inference script)."""
         spool = Spool(style.height, style.width)
 
-        def patches() -> Iterator[npt.NDArray[np.float32]]:
+        def patches() -> Iterator[Band]:
             for square in layout.squares:
-                part = self._restore_square(Cropped(style, square), layout, done)
-                yield part.read(0, square.height)[0].numpy()
+                yield self._restore_square(Cropped(style, square), layout, done).read(0, square.height)
 
         for start, rows in blend_by_rows(layout.squares, patches(), style.height, style.width):
-            spool.write(start, rows.transpose(1, 2, 0))
-        return Spooled(spool)
+            spool.write(start, rows)
+        return spool
 
-    def _restore_square(self, style: Bands, layout: Layout, done: Done) -> Bands:
+    def _restore_square(self, style: Rows, layout: Layout, done: Done) -> Rows:
         """Encode, sample on one field of noise, decode, fix colours."""
-        m, sessions, recipe = self.manifest, self.sessions, layout.recipe
+        sessions, recipe = self.sessions, layout.recipe
         generator, device = torch.Generator().manual_seed(recipe.seed), sessions["denoiser"].device
-        encoded = encode(sessions["encoder"], style, layout.codec, m.factor, device, done)
+        codec = Codec(sessions["encoder"], sessions["decoder"], layout.codec, self.manifest.factor)
+        encoded = codec.encode(style, device, done)
         z_lq = encoded["mean"]
 
         def noise() -> torch.Tensor:  # drawn on the host, so that a seed means the same on every device
@@ -184,14 +179,13 @@ class Restorer:
             z_lq = z_lq + encoded["std"] * noise()
         first = noise()
         x = start_from_lq(z_lq, first) if recipe.init == "lq" else first
-        denoiser = self._denoiser(layout)
+        denoiser, kind = self._denoiser(layout), self.manifest.prediction_type
         x = SAMPLERS[recipe.sampler](
-            lambda x, t: denoiser(x, t, z_lq, done), x, respace(recipe.steps), m.prediction_type, noise, eta=recipe.eta
+            lambda x, t: denoiser(x, t, z_lq, done), x, respace(recipe.steps), kind, noise, eta=recipe.eta
         )
-        features = partial(self._features, encoded, style, recipe)
-        decoded = decode(sessions["decoder"], x, features, layout.codec, m.factor, done)
+        decoded = codec.decode(x, codec.features(style, encoded, recipe.cfw_weight), done)
         automatic: ColorFix = "adain" if len(layout.tiles) == 1 else "wavelet"
-        return ColorFixed(Spooled(decoded), style, automatic if recipe.color_fix == "auto" else recipe.color_fix)
+        return ColorFixed(decoded, style, automatic if recipe.color_fix == "auto" else recipe.color_fix)
 
     def _denoiser(self, layout: Layout) -> TiledDenoiser:
         session, recipe = self.sessions["denoiser"], layout.recipe
@@ -199,19 +193,6 @@ class Restorer:
         fixed = {"strength": strength} if "strength" in session.inputs else {}
         weights = ramp_weights(layout.tiles) if recipe.mode == "fast" else None
         return TiledDenoiser(session, layout.tiles, weights, recipe.batch, fixed)
-
-    def _features(
-        self, encoded: dict[str, torch.Tensor], style: Bands, recipe: Recipe, tile: Tile
-    ) -> dict[str, torch.Tensor]:
-        """Return what the decoder takes besides the latent of a tile; nothing without feature wrapping."""
-        if not self.manifest.cfw:
-            return {}
-        f = self.manifest.factor
-        if not any(name.startswith("features_") for name in encoded):
-            image = Cropped(style, Tile(*(f * side for side in tile))).read(0, f * tile.height)
-            encoded = run(self.sessions["encoder"], {"image": image.contiguous()})
-        features = {name: tensor for name, tensor in encoded.items() if name.startswith("features_")}
-        return {**features, "cfw_weight": torch.full((1,), recipe.cfw_weight)}
 
 
 @contextmanager

@@ -1,27 +1,101 @@
-"""Encode, denoise, decode: a canvas of any size through an engine's sessions, tile by tile.
+"""The stages of a restoration: encode, denoise and decode a canvas of any size, tile by tile.
 
-Encoder and decoder see a bounded neighbourhood: their tiles overlap by what they see, and only the middles are kept.
-The denoiser's predictions are blended instead (mixture of diffusers; StableSR 3.4).
+Encoder and decoder have a bounded receptive field: their tiles overlap, and only the middle of each is kept. The
+predictions of the denoiser are blended instead (mixture of diffusers; StableSR section 3.4).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from pfstorer_rt.engine.session import Session, out_of_memory
 from pfstorer_rt.errors import PFStorerError
-from pfstorer_rt.imaging.bands import Bands
-from pfstorer_rt.imaging.rows import Spool
+from pfstorer_rt.imaging.bands import as_tensor
+from pfstorer_rt.imaging.rows import Rows, Spool
 from pfstorer_rt.runtime.layout import CodecTiles
 from pfstorer_rt.tiling import Blender, Tile
 
 Tensors = dict[str, torch.Tensor]
 Done = Callable[[int], None]
-"""done(n): that many tiles went through a network."""
+"""done(n): called after n tiles have passed a network."""
+
+
+class Codec(NamedTuple):
+    """The encoder and decoder with the tiles that they work on."""
+
+    encoder: Session
+    decoder: Session
+    tiles: CodecTiles
+    factor: int
+    """Pixels per latent pixel."""
+
+    def images(self, style: Rows) -> Iterator[torch.Tensor]:
+        """Yield the image (1, 3, H, W) of every tile, row by row from the top; each band is read once."""
+        f, (height, width) = self.factor, self.tiles.sides
+        for top, _ in self.tiles.rows:
+            band = style.read(top * f, (top + height) * f)
+            for left, _ in self.tiles.columns:
+                yield as_tensor(band[..., left * f : (left + width) * f])
+
+    def encode(self, style: Rows, device: torch.device, done: Done) -> Tensors:
+        """Encode a canvas to `mean` and, with a variational encoder, `std`: (1, C, h, w) each on `device`.
+
+        Where one tile covers the canvas, the features for the decoder are returned too. Of a larger canvas they
+        would take gigabytes: `features` computes them again, tile by tile.
+        """
+        images = self.images(style)
+        if self.tiles.whole:
+            encoded = run(self.encoder, {"image": next(images)})
+            done(1)
+            return {name: t.to(device) if name in LATENTS else t for name, t in encoded.items()}
+        latents: Tensors = {}
+        for top, (row, below) in self.tiles.rows:
+            for left, (column, right) in self.tiles.columns:
+                for name, tensor in run(self.encoder, {"image": next(images)}).items():
+                    if name in LATENTS:
+                        if name not in latents:
+                            latents[name] = torch.empty(1, tensor.shape[1], *self.tiles.shape, device=device)
+                        kept = tensor[..., row - top : below - top, column - left : right - left]
+                        latents[name][..., row:below, column:right] = kept
+                done(1)
+        return latents
+
+    def features(self, style: Rows, encoded: Tensors, weight: float) -> Iterator[Tensors]:
+        """Yield the further inputs of the decoder for every tile, in the order of `images`.
+
+        These are the features of the LQ image and the weight of feature wrapping; a decoder without it has none.
+        """
+        wanted = [name for name in self.decoder.inputs if name.startswith("features_")]
+        if not wanted:
+            yield from repeat({})
+        kept = set(wanted) <= set(encoded)
+        for found in [encoded] if kept else (run(self.encoder, {"image": image}) for image in self.images(style)):
+            yield {**{name: found[name] for name in wanted}, "cfw_weight": torch.full((1,), weight)}
+
+    def decode(self, latent: torch.Tensor, features: Iterator[Tensors], done: Done) -> Spool:
+        """Decode (1, C, h, w) to a canvas."""
+        f, (height, width) = self.factor, self.tiles.sides
+        out = Spool(self.tiles.shape[0] * f, self.tiles.shape[1] * f)
+        for top, (row, below) in self.tiles.rows:
+            band = np.empty((3, (below - row) * f, out.width), np.float32)
+            for left, (column, right) in self.tiles.columns:
+                tile = crop(latent, Tile(top, left, height, width)).contiguous()
+                image = run(self.decoder, {"latent": tile, **next(features)})["image"].cpu().numpy()
+                y, x = (row - top) * f, (column - left) * f
+                kept = image[0, :, y : y + (below - row) * f, x : x + (right - column) * f]
+                band[..., column * f : right * f] = kept
+                done(1)
+            out.write(row * f, band)
+        return out
+
+
+LATENTS = ("mean", "std")
+"""Outputs of the encoder that are latents; all others are features for the decoder."""
 
 
 def run(session: Session, tensors: Mapping[str, torch.Tensor]) -> Tensors:
@@ -29,60 +103,10 @@ def run(session: Session, tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return session.run_tensors(**{name: tensor.to(session.device) for name, tensor in tensors.items()})
 
 
-def encode(session: Session, style: Bands, tiles: CodecTiles, factor: int, device: torch.device, done: Done) -> Tensors:
-    """Encode a canvas to `mean` and, where the encoder has it, `std`: (1, C, h, w) each on `device`.
-
-    The features for the decoder are given too where one tile is the canvas; else they are computed again, tile by
-    tile, when they are needed: for a large picture they would be gigabytes.
-    """
-    if tiles.whole:
-        encoded = run(session, {"image": style.read(0, style.height)})
-        done(1)
-        return {name: t.to(device) if name in ("mean", "std") else t for name, t in encoded.items()}
-    latents: Tensors = {}
-    height, width = tiles.sides
-    for top, (row, below) in tiles.rows:
-        band = style.read(top * factor, (top + height) * factor)
-        for left, (column, right) in tiles.columns:
-            image = band[..., left * factor : (left + width) * factor].contiguous()
-            for name, tensor in run(session, {"image": image}).items():
-                if name in ("mean", "std"):
-                    if name not in latents:
-                        latents[name] = torch.empty(1, tensor.shape[1], *tiles.shape, device=device)
-                    kept = tensor[..., row - top : below - top, column - left : right - left]
-                    latents[name][..., row:below, column:right] = kept
-            done(1)
-    return latents
-
-
-def decode(
-    session: Session,
-    latent: torch.Tensor,
-    features: Callable[[Tile], Tensors],
-    tiles: CodecTiles,
-    factor: int,
-    done: Done,
-) -> Spool:
-    """Decode (1, C, h, w) to rows in [-1, 1]. features(tile in latent pixels): what else the decoder takes there."""
-    out = Spool(tiles.shape[0] * factor, tiles.shape[1] * factor)
-    height, width = tiles.sides
-    for top, (row, below) in tiles.rows:
-        band = np.empty(((below - row) * factor, out.width, 3), np.float32)
-        for left, (column, right) in tiles.columns:
-            tile = Tile(top, left, height, width)
-            image = run(session, {"latent": crop(latent, tile).contiguous(), **features(tile)})["image"].cpu()
-            y, x = (row - top) * factor, (column - left) * factor
-            kept = image[0, :, y : y + len(band), x : x + (right - column) * factor]
-            band[:, column * factor : right * factor] = kept.permute(1, 2, 0).numpy()
-            done(1)
-        out.write(row * factor, band)
-    return out
-
-
 class TiledDenoiser:
-    """denoiser(x, t) of the canvas: the tiles' predictions, blended. Remembers the batch that memory allowed.
+    """The denoiser of a whole canvas: the blended predictions of the tiles.
 
-    weights: (T, T) of every tile, or None for StableSR's.
+    weights: (T, T) of every tile, or None for StableSR's. After an out-of-memory error the smaller batch is kept.
     """
 
     def __init__(self, session: Session, tiles: Sequence[Tile], weights: Any, batch: int, fixed: Tensors) -> None:
@@ -101,7 +125,7 @@ class TiledDenoiser:
             times = torch.full((len(chosen),), t, dtype=torch.float32, device=x.device)
             try:
                 predictions = run(self.session, {**stacked, "t": times, **self.fixed})["prediction"]
-            except Exception as error:  # engines raise their own kinds
+            except Exception as error:  # every engine has its own error types
                 if not out_of_memory(error):
                     raise
                 self.shrink(error)
@@ -113,7 +137,7 @@ class TiledDenoiser:
         return blender.result()[None]
 
     def shrink(self, error: Exception) -> None:
-        """Halve the batch; raises `PFStorerError` where one tile is too much already."""
+        """Halve the batch; raises `PFStorerError` where the batch is one tile already."""
         if self.batch == 1:
             raise PFStorerError("too little memory for a single tile; close other programs") from error
         self.batch = min(self.batch, len(self.tiles)) // 2 or 1

@@ -475,8 +475,8 @@ def test_strips_of_a_turned_picture_are_the_turned_picture(turn, monkeypatch):
     Image.fromarray(values).save(data, "PNG", exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(data)))
     scan = images.scan_image(data)
-    assert np.array_equal(scan.pixels.stored(0, scan.pixels.height), expected[..., :3])
-    assert np.array_equal(scan.alpha.stored(0, scan.alpha.height), expected[..., 3:])
+    assert np.array_equal(np.round(scan.pixels.pixels(0, scan.pixels.height) * 255), expected[..., :3])
+    assert np.array_equal(np.round(255 * scan.alpha.pixels(0, scan.alpha.height)), expected[..., 3:])
 
 
 def test_the_size_is_known_without_decoding(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.imaging import rows as spools
-from pfstorer_rt.imaging.rows import Spool, bands
+from pfstorer_rt.imaging.rows import Spool, bands, from_pixels, read_pixels, to_pixels
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -18,15 +18,32 @@ def place(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
 def test_rows_come_back_in_any_order(place, dtype):
-    rows = np.random.default_rng(0).integers(0, 256, (23, 7, 3)).astype(dtype)
+    levels = np.random.default_rng(0).integers(0, 256, (3, 23, 7)).astype(np.uint8)
+    expected = levels / np.float32(255) * 2 - 1
+    image = levels if dtype is np.uint8 else expected
     spool = Spool(23, 7, 3, dtype)
     for start in (10, 0, 20):
-        spool.write(start, rows[start : start + 10])
-    expected = rows / np.float32(255) if dtype is np.uint8 else rows
+        spool.write(start, image[:, start : start + 10])
     for start, stop in ((0, 23), (5, 6), (19, 22)):
-        found = spool.read(start, stop)
-        assert found.dtype == np.float32 and np.array_equal(found, expected[start:stop])
-        assert np.array_equal(spool.stored(start, stop), rows[start:stop])
+        found, pixels = spool.read(start, stop), spool.pixels(start, stop)
+        assert found.dtype == np.float32 and np.array_equal(found, expected[:, start:stop])
+        assert pixels.dtype == np.float32 and pixels.shape == (stop - start, 7, 3)
+        assert np.array_equal(np.round(pixels * 255), levels[:, start:stop].transpose(1, 2, 0))
+
+
+def test_levels_are_read_as_exact_255ths():
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 256)
+    assert np.array_equal(read_pixels(Spool.of(levels), 0, 1)[0, :, 0], np.arange(256, dtype=np.float32) / 255)
+
+
+def test_pixels_become_a_band_and_back():
+    pixels = np.random.default_rng(0).random((4, 5, 3)).astype(np.float32)
+    band = from_pixels(pixels)
+    assert band.shape == (3, 4, 5) and band.dtype == np.float32
+    assert band[1, 2, 3] == pixels[2, 3, 1] * 2 - 1
+    np.testing.assert_allclose(to_pixels(band), pixels, rtol=0, atol=1e-7)
+    assert to_pixels(np.float32([[[-3, 3, np.nan]]])).tolist()[0][:2] == [[0], [1]]
+    assert np.isnan(to_pixels(np.float32([[[np.nan]]]))).all()
 
 
 def test_a_large_picture_is_not_in_memory(place):
@@ -35,10 +52,10 @@ def test_a_large_picture_is_not_in_memory(place):
 
 
 def test_an_array_is_wrapped_without_a_copy():
-    array = np.zeros((2, 3, 3), np.float32)
+    array = np.zeros((3, 2, 4), np.float32)
     spool = Spool.of(array)
-    array[1, 2, 0] = 5
-    assert (spool.height, spool.width) == (2, 3) and spool.read(1, 2)[0, 2, 0] == 5
+    array[0, 1, 2] = 5
+    assert (spool.height, spool.width, spool.channels) == (2, 4, 3) and spool.read(1, 2)[0, 0, 2] == 5
 
 
 def test_a_full_disk_says_where_and_what_to_do(monkeypatch):
@@ -53,7 +70,7 @@ def test_a_full_disk_says_where_and_what_to_do(monkeypatch):
 
     monkeypatch.setattr(spools.tempfile, "TemporaryFile", lambda **_: Full())
     with pytest.raises(PFStorerError, match=r"no space left.*TMPDIR"):
-        Spool(4, 4).write(0, np.zeros((1, 4, 3)))
+        Spool(4, 4).write(0, np.zeros((3, 1, 4)))
 
 
 @pytest.mark.parametrize(("height", "width", "least"), [(1, 1, 1), (1000, 10_000, 1), (1000, 10_000, 256), (7, 9, 100)])

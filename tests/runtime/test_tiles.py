@@ -6,7 +6,7 @@ import pytest
 from pfstorer_rt.config import RestoreConfig, TileConfig
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.imaging.files import to_tensor
-from pfstorer_rt.imaging.rows import Spool
+from pfstorer_rt.imaging.rows import Spool, from_pixels, read_pixels
 from pfstorer_rt.plan import COMPONENTS
 from pfstorer_rt.runtime import layout as layouts
 from pfstorer_rt.runtime.restorer import Restorer
@@ -23,9 +23,9 @@ def test_rows_are_what_the_whole_is(restorer, make_picture, monkeypatch):
     pixels, config = make_picture(150, 170), replace(CONFIG, scale=1.3)
     whole = restorer.restore(pixels, config)
     monkeypatch.setattr("pfstorer_rt.imaging.rows.IN_MEMORY", 0)  # all of it in files
-    result = restorer.restore_rows(Spool.of(pixels), config)
+    result = restorer.restore_rows(Spool.of(from_pixels(pixels)), config)
     assert (result.height, result.width) == whole.shape[:2]
-    rows = np.concatenate([result.read(y, min(195, y + 20)) for y in range(0, 195, 20)])
+    rows = np.concatenate([read_pixels(result, y, min(195, y + 20)) for y in range(0, 195, 20)])
     # Bands of the colour fix round differently.
     np.testing.assert_allclose(rows, whole, atol=1e-5)
 
