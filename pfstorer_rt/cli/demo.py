@@ -139,7 +139,8 @@ def restore_both(lq: Pixels, plan: Path) -> dict[str, Pixels]:
 
 def measure(pictures: dict[str, Pixels], references: list[Path]) -> dict[str, dict[str, float | None]]:
     """Return PSNR and identity distance of each picture to the ground truth; None where there is no figure."""
-    from pfstorer_rt.faces.dlib import face_embedder, identity_distance
+    from pfstorer_rt.faces.dlib import identity_distance
+    from pfstorer_rt.faces.finding import face_embedder
     from pfstorer_rt.imaging.similarity import psnr
 
     embed = face_embedder()

@@ -33,7 +33,7 @@ from pfstorer_rt.training.device import accelerated, to_channels_last
 from pfstorer_rt.training.loop import MakeBatch, Training, run_training
 from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.objectives import RestorerObjective
-from pfstorer_rt.training.picture_loss import PictureLoss, draw_views, find_faces
+from pfstorer_rt.training.picture_loss import PictureLoss, draw_views, face_maps
 
 
 class FinishingObjective(RestorerObjective):
@@ -149,7 +149,7 @@ def picture_pairs(
 
     def make(chunk: int) -> Batch:
         pair = make_pair(chunk)
-        return {**pair, "maps": torch.from_numpy(find_faces([from_tensor(image[None]) for image in pair["hq"]]))}
+        return {**pair, "maps": torch.from_numpy(face_maps([from_tensor(image[None]) for image in pair["hq"]]))}
 
     def pack(chunk: Batch) -> Mapping[str, np.ndarray[Any, Any]]:
         both = torch.stack([chunk["hq"], chunk["lq"]], 1).permute(0, 1, 3, 4, 2)

@@ -14,6 +14,7 @@ from torch import nn
 
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.errors import PFStorerError
+from pfstorer_rt.faces.finding import face_embedder
 from pfstorer_rt.files import make_folder, sha256_file
 from pfstorer_rt.identity import Identity, named_identity
 from pfstorer_rt.imaging.find import find_images
@@ -170,8 +171,6 @@ def cache_reference(
 
 def choose_reference(photos: Sequence[torch.Tensor]) -> int:
     """Pick the photograph most like the others by face embedding; the first without a face model."""
-    from pfstorer_rt.faces.dlib import face_embedder
-
     embed = face_embedder()
     found = [embed(photo.permute(1, 2, 0).numpy()) for photo in photos] if embed else []
     faces: list[tuple[int, Any]] = [(i, e) for i, e in enumerate(found) if e is not None]

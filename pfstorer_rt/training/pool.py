@@ -16,7 +16,7 @@ from pfstorer_rt.degradation.degrade import LEVELS, degrade
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
 from pfstorer_rt.training.data import Batch, center_crop, draw_timesteps, random_crop
-from pfstorer_rt.training.picture_loss import draw_views, find_faces, looks_at_pictures
+from pfstorer_rt.training.picture_loss import draw_views, face_maps, looks_at_pictures
 
 ZOOM = 1.25
 """Training squares are cut at up to this magnification, so that most of the face stays in."""
@@ -67,7 +67,7 @@ def make_pool(
     pool = LatentPool(hq_latents, lq_latents, torch.arange(size) % len(photos), references)
     if not pictures:
         return pool
-    maps = find_faces([picture[0].permute(1, 2, 0).numpy() / np.float32(255) for picture in pictures])
+    maps = face_maps([picture[0].permute(1, 2, 0).numpy() / np.float32(255) for picture in pictures])
     return pool._replace(pictures=torch.stack(pictures), maps=maps)
 
 
