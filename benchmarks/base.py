@@ -21,7 +21,8 @@ from common import hwc, machine
 
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.degradation.degrade import degrade
-from pfstorer_rt.faces.dlib import face_embedder, identity_distance
+from pfstorer_rt.faces.dlib import identity_distance
+from pfstorer_rt.faces.finding import face_embedder
 from pfstorer_rt.imaging.files import from_tensor, to_tensor
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.imaging.rows import Pixels

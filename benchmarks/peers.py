@@ -37,7 +37,7 @@ from pfstorer_rt.imaging.files import save_image
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.imaging.similarity import psnr
 from pfstorer_rt.runtime.restorer import Restorer
-from pfstorer_rt.training.loop import has_native_bf16
+from pfstorer_rt.training.device import has_native_bf16
 
 OURS = {
     "onnxruntime": ("onnxruntime", None),

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from pfstorer_rt.progress import OnProgress, StageProgress
+
+LINES = 10
+"""Lines that are printed for each stage where there is no terminal to draw a bar on."""
 
 
 def stderr() -> Console:
@@ -16,3 +26,50 @@ def printable(text: str) -> str:
     A name or a value from another person's file could otherwise give commands to the terminal (escape sequences).
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+
+
+@contextmanager
+def stage_bars() -> Iterator[OnProgress]:
+    """Yield a callback that draws a bar for each stage on a terminal, and prints lines elsewhere."""
+    console = stderr()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=2) as bars:
+        yield StageBars(bars)
+
+
+class StageBars:
+    """Shows the progress of stages on the console of `bars`."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.tasks: dict[str, TaskID] = {}
+        self.first: dict[str, StageProgress] = {}
+        self.lines: dict[str, int] = {}
+
+    def __call__(self, progress: StageProgress) -> None:
+        """Show one report; a stage whose first report has work done is resumed."""
+        stage, lines, console = progress.stage, math.floor(LINES * progress.share), self.bars.console
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bars.add_task(stage, total=1.0, state="")
+            self.first[stage], self.lines[stage] = progress, lines
+            if progress.done:
+                how = "finished by an earlier run" if progress.share >= 1 else f"resuming from {count(progress)}"
+                console.print(f"{stage}: {how}")
+        state = f"{count(progress)}  {self.speed(progress)}".rstrip()
+        self.bars.update(self.tasks[stage], completed=progress.share, state=state)
+        if not console.is_terminal and lines > self.lines[stage]:
+            console.print(f"{stage}: {state}")
+        self.lines[stage] = lines
+
+    def speed(self, progress: StageProgress) -> str:
+        """Return the loss, where the stage has one, and the iterations or samples per second of this run."""
+        loss = "" if math.isnan(progress.loss) else f"loss {progress.loss:.4f}  "
+        rate = (progress.done - self.first[progress.stage].done) / progress.seconds if progress.seconds else 0.0
+        return f"{loss}{rate:.2f}/s" if rate else ""
+
+
+def count(progress: StageProgress) -> str:
+    """Return finished iterations or samples and their total, or the share of the time where there is no total."""
+    if progress.total is None:
+        return f"iteration {progress.done} ({progress.share:.0%} of the time)"
+    return f"{progress.done}/{progress.total}"

@@ -20,7 +20,7 @@ FOLDERS = {
 }
 
 # A part and the parts below it that it may import; a part is a module or package of pfstorer_rt.
-PLAIN = {"errors", "extras", "config", "files", "console"}
+PLAIN = {"errors", "extras", "config", "files", "progress", "console"}
 FORMATS = {"imaging", "tiling", "diffusion", "identity", "plan", "base_files", "onnx_message"}
 NETWORKS = PLAIN | FORMATS | {"ops", "models"}
 MAY_IMPORT = {
@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "onnx_message": set(),
     "base_files": {"errors", "config", "files"},
     "config": {"errors", "files"},
-    "console": {"errors"},
+    "progress": set(),
+    "console": {"errors", "progress"},
     "files": {"errors", "temporary"},
     "signing": {"errors", "files"},
     "tiling": {"errors", "config"},

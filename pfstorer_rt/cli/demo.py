@@ -112,13 +112,16 @@ def resize(pixels: Pixels, size: int) -> Pixels:
 def learn_and_export(references: list[Path], base: str, iterations: int, output: Path, plan: Path) -> None:
     """Personalize on the views and write the plan."""
     from pfstorer_rt.config import PersonalizeConfig
+    from pfstorer_rt.console import stage_bars
     from pfstorer_rt.export import export_plan
     from pfstorer_rt.models.base import load_base
     from pfstorer_rt.training.personalize import personalize
 
     loaded = load_base(base)
     config = PersonalizeConfig.for_base(loaded.config, {"iterations": iterations})
-    identity = personalize(NAME, references, loaded, config, output / f"{NAME}.safetensors")
+    with stage_bars() as on_progress:
+        file = output / f"{NAME}.safetensors"
+        identity = personalize(NAME, references, loaded, config, file, on_progress=on_progress)
     export_plan(plan, identity, loaded)
 
 
@@ -136,7 +139,8 @@ def restore_both(lq: Pixels, plan: Path) -> dict[str, Pixels]:
 
 def measure(pictures: dict[str, Pixels], references: list[Path]) -> dict[str, dict[str, float | None]]:
     """Return PSNR and identity distance of each picture to the ground truth; None where there is no figure."""
-    from pfstorer_rt.faces.dlib import face_embedder, identity_distance
+    from pfstorer_rt.faces.dlib import identity_distance
+    from pfstorer_rt.faces.finding import face_embedder
     from pfstorer_rt.imaging.similarity import psnr
 
     embed = face_embedder()

@@ -73,6 +73,7 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
       pfstorer-rt personalize --identity alice photos/alice/*.jpg
     """
     from pfstorer_rt.config import PersonalizeConfig
+    from pfstorer_rt.console import stage_bars
     from pfstorer_rt.errors import PFStorerError
     from pfstorer_rt.files import make_folder
     from pfstorer_rt.identity import identities_dir, identity_path
@@ -109,7 +110,10 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
     train, values = ({n: options[n] for n in group if options[n] is not None} for group in (names, own))
     config = PersonalizeConfig.for_base(base.config, train, **values)
     make_folder(target.parent)
-    identity = personalize(name, photos, base, config, target, lambda line: click.echo(f"note: {line}", err=True))
+    with stage_bars() as on_progress:
+        identity = personalize(
+            name, photos, base, config, target, lambda line: click.echo(f"note: {line}", err=True), on_progress
+        )
     if options["as_json"]:
         click.echo(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))
         return

@@ -80,6 +80,7 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
     if part and not options["prior"]:
         raise click.UsageError(f"--train {part} goes with --prior, the base that it is for")
     from pfstorer_rt.config import changed
+    from pfstorer_rt.console import stage_bars
     from pfstorer_rt.models.base import load_base
     from pfstorer_rt.training.base import BaseTrainConfig, train_base
 
@@ -99,16 +100,17 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
     )
     work = work or output.with_name(output.name + ".training")
     prior = load_base(options["prior"]) if options["prior"] else None
-    if prior is not None and part == "wrapping":
-        from pfstorer_rt.training.wrapping import add_wrapping
+    with stage_bars() as on_progress:
+        if prior is not None and part == "wrapping":
+            from pfstorer_rt.training.wrapping import add_wrapping
 
-        base = add_wrapping(photos, prior, output, config, work)
-    elif prior is not None and part == "finishing":
-        from pfstorer_rt.training.finishing import finish_base
+            base = add_wrapping(photos, prior, output, config, work, on_progress)
+        elif prior is not None and part == "finishing":
+            from pfstorer_rt.training.finishing import finish_base
 
-        base = finish_base(photos, prior, output, config, work)
-    else:
-        base = train_base(photos, output, config, work, prior)
+            base = finish_base(photos, prior, output, config, work, on_progress)
+        else:
+            base = train_base(photos, output, config, work, prior, on_progress)
     click.echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; checkpoints in {work} can go")
 
 
@@ -116,6 +118,7 @@ def train_on_tiles(photos: tuple[Path, ...], output: Path, work: Path, options: 
     """Train one part of a base on tiles."""
     if options["trained"] != "autoencoder" and not options["prior"]:
         raise click.UsageError(f"--train {options['trained']} goes with --prior, the base of the part before")
+    from pfstorer_rt.console import stage_bars
     from pfstorer_rt.models.base import load_base
     from pfstorer_rt.training.parts import PartConfig, train_part
 
@@ -129,5 +132,6 @@ def train_on_tiles(photos: tuple[Path, ...], output: Path, work: Path, options: 
         train={name: options[name] for name in names},
     )
     prior = load_base(options["prior"]) if options["prior"] else None
-    base = train_part([str(photo) for photo in photos], output, config, work, prior)
+    with stage_bars() as on_progress:
+        base = train_part([str(photo) for photo in photos], output, config, work, prior, on_progress)
     click.echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; checkpoints in {work} can go")

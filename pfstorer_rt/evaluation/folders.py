@@ -156,7 +156,7 @@ class People:
     def notes(self, metrics: Metrics) -> list[str]:
         """Say where nobody can be compared because no reference shows a face."""
         from pfstorer_rt.evaluation.registry import known_faces
-        from pfstorer_rt.faces.dlib import face_embedder
+        from pfstorer_rt.faces.finding import face_embedder
 
         embed = face_embedder()
         if embed is None or "id_dlib" not in metrics.measures:

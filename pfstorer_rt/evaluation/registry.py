@@ -13,7 +13,7 @@ import numpy as np
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.evaluation.sample import Measure, Sample
 from pfstorer_rt.extras import needed_by
-from pfstorer_rt.faces import dlib
+from pfstorer_rt.faces import dlib, finding
 from pfstorer_rt.faces.arcface import arcface_embedder
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding
 from pfstorer_rt.files import sha256_file
@@ -165,7 +165,7 @@ def load_ssim(_: MetricFiles) -> Measure:
 
 def dlib_embedder() -> Callable[[Pixels], Embedding | None]:
     """dlib's embedding, or MissingBackendError."""
-    embed = dlib.face_embedder()
+    embed = finding.face_embedder()
     if embed is None:
         raise MissingBackendError(f"dlib and its weights are not installed; {INSTALL_METRICS}")
     return embed
@@ -198,17 +198,15 @@ def load_verification(_: MetricFiles) -> Measure:
 
 
 def load_lmse(_: MetricFiles) -> Measure:
-    """Squared error of dlib's landmarks, the face of the original giving the place in both pictures."""
-    landmarks = dlib.landmark_finder()
-    if landmarks is None:
-        raise MissingBackendError(f"dlib and its weights are not installed; {INSTALL_METRICS}")
+    """Load the squared error of dlib's landmarks, both found in the box of the original's face."""
+    dlib.load_dlib()
 
     def measure(result: Sample, original: Sample, _: Sequence[Sample]) -> float | None:
-        face = original.once(landmarks.face)
-        if face is None:
+        box = original.once(finding.find_largest)
+        if box is None:
             return None
-        truth = landmarks.points(original.pixels, face)
-        return dlib.landmark_error(landmarks.points(result.pixels, face), truth)
+        truth = finding.landmarks_at_side(original.pixels, box)
+        return dlib.landmark_error(finding.landmarks_at_side(result.pixels, box), truth)
 
     return measure
 

@@ -9,30 +9,32 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pfstorer_rt.errors import BadFileError, MissingBackendError
-from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, Points, at_landmark_side, landmark_finder
+from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.faces.dlib import Embedding, Points, load_dlib
+from pfstorer_rt.faces.finding import at_landmark_side, find_largest, landmarks_at_side
 from pfstorer_rt.imaging.rows import Pixels
 
 SIDE = 112
 TEMPLATE = np.array(
     [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)]
 )
-"""Where both eyes, the nose and the corners of the mouth lie, (x, y) in pixels of 112 x 112."""
+"""Positions of both eyes, the nose and the corners of the mouth, (x, y) in pixels of 112 x 112."""
 
 
 def arcface_embedder(path: Path) -> Callable[[Pixels], Embedding | None]:
-    """Return a function picture (H, W, 3) in [0, 1] -> embedding of length 1 of its largest face, None without."""
-    landmarks = landmark_finder()
-    if landmarks is None:
-        raise MissingBackendError(f"faces are aligned by dlib's landmarks; {INSTALL_METRICS}")
+    """Return a function image (H, W, 3) in [0, 1] -> embedding of length 1 of its largest face, None without a face.
+
+    Raises `MissingBackendError` when the `metrics` extra is not installed, `BadFileError` for another file.
+    """
+    load_dlib()
     session = open_recognizer(path)
     name = session.get_inputs()[0].name
 
     def embed(pixels: Pixels) -> Embedding | None:
-        face = landmarks.face(pixels)
-        if face is None:
+        box = find_largest(pixels)
+        if box is None:
             return None
-        points = five_points(landmarks.points(pixels, face))
+        points = five_points(landmarks_at_side(pixels, box))
         planes = align(at_landmark_side(pixels), points).transpose(2, 0, 1)[None] * 2 - 1
         vector = np.asarray(session.run(None, {name: planes.astype(np.float32)})[0], dtype=np.float64).ravel()
         return vector / max(float(np.linalg.norm(vector)), 1e-12)
@@ -41,7 +43,7 @@ def arcface_embedder(path: Path) -> Callable[[Pixels], Embedding | None]:
 
 
 def open_recognizer(path: Path) -> Any:
-    """Open the ONNX file; raises BadFileError unless it takes (1, 3, 112, 112) and gives one vector."""
+    """Open the ONNX file; raises `BadFileError` unless it maps (1, 3, 112, 112) to one vector."""
     import onnxruntime
 
     try:
@@ -50,19 +52,19 @@ def open_recognizer(path: Path) -> Any:
         shape = np.shape(session.run(None, {session.get_inputs()[0].name: probe})[0])
     except Exception as error:  # onnxruntime's errors have no common parent of their own
         reason = " ".join(str(error).split())[:200]
-        raise BadFileError(f"{path}: no recognizer that takes (1, 3, {SIDE}, {SIDE}) float32 ({reason})") from error
+        raise BadFileError(f"{path}: not a recognizer with input (1, 3, {SIDE}, {SIDE}) float32 ({reason})") from error
     if len(shape) != 2 or shape[1] < 2:
-        raise BadFileError(f"{path}: gives {shape}; expected one embedding, (1, N)")
+        raise BadFileError(f"{path}: its output has shape {shape}; expected one embedding, (1, N)")
     return session
 
 
 def five_points(points: Points) -> Points:
-    """Both eyes, nose and corners of the mouth (5, 2) of dlib's 68 landmarks, left as seen first."""
+    """Return both eyes, nose and corners of the mouth (5, 2) of dlib's 68 landmarks; image left comes first."""
     return np.stack([points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]])
 
 
 def align(pixels: Pixels, points: Points) -> npt.NDArray[np.float64]:
-    """Turn, scale and shift (H, W, 3) in [0, 1] so that its five points lie on the template: (112, 112, 3)."""
+    """Rotate, scale and shift (H, W, 3) in [0, 1] so that its five points match the template: (112, 112, 3)."""
     from skimage.transform import estimate_transform, warp
 
     transform = estimate_transform("similarity", points, TEMPLATE)

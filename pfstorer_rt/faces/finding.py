@@ -1,4 +1,4 @@
-"""Where the faces of a photograph are, and whose (dlib, extra `metrics`)."""
+"""Find faces with dlib (extra `metrics`): framing, losses, metrics and references all use this one finder."""
 
 from __future__ import annotations
 
@@ -7,18 +7,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pfstorer_rt.faces.dlib import Embedding, dlib_landmarks, dlib_recognizer, face_models, to_uint8
+from pfstorer_rt.faces.dlib import Embedding, Points, face_models, load_dlib, to_uint8
 from pfstorer_rt.imaging.files import from_tensor, resize_bicubic, to_tensor
 from pfstorer_rt.imaging.rows import Pixels
 
 LEAST = 512
-"""Longer side in pixels below which a picture is enlarged before faces are looked for."""
+"""Longer side in pixels to which a smaller image is enlarged: dlib finds faces of 80 pixels or more."""
 LONGER_SIDES = (1024, 2048, 4096)
-"""What a larger picture is shrunk to, one after the other until a face is found: dlib sees those of 80 pixels."""
+"""Longer sides to which a larger image is reduced, one after the other until a face is found."""
+LANDMARK_SIDE = 512
+"""Longer side in pixels of the image that landmarks are measured on; the paper's images have this size."""
+
+
+class Box(NamedTuple):
+    """The square around a face, from the brows to the chin, in pixels of its image."""
+
+    left: float
+    top: float
+    side: float
 
 
 class Face(NamedTuple):
-    """The square box of a face, from the brows to the chin, in pixels of its photograph, and whose it is."""
+    """A face: its box, as in `Box`, and its embedding."""
 
     left: float
     top: float
@@ -26,36 +36,81 @@ class Face(NamedTuple):
     embedding: Embedding
 
 
-def face_finder() -> Callable[[Pixels], list[Face]] | None:
-    """Return a function picture (H, W, 3) in [0, 1] -> its faces, the largest first; None without `metrics`."""
-    folder = face_models()
-    if folder is None:
-        return None
-    detector, landmarks = dlib_landmarks(folder)
-    recognizer = dlib_recognizer(folder)
+def find_boxes(pixels: Pixels) -> list[Box]:
+    """Find the faces of an image (H, W, 3) in [0, 1]; the largest face is the first.
 
-    def find(pixels: Pixels) -> list[Face]:
-        image, scale, boxes = look(detector, pixels)
-        faces = []
-        for box in boxes:
-            numbers = np.array(recognizer.compute_face_descriptor(image, landmarks(image, box)))
-            faces.append(Face(box.left() / scale, box.top() / scale, box.width() / scale, numbers))
-        return sorted(faces, key=lambda face: -face.side)
-
-    return find
-
-
-def look(detector: Any, pixels: Pixels) -> tuple[Any, float, Any]:
-    """Return the picture as it was looked at, its scale, and dlib's boxes in it."""
-    longer = max(pixels.shape[:2])
+    The longer side is brought to 512 pixels in a smaller image, to 1024, 2048 and 4096 in a larger one, until a face is
+    found. An image of up to 1024 pixels without a face is searched again at twice the size.
+    Raises `MissingBackendError` when the `metrics` extra is not installed.
+    """
+    detector, longer = load_dlib()[0], max(pixels.shape[:2])
     for most in LONGER_SIDES:
         scale = float(np.clip(longer, LEAST, most)) / longer
         image = to_uint8(resized(pixels, scale))
-        boxes = detector(image, 0)
-        if boxes or longer <= most:
+        found = detector(image, 0)
+        if found or longer <= most:
             break
-    small = longer <= LONGER_SIDES[0]
-    return image, scale, boxes or (detector(image, 1) if small else boxes)
+    if not found and longer <= LONGER_SIDES[0]:
+        found = detector(image, 1)
+    boxes = [Box(box.left() / scale, box.top() / scale, box.width() / scale) for box in found]
+    return sorted(boxes, key=lambda box: -box.side)
+
+
+def find_largest(pixels: Pixels) -> Box | None:
+    """Return the largest face of an image (H, W, 3) in [0, 1], None without a face."""
+    return next(iter(find_boxes(pixels)), None)
+
+
+def dlib_shape(pixels: Pixels, box: Box) -> Any:
+    """Return dlib's 68 landmarks of the face in a box of (H, W, 3) in [0, 1], in pixels of the same image."""
+    import dlib
+
+    left, top, right, bottom = (round(n) for n in (box.left, box.top, box.left + box.side - 1, box.top + box.side - 1))
+    return load_dlib()[1](to_uint8(pixels), dlib.rectangle(left, top, right, bottom))
+
+
+def embed_box(pixels: Pixels, box: Box) -> Embedding:
+    """Return dlib's embedding (128,) of the face in a box of (H, W, 3) in [0, 1]."""
+    descriptor = load_dlib()[2].compute_face_descriptor(to_uint8(pixels), dlib_shape(pixels, box))
+    return np.array(descriptor, dtype=np.float64)
+
+
+def embed_largest(pixels: Pixels) -> Embedding | None:
+    """Return dlib's embedding (128,) of the largest face of (H, W, 3) in [0, 1], None without a face."""
+    box = find_largest(pixels)
+    return None if box is None else embed_box(pixels, box)
+
+
+def embed_all(pixels: Pixels) -> list[Face]:
+    """Return all faces of (H, W, 3) in [0, 1] with their embeddings; the largest face is the first."""
+    return [Face(*box, embed_box(pixels, box)) for box in find_boxes(pixels)]
+
+
+def face_embedder() -> Callable[[Pixels], Embedding | None] | None:
+    """Return `embed_largest`, or None when the `metrics` extra is not installed."""
+    return embed_largest if face_models() else None
+
+
+def face_finder() -> Callable[[Pixels], list[Face]] | None:
+    """Return `embed_all`, or None when the `metrics` extra is not installed."""
+    return embed_all if face_models() else None
+
+
+def landmarks_at_side(pixels: Pixels, box: Box) -> Points:
+    """Return 68 landmarks (68, 2), (x, y) in pixels of `at_landmark_side(pixels)`, of the face in a box of `pixels`."""
+    scale = LANDMARK_SIDE / max(pixels.shape[:2])
+    shape = dlib_shape(at_landmark_side(pixels), Box(*(scale * n for n in box)))
+    return np.array([(point.x, point.y) for point in shape.parts()], dtype=np.float64)
+
+
+def at_landmark_side(pixels: Pixels) -> Pixels:
+    """Resize (H, W, 3) so that its longer side has `LANDMARK_SIDE` pixels, aspect kept."""
+    from skimage.transform import resize
+
+    height, width = pixels.shape[:2]
+    scale = LANDMARK_SIDE / max(height, width)
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    return np.asarray(resize(pixels, size, order=1, anti_aliasing=scale < 1), dtype=np.float32)
 
 
 def resized(pixels: Pixels, scale: float) -> Pixels:

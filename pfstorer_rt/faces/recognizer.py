@@ -5,29 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.faces.dlib import dlib_landmarks, largest, to_uint8
+from pfstorer_rt.faces.finding import dlib_shape, find_largest
 from pfstorer_rt.imaging.rows import Pixels
 
 SIDE = 150
-"""Side in pixels of the picture of a face that the network takes."""
+"""Side in pixels of the network's input."""
 BLOCKS = (*[(32, 1)] * 3, (64, 2), *[(64, 1)] * 3, (128, 2), *[(128, 1)] * 2, (256, 2), *[(256, 1)] * 2, (256, 2))
 """Channels and stride of each residual block (dlib's examples/dnn_face_recognition_ex.cpp)."""
 MEAN = (122.782, 117.001, 104.298)
-"""Of red, green and blue in 0..255, which dlib takes off before it divides by 256."""
+"""Mean of red, green and blue in 0..255, which dlib subtracts before it divides by 256."""
 
 
 class FaceRecognizer(nn.Module):
-    """ResNet-29 of dlib, (B, 3, 150, 150) in [0, 1] -> (B, 128); faces nearer than 0.6 are one person's.
+    """ResNet-29 of dlib, (B, 3, 150, 150) in [0, 1] -> (B, 128); a distance under 0.6 means the same person.
 
-    path: `RECOGNIZER` in the folder of dlib's weights. Its affine layers are folded into the convolutions before them.
+    path: `RECOGNIZER` in the folder of dlib's weights. The affine layers are folded into the convolutions before them.
     Raises `BadFileError` for a file that does not hold this network.
     """
 
@@ -56,7 +56,7 @@ class FaceRecognizer(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, faces: torch.Tensor) -> torch.Tensor:
-        """Embed aligned faces (B, 3, 150, 150) in [0, 1]: (B, 128), not of length 1."""
+        """Embed aligned faces (B, 3, 150, 150) in [0, 1]: (B, 128), not normalised."""
         convolutions = iter(self.convolutions)
         x = F.max_pool2d(F.relu(next(convolutions)((faces - self.mean) * (255 / 256))), 3, 2)
         for _, stride in BLOCKS:
@@ -74,9 +74,9 @@ def add_padded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def read_tensors(path: Path) -> Iterator[torch.Tensor]:
-    """Yield the numbers of every layer with weights, flat, in the order of computation, from dlib's own file format.
+    """Yield the weights of every layer, flat, in the order of computation, from dlib's own file format.
 
-    A layer begins with its name; a tensor is a version, four sizes, and its numbers as little-endian fp32.
+    A layer starts with its name; a tensor is a version, four sizes, and its values as little-endian fp32.
     """
     data = path.read_bytes()
     for layer in re.finditer(rb"\x05con_4|\x07affine_|\x04fc_2", data):
@@ -93,43 +93,33 @@ def read_tensors(path: Path) -> Iterator[torch.Tensor]:
 
 
 def read_integer(data: bytes, position: int) -> tuple[int, int]:
-    """Read dlib's integer, a byte of length and that many bytes; returns it and where the next thing is."""
+    """Read dlib's integer, a length byte and that many bytes; return it and the position after it."""
     end = position + 1 + (data[position] & 15)
     return int.from_bytes(data[position + 1 : end], "little"), end
 
 
-class FaceAligner:
-    """Finds where the face of a picture lies, as dlib's recognizer wants it turned, scaled and cut.
+def face_map(pixels: Pixels) -> npt.NDArray[np.float32] | None:
+    """Return where dlib's recognizer takes the largest face of an image (H, W, 3) in [0, 1] from.
 
-    folder: of dlib's weights.
+    The affine map (2, 3) leads from the recognizer's square to the image, both in [-1, 1], as `F.affine_grid` takes it.
+    None without a face. Raises `MissingBackendError` when the `metrics` extra is not installed.
     """
+    box = find_largest(pixels)
+    if box is None:
+        return None
+    import dlib
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __call__(self, pixels: Pixels) -> np.ndarray[Any, Any] | None:
-        """Return the affine map (2, 3) from the recognizer's square to (H, W, 3) in [0, 1], both in [-1, 1].
-
-        None where no face is found. It is what `F.affine_grid` takes.
-        """
-        import dlib
-
-        detector, predictor = dlib_landmarks(self.folder)
-        image = to_uint8(pixels)
-        face = largest(detector(image, 1))
-        if face is None:
-            return None
-        chip = dlib.get_face_chip_details(predictor(image, face), SIDE, 0.25)
-        height, width = image.shape[:2]
-        left, top = chip.rect.left(), chip.rect.top()
-        cos, sin = np.cos(chip.angle), np.sin(chip.angle)
-        size, sides = np.array([width, height]), np.array([chip.rect.width(), chip.rect.height()])
-        turn = np.array([[cos, -sin], [sin, cos]]) * sides / 2
-        middle = np.array([left, top]) + sides / 2
-        return np.concatenate([turn / (size[:, None] / 2), (middle / (size / 2) - 1)[:, None]], 1).astype(np.float32)
+    chip = dlib.get_face_chip_details(dlib_shape(pixels, box), SIDE, 0.25)
+    height, width = pixels.shape[:2]
+    left, top = chip.rect.left(), chip.rect.top()
+    cos, sin = np.cos(chip.angle), np.sin(chip.angle)
+    size, sides = np.array([width, height]), np.array([chip.rect.width(), chip.rect.height()])
+    turn = np.array([[cos, -sin], [sin, cos]]) * sides / 2
+    middle = np.array([left, top]) + sides / 2
+    return np.concatenate([turn / (size[:, None] / 2), (middle / (size / 2) - 1)[:, None]], 1).astype(np.float32)
 
 
 def cut_faces(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """Cut the faces of (B, 3, H, W) by the maps (B, 2, 3) of `FaceAligner`: (B, 3, 150, 150)."""
+    """Cut the faces of (B, 3, H, W) by maps (B, 2, 3) of `face_map`: (B, 3, 150, 150)."""
     grid = F.affine_grid(maps, [len(images), 3, SIDE, SIDE], align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

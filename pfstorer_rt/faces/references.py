@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pfstorer_rt.errors import BadFileError, MissingBackendError
-from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, face_embedder, identity_distance
+from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, identity_distance
+from pfstorer_rt.faces.finding import face_embedder
 from pfstorer_rt.imaging.files import load_image
 from pfstorer_rt.imaging.find import list_images
 from pfstorer_rt.imaging.rows import Pixels, Rows, read_pixels

@@ -14,12 +14,13 @@ from torch import nn
 from pfstorer_rt.config import PRESETS, TrainConfig
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.vae import Autoencoder, build_vae, decode, encode_moments
+from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.base import log_to, signature
 from pfstorer_rt.training.data import Batch
-from pfstorer_rt.training.loop import make_accelerator, train
+from pfstorer_rt.training.device import accelerated
+from pfstorer_rt.training.loop import Training, run_training
 from pfstorer_rt.training.losses import Losses, gradient_loss, moment_loss
 from pfstorer_rt.training.lpips import Lpips
-from pfstorer_rt.training.memory import make_adamw
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,11 @@ def decibels(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def train_patch_autoencoder(
-    pool: npt.NDArray[np.uint8], work: Path, config: AutoencoderConfig, lpips: Path | None = None
+    pool: npt.NDArray[np.uint8],
+    work: Path,
+    config: AutoencoderConfig,
+    lpips: Path | None = None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Autoencoder:
     """Train the preset's autoencoder on tiles (N, S, S, 3); resumes from `work/autoencoder.pt`.
 
@@ -83,35 +88,30 @@ def train_patch_autoencoder(
     """
     make_folder(work)
     settings, preset = config.train, PRESETS[config.preset]
-    accelerator = make_accelerator(settings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        vae = build_vae(preset.vae)
-    objective = PatchAutoencoderObjective(vae, config, Lpips(lpips) if lpips else None)
-    nn.Module.to(objective, memory_format=torch.channels_last)  # type: ignore[call-overload]
     crop = min(config.crop, pool.shape[1])
     side = crop // preset.factor
 
-    def make_batch(iteration: int) -> Batch:
-        number = iteration * accelerator.num_processes + accelerator.process_index
+    def make_batch(_: int, number: int) -> Batch:
         rng = np.random.default_rng([settings.seed, 19, number])
         noise = rng.standard_normal((settings.batch, preset.latent_channels, side, side), np.float32)
         squares = np.stack([cut(pool[int(rng.integers(len(pool)))], crop, rng) for _ in range(settings.batch)])
         image = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 127.5 - 1
         return {"image": image, "noise": torch.from_numpy(noise)}
 
-    mark = signature([asdict(config), str(lpips is not None), pool.shape], [])
-    train(
-        objective,
-        make_adamw(vae.parameters(), settings),
-        make_batch,
-        settings,
-        accelerator,
-        work / "autoencoder.pt",
-        mark,
-        "autoencoder",
-        log_to(work / "autoencoder.csv"),
-    )
+    with accelerated(settings) as accelerator:
+        vae = build_vae(preset.vae)
+        training = Training(
+            "autoencoder",
+            PatchAutoencoderObjective(vae, config, Lpips(lpips) if lpips else None),
+            make_batch,
+            settings,
+            work / "autoencoder.pt",
+            signature([asdict(config), str(lpips is not None), pool.shape], []),
+            [{"params": list(vae.parameters())}],
+            on_log=log_to(work / "autoencoder.csv"),
+            on_progress=on_progress,
+        )
+        run_training(training, accelerator)
     return vae.eval().requires_grad_(False)
 
 

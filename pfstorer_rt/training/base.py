@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from pfstorer_rt.config import PRESETS, TrainConfig, Weighting
 from pfstorer_rt.degradation.degrade import LEVELS, degrade
@@ -20,11 +19,11 @@ from pfstorer_rt.files import make_folder
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.models.base import Base, build_base, fingerprint_modules
 from pfstorer_rt.models.vae import Autoencoder, build_vae
-from pfstorer_rt.ops import training_backend
-from pfstorer_rt.training.chunks import make_arrays
+from pfstorer_rt.progress import OnProgress, ignore_progress
+from pfstorer_rt.training.chunks import Samples, make_arrays
 from pfstorer_rt.training.data import Batch, Photographs, draw_timesteps
-from pfstorer_rt.training.loop import make_accelerator, train
-from pfstorer_rt.training.memory import make_adamw, saving_memory
+from pfstorer_rt.training.device import accelerated
+from pfstorer_rt.training.loop import MakeBatch, Training, run_training
 from pfstorer_rt.training.objectives import AutoencoderObjective, RestorerObjective
 
 PAIR_CHUNK = 64
@@ -93,42 +92,46 @@ def signature(settings: Any, paths: list[Path]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def train_autoencoder(paths: list[Path], work: Path, config: BaseTrainConfig) -> Autoencoder:
-    """Train the preset's autoencoder on random squares; resumes from `work/autoencoder.pt`."""
+def train_autoencoder(
+    paths: list[Path], work: Path, config: BaseTrainConfig, on_progress: OnProgress = ignore_progress
+) -> Autoencoder:
+    """Train the preset's autoencoder on random crops; resumes from `work/autoencoder.pt`."""
     settings, preset = config.autoencoder, PRESETS[config.preset]
-    accelerator = make_accelerator(settings)
-    vae = build_vae(preset.vae).to(memory_format=torch.channels_last)
     photos = Photographs(paths, settings.seed)
     side = config.crop // preset.factor
 
-    def make_batch(iteration: int) -> Batch:
-        first = (iteration * accelerator.num_processes + accelerator.process_index) * settings.batch
+    def make_batch(_: int, number: int) -> Batch:
+        first = number * settings.batch
         crops = [photos.crop(first + i, config.crop, config.zoom, config.wide)[0] for i in range(settings.batch)]
         noise = torch.Generator().manual_seed(settings.seed * 1_000_003 + first)
         shape = (settings.batch, preset.latent_channels, side, side)
         return {"image": torch.stack(crops) * 2 - 1, "noise": torch.randn(shape, generator=noise)}
 
-    objective = AutoencoderObjective(vae)
-    optimizer = make_adamw(vae.parameters(), settings)
-    mark = signature([asdict(settings), config.preset, config.crop, config.zoom, config.wide], paths)
-    train(
-        objective,
-        optimizer,
-        make_batch,
-        settings,
-        accelerator,
-        work / "autoencoder.pt",
-        mark,
-        "autoencoder",
-        log_to(work / "autoencoder.csv"),
-    )
+    with accelerated(settings) as accelerator:
+        vae = build_vae(preset.vae)
+        training = Training(
+            "autoencoder",
+            AutoencoderObjective(vae),
+            make_batch,
+            settings,
+            work / "autoencoder.pt",
+            signature([asdict(settings), config.preset, config.crop, config.zoom, config.wide], paths),
+            on_log=log_to(work / "autoencoder.csv"),
+            on_progress=on_progress,
+        )
+        run_training(training, accelerator)
     return vae.eval().requires_grad_(False)
 
 
 def latent_pairs(
-    paths: list[Path], base: Base, work: Path, config: BaseTrainConfig, accelerator: Accelerator
+    paths: list[Path],
+    base: Base,
+    work: Path,
+    config: BaseTrainConfig,
+    accelerator: Accelerator,
+    on_progress: OnProgress = ignore_progress,
 ) -> np.ndarray[Any, Any]:
-    """Make (hq, lq) latents of degraded squares once; returns a memory map (pairs, 2, C, h, w) of fp16.
+    """Make (hq, lq) latents of degraded crops once; returns a memory map (pairs, 2, C, h, w) of fp16.
 
     Pair k shows photograph `order(k)` and depends on the seed and k alone.
     """
@@ -139,17 +142,17 @@ def latent_pairs(
             images = (chunk[k].to(base.device, memory_format=torch.channels_last) for k in ("hq", "lq"))
             return {"pairs": torch.stack([base.encode(image) for image in images], 1).half().cpu().numpy()}
 
-    return make_arrays(
-        work,
+    samples = Samples(
         "pairs",
         {"pairs": (np.float16, (2, base.config.latent_channels, side, side))},
         count,
         PAIR_CHUNK,
         pairs_signature(paths, base, config) + base.fingerprint,
         pair_maker(paths, base, config, PAIR_CHUNK),
-        config.restorer.workers,
         encode,
-    )["pairs"]
+        config.restorer.workers,
+    )
+    return make_arrays(samples, work, on_progress)["pairs"]
 
 
 def pairs_signature(paths: list[Path], base: Base, config: BaseTrainConfig) -> str:
@@ -174,28 +177,43 @@ def pair_maker(paths: list[Path], base: Base, config: BaseTrainConfig, size: int
     return make
 
 
-def train_restorer(paths: list[Path], base: Base, work: Path, config: BaseTrainConfig) -> None:
+def train_restorer(
+    paths: list[Path], base: Base, work: Path, config: BaseTrainConfig, on_progress: OnProgress = ignore_progress
+) -> None:
     """Train UNet, structure encoder and prompt encoder on latent pairs; resumes from `work/restorer.pt`.
 
-    With `trained="conditions"` the UNet, a diffusion prior already, stays frozen but for its SPADEs (StableSR
+    With `trained="conditions"` the UNet, a diffusion prior already, stays frozen except for its SPADEs (StableSR
     section 3.1).
     """
-    settings = config.restorer
-    accelerator, everything = make_accelerator(settings), config.trained != "conditions"
-    base.to(accelerator.device).set_attention(training_backend(accelerator.device))
-    pairs = latent_pairs(paths, base, work, config, accelerator)
-    objective: nn.Module = RestorerObjective(base, config.weighting)
-    # On a CPU, torch 2.13 crashes in GroupNorm's backward when weights need a gradient and a channels-last
-    # input does not: the first SPADE on a frozen prior is such a place.
-    if everything:
-        objective = nn.Module.to(objective, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for name, parameter in objective.named_parameters():
-        parameter.requires_grad_(everything or ".spade." in name or name.startswith("structure_encoder"))
-    trainable = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = make_adamw(trainable, settings)
+    settings, everything = config.restorer, config.trained != "conditions"
+    with accelerated(settings, base) as accelerator:
+        pairs = latent_pairs(paths, base, work, config, accelerator, on_progress)
+        objective = RestorerObjective(base, config.weighting)
+        for name, parameter in objective.named_parameters():
+            parameter.requires_grad_(everything or ".spade." in name or name.startswith("structure_encoder"))
+        training = Training(
+            "restorer",
+            objective,
+            latent_batches(pairs, base, config),
+            settings,
+            work / "restorer.pt",
+            signature(asdict(config), paths) + base.fingerprint,
+            # On a CPU, torch 2.13 crashes in GroupNorm's backward when weights need a gradient and a channels-last
+            # input does not: the first SPADE on a frozen prior is such a place.
+            channels_last=everything,
+            on_log=log_to(work / "restorer.csv"),
+            on_progress=on_progress,
+        )
+        run_training(training, accelerator)
+    base.freeze()
 
-    def make_batch(iteration: int) -> Batch:
-        first = (iteration * accelerator.num_processes + accelerator.process_index) * settings.batch
+
+def latent_batches(pairs: np.ndarray[Any, Any], base: Base, config: BaseTrainConfig) -> MakeBatch:
+    """Return the function that draws the restorer's batches from latent pairs (N, 2, C, h, w)."""
+    settings = config.restorer
+
+    def make_batch(iteration: int, number: int) -> Batch:
+        first = number * settings.batch
         rng = np.random.default_rng([settings.seed, 3, first])
         chosen = torch.from_numpy(pairs[np.sort(rng.choice(len(pairs), settings.batch, replace=False))]).float()
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + first)
@@ -207,42 +225,34 @@ def train_restorer(paths: list[Path], base: Base, work: Path, config: BaseTrainC
             chosen, noise = (z[..., y : y + side, x : x + side] for z in (chosen, noise))
         return {"hq": chosen[:, 0], "lq": chosen[:, 1], "noise": noise, "t": t}
 
-    mark = signature(asdict(config), paths) + base.fingerprint
-    with saving_memory(objective, settings, accelerator):
-        train(
-            objective,
-            optimizer,
-            make_batch,
-            settings,
-            accelerator,
-            work / "restorer.pt",
-            mark,
-            "restorer",
-            log_to(work / "restorer.csv"),
-        )
-    base.freeze().set_attention()
+    return make_batch
 
 
 def train_base(
-    sources: Sequence[Path], out: Path, config: BaseTrainConfig, work: Path, prior: Base | None = None
+    sources: Sequence[Path],
+    out: Path,
+    config: BaseTrainConfig,
+    work: Path,
+    prior: Base | None = None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Base:
     """Train a base on photographs and write it to `out` in fp16.
 
-    sources: photographs, or folders of them; `config.holdout` of them is left out. work: where
-    checkpoints are kept; the same call goes on from them. prior: a base whose autoencoder and UNet are
-    taken up; what trains on top of it is `config.trained`.
+    sources: photographs, or folders of them; the share `config.holdout` of them is left out. work: folder of the
+    checkpoints; the same call resumes from them. prior: a base whose autoencoder and UNet are kept or trained
+    further, as `config.trained` sets; it is changed in place.
     """
     make_folder(work, private=True)
     paths, _ = split_holdout(find_images(sources), config.holdout)
     if prior is None:
         base = build_base(config.preset, config.restorer.seed)
-        base.vae = train_autoencoder(paths, work, config)
+        base.vae = train_autoencoder(paths, work, config, on_progress)
         base.fingerprint = fingerprint_modules(base.modules())
     else:
         base = prior
     if config.trained == "auto":
         config = replace(config, trained="all" if prior is None else "conditions")
-    train_restorer(paths, base, work, config)
+    train_restorer(paths, base, work, config, on_progress)
     base.save(out, torch.float16)
     return base
 

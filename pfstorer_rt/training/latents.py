@@ -12,8 +12,9 @@ import torch
 from accelerate import Accelerator
 
 from pfstorer_rt.models.base import Base, fingerprint_modules
+from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.base import signature
-from pfstorer_rt.training.chunks import Arrays, make_arrays
+from pfstorer_rt.training.chunks import Arrays, Samples, make_arrays
 from pfstorer_rt.training.data import Batch
 
 CHUNK = 8
@@ -35,7 +36,14 @@ def to_pixels(tiles: npt.NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(np.array(tiles)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def encode_pool(pool: Arrays, base: Base, work: Path, accelerator: Accelerator, workers: int = 0) -> npt.NDArray[Any]:
+def encode_pool(
+    pool: Arrays,
+    base: Base,
+    work: Path,
+    accelerator: Accelerator,
+    workers: int = 0,
+    on_progress: OnProgress = ignore_progress,
+) -> npt.NDArray[Any]:
     """Encode every tile and version once: a memory map (N, versions, 2, C, h, w) fp16 of `hq` and `lq`.
 
     Versions with odd numbers are flipped (`is_flipped`).
@@ -57,4 +65,5 @@ def encode_pool(pool: Arrays, base: Base, work: Path, accelerator: Accelerator, 
 
     mark = signature([fingerprint_modules({"encoder": base.vae.encoder}), list(pool["lq"].shape)], [])
     items: dict[str, tuple[type, tuple[int, ...]]] = {"latents": (np.float16, (versions, 2, channels, side, side))}
-    return make_arrays(work, "latents", items, count, CHUNK, mark, make, workers, finish)["latents"]
+    samples = Samples("latents", items, count, CHUNK, mark, make, finish, workers)
+    return make_arrays(samples, work, on_progress)["latents"]

@@ -1,4 +1,4 @@
-"""The one training loop: accelerate underneath, resumable at any iteration, the same weights for a seed."""
+"""The training loop: accelerate underneath, resumable at any iteration, the same weights for a seed."""
 
 from __future__ import annotations
 
@@ -6,61 +6,57 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from pfstorer_rt.config import TrainConfig
-from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError
+from pfstorer_rt.errors import BadFileError, MismatchError, PFStorerError
 from pfstorer_rt.files import atomic_write
+from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
 from pfstorer_rt.training.data import Batch, prefetch
+from pfstorer_rt.training.device import to_channels_last
+from pfstorer_rt.training.memory import ParameterGroup, make_adamw, saving_memory
 from pfstorer_rt.training.schedule import Schedule
 
-LINES = 10
-"""How often progress is told where there is no terminal to draw a bar on."""
+LOG_EVERY = 50
+"""Iterations between two calls of `Training.on_log`."""
 
-Losses = dict[str, torch.Tensor]
-
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Start accelerate for this device and precision.
-
-    Raises `MissingBackendError` when the machine cannot do it, such as fp16 training on a CPU.
-    """
-    cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise MissingBackendError(f"device {config.device}: no CUDA device is visible to torch; use --device cpu")
-    if cpu and config.precision == "fp16":
-        raise MissingBackendError("fp16 training needs a GPU; on a CPU use --precision bf16 or fp32")
-    wanted: str = config.precision
-    if wanted == "auto":
-        wanted = "bf16" if has_native_bf16(cpu) else "fp32"
-    precision = "no" if wanted == "fp32" else wanted
-    AcceleratorState._reset_state()  # else the first call's precision would bind the whole process
-    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
-    set_seed(config.seed)
-    return accelerator
+MakeBatch = Callable[[int, int], Batch]
+"""make_batch(iteration, number): `number` counts the batches of all processes, so each process has its own samples."""
 
 
-def has_native_bf16(cpu: bool) -> bool:
-    """Whether bf16 is fast here: on a CPU that takes AVX512-BF16 or AMX, on a GPU compute capability 8."""
-    if not cpu:
-        return bool(torch.cuda.is_bf16_supported())
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+@dataclass(frozen=True)
+class Training:
+    """One training: what is minimised, on which batches, with which settings, and in which file it is kept."""
+
+    title: str
+    objective: nn.Module
+    """Maps a batch to losses by name; `loss` is minimised."""
+    make_batch: MakeBatch
+    """A pure function, so that a training can be resumed."""
+    settings: TrainConfig
+    checkpoint: Path
+    mark: str
+    """Identifies settings and data: a checkpoint with another mark is refused."""
+    groups: Sequence[ParameterGroup] | None = None
+    """Parameter groups of the optimizer; None is all parameters of the objective that require a gradient."""
+    channels_last: bool = True
+    on_log: Callable[[int, dict[str, float]], None] | None = None
+    """on_log(iteration, losses): called every 50 iterations and after the last one."""
+    on_progress: OnProgress = ignore_progress
 
 
 class Interruption:
-    """Takes Ctrl-C and SIGTERM between iterations, where weights, optimizer and count agree.
+    """Delays Ctrl-C and SIGTERM to the end of an iteration, where weights, optimizer and count agree.
 
-    A second Ctrl-C is not held back. Outside the main thread signals are left alone.
+    A second signal acts at once. Outside the main thread, signals are not handled.
     """
 
     def __init__(self) -> None:
@@ -83,7 +79,7 @@ class Interruption:
 
 
 class TrainState:
-    """What has to be kept to go on: trainable weights, their average, optimizer and iteration."""
+    """What a resumed training needs: trainable weights, their average, optimizer state and iteration."""
 
     def __init__(self, objective: nn.Module, optimizer: Any, accelerator: Accelerator, config: TrainConfig) -> None:
         self.parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
@@ -91,9 +87,19 @@ class TrainState:
         self.seconds = 0.0
         self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema else {}
 
+    def step(self, objective: nn.Module, batch: Batch, iteration: int) -> dict[str, torch.Tensor]:
+        """Do one optimizer step and return the losses by name."""
+        losses: dict[str, torch.Tensor] = objective(batch)
+        self.accelerator.backward(losses["loss"])
+        self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.update_average(iteration)
+        return losses
+
     @torch.no_grad()
     def update_average(self, iteration: int) -> None:
-        """Move the averaged weights; the decay starts low so that early weights are forgotten."""
+        """Move the averaged weights; the decay starts low, so that the first weights soon stop to count."""
         decay = min(self.config.ema, (1 + iteration) / (10 + iteration))
         for name, value in self.average.items():
             value.lerp_(self.parameters[name].detach(), 1 - decay)
@@ -104,8 +110,8 @@ class TrainState:
         for name, value in self.average.items():
             self.parameters[name].copy_(value)
 
-    def save(self, path: Path, iteration: int, signature: str, seconds: float = 0.0) -> None:
-        """Write everything to one file, atomically; `seconds` is how long the training took so far."""
+    def save(self, path: Path, iteration: int, signature: str, seconds: float) -> None:
+        """Write everything to one file, atomically; `seconds` is the time of the training so far."""
         scaler = self.accelerator.scaler
         state = {
             "iteration": iteration,
@@ -121,21 +127,21 @@ class TrainState:
 
     @torch.no_grad()
     def load(self, path: Path, signature: str) -> int:
-        """Take up the state in `path` and return its iteration.
+        """Load the state in `path` and return its iteration.
 
-        Raises `BadFileError` for a damaged file, `MismatchError` for one made with other settings.
+        Raises `BadFileError` for a damaged file, `MismatchError` for one that was made with other settings.
         """
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             found = state["signature"]
         except Exception as error:  # torch.load raises many kinds for a damaged file
             raise BadFileError(
-                f"{path}: not a readable training checkpoint ({error}); delete it to start anew"
+                f"{path}: not a readable training checkpoint ({error}); delete it to start again"
             ) from error
         if found != signature:
             raise MismatchError(
-                f"{path}: begun with other settings or photographs; repeat the command it was begun with, or "
-                "delete it (`pfstorer-rt identities rm NAME` does) to start anew"
+                f"{path}: made with other settings or photographs; repeat the original call to resume it, or delete "
+                "the file to start again"
             )
         for name, parameter in self.parameters.items():
             parameter.copy_(state["parameters"][name])
@@ -148,83 +154,60 @@ class TrainState:
         return int(state["iteration"])
 
 
-def _progress(accelerator: Accelerator) -> Progress:
-    from pfstorer_rt.console import stderr
+def run_training(training: Training, accelerator: Accelerator) -> None:
+    """Minimise the loss over the batches of iterations 0 ... `iterations` - 1, or for `minutes`, in place.
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.2f} it/s"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=stderr(), disable=not accelerator.is_local_main_process, refresh_per_second=2)
-
-
-def train(
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    make_batch: Callable[[int], Batch],
-    config: TrainConfig,
-    accelerator: Accelerator,
-    checkpoint: Path,
-    signature: str,
-    title: str,
-    on_log: Callable[[int, dict[str, float]], None] | None = None,
-) -> None:
-    """Minimise `objective(batch)["loss"]` over `make_batch(0) ... make_batch(iterations - 1)`, or for `config.minutes`.
-
-    The state is saved every `checkpoint_every` iterations and when interrupted (Ctrl-C, which raises
-    `KeyboardInterrupt` after the iteration); a call with the same arguments goes on from `checkpoint`
-    and ends with the same weights as one uninterrupted call on the same device. At the end the averaged
-    weights, where kept, are put into the model. `on_log(iteration, losses)` is called every 50
-    iterations and after the last.
+    accelerator: from `accelerated`. The state is saved every `settings.checkpoint_every` iterations and when
+    interrupted: Ctrl-C raises `KeyboardInterrupt` after the iteration. The same call then resumes from the checkpoint
+    and ends with the same weights as one uninterrupted call on the same device. At the end, averaged weights replace
+    those of the model where they are kept.
     """
-    state = TrainState(objective, optimizer, accelerator, config)
-    base_rates = [group["lr"] for group in optimizer.param_groups]
-    objective, optimizer = accelerator.prepare(objective, optimizer)
-    state.optimizer = optimizer
-    start = state.load(checkpoint, signature) if checkpoint.exists() else 0
-    trainable = list(state.parameters.values())
-    done = start
-    objective.train()
-    schedule = Schedule(config, state.seconds)
-    total = sys.maxsize if config.minutes else config.iterations
-    told = math.floor(LINES * schedule.share(start))
-    with _progress(accelerator) as progress, Interruption() as interruption:
-        if start and accelerator.is_main_process:
-            progress.console.print(f"{title}: goes on after iteration {start}")
-        bar = progress.add_task(title, total=1.0, loss=math.nan, rate=0.0)
-        progress.update(bar, completed=schedule.share(start))
-        for batch in prefetch(make_batch, start, total, config.workers):
-            for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+    objective, settings = training.objective, training.settings
+    nn.Module.to(objective, accelerator.device)
+    if training.channels_last:
+        to_channels_last(objective)
+    trainable = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = make_adamw(trainable if training.groups is None else list(training.groups), settings)
+    with saving_memory(objective, settings, accelerator):
+        state = TrainState(objective, optimizer, accelerator, settings)
+        prepared, state.optimizer = accelerator.prepare(objective, optimizer)
+        prepared.train()
+        _iterate(training, prepared, state, accelerator)
+        accelerator.wait_for_everyone()
+        state.use_average()
+
+
+def _iterate(training: Training, objective: nn.Module, state: TrainState, accelerator: Accelerator) -> None:
+    settings, title = training.settings, training.title
+    total = None if settings.minutes else settings.iterations
+    rates = [group["lr"] for group in state.optimizer.param_groups]
+    done = state.load(training.checkpoint, training.mark) if training.checkpoint.exists() else 0
+    rank, processes, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    schedule, started = Schedule(settings, state.seconds), time.monotonic()
+    if main:
+        training.on_progress(StageProgress(title, done, total, time_share=schedule.share(done)))
+    batches = prefetch(
+        lambda i: training.make_batch(i, i * processes + rank), done, total or sys.maxsize, settings.workers
+    )
+    with Interruption() as interruption:
+        for batch in batches:
+            for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule.factor(done)
-            losses = objective({k: v.to(accelerator.device) for k, v in batch.items()})
-            accelerator.backward(losses["loss"])
-            accelerator.clip_grad_norm_(trainable, config.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            state.update_average(done)
+            losses = state.step(objective, {k: v.to(accelerator.device) for k, v in batch.items()}, done)
             done += 1
-            loss = losses["loss"].item()
-            speed = (done - start) / max(progress.tasks[bar].elapsed or 0.0, 1e-9)
-            share = schedule.share(done)
-            progress.update(bar, completed=share, loss=loss, rate=speed)
+            loss, share = losses["loss"].item(), schedule.share(done)
             if not math.isfinite(loss):
-                raise PFStorerError(f"{title}: the loss is not finite after {done} iterations; train more slowly")
+                raise PFStorerError(f"{title}: the loss is not finite after {done} iterations; use a lower rate")
             last = share >= 1 or interruption.requested
-            if accelerator.is_main_process:
-                if not progress.console.is_terminal and math.floor(LINES * share) > told:
-                    told = math.floor(LINES * share)
-                    progress.console.print(f"{title}: {share:.0%}, iteration {done}, loss {loss:.4f}")
-                if on_log and (done % 50 == 0 or last):
-                    on_log(done, {k: v.item() for k, v in losses.items()})
-                if done % config.checkpoint_every == 0 or last:
-                    state.save(checkpoint, done, signature, schedule.seconds)
+            if main:
+                seconds = time.monotonic() - started
+                training.on_progress(StageProgress(title, done, total, loss, seconds, share))
+            if main and training.on_log and (done % LOG_EVERY == 0 or last):
+                training.on_log(done, {k: v.item() for k, v in losses.items()})
+            if main and (done % settings.checkpoint_every == 0 or last):
+                state.save(training.checkpoint, done, training.mark, schedule.seconds)
             if interruption.requested:
-                of = f", {share:.0%} of the time" if config.minutes else f" of {config.iterations}"
+                of = f" of {total}" if total else f", {share:.0%} of the time"
                 raise KeyboardInterrupt(f"stopped after iteration {done}{of}")
             if last:
                 break
-    accelerator.wait_for_everyone()
-    state.use_average()

@@ -16,6 +16,8 @@ from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.extras import install
 from pfstorer_rt.models.unet import RestorationUNet
 
+ParameterGroup = dict[str, Any]
+"""`params`, and the settings of the optimizer that differ for them, such as `lr`."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,7 +54,7 @@ def frozen_weights_in(module: nn.Module, dtype: torch.dtype | None) -> Iterator[
             parameter.data = original.to(device)
 
 
-def make_adamw(parameters: Iterable[nn.Parameter] | list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+def make_adamw(parameters: Iterable[nn.Parameter] | list[ParameterGroup], config: TrainConfig) -> torch.optim.Optimizer:
     """Return AdamW as the configuration names it: torch's, or bitsandbytes' with 8-bit state, in pages if wanted.
 
     parameters: or groups with settings of their own. Raises `MissingBackendError` without bitsandbytes.

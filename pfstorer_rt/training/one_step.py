@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.func import functional_call
 
 from pfstorer_rt.config import TrainConfig
@@ -24,16 +23,17 @@ from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.faces.recognizer import FaceRecognizer, cut_faces
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, fingerprint_modules
-from pfstorer_rt.ops import training_backend
+from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.base import log_to, signature
 from pfstorer_rt.training.chunks import Arrays
 from pfstorer_rt.training.data import Batch, draw_timesteps
+from pfstorer_rt.training.device import accelerated, to_channels_last
 from pfstorer_rt.training.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
 from pfstorer_rt.training.latents import encode_pool, flip, is_flipped, to_pixels
-from pfstorer_rt.training.loop import make_accelerator, train
+from pfstorer_rt.training.loop import Training, run_training
 from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.lpips import Lpips, normalize
-from pfstorer_rt.training.memory import make_adamw
+from pfstorer_rt.training.memory import ParameterGroup
 from pfstorer_rt.training.objectives import RestorerObjective
 from pfstorer_rt.training.picture_loss import jitter
 
@@ -224,9 +224,15 @@ class WindowSampler:
 
 
 def finish_in_one_step(
-    pool: Arrays, base: Base, work: Path, config: OneStepConfig, lpips: Path, recognizer: Path | None
+    pool: Arrays,
+    base: Base,
+    work: Path,
+    config: OneStepConfig,
+    lpips: Path,
+    recognizer: Path | None,
+    on_progress: OnProgress = ignore_progress,
 ) -> None:
-    """Train a base in place on what its pictures look like; resumes from `work/one_step.pt`.
+    """Train a base in place with losses on its restored images; resumes from `work/one_step.pt`.
 
     pool: from `tile_pool.make_pool`, with degraded versions. lpips: NPZ file of LPIPS's weights. recognizer: dlib's
     network, for the identity loss. Raises `BadFileError` for a base without feature wrapping.
@@ -235,32 +241,29 @@ def finish_in_one_step(
         raise BadFileError(f"base {base.config.name!r} has no feature wrapping; expected a base with `cfw`")
     make_folder(work)
     settings = config.train
-    accelerator = make_accelerator(settings)
-    base.to(accelerator.device).set_attention(training_backend(accelerator.device))
-    nn.Module.to(base.vae, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    latents = encode_pool(pool, base, work, accelerator, settings.workers)
-    mark = signature([asdict(config), base.fingerprint, list(latents.shape)], [])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        objective = OneStepObjective(
-            base, config, Lpips(lpips), FaceRecognizer(recognizer) if recognizer and config.lambda_id else None
+    with accelerated(settings, base) as accelerator:
+        to_channels_last(base.vae)
+        latents = encode_pool(pool, base, work, accelerator, settings.workers, on_progress)
+        face = FaceRecognizer(recognizer) if recognizer and config.lambda_id else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            objective = OneStepObjective(base, config, Lpips(lpips), face)
+        trained = [base.unet, base.structure_encoder, base.text_encoder, base.cfw, base.vae.decoder]
+        groups: list[ParameterGroup] = [{"params": [p for m in trained for p in m.requires_grad_(True).parameters()]}]
+        if objective.discriminator is not None:
+            groups.append({"params": list(objective.discriminator.parameters()), "lr": config.discriminator_rate})
+        sampler = WindowSampler(pool, latents, config)
+        training = Training(
+            "one step",
+            objective,
+            lambda _, number: sampler(number),
+            settings,
+            work / "one_step.pt",
+            signature([asdict(config), base.fingerprint, list(latents.shape)], []),
+            groups,
+            on_log=log_to(work / "one_step.csv"),
+            on_progress=on_progress,
         )
-    nn.Module.to(objective, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    trained = [base.unet, base.structure_encoder, base.text_encoder, base.cfw, base.vae.decoder]
-    groups = [{"params": [p for m in trained for p in m.requires_grad_(True).parameters()]}]
-    if objective.discriminator is not None:
-        groups.append({"params": list(objective.discriminator.parameters()), "lr": config.discriminator_rate})  # type: ignore[dict-item]
-    sampler = WindowSampler(pool, latents, config)
-    train(
-        objective,
-        make_adamw(groups, settings),
-        lambda n: sampler(n * accelerator.num_processes + accelerator.process_index),
-        settings,
-        accelerator,
-        work / "one_step.pt",
-        mark,
-        "one step",
-        log_to(work / "one_step.csv"),
-    )
-    base.freeze().set_attention()
+        run_training(training, accelerator)
+    base.freeze()
     base.fingerprint = fingerprint_modules(base.modules())

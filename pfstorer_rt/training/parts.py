@@ -14,6 +14,7 @@ from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, RECOGNIZER, face_models
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, build_base, fingerprint_modules
+from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.autoencoder import AutoencoderConfig, train_patch_autoencoder
 from pfstorer_rt.training.chunks import Arrays
 from pfstorer_rt.training.one_step import OneStepConfig, finish_in_one_step
@@ -41,7 +42,14 @@ class PartConfig:
     """Fields of `TrainConfig` that differ from the part's own; None leaves a field alone."""
 
 
-def train_part(sources: Sequence[str], out: Path, config: PartConfig, work: Path, prior: Base | None = None) -> Base:
+def train_part(
+    sources: Sequence[str],
+    out: Path,
+    config: PartConfig,
+    work: Path,
+    prior: Base | None = None,
+    on_progress: OnProgress = ignore_progress,
+) -> Base:
     """Train one part of a base on tiles and write the base to `out` in fp16; goes on from what is in `work`.
 
     sources: `FOLDER` or `FOLDER=WEIGHT` of photographs. prior: the base of the part before; the first part has none.
@@ -51,37 +59,38 @@ def train_part(sources: Sequence[str], out: Path, config: PartConfig, work: Path
     if prior is None and config.part != "autoencoder":
         raise BadFileError(f"the part {config.part!r} goes on from a base with a trained autoencoder; give that base")
     make_folder(work)
-    pool = pool_of(sources, base.config.tile, config, work / "pool")
+    pool = pool_of(sources, base.config.tile, config, work / "pool", on_progress)
     if config.part == "autoencoder":
-        train_first(pool, base, work, config)
+        train_first(pool, base, work, config, on_progress)
     elif config.part == "restorer":
         settings = RestoringConfig()
-        train_restorer_on(pool, base, work, replace(settings, train=changed(settings.train, **config.train)))
+        settings = replace(settings, train=changed(settings.train, **config.train))
+        train_restorer_on(pool, base, work, settings, on_progress)
     else:
-        train_last(pool, base, work, config)
+        train_last(pool, base, work, config, on_progress)
     base.save(out, torch.float16)
     return base
 
 
-def pool_of(sources: Sequence[str], tile: int, config: PartConfig, work: Path) -> Arrays:
+def pool_of(sources: Sequence[str], tile: int, config: PartConfig, work: Path, on_progress: OnProgress) -> Arrays:
     """Make the pool of a part: the autoencoder's needs no degraded tiles, the last one's needs faces."""
     versions = 0 if config.part == "autoencoder" else 2
     settings = PoolConfig(
         count=config.tiles, tile=tile, versions=versions, faces=config.part == "one-step" and config.identity,
         seed=config.train.get("seed") or 0,
     )  # fmt: skip
-    return make_pool([parse_source(source) for source in sources], settings, work, config.workers)
+    return make_pool([parse_source(source) for source in sources], settings, work, config.workers, on_progress)
 
 
-def train_first(pool: Arrays, base: Base, work: Path, config: PartConfig) -> None:
+def train_first(pool: Arrays, base: Base, work: Path, config: PartConfig, on_progress: OnProgress) -> None:
     """Train the autoencoder and put it into the base."""
     settings = AutoencoderConfig(preset=config.preset)
     settings = replace(settings, train=changed(settings.train, **config.train))
-    base.vae = train_patch_autoencoder(pool["hq"], work, settings, config.lpips)
+    base.vae = train_patch_autoencoder(pool["hq"], work, settings, config.lpips, on_progress)
     base.fingerprint = fingerprint_modules(base.modules())
 
 
-def train_last(pool: Arrays, base: Base, work: Path, config: PartConfig) -> None:
+def train_last(pool: Arrays, base: Base, work: Path, config: PartConfig, on_progress: OnProgress) -> None:
     """Finish the base in one step."""
     if config.lpips is None:
         raise MissingBackendError("finishing in one step compares images by LPIPS; give the NPZ file of its weights")
@@ -91,4 +100,4 @@ def train_last(pool: Arrays, base: Base, work: Path, config: PartConfig) -> None
     settings = OneStepConfig()
     settings = replace(settings, train=changed(settings.train, **config.train))
     recognizer = folder / RECOGNIZER if folder and config.identity else None
-    finish_in_one_step(pool, base, work, settings, config.lpips, recognizer)
+    finish_in_one_step(pool, base, work, settings, config.lpips, recognizer, on_progress)

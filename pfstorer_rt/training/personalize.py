@@ -14,17 +14,19 @@ from torch import nn
 
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.errors import PFStorerError
+from pfstorer_rt.faces.finding import face_embedder
 from pfstorer_rt.files import make_folder, sha256_file
 from pfstorer_rt.identity import Identity, named_identity
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.models.reference import reference_features
-from pfstorer_rt.ops import training_backend
+from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.base import signature
 from pfstorer_rt.training.data import center_crop
+from pfstorer_rt.training.device import accelerated, kernels_for
 from pfstorer_rt.training.framing import read_references
-from pfstorer_rt.training.loop import make_accelerator, train
-from pfstorer_rt.training.memory import make_adamw, saving_memory
+from pfstorer_rt.training.loop import Training, run_training
+from pfstorer_rt.training.memory import ParameterGroup
 from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
 from pfstorer_rt.training.picture_loss import PictureLoss, looks_at_pictures, refusal
 from pfstorer_rt.training.pool import BatchMaker, make_pool
@@ -40,69 +42,84 @@ def personalize(
     config: PersonalizeConfig | None = None,
     output: Path | None = None,
     note: Callable[[str], None] = lambda _: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Identity:
     """Train an identity and write its file.
 
-    name: of the identity. references: 3-5 photographs of one person, or folders of them.
-    base: a loaded base, a shipped name or a directory. config: None selects the base's defaults. output: the file;
-    None is the named file in the user's data directory. note: called with a line on each unsuitable photograph.
-    After an interruption, the same call resumes the training.
-    Raises `ValueError` for an invalid name, and `BadFileError` when a photograph cannot be read, both before any
-    training.
+    name: of the identity. references: 3-5 photographs of one person, or folders of them. base: a loaded base, a
+    shipped name or a directory. config: None takes the base's defaults. output: the file; None is NAME.safetensors in
+    the user's data directory. note: called with a line on each photograph that may serve badly.
+    An interrupted call is resumed by the same call. Raises `ValueError` for a name that cannot be a file name, and
+    `BadFileError` when a photograph cannot be read, both before any training.
     """
     named = named_identity(name)
-    base = base if isinstance(base, Base) else load_base(base)
-    config = config or PersonalizeConfig.for_base(base.config)
-    if looks_at_pictures(config) and (missing := refusal()):
-        note(f"training without the losses on images: {missing}")
-        config = replace(config, lambda_pixel=0.0, lambda_perceptual=0.0, lambda_id=0.0)
     target = output or named
+    base = base if isinstance(base, Base) else load_base(base)
+    config = available(config or PersonalizeConfig.for_base(base.config), note)
     paths = find_images(references)
     photos = read_references(paths, config, base.config.tile, note)
-    accelerator = make_accelerator(config.train)
-    base.to(accelerator.device)
-    pool = make_pool(photos, base, config)
-    pictures = PictureLoss(base, config) if looks_at_pictures(config) else None
-    kind = DreamBoothObjective if config.method == "dreambooth" else PersonalizationObjective
-    objective: nn.Module = kind(base, config, pictures)
-    nn.Module.to(objective, accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    backend = config.train.attention
-    base.set_attention(training_backend(accelerator.device) if backend == "auto" else backend, objective)
-    mark = signature([asdict(config), base.fingerprint], paths)
     checkpoint = target.with_name(target.stem + ".training.pt")
-    make_folder(checkpoint.parent)
-    optimizer = make_optimizer(objective, config)
-    batches = BatchMaker(pool, config, accelerator.process_index, accelerator.num_processes)
-    with saving_memory(objective, config.train, accelerator):
-        train(objective, optimizer, batches, config.train, accelerator, checkpoint, mark, f"personalize {name}")
-    base.set_attention("auto", objective)
-    identity = make_identity(name, objective, base, config, paths, photos)
+    with accelerated(config.train, base) as accelerator:
+        pool = make_pool(photos, base, config, on_progress)
+        objective = make_objective(base, config, accelerator.device)
+        make_folder(checkpoint.parent)
+        training = Training(
+            f"personalize {name}",
+            objective,
+            BatchMaker(pool, config),
+            config.train,
+            checkpoint,
+            signature([asdict(config), base.fingerprint], paths),
+            parameter_groups(objective, config),
+            on_progress=on_progress,
+        )
+        run_training(training, accelerator)
+        base.set_attention("auto", objective)
+        identity = make_identity(name, objective, base, config, paths, photos)
+        main = accelerator.is_main_process
     if not all(bool(torch.isfinite(t).all()) for t in identity.tensors.values()):
-        raise PFStorerError(f"{name}: training produced values that are not finite; use a lower learning rate")
-    if accelerator.is_main_process:
+        raise PFStorerError(f"{name}: training left values that are not finite; use a lower learning rate")
+    if main:
         identity.save(target)
         checkpoint.unlink(missing_ok=True)
     return identity
 
 
-def make_optimizer(objective: nn.Module, config: PersonalizeConfig) -> torch.optim.Optimizer:
-    """Return AdamW; gamma and the token have their own learning rates and no weight decay.
+def available(config: PersonalizeConfig, note: Callable[[str], None]) -> PersonalizeConfig:
+    """Return `config` without image-space losses where their networks are not installed."""
+    if not looks_at_pictures(config) or not (missing := refusal()):
+        return config
+    note(f"training on latents alone, without image-space losses: {missing}")
+    return replace(config, lambda_pixel=0.0, lambda_perceptual=0.0, lambda_id=0.0)
 
-    Adam moves a parameter by at most about its rate a step, so gamma would stay near zero in 500 steps at the blocks'
-    rate of 5e-5. DreamBooth's UNet is pretrained, and takes a tenth of the rate of new blocks (5e-6 is DreamBooth's own
-    on Stable Diffusion).
+
+def make_objective(base: Base, config: PersonalizeConfig, device: torch.device) -> nn.Module:
+    """Build the objective of `config.method` on a device, with the base's kernels for training."""
+    images = PictureLoss(base, config) if looks_at_pictures(config) else None
+    kind = DreamBoothObjective if config.method == "dreambooth" else PersonalizationObjective
+    objective: nn.Module = kind(base, config, images).to(device)
+    base.set_attention(kernels_for(config.train, device), objective)
+    return objective
+
+
+def parameter_groups(objective: nn.Module, config: PersonalizeConfig) -> list[ParameterGroup]:
+    """Return parameter groups in which gamma and the token have their own learning rate and no weight decay.
+
+    Adam moves a parameter by at most about its rate a step, so gamma at the blocks' 5e-5 could not leave the
+    neighbourhood of zero in 500 steps. DreamBooth's UNet is already trained, so it learns at a tenth of the rate of
+    new blocks (5e-6 is DreamBooth's own rate on Stable Diffusion).
     """
     rate = config.train.learning_rate * (TUNING_RATE if config.method == "dreambooth" else 1.0)
     named = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     gammas = [p for n, p in named.items() if n.endswith(".gamma")]
     tokens = [p for n, p in named.items() if n == "token"]
     rest = [p for n, p in named.items() if not n.endswith(".gamma") and n != "token"]
-    groups = [
+    groups: list[ParameterGroup] = [
         {"params": rest, "lr": rate, "weight_decay": config.train.weight_decay},
         {"params": gammas, "lr": config.gamma_learning_rate, "weight_decay": 0.0},
         {"params": tokens, "lr": config.token_learning_rate, "weight_decay": 0.0},
     ]
-    return make_adamw([g for g in groups if g["params"]], config.train)
+    return [g for g in groups if g["params"]]
 
 
 @torch.no_grad()
@@ -153,9 +170,7 @@ def cache_reference(
 
 
 def choose_reference(photos: Sequence[torch.Tensor]) -> int:
-    """Return the index of the photograph closest to the others by face embedding; 0 without a face model."""
-    from pfstorer_rt.faces.dlib import face_embedder
-
+    """Pick the photograph most like the others by face embedding; the first without a face model."""
     embed = face_embedder()
     found = [embed(photo.permute(1, 2, 0).numpy()) for photo in photos] if embed else []
     faces: list[tuple[int, Any]] = [(i, e) for i, e in enumerate(found) if e is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 from pfstorer_rt.diffusion import LAST
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, RECOGNIZER, face_models
-from pfstorer_rt.faces.recognizer import FaceAligner, FaceRecognizer, cut_faces
+from pfstorer_rt.faces.recognizer import FaceRecognizer, cut_faces, face_map
 from pfstorer_rt.imaging.perceptual import shift_tolerant_distance
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.models.base import Base
@@ -82,7 +83,7 @@ class PictureLoss(nn.Module):
     ) -> Losses:
         """Take restored latents (B, C, h, w), the LQ pictures' features, and originals (B, 3, H, W) in [-1, 1].
 
-        maps: (B, 2, 3), where each original's face is (`FaceAligner`), NaN where none was found. corner: (2,), top and
+        maps: (B, 2, 3), where each original's face is (`face_map`), NaN where none was found. corner: (2,), top and
         left of the square that the perceptual distance looks at. Returns `pictures`, the weighted sum, and its parts.
         """
         output = self.base.decode(restored, features).float()
@@ -118,13 +119,12 @@ class PictureLoss(nn.Module):
         return (restored - original.detach()).square().sum(1).mean()
 
 
-def find_faces(pictures: list[Pixels]) -> npt.NDArray[np.float32]:
-    """Return where the faces of pictures (H, W, 3) in [0, 1] are, (N, 2, 3), NaN for those without one."""
-    folder = face_models()
-    if folder is None:
-        raise MissingBackendError(f"faces are found by dlib; {INSTALL_METRICS}")
-    find = FaceAligner(folder)
-    return np.stack([NO_FACE if (face := find(picture)) is None else face for picture in pictures])
+def face_maps(images: Sequence[Pixels]) -> npt.NDArray[np.float32]:
+    """Return where the largest faces of images (H, W, 3) in [0, 1] are, (N, 2, 3), NaN for images without a face.
+
+    The maps are those of `pfstorer_rt.faces.recognizer.face_map`. Raises `MissingBackendError` without `metrics`.
+    """
+    return np.stack([NO_FACE if (found := face_map(image)) is None else found for image in images])
 
 
 def draw_views(maps: npt.NDArray[np.float32], side: int, rng: np.random.Generator) -> Batch:

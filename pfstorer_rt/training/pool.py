@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -9,14 +10,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.progress import track
 
 from pfstorer_rt.config import PersonalizeConfig
-from pfstorer_rt.console import stderr
 from pfstorer_rt.degradation.degrade import LEVELS, degrade
 from pfstorer_rt.models.base import Base
+from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
 from pfstorer_rt.training.data import Batch, center_crop, draw_timesteps, random_crop
-from pfstorer_rt.training.picture_loss import draw_views, find_faces, looks_at_pictures
+from pfstorer_rt.training.picture_loss import draw_views, face_maps, looks_at_pictures
 
 ZOOM = 1.25
 """Training squares are cut at up to this magnification, so that most of the face stays in."""
@@ -40,7 +40,9 @@ class LatentPool(NamedTuple):
 
 
 @torch.no_grad()
-def make_pool(photos: Sequence[torch.Tensor], base: Base, config: PersonalizeConfig) -> LatentPool:
+def make_pool(
+    photos: Sequence[torch.Tensor], base: Base, config: PersonalizeConfig, on_progress: OnProgress = ignore_progress
+) -> LatentPool:
     """Cut, degrade and encode `config.pool` squares, the photographs in turn.
 
     photos: (3, H, W) in [0, 1]. The same seed gives the same pool. With few iterations no more squares are made
@@ -52,32 +54,32 @@ def make_pool(photos: Sequence[torch.Tensor], base: Base, config: PersonalizeCon
     def encode(image: torch.Tensor) -> torch.Tensor:
         return base.encode(image[None].to(base.device) * 2 - 1)[0].float().cpu()
 
-    pairs, pictures = [], []
-    for i in track(range(size), "photographs", console=stderr(), transient=True):
+    pairs, pictures, started = [], [], time.monotonic()
+    for i in range(size):
         rng = np.random.default_rng([config.train.seed, 4, i])
         hq = random_crop(photos[i % len(photos)], base.config.tile, rng, ZOOM)
         lq = degrade(hq, level, rng)
         pairs.append((encode(hq), encode(lq)))
         pictures += [torch.stack([hq, lq]).mul(255).round().byte()] if looks_at_pictures(config) else []
+        on_progress(StageProgress("photographs", i + 1, size, seconds=time.monotonic() - started))
     references = torch.stack([encode(center_crop(photo, base.config.tile)) for photo in photos])
     hq_latents, lq_latents = (torch.stack(latents) for latents in zip(*pairs, strict=True))
     pool = LatentPool(hq_latents, lq_latents, torch.arange(size) % len(photos), references)
     if not pictures:
         return pool
-    maps = find_faces([picture[0].permute(1, 2, 0).numpy() / np.float32(255) for picture in pictures])
+    maps = face_maps([picture[0].permute(1, 2, 0).numpy() / np.float32(255) for picture in pictures])
     return pool._replace(pictures=torch.stack(pictures), maps=maps)
 
 
 class BatchMaker:
     """Iteration -> batch: one random photograph as the reference (PFStorer section 3.3), squares of the others."""
 
-    def __init__(self, pool: LatentPool, config: PersonalizeConfig, rank: int = 0, processes: int = 1) -> None:
-        self.pool, self.config, self.rank, self.processes = pool, config, rank, processes
+    def __init__(self, pool: LatentPool, config: PersonalizeConfig) -> None:
+        self.pool, self.config = pool, config
 
-    def __call__(self, iteration: int) -> Batch:
+    def __call__(self, iteration: int, number: int) -> Batch:
         """Return latents `hq lq noise` (B, C, h, w) and `reference` (1, C, h, w), `t` (B,), `self` bool ()."""
         seed, batch, pool = self.config.train.seed, self.config.train.batch, self.pool
-        number = iteration * self.processes + self.rank
         rng = np.random.default_rng([seed, 6, number])
         reference = int(rng.integers(len(pool.references)))
         chosen = torch.from_numpy(rng.choice(self.squares_without(reference), batch))

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import nn
 
 from pfstorer_rt.config import TrainConfig, Weighting
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, fingerprint_modules
-from pfstorer_rt.ops import training_backend
+from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.base import log_to, signature
 from pfstorer_rt.training.chunks import Arrays
 from pfstorer_rt.training.data import Batch, draw_timesteps
+from pfstorer_rt.training.device import accelerated, to_channels_last
 from pfstorer_rt.training.latents import encode_pool
-from pfstorer_rt.training.loop import make_accelerator, train
-from pfstorer_rt.training.memory import make_adamw
+from pfstorer_rt.training.loop import MakeBatch, Training, run_training
 from pfstorer_rt.training.objectives import RestorerObjective
 
 
@@ -41,25 +42,38 @@ class RestoringConfig:
     """What the error is measured in: the prediction, or the clean latent that it stands for."""
 
 
-def train_restorer_on(pool: Arrays, base: Base, work: Path, config: RestoringConfig) -> None:
+def train_restorer_on(
+    pool: Arrays, base: Base, work: Path, config: RestoringConfig, on_progress: OnProgress = ignore_progress
+) -> None:
     """Train UNet, structure encoder and prompt encoder of a base in place; resumes from `work/restorer.pt`.
 
     pool: from `tile_pool.make_pool`, with degraded versions. The autoencoder stays as it is.
     """
     make_folder(work)
     settings = config.train
-    accelerator = make_accelerator(settings)
-    base.to(accelerator.device).set_attention(training_backend(accelerator.device))
-    nn.Module.to(base.vae, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    latents = encode_pool(pool, base, work, accelerator, settings.workers)
-    tiles, versions = latents.shape[:2]
-    objective: nn.Module = RestorerObjective(base, config.weighting)
-    objective = nn.Module.to(objective, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    objective.requires_grad_(True)
-    mark = signature([asdict(config), base.fingerprint, list(latents.shape)], [])
+    with accelerated(settings, base) as accelerator:
+        to_channels_last(base.vae)
+        latents = encode_pool(pool, base, work, accelerator, settings.workers, on_progress)
+        training = Training(
+            "restorer",
+            RestorerObjective(base, config.weighting).requires_grad_(True),
+            latent_sampler(latents, config),
+            settings,
+            work / "restorer.pt",
+            signature([asdict(config), base.fingerprint, list(latents.shape)], []),
+            on_log=log_to(work / "restorer.csv"),
+            on_progress=on_progress,
+        )
+        run_training(training, accelerator)
+    base.freeze()
+    base.fingerprint = fingerprint_modules(base.modules())
 
-    def make_batch(iteration: int) -> Batch:
-        number = iteration * accelerator.num_processes + accelerator.process_index
+
+def latent_sampler(latents: npt.NDArray[Any], config: RestoringConfig) -> MakeBatch:
+    """Return the function that draws batches from latents (N, versions, 2, C, h, w)."""
+    settings, (tiles, versions) = config.train, latents.shape[:2]
+
+    def make_batch(_: int, number: int) -> Batch:
         rng = np.random.default_rng([settings.seed, 23, number])
         rows = rng.integers(0, tiles, settings.batch), rng.integers(0, versions, settings.batch)
         chosen = torch.from_numpy(latents[rows]).float()
@@ -72,16 +86,4 @@ def train_restorer_on(pool: Arrays, base: Base, work: Path, config: RestoringCon
         t = draw_timesteps(settings.batch, config.first_step, generator)
         return {"hq": chosen[:, 0], "lq": chosen[:, 1], "noise": noise, "t": t}
 
-    train(
-        objective,
-        make_adamw(objective.parameters(), settings),
-        make_batch,
-        settings,
-        accelerator,
-        work / "restorer.pt",
-        mark,
-        "restorer",
-        log_to(work / "restorer.csv"),
-    )
-    base.freeze().set_attention()
-    base.fingerprint = fingerprint_modules(base.modules())
+    return make_batch

@@ -15,10 +15,11 @@ import torch
 from pfstorer_rt.degradation.degrade import LEVELS, DegradationConfig, degrade
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.imaging.find import find_images
+from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.base import signature
-from pfstorer_rt.training.chunks import Arrays, make_arrays
+from pfstorer_rt.training.chunks import Arrays, Samples, make_arrays
 from pfstorer_rt.training.data import Batch
-from pfstorer_rt.training.picture_loss import find_faces
+from pfstorer_rt.training.picture_loss import face_maps
 from pfstorer_rt.training.tiles import Bytes, Source, TileComposer
 
 CHUNK = 16
@@ -62,11 +63,17 @@ def parse_source(text: str) -> Source:
     return Source(find_images([Path(name)]), value)
 
 
-def make_pool(sources: Sequence[Source], config: PoolConfig, work: Path, workers: int = 1) -> Arrays:
+def make_pool(
+    sources: Sequence[Source],
+    config: PoolConfig,
+    work: Path,
+    workers: int = 1,
+    on_progress: OnProgress = ignore_progress,
+) -> Arrays:
     """Make a pool once, or go on with one that was interrupted; returns its memory maps.
 
     `hq` (N, S, S, 3), `lq` (N, versions, S, S, 3), both uint8, and `maps` (N, 2, 3), where each tile's largest face is
-    (`FaceAligner`), NaN where none was found.
+    (`face_map`), NaN where none was found.
     """
     work.mkdir(parents=True, exist_ok=True)
     composer, side = TileComposer(sources, config.tile, config.seed), config.tile
@@ -83,7 +90,7 @@ def make_pool(sources: Sequence[Source], config: PoolConfig, work: Path, workers
 
     paths = [path for source in sources for path in source.paths]
     mark = signature([asdict(config), [(len(s.paths), s.weight) for s in sources]], paths)
-    return make_arrays(work, "pool", items, config.count, CHUNK, mark, make, workers, finish)
+    return make_arrays(Samples("pool", items, config.count, CHUNK, mark, make, finish, workers), work, on_progress)
 
 
 def make_tile(composer: TileComposer, config: PoolConfig, number: int) -> dict[str, npt.NDArray[Any]]:
@@ -91,7 +98,7 @@ def make_tile(composer: TileComposer, config: PoolConfig, number: int) -> dict[s
     tile, rng = composer(number)
     made: dict[str, npt.NDArray[Any]] = {"hq": tile, "maps": np.full((2, 3), np.nan, np.float32)}
     if config.faces:
-        made["maps"] = find_faces([tile[::2, ::2] / np.float32(255)])[0]  # the map is relative to the sides
+        made["maps"] = face_maps([tile / np.float32(255)])[0]
     if config.versions:
         made["lq"] = np.stack([degrade_bytes(tile, draw_degradation(config, rng), rng) for _ in range(config.versions)])
     return made

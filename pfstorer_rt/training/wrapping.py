@@ -18,12 +18,12 @@ from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.models.base import Base, build_cfw, fingerprint_modules
 from pfstorer_rt.models.cfw import LEVELS
 from pfstorer_rt.models.denoiser import Denoiser
-from pfstorer_rt.ops import training_backend
+from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.base import BaseTrainConfig, log_to, pair_maker, signature, split_holdout
 from pfstorer_rt.training.data import Batch
-from pfstorer_rt.training.loop import make_accelerator, train
+from pfstorer_rt.training.device import accelerated, to_channels_last
+from pfstorer_rt.training.loop import MakeBatch, Training, run_training
 from pfstorer_rt.training.losses import Losses, gradient_loss
-from pfstorer_rt.training.memory import make_adamw
 
 GROWTH = 16
 """Channels of a new fusion layer: a restored tile gains little from more, and a small base has to stay small."""
@@ -70,59 +70,73 @@ class WrappingObjective(nn.Module):
         return {"loss": reconstruction + gradient_loss(output, batch["hq"]), "l1": reconstruction}
 
 
-def add_wrapping(sources: Sequence[Path], base: Base, out: Path, config: BaseTrainConfig, work: Path) -> Base:
+def add_wrapping(
+    sources: Sequence[Path],
+    base: Base,
+    out: Path,
+    config: BaseTrainConfig,
+    work: Path,
+    on_progress: OnProgress = ignore_progress,
+) -> Base:
     """Give a base feature wrapping, train it on photographs, and write the base to `out` in fp16.
 
-    sources, config, work: as for `train_base`; the settings are those of `config.restorer`. A base that has wrapping
-    goes on from what it has. Raises `BadFileError` where the autoencoder is not an AutoencoderTiny: then wrapping is
-    StableSR's, and is imported.
+    sources, config, work: as for `train_base`; the settings are those of `config.restorer`. Feature wrapping that the
+    base has is trained further. Raises `BadFileError` where the autoencoder is not an AutoencoderTiny: then feature
+    wrapping is StableSR's, and is imported with the base.
     """
     if base.config.vae["class"] != "AutoencoderTiny":
-        raise BadFileError(f"base {base.config.name!r}: only an AutoencoderTiny's wrapping is trained here; use --cfw")
+        raise BadFileError(
+            f"base {base.config.name!r}: its autoencoder is {base.config.vae['class']}; feature wrapping is trained "
+            "for an AutoencoderTiny only, otherwise import it with the base"
+        )
     make_folder(work, private=True)
     paths, _ = split_holdout(find_images(sources), config.holdout)
-    train_wrapping(paths, base, work, config)
+    train_wrapping(paths, base, work, config, on_progress)
     base.save(out, torch.float16)
     return base
 
 
-def train_wrapping(paths: list[Path], base: Base, work: Path, config: BaseTrainConfig) -> None:
-    """Train the fusion layers, all else frozen; resumes from `work/wrapping.pt`."""
+def train_wrapping(
+    paths: list[Path], base: Base, work: Path, config: BaseTrainConfig, on_progress: OnProgress = ignore_progress
+) -> None:
+    """Train the fusion layers, everything else frozen; resumes from `work/wrapping.pt`."""
+    settings = config.restorer
     if base.cfw is None:
         widths = tuple(base.config.vae["encoder_block_out_channels"][level] for level in LEVELS)
         base.config = replace(base.config, cfw={"widths": widths, "growth": GROWTH}, cfw_weight=1.0)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.restorer.seed)
+            torch.manual_seed(settings.seed)
             base.cfw = build_cfw(base.config)
-    accelerator, settings = make_accelerator(config.restorer), config.restorer
-    base.to(accelerator.device).set_attention(training_backend(accelerator.device))
-    for module in base.modules().values():
-        nn.Module.to(module, memory_format=torch.channels_last)  # type: ignore[call-overload]
     assert base.cfw is not None
-    base.cfw.requires_grad_(True)
+    with accelerated(settings, base) as accelerator:
+        for module in base.modules().values():
+            to_channels_last(module)
+        base.cfw.requires_grad_(True)
+        training = Training(
+            "wrapping",
+            WrappingObjective(base),
+            wrapping_batches(paths, base, config),
+            settings,
+            work / "wrapping.pt",
+            signature(["wrapping", asdict(config)], paths) + base.fingerprint,
+            on_log=log_to(work / "wrapping.csv"),
+            on_progress=on_progress,
+        )
+        run_training(training, accelerator)
+    base.freeze()
+    base.fingerprint = fingerprint_modules(base.modules())
+
+
+def wrapping_batches(paths: list[Path], base: Base, config: BaseTrainConfig) -> MakeBatch:
+    """Return the function that makes the batches of `WrappingObjective` from photographs."""
+    settings = config.restorer
     make_pair = pair_maker(paths, base, config, settings.batch)
     side, channels = base.config.latent_tile, base.config.latent_channels
 
-    def make_batch(iteration: int) -> Batch:
-        number = iteration * accelerator.num_processes + accelerator.process_index
+    def make_batch(_: int, number: int) -> Batch:
         rng = np.random.default_rng([settings.seed, 7, number])
         share = rng.uniform(size=settings.batch) * (rng.random(settings.batch) < 0.5)
         noise = rng.standard_normal((settings.batch, channels, side, side), np.float32)
         return {**make_pair(number), "noise": torch.from_numpy(noise), "share": torch.from_numpy(share).float()}
 
-    objective = WrappingObjective(base)
-    optimizer = make_adamw(base.cfw.parameters(), settings)
-    mark = signature(["wrapping", asdict(config)], paths) + base.fingerprint
-    train(
-        objective,
-        optimizer,
-        make_batch,
-        settings,
-        accelerator,
-        work / "wrapping.pt",
-        mark,
-        "wrapping",
-        log_to(work / "wrapping.csv"),
-    )
-    base.freeze().set_attention()
-    base.fingerprint = fingerprint_modules(base.modules())
+    return make_batch

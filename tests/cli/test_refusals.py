@@ -9,7 +9,8 @@ import torch
 
 from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.errors import PFStorerError
-from pfstorer_rt.training.loop import make_accelerator, train
+from pfstorer_rt.training.device import accelerated
+from pfstorer_rt.training.loop import Training, run_training
 
 
 @pytest.fixture
@@ -59,21 +60,14 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp
             return {"loss": (self.w * batch["x"]).sum()}
 
     config = TrainConfig(iterations=4, checkpoint_every=1, precision="fp32", device="cpu")
-    objective = Diverging()
-    optimizer = torch.optim.SGD(objective.parameters(), lr=1e-3)
-    checkpoint = tmp_path / "state.pt"
-    values = [1.0, 1.0, math.nan, 1.0]
-    with pytest.raises(PFStorerError, match="after 3 iterations"):
-        train(
-            objective,
-            optimizer,
-            lambda i: {"x": torch.tensor([values[i]])},
-            config,
-            make_accelerator(config),
-            checkpoint,
-            "mark",
-            "test",
-        )
+    checkpoint, values = tmp_path / "state.pt", [1.0, 1.0, math.nan, 1.0]
+
+    def batches(iteration, _number):
+        return {"x": torch.tensor([values[iteration]])}
+
+    training = Training("test", Diverging(), batches, config, checkpoint, "mark")
+    with pytest.raises(PFStorerError, match="after 3 iterations"), accelerated(config) as accelerator:
+        run_training(training, accelerator)
     state = torch.load(checkpoint, weights_only=True)
     assert state["iteration"] == 2 and bool(torch.isfinite(state["parameters"]["w"]).all())
 

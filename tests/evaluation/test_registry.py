@@ -13,6 +13,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.evaluation.registry import METRICS, MetricFiles, Sample, describe_version, load_metrics
 from pfstorer_rt.faces import dlib as functions
+from pfstorer_rt.faces import finding
 from pfstorer_rt.imaging import similarity
 
 BEST = {
@@ -75,7 +76,7 @@ def test_landmark_error_by_hand():
 
 
 def test_id_is_the_mean_of_the_distances_to_each_reference(metrics, face, noisy):
-    embed = functions.face_embedder()
+    embed = finding.embed_largest
     refs, result = [face, noisy(face, 0.1)], noisy(face, 0.05)
     expected = np.mean([np.sqrt(np.sum((embed(result) - embed(r)) ** 2)) for r in refs])
     figures = metrics.measure(Sample(result), Sample(face), [Sample(r) for r in refs])
@@ -107,7 +108,7 @@ def test_verification(metrics, face, make_picture):
 @pytest.mark.parametrize(("distance", "accepted"), [(0.5999, 1.0), (0.6001, 0.0)])
 def test_the_threshold_of_verification_is_dlibs(monkeypatch, make_picture, distance, accepted):
     faces = {0.25: np.zeros(128), 0.75: np.eye(128)[0] * distance}  # by brightness
-    monkeypatch.setattr(functions, "face_embedder", lambda: lambda pixels: faces[round(float(pixels.mean()), 2)])
+    monkeypatch.setattr(finding, "face_embedder", lambda: lambda pixels: faces[round(float(pixels.mean()), 2)])
     dark, bright = (Sample(np.full((16, 16, 3), v, np.float32)) for v in (0.25, 0.75))
     figures = load_metrics(["verification_dlib"]).measure(bright, dark, [dark])
     assert figures["verification_dlib"] == accepted
@@ -159,13 +160,10 @@ def test_a_sample_computes_once():
 
 
 def test_a_missing_metric_stays_a_column_with_its_reason(monkeypatch, make_picture):
-    monkeypatch.setattr(functions, "face_models", lambda: None)
-    functions.face_embedder.cache_clear()
+    for module in (functions, finding):
+        monkeypatch.setattr(module, "face_models", lambda: None)
     keys = ["psnr", "lmse_dlib", "id_dlib", "verification_dlib", "id_arcface"]
-    try:
-        loaded = load_metrics(keys)
-    finally:
-        functions.face_embedder.cache_clear()
+    loaded = load_metrics(keys)
     assert [column.key for column in loaded.columns] == keys and set(loaded.refused) == set(keys[1:])
     assert "pip install 'pfstorer-rt[metrics]'" in loaded.refused["id_dlib"]
     assert "--arcface FILE" in loaded.refused["id_arcface"]

@@ -24,7 +24,9 @@ PATCH = replace(
 )
 
 
-@pytest.fixture(scope="module", params=[CONFIG, TINY, PATCH], ids=["AutoencoderKL", "AutoencoderTiny", "PatchAutoencoder"])
+@pytest.fixture(
+    scope="module", params=[CONFIG, TINY, PATCH], ids=["AutoencoderKL", "AutoencoderTiny", "PatchAutoencoder"]
+)
 def wrapped(request):
     base = build_base(request.param, seed=2)
     generator = torch.Generator().manual_seed(3)

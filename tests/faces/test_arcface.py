@@ -9,7 +9,7 @@ from onnx.reference import ReferenceEvaluator
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.evaluation.registry import MetricFiles, Sample, load_metrics
 from pfstorer_rt.faces import arcface
-from pfstorer_rt.faces.dlib import at_landmark_side, landmark_finder
+from pfstorer_rt.faces.finding import at_landmark_side, find_largest, landmarks_at_side
 
 
 @pytest.fixture
@@ -53,8 +53,8 @@ def test_alignment_puts_the_five_points_where_the_recognizer_expects_them():
 
 
 def test_the_five_points_are_the_eyes_the_nose_and_the_corners_of_the_mouth(face):
-    landmarks = landmark_finder()
-    left, right, nose, mouth_left, mouth_right = arcface.five_points(landmarks.points(face, landmarks.face(face)))
+    points = landmarks_at_side(face, find_largest(face))
+    left, right, nose, mouth_left, mouth_right = arcface.five_points(points)
     assert left[0] < nose[0] < right[0] and mouth_left[0] < mouth_right[0]
     assert max(left[1], right[1]) < nose[1] < min(mouth_left[1], mouth_right[1])
 
@@ -65,8 +65,7 @@ def test_arcface_is_100_times_the_mean_cosine(face, noisy, recognizer):
     result, refs = noisy(face, 0.1), [face, face[:, ::-1].copy()]
 
     def embed(pixels):
-        landmarks = landmark_finder()
-        points = arcface.five_points(landmarks.points(pixels, landmarks.face(pixels)))
+        points = arcface.five_points(landmarks_at_side(pixels, find_largest(pixels)))
         planes = arcface.align(at_landmark_side(pixels), points).transpose(2, 0, 1)[None] * 255
         return ReferenceEvaluator(str(path)).run(None, {"data": ((planes - 127.5) / 127.5).astype(np.float32)})[0][0]
 

@@ -5,8 +5,9 @@ import torch
 from skimage.data import astronaut
 
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.faces.dlib import RECOGNIZER, dlib_landmarks, dlib_recognizer, face_models, largest, to_uint8
-from pfstorer_rt.faces.recognizer import FaceAligner, FaceRecognizer, cut_faces
+from pfstorer_rt.faces.dlib import RECOGNIZER, face_models, load_dlib, to_uint8
+from pfstorer_rt.faces.finding import dlib_shape, find_largest
+from pfstorer_rt.faces.recognizer import FaceRecognizer, cut_faces, face_map
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +24,13 @@ def picture(size=192, angle=0.0):
 
 
 def landmarks(pixels):
-    detector, predictor = dlib_landmarks(face_models())
-    image = to_uint8(pixels)
-    return image, predictor(image, largest(detector(image, 1)))
+    return to_uint8(pixels), dlib_shape(pixels, find_largest(pixels))
 
 
 @pytest.mark.parametrize("angle", [0, 15])
 def test_it_is_the_network_of_dlib(network, angle):
     chip = dlib.get_face_chip(*landmarks(picture(angle=angle)), 150, 0.25)
-    expected = dlib_recognizer(face_models()).compute_face_descriptor(chip)
+    expected = load_dlib()[2].compute_face_descriptor(chip)
     found = network(torch.from_numpy(chip).permute(2, 0, 1)[None] / 255)[0]
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
@@ -39,22 +38,22 @@ def test_it_is_the_network_of_dlib(network, angle):
 @pytest.mark.parametrize(("size", "angle"), [(192, 0), (160, -20), (240, 25)])
 def test_faces_are_cut_as_dlib_cuts_them(network, size, angle):
     pixels = picture(size, angle)
-    expected = dlib_recognizer(face_models()).compute_face_descriptor(*landmarks(pixels))
+    expected = load_dlib()[2].compute_face_descriptor(*landmarks(pixels))
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    face = cut_faces(image, torch.from_numpy(FaceAligner(face_models())(pixels))[None])
+    face = cut_faces(image, torch.from_numpy(face_map(pixels))[None])
     assert face.shape == (1, 3, 150, 150)
     assert np.linalg.norm(network(face)[0].numpy() - expected) < 0.03, "another person begins at 0.6"
 
 
 def test_no_face_no_map():
-    assert FaceAligner(face_models())(np.zeros((96, 96, 3), np.float32)) is None
+    assert face_map(np.zeros((96, 96, 3), np.float32)) is None
 
 
 def test_the_distance_has_a_gradient_that_leads_to_the_person(network):
     """A few steps down the gradient bring a blurred face nearer to the sharp one."""
     pixels = picture()
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    maps = torch.from_numpy(FaceAligner(face_models())(pixels))[None]
+    maps = torch.from_numpy(face_map(pixels))[None]
     target = network(cut_faces(image, maps))
     blurred = torch.nn.functional.avg_pool2d(image, 17, 1, 8).requires_grad_()
     distances = []

@@ -15,7 +15,7 @@ from pfstorer_rt.models.base import build_base, load_base
 from pfstorer_rt.training import base as module
 from pfstorer_rt.training.base import BaseTrainConfig, latent_pairs, split_holdout, train_base
 from pfstorer_rt.training.data import read_photo
-from pfstorer_rt.training.loop import make_accelerator
+from pfstorer_rt.training.device import accelerated
 from pfstorer_rt.training.objectives import AutoencoderObjective, RestorerObjective
 from pfstorer_rt.training.wrapping import add_wrapping
 
@@ -121,7 +121,7 @@ def test_pairs_go_on_after_an_interruption(photos, whole, tmp_path, monkeypatch)
     expected = np.load(folder / "work" / "pairs.npy")
     assert expected.shape == (12, 2, 4, 8, 8) and np.isfinite(expected).all() and expected.any((1, 2, 3, 4)).all()
     base, paths = build_base("nano", 0), sorted(photos.iterdir())
-    accelerator, made = make_accelerator(SETTINGS), []
+    made = []
     real = module.pair_maker
 
     def maker(dying):
@@ -138,20 +138,24 @@ def test_pairs_go_on_after_an_interruption(photos, whole, tmp_path, monkeypatch)
 
         return pair_maker
 
+    def pairs(paths, base, folder, config):
+        with accelerated(SETTINGS) as accelerator:
+            return latent_pairs(paths, base, folder, config, accelerator)
+
     monkeypatch.setattr(module, "pair_maker", maker(dying=False))
-    once = np.array(latent_pairs(paths, base, whole_folder(tmp_path / "once"), CONFIG, accelerator))
+    once = np.array(pairs(paths, base, whole_folder(tmp_path / "once"), CONFIG))
     monkeypatch.setattr(module, "pair_maker", maker(dying=True))
     with pytest.raises(SystemExit):
-        latent_pairs(paths, base, whole_folder(tmp_path / "parts"), CONFIG, accelerator)
+        pairs(paths, base, whole_folder(tmp_path / "parts"), CONFIG)
     assert json.loads((tmp_path / "parts" / "pairs.json").read_text())["done"] == 10
     made.clear()
     monkeypatch.setattr(module, "pair_maker", maker(dying=False))
-    parts = np.array(latent_pairs(paths, base, tmp_path / "parts", CONFIG, accelerator))
+    parts = np.array(pairs(paths, base, tmp_path / "parts", CONFIG))
     assert made == [2] and np.array_equal(once, parts)
     # pairs of another base or of other settings are made anew
-    other = np.array(latent_pairs(paths, build_base("nano", 1), tmp_path / "parts", CONFIG, accelerator))
+    other = np.array(pairs(paths, build_base("nano", 1), tmp_path / "parts", CONFIG))
     assert made == [2, 0, 1, 2] and not np.array_equal(other, parts)
-    latent_pairs(paths, build_base("nano", 1), tmp_path / "parts", replace(CONFIG, level="light"), accelerator)
+    pairs(paths, build_base("nano", 1), tmp_path / "parts", replace(CONFIG, level="light"))
     assert len(made) == 7
 
 

@@ -15,7 +15,7 @@ from pfstorer_rt.models.base import build_base, load_base
 from pfstorer_rt.training import finishing as module
 from pfstorer_rt.training.base import BaseTrainConfig
 from pfstorer_rt.training.finishing import FinishingObjective, finish_base, picture_pairs
-from pfstorer_rt.training.picture_loss import PictureLoss, find_faces, jitter
+from pfstorer_rt.training.picture_loss import PictureLoss, face_maps, jitter
 from pfstorer_rt.training.wrapping import add_wrapping
 
 SETTINGS = TrainConfig(iterations=4, batch=2, learning_rate=1e-3, ema=0.5, device="cpu", precision="fp32")
@@ -132,7 +132,7 @@ def test_pictures_without_a_face_do_not_count(wrapped):
     loss = PictureLoss(base, CONFIG)
     pixels = np.asarray(Image.fromarray(astronaut()[:256, 96:352]).resize((128, 128)), np.float32) / 255
     face = torch.from_numpy(pixels).permute(2, 0, 1)[None] * 2 - 1
-    found = torch.from_numpy(find_faces([pixels]))
+    found = torch.from_numpy(face_maps([pixels]))
     none = torch.full((1, 2, 3), float("nan"))
     dark = face * 0.3
     alone = loss.identity(dark, face, found)

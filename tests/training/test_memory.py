@@ -11,7 +11,8 @@ from torch import nn
 from pfstorer_rt.config import PersonalizeConfig, TrainConfig
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.models.base import build_base
-from pfstorer_rt.training.loop import make_accelerator, train
+from pfstorer_rt.training.device import accelerated
+from pfstorer_rt.training.loop import Training, run_training
 from pfstorer_rt.training.memory import frozen_weights_in, make_adamw, saving_memory
 from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
 
@@ -94,7 +95,7 @@ def test_recomputed_activations_leave_every_gradient_as_it_was(base, method):
     objective, batch = make_objective(base, method), make_batch(base)
     kept = step(objective, batch, autocast=False)
     config = replace(CPU, precision="fp32", gradient_checkpointing=True)
-    with saving_memory(objective, config, make_accelerator(config)):
+    with accelerated(config) as accelerator, saving_memory(objective, config, accelerator):
         recomputed = step(objective, batch, autocast=False)
     assert_same(kept, recomputed, tolerance=1e-4)
     assert recomputed[2] < 0.7 * kept[2]
@@ -115,20 +116,21 @@ class Identity(nn.Module):
 
 
 def fit(folder, optimizer, stop=None):
-    """Train; returns (losses, parameters, optimizer)."""
+    """Train; returns (losses, parameters, state of the optimizer)."""
     config = TrainConfig(iterations=12, device="cpu", precision="fp32", optimizer=optimizer, checkpoint_every=1)
-    objective, losses = Identity(), []
-    adamw = make_adamw([{"params": list(objective.parameters()), "lr": 1e-2}], config)
+    objective, losses, file = Identity(), [], folder / "s.pt"
+    groups = [{"params": list(objective.parameters()), "lr": 1e-2}]
 
-    def batches(iteration):
+    def batches(iteration, _number):
         if iteration == stop:
             raise SystemExit
         return {"x": torch.randn(32, 64, generator=torch.Generator().manual_seed(iteration))}
 
     folder.mkdir(exist_ok=True)
-    accelerator = make_accelerator(config)
-    train(objective, adamw, batches, config, accelerator, folder / "s.pt", "m", "t", lambda i, x: losses.append(x))
-    return losses, list(objective.parameters()), adamw
+    with accelerated(config) as accelerator:
+        training = Training("t", objective, batches, config, file, "m", groups, on_log=lambda i, x: losses.append(x))
+        run_training(training, accelerator)
+    return losses, list(objective.parameters()), torch.load(file, weights_only=True)["optimizer"]["state"]
 
 
 def distance(one, other):
@@ -139,14 +141,14 @@ def distance(one, other):
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "paged_adamw8bit"])
 def test_the_8_bit_optimizers_train_like_the_plain_one_and_go_on_where_they_stopped(tmp_path, optimizer):
     _, plain, _ = fit(tmp_path / "plain", "adamw")
-    _, whole, adamw = fit(tmp_path / "whole", optimizer)
+    _, whole, state = fit(tmp_path / "whole", optimizer)
     with pytest.raises(SystemExit):
         fit(tmp_path / "parts", optimizer, stop=5)
     _, parts, _ = fit(tmp_path / "parts", optimizer)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
     start = list(Identity().parameters())
     assert distance(plain, whole) < 0.25 * distance(plain, start)
-    assert adamw.state[whole[0]]["state1"].dtype == torch.uint8
+    assert state[0]["__bnb_optimizer_quant_state__"]["state1"].dtype == torch.uint8
 
 
 def test_an_8_bit_optimizer_without_its_package_says_what_to_install(monkeypatch):

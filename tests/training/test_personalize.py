@@ -19,7 +19,7 @@ from pfstorer_rt.models.prompt import tokenize
 from pfstorer_rt.training import personalize as module
 from pfstorer_rt.training.data import center_crop, read_photo
 from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
-from pfstorer_rt.training.personalize import make_optimizer, personalize
+from pfstorer_rt.training.personalize import parameter_groups, personalize
 from pfstorer_rt.training.picture_loss import PictureLoss
 from pfstorer_rt.training.pool import BatchMaker, make_pool
 
@@ -59,10 +59,10 @@ def at_iteration(monkeypatch, number, action):
     """Call `action` when a batch is asked for; returns the function that takes it back."""
     real = BatchMaker.__call__
 
-    def call(self, iteration):
+    def call(self, iteration, sample):
         if iteration == number:
             action()
-        return real(self, iteration)
+        return real(self, iteration, sample)
 
     monkeypatch.setattr(BatchMaker, "__call__", call)
     return lambda: monkeypatch.setattr(BatchMaker, "__call__", real)
@@ -159,7 +159,7 @@ def test_one_step_moves_every_part_at_its_own_rate(learn, base):
 def test_gamma_and_token_have_rates_of_their_own_and_do_not_decay(base):
     config = replace(PersonalizeConfig(), gamma_learning_rate=0.25, token_learning_rate=0.5)
     objective = PersonalizationObjective(base, config)
-    blocks, gammas, token = make_optimizer(objective, config).param_groups
+    blocks, gammas, token = parameter_groups(objective, config)
     assert [g["lr"] for g in (blocks, gammas, token)] == [config.train.learning_rate, 0.25, 0.5]
     assert [g["weight_decay"] for g in (blocks, gammas, token)] == [config.train.weight_decay, 0.0, 0.0]
     assert {id(p) for p in gammas["params"]} == {id(b.gamma) for b in objective.blocks}
@@ -235,7 +235,9 @@ def pool(base, photos, seed=0, **settings):
 
 
 def maker(pool, rank=0, processes=1, seed=0, **settings):
-    return BatchMaker(pool, PersonalizeConfig(train=TrainConfig(batch=3, seed=seed), **settings), rank, processes)
+    """Function iteration -> batch of one of several processes."""
+    batches = BatchMaker(pool, PersonalizeConfig(train=TrainConfig(batch=3, seed=seed), **settings))
+    return lambda iteration: batches(iteration, iteration * processes + rank)
 
 
 def test_a_pool_is_a_pure_function_of_its_seed(base, photos):

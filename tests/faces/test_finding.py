@@ -1,0 +1,87 @@
+"""One finder: framing, losses, metrics and references find the same faces in the same image."""
+
+import numpy as np
+import pytest
+import torch
+from skimage.data import astronaut
+from skimage.transform import resize
+
+from pfstorer_rt.config import PersonalizeConfig
+from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.evaluation.registry import Sample, load_metrics
+from pfstorer_rt.faces import dlib as networks
+from pfstorer_rt.faces.finding import embed_largest, face_finder, find_boxes, find_largest, landmarks_at_side
+from pfstorer_rt.faces.references import References
+from pfstorer_rt.imaging.files import save_image
+from pfstorer_rt.imaging.rows import Spool
+from pfstorer_rt.training.framing import read_references
+from pfstorer_rt.training.picture_loss import face_maps
+
+EYES = np.array([[203, 101], [247, 103]])
+"""The pupils of the astronaut, (x, y) in pixels of the 512 x 512 image, read from it by eye."""
+
+
+def shrunken(side):
+    """The whole astronaut, in which the face takes a fifth of the side."""
+    pixels = astronaut() / np.float32(255)
+    return pixels if side == 512 else resize(pixels, (side, side), anti_aliasing=True).astype(np.float32)
+
+
+def users(pixels, folder):
+    """Name of a user of faces -> whether it finds one in (H, W, 3)."""
+    save_image(folder / "a.png", pixels, overwrite=True)
+    notes, sample = [], Sample(pixels)
+    read_references([folder / "a.png"], PersonalizeConfig(), 192, notes.append)
+    figures = load_metrics(["lmse_dlib", "id_dlib"]).measure(sample, sample, [sample])
+    return {
+        "framing": not any("no face" in note for note in notes),
+        "losses": bool(np.isfinite(face_maps([pixels])).all()),
+        "landmarks": figures["lmse_dlib"] is not None,
+        "identity": figures["id_dlib"] is not None,
+    }
+
+
+@pytest.mark.parametrize("side", [2048, 512, 192, 128, 40])
+def test_every_user_finds_the_same_faces(side, tmp_path):
+    found = users(shrunken(side), tmp_path)
+    assert set(found.values()) == {side >= 128}, found
+
+
+@pytest.mark.parametrize("side", [2048, 512, 192])
+def test_boxes_and_landmarks_are_in_pixels_of_the_image(side):
+    pixels, scale = shrunken(side), side / 512
+    box = find_largest(pixels)
+    assert np.allclose([box.left, box.top, box.side], np.array([179, 83, 88]) * scale, atol=12 * scale)
+    points = landmarks_at_side(pixels, box)
+    eyes = np.stack([points[36:42].mean(0), points[42:48].mean(0)])
+    assert np.abs(eyes - EYES).max() < 5
+
+
+def test_the_map_of_a_loss_leads_to_the_same_face():
+    pixels = shrunken(512)
+    map_ = torch.from_numpy(face_maps([pixels]))
+    x, y = (map_[0, :, 2].numpy() + 1) * 256  # the middle of the recognizer's square
+    box = find_largest(pixels)
+    assert abs(x - box.left - box.side / 2) < 0.2 * box.side and abs(y - box.top - box.side / 2) < 0.3 * box.side
+
+
+def test_the_largest_face_is_the_first_and_its_embedding_is_that_of_the_metrics():
+    face = astronaut()[:256, 96:352] / np.float32(255)
+    small = np.pad(face[::2, ::2][:, ::-1], ((64, 64), (0, 0), (0, 0)))
+    crowd = np.concatenate([small, face], 1)
+    first, second = face_finder()(crowd)
+    assert first.side > 1.5 * second.side and first.left > 128 > second.left
+    assert np.array_equal(first.embedding, embed_largest(crowd))
+    assert np.linalg.norm(first.embedding - embed_largest(face)) < 0.15
+
+
+def test_references_find_the_face_of_a_shrunken_photograph(tmp_path):
+    pixels = shrunken(192)
+    save_image(tmp_path / "a.png", pixels)
+    assert References(tmp_path).distance(Spool.of(pixels)) < 0.1
+
+
+def test_without_dlib_the_message_names_the_extra(monkeypatch):
+    monkeypatch.setattr(networks, "face_models", lambda: None)
+    with pytest.raises(MissingBackendError, match=r"pip install 'pfstorer-rt\[metrics\]'"):
+        find_boxes(shrunken(128))

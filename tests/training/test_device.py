@@ -1,0 +1,152 @@
+"""Where a training runs, and that it leaves the caller's process and base as they were."""
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+
+from pfstorer_rt.config import PersonalizeConfig, TrainConfig
+from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.models.base import build_base
+from pfstorer_rt.training import device
+from pfstorer_rt.training.base import BaseTrainConfig, train_base
+from pfstorer_rt.training.device import accelerated, own_accelerate_state
+from pfstorer_rt.training.personalize import personalize
+from pfstorer_rt.training.wrapping import add_wrapping
+
+CPU = TrainConfig(iterations=1, batch=1, device="cpu", precision="fp32")
+SINGLETONS = (PartialState, AcceleratorState, GradientState)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, make_picture):
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(2):
+        Image.fromarray((make_picture(70, 66, seed=i) * 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return sorted(folder.iterdir())
+
+
+def learn(photos, base, folder: Path, method="pfstorer"):
+    config = PersonalizeConfig(method=method, train=CPU, pool=2)
+    return personalize("alice", photos, base, config, folder / f"{method}.safetensors")
+
+
+# ---- device and precision
+
+
+def test_fp16_on_a_cpu_is_refused_with_advice():
+    with (
+        pytest.raises(MissingBackendError, match="bf16 or fp32"),
+        accelerated(TrainConfig(precision="fp16", device="cpu")),
+    ):
+        pass
+
+
+def test_a_missing_device_is_refused_with_advice(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingBackendError, match="use device cpu"), accelerated(TrainConfig(device="cuda")):
+        pass
+
+
+def test_precisions_can_change_within_one_process():
+    for precision, expected in (("bf16", "bf16"), ("fp32", "no"), ("bf16", "bf16")):
+        with accelerated(TrainConfig(precision=precision, device="cpu")) as accelerator:
+            assert accelerator.mixed_precision == expected
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "no")])
+def test_auto_uses_bf16_where_the_machine_has_it(monkeypatch, native, expected):
+    monkeypatch.setattr(device, "has_native_bf16", lambda cpu: native)
+    with accelerated(TrainConfig(precision="auto", device="cpu")) as accelerator:
+        assert accelerator.mixed_precision == expected
+
+
+# ---- the caller's process
+
+
+def test_training_leaves_all_random_states_as_they_were(photos, tmp_path):
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+    torch.manual_seed(11)
+    before, base = states(), build_base("nano", seed=3)
+    learn(photos, base, tmp_path)
+    train_base(
+        photos, tmp_path / "base", BaseTrainConfig("nano", CPU, CPU, crop=32, holdout=0.0), tmp_path / "work", base
+    )
+    assert states() == before
+
+
+def test_training_is_seeded_whatever_the_callers_state_is(photos, tmp_path):
+    def weights(folder, state):
+        torch.manual_seed(state)
+        return learn(photos, build_base("nano", seed=3), folder).tensors
+
+    first, second = weights(tmp_path, 1), weights(tmp_path, 2)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_the_callers_accelerator_stays_valid(photos, tmp_path):
+    with own_accelerate_state():
+        ours = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=3)
+        environment = dict(os.environ)
+        learn(photos, build_base("nano", seed=3), tmp_path)
+        assert ours.mixed_precision == "bf16" and ours.gradient_accumulation_steps == 3 and ours.device.type == "cpu"
+        assert dict(os.environ) == environment
+
+
+def test_a_process_without_accelerate_stays_without(photos, tmp_path):
+    with own_accelerate_state():
+        learn(photos, build_base("nano", seed=3), tmp_path)
+        assert not any(singleton._shared_state for singleton in SINGLETONS)
+
+
+# ---- the caller's base
+
+
+def state_of(base):
+    """Everything about a base that a training could leave changed, the weights aside."""
+    modules = [m for network in base.modules().values() for m in network.modules()]
+    kernels = [id(vars(m)[name]) for m in modules for name in ("kernels", "processor") if name in vars(m)]
+    parameters = [p for m in modules for p in m.parameters(recurse=False)]
+    layout = [(p.device, p.is_contiguous(), p.dtype, p.requires_grad, p.grad) for p in parameters]
+    return base.device, kernels, [m.training for m in modules], layout
+
+
+@pytest.mark.parametrize("method", ["pfstorer", "dreambooth"])
+def test_personalizing_leaves_the_base_as_it_was(photos, tmp_path, method):
+    base = build_base("nano", seed=3)
+    base.set_attention("reference")
+    before = state_of(base)
+    learn(photos, base, tmp_path, method)
+    assert state_of(base) == before
+
+
+def test_a_failed_training_leaves_the_base_as_it_was(photos, tmp_path, monkeypatch):
+    base = build_base("nano", seed=3)
+    before, rng = state_of(base), torch.get_rng_state()
+
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr("pfstorer_rt.training.personalize.make_identity", fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        learn(photos, base, tmp_path)
+    assert state_of(base) == before and torch.equal(torch.get_rng_state(), rng)
+
+
+def test_a_trained_base_is_frozen_with_the_kernels_that_it_had(photos, tmp_path):
+    base = build_base("nano", seed=3)
+    base.set_attention("reference")
+    attention = base.unet.kernels.attention
+    config = BaseTrainConfig("nano", CPU, CPU, crop=32, holdout=0.0)
+    add_wrapping(photos, base, tmp_path / "base", config, tmp_path / "work")
+    _, _, training, layout = state_of(base)
+    assert base.unet.kernels.attention is attention and not any(training)
+    assert not any(requires_grad for _, _, _, requires_grad, _ in layout)
