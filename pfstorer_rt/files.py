@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import platformdirs
 
 from pfstorer_rt.errors import BadFileError, PFStorerError
-from pfstorer_rt.temporary import KEPT, sweep_once, temporary_file, temporary_folder
+from pfstorer_rt.temporary import KEPT, sweep, sweep_once, temporary_file, temporary_folder
 
 if TYPE_CHECKING:
     import torch
@@ -146,14 +146,15 @@ def work_folder(near: Path | None = None) -> Iterator[Path]:
         yield folder
 
 
-def work_home() -> Path:
-    """Return the folder of all work folders."""
-    return cache_home() / "work"
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder and in the cache directory."""
+    sweep(folder)
+    sweep(cache_home() / "work")
 
 
 def _work_parent(near: Path | None) -> Path:
     try:
-        parent = make_folder(work_home())
+        parent = make_folder(cache_home() / "work")
     except PFStorerError:
         return near or Path(tempfile.gettempdir())
     other_disk = near is not None and _device(near) != _device(parent)

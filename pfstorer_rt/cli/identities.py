@@ -127,9 +127,8 @@ def rm_command(names: tuple[str, ...], yes: bool) -> None:
       pfstorer-rt identities rm alice --yes
     """
     from pfstorer_rt.errors import BadFileError
-    from pfstorer_rt.files import work_home
+    from pfstorer_rt.files import remove_leftovers
     from pfstorer_rt.identity import identities_dir, identity_path, read_metadata
-    from pfstorer_rt.temporary import sweep
 
     paths: list[tuple[str, list[Path]]] = []
     for name in names:
@@ -148,8 +147,7 @@ def rm_command(names: tuple[str, ...], yes: bool) -> None:
         if yes or confirmed(name):
             for path in present:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            sweep(work_home())
-            sweep(present[-1].parent)
+            remove_leftovers(present[-1].parent)
             click.echo(f"{name}: deleted")
 
 
