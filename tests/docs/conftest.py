@@ -69,6 +69,7 @@ def user(tmp_path, monkeypatch, shipped, nano_plan, nano_identity, face):
     """A user's working folder, home and base; `export_plan` copies the one plan instead of exporting for 30 seconds."""
     import pfstorer_rt.export
 
+    from pfstorer_rt.files import sha256_file
     from pfstorer_rt.plan import Plan
 
     real = pfstorer_rt.export.export_plan
@@ -84,8 +85,11 @@ def user(tmp_path, monkeypatch, shipped, nano_plan, nano_identity, face):
     monkeypatch.setenv("PFSTORER_HOME", str(home))
     folder.mkdir()
     monkeypatch.chdir(folder)
-    replace(nano_identity, base_name="tiny").save(home / "identities" / "alice.safetensors")
+    monkeypatch.setattr("pfstorer_rt.engine.session.auto_order", lambda: ["onnxruntime"])  # the quickest to start
     make_files(folder, nano_plan.path, face)
+    references = tuple(sha256_file(photo) for photo in sorted((folder / "photos" / "alice").iterdir()))
+    alice = replace(nano_identity, base_name="tiny", references=references)
+    alice.save(home / "identities" / "alice.safetensors")
     return folder
 
 
@@ -93,9 +97,8 @@ def make_files(folder, plan, face):
     """The files that the pages name: photographs, degraded images, plans."""
     for i in range(5):
         save(folder / "photos" / "alice" / f"{i + 1}.jpg", face[4 * i : 4 * i + 200, 3 * i : 3 * i + 200])
-    for name in ("a.png", "b.png"):
-        save(folder / "clean" / name, face[::4, ::4])
-        save(folder / "theirs" / name, face[::4, ::4] * 0.9)
+    save(folder / "clean" / "a.png", face[::4, ::4])
+    save(folder / "theirs" / "a.png", face[::4, ::4] * 0.9)
     for name in ("old.jpg", "scans/a.jpg", "scans/album/b.jpg", "huge.tif"):
         save(folder / name, face[::5, ::6])
     for name in ("alice.plan", "bob.plan"):
