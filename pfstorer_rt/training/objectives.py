@@ -1,4 +1,4 @@
-"""The objectives: the modules that accelerate trains."""
+"""The training objectives: modules that map a batch to its losses."""
 
 from __future__ import annotations
 
@@ -68,22 +68,22 @@ class RestorerObjective(nn.Module):
         return {"loss": error.mean()}
 
 
-class Looking(Protocol):
-    """What looks at pictures: `PictureLoss`."""
+class ImageLoss(Protocol):
+    """A loss on decoded images, such as `PictureLoss`."""
 
     def of_batch(self, restored: torch.Tensor, batch: Batch) -> Losses:
-        """Return the weighted sum, `pictures`, and its parts of clean latents (B, C, h, w)."""
+        """Return the weighted sum, `pictures`, and its parts for clean latents (B, C, h, w)."""
 
 
-class LookingObjective(nn.Module):
-    """An objective that may look at the pictures that its predictions stand for."""
+class ImageObjective(nn.Module):
+    """An objective with an optional loss on the decoded images."""
 
     alphas_cumprod: torch.Tensor
-    pictures: Looking | None
+    pictures: ImageLoss | None
     base_config: BaseConfig
 
-    def look(self, x: torch.Tensor, prediction: torch.Tensor, batch: Batch) -> Losses:
-        """Return `pictures` and its parts of the restored rows (B, C, h, w); nothing without such losses."""
+    def image_losses(self, x: torch.Tensor, prediction: torch.Tensor, batch: Batch) -> Losses:
+        """Return `pictures` and its parts for the restored rows (B, C, h, w); empty without a loss on images."""
         if self.pictures is None:
             return {}
         restored = x0_from_prediction(
@@ -92,7 +92,7 @@ class LookingObjective(nn.Module):
         return self.pictures.of_batch(restored, batch)
 
 
-class PersonalizationObjective(LookingObjective):
+class PersonalizationObjective(ImageObjective):
     """`L_diff + lambda_gen L_gen + lambda_pers L_pers` (PFStorer section 3.3).
 
     The frozen base runs on the reference, then on LQ-conditioned and null-conditioned rows. L_gen is the mean over
@@ -103,7 +103,7 @@ class PersonalizationObjective(LookingObjective):
     ids: torch.Tensor
     base_context: torch.Tensor
 
-    def __init__(self, base: Base, config: PersonalizeConfig, pictures: Looking | None = None) -> None:
+    def __init__(self, base: Base, config: PersonalizeConfig, pictures: ImageLoss | None = None) -> None:
         super().__init__()
         self.config, self.base_config, self.pictures = config, base.config, pictures
         self.unet, self.structure_encoder, self.text_encoder = base.unet, base.structure_encoder, base.text_encoder
@@ -152,7 +152,7 @@ class PersonalizationObjective(LookingObjective):
         for seen in reference.values():
             pers = pers + attention_loss(seen.probabilities, *self.positions)
         loss = diff + self.config.lambda_gen * gen + self.config.lambda_pers * pers
-        images = self.look(x[:n], prediction[:n], batch)
+        images = self.image_losses(x[:n], prediction[:n], batch)
         return {"loss": loss + images.pop("pictures", 0), "diff": diff, "gen": gen, "pers": pers, **images}
 
     def taps(self, reference: Mapping[str, LayerReference] | None) -> dict[str, Tap]:
@@ -164,7 +164,7 @@ class PersonalizationObjective(LookingObjective):
         return {block.layer: partial(block, **seen[block.layer]) for block in self.blocks}
 
 
-class DreamBoothObjective(LookingObjective):
+class DreamBoothObjective(ImageObjective):
     """DreamBooth on the restorer: the UNet itself is tuned, with prior preservation (the paper's ablation row).
 
     The prior is preserved on the null-conditioned rows: there the tuned UNet has to match the predictions of the frozen
@@ -174,7 +174,7 @@ class DreamBoothObjective(LookingObjective):
     alphas_cumprod: torch.Tensor
     base_context: torch.Tensor
 
-    def __init__(self, base: Base, config: PersonalizeConfig, pictures: Looking | None = None) -> None:
+    def __init__(self, base: Base, config: PersonalizeConfig, pictures: ImageLoss | None = None) -> None:
         super().__init__()
         self.config, self.base_config, self.pictures = config, base.config, pictures
         self.structure_encoder, self.frozen = base.structure_encoder, base.unet
@@ -210,5 +210,5 @@ class DreamBoothObjective(LookingObjective):
             self.config.weighting,
         ).mean()
         keep = F.mse_loss(prediction[n:], prior)
-        seen = self.look(x[:n], prediction[:n], batch)
-        return {"loss": diff + keep + seen.pop("pictures", 0), "diff": diff, "prior": keep, **seen}
+        images = self.image_losses(x[:n], prediction[:n], batch)
+        return {"loss": diff + keep + images.pop("pictures", 0), "diff": diff, "prior": keep, **images}

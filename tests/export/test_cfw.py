@@ -70,7 +70,7 @@ def test_a_plan_wraps_as_pytorch_does(plan, wrapped, make_picture):
     assert np.abs(results[0.0] - results[1.0]).max() > 2e-2
 
 
-def test_an_engine_without_it_refuses_a_weight(base_plan, make_picture):
+def test_an_engine_without_feature_wrapping_refuses_a_weight(base_plan, make_picture):
     with Restorer.from_plan(base_plan.path) as restorer, pytest.raises(ValueError, match="no controllable feature"):
         restorer.restore(make_picture(64, 64), RestoreConfig(cfw_weight=0.5))
 

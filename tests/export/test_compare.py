@@ -53,7 +53,7 @@ def test_differences_of_the_worst_output():
     assert differences(found, expected)["finite"] is False
 
 
-def test_an_identity_that_learned_nothing_is_compared_too(nano_base, make_nano_identity, tmp_path):
+def test_an_untrained_identity_is_compared(nano_base, make_nano_identity, tmp_path):
     nobody = make_nano_identity(gammas=(0.0,) * 4)
     plan = export_plan(tmp_path / "a.plan", nobody, nano_base)
     assert not plan.manifest.strength
@@ -76,7 +76,7 @@ def test_values_that_are_not_finite_are_found(base_plan, nano_base, tmp_path, va
         check_rows(compare_plan(plan, None, nano_base))
 
 
-def test_a_plan_that_nothing_here_runs(base_plan, nano_base, monkeypatch):
+def test_a_plan_without_a_backend_is_refused(base_plan, nano_base, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     plan = Plan(base_plan.path, replace(base_plan.manifest, target="tensorrt-rtx"))
     with pytest.raises(MissingBackendError, match="nothing here runs this tensorrt-rtx plan: TensorRT needs an NVIDIA"):

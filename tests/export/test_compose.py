@@ -37,7 +37,7 @@ def test_composed_convolutions_compute_the_same_up_to_the_border(size):
 
 
 @torch.no_grad()
-def test_no_map_of_many_channels_has_the_pictures_size():
+def test_no_map_of_many_channels_has_the_size_of_the_image():
     _, composed = autoencoder((0, 1, 1, 1), (1, 1, 1, 0))
     compose_autoencoder(composed)
     largest = 0
@@ -53,7 +53,7 @@ def test_no_map_of_many_channels_has_the_pictures_size():
     assert largest <= 3 * 4 * 32 * 32  # the picture itself, as the pixels of squares
 
 
-def test_with_blocks_in_between_nothing_is_composed():
+def test_convolutions_with_blocks_between_them_are_not_composed():
     _, composed = autoencoder((1, 1, 1, 1), (1, 1, 1, 1))
     before = str(composed)
     compose_autoencoder(composed)

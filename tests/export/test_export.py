@@ -93,7 +93,7 @@ def test_fusing_leaves_the_base_alone(nano_base, nano_identity):
     assert torch.equal(run(Denoiser(nano_base, nano_identity), arrays), before)
 
 
-def test_prompt_and_reference_projections_are_gone(nano_base, nano_identity):
+def test_prompt_and_reference_projections_are_constants(nano_base, nano_identity):
     fused = fuse(nano_base, nano_identity)
     for name, module in fused.named_modules():
         if name.endswith("attn2"):
@@ -284,7 +284,7 @@ def test_parity_figures():
         parity.check("denoiser", {"relative": 3.1e-4}, "fp32")
 
 
-def test_what_cannot_be_exported_is_refused(nano_base, make_nano_identity, tmp_path):
+def test_unknown_targets_and_other_bases_are_refused(nano_base, make_nano_identity, tmp_path):
     output = tmp_path / "a.plan"
     with pytest.raises(MismatchError, match="was learned on base"):
         export_plan(output, make_nano_identity(), build_base("nano", seed=8))
@@ -303,7 +303,7 @@ def test_a_plan_opens_anywhere(nano_plan, tmp_path):
         assert session.outputs == ("image",)
 
 
-def test_an_identity_of_a_base_of_ones_own_says_that_the_base_has_to_be_named(nano_identity, tmp_path):
+def test_an_identity_on_an_unshipped_base_needs_the_base(nano_identity, tmp_path):
     with pytest.raises(MismatchError, match=r"base 'nano'.*not shipped.*give its directory as the base"):
         export_plan(tmp_path / "a.plan", nano_identity)
     assert not list(tmp_path.iterdir())
@@ -368,7 +368,7 @@ def test_the_same_large_base_gives_the_same_bytes(large_plan, nano_base, nano_id
     assert again.path.read_bytes() == large_plan.path.read_bytes()
 
 
-def test_a_check_sees_the_plan_before_it_has_its_name(nano_base, tmp_path):
+def test_a_check_runs_before_the_plan_is_moved_to_its_path(nano_base, tmp_path):
     seen = []
 
     def check(plan):

@@ -59,7 +59,7 @@ def overflowing(base):
 
 
 @pytest.mark.parametrize("naive", [True, False])
-def test_flat_tiles_overflow_naive_halves_and_not_ours(naive, monkeypatch):
+def test_flat_tiles_overflow_fp16_unless_keys_are_centred(naive, monkeypatch):
     base = overflowing(build_base("nano", seed=0))
     original = fuse(denoiser(base)).module
     if naive:
@@ -77,7 +77,7 @@ def test_flat_tiles_overflow_naive_halves_and_not_ours(naive, monkeypatch):
                 assert np.square(found - expected).mean() ** 0.5 < 0.005 * expected.std()
 
 
-def test_what_stays_in_fp32(nano_base, nano_identity):
+def test_norms_and_time_embedding_stay_in_fp32(nano_base, nano_identity):
     component = fuse(denoiser(nano_base, nano_identity))
     typed = TypedComponent(component.module, "fp16")
     fp32 = {n for n, p in typed.named_parameters() if p.dtype == torch.float32}
@@ -130,7 +130,7 @@ def test_a_decoder_that_would_overflow_stays_in_fp32(tmp_path):
     assert any("decoder: its values reach" in line and "stays in fp32" in line for line in told)
 
 
-def test_an_encoder_that_halves_do_not_serve_stays_in_fp32(nano_base, tmp_path, monkeypatch):
+def test_an_encoder_that_fp16_cannot_serve_stays_in_fp32(nano_base, tmp_path, monkeypatch):
     monkeypatch.setitem(parity.LIMIT, "fp16", 1e-4)  # what fp32 meets and halves cannot
     told = []
     component, progress = encoder(nano_base), build.Progress(line=told.append)
@@ -190,7 +190,7 @@ def test_probe_tiles():
     assert [tiles[n].unique().tolist() for n in ("grey", "black", "white")] == [[0.0], [-1.0], [1.0]]
 
 
-def test_identity_tensors_as_inputs_are_those_of_the_constants(nano_base, make_nano_identity):
+def test_identity_tensors_as_inputs_give_the_results_of_constants(nano_base, make_nano_identity):
     alice, bob = (make_nano_identity(gammas=(1.0,) * 4, seed=seed) for seed in (1, 2))
     shared = build_graph(fuse(denoiser(nano_base, alice)), identity="inputs")
     inputs = denoiser(nano_base, alice).example_inputs(3)
@@ -208,7 +208,7 @@ def test_identity_tensors_as_inputs_are_those_of_the_constants(nano_base, make_n
     assert shared.weight_bytes() < constants.weight_bytes()
 
 
-def test_identity_inputs_in_halves(nano_base, nano_identity):
+def test_identity_inputs_in_fp16(nano_base, nano_identity):
     component = fuse(denoiser(nano_base, nano_identity))
     graph = build_graph(component, "fp16", identity="inputs")
     inputs = component.example_inputs()

@@ -99,7 +99,7 @@ def test_openvino_is_nearer_to_fp32_in_8_bits_than_onnx_runtime(int8_plan, nano_
     assert 0 < errors["openvino"] < errors["onnxruntime"]
 
 
-def test_ranges_are_measured_on_good_and_bad_photographs():
+def test_ranges_are_measured_on_clean_and_degraded_photographs():
     pairs = list(calibration_tiles(64))
     assert len(pairs) == quantize.SAMPLES
     for i, (lq, hq) in enumerate(pairs):
@@ -132,7 +132,7 @@ def test_a_graph_that_is_wrong_in_fp32_is_not_quantized(nano_base, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_large_graph_is_measured_picture_by_picture_and_keeps_its_weights_beside_it(nano_base, tmp_path, monkeypatch):
+def test_a_large_graph_is_measured_image_by_image_and_keeps_its_weights_beside_it(nano_base, tmp_path, monkeypatch):
     held, collect = [], HistogramCollector.collect
 
     def look(self, arrays):
@@ -168,7 +168,7 @@ def test_int8_is_refused_for_engines(nano_base, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pure_noise_is_not_judged_in_int8():
+def test_pure_noise_is_not_checked_in_int8():
     row = {"component": "picture", "tile": "noise", "pair": "torch / openvino", "finite": True, "psnr": 22.0}
     check_rows([row], "int8")
     for wrong, precision in (({**row, "tile": "photo"}, "int8"), (row, "fp16"), ({**row, "finite": False}, "int8")):

@@ -178,7 +178,7 @@ def test_the_full_tensorrt_builds_for_its_own_gpu_alone(monkeypatch):
         EngineBuilder("tensorrt", BuildOptions(compute_capabilities=("8.9",)))
 
 
-def test_a_missing_library_is_told_before_any_work(monkeypatch, tmp_path):
+def test_a_missing_library_is_refused_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MissingBackendError, match=r"pip install 'pfstorer-rt\[tensorrt\]'"):
         export_plan(tmp_path / "a.plan", None, "no such base", "tensorrt")
@@ -196,7 +196,7 @@ def test_a_node_that_the_parser_cannot_take_is_named_with_its_module(nano_base, 
         build((graph, model), nano_base, tmp_path / "engine", "encoder")
 
 
-def test_an_engine_that_cannot_be_built_says_why(half_graph, nano_base, tmp_path, monkeypatch):
+def test_the_error_of_a_failed_build_has_its_reason(half_graph, nano_base, tmp_path, monkeypatch):
     monkeypatch.setattr(tensorrt, "_allow_decomposition", lambda library, network: None)
     with pytest.raises(PFStorerError, match=r"denoiser: .* could not build an engine .*ttention"):
         build(half_graph, nano_base, tmp_path / "engine", batches=(1,))

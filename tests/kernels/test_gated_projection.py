@@ -62,7 +62,7 @@ def test_every_tile_gives_the_same(tile, normal, assert_close):
     assert_close(gated_projection(*tensors, tile), reference.gated_projection(*(t.float() for t in tensors)), 1e-4)
 
 
-def test_it_is_eq_3_of_the_paper(normal, assert_close):
+def test_gated_projection_is_eq_3_of_the_paper(normal, assert_close):
     # F + strength gamma (.) (Block(F) - F), where Block ends in "stream + projection".
     h, weight, bias, stream, x, gamma, _ = make(normal, (3, 17, 77, 40), torch.float16)
     block = torch.nn.functional.linear(h.double(), weight.double(), bias.double()) + stream.double()

@@ -190,14 +190,14 @@ def test_a_checkpoint_without_fusion_layers_is_no_cfw():
         convert_cfw({"encoder.conv_in.weight": torch.ones(1)}, {}, CONFIG)
 
 
-def test_a_base_without_it_says_so(nano_base):
+def test_a_base_without_feature_wrapping_refuses_features(nano_base):
     with pytest.raises(ValueError, match="--cfw"):
         nano_base.features(torch.zeros(1, 3, 64, 64))
     with pytest.raises(ValueError, match="--cfw"):
         nano_base.decode(torch.zeros(1, 4, 8, 8), {}, 1.0)
 
 
-def test_it_is_saved_and_part_of_the_fingerprint(tmp_path):
+def test_feature_wrapping_is_saved_and_part_of_the_fingerprint(tmp_path):
     base = build_base(CONFIG, seed=1)
     base.save(tmp_path / "a", torch.float32)
     loaded = load_base(tmp_path / "a")

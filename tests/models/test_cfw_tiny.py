@@ -39,7 +39,7 @@ def levels_of_encoder(vae, image):
 
 
 @torch.no_grad()
-def test_it_computes_the_formula(base):
+def test_feature_wrapping_computes_the_formula(base):
     image, latent = images(), base.encode(images(1))
     maps, h = levels_of_encoder(base.vae, image), torch.tanh(latent / 3) * 3
     for i, layer in enumerate(base.vae.decoder.layers):
@@ -61,14 +61,14 @@ def test_it_computes_the_formula(base):
 
 
 @torch.no_grad()
-def test_untrained_or_with_weight_0_it_is_the_plain_decoder(base):
+def test_untrained_or_with_weight_0_feature_wrapping_is_the_plain_decoder(base):
     image, latent = images(), base.encode(images(1))
     assert torch.equal(base.decode(latent, base.features(image), 0.0), base.decode(latent))
     untrained = build_base(CONFIG, seed=1)
     assert torch.equal(untrained.decode(latent, untrained.features(image), 1.0), untrained.decode(latent))
 
 
-def test_it_is_saved_with_its_weight(base, tmp_path):
+def test_feature_wrapping_is_saved_with_its_weight(base, tmp_path):
     base.save(tmp_path / "a")
     loaded = load_base(tmp_path / "a")
     assert loaded.fingerprint == base.fingerprint and loaded.config.cfw_weight == 1.0

@@ -363,7 +363,7 @@ def test_a_subject_prompt_is_no_format_string(nano_base):
 
 
 @torch.no_grad()
-def test_the_cached_reference_is_what_training_saw(objective, nano_base):
+def test_the_cached_reference_equals_the_reference_in_training(objective, nano_base):
     made, batch, seen = objective(gamma=0.3), make_batch(n=1), []
     handles = [
         block.register_forward_pre_hook(lambda module, args, passed: seen.append(passed), with_kwargs=True)

@@ -30,7 +30,7 @@ def test_map_sizes_of_sd21():
     assert {side: tuple(m.shape) for side, m in maps.items()} == {s: (3, 256, s, s) for s in (64, 32, 16, 8)}
 
 
-def test_maps_are_keyed_by_width_where_the_picture_is_not_square():
+def test_maps_are_keyed_by_width_for_images_that_are_not_square():
     maps = build()(latent(1, 16, 8), torch.tensor([10.0]))
     assert {side: tuple(m.shape[-2:]) for side, m in maps.items()} == {8: (16, 8), 4: (8, 4), 2: (4, 2), 1: (2, 1)}
 

@@ -82,7 +82,7 @@ def test_time_embedding_of_sd21():
     assert embedding.tolist() == pytest.approx(expected, abs=2e-4)
 
 
-def test_sizes_of_sd21_are_the_published_checkpoints():
+def test_sizes_of_sd21_equal_the_published_checkpoints():
     config = PRESETS["sd21"]
     with torch.device("meta"):
         unet = RestorationUNet.from_base_config(config)
@@ -222,7 +222,7 @@ def test_tokens_run_row_by_row():
     assert torch.equal(to_map(tokens, (3, 4)), h)
 
 
-def test_another_sides_picture_goes_through():
+def test_the_unet_takes_images_that_are_not_square():
     unet = build(NANO)
     x = torch.randn(1, 4, 16, 8)
     maps = {8 >> i: torch.randn(1, 8, 16 >> i, 8 >> i) for i in range(4)}
