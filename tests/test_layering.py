@@ -2,6 +2,7 @@
 
 import ast
 import re
+import re
 import sys
 from pathlib import Path
 
@@ -210,3 +211,14 @@ def test_files_and_functions_are_short(name):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             kernel = any("jit" in ast.unparse(d) for d in node.decorator_list)  # a Triton kernel is one body
             assert kernel or node.end_lineno - node.lineno < 80, f"{node.name} in {name}"
+
+
+def test_the_architecture_page_lists_every_file():
+    page, folder, listed = (ROOT / "docs" / "architecture.md").read_text(), "", set()
+    for line in page.splitlines():
+        if found := re.match(r"### `(.+)/`", line):
+            folder = found[1]
+        elif found := re.match(r"\| `(\w+\.py)` \|", line):
+            listed.add(f"{folder}/{found[1]}")
+    on_disk = {str(path.relative_to(ROOT)) for path in MODULES.values() if path.name != "__init__.py"}
+    assert listed == on_disk, f"missing: {sorted(on_disk - listed)}, stale: {sorted(listed - on_disk)}"
