@@ -24,7 +24,7 @@ from common import hwc, machine, write
 
 from pfstorer_rt.degradation.degrade import degrade
 from pfstorer_rt.faces.arcface import align, five_points
-from pfstorer_rt.faces.dlib import landmark_finder
+from pfstorer_rt.faces.finding import find_largest, landmarks_at_side
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.imaging.similarity import psnr
@@ -137,8 +137,7 @@ def gradient_ratio(result: Pixels, truth: Pixels) -> float:
 def cosine_to(path: Path) -> Metric:
     """Return the cosine of a recognizer's embeddings; None where the original shows no face."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    landmarks, name = landmark_finder(), session.get_inputs()[0].name
-    assert landmarks is not None, "install the metrics extra"
+    name = session.get_inputs()[0].name
 
     def embed(pixels: Pixels, points: Any) -> Any:
         planes = align(pixels, points).transpose(2, 0, 1)[None].astype(np.float32) * 255
@@ -146,10 +145,10 @@ def cosine_to(path: Path) -> Metric:
         return vector / np.linalg.norm(vector)
 
     def cosine(result: Pixels, truth: Pixels) -> float | None:
-        face = landmarks.face(truth)
-        if face is None:
+        box = find_largest(truth)
+        if box is None:
             return None
-        points = five_points(landmarks.points(truth, face))
+        points = five_points(landmarks_at_side(truth, box))
         return float(embed(result, points) @ embed(truth, points))
 
     return cosine

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pfstorer_rt.files import is_name
 
@@ -261,13 +263,51 @@ PRESETS: dict[str, BaseConfig] = {
 }
 
 
+Range = tuple[Callable[[Any], bool], str]
+"""Whether a value is valid, and what is expected in place of one that is not."""
+
+
+def _whole(least: int) -> Range:
+    return lambda v: type(v) is int and v >= least, f"a whole number of {least} or more"
+
+
+def _number(valid: Callable[[float], bool], expected: str) -> Range:
+    return lambda v: type(v) in (int, float) and math.isfinite(v) and valid(v), expected
+
+
+def _one_of(*names: str) -> Range:
+    return lambda v: v in names, f"one of {', '.join(names)}"
+
+
+TRAIN_RANGES: dict[str, Range] = {
+    "iterations": _whole(1),
+    "minutes": _number(lambda v: v >= 0, "0 or more"),
+    "batch": _whole(1),
+    "learning_rate": _number(lambda v: 0 < v < 1, "above 0 and below 1"),
+    "weight_decay": _number(lambda v: 0 <= v < 1, "0 or more and below 1"),
+    "warmup": _whole(0),
+    "decay": _number(lambda v: 0 <= v <= 1, "a share from 0 to 1"),
+    "clip": _number(lambda v: v > 0, "above 0"),
+    "ema": _number(lambda v: 0 <= v < 1, "0 or more and below 1"),
+    "precision": _one_of(*get_args(Precision)),
+    "device": (lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(v)) is not None, "auto, cpu, cuda or cuda:N"),
+    "attention": _one_of(*get_args(Attention)),
+    "optimizer": _one_of(*get_args(Optimizer)),
+    "gradient_checkpointing": (lambda v: type(v) is bool, "True or False"),
+    "seed": _whole(0),
+    "workers": _whole(0),
+    "checkpoint_every": _whole(1),
+}
+"""Valid values of every field of `TrainConfig`."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings that every training shares."""
 
     iterations: int = 500
     minutes: float = 0.0
-    """Time after which a training ends, in place of `iterations`; 0 counts iterations."""
+    """Duration of the training; 0 ends it after `iterations` instead."""
     batch: int = 4
     """Samples in one iteration of one process."""
     learning_rate: float = 5e-5
@@ -279,25 +319,27 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of the gradient."""
     ema: float = 0.0
-    """Decay of the averaged weights; 0 keeps none."""
+    """Decay of the moving average of the weights; 0 uses the last weights."""
     precision: Precision = "auto"
     """`auto` is bf16 where the device computes it natively, else fp32."""
     device: str = "auto"
     attention: Attention = "auto"
-    """What computes attention, gates and norms; `auto` is what trains fastest on the device."""
+    """Backend of attention, gates and norms; `auto` is the one that trains fastest on the device."""
     optimizer: Optimizer = "adamw"
-    """AdamW, or bitsandbytes' with 8-bit state: a quarter of the memory; `paged` lets it move out of a full GPU."""
+    """AdamW, or bitsandbytes' with 8-bit state in a quarter of the memory; `paged` moves state out of a full GPU."""
     gradient_checkpointing: bool = False
-    """Compute the UNet's activations again in the backward pass instead of keeping them."""
+    """Recompute the UNet's activations in the backward pass instead of storing them."""
     seed: int = 0
     workers: int = 0
-    """Processes that prepare batches ahead of time."""
+    """Processes that prepare batches in advance."""
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for a learning rate that cannot train."""
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning rate {self.learning_rate}: expected above 0 and below 1")
+        """Raise `ValueError` for the first field that has a value out of its range."""
+        for name, (valid, expected) in TRAIN_RANGES.items():
+            value = getattr(self, name)
+            if not valid(value):
+                raise ValueError(f"{name.replace('_', ' ')} {value!r}: expected {expected}")
 
 
 @dataclass(frozen=True)

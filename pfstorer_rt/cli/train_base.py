@@ -76,13 +76,14 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
         return
     from dataclasses import replace
 
-    part = options["trained"] if options["trained"] in ("wrapping", "finishing") else None
+    part: Any = options["trained"] if options["trained"] in ("wrapping", "finishing") else None
     if part and not options["prior"]:
         raise click.UsageError(f"--train {part} goes with --prior, the base that it is for")
     from pfstorer_rt.config import changed
     from pfstorer_rt.console import stage_bars
     from pfstorer_rt.models.base import load_base
-    from pfstorer_rt.training.base import BaseTrainConfig, train_base
+    from pfstorer_rt.training.base import BaseTrainConfig
+    from pfstorer_rt.training.stages import train_stage
 
     common = {k: options[k] for k in ("batch", "seed", "precision", "device", "workers")}
     squares = ("preset", "crop", "wide", "variations", "p_hq", "first_step")
@@ -101,16 +102,7 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
     work = work or output.with_name(output.name + ".training")
     prior = load_base(options["prior"]) if options["prior"] else None
     with stage_bars() as on_progress:
-        if prior is not None and part == "wrapping":
-            from pfstorer_rt.training.wrapping import add_wrapping
-
-            base = add_wrapping(photos, prior, output, config, work, on_progress)
-        elif prior is not None and part == "finishing":
-            from pfstorer_rt.training.finishing import finish_base
-
-            base = finish_base(photos, prior, output, config, work, on_progress)
-        else:
-            base = train_base(photos, output, config, work, prior, on_progress)
+        base = train_stage(part or "restorer", photos, output, config, work, prior, on_progress)
     click.echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; checkpoints in {work} can go")
 
 

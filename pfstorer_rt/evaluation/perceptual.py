@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pfstorer_rt.evaluation.sample import Measure, Sample
 
 
-def load_lpips(alexnet: Path | None) -> Measure:
+def lpips_measure(alexnet: Path | None) -> Measure:
     """LPIPS 0.1 with AlexNet (Zhang 2018, eq. 1): the linear weights come from the package `lpips`.
 
     alexnet: torchvision's weights as a file, for machines where torchvision does not load.
@@ -40,12 +40,12 @@ def load_lpips(alexnet: Path | None) -> Measure:
     return measure_by(PerceptualDistance(slices, linear_weights(read_weights(linear))))
 
 
-def load_stlpips() -> Measure:
+def stlpips_measure() -> Measure:
     """Shift-tolerant LPIPS as a metric; raises MissingBackendError where its package is missing."""
     return measure_by(shift_tolerant_distance())
 
 
-def load_musiq(path: Path | None) -> Measure:
+def musiq_measure(path: Path | None) -> Measure:
     """MUSIQ with KonIQ-10k weights by `pyiqa`, 0 to 100; the original is not looked at.
 
     Raises MissingBackendError where pyiqa does not load or cannot get its weights.

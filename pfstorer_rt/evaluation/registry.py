@@ -121,14 +121,14 @@ def load_metrics(keys: Sequence[str] | None = None, files: MetricFiles | None = 
 
 def describe_version(metric: Metric, files: MetricFiles) -> str:
     """Name the versions of a metric's packages and the digest of the file that it reads."""
-    words = [f"{name} {installed(name)}" for name in metric.packages]
+    words = [f"{name} {package_version(name)}" for name in metric.packages]
     path = getattr(files, metric.file) if metric.file else None
     if path is not None:
         words.append(f"{path.name} sha256 {sha256_file(path)[:12]}")
     return ", ".join(words)
 
 
-def installed(name: str) -> str:
+def package_version(name: str) -> str:
     """Return the version of a distribution, or that it is missing."""
     try:
         return version(name)
@@ -213,23 +213,23 @@ def load_lmse(_: MetricFiles) -> Measure:
 
 def load_lpips(files: MetricFiles) -> Measure:
     """LPIPS 0.1, AlexNet."""
-    from pfstorer_rt.evaluation.perceptual import load_lpips
+    from pfstorer_rt.evaluation.perceptual import lpips_measure
 
-    return load_lpips(files.alexnet)
+    return lpips_measure(files.alexnet)
 
 
 def load_stlpips(_: MetricFiles) -> Measure:
     """ST-LPIPS, AlexNet."""
-    from pfstorer_rt.evaluation.perceptual import load_stlpips
+    from pfstorer_rt.evaluation.perceptual import stlpips_measure
 
-    return load_stlpips()
+    return stlpips_measure()
 
 
 def load_musiq(files: MetricFiles) -> Measure:
     """MUSIQ on KonIQ-10k."""
-    from pfstorer_rt.evaluation.perceptual import load_musiq
+    from pfstorer_rt.evaluation.perceptual import musiq_measure
 
-    return load_musiq(files.musiq)
+    return musiq_measure(files.musiq)
 
 
 def load_arcface(files: MetricFiles) -> Measure:

@@ -158,4 +158,4 @@ def test_musiq_without_weights_or_package(monkeypatch):
     assert "--musiq FILE (no network)" in load_metrics(["musiq"]).refused["musiq"]
     monkeypatch.setitem(sys.modules, "pyiqa", None)
     with pytest.raises(MissingBackendError, match="pip install pyiqa"):
-        perceptual.load_musiq(None)
+        perceptual.musiq_measure(None)

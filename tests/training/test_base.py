@@ -17,6 +17,7 @@ from pfstorer_rt.training.base import BaseTrainConfig, latent_pairs, split_holdo
 from pfstorer_rt.training.data import read_photo
 from pfstorer_rt.training.device import accelerated
 from pfstorer_rt.training.objectives import AutoencoderObjective, RestorerObjective
+from pfstorer_rt.training.stages import train_stage
 from pfstorer_rt.training.wrapping import add_wrapping
 
 SETTINGS = TrainConfig(iterations=4, batch=2, learning_rate=1e-3, ema=0.5, device="cpu", precision="fp32")
@@ -295,10 +296,17 @@ def test_held_out_photographs_depend_on_their_names_alone(tmp_path):
     assert split_holdout(paths, 0.0)[1] == []
 
 
+@pytest.mark.parametrize("stage", ["wrapping", "finishing", "polishing"])
+def test_a_stage_that_cannot_start_is_refused_before_any_work(photos, tmp_path, stage):
+    with pytest.raises(ValueError, match="needs a prior" if stage != "polishing" else "expected restorer, wrapping"):
+        train_stage(stage, [photos], tmp_path / "base", CONFIG, tmp_path / "work")
+    assert not list(tmp_path.iterdir())
+
+
 def test_wrapping_trains_the_fusion_layers_alone(whole, photos, tmp_path):
     base, folder = whole
     config = replace(CONFIG, restorer=replace(SETTINGS, iterations=6, learning_rate=1e-2))
-    made = add_wrapping([photos], load_base(folder / "base"), tmp_path / "a", config, tmp_path / "work")
+    made = train_stage("wrapping", [photos], tmp_path / "a", config, tmp_path / "work", load_base(folder / "base"))
     again = load_base(tmp_path / "a")
     assert again.fingerprint == made.fingerprint != base.fingerprint and again.config.cfw_weight == 1.0
     before, after = weights(folder / "base"), weights(tmp_path / "a")
