@@ -43,7 +43,7 @@ def resize(image: torch.Tensor, side: int) -> torch.Tensor:
 def noised(base: Base, z: torch.Tensor, t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return a latent (1, C, h, w) at the timesteps t (B,), with noise of its own for each."""
     noise = torch.randn((len(t), *z.shape[1:]), generator=generator)
-    return add_noise(z, noise, t.long(), base.scheduler.alphas_cumprod)
+    return add_noise(z, noise, t.long(), base.schedule.alphas_cumprod_tensor())
 
 
 def probe_tiles(tile: int) -> dict[str, torch.Tensor]:

@@ -92,6 +92,7 @@ def manifest(base: Base, identity: Identity | None = None, target: str = "torch"
         strength=identity is not None and identity.method != "dreambooth",
         cfw=base.cfw is not None,
         cfw_weight=c.cfw_weight if base.cfw else 0.0,
+        schedule=base.schedule,
         licence=c.licence,
     )
 
