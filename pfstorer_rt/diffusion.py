@@ -1,69 +1,108 @@
 """The diffusion process: the noise schedule, the algebra of noisy latents, and the samplers.
 
-Samplers are functions over one denoiser: `sample_*(denoiser, x, timesteps, prediction_type, noise, eta)`.
-
-Letters follow DDPM and StableSR: `x` the noisy latent, `x0` the clean one, `eps`/`v` predictions, `abar`
-the cumulative product of alphas. All samplers run on fp32 tensors of any device.
+A sampler works on one function, `denoise(x, t) -> (x0, eps)`; `denoise_by` makes it from a network of either prediction
+type. Letters follow DDPM and StableSR: `x` the noisy latent, `x0` the clean one, `eps`/`v` predictions, `abar` the
+cumulative product of alphas. All samplers run on fp32 tensors of any device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from pfstorer_rt.config import BaseConfig, Weighting
+from pfstorer_rt.config import Weighting
 from pfstorer_rt.extras import needed_by
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
-
-Denoise = Callable[[torch.Tensor, int], torch.Tensor]
-"""denoiser(x, t) -> prediction, of the whole canvas."""
-Noise = Callable[[], torch.Tensor]
-"""Draws fresh standard normal noise of the canvas's shape."""
+    import torch
 
 TRAIN_STEPS = 1000
-BETAS = 0.00085, 0.0120
-"""The first and the last of the noise variances (Stable Diffusion)."""
 LAST = TRAIN_STEPS - 1
-"""The timestep at which restoring starts; with few steps nearly all is decided there."""
+"""The timestep at which restoring starts; with few steps it decides nearly everything."""
 
 
-def betas() -> npt.NDArray[Any]:
-    """The 1000 noise variances: linspace of square roots, squared (StableSR section 4, "scaled linear")."""
-    roots = np.linspace(BETAS[0] ** 0.5, BETAS[1] ** 0.5, TRAIN_STEPS, dtype=np.float64)
-    return np.square(roots)
+@dataclass(frozen=True)
+class Schedule:
+    """The noise schedule of a base; the default is Stable Diffusion's (StableSR section 4)."""
+
+    kind: str = "scaled_linear"
+    """`scaled_linear`: the square roots of the betas are evenly spaced."""
+    beta_start: float = 0.00085
+    beta_end: float = 0.0120
+    steps: int = TRAIN_STEPS
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for a schedule that this version does not know."""
+        if self.kind != "scaled_linear" or self.steps != TRAIN_STEPS:
+            raise ValueError(
+                f"noise schedule {self.kind!r} of {self.steps!r} steps: expected 'scaled_linear' of {TRAIN_STEPS}"
+            )
+        if not 0 < self.beta_start < self.beta_end < 1:
+            raise ValueError(
+                f"noise schedule with betas {self.beta_start!r} to {self.beta_end!r}: expected rising ones in 0 to 1"
+            )
+
+    def betas(self) -> npt.NDArray[np.float64]:
+        """Return the noise variances of t in 0..999."""
+        return np.square(np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=np.float64))
+
+    def alphas_cumprod(self) -> npt.NDArray[np.float64]:
+        """Return abar_t of t in 0..999."""
+        return np.cumprod(1 - self.betas(), dtype=np.float64)
+
+    def alphas_cumprod_tensor(self) -> torch.Tensor:
+        """Return abar_t of t in 0..999 as an fp32 tensor."""
+        import torch
+
+        return torch.from_numpy(self.alphas_cumprod()).float()
+
+    def to_diffusers(self, prediction_type: str) -> dict[str, Any]:
+        """Return the content of a `scheduler_config.json` of diffusers' DDPMScheduler."""
+        return {
+            "_class_name": "DDPMScheduler",
+            "num_train_timesteps": self.steps,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "beta_schedule": self.kind,
+            "trained_betas": None,
+            "rescale_betas_zero_snr": False,
+            "prediction_type": prediction_type,
+            "clip_sample": False,
+            "timestep_spacing": "trailing",
+        }
+
+    @classmethod
+    def from_diffusers(cls, data: Mapping[str, Any], prediction_type: str) -> Schedule:
+        """Read a `scheduler_config.json`; raises `ValueError` for a schedule that this version does not know.
+
+        prediction_type: that of the base; the file must have the same.
+        """
+        expected = {"prediction_type": prediction_type, "trained_betas": None, "rescale_betas_zero_snr": False}
+        for name, value in expected.items():
+            if data.get(name, value) != value:
+                raise ValueError(f"noise schedule with {name} {str(data[name])[:40]!r}: expected {value!r}")
+        names = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+        if absent := [name for name in names if name not in data]:
+            raise ValueError(f"noise schedule without {', '.join(absent)}")
+        return cls(*(data[name] for name in names))
 
 
-def alphas_cumprod() -> npt.NDArray[np.float64]:
-    """abar_t for t in 0..999."""
-    return np.cumprod(1 - betas())
-
-
-def make_scheduler(config: BaseConfig) -> DDPMScheduler:
-    """Return Stable Diffusion's noise schedule (StableSR section 4: 1000 steps, scaled linear)."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler(
-        num_train_timesteps=TRAIN_STEPS,
-        beta_start=BETAS[0],
-        beta_end=BETAS[1],
-        beta_schedule="scaled_linear",
-        prediction_type=config.prediction_type,
-        clip_sample=False,
-        timestep_spacing="trailing",
-    )
+Denoise = Callable[["torch.Tensor", int], "tuple[torch.Tensor, torch.Tensor]"]
+"""denoise(x, t) -> (x0, eps), of the whole canvas."""
+Noise = Callable[[], "torch.Tensor"]
+"""Draws fresh standard normal noise of the canvas's shape."""
+Sampler = Callable[[Denoise, "torch.Tensor", Sequence[int], Schedule, Noise, float], "torch.Tensor"]
+"""sampler(denoise, x, timesteps, schedule, noise, eta) -> x0; timesteps are ascending."""
 
 
 def respace(steps: int) -> list[int]:
     """Return `steps` of the 1000 timesteps, ascending, 0 and 999 among them (StableSR's respacing).
 
-    One step is [999], which StableSR itself cannot do. Raises `ValueError` outside 1..1000.
+    One step is [999]; StableSR itself needs two. Raises `ValueError` outside 1..1000.
     """
     if not 1 <= steps <= TRAIN_STEPS:
         raise ValueError(f"{steps} steps: expected 1 to {TRAIN_STEPS}")
@@ -86,9 +125,9 @@ class Posterior:
     c2: npt.NDArray[np.float64]
 
 
-def posterior(timesteps: Sequence[int]) -> Posterior:
+def posterior(timesteps: Sequence[int], schedule: Schedule) -> Posterior:
     """Return the posterior of every step of a respaced chain, in the order of `timesteps` (ascending)."""
-    abar = alphas_cumprod()[list(timesteps)]
+    abar = schedule.alphas_cumprod()[list(timesteps)]
     previous = np.concatenate([[1.0], abar[:-1]])
     beta = 1 - abar / previous
     variance = beta * (1 - previous) / (1 - abar)
@@ -97,9 +136,9 @@ def posterior(timesteps: Sequence[int]) -> Posterior:
     return Posterior(beta, variance, c1, c2)
 
 
-def start_from_lq(z_lq: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def start_from_lq(z_lq: torch.Tensor, noise: torch.Tensor, schedule: Schedule) -> torch.Tensor:
     """x_T = sqrt(abar_999) z_lq + sqrt(1 - abar_999) noise, whatever the respacing (StableSR section 4)."""
-    abar = float(alphas_cumprod()[-1])
+    abar = float(schedule.alphas_cumprod()[-1])
     return abar**0.5 * z_lq + (1 - abar) ** 0.5 * noise
 
 
@@ -113,6 +152,14 @@ def split_prediction(
     return (x - s * prediction) / a, prediction
 
 
+def denoise_by(
+    predict: Callable[[torch.Tensor, int], torch.Tensor], schedule: Schedule, prediction_type: str
+) -> Denoise:
+    """Return the function that samplers use, from `predict(x, t) -> prediction` of eps or v."""
+    abar = schedule.alphas_cumprod()
+    return lambda x, t: split_prediction(x, predict(x, t), float(abar[t]), prediction_type)
+
+
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
     """`sqrt(abar_t) x0 + sqrt(1 - abar_t) noise` for (B, C, h, w) and t (B,) in 0..999 (DDPM eq. 4)."""
     abar = alphas_cumprod[t][:, None, None, None]
@@ -122,10 +169,12 @@ def add_noise(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cum
 def noisy_latent(
     x0: torch.Tensor, z_lq: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor
 ) -> torch.Tensor:
-    """x_t of (B, C, h, w); rows at the last timestep begin as restoring does, from their LQ latents.
+    """Return x_t (B, C, h, w); rows at the last timestep start from their LQ latents, as restoring does.
 
-    There x_t of the clean latent would still show 7 % of it, which no restoring sees.
+    There x_t of the clean latent would still contain 7 % of it, which restoring does not have.
     """
+    import torch
+
     start = t == LAST
     return add_noise(torch.where(start[:, None, None, None], z_lq, x0), noise, t, alphas_cumprod)
 
@@ -133,7 +182,7 @@ def noisy_latent(
 def x0_from_prediction(
     x: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str
 ) -> torch.Tensor:
-    """The clean latent that a prediction of eps, or of `v = sqrt(abar) eps - sqrt(1 - abar) x0`, stands for."""
+    """Return the clean latent x0 from a prediction of eps, or of `v = sqrt(abar) eps - sqrt(1 - abar) x0`."""
     abar = alphas_cumprod[t][:, None, None, None]
     if prediction_type == "epsilon":
         return (x - (1 - abar).sqrt() * prediction) / abar.sqrt()
@@ -141,7 +190,7 @@ def x0_from_prediction(
 
 
 def x0_weight(t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str) -> torch.Tensor:
-    """Factor from the squared error of a prediction to that of x0, (B,): `1 - abar` for v, over `abar` for eps.
+    """Return the squared error of x0 over that of the prediction, (B,): `1 - abar` for v, `(1 - abar) / abar` for eps.
 
     Source: x0 solved from `x = sqrt(abar) x0 + sqrt(1 - abar) eps` (Salimans and Ho 2022, section 4 and appendix D).
     """
@@ -160,8 +209,8 @@ def prediction_error(
 ) -> torch.Tensor:
     """Mean squared error of each row, (B,).
 
-    weighting: `prediction` is the error of the prediction itself; `x0` that of the clean latent that it stands for,
-    so that the noisy end, where few-step sampling starts, counts most.
+    weighting: `prediction` is the error of the prediction itself; `x0` is the error of the clean latent, which weighs
+    the noisy end most, where few-step sampling starts.
     """
     found = x0_from_prediction(x, prediction.float(), t, alphas_cumprod, prediction_type)
     error = (found - x0).square().mean((1, 2, 3))
@@ -169,18 +218,12 @@ def prediction_error(
 
 
 def sample_ddpm(
-    denoiser: Denoise,
-    x: torch.Tensor,
-    timesteps: Sequence[int],
-    prediction_type: str,
-    noise: Noise,
-    eta: float = 1.0,
+    denoise: Denoise, x: torch.Tensor, timesteps: Sequence[int], schedule: Schedule, noise: Noise
 ) -> torch.Tensor:
     """Respaced DDPM: posterior mean plus its deviation times noise, none at the last step (StableSR section 4)."""
-    abar, q = alphas_cumprod(), posterior(timesteps)
+    q = posterior(timesteps, schedule)
     for i in reversed(range(len(timesteps))):
-        t = timesteps[i]
-        x0, _ = split_prediction(x, denoiser(x, t), float(abar[t]), prediction_type)
+        x0, _ = denoise(x, timesteps[i])
         x = float(q.c1[i]) * x0 + float(q.c2[i]) * x
         if i > 0:
             x = x + float(q.variance[i]) ** 0.5 * noise()
@@ -188,19 +231,18 @@ def sample_ddpm(
 
 
 def sample_ddim(
-    denoiser: Denoise,
+    denoise: Denoise,
     x: torch.Tensor,
     timesteps: Sequence[int],
-    prediction_type: str,
+    schedule: Schedule,
     noise: Noise,
     eta: float = 0.0,
 ) -> torch.Tensor:
     """DDIM (Song 2021, eq. 12) over the respaced timesteps; eta 0 is deterministic, 1 has DDPM's variance."""
-    abar = alphas_cumprod()
+    abar = schedule.alphas_cumprod()
     for i in reversed(range(len(timesteps))):
-        t = timesteps[i]
-        a, previous = float(abar[t]), float(abar[timesteps[i - 1]]) if i > 0 else 1.0
-        x0, eps = split_prediction(x, denoiser(x, t), a, prediction_type)
+        a, previous = float(abar[timesteps[i]]), float(abar[timesteps[i - 1]]) if i > 0 else 1.0
+        x0, eps = denoise(x, timesteps[i])
         sigma = eta * ((1 - previous) / (1 - a) * (1 - a / previous)) ** 0.5
         x = previous**0.5 * x0 + max(0.0, 1 - previous - sigma**2) ** 0.5 * eps
         if sigma > 0:
@@ -208,72 +250,63 @@ def sample_ddim(
     return x
 
 
-def _diffusers_scheduler(name: str, timesteps: Sequence[int], prediction_type: str) -> Any:
-    """Return a diffusers scheduler of this noise schedule, set to the timesteps where it takes them."""
-    import diffusers
+def sample_dpmpp_2m(denoise: Denoise, x: torch.Tensor, timesteps: Sequence[int], schedule: Schedule) -> torch.Tensor:
+    """DPM-Solver++ (2M) (Lu 2022, algorithm 2) of diffusers; deterministic.
 
-    settings = {
-        "num_train_timesteps": TRAIN_STEPS,
-        "beta_start": BETAS[0],
-        "beta_end": BETAS[1],
-        "beta_schedule": "scaled_linear",
-        "prediction_type": prediction_type,
+    Raises `MissingBackendError` without diffusers.
+    """
+    with needed_by("sampler dpmpp_2m", "train"):
+        from diffusers import DPMSolverMultistepScheduler
+
+    solver = DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2, **_solver_settings(schedule))
+    solver.set_timesteps(timesteps=list(reversed(timesteps)))
+    return _sample_by(solver, denoise, x)
+
+
+def sample_unipc(denoise: Denoise, x: torch.Tensor, timesteps: Sequence[int], schedule: Schedule) -> torch.Tensor:
+    """UniPC (Zhao 2023) of diffusers; deterministic. It takes the number of timesteps alone and spaces them itself.
+
+    Raises `MissingBackendError` without diffusers.
+    """
+    with needed_by("sampler unipc", "train"):
+        from diffusers import UniPCMultistepScheduler
+
+    solver = UniPCMultistepScheduler(timestep_spacing="trailing", **_solver_settings(schedule))
+    solver.set_timesteps(len(timesteps))
+    return _sample_by(solver, denoise, x)
+
+
+def _solver_settings(schedule: Schedule) -> dict[str, Any]:
+    """Arguments of a scheduler of diffusers that receives x0."""
+    return {
+        "num_train_timesteps": schedule.steps,
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "beta_schedule": schedule.kind,
+        "prediction_type": "sample",
     }
-    if name == "dpmpp_2m":
-        scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2, **settings)
-        scheduler.set_timesteps(timesteps=list(reversed(timesteps)))
-    else:
-        # UniPC takes a number of steps only; trailing spacing starts at 999 as ours does.
-        scheduler = diffusers.UniPCMultistepScheduler(timestep_spacing="trailing", **settings)
-        scheduler.set_timesteps(len(timesteps))
-    return scheduler
 
 
-def _sample_diffusers(
-    name: str, denoiser: Denoise, x: torch.Tensor, timesteps: Sequence[int], kind: str
-) -> torch.Tensor:
-    scheduler = _diffusers_scheduler(name, timesteps, kind)
-    for t in scheduler.timesteps:
-        x = scheduler.step(denoiser(x, int(t)), t, x).prev_sample
+def _sample_by(solver: Any, denoise: Denoise, x: torch.Tensor) -> torch.Tensor:
+    """Run the loop of a scheduler of diffusers."""
+    for t in solver.timesteps:
+        x = solver.step(denoise(x, int(t))[0], t, x).prev_sample
     return x
 
 
-def sample_dpmpp_2m(
-    denoiser: Denoise,
-    x: torch.Tensor,
-    timesteps: Sequence[int],
-    prediction_type: str,
-    noise: Noise,
-    eta: float = 0.0,
-) -> torch.Tensor:
-    """DPM-Solver++ (2M) (Lu 2022, algorithm 2) by diffusers; deterministic."""
-    return _sample_diffusers("dpmpp_2m", denoiser, x, timesteps, prediction_type)
-
-
-def sample_unipc(
-    denoiser: Denoise,
-    x: torch.Tensor,
-    timesteps: Sequence[int],
-    prediction_type: str,
-    noise: Noise,
-    eta: float = 0.0,
-) -> torch.Tensor:
-    """UniPC (Zhao 2023) by diffusers, with its own trailing timesteps; deterministic."""
-    return _sample_diffusers("unipc", denoiser, x, timesteps, prediction_type)
-
-
-SAMPLERS: dict[str, Callable[..., torch.Tensor]] = {
-    "ddpm": sample_ddpm,
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": lambda denoise, x, timesteps, schedule, noise, eta: sample_ddpm(denoise, x, timesteps, schedule, noise),
     "ddim": sample_ddim,
-    "dpmpp_2m": sample_dpmpp_2m,
-    "unipc": sample_unipc,
+    "dpmpp_2m": lambda denoise, x, timesteps, schedule, noise, eta: sample_dpmpp_2m(denoise, x, timesteps, schedule),
+    "unipc": lambda denoise, x, timesteps, schedule, noise, eta: sample_unipc(denoise, x, timesteps, schedule),
 }
+"""Samplers by name, under one signature."""
 
 
 def check_sampler(name: str) -> None:
     """Raise `ValueError` for an unknown sampler, and `MissingBackendError` for one of diffusers without diffusers."""
     if name not in SAMPLERS:
         raise ValueError(f"sampler {name!r}: expected one of {', '.join(SAMPLERS)}")
-    if SAMPLERS[name] in (sample_dpmpp_2m, sample_unipc):
-        with needed_by(f"sampler {name}"):
+    if name in ("dpmpp_2m", "unipc"):
+        with needed_by(f"sampler {name}", "train"):
             import diffusers  # noqa: F401

@@ -16,6 +16,7 @@ from io import SEEK_END, BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pfstorer_rt.diffusion import Schedule
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import (
     atomic_write,
@@ -92,6 +93,8 @@ class Manifest:
     """Whether the decoder takes the LQ image's features and `cfw_weight`."""
     cfw_weight: float = 0.0
     """Its value unless told otherwise."""
+    schedule: Schedule = field(default_factory=Schedule)
+    """Noise schedule of the base; a plan of an earlier version has none, which means StableSR's."""
     licence: str = "unknown"
     compute_capabilities: list[str] = field(default_factory=list)
     """For TensorRT, the GPUs it was built for, such as `8.9`; a `+` after one takes in all later ones."""
@@ -112,7 +115,8 @@ class Manifest:
             raise ValueError(f"unknown fields {unknown}")
         payloads = {name: Payload(**payload) for name, payload in data["payloads"].items()}
         try:
-            manifest = cls(**{**data, "payloads": payloads})
+            schedule = Schedule(**data.get("schedule", {}))
+            manifest = cls(**{**data, "payloads": payloads, "schedule": schedule})
         except TypeError as error:
             raise ValueError(str(error)) from error
         manifest.check_names()

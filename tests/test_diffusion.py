@@ -1,4 +1,5 @@
 import math
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -8,8 +9,8 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from pfstorer_rt.diffusion import (
     SAMPLERS,
-    alphas_cumprod,
-    betas,
+    Schedule,
+    denoise_by,
     posterior,
     respace,
     sample_ddim,
@@ -17,7 +18,9 @@ from pfstorer_rt.diffusion import (
     split_prediction,
     start_from_lq,
 )
+from pfstorer_rt.errors import MissingBackendError
 
+STANDARD = Schedule()
 SHAPE = (1, 4, 6, 5)
 KINDS = ("epsilon", "v_prediction")
 SCHEDULE = {
@@ -68,9 +71,9 @@ def start(seed=3):
 
 
 def test_schedule_is_stable_diffusions():
-    abar = alphas_cumprod()
+    abar = STANDARD.alphas_cumprod()
     assert abar.dtype == np.float64
-    assert abar.shape == betas().shape == (1000,)
+    assert abar.shape == STANDARD.betas().shape == (1000,)
     assert abar[0] == pytest.approx(0.99915, abs=1e-12)
     assert abar[499] == pytest.approx(0.27766965, abs=5e-9)
     assert abar[999] == pytest.approx(0.004660098513, abs=5e-13)
@@ -116,7 +119,7 @@ def test_impossible_step_counts_are_refused(steps):
 
 
 def test_posterior_has_the_published_numbers():
-    q = posterior(respace(200))
+    q = posterior(respace(200), STANDARD)
     published = {
         1: (0.00431329, 0.000710590, 0.8356110, 0.1643886),
         100: (0.02384418, 0.02362473, 0.01738204, 0.97891285),
@@ -135,7 +138,7 @@ def test_posterior_has_the_published_numbers():
 def test_posterior_keeps_the_marginals(steps):
     # x_t ~ N(sqrt(abar) x0, 1 - abar) must become x_prev ~ N(sqrt(abar_prev) x0, 1 - abar_prev).
     timesteps = respace(steps)
-    q, abar = posterior(timesteps), alphas_cumprod()[timesteps]
+    q, abar = posterior(timesteps, STANDARD), STANDARD.alphas_cumprod()[timesteps]
     previous = np.concatenate([[1.0], abar[:-1]])
     assert np.allclose(q.c1 + q.c2 * np.sqrt(abar), np.sqrt(previous), rtol=1e-10)
     assert np.allclose(q.c2**2 * (1 - abar) + q.variance, 1 - previous, rtol=1e-10, atol=1e-14)
@@ -145,7 +148,7 @@ def test_start_state_takes_the_unrespaced_end():
     z, noise = start(1), start(2)
     expected = 0.0682649 * z.double() + 0.9976672 * noise.double()
     # The published factors have 7 digits.
-    assert torch.allclose(start_from_lq(z, noise).double(), expected, rtol=0, atol=1e-6)
+    assert torch.allclose(start_from_lq(z, noise, STANDARD).double(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,7 +175,7 @@ def test_ddpm_is_diffusers_ddpm_on_the_same_timesteps(kind, steps, monkeypatch):
     for t in scheduler.timesteps:
         x = scheduler.step(toy_network(x, int(t)), t, x).prev_sample
     ours = NoiseTape()
-    found = sample_ddpm(toy_network, start(), timesteps, kind, ours)
+    found = sample_ddpm(denoise_by(toy_network, STANDARD, kind), start(), timesteps, STANDARD, ours)
     assert ours.drawn == tape.drawn == steps - 1  # none at the last step
     # diffusers keeps abar in fp32 and divides by it where it is 5e-3: about 1e-5 a step.
     assert torch.allclose(found, x, rtol=0, atol=1e-3)
@@ -189,7 +192,7 @@ def test_ddim_without_noise_is_diffusers_ddim_where_the_spacing_agrees(kind):
     for t in reversed(timesteps):
         x = scheduler.step(toy_network(x, t), t, x, eta=0.0).prev_sample
     tape = NoiseTape()
-    found = sample_ddim(toy_network, start(), respace(4), kind, tape, eta=0.0)
+    found = sample_ddim(denoise_by(toy_network, STANDARD, kind), start(), respace(4), STANDARD, tape, eta=0.0)
     assert tape.drawn == 0
     assert torch.allclose(found, x, rtol=0, atol=1e-3)  # fp32 abar in diffusers, as above
 
@@ -198,8 +201,9 @@ def test_ddim_without_noise_is_diffusers_ddim_where_the_spacing_agrees(kind):
 def test_ddim_with_full_noise_is_ddpm(kind):
     # Song 2021, section 4.1: eta = 1 has the posterior's mean and variance.
     timesteps = respace(9)
-    found = sample_ddim(toy_network, start(), timesteps, kind, NoiseTape(), eta=1.0)
-    expected = sample_ddpm(toy_network, start(), timesteps, kind, NoiseTape())
+    denoise = denoise_by(toy_network, STANDARD, kind)
+    found = sample_ddim(denoise, start(), timesteps, STANDARD, NoiseTape(), eta=1.0)
+    expected = sample_ddpm(denoise, start(), timesteps, STANDARD, NoiseTape())
     assert torch.allclose(found, expected, rtol=0, atol=1e-4)
 
 
@@ -208,7 +212,8 @@ def test_ddim_noise_grows_with_eta():
         x = torch.zeros(1, 1, 100, 100)
         generator = torch.Generator().manual_seed(0)
         noise = lambda: torch.randn(x.shape, generator=generator)  # noqa: E731
-        return sample_ddim(lambda x, t: torch.zeros_like(x), x, [0, 500], "v_prediction", noise, eta).std().item()
+        denoise = denoise_by(lambda x, t: torch.zeros_like(x), STANDARD, "v_prediction")
+        return sample_ddim(denoise, x, [0, 500], STANDARD, noise, eta).std().item()
 
     abar, previous = abar_by_hand(500), abar_by_hand(0)
     sigma = math.sqrt((1 - previous) / (1 - abar) * (1 - abar / previous))
@@ -223,7 +228,8 @@ def test_ddim_noise_grows_with_eta():
 @pytest.mark.parametrize("steps", [1, 2, 8, 25])
 def test_an_oracle_is_believed(name, kind, steps):
     x0 = start(11).double()
-    found = SAMPLERS[name](oracle(x0, kind), start().double(), respace(steps), kind, NoiseTape())
+    denoise = denoise_by(oracle(x0, kind), STANDARD, kind)
+    found = SAMPLERS[name](denoise, start().double(), respace(steps), STANDARD, NoiseTape(), 0.0)
     assert found.shape == x0.shape
     # The solvers of diffusers end at sigma(0) = 0.029 or at a last sigma of 0; all within 2e-3.
     assert torch.allclose(found.double(), x0, rtol=0, atol=2e-3)
@@ -237,9 +243,11 @@ def test_eps_and_v_give_the_same_picture(name):
         x0 = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)
         return math.sqrt(abar) * eps - math.sqrt(1 - abar) * x0
 
-    sample, timesteps = SAMPLERS[name], respace(6)
-    eps = sample(toy_network, start().double(), timesteps, "epsilon", NoiseTape())
-    v = sample(as_v, start().double(), timesteps, "v_prediction", NoiseTape())
+    def sample(network, kind):
+        denoise = denoise_by(network, STANDARD, kind)
+        return SAMPLERS[name](denoise, start().double(), respace(6), STANDARD, NoiseTape(), 0.0)
+
+    eps, v = sample(toy_network, "epsilon"), sample(as_v, "v_prediction")
     assert torch.allclose(eps.double(), v.double(), rtol=0, atol=1e-4 * eps.abs().max().item())
 
 
@@ -251,8 +259,56 @@ def test_samplers_ask_for_timesteps_from_999_down(name):
         asked.append(t)
         return torch.zeros_like(x)
 
-    SAMPLERS[name](denoiser, start(), respace(5), "v_prediction", NoiseTape())
+    SAMPLERS[name](denoise_by(denoiser, STANDARD, "v_prediction"), start(), respace(5), STANDARD, NoiseTape(), 0.0)
     assert len(asked) == 5
     assert asked[0] == 999
     assert asked == sorted(set(asked), reverse=True)
     assert all(isinstance(t, int) and 0 <= t <= 999 for t in asked)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_samplers_follow_the_schedule_that_they_are_given(name):
+    other, x0 = Schedule(beta_end=0.02), start(11).double()
+
+    def oracle_eps(x, t):
+        abar = other.alphas_cumprod()[t]
+        return (x - abar**0.5 * x0) / (1 - abar) ** 0.5
+
+    def sample(network, schedule):
+        denoise = denoise_by(network, schedule, "epsilon")
+        return SAMPLERS[name](denoise, start().double(), respace(8), schedule, NoiseTape(), 0.0).double()
+
+    assert torch.allclose(sample(oracle_eps, other), x0, rtol=0, atol=2e-3)
+    assert (sample(toy_network, other) - sample(toy_network, STANDARD)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
+def test_solvers_without_diffusers_name_the_extra(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(MissingBackendError, match=rf"sampler {name} needs the train extra: pip install"):
+        SAMPLERS[name](lambda x, t: (x, x), start(), respace(2), STANDARD, NoiseTape(), 0.0)
+
+
+def test_a_schedule_is_read_and_written_as_diffusers_does():
+    schedule = Schedule(beta_start=0.001, beta_end=0.02)
+    written = schedule.to_diffusers("v_prediction")
+    scheduler = DDPMScheduler.from_config(written)
+    np.testing.assert_allclose(scheduler.alphas_cumprod.numpy(), schedule.alphas_cumprod(), rtol=2e-5)
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert Schedule.from_diffusers(dict(scheduler.config), "v_prediction") == schedule
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta_schedule": "squaredcos_cap_v2"}, "'squaredcos_cap_v2' of 1000 steps: expected 'scaled_linear'"),
+        ({"num_train_timesteps": 500}, "of 500 steps"),
+        ({"beta_end": 0.0001}, "expected rising ones"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"prediction_type": "v_prediction"}, "prediction_type 'v_prediction': expected 'epsilon'"),
+    ],
+)
+def test_unknown_schedules_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule.from_diffusers({**STANDARD.to_diffusers("epsilon"), **changes}, "epsilon")

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "tiling": {"errors", "config"},
     "diffusion": {"errors", "extras", "config"},
     "identity": {"errors", "config", "files"},
-    "plan": {"errors", "config", "onnx_message", "files", "signing"},
+    "plan": {"errors", "config", "diffusion", "onnx_message", "files", "signing"},
     "imaging": {"errors", "extras", "config", "files", "tiling"},
     "faces": {"errors", "extras", "config", "files", "imaging"},
     "degradation": {"errors", "config", "files", "imaging"},

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from pfstorer_rt.diffusion import Schedule
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import sha256_bytes
 from pfstorer_rt.plan import COMPONENTS, SCHEMA, SIGNATURE, Manifest, Payload, Plan, move_plan, write_plan
@@ -68,6 +69,22 @@ def test_a_written_plan_is_read_whole(plan):
     assert opened.manifest == make_manifest()
     assert {c: opened.read(c) for c in COMPONENTS} == PAYLOADS
     assert Manifest.from_dict(json.loads(opened.manifest.to_json())) == opened.manifest
+
+
+def test_a_plan_carries_the_noise_schedule(tmp_path):
+    other = make_manifest(schedule=Schedule(beta_end=0.02))
+    assert write_plan(tmp_path / "a.plan", other, PAYLOADS).manifest.schedule == Schedule(beta_end=0.02)
+    assert json.loads(other.to_json())["schedule"]["kind"] == "scaled_linear"
+    data = json.loads(make_manifest().to_json())
+    del data["schedule"]  # a plan of an earlier version has StableSR's
+    assert Manifest.from_dict(data).schedule == Schedule(beta_start=0.00085, beta_end=0.012)
+
+
+@pytest.mark.parametrize("change", [{"kind": "squaredcos_cap_v2"}, {"steps": 4000}, {"beta_end": "x"}, {"rule": 1}])
+def test_a_plan_with_an_unknown_schedule_is_refused(plan, change):
+    rewrite(plan.path, lambda data: {**data, "schedule": {**data["schedule"], **change}})
+    with pytest.raises(BadFileError, match="its manifest does not fit"):
+        Plan.open(plan.path)
 
 
 def test_a_plan_is_a_plain_uncompressed_zip(plan):

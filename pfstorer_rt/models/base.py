@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,14 +12,13 @@ from typing import Any, TypeAlias
 import safetensors.torch
 import torch
 from accelerate import init_empty_weights
-from diffusers import DDPMScheduler
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel
 
 from pfstorer_rt.base_files import NETWORKS, find_base, fingerprint_directory, read_config, read_network, reading_base
 from pfstorer_rt.config import PRESETS, BaseConfig, to_json
-from pfstorer_rt.diffusion import make_scheduler
+from pfstorer_rt.diffusion import Schedule
 from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.files import atomic_entries, check_space, fingerprint_tensors
 from pfstorer_rt.models.cfw import ControllableFeatureWrapping, Features
@@ -51,7 +51,7 @@ class Base:
     structure_encoder: StructureEncoder
     vae: Autoencoder
     text_encoder: PromptEncoder
-    scheduler: DDPMScheduler
+    schedule: Schedule
     fingerprint: str
     """sha256 over the sorted names and bytes of all tensors on disk."""
     cfw: FeatureWrapping | None = None
@@ -159,7 +159,7 @@ class Base:
         The weights in memory are rounded to the same values. An existing base is replaced when the new one is complete.
         """
         modules = self.modules()
-        write_base(path, self.config, modules, {n: m.state_dict() for n, m in modules.items()}, dtype)
+        write_base(path, self.config, modules, {n: m.state_dict() for n, m in modules.items()}, dtype, self.schedule)
         for module in modules.values():
             kept = next(module.parameters()).dtype
             nn.Module.to(nn.Module.to(module, dtype), kept)
@@ -186,7 +186,7 @@ def assemble(config: BaseConfig) -> Base:
     """Assemble the untrained networks of a configuration, on torch's default device."""
     unet, structure = RestorationUNet.from_base_config(config), StructureEncoder.from_base_config(config)
     vae, text = build_vae(config.vae), PromptEncoder.from_base_config(config)
-    return Base(config, unet, structure, vae, text, make_scheduler(config), "", build_cfw(config))
+    return Base(config, unet, structure, vae, text, Schedule(), "", build_cfw(config))
 
 
 def build_cfw(config: BaseConfig) -> FeatureWrapping | None:
@@ -203,21 +203,22 @@ def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> B
     with reading_base(path):
         with init_empty_weights():  # the tensors of the new networks would be allocated for nothing
             base = assemble(read_config(path))
-        base.scheduler = read_scheduler(path / "scheduler")
+        base.schedule = read_schedule(path / "scheduler", base.config.prediction_type)
         for name, module in base.modules().items():
             module.load_state_dict({k: in_fp32(v) for k, v in read_network(path / name).items()}, assign=True)
         base.fingerprint, base.path = fingerprint_directory(path), path
     return base.freeze().to(device)
 
 
-def read_scheduler(folder: Path) -> DDPMScheduler:
-    """Read the noise schedule of a base directory; raises `BadFileError` where it is missing.
+def read_schedule(folder: Path, prediction_type: str) -> Schedule:
+    """Read the noise schedule of a base directory.
 
-    diffusers reads a path that is no folder as the name of a repository on the hub.
+    Raises `BadFileError` when it is missing, `ValueError` when this version does not know it.
     """
-    if not (folder / "scheduler_config.json").is_file():
-        raise BadFileError(f"{folder.name}/scheduler_config.json is missing")
-    return DDPMScheduler.from_pretrained(folder, local_files_only=True)
+    file = folder / "scheduler_config.json"
+    if not file.is_file():
+        raise BadFileError(f"{folder.name}/{file.name} is missing")
+    return Schedule.from_diffusers(json.loads(file.read_text()), prediction_type)
 
 
 def write_base(
@@ -226,6 +227,7 @@ def write_base(
     modules: Mapping[str, nn.Module],
     states: Mapping[str, Tensors],
     dtype: torch.dtype,
+    schedule: Schedule = Schedule(),  # noqa: B008 (immutable)
 ) -> None:
     """Write a base directory from its networks' configurations and tensors, one network in memory at a time.
 
@@ -236,7 +238,9 @@ def write_base(
     with atomic_entries(path, ("config.json", "scheduler", *NETWORKS)) as folder:
         for name, module in modules.items():
             write_network(folder / name, module, states[name], dtype)
-        make_scheduler(config).save_pretrained(folder / "scheduler")
+        (folder / "scheduler").mkdir()
+        text = json.dumps(schedule.to_diffusers(config.prediction_type), indent=2)
+        (folder / "scheduler" / "scheduler_config.json").write_text(text)
         (folder / "config.json").write_bytes(to_json(config).encode())
 
 

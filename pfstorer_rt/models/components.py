@@ -201,7 +201,7 @@ def denoiser(base: Base, identity: Identity | None = None) -> Component:
         z = base.encode(hq)
         z_lq = z if lq is hq else base.encode(lq)
         noise = torch.randn((len(t), *z.shape[1:]), generator=generator)
-        x = add_noise(z, noise, t.long(), base.scheduler.alphas_cumprod)
+        x = add_noise(z, noise, t.long(), base.schedule.alphas_cumprod_tensor())
         return {"x": x, "t": t, "z_lq": z_lq.expand(len(t), -1, -1, -1).contiguous(), "strength": torch.ones(1)}
 
     module = Denoiser(base, identity)
@@ -241,5 +241,6 @@ def manifest(base: Base, identity: Identity | None = None, target: str = "torch"
         strength=identity is not None and identity.method != "dreambooth",
         cfw=base.cfw is not None,
         cfw_weight=c.cfw_weight if base.cfw else 0.0,
+        schedule=base.schedule,
         licence=c.licence,
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pfstorer_rt.config import RestoreConfig
-from pfstorer_rt.diffusion import SAMPLERS, respace, start_from_lq
+from pfstorer_rt.diffusion import SAMPLERS, denoise_by, respace, start_from_lq
 from pfstorer_rt.engine.session import Session, choose_backend
 from pfstorer_rt.errors import MismatchError
 from pfstorer_rt.extras import needed_by
@@ -166,7 +166,7 @@ class Restorer:
 
     def _restore_square(self, style: Rows, layout: Layout, done: Done) -> Rows:
         """Encode, sample on one field of noise, decode, fix colours."""
-        sessions, recipe = self.sessions, layout.recipe
+        sessions, recipe, schedule = self.sessions, layout.recipe, self.manifest.schedule
         generator, device = torch.Generator().manual_seed(recipe.seed), sessions["denoiser"].device
         codec = Codec(sessions["encoder"], sessions["decoder"], layout.codec, self.manifest.factor)
         encoded = codec.encode(style, device, done)
@@ -178,11 +178,10 @@ class Restorer:
         if "std" in encoded:
             z_lq = z_lq + encoded["std"] * noise()
         first = noise()
-        x = start_from_lq(z_lq, first) if recipe.init == "lq" else first
-        denoiser, kind = self._denoiser(layout), self.manifest.prediction_type
-        x = SAMPLERS[recipe.sampler](
-            lambda x, t: denoiser(x, t, z_lq, done), x, respace(recipe.steps), kind, noise, eta=recipe.eta
-        )
+        x = start_from_lq(z_lq, first, schedule) if recipe.init == "lq" else first
+        denoiser = self._denoiser(layout)
+        denoise = denoise_by(lambda x, t: denoiser(x, t, z_lq, done), schedule, self.manifest.prediction_type)
+        x = SAMPLERS[recipe.sampler](denoise, x, respace(recipe.steps), schedule, noise, recipe.eta)
         decoded = codec.decode(x, codec.features(style, encoded, recipe.cfw_weight), done)
         automatic: ColorFix = "adain" if len(layout.tiles) == 1 else "wavelet"
         return ColorFixed(decoded, style, automatic if recipe.color_fix == "auto" else recipe.color_fix)

@@ -55,7 +55,7 @@ class RestorerObjective(nn.Module):
         self.weighting = weighting
         self.unet, self.structure_encoder = base.unet, base.structure_encoder
         self.text_encoder, self.prediction_type = base.text_encoder, base.config.prediction_type
-        self.register_buffer("alphas_cumprod", base.scheduler.alphas_cumprod.clone(), persistent=False)
+        self.register_buffer("alphas_cumprod", base.schedule.alphas_cumprod_tensor(), persistent=False)
         self.register_buffer("ids", tokenize(base.config.prompt, base.config), persistent=False)
 
     def forward(self, batch: Batch) -> Losses:
@@ -116,7 +116,7 @@ class PersonalizationObjective(ImageObjective):
         self.register_buffer("ids", ids, persistent=False)
         with torch.no_grad():
             self.register_buffer("base_context", base.encode_prompt(), persistent=False)
-        self.register_buffer("alphas_cumprod", base.scheduler.alphas_cumprod.clone(), persistent=False)
+        self.register_buffer("alphas_cumprod", base.schedule.alphas_cumprod_tensor(), persistent=False)
 
     def forward(self, batch: Batch) -> Losses:
         """Take scaled latents `hq lq noise` (B, C, h, w), `reference` (1, C, h, w), `t` (B,), `self` bool ()."""
@@ -181,7 +181,7 @@ class DreamBoothObjective(ImageObjective):
         self.unet = deepcopy(base.unet).requires_grad_(True)
         with torch.no_grad():
             self.register_buffer("base_context", base.encode_prompt(), persistent=False)
-        self.register_buffer("alphas_cumprod", base.scheduler.alphas_cumprod.clone(), persistent=False)
+        self.register_buffer("alphas_cumprod", base.schedule.alphas_cumprod_tensor(), persistent=False)
 
     def forward(self, batch: Batch) -> Losses:
         """Take the same batch as `PersonalizationObjective`; the reference is not used."""

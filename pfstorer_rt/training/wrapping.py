@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pfstorer_rt.diffusion import SAMPLERS, respace, start_from_lq
+from pfstorer_rt.diffusion import SAMPLERS, denoise_by, respace, start_from_lq
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.imaging.find import find_images
@@ -44,17 +44,17 @@ class WrappingObjective(nn.Module):
     def restored(self, z_lq: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Sample the base's default steps from scaled LQ latents (B, C, h, w)."""
 
-        def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
+        def predict(x: torch.Tensor, t: int) -> torch.Tensor:
             return self.denoiser(x, torch.full((len(x),), t, device=x.device), z_lq).float()
 
-        c = self.base.config
+        c, schedule = self.base.config, self.base.schedule
         return SAMPLERS[c.sampler](
-            denoise,
-            start_from_lq(z_lq, noise),
+            denoise_by(predict, schedule, c.prediction_type),
+            start_from_lq(z_lq, noise, schedule),
             respace(c.steps),
-            c.prediction_type,
+            schedule,
             lambda: torch.randn_like(noise),
-            eta=0.0,
+            0.0,
         )
 
     def forward(self, batch: Batch) -> Losses:

@@ -1,8 +1,10 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -10,9 +12,12 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from pfstorer_rt import base_files
 from pfstorer_rt.base_files import find_base, fingerprint_directory
-from pfstorer_rt.diffusion import make_scheduler
+from pfstorer_rt.config import RestoreConfig
+from pfstorer_rt.diffusion import Schedule
 from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.models.base import build_base, fingerprint_modules, load_base
+from pfstorer_rt.runtime.restorer import Restorer
+from pfstorer_rt.training.objectives import RestorerObjective
 
 NETWORKS = ("unet", "structure_encoder", "vae", "text_encoder")
 
@@ -110,8 +115,9 @@ def test_the_directory_is_diffusers_own(nano_base, nano_base_dir):
     config = UNet2DConditionModel.load_config(nano_base_dir / "unet")
     assert tuple(config["block_out_channels"]) == (8, 16, 16, 16)
     scheduler = DDPMScheduler.from_pretrained(nano_base_dir / "scheduler")
-    expected = make_scheduler(nano_base.config)
-    assert torch.equal(scheduler.alphas_cumprod, expected.alphas_cumprod)
+    # diffusers computes it in fp32.
+    expected = nano_base.schedule.alphas_cumprod_tensor()
+    torch.testing.assert_close(scheduler.alphas_cumprod, expected, rtol=2e-5, atol=0)
     assert scheduler.config.prediction_type == nano_base.config.prediction_type
 
 
@@ -317,3 +323,27 @@ def test_a_copy_shares_the_weights_but_neither_types_nor_kernels(nano_base):
     assert all(t.dtype == torch.float32 for module in names.values() for t in module.parameters())
     assert nano_base.unet.kernels is kernels and not nano_base.vae.training
     assert copy.fingerprint == nano_base.fingerprint
+
+
+def test_a_base_restores_with_its_own_schedule(nano_base, tmp_path, make_picture):
+    schedule = Schedule(beta_end=0.03)
+    replace(nano_base, schedule=schedule).save(tmp_path / "other")
+    loaded = load_base(tmp_path / "other")
+    assert loaded.schedule == schedule
+    results = []
+    for base in (nano_base, loaded):
+        with Restorer.from_base(base, device="cpu") as restorer:
+            assert restorer.manifest.schedule == base.schedule
+            results.append(restorer.restore(make_picture(64, 64), RestoreConfig(steps=2, color_fix="none")))
+    assert np.abs(results[0] - results[1]).max() > 0.01
+    # Training uses the same numbers.
+    objective = RestorerObjective(loaded)
+    np.testing.assert_allclose(objective.alphas_cumprod.numpy(), schedule.alphas_cumprod(), rtol=1e-6)
+
+
+def test_a_base_with_an_unknown_schedule_is_refused(nano_base_dir, tmp_path):
+    shutil.copytree(nano_base_dir, tmp_path / "other")
+    file = tmp_path / "other" / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace("scaled_linear", "squaredcos_cap_v2"))
+    with pytest.raises(BadFileError, match="'squaredcos_cap_v2' of 1000 steps: expected 'scaled_linear'"):
+        load_base(tmp_path / "other")

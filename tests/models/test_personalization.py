@@ -311,7 +311,7 @@ def test_losses_of_an_untrained_identity_are_the_bases(objective, nano_base, wei
     with torch.no_grad():
         losses = made(batch)
         x0, z_lq = batch["hq"], batch["lq"]
-        abar = nano_base.scheduler.alphas_cumprod[batch["t"]].double()[:, None, None, None]
+        abar = nano_base.schedule.alphas_cumprod_tensor()[batch["t"]].double()[:, None, None, None]
         x = (abar.sqrt() * x0 + (1 - abar).sqrt() * batch["noise"]).float()
         context = nano_base.encode_prompt().expand(2, -1, -1)
 

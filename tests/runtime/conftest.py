@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pfstorer_rt.diffusion import alphas_cumprod
+from pfstorer_rt.diffusion import Schedule
 from pfstorer_rt.engine.session import HostSession
 from pfstorer_rt.plan import COMPONENTS
 from pfstorer_rt.runtime.restorer import Restorer
@@ -64,7 +64,7 @@ class Perfect(HostSession):
             return {"mean": torch.nn.functional.pixel_unshuffle(a["image"], 8).numpy()}
         if self.component == "decoder":
             return {"image": torch.nn.functional.pixel_shuffle(a["latent"], 8).numpy()}
-        abar = torch.from_numpy(alphas_cumprod())[a["t"].long()][:, None, None, None]
+        abar = torch.from_numpy(Schedule().alphas_cumprod())[a["t"].long()][:, None, None, None]
         return {"prediction": ((a["x"] - abar.sqrt() * a["z_lq"]) / (1 - abar).sqrt()).float().numpy()}
 
     def __enter__(self):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pfstorer_rt.config import RestoreConfig, TileConfig
-from pfstorer_rt.diffusion import SAMPLERS, respace, sample_ddpm, start_from_lq
+from pfstorer_rt.diffusion import SAMPLERS, denoise_by, respace, sample_ddpm, start_from_lq
 from pfstorer_rt.errors import MismatchError, PFStorerError
 from pfstorer_rt.imaging.bands import Canvas, plan_canvas
 from pfstorer_rt.imaging.color import adain_color_fix, wavelet_color_fix
@@ -51,8 +51,9 @@ def untiled(base, pixels, seed, kind, init="lq"):
         t = torch.tensor([float(t)])
         return base.unet(x, t, context, base.structure_encoder(z_lq, t))
 
-    x = start_from_lq(z_lq, first) if init == "lq" else first
-    x = sample_ddpm(denoiser, x, respace(2), "epsilon", lambda: torch.randn(z_lq.shape, generator=generator))
+    x = start_from_lq(z_lq, first, base.schedule) if init == "lq" else first
+    denoise = denoise_by(denoiser, base.schedule, "epsilon")
+    x = sample_ddpm(denoise, x, respace(2), base.schedule, lambda: torch.randn(z_lq.shape, generator=generator))
     return from_tensor(kind(base.decode(x), image).clamp(-1, 1))
 
 
