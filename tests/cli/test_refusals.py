@@ -26,7 +26,7 @@ def test_a_command_that_is_told_to_end_cleans_up_first(run, signals, monkeypatch
     monkeypatch.setattr(build, "export_component", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     result = run("export", "--base", nano_base_dir, "-o", tmp_path / "a.plan")
     assert result.status == 130
-    assert result.errors == ["Error: interrupted; the same command goes on from here where it can"]
+    assert result.errors == ["Error: Interrupted. Run the same command again to resume."]
     assert not list(tmp_path.iterdir())
 
 
