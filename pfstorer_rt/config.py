@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
+from pfstorer_rt.errors import SettingError
 from pfstorer_rt.files import is_name
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -297,7 +298,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Raise `ValueError` for a learning rate that cannot train."""
         if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning rate {self.learning_rate}: expected above 0 and below 1")
+            raise SettingError(f"learning rate {self.learning_rate}: expected above 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -415,7 +416,7 @@ def base_config_from_dict(data: Mapping[str, Any]) -> BaseConfig:
     unknown = sorted(set(data) - known)
     missing = sorted({"name", "tile", "unet", "structure", "vae", "text", "layers"} - set(data))
     if unknown or missing:
-        raise ValueError(f"base configuration: unknown fields {unknown}, missing fields {missing}")
+        raise SettingError(f"base configuration: unknown fields {unknown}, missing fields {missing}")
     check_parts(data)
     structure = dict(data["structure"])
     structure["multipliers"] = tuple(structure["multipliers"])
@@ -432,11 +433,11 @@ def check_parts(data: Mapping[str, Any]) -> None:
     fetch and run (`attn_implementation`).
     """
     if not is_name(data["name"]):
-        raise ValueError(f"base configuration: name {str(data['name'])[:80]!r}, expected letters, digits, '_', '-'")
+        raise SettingError(f"base configuration: name {str(data['name'])[:80]!r}, expected letters, digits, '_', '-'")
     given = {part: data.get(part) or {} for part in ("unet", "vae", "text", "cfw")}
     for part, values in (*given.items(), ("vae", given["cfw"].get("vae") or {})):  # cfw can hold an autoencoder
         if unknown := sorted(set(values) - known_arguments(part)):
-            raise ValueError(f"base configuration: {part} has unknown arguments {unknown}")
+            raise SettingError(f"base configuration: {part} has unknown arguments {unknown}")
 
 
 def known_arguments(part: str) -> set[str]:

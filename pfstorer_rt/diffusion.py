@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from pfstorer_rt.config import BaseConfig, Weighting
+from pfstorer_rt.errors import SettingError
 from pfstorer_rt.extras import needed_by
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def respace(steps: int) -> list[int]:
     One step is [999], which StableSR itself cannot do. Raises `ValueError` outside 1..1000.
     """
     if not 1 <= steps <= TRAIN_STEPS:
-        raise ValueError(f"{steps} steps: expected 1 to {TRAIN_STEPS}")
+        raise SettingError(f"{steps} steps: expected 1 to {TRAIN_STEPS}")
     if steps == 1:
         return [TRAIN_STEPS - 1]
     stride, position, chosen = (TRAIN_STEPS - 1) / (steps - 1), 0.0, set()
@@ -273,7 +274,7 @@ SAMPLERS: dict[str, Callable[..., torch.Tensor]] = {
 def check_sampler(name: str) -> None:
     """Raise `ValueError` for an unknown sampler, and `MissingBackendError` for one of diffusers without diffusers."""
     if name not in SAMPLERS:
-        raise ValueError(f"sampler {name!r}: expected one of {', '.join(SAMPLERS)}")
+        raise SettingError(f"sampler {name!r}: expected one of {', '.join(SAMPLERS)}")
     if SAMPLERS[name] in (sample_dpmpp_2m, sample_unipc):
         with needed_by(f"sampler {name}"):
             import diffusers  # noqa: F401

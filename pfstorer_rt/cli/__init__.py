@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         fail(f"{error.format_message()} (pfstorer-rt --help)", error.exit_code)
     except KeyboardInterrupt as error:
         fail(interrupted(error), 130)
-    except (SettingError, BadFileError, MismatchError, MissingBackendError, ValueError) as error:
+    except (SettingError, BadFileError, MismatchError, MissingBackendError) as error:
         fail(explain(error), 2)
     except (PFStorerError, OSError, MemoryError) as error:
         fail(explain(error), 1)

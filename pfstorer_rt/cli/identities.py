@@ -79,8 +79,9 @@ def show_command(name: str, as_json: bool) -> None:
 @click.argument("name")
 @click.argument("photos", nargs=-1, type=click.Path(path_type=Path))
 def verify_command(name: str, photos: tuple[Path, ...]) -> None:
-    """Check that an identity file is complete and private, that its base is present, and that it was learned from
-    PHOTOS (files or folders).
+    """Check that an identity file is complete and private, and that its base is present.
+
+    With PHOTOS (files or folders), also check that the identity was learned from them.
 
     \b
     Example:

@@ -180,8 +180,8 @@ def _arrivals(folder: str | Path, output: str | Path | None, naming: Naming, idl
     """Yield the jobs of new images once their sizes are stable."""
     sizes: dict[Path, int] = {}
     done: set[Path] = set()
-    latest, waiting = time.monotonic(), False
-    while idle is None or waiting or time.monotonic() - latest < idle:
+    latest = time.monotonic()
+    while True:
         try:
             jobs = plan_jobs((folder,), output, naming)
         except NoImagesError:
@@ -189,13 +189,14 @@ def _arrivals(folder: str | Path, output: str | Path | None, naming: Naming, idl
         found = {job.source: job for job in jobs if job.source is not None}
         current = {path: path.stat().st_size if path.exists() else -1 for path in found}
         stable = {path for path, size in current.items() if sizes.get(path) == size}
-        waiting = len(stable) < len(found)
         ready = [path for path in found if path in stable - done and current[path] > 0]
-        sizes |= current
         if ready:
             done.update(ready)
             yield [found[path] for path in ready]
             latest = time.monotonic()
+        elif idle is not None and len(stable) == len(found) and time.monotonic() - latest >= idle:
+            return
+        sizes |= current
         time.sleep(1)
 
 
