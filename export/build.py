@@ -16,7 +16,7 @@ import torch
 
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.engine.session import Array, choose_backend
-from pfstorer_rt.errors import MismatchError, MissingBackendError, ParityError
+from pfstorer_rt.errors import MismatchError, MissingBackendError, ParityError, SettingError
 from pfstorer_rt.files import sha256_bytes, sha256_file, work_folder
 from pfstorer_rt.identity import Identity, identity_path
 from pfstorer_rt.models.base import Base, load_base
@@ -169,12 +169,12 @@ def export_plan(
 def choose_precision(target: str, precision: str) -> str:
     """Return the precision of a plan's graphs, with `auto` resolved; raises `ValueError` for an unknown combination."""
     if target not in TARGETS or precision not in ("auto", *PRECISIONS):
-        raise ValueError(
+        raise SettingError(
             f"target {target!r}, precision {precision!r}: expected one of {TARGETS} and of {('auto', *PRECISIONS)}"
         )
     precision = DEFAULT_PRECISION[target] if precision == "auto" else precision
     if precision == "int8" and target != "onnx":
-        raise ValueError(f"precision int8 with target {target!r}: only ONNX plans, for CPUs, have 8-bit operators")
+        raise SettingError(f"precision int8 with target {target!r}: only ONNX plans, for CPUs, have 8-bit operators")
     return precision
 
 

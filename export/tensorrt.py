@@ -107,7 +107,7 @@ class EngineBuilder:
         if set(wanted) - {"current"}:
             raise MissingBackendError(
                 f"compute capability {', '.join(sorted(set(wanted) - {'current'}))}: the full TensorRT times kernels "
-                "on the GPU that it builds for; leave --compute-capability out, or use --target tensorrt-rtx"
+                "on the GPU that it builds for; leave the compute capability out, or use the target tensorrt-rtx"
             )
         return [_current_capability(self.library.target)]
 
@@ -233,7 +233,7 @@ def _current_capability(target: str) -> str:
     if not torch.cuda.is_available():
         raise MissingBackendError(
             f"{target} builds for the GPU of this machine, and torch sees none; "
-            "use --target tensorrt-rtx without `current`, which builds without a GPU"
+            "use the target tensorrt-rtx without `current`; it builds without a GPU"
         )
     major, minor = torch.cuda.get_device_capability()
     return f"{major}.{minor}"

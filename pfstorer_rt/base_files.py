@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from pfstorer_rt.config import BaseConfig, base_config_from_dict
-from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.errors import BadFileError, one_line
 from pfstorer_rt.files import fingerprint_tensors, show_path
 
 BUILTIN = Path(__file__).parent / "bases"
@@ -47,7 +47,7 @@ def reading_base(path: Path) -> Iterator[None]:
     except ModuleNotFoundError:
         raise
     except Exception as error:  # each library has its own errors for a damaged file
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise BadFileError(f"{path}: not a usable base directory ({reason}); import or train it again") from error
 
 

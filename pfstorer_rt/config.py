@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, get_args
 
+from pfstorer_rt.errors import SettingError
 from pfstorer_rt.files import is_name
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -339,7 +340,7 @@ class TrainConfig:
         for name, (valid, expected) in TRAIN_RANGES.items():
             value = getattr(self, name)
             if not valid(value):
-                raise ValueError(f"{name.replace('_', ' ')} {value!r}: expected {expected}")
+                raise SettingError(f"{name.replace('_', ' ')} {value!r}: expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -457,7 +458,7 @@ def base_config_from_dict(data: Mapping[str, Any]) -> BaseConfig:
     unknown = sorted(set(data) - known)
     missing = sorted({"name", "tile", "unet", "structure", "vae", "text", "layers"} - set(data))
     if unknown or missing:
-        raise ValueError(f"base configuration: unknown fields {unknown}, missing fields {missing}")
+        raise SettingError(f"base configuration: unknown fields {unknown}, missing fields {missing}")
     check_parts(data)
     structure = dict(data["structure"])
     structure["multipliers"] = tuple(structure["multipliers"])
@@ -474,11 +475,11 @@ def check_parts(data: Mapping[str, Any]) -> None:
     fetch and run (`attn_implementation`).
     """
     if not is_name(data["name"]):
-        raise ValueError(f"base configuration: name {str(data['name'])[:80]!r}, expected letters, digits, '_', '-'")
+        raise SettingError(f"base configuration: name {str(data['name'])[:80]!r}, expected letters, digits, '_', '-'")
     given = {part: data.get(part) or {} for part in ("unet", "vae", "text", "cfw")}
     for part, values in (*given.items(), ("vae", given["cfw"].get("vae") or {})):  # cfw can hold an autoencoder
         if unknown := sorted(set(values) - known_arguments(part)):
-            raise ValueError(f"base configuration: {part} has unknown arguments {unknown}")
+            raise SettingError(f"base configuration: {part} has unknown arguments {unknown}")
 
 
 def known_arguments(part: str) -> set[str]:

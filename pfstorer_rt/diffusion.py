@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pfstorer_rt.config import Weighting
+from pfstorer_rt.errors import SettingError
 from pfstorer_rt.extras import needed_by
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def respace(steps: int) -> list[int]:
     One step is [999]; StableSR itself needs two. Raises `ValueError` outside 1..1000.
     """
     if not 1 <= steps <= TRAIN_STEPS:
-        raise ValueError(f"{steps} steps: expected 1 to {TRAIN_STEPS}")
+        raise SettingError(f"{steps} steps: expected 1 to {TRAIN_STEPS}")
     if steps == 1:
         return [TRAIN_STEPS - 1]
     stride, position, chosen = (TRAIN_STEPS - 1) / (steps - 1), 0.0, set()
@@ -306,7 +307,7 @@ SAMPLERS: dict[str, Sampler] = {
 def check_sampler(name: str) -> None:
     """Raise `ValueError` for an unknown sampler, and `MissingBackendError` for one of diffusers without diffusers."""
     if name not in SAMPLERS:
-        raise ValueError(f"sampler {name!r}: expected one of {', '.join(SAMPLERS)}")
+        raise SettingError(f"sampler {name!r}: expected one of {', '.join(SAMPLERS)}")
     if name in ("dpmpp_2m", "unipc"):
         with needed_by(f"sampler {name}", "train"):
             import diffusers  # noqa: F401

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import platformdirs
 
-from pfstorer_rt.errors import BadFileError, PFStorerError
+from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError
 from pfstorer_rt.temporary import KEPT, sweep, sweep_once, temporary_file, temporary_folder
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def check_fingerprint(value: object, owner: str) -> str:
     owner: what the fingerprint belongs to, for the message.
     """
     if not is_fingerprint(value):
-        raise ValueError(f"fingerprint of the {owner} {str(value)[:80]!r}, expected 64 hexadecimal digits")
+        raise SettingError(f"fingerprint of the {owner} {str(value)[:80]!r}, expected 64 hexadecimal digits")
     return str(value)
 
 
@@ -79,7 +79,7 @@ def inside(root: Path, *names: str) -> Path:
     """
     path = root.joinpath(*names)
     if not all(map(is_name, names)) or not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{show_path(path)}: leads out of {show_path(root)}")
+        raise SettingError(f"{show_path(path)}: leads out of {show_path(root)}")
     return path
 
 

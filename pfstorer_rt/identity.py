@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pfstorer_rt.config import unsupported_setting
-from pfstorer_rt.errors import BadFileError, MismatchError
+from pfstorer_rt.errors import BadFileError, MismatchError, SettingError
 from pfstorer_rt.files import (
     atomic_write,
     check_fingerprint,
@@ -138,11 +138,11 @@ def check_values(meta: Mapping[str, str], layers: Sequence[str], references: Seq
         check_fingerprint(digest, "reference photograph")
     for key in ("name", "base_name"):
         if not is_name(meta[key]):
-            raise ValueError(f"{key} {meta[key][:80]!r}, expected letters a-z, digits, '_', '-' or '.', at most 64")
+            raise SettingError(f"{key} {meta[key][:80]!r}, expected letters a-z, digits, '_', '-' or '.', at most 64")
     if meta["method"] not in METHODS:
-        raise ValueError(f"method {meta['method'][:80]!r}, expected one of {', '.join(METHODS)}")
+        raise SettingError(f"method {meta['method'][:80]!r}, expected one of {', '.join(METHODS)}")
     if odd := [layer for layer in layers if not isinstance(layer, str) or not _LAYER.fullmatch(layer)]:
-        raise ValueError(f"layers {str(odd)[:80]}, expected such as up_blocks.1.attentions.0")
+        raise SettingError(f"layers {str(odd)[:80]}, expected such as up_blocks.1.attentions.0")
 
 
 def _with_sorted_header(data: bytes) -> bytes:
@@ -194,7 +194,7 @@ def identity_path(name_or_file: str | Path) -> Path:
 def named_identity(name: str) -> Path:
     """Return the file of a name in the user's data directory; raises `ValueError` for what is not a name."""
     if not is_name(name) or name.endswith(".safetensors"):
-        raise ValueError(
+        raise SettingError(
             f"identity name {name!r}: expected letters a-z or A-Z, digits, '_', '-' or '.', at most 64 of them, "
             "without .safetensors at the end"
         )

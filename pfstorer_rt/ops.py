@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.errors import MissingBackendError, SettingError
 from pfstorer_rt.extras import install
 from pfstorer_rt.files import atomic_write, cache_home
 
@@ -180,7 +180,7 @@ def choose(name: str = "auto", device: str | torch.device = "cpu", head_size: in
     """
     device = torch.device(device)
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"attention backend {name!r}: expected auto or one of {', '.join(BACKENDS)}")
+        raise SettingError(f"attention backend {name!r}: expected auto or one of {', '.join(BACKENDS)}")
     refused: dict[str, str] = {}
     for candidate in BACKENDS if name == "auto" else (name,):
         try:

@@ -195,7 +195,8 @@ class Plan:
         if not self.trusted:
             raise BadFileError(
                 f"{show_path(self.path)}: a {self.manifest.target} plan is executable code, and this one was not built "
-                f"by you on this machine, or was changed; {self.rebuild()}, or pass --trust-plan if you know its maker"
+                f"by you on this machine, or was changed; {self.rebuild()}, or trust this plan if you know its maker",
+                setting="trust",
             )
 
     def rebuild(self, current: bool = False) -> str:

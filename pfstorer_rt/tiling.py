@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pfstorer_rt.errors import SettingError
+
 Array = npt.NDArray[np.floating[Any]]
 Patch = Array | torch.Tensor
 
@@ -44,7 +46,7 @@ def axis_offsets(length: int, tile: int, overlap: int) -> list[int]:
     Source: StableSR's `_sliding_windows`.
     """
     if not 0 <= overlap < tile:
-        raise ValueError(f"overlap {overlap} for a tile of {tile}; expected 0 to {tile - 1}")
+        raise SettingError(f"overlap {overlap} for a tile of {tile}; expected 0 to {tile - 1}")
     if length < tile:
         raise ValueError(f"length {length} is shorter than the tile of {tile}; enlarge or pad first")
     stride = tile - overlap

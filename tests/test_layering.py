@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "ops": {"errors", "extras", "files", "kernels"},  # files: where timings are kept
     "models": PLAIN | FORMATS | {"ops"},
     "engine": NETWORKS,
-    "runtime": NETWORKS | {"engine"},
+    "runtime": NETWORKS | {"engine", "faces", "degradation"},
     "training": NETWORKS | {"faces", "degradation"},
     "export": NETWORKS | {"engine", "runtime"},  # runtime: a plan is compared with its original on whole images
     "evaluation": PLAIN | {"imaging", "faces"},

@@ -11,22 +11,29 @@ from typing import Any
 
 import click
 
-from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError
+from pfstorer_rt.cli.options import explain
+from pfstorer_rt.errors import (
+    BadFileError,
+    MismatchError,
+    MissingBackendError,
+    PFStorerError,
+    SettingError,
+)
 from pfstorer_rt.extras import missing
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "personalize": ("personalize", "Learn a person from 3-5 photographs."),
     "export": ("export", "Compile a base and an identity into one plan file."),
-    "restore": ("restore", "Restore pictures with a plan or a base."),
-    "degrade": ("degrade", "Make bad pictures of good ones, for tests."),
-    "evaluate": ("evaluate", "Measure restored pictures against the originals."),
+    "restore": ("restore", "Restore images with a plan or a base."),
+    "degrade": ("degrade", "Degrade good images, to test restoration."),
+    "evaluate": ("evaluate", "Measure restored images against the originals."),
     "bench": ("bench", "Time a plan on this machine."),
-    "inspect": ("inspect", "Show what a base, identity or plan holds."),
+    "inspect": ("inspect", "Show the contents of a base, identity or plan."),
     "identities": ("identities", "List, show, verify or remove learned identities."),
-    "import-base": ("import_base", "Turn StableSR / SD 2.1 checkpoints into a base."),
+    "import-base": ("import_base", "Convert StableSR / SD 2.1 checkpoints to a base."),
     "train-base": ("train_base", "Train a base on photographs."),
-    "doctor": ("doctor", "Say what this machine can run, and what to install for more."),
-    "demo": ("demo", "Run the whole path on a public-domain portrait."),
+    "doctor": ("doctor", "Report what this machine can run and what to install for more."),
+    "demo": ("demo", "Run every step on a public-domain portrait."),
 }
 """Command -> (module, one-line help): the table keeps `--help` free of every heavy import."""
 
@@ -57,10 +64,13 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+EPILOG = "Set the environment variable PFSTORER_DEBUG=1 to see the full traceback of an error."
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.version_option(package_name="pfstorer-rt")
 def cli() -> None:
-    """Personalized face restoration: learn a face from a few photographs, restore the bad ones.
+    """Personalized face restoration: learn a face from a few photographs, then restore degraded ones.
 
     \b
     Example:
@@ -71,42 +81,49 @@ def cli() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; errors become one line and an exit status.
+    """Run the command line; an error becomes one line on stderr and an exit status.
 
-    0: all done. 1: some inputs failed, the others are done. 2: the call was wrong. 130: interrupted.
+    0: everything is done. 1: some inputs failed, the others are done; or an unexpected error. 2: the call was wrong.
+    130: interrupted.
     """
     if os.environ.get("PFSTORER_DEBUG"):
         cli.main(arguments, prog_name="pfstorer-rt")
     quiet_libraries()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what has begun is cleaned up, as after Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # unfinished files are removed, as after Ctrl-C
     try:
         cli.main(arguments, prog_name="pfstorer-rt", standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except click.Abort as error:  # click's own name for Ctrl-C
-        goes_on = "; the same command goes on from here where it can" * isinstance(error.__cause__, KeyboardInterrupt)
-        fail(f"interrupted {error.__cause__ or ''}".rstrip() + goes_on, 130)
+    except click.Abort as error:  # click raises it for Ctrl-C, and where a question has no answer
+        fail(interrupted(error.__cause__) if isinstance(error.__cause__, KeyboardInterrupt) else "Aborted.", 130)
     except click.ClickException as error:
         fail(f"{error.format_message()} (pfstorer-rt --help)", error.exit_code)
     except KeyboardInterrupt as error:
-        fail(f"interrupted {error}".rstrip() + "; the same command goes on from here where it can", 130)
-    except (BadFileError, MismatchError, MissingBackendError, ValueError) as error:
-        fail(str(error), 2)
+        fail(interrupted(error), 130)
+    except (SettingError, BadFileError, MismatchError, MissingBackendError) as error:
+        fail(explain(error), 2)
     except (PFStorerError, OSError, MemoryError) as error:
-        fail(str(error) or type(error).__name__, 1)
+        fail(explain(error), 1)
+    except Exception as error:  # a defect here or in a library: one line for the user, the rest on request
+        fail(f"unexpected {type(error).__name__}: {explain(error)} (set PFSTORER_DEBUG=1 for details)", 1)
+
+
+def interrupted(error: BaseException) -> str:
+    """Return the message for Ctrl-C, with the state that the interrupted call reported."""
+    return f"Interrupted{f' ({error})' if str(error) else ''}. Run the same command again to resume."
 
 
 def fail(message: str, status: int) -> None:
     """Print one line on stderr and exit."""
     from pfstorer_rt.console import printable
 
-    click.echo("Error: " + printable(" ".join(message.split())), err=True)
+    click.echo(printable(f"Error: {' '.join(message.split())}"), err=True)
     sys.exit(status)
 
 
 def quiet_libraries() -> None:
-    """Keep libraries from writing into our output; set before they are imported."""
+    """Keep libraries from writing to the terminal; call it before they are imported."""
     import logging
     import warnings
 
@@ -114,4 +131,4 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it, and it talks of kernels
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it, and it logs its kernels

@@ -1,23 +1,23 @@
-"""The picture of a benchmark: a bar for each component and size, drawn with Pillow."""
+"""Draw a benchmark with Pillow: a bar for each component and size."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from pfstorer_rt.files import atomic_write
+from pfstorer_rt.runtime.bench import BenchReport
 
 WIDTH, ROW, LABEL, ROOM = 900, 28, 190, 210
-"""Pixels: of the picture, of a bar with its gap, left of the bars, right of them."""
+"""Pixels: width of the image, height of a bar with its gap, space left of the bars, space right of them."""
 
 
-def draw(path: Path, report: dict[str, Any]) -> None:
+def draw(path: Path, report: BenchReport) -> None:
     """Write a PNG of the medians on a logarithmic axis, with a whisker from p50 to p99."""
     from math import log10
 
-    rows = {**report["components_ms"], **report["pictures_ms"]}
+    rows = {**report.components_ms, **report.pictures_ms}
     low = 10 ** (int(log10(max(1e-3, min(r["p50"] for r in rows.values())))) - 1)
     span = log10(max(r["p99"] for r in rows.values()) * 1.2 / low)
     image = Image.new("RGB", (WIDTH, ROW * (len(rows) + 3)), "white")
@@ -26,7 +26,7 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     def x(milliseconds: float) -> float:
         return LABEL + log10(max(milliseconds, low) / low) / span * (WIDTH - LABEL - ROOM)
 
-    pen.text((8, 6), f"{report['backend']} on {report['provider']}, {report['steps']} steps", fill="black", font=font)
+    pen.text((8, 6), f"{report.backend} on {report.provider}, {report.steps} steps", fill="black", font=font)
     for i, (name, figures) in enumerate(rows.items()):
         top = ROW * (i + 1) + 6
         pen.text((8, top), name, fill="black", font=font)
@@ -35,9 +35,9 @@ def draw(path: Path, report: dict[str, Any]) -> None:
         pen.line((x(figures["p50"]), middle, x(figures["p99"]), middle), fill="black", width=2)
         rate = f", {figures['megapixels_per_s']:.2f} MP/s" if "megapixels_per_s" in figures else ""
         pen.text((x(figures["p99"]) + 8, top), f"{figures['p50']:.1f} ms{rate}", fill="black", font=font)
-    foot = f"bars: p50, logarithmic from {low:g} ms; lines: to p99. {report['machine']['processor']}, "
-    load = report["clock"]
-    foot += f"{report['machine']['cores']} cores, load {load['load_before']} to {load['load_after']}"
+    foot = f"bars: p50, logarithmic from {low:g} ms; lines: to p99. {report.machine['processor']}, "
+    load = report.clock
+    foot += f"{report.machine['cores']} cores, load {load['load_before']} to {load['load_after']}"
     pen.text((8, ROW * (len(rows) + 1) + 14), foot, fill="dimgray", font=font)
     with atomic_write(path) as file:
         image.save(file, "PNG")

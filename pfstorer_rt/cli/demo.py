@@ -20,20 +20,39 @@ FACE = (20, 116, 216)
 NAME = "astronaut"
 WORDS = (
     "identity distance: dlib embedding to the undegraded portrait; under 0.6 counts as the same person,",
-    "a dash is a picture in which no face was found",
-    "What this shows: the path works from photographs to picture, and what the identity adds to the base here.",
-    "What it does not show: a fair test. There is one public-domain portrait, so the references are other crops,",
-    "mirrorings and exposures of the very photograph that is restored; of other photographs expect less. And the",
-    "default seed is one at which a face is found in the results; at others (--seed) the base may not be up to it.",
+    "a dash: no face was found",
+    "What this shows: every step works, and what the identity adds to the base here.",
+    "What this does not show: a fair test. There is one public-domain portrait, so the references are other crops,",
+    "mirrorings and exposures of the same photograph. Expect less with other photographs. With the default seed a",
+    "face is found in the results; with another --seed the base alone may fail to restore one.",
 )
 
 
 @click.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
-@click.option("--base", default="tiny", show_default=True)
-@click.option("--iterations", type=click.IntRange(1), default=300, show_default=True, help="personalize does 1000.")
-@click.option("--level", type=click.Choice(["light", "heavy"]), default="heavy", show_default=True)
-@click.option("--seed", type=SEED, default=4, show_default=True, help="Of the degradation.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    help="Folder of the results.",
+)
+@click.option("--base", default="tiny", show_default=True, help="Base: tiny, or a base directory.")
+@click.option(
+    "--iterations",
+    type=click.IntRange(1),
+    default=300,
+    show_default=True,
+    help="Iterations of the personalization; `personalize` uses 1000.",
+)
+@click.option(
+    "--level",
+    type=click.Choice(["light", "heavy"]),
+    default="heavy",
+    show_default=True,
+    help="Strength of the degradation.",
+)
+@click.option("--seed", type=SEED, default=4, show_default=True, help="Random seed of the degradation.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object.")
 def command(output: Path, base: str, iterations: int, level: str, seed: int, as_json: bool) -> None:
     """Degrade a portrait, learn it from other views, export, restore, and show all side by side.
@@ -60,7 +79,7 @@ def command(output: Path, base: str, iterations: int, level: str, seed: int, as_
         click.echo(f"{name:<14}{show(row['psnr'], 'dB'):>8}{show(row['id_distance']):>20}")
     for line in WORDS:
         click.echo(line)
-    click.echo(f"{output / 'side_by_side.png'}: all of it in one picture, after {time.perf_counter() - started:.0f} s")
+    click.echo(f"{output / 'side_by_side.png'}: all images side by side, after {time.perf_counter() - started:.0f} s")
 
 
 def make_pictures(output: Path, level: str, seed: int) -> tuple[Pixels, Pixels, list[Path]]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,23 +17,43 @@ if TYPE_CHECKING:
     from pfstorer_rt.evaluation.report import Report
 
 PATH = click.Path(path_type=Path)
+FILES = {"id_arcface": "--arcface", "lpips": "--alexnet", "musiq": "--musiq"}
+"""Metric -> option with the file that it needs."""
 
 
 @click.command()
-@click.option("--refs", required=True, type=PATH, help="Folder of reference photographs, or one for each person.")
-@click.option("--hq", required=True, type=PATH, help="Folder of originals.")
-@click.option("--outputs", multiple=True, metavar="[NAME=]DIR", help="Folder of restored pictures; once a method.")
-@click.option("--inputs", type=PATH, help="Folder of the bad pictures, for a row of their own.")
-@click.option("--level", type=click.Choice(["light", "heavy"]), help="Instead of --inputs: degrade the originals.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of --level; the next has seed + 1.")
-@click.option("--save-inputs", type=PATH, metavar="DIR", help="Keep the pictures of --level here.")
-@click.option("--seconds", multiple=True, metavar="NAME=FILE|S", help="Output of `restore --json`, or seconds.")
-@click.option("--metrics", "keys", help="Some of the columns, with commas between. [default: all]")
-@click.option("--arcface", type=PATH, help="ONNX recognizer of the ArcFace family.")
-@click.option("--alexnet", type=PATH, help="torchvision's AlexNet weights, for LPIPS.")
-@click.option("--musiq", type=PATH, help="pyiqa's MUSIQ weights.")
+@click.option(
+    "--refs", required=True, type=PATH, help="Folder of reference photographs, or with a sub-folder per person."
+)
+@click.option("--hq", required=True, type=PATH, help="Folder of original images.")
+@click.option(
+    "--outputs",
+    multiple=True,
+    metavar="[NAME=]DIR",
+    help="Folder of restored images; repeat the option for several methods.",
+)
+@click.option("--inputs", type=PATH, help="Folder of the degraded images; adds a row for them.")
+@click.option("--level", type=click.Choice(["light", "heavy"]), help="Degrade the originals, instead of --inputs.")
+@click.option(
+    "--seed",
+    type=SEED,
+    default=0,
+    show_default=True,
+    help="Random seed of --level for the first image; the next image uses seed + 1.",
+)
+@click.option("--save-inputs", type=PATH, metavar="DIR", help="Save the degraded images of --level in this folder.")
+@click.option(
+    "--seconds",
+    multiple=True,
+    metavar="NAME=FILE|S",
+    help="Time per image of a method: a file with the output of `restore --json`, or seconds.",
+)
+@click.option("--metrics", "keys", help="Metrics to measure, separated by commas. [default: all]")
+@click.option("--arcface", type=PATH, help="ONNX file of a face recognizer of the ArcFace family.")
+@click.option("--alexnet", type=PATH, help="File of torchvision's AlexNet weights, for LPIPS.")
+@click.option("--musiq", type=PATH, help="File of pyiqa's MUSIQ weights.")
 @click.option("-o", "--output", type=PATH, help="Folder for results.csv, summary.json, results.md, index.html.")
-@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per row, then the means.")
 def command(
     refs: Path,
@@ -52,7 +72,7 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Measure restored pictures, by any method, against their originals and the person's photographs.
+    """Measure restored images of any method against the originals and the photographs of the person.
 
     \b
     Examples:
@@ -66,9 +86,9 @@ def command(
     if not (outputs or inputs or level):
         raise click.UsageError("nothing to measure; give --outputs DIR, --inputs DIR or --level")
     if save_inputs and not level:
-        raise click.UsageError("--save-inputs keeps the pictures of --level; give that too")
+        raise click.UsageError("--save-inputs needs --level")
     if output and (output / "results.csv").exists() and not overwrite:
-        raise click.UsageError(f"{output}: holds a report already; choose another folder or pass --overwrite")
+        raise click.UsageError(f"{output}: contains a report already; choose another folder or pass --overwrite")
     folders = name_folders(outputs)
     times = dict(read_seconds(text, [*folders, "input"]) for text in seconds)
     from pfstorer_rt.evaluation.folders import evaluate
@@ -82,7 +102,9 @@ def command(
 
             inputs = save_inputs or stack.enter_context(work_folder())
             degrade_folder(hq, inputs, level, seed, overwrite)
-        with bar() as progress:
+        from pfstorer_rt.cli.progress import count_bar
+
+        with count_bar("evaluate") as progress:
             report = evaluate(refs, hq, folders, inputs, seconds=times, metrics=metrics, progress=progress)
     if level:
         report.settings.update({"folder of input": str(save_inputs or "not kept"), "level": level, "seed": seed})
@@ -128,24 +150,6 @@ def read_seconds(text: str, methods: Sequence[str]) -> tuple[str, float | dict[s
         ) from error
 
 
-def bar() -> Any:
-    """A progress bar on stderr; its context gives a function (done, total)."""
-    from contextlib import contextmanager
-
-    from rich.progress import Progress
-
-    from pfstorer_rt.console import stderr
-
-    @contextmanager
-    def shown() -> Any:
-        console = stderr()
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("evaluate", total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
-
-    return shown()
-
-
 def show(report: Report, as_json: bool) -> None:
     """Print rows and means as JSON, or a table of the means; notes go to stderr."""
     for note in report.notes:
@@ -160,7 +164,8 @@ def show(report: Report, as_json: bool) -> None:
     print_table(report)
     for metric in report.metrics.columns:
         if metric.key in report.metrics.refused:
-            click.echo(f"{metric.title}: {report.metrics.refused[metric.key]}")
+            hint = f" ({FILES[metric.key]} FILE)" if metric.key in FILES else ""
+            click.echo(f"{metric.title}: {report.metrics.refused[metric.key]}{hint}")
 
 
 def print_table(report: Report) -> None:

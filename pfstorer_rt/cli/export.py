@@ -19,22 +19,23 @@ Row = dict[str, Any]
 
 
 @click.command()
-@click.option("--identity", help="Identity to fuse in, by name or file.")
-@click.option("--base", help="tiny or a base directory. [default: the identity's own]")
+@click.option("--identity", help="Identity to include, by name or file.")
+@click.option("--base", help="Base: tiny, or a base directory. [default: the identity's]")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The plan file to write.")
 @click.option(
     "--target",
     type=click.Choice(["auto", "onnx", "tensorrt", "tensorrt-rtx"]),
     default="auto",
     show_default=True,
-    help="onnx runs anywhere; tensorrt-rtx on NVIDIA GPUs, and is built without one; tensorrt on this GPU.",
+    help="Engine format. onnx runs anywhere; tensorrt-rtx runs on NVIDIA GPUs and is built without one; tensorrt is "
+    "built for this GPU. auto is onnx.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "fp16", "int8"]),
     default="auto",
     show_default=True,
-    help="auto: fp32 for onnx, fp16 for TensorRT. int8: 8-bit convolutions, for onnx on CPUs.",
+    help="Precision of the networks. auto: fp32 for onnx, fp16 for TensorRT. int8: 8-bit convolutions for onnx.",
 )
 @click.option(
     "--compute-capability",
@@ -43,16 +44,16 @@ Row = dict[str, Any]
     metavar="X.Y",
     help="GPU to build for, such as 8.9, or current; repeat it for several. [default: the library's portable set]",
 )
-@click.option("--workspace", type=click.IntRange(1), metavar="MB", help="Scratch memory of a TensorRT layer.")
+@click.option("--workspace", type=click.IntRange(1), metavar="MB", help="Scratch memory of TensorRT layers.")
 @click.option(
     "--timing-cache",
     type=click.Path(path_type=Path),
     help="File of kernel timings for --target tensorrt. [default: in the user's cache directory]",
 )
-@click.option("--verbose-engine", is_flag=True, help="List the layers that were built, by kind.")
-@click.option("--check", is_flag=True, help="Compare the finished plan with PyTorch on five kinds of tiles.")
-@click.option("--overwrite", is_flag=True, help="Replace a plan that exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest's figures as JSON.")
+@click.option("--verbose-engine", is_flag=True, help="Print the number of layers of each type in the engine.")
+@click.option("--check", is_flag=True, help="Compare the finished plan with PyTorch on five types of tiles.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing plan.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     identity: str | None,
     base: str | None,
@@ -67,7 +68,7 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Fuse a base and an identity into one plan file, checked against PyTorch before it is written.
+    """Compile a base and an identity into one plan file. The plan is compared with PyTorch before it is written.
 
     \b
     Examples:
@@ -84,15 +85,15 @@ def command(
             "tensorrt or tensorrt-rtx"
         )
     if precision == "int8" and target != "onnx":
-        raise click.UsageError("--precision int8 is for plans of ONNX, for CPUs; for TensorRT take fp16")
+        raise click.UsageError("--precision int8 is for ONNX plans on CPUs; use fp16 for TensorRT")
     from pfstorer_rt.errors import PFStorerError
 
     if output.exists() and not overwrite:
-        raise PFStorerError(f"{output}: exists already; choose another name or pass --overwrite")
+        raise PFStorerError(f"{output}: exists already; choose another name or allow overwriting", setting="overwrite")
     if not output.resolve().parent.is_dir():
         raise PFStorerError(f"{output}: its folder does not exist; create it first")
     if not os.access(output.resolve().parent, os.W_OK):
-        raise PFStorerError(f"{output}: cannot be written (permission denied); choose a folder that you may write to")
+        raise PFStorerError(f"{output}: cannot be written (permission denied); choose another folder")
     from pfstorer_rt.export import export_plan
     from pfstorer_rt.export.tensorrt import BuildOptions
 
@@ -113,7 +114,7 @@ def command(
 
 @contextmanager
 def shown_progress() -> Iterator[Progress]:
-    """Show an export's stages and a builder's phases on one bar, or the stages line by line where that is a log."""
+    """Show the stages of an export on one bar; without a terminal, print a line for each stage."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
@@ -179,6 +180,6 @@ def report(plan: Plan, comparison: list[Row] | None, verbose_engine: bool, as_js
     for name, kinds in layers.items():
         click.echo(f"{name}: {sum(kinds.values())} layers: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
     if unchecked:
-        click.echo(f"the engines themselves were not run here ({unchecked}); their graphs, before they were built:")
+        click.echo(f"the engines themselves were not run here ({unchecked}); comparison of their graphs:")
     for row in comparison or ():
         click.echo("  ".join(f"{key} {value}" for key, value in row.items()))

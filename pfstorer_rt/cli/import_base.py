@@ -12,13 +12,25 @@ import click
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new base.")
 @click.option("--cfw", type=click.Path(path_type=Path), help="Checkpoint of the feature-wrapping decoder.")
 @click.option(
-    "--vae", metavar="taesd|DIR|HUB_ID", help="A tiny autoencoder of SD's latent space in place of SD's own: faster."
+    "--vae", metavar="taesd|DIR|HUB_ID", help="Tiny autoencoder of SD's latent space, to replace SD's own: faster."
 )
-@click.option("--sd", metavar="DIR|HUB_ID", help="SD 2.1-base, for checkpoints of StableSR's own parts alone.")
-@click.option("--dtype", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True)
-@click.option("--prediction-type", type=click.Choice(["epsilon", "v_prediction"]), help="[default: by the file's name]")
-@click.option("--tile", type=click.Choice(["512", "768"]), help="Pixels. [default: by the file's name]")
-@click.option("--overwrite", is_flag=True, help="Replace a base that exists.")
+@click.option("--sd", metavar="DIR|HUB_ID", help="SD 2.1-base, for checkpoints that contain only StableSR's own parts.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp16", "fp32"]),
+    default="fp16",
+    show_default=True,
+    help="Stored type of the weights.",
+)
+@click.option(
+    "--prediction-type",
+    type=click.Choice(["epsilon", "v_prediction"]),
+    help="Prediction of the denoiser. [default: from the file name]",
+)
+@click.option(
+    "--tile", type=click.Choice(["512", "768"]), help="Side of a tile in pixels. [default: from the file name]"
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing base.")
 def command(
     checkpoint: Path,
     output: Path,
@@ -30,7 +42,7 @@ def command(
     tile: str | None,
     overwrite: bool,
 ) -> None:
-    """Turn a StableSR checkpoint into a base directory; pickled code in it is never run.
+    """Convert a StableSR checkpoint to a base directory. Pickled code in the checkpoint is never run.
 
     \b
     Examples:
@@ -40,7 +52,9 @@ def command(
     from pfstorer_rt.errors import PFStorerError
 
     if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise PFStorerError(f"{output}: the folder is not empty; choose another name or pass --overwrite")
+        raise PFStorerError(
+            f"{output}: the folder is not empty; choose another name or allow overwriting", setting="overwrite"
+        )
     import torch
 
     from pfstorer_rt.models.stablesr.importing import import_base
@@ -57,5 +71,5 @@ def command(
     )
     if made.from_name:
         told = ", ".join(f"{name} {value}" for name, value in made.from_name.items())
-        click.echo(f"by the name {checkpoint.name}: {told}; --prediction-type and --tile say otherwise")
+        click.echo(f"from the file name {checkpoint.name}: {told}; change with --prediction-type and --tile")
     click.echo(f"licence of the weights: {c.licence}")

@@ -9,64 +9,100 @@ from typing import Any
 import click
 
 from pfstorer_rt.cli.options import ATTENTION, SEED
+from pfstorer_rt.errors import SettingError
 
 
 @click.command()
 @click.argument("references", nargs=-1, required=True, metavar="REFS...")
-@click.option("--identity", "name", required=True, help="Name of the person; the file is kept under it.")
-@click.option("--base", default="tiny", show_default=True, help="tiny, or a base directory.")
-@click.option("--method", type=click.Choice(["pfstorer", "vico", "dreambooth"]), default="pfstorer", show_default=True)
-@click.option("--iterations", type=click.IntRange(1), help="500, unless the base says otherwise; tiny says 1000.")
-@click.option("--batch", type=click.IntRange(1), help="4, unless the base says otherwise.")
-@click.option("--learning-rate", type=float, help="Of the blocks; 5e-5, unless the base says otherwise.")
-@click.option("--lambda-gen", type=click.FloatRange(0), help="Weight of L_gen; 0.1, unless the base says otherwise.")
+@click.option("--identity", "name", required=True, help="Name of the person, and of the identity file.")
+@click.option("--base", default="tiny", show_default=True, help="Base to learn on: tiny, or a base directory.")
+@click.option(
+    "--method",
+    type=click.Choice(["pfstorer", "vico", "dreambooth"]),
+    default="pfstorer",
+    show_default=True,
+    help="Method of personalization; vico and dreambooth are for comparison.",
+)
+@click.option(
+    "--iterations", type=click.IntRange(1), help="Number of training iterations. [default: the base's; tiny: 1000]"
+)
+@click.option("--batch", type=click.IntRange(1), help="Samples per iteration. [default: the base's, else 4]")
+@click.option("--learning-rate", type=float, help="Learning rate of the blocks. [default: the base's, else 5e-5]")
+@click.option("--lambda-gen", type=click.FloatRange(0), help="Weight of L_gen. [default: the base's, else 0.1]")
 @click.option(
     "--first-step",
     type=click.FloatRange(0, 1),
-    help="Share of the samples at timestep 999, where restoring starts; 0, unless the base says otherwise.",
+    help="Share of samples at timestep 999, where restoring starts. [default: the base's, else 0]",
 )
-@click.option("--lambda-pixel", type=click.FloatRange(0), help="Weight of the decoded pictures' error.")
-@click.option("--lambda-perceptual", type=click.FloatRange(0), help="Weight of their ST-LPIPS.")
+@click.option(
+    "--lambda-pixel",
+    type=click.FloatRange(0),
+    help="Weight of the pixel error of decoded images. [default: the base's, else 0]",
+)
+@click.option(
+    "--lambda-perceptual",
+    type=click.FloatRange(0),
+    help="Weight of the ST-LPIPS of decoded images. [default: the base's, else 0]",
+)
 @click.option(
     "--lambda-id",
     type=click.FloatRange(0),
-    help="Weight of an identity loss on them; all three are 0, unless the base says otherwise.",
+    help="Weight of the identity loss of decoded images. [default: the base's, else 0]",
 )
-@click.option("--rank", type=click.IntRange(0), default=0, help="Rank of the blocks' matrices; 0 keeps them whole.")
-@click.option("--ref-source", type=click.Choice(["cached", "self"]), default="cached", show_default=True)
+@click.option("--rank", type=click.IntRange(0), default=0, help="Rank of the blocks' matrices; 0 keeps full matrices.")
+@click.option(
+    "--ref-source",
+    type=click.Choice(["cached", "self"]),
+    default="cached",
+    show_default=True,
+    help="Source of the reference features when restoring: the photographs, or the input image itself.",
+)
 @click.option(
     "--framing",
     type=click.Choice(["face", "none"]),
     default="face",
     show_default=True,
-    help="Cut photographs in which the face is small or aside to it; `none` learns their middle.",
+    help="face: crop around small or off-centre faces; none: centre crop.",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True)
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="Precision of the training; auto: bf16 where the device computes it natively, else fp32.",
+)
+@click.option("--device", default="auto", show_default=True, help="Device: auto, cpu or cuda.")
 @click.option(
     "--attention",
     type=ATTENTION,
     default="auto",
     show_default=True,
-    help="What computes attention, gates and norms; triton needs an NVIDIA GPU.",
+    help="Kernels for attention, gates and norms; triton needs an NVIDIA GPU.",
 )
-@click.option("--gradient-checkpointing", is_flag=True, help="Compute activations twice: less memory, more time.")
+@click.option(
+    "--gradient-checkpointing", is_flag=True, help="Recompute activations in the backward pass: less memory, more time."
+)
 @click.option(
     "--optimizer",
     type=click.Choice(["adamw", "adamw8bit", "paged_adamw8bit"]),
     default="adamw",
     show_default=True,
-    help="The 8-bit ones need bitsandbytes.",
+    help="Optimizer; the 8-bit ones need bitsandbytes.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="File, in place of the named one.")
-@click.option("--overwrite", is_flag=True, help="Replace an identity of that name.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Identity file. [default: NAME in the user's data directory]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing identity.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(references: tuple[str, ...], name: str, **options: Any) -> None:
     """Learn a person from 3-5 photographs (files or folders) on a frozen base.
 
     The identity is biometric data: its file is readable by you alone, and
-    `pfstorer-rt identities rm NAME` deletes it. An interrupted run goes on with the same command.
+    `pfstorer-rt identities rm NAME` deletes it. Run the same command again to resume an interrupted training.
 
     \b
     Example:
@@ -80,10 +116,12 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
 
     named = identity_path(name)
     if named.parent != identities_dir():
-        raise ValueError(f"identity name {name!r}: expected a name, not a path; give a file with -o")
+        raise SettingError(
+            f"identity name {name!r}: expected a name, not a path; give a file as the output", setting="output"
+        )
     target = options["output"] or named
     if target.exists() and not options["overwrite"]:
-        raise PFStorerError(f"{target}: exists already; choose another name or pass --overwrite")
+        raise PFStorerError(f"{target}: exists already; choose another name or allow overwriting", setting="overwrite")
     import json
 
     from pfstorer_rt.imaging.find import find_images
@@ -92,7 +130,7 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
 
     photos = find_images([Path(r) for r in references])
     if len(photos) < 3:
-        click.echo(f"note: {len(photos)} photograph(s); 3-5 give a better likeness", err=True)
+        click.echo(f"note: {len(photos)} photograph(s); 3-5 photographs give a better likeness", err=True)
     base = load_base(options["base"])
     names = (
         "iterations",
@@ -117,6 +155,6 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
     if options["as_json"]:
         click.echo(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))
         return
-    click.echo(f"{name}: learned from {len(photos)} photographs on base {identity.base_name}, kept in {target}")
+    click.echo(f"{name}: learned from {len(photos)} photographs on base {identity.base_name}, saved as {target}")
     source = shlex.quote(str(options["output"] or name))
     click.echo(f"next: pfstorer-rt export --identity {source} -o {name}.plan")

@@ -17,54 +17,86 @@ PARTS = ("autoencoder", "restorer", "one-step")
 @click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PHOTOS...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the finished base.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder of checkpoints. [default: OUTPUT.training]")
-@click.option("--preset", type=click.Choice(["nano", "tiny", "portrait", "sd21"]), default="tiny", show_default=True)
-@click.option("--prior", help="Base to go on from: its autoencoder is kept as it is.")
+@click.option(
+    "--preset",
+    type=click.Choice(["nano", "tiny", "portrait", "sd21"]),
+    default="tiny",
+    show_default=True,
+    help="Architecture of the base.",
+)
+@click.option("--prior", help="Base to start from; its autoencoder is not trained.")
 @click.option(
     "--train",
     "trained",
     type=click.Choice(["auto", "all", "conditions", "wrapping", "finishing", *PARTS]),
     default="auto",
     show_default=True,
-    help="The whole restorer, or SPADEs and structure encoder alone (auto: those alone on a prior), or a prior's "
-    "decoder's look at the LQ picture, or all of a prior on what its pictures look like. The last three are parts of a "
-    "training on tiles (docs/training.md): an autoencoder, then a restorer, then the whole in one step.",
+    help="What is trained. all: the whole restorer. conditions: SPADEs and structure encoder only. auto: conditions "
+    "with --prior, else all. wrapping: feature wrapping of the decoder only. finishing: everything, with image-space "
+    "losses. autoencoder, restorer, one-step: the three parts of a training on tiles (docs/training.md).",
 )
 @click.option(
     "--weighting",
     type=click.Choice(["prediction", "x0"]),
     default="prediction",
     show_default=True,
-    help="Measure errors in the prediction, or in the clean latent: x0 favours few steps.",
+    help="Space of the loss: the prediction, or the clean latent (x0), which favours few steps.",
 )
-@click.option("--autoencoder-iterations", type=click.IntRange(1), help="[default: the shipped base's]")
-@click.option("--iterations", type=click.IntRange(1), help="Of the restorer. [default: the shipped base's]")
-@click.option("--batch", type=click.IntRange(2), help="[default: 16]")
-@click.option("--crop", type=click.IntRange(16), help="Pixels of the autoencoder's squares. [default: 128]")
-@click.option("--wide", type=click.FloatRange(1, 2), help="Squares of up to so many short sides. [default: 1]")
-@click.option("--variations", type=click.IntRange(1), help="Degraded pairs made of each photograph. [default: 2]")
-@click.option("--level", type=click.Choice(["light", "heavy", "mixed"]), default="heavy", show_default=True)
-@click.option("--p-hq", type=click.FloatRange(0, 1), help="Share of the pairs that are not degraded. [default: 0.03]")
-@click.option("--first-step", type=click.FloatRange(0, 1), help="Share of the samples at timestep 999. [default: 0]")
+@click.option(
+    "--autoencoder-iterations",
+    type=click.IntRange(1),
+    help="Iterations of the autoencoder. [default: the shipped base's]",
+)
+@click.option("--iterations", type=click.IntRange(1), help="Iterations of the restorer. [default: the shipped base's]")
+@click.option("--batch", type=click.IntRange(2), help="Samples per iteration. [default: 16]")
+@click.option("--crop", type=click.IntRange(16), help="Side of the autoencoder's crops in pixels. [default: 128]")
+@click.option(
+    "--wide", type=click.FloatRange(1, 2), help="Crop up to N times the short side, with mirrored padding. [default: 1]"
+)
+@click.option("--variations", type=click.IntRange(1), help="Degraded pairs per photograph. [default: 2]")
+@click.option(
+    "--level",
+    type=click.Choice(["light", "heavy", "mixed"]),
+    default="heavy",
+    show_default=True,
+    help="Strength of the degradation.",
+)
+@click.option("--p-hq", type=click.FloatRange(0, 1), help="Share of pairs without degradation. [default: 0.03]")
+@click.option("--first-step", type=click.FloatRange(0, 1), help="Share of samples at timestep 999. [default: 0]")
 @click.option("--lambda-id", type=click.FloatRange(0), help="Weight of the identity loss in finishing. [default: 0.3]")
-@click.option("--lambda-perceptual", type=click.FloatRange(0), help="Weight of ST-LPIPS there. [default: 0.2]")
-@click.option("--lambda-pixel", type=click.FloatRange(0), help="Weight of the picture's error there. [default: 0.5]")
+@click.option("--lambda-perceptual", type=click.FloatRange(0), help="Weight of ST-LPIPS in finishing. [default: 0.2]")
+@click.option("--lambda-pixel", type=click.FloatRange(0), help="Weight of the pixel error in finishing. [default: 0.5]")
 @click.option(
     "--share",
     type=click.FloatRange(0, 1),
-    help="How far from the prior's weights to the finished ones the result goes. [default: 0.5]",
+    help="Interpolation of the result between the weights of the prior (0) and the finished ones (1). [default: 0.5]",
 )
-@click.option("--learning-rate", type=float, help="Of the restorer. [default: 5e-4]")
-@click.option("--minutes", type=click.FloatRange(0.1), help="Time of a part on tiles, in place of its iterations.")
-@click.option("--tiles", type=click.IntRange(16), default=2000, show_default=True, help="Tiles of a part on tiles.")
-@click.option("--lpips", type=click.Path(exists=True, path_type=Path), help="NPZ file of the weights of LPIPS.")
-@click.option("--seed", type=SEED, default=0, show_default=True)
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
-@click.option("--workers", type=click.IntRange(0), default=1, show_default=True, help="Processes preparing batches.")
+@click.option("--learning-rate", type=float, help="Learning rate of the restorer. [default: 5e-4]")
+@click.option(
+    "--minutes", type=click.FloatRange(0.1), help="Length of a part on tiles in minutes, instead of iterations."
+)
+@click.option(
+    "--tiles",
+    type=click.IntRange(16),
+    default=2000,
+    show_default=True,
+    help="Number of tiles that a part on tiles prepares.",
+)
+@click.option("--lpips", type=click.Path(exists=True, path_type=Path), help="NPZ file with the LPIPS weights.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="Precision of the training; auto: bf16 where the device computes it natively, else fp32.",
+)
+@click.option("--device", default="auto", show_default=True, help="Device: auto, cpu or cuda.")
+@click.option("--workers", type=click.IntRange(0), default=1, show_default=True, help="Processes that prepare batches.")
 def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options: Any) -> None:
     """Train a base on photographs: an autoencoder, then the restorer on degraded pairs.
 
-    An interrupted run goes on with the same command. `accelerate launch -m pfstorer_rt.cli train-base ...`
+    Run the same command again to resume an interrupted training. `accelerate launch -m pfstorer_rt.cli train-base ...`
     trains on several devices.
 
     \b
@@ -78,7 +110,7 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
 
     part: Any = options["trained"] if options["trained"] in ("wrapping", "finishing") else None
     if part and not options["prior"]:
-        raise click.UsageError(f"--train {part} goes with --prior, the base that it is for")
+        raise click.UsageError(f"--train {part} needs --prior, the base to train")
     from pfstorer_rt.config import changed
     from pfstorer_rt.console import stage_bars
     from pfstorer_rt.models.base import load_base
@@ -103,13 +135,13 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
     prior = load_base(options["prior"]) if options["prior"] else None
     with stage_bars() as on_progress:
         base = train_stage(part or "restorer", photos, output, config, work, prior, on_progress)
-    click.echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; checkpoints in {work} can go")
+    click.echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; {work} can be deleted")
 
 
 def train_on_tiles(photos: tuple[Path, ...], output: Path, work: Path, options: dict[str, Any]) -> None:
     """Train one part of a base on tiles."""
     if options["trained"] != "autoencoder" and not options["prior"]:
-        raise click.UsageError(f"--train {options['trained']} goes with --prior, the base of the part before")
+        raise click.UsageError(f"--train {options['trained']} needs --prior, the base of the previous part")
     from pfstorer_rt.console import stage_bars
     from pfstorer_rt.models.base import load_base
     from pfstorer_rt.training.parts import PartConfig, train_part
@@ -126,4 +158,4 @@ def train_on_tiles(photos: tuple[Path, ...], output: Path, work: Path, options: 
     prior = load_base(options["prior"]) if options["prior"] else None
     with stage_bars() as on_progress:
         base = train_part([str(photo) for photo in photos], output, config, work, prior, on_progress)
-    click.echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; checkpoints in {work} can go")
+    click.echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; {work} can be deleted")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pfstorer_rt.degradation.blur import gaussian_kernel, generalized_kernel, motion_kernel, sinc_kernel
+from pfstorer_rt.errors import SettingError
 
 __all__ = [
     "BLUR_KINDS",
@@ -387,7 +388,7 @@ def _checked_config(level: DegradationConfig | str) -> DegradationConfig:
     if isinstance(level, DegradationConfig):
         return level
     if level not in LEVELS:
-        raise ValueError(f"level is {level!r}; choose one of {', '.join(LEVELS)} or a DegradationConfig")
+        raise SettingError(f"level is {level!r}; choose one of {', '.join(LEVELS)} or a DegradationConfig")
     return LEVELS[level]
 
 

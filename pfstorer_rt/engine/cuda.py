@@ -18,7 +18,7 @@ class Cuda:
         if not torch.cuda.is_available():
             built = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no NVIDIA GPU"
             raise MissingBackendError(
-                f"TensorRT needs an NVIDIA GPU: {built}; `pfstorer-rt export --target onnx` makes a plan that runs here"
+                f"TensorRT needs an NVIDIA GPU: {built}; export for the target onnx to make a plan that runs here"
             )
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.stream = torch.cuda.Stream(self.device)

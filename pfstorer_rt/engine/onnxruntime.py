@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from pfstorer_rt.engine.session import Array, HostSession
-from pfstorer_rt.errors import BadFileError, MissingBackendError
+from pfstorer_rt.errors import BadFileError, MissingBackendError, one_line
 from pfstorer_rt.files import show_path
 from pfstorer_rt.plan import Plan
 
@@ -37,7 +37,7 @@ def providers(wanted: str | None = None) -> list[str]:
         return usual
     names = {p.lower(): p for p in available} | {p.removesuffix("ExecutionProvider").lower(): p for p in available}
     if wanted.lower() not in names:
-        hint = "; a precision after a colon is OpenVINO's (--backend openvino)" if ":" in wanted else ""
+        hint = "; only the backend openvino takes a precision after a colon" if ":" in wanted else ""
         raise MissingBackendError(
             f"ONNX Runtime provider {wanted}: not in this build; it has {', '.join(available)}{hint}"
         )
@@ -99,5 +99,5 @@ def open_component(plan: Plan, component: str, provider: str | None = None) -> O
         with plan.map_weights(component) as weights:
             return OnnxRuntimeSession(data, provider, weights=weights)
     except Exception as error:  # ONNX Runtime raises its own kinds, one for each status
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise BadFileError(f"{show_path(plan.path)}: ONNX Runtime cannot load the {component} ({reason})") from error

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pfstorer_rt.engine.session import Array, HostSession
-from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError
+from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError, SettingError, one_line
 from pfstorer_rt.extras import install
 from pfstorer_rt.files import cache_home, check_fingerprint, inside, make_folder, show_path
 from pfstorer_rt.plan import Plan
@@ -52,7 +52,7 @@ class OpenVinoSession(HostSession):
             drop_unread_roundings(self._network)
         precision = precision or ("bf16" if self._computes(device, "bf16") else "f32")
         if precision not in PRECISIONS:
-            raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+            raise SettingError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
         if not self._computes(device, precision):  # OpenVINO would take f32 without a word
             raise MissingBackendError(f"OpenVINO {device} does not compute in {precision} here; take {device}:f32")
         self._device = device.upper()
@@ -176,5 +176,5 @@ def open_component(plan: Plan, component: str, provider: str | None = None) -> O
                 return OpenVinoSession(path, provider, make_cache_folder(plan))
         return OpenVinoSession(plan.read(component), provider, make_cache_folder(plan))
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise BadFileError(f"{show_path(plan.path)}: OpenVINO cannot load the {component} ({reason})") from error

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.errors import MissingBackendError, SettingError
 from pfstorer_rt.plan import Plan
 
 Array = npt.NDArray[Any]
@@ -108,7 +108,7 @@ def choose_backend(name: str = "auto", target: str = "onnx") -> BackendChoice:
     Raises `ValueError` for an unknown name, `MissingBackendError` when the named one, or every one, cannot be used.
     """
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend {name!r}: expected auto, torch or one of {', '.join(BACKENDS)}")
+        raise SettingError(f"backend {name!r}: expected auto, torch or one of {', '.join(BACKENDS)}")
     refused: dict[str, str] = {}
     for candidate in auto_order() if name == "auto" else (name,):
         try:
@@ -117,7 +117,7 @@ def choose_backend(name: str = "auto", target: str = "onnx") -> BackendChoice:
                 if name == "auto":
                     continue
                 raise MissingBackendError(
-                    f"backend {name} runs plans of `export --target {'|'.join(module.TARGETS)}`, "
+                    f"backend {name} runs plans of target {' or '.join(module.TARGETS)}, "
                     f"this one was built for {target}"
                 )
             module.check()

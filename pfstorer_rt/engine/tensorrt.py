@@ -14,7 +14,7 @@ import torch
 
 from pfstorer_rt.engine.cuda import Cuda, Replay
 from pfstorer_rt.engine.session import Array, numpy_run
-from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError
+from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError, SettingError, one_line
 from pfstorer_rt.extras import install
 from pfstorer_rt.files import atomic_write, cache_home, make_folder, sha256_bytes, show_path
 from pfstorer_rt.plan import Plan
@@ -104,7 +104,7 @@ def open_component(plan: Plan, component: str, provider: str | None = None) -> T
     another GPU or release.
     """
     if provider:
-        raise ValueError(f"provider {provider}: TensorRT has none to choose from; leave it out")
+        raise SettingError(f"provider {provider}: TensorRT has none to choose from; leave it out")
     plan.check_trusted()
     library, cuda = load_library(plan.manifest.target), Cuda()
     check_fits(plan, library, cuda)
@@ -270,7 +270,7 @@ class TensorRTSession:
             if context is None:
                 raise PFStorerError(
                     f"{self.provider}: no memory or no kernels for a context ({self._messages.last()}); "
-                    "use a smaller --tile-batch, or --backend torch"
+                    "use a smaller batch of tiles, or the backend torch"
                 )
             context.set_optimization_profile_async(profile, self.cuda.stream_handle())
             self._lanes[profile] = Lane(context, profile)
@@ -331,7 +331,7 @@ class TensorRTSession:
         try:
             lane.replay = self.cuda.capture(lambda handle: self._execute(lane, handle))
         except Exception as error:  # torch and the library raise many kinds; a plain run is always possible
-            self.no_graph = f"capturing failed ({' '.join(str(error).split())[:200]})"
+            self.no_graph = f"capturing failed ({one_line(error)})"
 
 
 class RuntimeCache:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pfstorer_rt.errors import BadFileError, PFStorerError
+from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError
 from pfstorer_rt.evaluation.page import THUMBNAILS, thumbnail
 from pfstorer_rt.evaluation.registry import Metrics, Sample, load_metrics
 from pfstorer_rt.evaluation.report import INPUT, ORIGINAL, Report, Row
@@ -43,7 +43,7 @@ def evaluate(
     methods = outputs if isinstance(outputs, Mapping) else {outputs.name or "output": outputs}
     reserved = sorted({INPUT, ORIGINAL} & set(methods))
     if reserved:
-        raise ValueError(f"a method is named {reserved[0]}, as a reference row is; choose another name")
+        raise SettingError(f"a method is named {reserved[0]}, as a reference row is; choose another name")
     metrics = metrics or load_metrics()
     originals = by_name(hq)
     folders = {**({INPUT: inputs} if inputs else {}), **methods}

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.errors import MissingBackendError, one_line
 from pfstorer_rt.imaging.perceptual import (
     SMALLEST,
     PerceptualDistance,
     alexnet_slices,
     linear_weights,
-    one_line,
     package_file,
     read_weights,
     shift_tolerant_distance,
@@ -33,7 +32,7 @@ def lpips_measure(alexnet: Path | None) -> Measure:
     alexnet: torchvision's weights as a file, for machines where torchvision does not load.
     Raises MissingBackendError where the package or the backbone is missing, BadFileError for another file.
     """
-    advice = "pip install --no-deps lpips, and give --alexnet FILE unless torchvision loads"
+    advice = "pip install --no-deps lpips, and give the AlexNet weights unless torchvision loads"
     linear = package_file("lpips", "weights/v0.1/alex.pth", advice)
     backbone = torchvision_alexnet() if alexnet is None else read_weights(alexnet)
     slices = alexnet_slices(backbone, alexnet or Path("alexnet"))
@@ -59,7 +58,9 @@ def musiq_measure(path: Path | None) -> Measure:
     try:
         network = pyiqa.create_metric("musiq", device="cpu", **options)
     except Exception as error:  # likewise for a download that failed
-        raise MissingBackendError(f"MUSIQ's weights did not load; give --musiq FILE ({one_line(error)})") from error
+        raise MissingBackendError(
+            f"MUSIQ's weights did not load; give the file of its weights ({one_line(error)})"
+        ) from error
 
     def quality(pixels: Pixels) -> float:
         return float(network((to_planes(pixels) + 1) / 2))

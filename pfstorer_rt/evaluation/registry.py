@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.errors import MissingBackendError, SettingError
 from pfstorer_rt.evaluation.sample import Measure, Sample
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.faces import dlib, finding
@@ -81,8 +81,8 @@ class Metrics:
         small). `verification_dlib` is 1.0 or 0.0. Raises ValueError where the sizes differ.
         """
         if result.pixels.shape != original.pixels.shape:
-            raise ValueError(
-                f"the result is {size(result.pixels)}, its original {size(original.pixels)}; restore at --scale 1"
+            raise SettingError(
+                f"the result is {size(result.pixels)}, its original {size(original.pixels)}; restore at scale 1"
             )
         return {
             column.key: self.measures[column.key](result, original, references) if column.key in self.measures else None
@@ -107,7 +107,7 @@ def load_metrics(keys: Sequence[str] | None = None, files: MetricFiles | None = 
     known = {metric.key: metric for metric in METRICS}
     unknown = sorted(set(keys or ()) - set(known))
     if unknown:
-        raise ValueError(f"no metric {', '.join(unknown)}; expected some of {', '.join(known)}")
+        raise SettingError(f"no metric {', '.join(unknown)}; expected some of {', '.join(known)}")
     columns = tuple(metric for metric in METRICS if keys is None or metric.key in keys)
     loaded = Metrics(columns, {})
     for metric in columns:
@@ -235,7 +235,7 @@ def load_musiq(files: MetricFiles) -> Measure:
 def load_arcface(files: MetricFiles) -> Measure:
     """100 x the mean cosine of a result's embedding to those of the references; None without a face."""
     if files.arcface is None:
-        raise MissingBackendError("give a recognizer of the ArcFace family as ONNX: --arcface FILE")
+        raise MissingBackendError("give a recognizer of the ArcFace family as an ONNX file", setting="arcface")
     embed = arcface_embedder(files.arcface)
 
     def measure(result: Sample, _: Sample, references: Sequence[Sample]) -> float | None:

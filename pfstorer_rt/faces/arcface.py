@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.errors import BadFileError, one_line
 from pfstorer_rt.faces.dlib import Embedding, Points, load_dlib
 from pfstorer_rt.faces.finding import at_landmark_side, find_largest, landmarks_at_side
 from pfstorer_rt.imaging.rows import Pixels
@@ -51,7 +51,7 @@ def open_recognizer(path: Path) -> Any:
         probe = np.zeros((1, 3, SIDE, SIDE), np.float32)
         shape = np.shape(session.run(None, {session.get_inputs()[0].name: probe})[0])
     except Exception as error:  # onnxruntime's errors have no common parent of their own
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise BadFileError(f"{path}: not a recognizer with input (1, 3, {SIDE}, {SIDE}) float32 ({reason})") from error
     if len(shape) != 2 or shape[1] < 2:
         raise BadFileError(f"{path}: its output has shape {shape}; expected one embedding, (1, N)")

@@ -31,7 +31,7 @@ class References:
         """
         embed = face_embedder()
         if embed is None:
-            raise MissingBackendError(f"--refs needs the metrics: {INSTALL_METRICS}")
+            raise MissingBackendError(f"references need the metrics: {INSTALL_METRICS}")
         self._embed: Callable[[Pixels], Embedding | None] = embed
         files = list_images(Path(folder), recursive=False)  # sub-folders may hold other people
         self.faces: list[Embedding] = []
@@ -62,7 +62,7 @@ class References:
         if before is not None and after > before:
             facts["notes"] = [
                 f"farther from the references than the input: {after:.3f}, it was {before:.3f}; try another "
-                "--strength, --steps or --seed"
+                "strength, number of steps or seed"
             ]
         return facts
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from pfstorer_rt.errors import PFStorerError
+from pfstorer_rt.errors import PFStorerError, SettingError
 from pfstorer_rt.imaging.color import (
     WAVELET_REACH,
     ColorFix,
@@ -68,7 +68,7 @@ def plan_canvas(height: int, width: int, tile: int, scale: float) -> Canvas:
 def check_scale(scale: float) -> None:
     """Raise `ValueError` unless an image can be enlarged by this factor."""
     if not 0 < scale <= MAX_SCALE:
-        raise ValueError(f"scale {scale}: expected above 0 and at most {MAX_SCALE:g}")
+        raise SettingError(f"scale {scale}: expected above 0 and at most {MAX_SCALE:g}")
 
 
 class Resized:

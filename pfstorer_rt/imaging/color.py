@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from pfstorer_rt.errors import SettingError
+
 ColorFix = Literal["adain", "wavelet", "none"]
 Statistics = tuple[torch.Tensor, torch.Tensor]
 """Mean and standard deviation of each channel, (B, 3, 1, 1)."""
@@ -77,7 +79,7 @@ def color_fix(content: torch.Tensor, style: torch.Tensor, kind: ColorFix) -> tor
     Raises ValueError for another name.
     """
     if kind not in _COLOR_FIXES:
-        raise ValueError(f"colour fix {kind!r}; expected one of {', '.join(_COLOR_FIXES)}")
+        raise SettingError(f"colour fix {kind!r}; expected one of {', '.join(_COLOR_FIXES)}")
     return _COLOR_FIXES[kind](content, style)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pfstorer_rt.errors import BadFileError, PFStorerError
+from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError, one_line
 from pfstorer_rt.files import atomic_write, show_path
 from pfstorer_rt.imaging.profiles import srgb_profile, to_srgb, wide_to_srgb
 from pfstorer_rt.imaging.rows import TALL, Pixels, Rows, Spool, bands, from_pixels, read_pixels, to_pixels
@@ -124,7 +124,7 @@ def scan_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_
         except MemoryError as error:
             raise BadFileError(f"{name}: too little memory for {width} x {height}; shrink it") from error
         except Exception as error:  # Pillow's decoders raise anything at all on damaged data
-            message = f"{name}: cannot be decoded ({_one_line(error)}); cut off or damaged: copy it again"
+            message = f"{name}: cannot be decoded ({one_line(error)}); cut off or damaged: copy it again"
             raise BadFileError(message) from error
 
 
@@ -143,7 +143,8 @@ def _check_pixels(width: int, height: int, name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise BadFileError(
             f"{name}: {width} x {height} is {width * height} pixels; expected at most {max_pixels}; "
-            "make the picture smaller or raise --max-pixels"
+            "make the image smaller or raise the limit",
+            setting="max_pixels",
         )
 
 
@@ -168,7 +169,7 @@ def save_image(
         known = " ".join(SAVE_FORMATS)
         raise PFStorerError(f"{name}: cannot write {suffix or 'a name without a suffix'}; use one of {known}")
     if not overwrite and os.path.lexists(path) and not os.path.isdir(path):
-        raise PFStorerError(f"{name}: exists already; choose another name or pass --overwrite")
+        raise PFStorerError(f"{name}: exists already; choose another name or allow overwriting", setting="overwrite")
     with atomic_write(path) as handle:
         try:
             _encode(cast(BinaryIO, _Sink(handle)), SAVE_FORMATS[suffix], pixels, alpha, icc, exif, quality)
@@ -197,7 +198,7 @@ def encode_image(
     kind = SAVE_FORMATS.get("." + format.lower().lstrip("."))
     if kind is None or not 1 <= quality <= 100:
         known = ", ".join(suffix[1:] for suffix in SAVE_FORMATS)
-        raise ValueError(f"format {format!r} at quality {quality}; expected one of {known}, and 1 to 100")
+        raise SettingError(f"format {format!r} at quality {quality}; expected one of {known}, and 1 to 100")
     buffer = io.BytesIO()
     _encode(buffer, kind, pixels, alpha, icc, exif, quality)
     return buffer.getvalue()
@@ -222,7 +223,7 @@ def _encode(
     except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno:  # the disk's, not the encoder's
             raise
-        raise PFStorerError(f"{kind} cannot hold this picture ({_one_line(error)}); use png") from error
+        raise PFStorerError(f"{kind} cannot hold this picture ({one_line(error)}); use png") from error
 
 
 def to_tensor(pixels: Pixels) -> torch.Tensor:
@@ -268,7 +269,7 @@ def _open(source: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[BinaryIO,
             empty = not handle.read(1)
             handle.seek(0)
         except OSError as error:
-            raise BadFileError(f"{name}: cannot be read ({_one_line(error)}); check the disk") from error
+            raise BadFileError(f"{name}: cannot be read ({one_line(error)}); check the disk") from error
         if empty:
             raise BadFileError(f"{name}: empty, 0 bytes; expected an image: copy it again")
         yield handle, name
@@ -282,7 +283,7 @@ def _open_path(path: str | os.PathLike[str], name: str) -> BinaryIO:
     except IsADirectoryError as error:
         raise BadFileError(f"{name}: a folder; expected an image file") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise BadFileError(f"{name}: cannot be opened ({_one_line(error)}); check the path") from error
+        raise BadFileError(f"{name}: cannot be opened ({one_line(error)}); check the path") from error
 
 
 def _identify(handle: BinaryIO, name: str) -> Image.Image:
@@ -430,7 +431,7 @@ def _reader(given: Any, what: str, channels: int) -> tuple[tuple[int, int], Call
 
 def _to_uint8(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
     if not np.isfinite(values).all():
-        raise PFStorerError("NaN or infinite values in the picture; try --precision fp32")
+        raise PFStorerError("NaN or infinite values in the image; use fp32")
     return np.floor(values.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
@@ -446,7 +447,3 @@ def _save_options(kind: str, icc: bytes | None, exif: bytes | None, quality: int
     if exif and kind != "BMP" and not (kind == "JPEG" and len(exif) > _JPEG_EXIF_MAX):
         options["exif"] = exif
     return options
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pfstorer_rt.errors import BadFileError, MissingBackendError
+from pfstorer_rt.errors import BadFileError, MissingBackendError, one_line
 from pfstorer_rt.extras import install
 from pfstorer_rt.imaging.rows import Pixels
 
@@ -149,7 +149,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def torchvision_alexnet() -> dict[str, torch.Tensor]:
     """AlexNet's ImageNet weights by torchvision, from its cache or the network."""
-    advice = "give torchvision's AlexNet weights: --alexnet alexnet-owt-7be5be79.pth"
+    advice = "give torchvision's AlexNet weights, alexnet-owt-7be5be79.pth"
     try:
         from torchvision.models import AlexNet_Weights
 
@@ -162,8 +162,3 @@ def torchvision_alexnet() -> dict[str, torch.Tensor]:
 def to_planes(pixels: Pixels) -> torch.Tensor:
     """(H, W, 3) in [0, 1] -> (1, 3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], dtype=np.float32)) * 2 - 1
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line, cut."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:160]

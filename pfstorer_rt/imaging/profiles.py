@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms
 
+from pfstorer_rt.errors import one_line
 from pfstorer_rt.imaging.rows import Pixels
 
 _PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
@@ -27,7 +28,7 @@ def to_srgb(mode: str, image: Image.Image, profile: bytes | None, notes: list[st
             convert(probe)
             return (lambda strip: np.asarray(convert(strip))), True
         except Exception as error:  # lcms, and what a profile that is no profile makes of it
-            notes.append(f"colour profile ignored: {' '.join(str(error).split()) or type(error).__name__}")
+            notes.append(f"colour profile ignored: {one_line(error)}")
     if mode == "CMYK":
         notes.append("CMYK without a usable profile: colours are approximate")
     return (lambda strip: np.asarray(_plain(strip, "RGB"))), False

@@ -19,7 +19,7 @@ from transformers import CLIPTextModel
 from pfstorer_rt.base_files import NETWORKS, find_base, fingerprint_directory, read_config, read_network, reading_base
 from pfstorer_rt.config import PRESETS, BaseConfig, to_json
 from pfstorer_rt.diffusion import Schedule
-from pfstorer_rt.errors import BadFileError, PFStorerError
+from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError
 from pfstorer_rt.files import atomic_entries, check_space, fingerprint_tensors
 from pfstorer_rt.models.cfw import ControllableFeatureWrapping, Features
 from pfstorer_rt.models.cfw_patch import PatchFeatureWrapping
@@ -88,7 +88,7 @@ class Base:
     def features(self, image: torch.Tensor) -> Features:
         """Return the features of the LQ image (B, 3, H, W) in [-1, 1] for `decode`; raises `ValueError` without CFW."""
         if self.cfw is None:
-            raise ValueError(
+            raise SettingError(
                 f"base {self.config.name!r} has no controllable feature wrapping; import it with its CFW weights"
             )
         return self.cfw.features(self.vae, image)
@@ -103,7 +103,7 @@ class Base:
         if features is None:
             return decode(self.vae, latent)
         if self.cfw is None:
-            raise ValueError(
+            raise SettingError(
                 f"base {self.config.name!r} has no controllable feature wrapping; import it with its CFW weights"
             )
         return self.cfw(self.vae, latent, features, cfw_weight)
@@ -173,7 +173,7 @@ def build_base(preset: str | BaseConfig, seed: int = 0) -> Base:
     preset: a name in `PRESETS` or a configuration. Raises `ValueError` for an unknown name.
     """
     if isinstance(preset, str) and preset not in PRESETS:
-        raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+        raise SettingError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
     config = PRESETS[preset] if isinstance(preset, str) else preset
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -10,6 +10,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from pfstorer_rt.errors import SettingError
 from pfstorer_rt.models.constant_context import fold_context
 from pfstorer_rt.models.unet import RestorationUNet
 from pfstorer_rt.ops import AttentionProcessor, Kernels
@@ -126,7 +127,9 @@ def layer_width(unet: RestorationUNet, layer: str) -> int:
     """Return the channels at a spatial transformer of the UNet; raises `ValueError` for any other module."""
     known = [n for n, m in unet.named_modules() if hasattr(m, "transformer_blocks")]
     if layer not in known:
-        raise ValueError(f"layer {layer!r}: not a spatial transformer of this UNet; expected one of {', '.join(known)}")
+        raise SettingError(
+            f"layer {layer!r}: not a spatial transformer of this UNet; expected one of {', '.join(known)}"
+        )
     return int(unet.get_submodule(layer).norm.num_channels)
 
 

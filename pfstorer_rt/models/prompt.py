@@ -7,6 +7,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from pfstorer_rt.config import BaseConfig
+from pfstorer_rt.errors import SettingError
 
 SUBJECT = "S*"
 PLACEHOLDER = -1
@@ -39,11 +40,11 @@ def tokenize(text: str, config: BaseConfig) -> torch.Tensor:
         elif word in CLIP_WORDS:
             ids.append(CLIP_WORDS[word])
         else:
-            raise ValueError(f"prompt word {word!r}: expected one of {', '.join(CLIP_WORDS)}")
+            raise SettingError(f"prompt word {word!r}: expected one of {', '.join(CLIP_WORDS)}")
     ids.append(settings["eos_token_id"])
     length = settings["max_position_embeddings"]
     if len(ids) > length:
-        raise ValueError(f"prompt {text!r} has {len(ids)} tokens; at most {length} fit")
+        raise SettingError(f"prompt {text!r} has {len(ids)} tokens; at most {length} fit")
     return torch.tensor([ids + [0] * (length - len(ids))])
 
 
@@ -73,7 +74,7 @@ class PromptEncoder(nn.Module):
         """ids (B, L), token (D,) or None -> context (B, L, D) after the final norm."""
         is_token = ids == PLACEHOLDER
         if token is None and bool(is_token.any()):
-            raise ValueError(f"the prompt contains {SUBJECT}, which needs a learned token; none was given")
+            raise SettingError(f"the prompt contains {SUBJECT}, which needs a learned token; none was given")
 
         def insert(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
             return output if token is None else torch.where(is_token[..., None], token.to(output.dtype), output)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from pfstorer_rt.errors import SettingError
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.personalization import reference_mask
 from pfstorer_rt.models.prompt import PLACEHOLDER, SUBJECT, token_position, tokenize
@@ -67,7 +68,7 @@ def subject_ids(base: Base, prompt: str) -> tuple[torch.Tensor, Positions]:
     The prompt can be another person's, so it is no format string. Raises `ValueError` for a prompt without '{}'.
     """
     if "{}" not in prompt:
-        raise ValueError(f"subject prompt {prompt[:80]!r}, expected {{}} in it, such as 'a photo of a {{}}'")
+        raise SettingError(f"subject prompt {prompt[:80]!r}, expected {{}} in it, such as 'a photo of a {{}}'")
     ids = tokenize(prompt.replace("{}", SUBJECT), base.config)
     end = token_position(ids, base.config.text["eos_token_id"])
     return ids.to(base.device), Positions(token_position(ids, PLACEHOLDER), end)

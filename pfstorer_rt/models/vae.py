@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from typing_extensions import TypeIs
 
+from pfstorer_rt.errors import SettingError
 from pfstorer_rt.models.patch_autoencoder import PatchAutoencoder
 
 Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny | PatchAutoencoder
@@ -19,7 +20,7 @@ def build_vae(config: dict[str, Any]) -> Autoencoder:
     settings = dict(config)
     name = settings.pop("class")
     if name not in CLASSES:
-        raise ValueError(f"autoencoder class {name!r}: expected one of {', '.join(CLASSES)}")
+        raise SettingError(f"autoencoder class {name!r}: expected one of {', '.join(CLASSES)}")
     return CLASSES[name](**settings)
 
 

@@ -1,49 +1,38 @@
-"""Restore or degrade many images: find them, read the next one and write the last one while one is worked on."""
+"""Restore or degrade many images: the next one is read and the last one is written while one is computed.
+
+Nothing is printed here. `on_outcome` is called once for every image, in order, from the thread that reads and writes;
+what it raises ends the batch after the images have been written. `on_step` is called from the caller's thread.
+"""
 
 from __future__ import annotations
 
-import glob
 import io
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from pfstorer_rt.console import stderr
-from pfstorer_rt.errors import PFStorerError
+from pfstorer_rt.config import RestoreConfig
+from pfstorer_rt.errors import PFStorerError, SettingError, one_line
 from pfstorer_rt.files import make_folder
-from pfstorer_rt.imaging.files import (
-    IMAGE_SUFFIXES,
-    MAX_PIXELS,
-    Scan,
-    encode_image,
-    save_image,
-    scan_image,
-)
-from pfstorer_rt.imaging.find import list_images
-from pfstorer_rt.imaging.rows import Pixels, Rows, read_pixels
+from pfstorer_rt.imaging.files import MAX_PIXELS, Scan, encode_image, image_size, save_image, scan_image
+from pfstorer_rt.imaging.rows import Pixels, Rows, Spool, read_pixels
+from pfstorer_rt.imaging.sidebyside import SideBySide
+from pfstorer_rt.runtime.jobs import STREAM, Job, Naming, NoImagesError, check_file, output_file, plan_jobs
 
-Work = Callable[[int, Rows, Callable[[int, int], None]], Rows]
-"""work(number of the job from 0, rows of the image, step(done, total)) -> rows of the result."""
-STREAM = "-"
-BESIDE = ("compare", "preview")
-"""What may be written beside a result, and ends the names of such files."""
+if TYPE_CHECKING:
+    from pfstorer_rt.faces.references import References
+    from pfstorer_rt.runtime.restorer import Restorer
 
-
-@dataclass(frozen=True)
-class Job:
-    """One picture: where it is, and where its result goes (None for stdin and stdout)."""
-
-    source: Path | None
-    target: Path | None
-    explicit: bool
-    """Named by the user, not found in a folder: then an existing target is an error, not a skip."""
+FAILURES = (PFStorerError, OSError, MemoryError)
+"""Errors that fail one image; the other images go on."""
+Status = Literal["done", "skipped", "failed", "planned"]
 
 
 @dataclass(frozen=True)
@@ -52,49 +41,366 @@ class Saving:
 
     overwrite: bool = False
     quality: int = 95
-    """Of JPEG and WebP."""
+    """Of JPEG and WebP, 1-100."""
     stream: str = "png"
-    """Format of a result that goes to stdout."""
+    """Format of a result on standard output."""
 
 
-class NoImagesError(ValueError):
-    """There is nothing to do; a folder that is watched is left at that."""
+@dataclass(frozen=True)
+class BatchConfig:
+    """How a batch of images is restored and written."""
+
+    restore: RestoreConfig = field(default_factory=RestoreConfig)
+    naming: Naming = field(default_factory=Naming)
+    saving: Saving = field(default_factory=Saving)
+    compare: bool = False
+    """Write `{result}_compare` too: input and result side by side."""
+    preview: bool = False
+    """Write `{result}_preview` first, restored in one step."""
+    references: References | None = None
+    """Reference photographs; the distance of every result to them is reported."""
+    max_pixels: int = MAX_PIXELS
+    """Larger images are refused."""
 
 
-def find_inputs(inputs: Sequence[str], suffix: str) -> list[tuple[Path | None, Path]]:
-    """Expand files, folders (recursive), globs and `-` to (file, path relative to its folder) pairs.
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one image."""
 
-    Results of earlier runs, named `*{suffix}.*`, and what lies beside them are left out of folders. A name that matches
-    nothing is kept, so that its failure is reported like any other. Raises `NoImagesError` for none at all.
+    job: Job
+    status: Status
+    width: int = 0
+    height: int = 0
+    """Size of the result in pixels."""
+    seconds: float = 0.0
+    """From the beginning of the work to the written result."""
+    notes: tuple[str, ...] = ()
+    """Facts about this image that the user should know."""
+    details: Mapping[str, object] = field(default_factory=dict)
+    """Further facts: seed, steps, tiles, distances, or a forecast."""
+    error: Exception | None = None
+
+    def report(self) -> dict[str, object]:
+        """Return everything as one dictionary of JSON values."""
+        done = {"width": self.width, "height": self.height, "seconds": self.seconds} if self.status == "done" else {}
+        return {
+            "input": str(self.job.source or STREAM),
+            "output": str(self.job.target or STREAM),
+            "status": self.status,
+            **done,
+            **({"notes": list(self.notes)} if self.notes else {}),
+            **self.details,
+            **({"error": one_line(self.error)} if self.error else {}),
+        }
+
+
+OnOutcome = Callable[[Outcome], None]
+OnStep = Callable[[Job, int, int], None]
+"""on_step(job, done, total): (job, 0, 0) at the beginning of a job, then tiles of this image."""
+
+
+class Details(NamedTuple):
+    """Facts and notes about one finished image."""
+
+    entries: dict[str, object]
+    notes: Sequence[str]
+
+
+class Work(Protocol):
+    """The work on every image of a batch."""
+
+    def process(self, number: int, job: Job, rows: Rows, step: Callable[[int, int], None]) -> Rows:
+        """Compute the rows of a result; number: of the job from 0. step: called with (done, total)."""
+        ...
+
+    def details(self, job: Job, source: Rows, result: Rows) -> Details:
+        """Describe a result that has been written."""
+        ...
+
+
+def _ignore(*_: object) -> None:
+    """Take no notice of an event."""
+
+
+def restore_files(
+    restorer: Restorer,
+    inputs: Sequence[str | Path],
+    output: str | Path | None = None,
+    settings: BatchConfig | None = None,
+    on_outcome: OnOutcome = _ignore,
+    on_step: OnStep = _ignore,
+) -> list[Outcome]:
+    """Restore files and folders; a failed image is an outcome, and the others go on.
+
+    inputs, output: as in `plan_jobs`. Raises `SettingError` for settings that contradict each other or do not fit the
+    engine, before any work.
     """
-    found: list[tuple[Path | None, Path]] = []
-    results = 0
-    for text in inputs:
-        path = Path(text)
-        if text == STREAM:
-            found.append((None, Path("stdin.png")))
-        elif path.is_dir():
-            inside = list_images(path)
-            fresh = [p for p in inside if not is_result(p.stem, suffix)]
-            found.extend((p, p.relative_to(path)) for p in fresh)
-            results += len(inside) - len(fresh)
-        elif not path.exists() and glob.has_magic(text):
-            found.extend((Path(p), Path(Path(p).name)) for p in sorted(glob.glob(text, recursive=True)))
-        else:
-            found.append((path, Path(path.name)))
-    if not found:
-        but = f" but {results} whose names end in {suffix}, as results do (--suffix)" if results else ""
-        raise NoImagesError(f"no images in {' '.join(inputs)}{but}; expected {' '.join(IMAGE_SUFFIXES)}")
-    return list(dict.fromkeys(found))
+    settings = settings or BatchConfig()
+    jobs = plan_jobs(inputs, output, settings.naming)
+    return restore_jobs(restorer, jobs, settings, on_outcome, on_step)
 
 
-def is_result(stem: str, suffix: str) -> bool:
-    """Whether a file's name says that it was written by an earlier run."""
-    return bool(suffix) and stem.endswith((suffix, *(f"{suffix}_{word}" for word in BESIDE)))
+def restore_jobs(
+    restorer: Restorer,
+    jobs: Sequence[Job],
+    settings: BatchConfig,
+    on_outcome: OnOutcome = _ignore,
+    on_step: OnStep = _ignore,
+) -> list[Outcome]:
+    """Restore the images of jobs that were planned before."""
+    restorer.recipe(settings.restore)  # raises for settings that do not fit the engine
+    work = _Restoring(restorer, settings)
+    return run_jobs(jobs, work, settings.saving, settings.max_pixels, on_outcome, on_step)
+
+
+def watch_folder(
+    restorer: Restorer,
+    folder: str | Path,
+    output: str | Path | None = None,
+    settings: BatchConfig | None = None,
+    idle: float | None = None,
+    on_outcome: OnOutcome = _ignore,
+    on_step: OnStep = _ignore,
+) -> list[Outcome]:
+    """Restore images as they arrive in a folder.
+
+    An image is restored once its size has not changed for a second. idle: return after this many seconds without a new
+    image; None watches until the call is interrupted.
+    """
+    settings = settings or BatchConfig()
+    if file := output_file(None if output is None else f"{output}"):
+        check_file(file, settings.naming.extension, single=False)
+    outcomes: list[Outcome] = []
+    for jobs in _arrivals(folder, output, settings.naming, idle):
+        outcomes += restore_jobs(restorer, jobs, settings, on_outcome, on_step)
+    return outcomes
+
+
+def _arrivals(folder: str | Path, output: str | Path | None, naming: Naming, idle: float | None) -> Iterator[list[Job]]:
+    """Yield the jobs of new images once their sizes are stable."""
+    sizes: dict[Path, int] = {}
+    done: set[Path] = set()
+    latest = time.monotonic()
+    while True:
+        try:
+            jobs = plan_jobs((folder,), output, naming)
+        except NoImagesError:
+            jobs = []
+        found = {job.source: job for job in jobs if job.source is not None}
+        current = {path: path.stat().st_size if path.exists() else -1 for path in found}
+        stable = {path for path, size in current.items() if sizes.get(path) == size}
+        ready = [path for path in found if path in stable - done and current[path] > 0]
+        if ready:
+            done.update(ready)
+            yield [found[path] for path in ready]
+            latest = time.monotonic()
+        elif idle is not None and len(stable) == len(found) and time.monotonic() - latest >= idle:
+            return
+        sizes |= current
+        time.sleep(1)
+
+
+def forecast_jobs(
+    restorer: Restorer, jobs: Sequence[Job], settings: BatchConfig, on_outcome: OnOutcome = _ignore
+) -> list[Outcome]:
+    """Forecast tiles, memory and time of every job without restoring it; status `planned`, `skipped` or `failed`.
+
+    Raises `SettingError` for standard input, which can be read only once.
+    """
+    from pfstorer_rt.runtime.forecast import Forecaster
+
+    if any(job.source is None for job in jobs):
+        raise SettingError("standard input has no forecast: it can be read only once; name a file")
+    forecaster = Forecaster(restorer, settings.restore)
+
+    def forecast(job: Job) -> Outcome:
+        if job.target is not None and job.target.exists() and not job.explicit and not settings.saving.overwrite:
+            return Outcome(job, "skipped")
+        assert job.source is not None
+        try:
+            predicted = forecaster.predict(*image_size(job.source, settings.max_pixels))
+        except PFStorerError as error:
+            return Outcome(job, "failed", error=error)
+        return Outcome(job, "planned", details=predicted.facts())
+
+    outcomes = []
+    for job in jobs:
+        outcomes.append(forecast(job))
+        on_outcome(outcomes[-1])
+    return outcomes
+
+
+def degrade_files(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    level: str = "heavy",
+    seed: int = 0,
+    saving: Saving | None = None,
+    on_outcome: OnOutcome = _ignore,
+    on_step: OnStep = _ignore,
+) -> list[Outcome]:
+    """Degrade files and folders, as old and bad photographs are degraded; the size stays.
+
+    inputs, output: as in `plan_jobs`. level: `light` or `heavy`. seed: of the first image; the next has seed + 1.
+    """
+    jobs = plan_jobs(inputs, output, Naming(suffix="_degraded"))
+    return run_jobs(jobs, _Degrading(level, seed), saving or Saving(), MAX_PIXELS, on_outcome, on_step)
+
+
+class NoEffect(NamedTuple):
+    """A setting that changes nothing with an engine."""
+
+    setting: str
+    value: object
+    reason: str
+
+
+def without_effect(restorer: Restorer, settings: BatchConfig) -> list[NoEffect]:
+    """Return the settings that change nothing with this engine."""
+    config, found = settings.restore, []
+    if config.strength != 1.0 and restorer.manifest.identity_name is None:
+        found.append(NoEffect("strength", config.strength, "this engine contains no identity"))
+    if config.eta and (sampler := restorer.recipe(config).sampler) != "ddim":
+        found.append(NoEffect("eta", config.eta, f"only the sampler ddim uses it, and this sampler is {sampler}"))
+    if settings.preview and restorer.recipe(config).steps == 1:
+        found.append(NoEffect("preview", True, "the result itself takes one step"))
+    return found
+
+
+class _Restoring:
+    """Restores the images of a batch, and writes the files beside a result."""
+
+    def __init__(self, restorer: Restorer, settings: BatchConfig) -> None:
+        self.restorer, self.settings = restorer, settings
+        self._left: dict[Job, list[str]] = {}  # notes on files that existed and were left
+
+    def process(self, number: int, job: Job, rows: Rows, step: Callable[[int, int], None]) -> Rows:
+        """Restore an image, after its preview."""
+        config = self.settings.restore
+        if self.settings.preview and self.restorer.recipe(config).steps > 1:
+            self._write_beside(job, "preview", self.restorer.restore_rows(rows, replace(config, steps=1)))
+        return self.restorer.restore_rows(rows, config, step)
+
+    def details(self, job: Job, source: Rows, result: Rows) -> Details:
+        """Return the settings in use, the number of tiles, and the distances to the references."""
+        config, restorer = self.settings.restore, self.restorer
+        layout = restorer.layout(source.height, source.width, config)
+        entries: dict[str, object] = {
+            "seed": config.seed,
+            "steps": layout.recipe.steps,
+            "sampler": layout.recipe.sampler,
+            "strength": config.strength,
+            "backend": restorer.backend,
+            "provider": restorer.provider,
+            "tiles": layout.denoiser_tiles,
+        }
+        notes: list[str] = []
+        if self.settings.compare:
+            entries |= self._write_beside(job, "compare", SideBySide(source, result))
+        if self.settings.references:
+            measured = self.settings.references.facts(source, result)
+            notes += measured.pop("notes", ())
+            entries |= measured
+        return Details(entries, [*notes, *self._left.pop(job, ())])
+
+    def _write_beside(self, job: Job, word: str, rows: Rows) -> dict[str, str]:
+        """Write `{result}_{word}`; an existing file stays unless results may be overwritten."""
+        if job.target is None:
+            return {}
+        path, saving = job.target.with_name(f"{job.target.stem}_{word}{job.target.suffix}"), self.settings.saving
+        if path.exists() and not saving.overwrite:
+            self._left.setdefault(job, []).append(f"{path} exists already and was left as it is")
+            return {}
+        save_image(path, rows, overwrite=saving.overwrite, quality=saving.quality)
+        return {word: str(path)}
+
+
+class _Degrading:
+    """Degrades the images of a batch, each with a seed of its own."""
+
+    def __init__(self, level: str, seed: int) -> None:
+        self.level, self.seed = level, seed
+
+    def process(self, number: int, job: Job, rows: Rows, step: Callable[[int, int], None]) -> Rows:
+        """Degrade an image."""
+        import torch
+
+        from pfstorer_rt.degradation.degrade import degrade
+
+        image = torch.from_numpy(read_pixels(rows, 0, rows.height)).permute(2, 0, 1).contiguous()
+        degraded = degrade(image, self.level, self.seed + number)
+        return Spool.of((degraded.clamp(0, 1) * 255 + 0.5).to(torch.uint8).numpy())
+
+    def details(self, job: Job, source: Rows, result: Rows) -> Details:
+        """Nothing to add."""
+        return Details({}, ())
+
+
+def run_jobs(
+    jobs: Sequence[Job], work: Work, saving: Saving, max_pixels: int, on_outcome: OnOutcome, on_step: OnStep
+) -> list[Outcome]:
+    """Do all jobs. One thread beside this one reads ahead and writes behind, one image at a time."""
+    outcomes: list[Outcome] = []
+
+    def report(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        on_outcome(outcome)
+
+    def finish(job: Job, started: float, scan: Scan, rows: Rows) -> None:
+        try:
+            write(job, scan, rows, saving)
+            entries, notes = work.details(job, scan.pixels, rows)
+        except FAILURES as error:
+            report(Outcome(job, "failed", error=error))
+            return
+        seconds = round(time.perf_counter() - started, 3)
+        report(Outcome(job, "done", rows.width, rows.height, seconds, (*scan.notes, *notes), entries))
+
+    with ThreadPoolExecutor(1) as disk:
+        reports: list[Future[None]] = []
+        ahead = [disk.submit(read, job, saving, max_pixels) for job in jobs[:1]]
+        for number, job in enumerate(jobs):
+            started = time.perf_counter()
+            on_step(job, 0, 0)
+            reading, ahead = ahead[0], []
+            try:
+                wait([reading])
+                ahead = [disk.submit(read, following, saving, max_pixels) for following in jobs[number + 1 :][:1]]
+                scan = reading.result()
+                if scan is None:
+                    reports.append(disk.submit(report, Outcome(job, "skipped")))
+                    continue
+                rows = work.process(number, job, scan.pixels, partial(on_step, job))
+                wait(reports[-1:])  # no more than one result waits to be written
+                reports.append(disk.submit(finish, job, started, scan, rows))
+            except FAILURES as error:
+                reports.append(disk.submit(report, Outcome(job, "failed", error=error)))
+        for reported in reports:
+            reported.result()  # raises what `on_outcome` raised, such as for a full disk behind standard output
+    return outcomes
+
+
+def read(job: Job, saving: Saving, max_pixels: int) -> Scan | None:
+    """Read a job's image and make the folder of its result; None where the job is done already."""
+    if _is_done(job, saving):
+        return None
+    if job.target is not None:
+        make_folder(job.target.parent)
+    return scan_image(io.BytesIO(sys.stdin.buffer.read()) if job.source is None else job.source, max_pixels)
+
+
+def _is_done(job: Job, saving: Saving) -> bool:
+    """Whether a result exists; raises `PFStorerError` where the caller named this image."""
+    if job.target is None or saving.overwrite or not job.target.exists():
+        return False
+    if job.explicit:
+        message = f"{job.target}: exists already; choose another name or allow overwriting"
+        raise PFStorerError(message, setting="overwrite")
+    return True
 
 
 def write(job: Job, scan: Scan, rows: Rows, saving: Saving) -> None:
-    """Save a result with the alpha, profile and EXIF of its input; `saving.stream` on stdout."""
+    """Save a result with the alpha channel, colour profile and EXIF of its input."""
     kept: dict[str, Any] = {"icc": scan.icc, "exif": scan.exif, "quality": saving.quality}
     if scan.alpha is not None:
         kept["alpha"] = resize_alpha(scan.alpha, rows.height, rows.width)
@@ -112,108 +418,3 @@ def resize_alpha(alpha: Rows, height: int, width: int) -> Rows | Pixels:
         return alpha
     whole = Image.fromarray(read_pixels(alpha, 0, alpha.height)[..., 0], "F")
     return np.clip(np.asarray(whole.resize((width, height), Image.Resampling.BICUBIC), np.float32), 0, 1)
-
-
-def refuse_existing(job: Job, saving: Saving) -> bool:
-    """Return whether a job is done already; raises `PFStorerError` where the user asked for it by name."""
-    if job.target is None or saving.overwrite or not job.target.exists():
-        return False
-    if job.explicit:
-        raise PFStorerError(f"{job.target}: exists already; choose another name or pass --overwrite")
-    return True
-
-
-Show = Callable[[dict[str, Any]], None]
-"""show(report of one picture): called once for each job, in order."""
-Facts = Callable[[Job, Rows, Rows], dict[str, Any]]
-"""facts(job, rows of the input, rows of the result): more entries of a picture's report; `notes` are added up."""
-FAILURES = (PFStorerError, OSError, MemoryError)
-
-
-def run_jobs(
-    jobs: Sequence[Job],
-    work: Work,
-    *,
-    saving: Saving,
-    show: Show,
-    title: str,
-    max_pixels: int = MAX_PIXELS,
-    facts: Facts = lambda job, source, result: {},
-) -> int:
-    """Do all jobs; a failed one is reported and the others go on. Returns the exit status, 0 or 1.
-
-    One thread beside this one reads ahead and writes behind, so that never more than one picture is being decoded or
-    encoded, whatever their number.
-    """
-    failed: list[Job] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = stderr()
-    with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-        ThreadPoolExecutor(1) as disk,
-    ):
-        overall = progress.add_task(title, total=len(jobs)) if len(jobs) > 1 else None
-
-        def finish(job: Job, started: float, scan: Scan, rows: Rows) -> None:
-            try:
-                write(job, scan, rows, saving)
-                more = facts(job, scan.pixels, rows)
-            except FAILURES as error:
-                fail(job, error)
-                return
-            notes = [*scan.notes, *more.pop("notes", ())]
-            seconds = round(time.perf_counter() - started, 3)
-            size = {"width": rows.width, "height": rows.height, **({"notes": notes} if notes else {})}
-            show({**names(job), "status": "done", **size, "seconds": seconds, **more})
-
-        def fail(job: Job, error: BaseException) -> None:
-            failed.append(job)
-            text = " ".join(str(error).split()) or type(error).__name__
-            show({**names(job), "status": "failed", "error": text})
-
-        ahead: Future[Scan | None] | None = None
-        written: Future[None] | None = None
-        reports: list[Future[None]] = []
-        for number, job in enumerate(jobs):
-            reading = ahead or disk.submit(read, job, saving, max_pixels)
-            started = time.perf_counter()
-            bar = progress.add_task(job.source.name if job.source else "stdin", total=None)
-
-            def step(done: int, total: int, bar: TaskID = bar) -> None:
-                progress.update(bar, completed=done, total=total)
-
-            try:
-                scan = reading.result()
-                following = jobs[number + 1] if number + 1 < len(jobs) else None
-                ahead = disk.submit(read, following, saving, max_pixels) if following else None
-                if scan is None:
-                    reports.append(disk.submit(show, {**names(job), "status": "skipped"}))
-                else:
-                    rows = work(number, scan.pixels, step)
-                    if written:
-                        written.result()
-                    written = disk.submit(finish, job, started, scan, rows)
-                    reports.append(written)
-            except FAILURES as error:
-                ahead = ahead if ahead is not reading else None
-                reports.append(disk.submit(fail, job, error))
-            progress.remove_task(bar)
-            if overall is not None:
-                progress.advance(overall)
-        for report in reports:
-            report.result()  # raises what a report itself ran into, such as a full disk behind stdout
-    return 1 if failed else 0
-
-
-def names(job: Job) -> dict[str, str]:
-    """Return the entries that every report begins with."""
-    return {"input": str(job.source or STREAM), "output": str(job.target or STREAM)}
-
-
-def read(job: Job, saving: Saving, max_pixels: int) -> Scan | None:
-    """Read a job's picture, after a look at its target; None where the job is done already."""
-    if refuse_existing(job, saving):
-        return None
-    if job.target is not None:
-        make_folder(job.target.parent)
-    return scan_image(io.BytesIO(sys.stdin.buffer.read()) if job.source is None else job.source, max_pixels)

@@ -8,71 +8,122 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pfstorer_rt.config import RestoreConfig
     from pfstorer_rt.runtime.restorer import Restorer
 
 
 METHOD = (
-    "wall clock; cold: opening the plan to the first picture, Python's own start not counted; warm: percentiles "
-    "over the runs after one warm-up, which end once --runs are done or, after three, --seconds have passed; noise "
-    "pictures; peak memory of the whole process so far; tiles are the denoiser's, counted once a step"
+    "wall clock. cold start: from opening the plan to the first result; the start of Python is not counted. "
+    "percentiles: of the runs after one warm-up; at least three runs, then until the number of runs or the time limit "
+    "is reached. images: random noise. peak memory: of the whole process so far. tiles: of the denoiser, per step"
 )
 SIZES = (512, 1024, 2048, 4096)
+"""Sides of the square images, in pixels."""
 
 
-def measure(
-    engine: str,
-    backend: str = "auto",
-    provider: str | None = None,
-    steps: int | None = None,
-    runs: int = 20,
-    seconds: float = 30.0,
-    sizes: tuple[int, ...] = SIZES,
-    trust_plan: bool = False,
-) -> dict[str, Any]:
-    """Measure everything that `bench` prints; times in milliseconds unless a name says otherwise."""
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured, and for how long."""
+
+    backend: str = "auto"
+    provider: str | None = None
+    steps: int | None = None
+    """Diffusion steps; None takes the engine's default."""
+    runs: int = 20
+    """Most runs of each measurement."""
+    seconds: float = 30.0
+    """Time limit of each measurement; three runs are made in any case."""
+    sizes: tuple[int, ...] = SIZES
+    trust: bool = False
+    """Run a TensorRT plan (executable code) that was built elsewhere."""
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """The measurements, and the machine that they were made on."""
+
+    engine: str
+    backend: str
+    provider: str
+    steps: int
+    sampler: str
+    tile: int
+    """Side of a tile in pixels."""
+    cold_start_s: float
+    components_ms: dict[str, dict[str, float]]
+    """Name of a component -> p50, p90 and p99 in milliseconds, and the number of runs."""
+    pictures_ms: dict[str, dict[str, float]]
+    """Name of an image size -> the same, with megapixels and tiles per second."""
+    peak_memory_mb: float
+    machine: dict[str, Any]
+    clock: dict[str, Any]
+    method: str = METHOD
+
+
+def measure_plan(
+    engine: str | Path, config: BenchConfig | None = None, on_start: Callable[[str], None] = lambda _: None
+) -> BenchReport:
+    """Time a plan on this machine: its cold start, each component, and whole images.
+
+    on_start: called with the name of every measurement before it begins.
+    """
     import numpy as np
 
     from pfstorer_rt.config import RestoreConfig
     from pfstorer_rt.runtime.restorer import Restorer
 
-    config, rng, load = RestoreConfig(steps=steps), np.random.default_rng(0), os.getloadavg()[0]
+    config = config or BenchConfig()
+    restoring, rng, load = RestoreConfig(steps=config.steps), np.random.default_rng(0), os.getloadavg()[0]
+    on_start("cold start")
     started = time.perf_counter()
-    with Restorer.from_plan(engine, backend, trust=trust_plan, provider=provider) as restorer:
-        tile, recipe = restorer.manifest.tile, restorer.recipe(config)
-        restorer.restore(rng.random((tile, tile, 3), np.float32), config)
+    with Restorer.from_plan(engine, config.backend, trust=config.trust, provider=config.provider) as restorer:
+        tile, recipe = restorer.manifest.tile, restorer.recipe(restoring)
+        restorer.restore(rng.random((tile, tile, 3), np.float32), restoring)
         cold = time.perf_counter() - started
-        components = time_components(restorer, runs, seconds)
-        whole = {}
-        for n in dict.fromkeys(sizes):
-            pixels = rng.random((n, n, 3), np.float32)
-            figures = percentiles(lambda p=pixels: restorer.restore(p, config), runs, seconds)  # type: ignore[misc]
-            tiles = restorer.layout(n, n, config).denoiser_tiles * recipe.steps
-            rates = {"megapixels_per_s": n * n / 1e3 / figures["p50"], "tiles_per_s": tiles * 1e3 / figures["p50"]}
-            whole[f"picture {n}x{n}"] = {**figures, **rates}
-        return {
-            "engine": engine,
-            "backend": restorer.backend,
-            "provider": restorer.provider,
-            "steps": recipe.steps,
-            "sampler": recipe.sampler,
-            "tile": tile,
-            "cold_start_s": cold,
-            "components_ms": components,
-            "pictures_ms": whole,
-            "peak_memory_mb": peak_memory_mb(),
-            "machine": machine(),
-            "clock": clock(load),
-            "method": METHOD,
-        }
+        components = {}
+        for name, call in component_calls(restorer).items():
+            on_start(name)
+            components[name] = percentiles(call, config.runs, config.seconds)
+        pictures = {}
+        for side in dict.fromkeys(config.sizes):
+            on_start(f"picture {side}x{side}")
+            pictures[f"picture {side}x{side}"] = time_picture(restorer, side, restoring, config)
+        return BenchReport(
+            str(engine),
+            restorer.backend,
+            restorer.provider,
+            recipe.steps,
+            recipe.sampler,
+            tile,
+            cold,
+            components,
+            pictures,
+            peak_memory_mb(),
+            machine(),
+            clock(load),
+        )
 
 
-def time_components(restorer: Restorer, runs: int, seconds: float) -> dict[str, dict[str, float]]:
-    """Time one tile through each component, and four through the denoiser at once."""
+def time_picture(restorer: Restorer, side: int, restoring: RestoreConfig, config: BenchConfig) -> dict[str, float]:
+    """Time whole restorations of a square image."""
+    import numpy as np
+
+    pixels = np.random.default_rng(side).random((side, side, 3), np.float32)
+    figures = percentiles(lambda: restorer.restore(pixels, restoring), config.runs, config.seconds)
+    layout = restorer.layout(side, side, restoring)
+    tiles = layout.denoiser_tiles * layout.recipe.steps
+    rates = {"megapixels_per_s": side * side / 1e3 / figures["p50"], "tiles_per_s": tiles * 1e3 / figures["p50"]}
+    return {**figures, **rates}
+
+
+def component_calls(restorer: Restorer) -> dict[str, Callable[[], Any]]:
+    """Return calls that pass one tile through each component, and four tiles through the denoiser at once."""
     import numpy as np
 
     m, sessions = restorer.manifest, restorer.sessions
@@ -89,17 +140,16 @@ def time_components(restorer: Restorer, runs: int, seconds: float) -> dict[str, 
     decoded = {"latent": latent, **{name: a for name, a in encoded.items() if name in sessions["decoder"].inputs}}
     if m.cfw:
         decoded["cfw_weight"] = np.full(1, m.cfw_weight, np.float32)
-    calls: dict[str, Callable[[], Any]] = {
+    return {
         "encoder": lambda: sessions["encoder"].run(image=image),
         "denoiser": denoise(1),
         "denoiser, 4 tiles": denoise(4),
         "decoder": lambda: sessions["decoder"].run(**decoded),
     }
-    return {name: percentiles(call, runs, seconds) for name, call in calls.items()}
 
 
 def percentiles(call: Callable[[], Any], runs: int, seconds: float) -> dict[str, float]:
-    """Call once to warm up, then at most `runs` times; returns p50, p90 and p99 in milliseconds, and how many ran."""
+    """Call once to warm up, then at most `runs` times; returns p50, p90 and p99 in milliseconds, and `runs`."""
     import numpy as np
 
     call()
@@ -112,7 +162,7 @@ def percentiles(call: Callable[[], Any], runs: int, seconds: float) -> dict[str,
 
 
 def clock(load_before: float) -> dict[str, Any]:
-    """Return what tells a quiet machine at full speed from another: frequency, governor, load before and after."""
+    """Return the state of the processor: frequency, governor, and the load before and after."""
     import psutil
 
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
@@ -132,7 +182,7 @@ def peak_memory_mb() -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Return the hardware and the versions that a figure belongs to."""
+    """Return the hardware and the versions of the measurements."""
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -143,7 +193,7 @@ def machine() -> dict[str, Any]:
 
 
 def installed(package: str) -> str:
-    """Return a package's version, `none` where it is not installed."""
+    """Return a package's version, or `none` when it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.diffusion import check_sampler, respace
+from pfstorer_rt.errors import SettingError
 from pfstorer_rt.imaging.bands import PADDING, check_scale
 from pfstorer_rt.plan import Manifest
 
@@ -75,7 +76,7 @@ def _check_choices(config: RestoreConfig) -> None:
         ("init", config.init, INITS),
     ):
         if value not in known:
-            raise ValueError(f"{name} {value!r}: expected one of {', '.join(known)}")
+            raise SettingError(f"{name} {value!r}: expected one of {', '.join(known)}")
 
 
 def _check_diffusion(recipe: Recipe) -> None:
@@ -83,21 +84,21 @@ def _check_diffusion(recipe: Recipe) -> None:
     check_scale(recipe.scale)
     check_sampler(recipe.sampler)
     if not 0 <= recipe.eta <= 1:
-        raise ValueError(f"eta {recipe.eta}: expected 0 to 1")
+        raise SettingError(f"eta {recipe.eta}: expected 0 to 1")
 
 
 def _check_networks(recipe: Recipe, manifest: Manifest) -> None:
     strength, weight = recipe.strength, recipe.cfw_weight
     if not math.isfinite(strength):
-        raise ValueError(f"strength {strength}: expected a finite number; 0 is the base, 1 is as trained")
+        raise SettingError(f"strength {strength}: expected a finite number; 0 is the base, 1 is as trained")
     if strength != 1.0 and not manifest.strength and manifest.identity_name:
-        raise ValueError(
+        raise SettingError(
             f"strength {strength}: the identity of this engine has no gated blocks to scale; set strength to 1"
         )
     if not math.isfinite(weight):
-        raise ValueError(f"cfw_weight {weight}: expected a finite number; 0 is the plain decoder")
+        raise SettingError(f"cfw_weight {weight}: expected a finite number; 0 is the plain decoder")
     if weight and not manifest.cfw:
-        raise ValueError(
+        raise SettingError(
             f"cfw_weight {weight}: this engine has no controllable feature wrapping; set cfw_weight to 0, or import "
             "the base with its feature wrapping and export it again"
         )
@@ -105,13 +106,13 @@ def _check_networks(recipe: Recipe, manifest: Manifest) -> None:
 
 def _check_tiles(config: RestoreConfig, recipe: Recipe, manifest: Manifest) -> None:
     if not 0 <= recipe.overlap < manifest.tile or recipe.overlap % manifest.factor:
-        raise ValueError(
+        raise SettingError(
             f"overlap {recipe.overlap}: expected 0 to {manifest.tile - manifest.factor} in steps of "
             f"{manifest.factor} pixels"
         )
     if recipe.batch < 1:
-        raise ValueError(f"tile batch {recipe.batch}: expected at least 1")
+        raise SettingError(f"tile batch {recipe.batch}: expected at least 1")
     if config.tile.chop < 1 or config.tile.chop % PADDING:
-        raise ValueError(f"chop {config.tile.chop}: expected a multiple of {PADDING} pixels")
+        raise SettingError(f"chop {config.tile.chop}: expected a multiple of {PADDING} pixels")
     if recipe.chop_stride < 1:
-        raise ValueError(f"chop_stride {recipe.chop_stride}: expected at least 1 pixel")
+        raise SettingError(f"chop_stride {recipe.chop_stride}: expected at least 1 pixel")

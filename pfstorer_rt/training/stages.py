@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from pfstorer_rt.errors import SettingError
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.base import BaseTrainConfig, train_base
@@ -35,7 +36,7 @@ def train_stage(
         return train_base(sources, out, config, work, prior, on_progress)
     stages = {"wrapping": add_wrapping, "finishing": finish_base}
     if stage not in stages:
-        raise ValueError(f"stage {stage!r}: expected restorer, wrapping or finishing")
+        raise SettingError(f"stage {stage!r}: expected restorer, wrapping or finishing")
     if prior is None:
-        raise ValueError(f"stage {stage!r} needs a prior: the base that it trains further")
+        raise SettingError(f"stage {stage!r} needs a prior: the base that it trains further")
     return stages[stage](sources, prior, out, config, work, on_progress)

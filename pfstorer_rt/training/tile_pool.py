@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from pfstorer_rt.degradation.degrade import LEVELS, DegradationConfig, degrade
-from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.errors import BadFileError, SettingError
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.base import signature
@@ -59,7 +59,7 @@ def parse_source(text: str) -> Source:
     except ValueError:
         value = 0.0
     if not value > 0:
-        raise ValueError(f"weight {weight!r} of {name}: expected a number above 0")
+        raise SettingError(f"weight {weight!r} of {name}: expected a number above 0")
     return Source(find_images([Path(name)]), value)
 
 

@@ -167,7 +167,10 @@ def test_rm_deletes_an_identity_with_what_its_training_left(run, people, tree):
     (people / "notes.txt").write_text("kept")
     assert run("identities", "rm", "alice", stdin=b"n\n").status == 0
     unanswered = run("identities", "rm", "alice")
-    assert unanswered.status == 2 and "alice was not deleted: nobody answered; pass --yes" in unanswered.errors[0]
+    assert (
+        unanswered.status == 2
+        and "alice was not deleted: the question was not answered; pass --yes" in unanswered.errors[0]
+    )
     assert len(tree(people)) == 3
     assert run("identities", "rm", "alice", "--yes").out == "alice: deleted\n"
     assert list(tree(people)) == ["notes.txt"]
@@ -318,7 +321,7 @@ def test_doctor_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     report = json.loads(run("doctor", "--json").out)
     assert "pip install" in report["engines"]["openvino"]
-    monkeypatch.setattr("pfstorer_rt.cli.doctor.find_spec", lambda name: None)
+    monkeypatch.setattr("pfstorer_rt.runtime.doctor.find_spec", lambda name: None)
     assert "pip install" in json.loads(run("doctor", "--json").out)["metrics"]["st-lpips"]
 
 

@@ -26,7 +26,7 @@ def test_a_command_that_is_told_to_end_cleans_up_first(run, signals, monkeypatch
     monkeypatch.setattr(build, "export_component", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     result = run("export", "--base", nano_base_dir, "-o", tmp_path / "a.plan")
     assert result.status == 130
-    assert result.errors == ["Error: interrupted; the same command goes on from here where it can"]
+    assert result.errors == ["Error: Interrupted. Run the same command again to resume."]
     assert not list(tmp_path.iterdir())
 
 
@@ -115,7 +115,7 @@ def test_a_plan_of_executable_code_is_not_run_for_strangers(refused, base_plan, 
     plan = write_plan(tmp_path / "a.plan", manifest, {c: base_plan.read(c) for c in COMPONENTS}).path
     picture = save(tmp_path / "old.png", 40, 40)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    refused(2, "restore", "--engine", plan, picture, words=("NVIDIA GPU", "--target onnx"))
+    refused(2, "restore", "--engine", plan, picture, words=("NVIDIA GPU", "target onnx"))
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "stranger"))
     refused(2, "restore", "--engine", plan, picture, words=("executable code", "--trust-plan"))
     refused(2, "restore", "--engine", plan, picture, "--trust-plan", words=("NVIDIA GPU",))

@@ -148,7 +148,7 @@ def test_an_interruption_keeps_what_is_done(restore, save, tree, tmp_path, monke
 
     monkeypatch.setattr(batch, "scan_image", interrupted)
     done = restore(tmp_path / "in", "-o", tmp_path / "out")
-    assert done.status == 130 and len(done.errors) == 1 and "interrupted" in done.errors[0]
+    assert done.status == 130 and len(done.errors) == 1 and "Interrupted" in done.errors[0]
     assert set(tree(tmp_path / "out")) in ({"a_restored.png"}, {"a_restored.png", "b_restored.png"})
 
 

@@ -57,7 +57,7 @@ def test_suffix_format_and_quality(restore, save, tree, tmp_path):
         (("in/a.png", "-o", "out.jpg", "--format", "webp"), "leave one of them out"),
         (("in", "-o", "out.png"), "give a folder"),
         (("in/a.png", "in/b.jpg", "-o", "out.png"), "give a folder"),
-        (("in/a.png", "--suffix", "x/y"), "--suffix 'x/y'"),
+        (("in/a.png", "--suffix", "x/y"), "suffix 'x/y'"),
         (("in/a.png", "--seed", 2**32), "4294967296 is not in the range"),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_report_that_cannot_be_written_is_a_failure(restore, save, tmp_path, m
         raise OSError(28, "No space left on device")
 
     save(tmp_path / "a.png")
-    monkeypatch.setattr("pfstorer_rt.cli.pictures.show", full)
+    monkeypatch.setattr("pfstorer_rt.cli.outcomes.show", full)
     done = restore(tmp_path / "a.png", "--json")
     assert done.status == 1 and "No space left" in done.errors[-1]
     assert (tmp_path / "a_restored.png").exists()

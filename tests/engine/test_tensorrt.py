@@ -339,9 +339,9 @@ def test_code_that_nobody_vouches_for_is_refused(base_plan, tmp_path, fake_gpu, 
     plan, functions = tensorrt_plan(base_plan, tmp_path / "a.plan")
     _, module = fake_gpu(functions)
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "another user"))
-    with pytest.raises(BadFileError, match=r"executable code.*not built by you.*--trust-plan"):
+    with pytest.raises(BadFileError, match=r"executable code.*not built by you.*trust this plan") as refusal:
         Restorer.from_plan(plan.path)
-    assert module.log == []
+    assert module.log == [] and refusal.value.setting == "trust"
     with Restorer.from_plan(plan.path, trust=True) as restorer:
         assert restorer.restore(make_picture(64, 64)).shape == (64, 64, 3)
     # Its own key does not make a foreign plan its own.

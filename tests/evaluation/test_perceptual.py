@@ -81,7 +81,7 @@ def test_lpips_is_the_papers_formula(alexnet, lpips_package, make_picture, noisy
 def test_lpips_says_what_is_missing(alexnet, lpips_package, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     reason = load_metrics(["lpips"]).refused["lpips"]
-    assert reason.startswith("not measured: ") and "--alexnet alexnet-owt-7be5be79.pth" in reason
+    assert reason.startswith("not measured: ") and "AlexNet weights, alexnet-owt-7be5be79.pth" in reason
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     reasons = load_metrics(["lpips", "stlpips"], MetricFiles(alexnet=alexnet)).refused
     assert "pip install --no-deps lpips" in reasons["lpips"] and "pfstorer-rt[metrics]" in reasons["stlpips"]
@@ -155,7 +155,7 @@ def test_musiq_is_asked_of_pyiqa(monkeypatch, tmp_path):
 
 def test_musiq_without_weights_or_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyiqa", FakeMusiq(OSError("no network")))
-    assert "--musiq FILE (no network)" in load_metrics(["musiq"]).refused["musiq"]
+    assert "give the file of its weights (no network)" in load_metrics(["musiq"]).refused["musiq"]
     monkeypatch.setitem(sys.modules, "pyiqa", None)
     with pytest.raises(MissingBackendError, match="pip install pyiqa"):
         perceptual.musiq_measure(None)

@@ -166,7 +166,7 @@ def test_a_missing_metric_stays_a_column_with_its_reason(monkeypatch, make_pictu
     loaded = load_metrics(keys)
     assert [column.key for column in loaded.columns] == keys and set(loaded.refused) == set(keys[1:])
     assert "pip install 'pfstorer-rt[metrics]'" in loaded.refused["id_dlib"]
-    assert "--arcface FILE" in loaded.refused["id_arcface"]
+    assert "as an ONNX file" in loaded.refused["id_arcface"]
     a = Sample(make_picture(16, 16))
     assert loaded.measure(a, a) == dict.fromkeys(keys) | {"psnr": math.inf}
 

@@ -191,9 +191,9 @@ def test_a_checkpoint_without_fusion_layers_is_no_cfw():
 
 
 def test_a_base_without_feature_wrapping_refuses_features(nano_base):
-    with pytest.raises(ValueError, match="--cfw"):
+    with pytest.raises(ValueError, match="no controllable feature wrapping"):
         nano_base.features(torch.zeros(1, 3, 64, 64))
-    with pytest.raises(ValueError, match="--cfw"):
+    with pytest.raises(ValueError, match="no controllable feature wrapping"):
         nano_base.decode(torch.zeros(1, 4, 8, 8), {}, 1.0)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.errors import BadFileError, one_line
 from pfstorer_rt.files import show_path
 from pfstorer_rt.models.stablesr.conversion import Tensors
 
@@ -97,7 +97,7 @@ def read_checkpoint(path: Path) -> Tensors:
     except BadFileError as error:
         raise BadFileError(f"{show_path(path)}: {error}") from error
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise BadFileError(f"{show_path(path)}: not a readable .ckpt or .safetensors file ({reason})") from error
     state = data.get("state_dict", data) if isinstance(data, Mapping) else {}
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and isinstance(k, str)}

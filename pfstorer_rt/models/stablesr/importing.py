@@ -68,7 +68,9 @@ def import_base(
     if output.exists() and not output.is_dir():
         raise BadFileError(f"{show_path(output)}: a file; a base is a folder, give -o another name")
     if sd is not None and Path(sd).is_dir() and output.resolve() == Path(sd).resolve():
-        raise BadFileError(f"{show_path(output)}: the new base would replace the files that --sd reads; choose another")
+        raise BadFileError(
+            f"{show_path(output)}: the new base would replace its SD 2.1 source files; choose another folder"
+        )
     tensors = read_checkpoint(checkpoint)
     check_kind(tensors, checkpoint.name)
     config = config or PRESETS["sd21"]
@@ -78,7 +80,9 @@ def import_base(
     states = convert(tensors, config, sd, checkpoint.name)
     if cfw is not None:
         if vae is not None:
-            raise BadFileError("--cfw wraps SD's own decoder and --vae replaces it: give one of the two")
+            raise BadFileError(
+                "the feature wrapping is for SD's own decoder, and another autoencoder replaces it; give one of the two"
+            )
         states["cfw"], settings = convert_cfw(read_checkpoint(cfw), states["vae"], config, cfw.name)
         config = replace(config, cfw=settings)
     if vae is not None:
@@ -104,8 +108,8 @@ def check_kind(tensors: Tensors, name: str) -> None:
     """
     if not part(tensors, STRUCTURE):
         raise BadFileError(
-            f"{name}: no {STRUCTURE}* tensors in it; expected a StableSR checkpoint (SD 2.1 itself goes into --sd, the "
-            "feature-wrapping decoder into --cfw)"
+            f"{name}: no {STRUCTURE}* tensors in it; expected a StableSR checkpoint (not SD 2.1 itself, and not "
+            "the feature-wrapping decoder)"
         )
     known = (UNET, STRUCTURE, VAE, TEXT, "model_ema.")
     raise_if_any([f"unexpected {k}" for k in tensors if "." in k and not k.startswith(known)], name)
@@ -142,7 +146,7 @@ def convert(
         text = convert_open_clip_checkpoint(base.text_encoder.model, tensors, prefix=TEXT + "model.")
         return {**states, "unet": unet, "text_encoder": text}
     if sd is None:
-        raise BadFileError(f"{name}: holds StableSR's own parts only; give SD 2.1-base with --sd DIR|HUB_ID")
+        raise BadFileError(f"{name}: contains StableSR's own parts only; give SD 2.1-base too", setting="sd")
     folder = fetch(sd)
     return {
         **states,
@@ -153,7 +157,7 @@ def convert(
 
 
 def convert_cfw(
-    tensors: Tensors, vae: Tensors, config: BaseConfig, name: str = "the --cfw checkpoint"
+    tensors: Tensors, vae: Tensors, config: BaseConfig, name: str = "the feature-wrapping checkpoint"
 ) -> tuple[Tensors, dict[str, object]]:
     """Convert the feature-wrapping checkpoint: (tensors, settings of `ControllableFeatureWrapping`).
 
@@ -162,7 +166,9 @@ def convert_cfw(
     tensors = {k.removeprefix(VAE): v for k, v in tensors.items() if not k.removeprefix(VAE).startswith("loss.")}
     fusion = {k.removeprefix("decoder."): v for k, v in tensors.items() if k.startswith("decoder.fusion_layer_")}
     if not fusion:
-        raise BadFileError(f"{name}: no decoder.fusion_layer_* tensors in it; give vqgan_cfw_00011.ckpt with --cfw")
+        raise BadFileError(
+            f"{name}: no decoder.fusion_layer_* tensors in it; expected the checkpoint vqgan_cfw_00011.ckpt"
+        )
     widths = tuple(config.vae["block_out_channels"][level] for level in LEVELS)
     first = fusion.get("fusion_layer_1.encode_enc_2.0.rdb1.conv1.weight")
     settings: dict[str, object] = {

@@ -1,0 +1,48 @@
+"""Print the outcomes of a batch: what `restore` and `degrade` share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from pfstorer_rt.cli.options import explain
+from pfstorer_rt.console import printable
+from pfstorer_rt.errors import PFStorerError
+from pfstorer_rt.runtime.batch import Outcome
+
+
+def show(outcome: Outcome, as_json: bool) -> None:
+    """Print one outcome; to stderr when the image itself is on stdout."""
+    to_stderr = outcome.job.target is None and outcome.status == "done"
+    if as_json:
+        explained = outcome.error and PFStorerError(explain(outcome.error))
+        click.echo(json.dumps(replace(outcome, error=explained).report()), err=outcome.job.target is None)
+    elif outcome.status == "failed" and outcome.error:
+        text, source = explain(outcome.error), str(outcome.job.source or "-")
+        about = "" if text.startswith(source) else f"{source}: "
+        click.echo(printable(f"failed: {about}{text}"), err=True)
+    else:
+        click.echo(printable(line(outcome)), err=to_stderr)
+
+
+def line(outcome: Outcome) -> str:
+    """Return the text of an outcome that is no failure."""
+    if outcome.status == "skipped":
+        return f"{outcome.job.target}: exists, skipped"
+    if outcome.status == "planned":
+        forecast: Mapping[str, Any] = outcome.details
+        return (
+            "{0}: canvas {width}x{height}, {tiles} tiles in batches of {batch}, {steps} steps, {codec_tiles} tiles of "
+            "encoder and decoder; about {predicted_peak_mb} MB of memory and {predicted_seconds:.0f} s"
+        ).format(outcome.job.source, **forecast)
+    notes = "".join(f" ({note})" for note in outcome.notes)
+    return f"{outcome.job.target or '-'}: {outcome.width}x{outcome.height}, {outcome.seconds:.1f} s{notes}"
+
+
+def exit_status(outcomes: Sequence[Outcome]) -> int:
+    """Return 1 where an image failed, else 0."""
+    return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0

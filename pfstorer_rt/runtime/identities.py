@@ -1,0 +1,118 @@
+"""The identities of the user's data directory: check them and delete them. `pfstorer_rt.identity` is one file."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pfstorer_rt.errors import BadFileError, PFStorerError
+from pfstorer_rt.files import cache_home, remove_leftovers, sha256_file, show_path
+from pfstorer_rt.identity import Identity, identities_dir, identity_path, read_metadata
+from pfstorer_rt.imaging.find import find_images
+
+
+@dataclass(frozen=True)
+class Check:
+    """One statement about an identity, and whether it holds."""
+
+    passed: bool
+    text: str
+
+
+def verify_identity(name: str | Path, photographs: Sequence[Path] = ()) -> list[Check]:
+    """Check that a file is complete and private, that its base is present, and where it was learned from.
+
+    name: a name or a file. photographs: files or folders; each image gets a check whether the identity was learned
+    from it. Raises `BadFileError` when the file cannot be read.
+    """
+    path = identity_path(name)
+    identity = Identity.load(path)
+    finite = all(bool(t.isfinite().all()) for t in identity.tensors.values() if t.is_floating_point())
+    checks = [
+        Check(bool(identity.tensors) and finite, f"{len(identity.tensors)} tensors, all finite"),
+        Check(path.stat().st_mode & 0o077 == 0, "readable by its owner only"),
+        _check_base(identity),
+    ]
+    images = find_images(photographs) if photographs else []
+    return checks + [Check(sha256_file(p) in identity.references, f"learned from {p}") for p in images]
+
+
+def _check_base(identity: Identity) -> Check:
+    from pfstorer_rt.base_files import find_base, fingerprint_directory
+
+    try:
+        found = fingerprint_directory(find_base(identity.base_name))
+    except PFStorerError as error:
+        return Check(False, str(error))
+    text = f"base {identity.base_name} is present, and the identity was learned on it"
+    return Check(found == identity.base_fingerprint, text)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Everything that is kept of an identity on this machine."""
+
+    files: tuple[Path, ...]
+    """Files and folders. The identity is the last: without it the others could not be found after an interruption."""
+    notes: tuple[str, ...] = ()
+    """Files that may exist but cannot be found."""
+
+
+def find_kept(name: str | Path) -> Kept:
+    """Find the file of an identity, the state of an interrupted training, and compiled networks.
+
+    Raises `BadFileError` when nothing is kept, and for a file outside the data directory that is not an identity.
+    """
+    path = identity_path(name)
+    checkpoint = path.with_name(path.stem + ".training.pt")
+    named = path.parent == identities_dir()  # other folders contain files of other programs too
+    if path.is_file() and not named:
+        read_metadata(path)
+    present = [checkpoint] if checkpoint.is_file() and (named or _is_checkpoint(checkpoint)) else []
+    present += [path] if path.is_file() else []
+    if not present:
+        raise BadFileError(f"{name}: no such identity; `pfstorer-rt identities list` shows the known ones")
+    networks, notes = _compiled_networks(path)
+    return Kept((*networks, *present), notes)
+
+
+def delete_identity(name: str | Path) -> Kept:
+    """Delete everything that is kept of an identity; returns what was deleted, and raises as `find_kept` does."""
+    kept = find_kept(name)
+    for path in kept.files:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    remove_leftovers(kept.files[-1].parent)
+    return kept
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a file is the state of an interrupted training, as `TrainState.save` writes it."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # torch.load raises many types for other files
+        return False
+    return isinstance(state, dict) and {"iteration", "signature", "parameters"} <= state.keys()
+
+
+def _compiled_networks(path: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """Return the folders in which engines keep compiled networks of this identity, and notes.
+
+    There are none, with a note, for a file that cannot be read, and for one whose tensors do not have the fingerprint
+    in its metadata: such a file could name the networks of another identity.
+    """
+    from pfstorer_rt.engine.openvino import cache_folder
+
+    try:
+        folder = cache_folder(Identity.load(path).fingerprint)
+    except (PFStorerError, ValueError):
+        compiled = cache_home() / "openvino"
+        note = (
+            f"compiled networks of {show_path(path)} may be left in {show_path(compiled)}, because its fingerprint is "
+            "unknown; that folder can be deleted at any time"
+        )
+        return [], (note,) if path.is_file() and compiled.is_dir() else ()
+    return ([folder] if folder.is_dir() else []), ()

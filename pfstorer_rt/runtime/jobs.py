@@ -1,0 +1,174 @@
+"""Jobs of a batch: which images are read, and where every result is written."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pfstorer_rt.errors import SettingError
+from pfstorer_rt.imaging.files import IMAGE_SUFFIXES, SAVE_FORMATS
+from pfstorer_rt.imaging.find import list_images
+
+STREAM = "-"
+"""Standard input as an input, standard output as an output."""
+BESIDE = ("compare", "preview")
+"""Kinds of files that may be written beside a result; each ends the stem of its file."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image: its file and the file of its result (None for standard input and output)."""
+
+    source: Path | None
+    target: Path | None
+    explicit: bool
+    """Whether the caller named this image. An existing result is then an error; in a folder it is skipped."""
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How result files are named: `{stem}{label}{suffix}{extension}`."""
+
+    suffix: str = "_restored"
+    """End of the stem. Images of a folder that are named so are earlier results and are left out."""
+    extension: str | None = None
+    """Extension of every result, such as `.webp`; None keeps the input's where that format can be written."""
+    label: str = ""
+    """Part of every name, to keep the results of several engines apart."""
+
+    def __post_init__(self) -> None:
+        """Raise `SettingError` for a suffix that is a path, and for a format that cannot be written."""
+        if set(self.suffix) & set("/\\\0"):
+            raise SettingError(f"suffix {self.suffix!r}: expected the end of a file name, not a path", setting="suffix")
+        if self.extension and self.extension not in SAVE_FORMATS:
+            raise SettingError(f"extension {self.extension!r}: expected one of {' '.join(SAVE_FORMATS)}")
+
+    def name(self, relative: Path) -> Path:
+        """Return the path of a result, relative to the folder of results."""
+        own = relative.suffix.lower() if relative.suffix.lower() in SAVE_FORMATS else ".png"
+        return relative.with_name(relative.stem + self.label + self.suffix + (self.extension or own))
+
+
+class NoImagesError(SettingError):
+    """The inputs contain no image to work on."""
+
+
+def plan_jobs(
+    inputs: Sequence[str | Path], output: str | Path | None = None, naming: Naming | None = None
+) -> list[Job]:
+    """Find all images and decide where every result goes.
+
+    inputs: files, folders (searched recursively), glob patterns, or `-` for standard input.
+    output: with one named image and an output that has an extension, the file of the result. Otherwise a folder, in
+    which the sub-folders of the inputs are kept. `-` is standard output. None puts results beside their inputs, and
+    the result of standard input on standard output.
+    Raises `NoImagesError` when there is no image, and `SettingError` when two results would have one name, when a
+    result would replace an input, and for an output that contradicts the inputs or the format.
+    """
+    naming, texts = naming or Naming(), [str(text) for text in inputs]
+    output = None if output is None else f"{output}"
+    found = find_inputs(texts, naming.suffix)
+    single = len(found) == 1 and not any(Path(text).is_dir() for text in texts) and not naming.label
+    file = output_file(output)
+    if file:
+        check_file(file, naming.extension, single)
+    explicit = {Path(text) for text in texts if not Path(text).is_dir()}
+    jobs = []
+    for source, relative in found:
+        if _is_inside(source, output, texts):
+            continue
+        target: Path | None
+        if output == STREAM or (output is None and source is None):
+            target = None
+        elif output is None:
+            assert source is not None
+            target = source.with_name(naming.name(relative).name)
+        else:
+            target = file if single and file else Path(output) / naming.name(relative)
+        jobs.append(Job(source, target, source is None or source in explicit))
+    _check_targets(jobs, output)
+    return jobs
+
+
+def find_inputs(inputs: Sequence[str], suffix: str) -> list[tuple[Path | None, Path]]:
+    """Expand files, folders, glob patterns and `-` to pairs: file (None for `-`), path relative to its folder.
+
+    Earlier results, named `*{suffix}.*`, and the files beside them are left out of folders. A file that does not exist
+    is kept, so that its failure is reported like any other. Raises `NoImagesError` when nothing is found.
+    """
+    found: list[tuple[Path | None, Path]] = []
+    results = 0
+    for text in inputs:
+        path = Path(text)
+        if text == STREAM:
+            found.append((None, Path("stdin.png")))
+        elif path.is_dir():
+            inside = list_images(path)
+            fresh = [p for p in inside if not is_result(p.stem, suffix)]
+            found.extend((p, p.relative_to(path)) for p in fresh)
+            results += len(inside) - len(fresh)
+        elif not path.exists() and glob.has_magic(text):
+            found.extend((Path(p), Path(Path(p).name)) for p in sorted(glob.glob(text, recursive=True)))
+        else:
+            found.append((path, Path(path.name)))
+    if not found:
+        skipped = f" except {results} earlier results, whose names end in {suffix}" if results else ""
+        message = f"no images in {' '.join(inputs)}{skipped}; expected {' '.join(IMAGE_SUFFIXES)}"
+        raise NoImagesError(message, setting="suffix" if results else None)
+    return list(dict.fromkeys(found))
+
+
+def is_result(stem: str, suffix: str) -> bool:
+    """Whether a file was written by an earlier run, judged by the end of its stem."""
+    return bool(suffix) and stem.endswith((suffix, *(f"{suffix}_{word}" for word in BESIDE)))
+
+
+def output_file(output: str | None) -> Path | None:
+    """Return the file that an output names; None for a folder, for standard output, and when there is no output."""
+    if output is None or output == STREAM or output.endswith("/") or Path(output).is_dir():
+        return None
+    return Path(output) if Path(output).suffix else None
+
+
+def check_file(file: Path, extension: str | None = None, single: bool = True) -> None:
+    """Raise `SettingError` for an output file that contradicts the number of results (`single`) or their format."""
+    kind = SAVE_FORMATS.get(file.suffix.lower())
+    if kind and not single:
+        raise SettingError(f"output {file}: one file for several results; give a folder", setting="output")
+    if kind and extension and kind != SAVE_FORMATS[extension]:
+        wanted = SAVE_FORMATS[extension]
+        raise SettingError(f"output {file} is {kind}, but the format is {wanted}; leave one of them out")
+
+
+def is_lossy(job: Job, stream: str) -> bool:
+    """Whether the format of a result has a quality: JPEG and WebP. stream: format of standard output."""
+    return SAVE_FORMATS[job.target.suffix.lower() if job.target else f".{stream}"] in ("JPEG", "WEBP")
+
+
+def _is_inside(source: Path | None, output: str | None, inputs: Sequence[str]) -> bool:
+    """Whether an image lies in the folder of results, where that folder is a part of an input folder."""
+    if source is None or output is None or output == STREAM:
+        return False
+    results = Path(output).resolve()
+    folders = [Path(text).resolve() for text in inputs if Path(text).is_dir()]
+    below = results not in folders and any(results.is_relative_to(folder) for folder in folders)
+    return below and results in source.resolve().parents
+
+
+def _check_targets(jobs: Sequence[Job], output: str | None) -> None:
+    """Raise `SettingError` when a result cannot be written, or would replace an input or another result."""
+    if any(job.target and job.target.suffix.lower() not in SAVE_FORMATS for job in jobs):
+        known = " ".join(SAVE_FORMATS)
+        raise SettingError(f"output {output}: images of this format cannot be written; use one of {known}")
+    targets = [job.target for job in jobs]
+    if len(set(targets)) < len(targets):
+        twice = next(t for t in targets if targets.count(t) > 1)
+        rivals = " and ".join(str(job.source or STREAM) for job in jobs if job.target == twice)
+        raise SettingError(f"{rivals} would all be written to {twice or 'stdout'}; rename or leave out all but one")
+    sources = {job.source.resolve() for job in jobs if job.source is not None}  # a path can be spelled in many ways
+    if same := [target for target in targets if target is not None and target.resolve() in sources]:
+        raise SettingError(
+            f"{same[0]} would be written over an input; use a suffix or another folder", setting="suffix"
+        )

@@ -1,0 +1,179 @@
+"""A batch as a library call: outcomes and callbacks, and nothing on the terminal."""
+
+import threading
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pfstorer_rt.config import RestoreConfig
+from pfstorer_rt.degradation.degrade import degrade
+from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError
+from pfstorer_rt.imaging.rows import Spool
+from pfstorer_rt.runtime.batch import (
+    BatchConfig,
+    Saving,
+    degrade_files,
+    restore_files,
+    watch_folder,
+    without_effect,
+)
+from pfstorer_rt.runtime.jobs import Naming, NoImagesError, plan_jobs
+
+
+@dataclass
+class Copying:
+    """Takes a restorer's place: every result is its input, in two steps."""
+
+    steps: int = 2
+    sampler: str = "ddpm"
+    backend: str = "none"
+    provider: str = "cpu"
+    manifest = SimpleNamespace(identity_name=None)
+
+    def recipe(self, config):
+        if config.scale != 1:
+            raise SettingError(f"scale {config.scale}: expected 1")
+        return SimpleNamespace(steps=config.steps or self.steps, sampler=self.sampler)
+
+    def layout(self, height, width, config):
+        return SimpleNamespace(recipe=self.recipe(config), denoiser_tiles=1)
+
+    def restore_rows(self, rows, config, step=None):
+        for done in (1, 2) if step else ():
+            step(done, 2)
+        return Spool.of(rows.read(0, rows.height))
+
+
+@pytest.fixture
+def save(tmp_path, make_picture):
+    def write(name, seed=0):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((make_picture(24, 40, seed) * 255).round().astype(np.uint8)).save(path)
+        return path
+
+    return write
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_a_damaged_image_is_an_outcome_and_the_others_are_restored(save, tmp_path, capfd):
+    a, c = save("in/a.png", 1), save("in/c.png", 2)
+    (tmp_path / "in" / "b.png").write_bytes(b"no image")
+    seen, steps = [], []
+    done = restore_files(
+        Copying(),
+        [tmp_path / "in"],
+        tmp_path / "out",
+        on_outcome=seen.append,
+        on_step=lambda job, n, total: steps.append((job.source.name, n, total)),
+    )
+    assert done == seen and [outcome.status for outcome in done] == ["done", "failed", "done"]
+    assert isinstance(done[1].error, BadFileError) and "b.png" in done[1].report()["error"]
+    assert (done[0].width, done[0].height, done[0].details["tiles"]) == (40, 24, 1)
+    for source, outcome in ((a, done[0]), (c, done[2])):
+        assert np.array_equal(pixels(outcome.job.target), pixels(source))
+    tiles = [(name, n, 2) for name in ("a.png", "c.png") for n in (1, 2)]
+    assert [entry for entry in steps if entry[2]] == tiles
+    assert [entry[0] for entry in steps if not entry[2]] == ["a.png", "b.png", "c.png"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_second_run_skips_results_of_a_folder_and_refuses_a_named_one(save, tmp_path):
+    source = save("in/a.png")
+    restore_files(Copying(), [tmp_path / "in"], tmp_path / "out")
+    assert [o.status for o in restore_files(Copying(), [tmp_path / "in"], tmp_path / "out")] == ["skipped"]
+    (refused,) = restore_files(Copying(), [source], tmp_path / "out" / "a_restored.png")
+    assert refused.status == "failed" and refused.error.setting == "overwrite"
+    settings = BatchConfig(saving=Saving(overwrite=True))
+    assert [o.status for o in restore_files(Copying(), [source], tmp_path / "out", settings)] == ["done"]
+
+
+def test_settings_that_do_not_fit_are_refused_before_any_work(save, tmp_path):
+    with pytest.raises(SettingError, match="scale 2"):
+        restore_files(Copying(), [save("a.png")], settings=BatchConfig(RestoreConfig(scale=2)))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_preview_and_comparison_are_written_beside_the_result(save, tmp_path):
+    source = save("a.png")
+    (done,) = restore_files(Copying(), [source], settings=BatchConfig(compare=True, preview=True))
+    assert pixels(tmp_path / "a_restored_compare.png").shape == (24, 2 * 40 + 8, 3)
+    assert pixels(tmp_path / "a_restored_preview.png").shape == (24, 40, 3)
+    assert done.details["compare"] == str(tmp_path / "a_restored_compare.png")
+    again = BatchConfig(naming=Naming(label="_b"), compare=True)
+    save("a_b_restored_compare.png", 5)
+    (kept,) = restore_files(Copying(), [source], settings=again)
+    assert "left as it is" in kept.notes[0] and "compare" not in kept.details
+
+
+def test_an_error_of_the_callback_is_raised_once_all_results_are_written(save, tmp_path):
+    save("in/a.png", 1)
+    save("in/b.png", 2)
+
+    def full(outcome):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        restore_files(Copying(), [tmp_path / "in"], tmp_path / "out", on_outcome=full)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a_restored.png", "b_restored.png"]
+
+
+def test_a_watched_folder_is_restored_as_it_fills(save, tmp_path):
+    (tmp_path / "in").mkdir()
+    threading.Timer(0.2, lambda: save("in/a.png")).start()
+    (done,) = watch_folder(Copying(), tmp_path / "in", tmp_path / "out", idle=1)
+    assert done.status == "done" and (tmp_path / "out" / "a_restored.png").is_file()
+    with pytest.raises(SettingError, match="give a folder"):
+        watch_folder(Copying(), tmp_path / "in", tmp_path / "one.png", idle=1)
+
+
+def test_settings_without_effect_are_found():
+    settings = BatchConfig(RestoreConfig(strength=0.5, eta=0.5, steps=1), preview=True)
+    assert [found.setting for found in without_effect(Copying(), settings)] == ["strength", "eta", "preview"]
+    assert not without_effect(Copying(sampler="ddim"), BatchConfig(RestoreConfig(eta=0.5), preview=True))
+
+
+def test_degraded_files_have_one_seed_after_the_other(save, tmp_path):
+    import torch
+
+    save("in/a.png", 1)
+    second = save("in/b.png", 2)
+    done = degrade_files([tmp_path / "in"], tmp_path / "out", "light", seed=7)
+    image = torch.from_numpy(pixels(second).astype(np.float32) / 255).permute(2, 0, 1).contiguous()
+    expected = (degrade(image, "light", 8).permute(1, 2, 0).clamp(0, 1) * 255).numpy()
+    assert [outcome.job.target.name for outcome in done] == ["a_degraded.png", "b_degraded.png"]
+    assert np.abs(pixels(done[1].job.target) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "naming", "words"),
+    [
+        (["a.png", "b.png"], "one.png", Naming(), "give a folder"),
+        (["a.png"], "one.jpg", Naming(extension=".webp"), "leave one of them out"),
+        (["a.png"], "a.png", Naming(), "over an input"),
+        (["a.png"], "a.xyz", Naming(), "cannot be written"),
+        (["a.png", "x/a.png"], "out", Naming(), "would all be written"),
+    ],
+)
+def test_outputs_that_contradict_the_inputs_are_refused(save, tmp_path, monkeypatch, inputs, output, naming, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png", "x/a.png"):
+        save(name)
+    with pytest.raises(SettingError, match=words):
+        plan_jobs(inputs, output, naming)
+
+
+def test_a_folder_without_images_and_a_suffix_with_a_path_are_errors_of_the_caller(save, tmp_path):
+    save("in/a_restored.png")
+    with pytest.raises(NoImagesError, match="1 earlier results") as refusal:
+        plan_jobs([tmp_path / "in"])
+    assert isinstance(refusal.value, ValueError) and isinstance(refusal.value, PFStorerError)
+    with pytest.raises(ValueError, match="suffix 'x/y'"):
+        Naming(suffix="x/y")
