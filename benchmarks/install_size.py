@@ -1,7 +1,8 @@
 """The size of `pip install pfstorer-rt` and of its extras, and what importing and using the runtime imports.
 
 Sizes are those of the files of the distributions that are installed here, found by their metadata: nothing is
-downloaded. Imports are counted by `python -X importtime` in a process of its own.
+downloaded. Imports are counted by `python -X importtime` in a process of its own; its time is the processor's, which
+other work on the machine hardly changes.
 
     python benchmarks/install_size.py --engine alice.plan -o benchmarks/results/install_size.json
 """
@@ -9,11 +10,12 @@ downloaded. Imports are counted by `python -X importtime` in a process of its ow
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +73,18 @@ def size_of(text: str) -> dict[str, Any]:
 
 
 def imports(*arguments: str) -> dict[str, Any]:
-    """Run Python on arguments; returns how many modules it imports, in how many seconds, and the packages."""
+    """Run Python on arguments; returns how many modules it imports, the processor's seconds, and the packages."""
+    before = os.times()
     done = subprocess.run([sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, check=True)
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
     lines = [line.split("|") for line in done.stderr.splitlines() if line.startswith("import time:")][1:]
-    packages = {line[2].strip().partition(".")[0] for line in lines} - set(sys.stdlib_module_names)
+    names = {line[2].strip().partition(".")[0] for line in lines}
+    installed = names & set(packages_distributions())  # imports that failed are counted by Python, too
     return {
         "modules": len(lines),
-        "seconds": round(sum(int(line[0].removeprefix("import time:")) for line in lines) / 1e6, 2),
-        "packages": sorted(name for name in packages if not name.startswith("_")),
+        "cpu_seconds": round(seconds, 2),
+        "packages": sorted(installed),
     }
 
 

@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,14 @@ def source_files():
 MODULES = dict(source_files())
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
 def imports(name, path, tables=True):
     """(line, absolute module name) of every import in a file, in functions too, and of names in string tables."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -139,7 +145,7 @@ def test_no_two_modules_import_each_other():
 
 def imported_at_once(path):
     """Third-party packages that a file imports as soon as it is imported itself: not in functions, not for types."""
-    pending, found = list(ast.parse(path.read_text()).body), set()
+    pending, found = list(parsed(path).body), set()
     while pending:
         node = pending.pop()
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or "TYPE_CHECKING" in ast.unparse(node)[:20]:
