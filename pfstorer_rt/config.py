@@ -270,7 +270,7 @@ Range = tuple[Callable[[Any], bool], str]
 
 def _whole(least: int) -> Range:
     return (
-        lambda v: isinstance(v, Integral) and not isinstance(v, bool) and v >= least,
+        lambda v: isinstance(v, Integral) and not isinstance(v, bool) and int(v) >= least,
         f"a whole number of {least} or more",
     )
 
