@@ -1,10 +1,11 @@
-"""How fast is the attention kernel, forward and with its backward, against PyTorch's own and xformers?
+"""Time the Triton attention kernel, forward and backward, against PyTorch's attention and xformers.
 
     python benchmarks/attention.py -o benchmarks/results/attention.csv [--dtype fp16|bf16]
 
-Needs an NVIDIA GPU. Lengths are those of the UNet's levels on 512-pixel tiles (4096, 1024, 256), against themselves,
-a prompt (77) and a reference of which three quarters are kept. Ways: the kernel with the tile that is fastest here,
-each of SDPA's backends, SDPA compiled, xformers; for masked keys SDPA takes a mask and the kernel leaves keys out.
+Needs an NVIDIA GPU. Sequence lengths are those of the UNet's levels on 512-pixel tiles (4096, 1024, 256). Keys are the
+sequence itself, a prompt (77 tokens), or a reference of which three quarters are kept. Methods: the kernel with its
+fastest block size on this GPU, each backend of SDPA, compiled SDPA, and xformers. For masked keys SDPA gets a mask; the
+kernel skips the masked keys.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How good is a base on photographs that its training left out? Autoencoder alone, and restoring by step count.
+"""Measure a base on held-out photographs: its autoencoder alone, and restoration by number of steps.
 
     python benchmarks/base.py PHOTOS... -o benchmarks/results/base.csv
 
-The held-out photographs are those that `train-base` holds out, by their names. One row for each setting, means
-over the pictures; `faces` is the share in which dlib finds a face, `id_distance` the mean over those pictures in
-which it finds one in every setting, so that all rows speak of the same pictures.
+The photographs are the ones that `train-base` holds out by name. One row per setting; values are means over the images.
+`faces` is the share of the images in which dlib finds a face. `id_distance` is the mean over the images in which dlib
+finds a face in every setting, so that all rows cover the same images.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SETTINGS = [("ddim", 1), ("ddim", 2), ("ddim", 4), ("ddim", 8), ("ddim", 50)]
 @click.argument("photos", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 @click.option("--base", "name", default="tiny", show_default=True)
-@click.option("--count", default=48, show_default=True, help="Pictures, evenly drawn from the held-out ones.")
+@click.option("--count", default=48, show_default=True, help="Number of held-out images, evenly spaced.")
 @click.option("--level", type=click.Choice(LEVELS), multiple=True, default=LEVELS, show_default=True)
 def main(photos: tuple[Path, ...], output: Path, name: str, count: int, level: tuple[str, ...]) -> None:
     base = load_base(name)
@@ -59,7 +59,7 @@ def main(photos: tuple[Path, ...], output: Path, name: str, count: int, level: t
 
 
 def measure(base: Base, originals: list[torch.Tensor], level: str) -> list[dict[str, Any]]:
-    """Restore every picture with every setting; returns one row of means for each."""
+    """Restore every image with every setting; returns one row of means per setting."""
     embed = face_embedder()
     assert embed is not None, "install the metrics extra"
     truths = [hwc(image) for image in originals]
@@ -99,7 +99,7 @@ def measure(base: Base, originals: list[torch.Tensor], level: str) -> list[dict[
 
 @torch.no_grad()
 def reconstruct(base: Base, pixels: Pixels) -> Pixels:
-    """Encode and decode."""
+    """Encode and decode an image (3, H, W) in [0, 1]."""
     return from_tensor(base.decode(base.encode(to_tensor(pixels))))
 
 

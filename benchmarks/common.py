@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine that a figure belongs to, pictures as arrays, and CSV files."""
+"""Functions that the benchmarks share: description of the machine, images as arrays, CSV files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pfstorer_rt.runtime.bench import processor
 
 
 def hwc(image: torch.Tensor) -> Pixels:
-    """(3, H, W) -> (H, W, 3)."""
+    """Return (3, H, W) as (H, W, 3)."""
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 

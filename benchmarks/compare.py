@@ -1,10 +1,10 @@
-"""Does a plan compute what PyTorch does, on every backend that runs it here?
+"""Compare a plan with PyTorch on every backend that runs it on this machine.
 
     python benchmarks/compare.py PLAN... [--identity NAME|FILE] [--base NAME|DIR] -o benchmarks/results/compare.csv
 
 Rows: each component on a photograph and on flat and noisy tiles, for each pair of backends (largest and mean absolute
-difference, cosine distance), and the restored picture's PSNR against PyTorch's. A value that is not finite, or a
-picture under 45 dB, makes the exit status 1.
+difference, cosine distance), and the PSNR of the restored image against PyTorch's. The exit status is 1 for a value
+that is not finite, and for an image under 45 dB.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Draws the loss curves of the shipped base from the CSVs that `train-base` keeps.
+"""Draw the loss curves of the shipped base from the CSV files of `train-base`.
 
 python benchmarks/curves.py benchmarks/results/train_*.csv -o docs/training_curves.svg
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 WIDTH, HEIGHT, MARGIN = 360, 200, 40
 SMOOTH = 9
-"""Logged values (one in 50 iterations) that a point of the line is the mean of."""
+"""Logged values (one in 50 iterations) per point of the line, which is their mean."""
 
 
 @click.command()
@@ -27,7 +27,7 @@ def main(logs: tuple[Path, ...], output: Path) -> None:
 
 
 def plot(path: Path, place: int) -> str:
-    """One curve, logarithmic in the loss."""
+    """Return one curve with a logarithmic axis of the loss."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     iterations = np.array([float(r["iteration"]) for r in rows])

@@ -1,12 +1,12 @@
-"""Which settings of ONNX Runtime and OpenVINO are the fastest on this CPU?
+"""Find the fastest settings of ONNX Runtime and OpenVINO on this CPU.
 
     python benchmarks/engine_options.py --engine tiny.plan -o benchmarks/results/engine_options.csv [--runs 9]
 
-Every component of a plan at the batches and sizes given, by every setting in turns, so that what else the machine does
-hits all of them alike. `p50` and `best` are milliseconds, `ratio` is the median over the rounds of ONNX Runtime's
-usual setting divided by this one, above 1 is faster; `open_s` is from the payload to the first result. Threads of ONNX
-Runtime spin for work within a run and sleep after it; in `ort spinning on`, its default, they would take the cores from
-the others here, and in `ort sleeping` they never spin.
+Times every component of a plan at the given batch sizes with every setting. The settings alternate in rounds, so that
+other load on the machine affects all of them. `p50` and `best` are milliseconds. `ratio` is the median over the rounds
+of the time of ONNX Runtime's usual setting divided by the time of this setting: above 1 is faster. `open_s` is the time
+from the payload to the first result. ONNX Runtime's threads usually spin within a run and sleep after it; with
+`ort spinning on`, its default, they would take the cores from the other settings, with `ort sleeping` they never spin.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ Levels = onnxruntime.GraphOptimizationLevel
 @click.option("--engine", required=True)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 @click.option("--runs", default=9, show_default=True)
-@click.option("--batch", "batches", multiple=True, type=int, default=(1, 4), show_default=True, help="Of the denoiser.")
-@click.option("--only", multiple=True, help="Names of settings.")
+@click.option(
+    "--batch", "batches", multiple=True, type=int, default=(1, 4), show_default=True, help="Batch size of the denoiser."
+)
+@click.option("--only", multiple=True, help="Settings to measure.")
 def main(engine: str, output: Path, runs: int, batches: tuple[int, ...], only: tuple[str, ...]) -> None:
     plan, rows = Plan.open(engine), []
     for component in COMPONENTS:
@@ -82,7 +84,7 @@ def main(engine: str, output: Path, runs: int, batches: tuple[int, ...], only: t
 
 
 def settings(payload: bytes) -> dict[str, Callable[[], Run]]:
-    """Return what opens a payload, by the name of a setting; `ort` is the usual one."""
+    """Return setting -> function that opens a payload; `ort` is the usual setting."""
     ort = partial(onnx_runtime, payload)
     return {
         "ort": ort,
@@ -100,7 +102,7 @@ def settings(payload: bytes) -> dict[str, Callable[[], Run]]:
 
 
 def onnx_runtime(payload: bytes, bind: bool = False, spin: str = "in runs", **values: Any) -> Run:
-    """Open in ONNX Runtime, with outputs bound beforehand or not; threads wait spinning "on", "in runs" or "never"."""
+    """Open in ONNX Runtime, with or without bound outputs; waiting threads spin "on", "in runs" or "never"."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin != "never")))
@@ -124,7 +126,7 @@ def onnx_runtime(payload: bytes, bind: bool = False, spin: str = "in runs", **va
 
 
 def openvino(payload: bytes, provider: str) -> Run:
-    """Open in OpenVINO, without its cache."""
+    """Open in OpenVINO without a cache."""
     session = OpenVinoSession(payload, provider)
     return lambda arrays: session.run(**arrays)
 

@@ -1,11 +1,11 @@
-"""How large are TensorRT-RTX engines of the denoiser, and how long do they take to build, by how batches are laid out?
+"""Measure size and build time of TensorRT-RTX engines of the denoiser, by layout of batch sizes.
 
     python benchmarks/engines.py -o benchmarks/results/engines.csv [--base tiny|DIR|sd21]
 
-Needs no GPU. Rows: one batch size, a ladder of profiles in one engine, an engine for each batch size, one profile
-over all batch sizes. `fused_attention` counts the attentions that got a fused kernel, once for each profile, read from
-the kernel sources that the engine carries; `fp32_scores` those whose q k^T is summed in fp32. `sd21` is a base of
-Stable Diffusion 2.1's sizes with random weights.
+Needs no GPU. Rows: one batch size, several profiles in one engine, one engine per batch size, one profile over all
+batch sizes. `fused_attention` counts attentions with a fused kernel, once per profile, read from the kernel sources in
+the engine; `fp32_scores` counts those that accumulate q k^T in fp32. `sd21` is a base of Stable Diffusion 2.1's size
+with random weights.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LADDER = (1, 2, 4, 8)
 
 @click.command()
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-@click.option("--base", "name", default="tiny", show_default=True, help="A base, or a preset for random weights.")
+@click.option("--base", "name", default="tiny", show_default=True, help="A base, or a preset with random weights.")
 @click.option("--layout", "layouts", multiple=True, help="one, ladder, each, range. [default: all]")
 def main(output: Path, name: str, layouts: tuple[str, ...]) -> None:
     base = build_base(name) if name in PRESETS and name != "tiny" else load_base(name)
@@ -60,7 +60,7 @@ def main(output: Path, name: str, layouts: tuple[str, ...]) -> None:
 
 
 def measure(layout: str, model: Path, origins: dict[str, str], tile: int, folder: Path) -> dict[str, Any]:
-    """Build the engines of one layout; returns their figures."""
+    """Build the engines of one layout; returns a row of the CSV file."""
     ladders = {"one": [(1,)], "ladder": [LADDER], "each": [(b,) for b in LADDER], "range": [LADDER]}[layout]
     plan, started, size, fused, wide = tensorrt.plan_profiles, time.perf_counter(), 0, 0, 0
     if layout == "range":
@@ -92,7 +92,7 @@ def measure(layout: str, model: Path, origins: dict[str, str], tile: int, folder
 def one_range(
     inputs: dict[str, list[int]], tile: int, scales: Mapping[str, int], options: BuildOptions
 ) -> list[dict[str, list[list[int]]]]:
-    """One profile from the smallest to the largest batch, tuned for four."""
+    """Return one profile from the smallest to the largest batch, tuned for four."""
     sizes = (min(options.batches), 4, max(options.batches))
     return [{n: [[b if d == -1 else d for d in s] for b in sizes] for n, s in inputs.items() if -1 in s}]
 

@@ -1,10 +1,10 @@
-"""How much memory and time does exporting a full-size base take, and does its plan restore a tile?
+"""Measure memory and time of exporting a full-size base, and restore one tile with its plan.
 
     python benchmarks/export_sd21.py -o benchmarks/results/export_sd21.json --scratch DIR
 
 Makes an SD 2.1 base and an identity with random weights (fp16 on disk), exports them to ONNX plans with the command
-that users run, and restores one 512-pixel tile in two steps with ONNX Runtime. Each command is a process of its own;
-its memory is the largest that the system counted for it (`ru_maxrss`), pages of mapped files included. DIR needs 20 GB.
+line, and restores one 512-pixel tile in two steps with ONNX Runtime. Every command runs in its own process; its memory
+is the peak resident size (`ru_maxrss`), which includes pages of mapped files. DIR needs 20 GB.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ make_identity("sd21", objective, base, config, [photo], [read_photo(photo)]).sav
 
 
 def watch(*command: str | Path) -> dict[str, float]:
-    """Run a command; returns its seconds and the peak of its memory in GB."""
+    """Run a command; returns its time in seconds and its peak memory in GB."""
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, *map(str, command)], stdout=sys.stderr)
     _, status, usage = os.wait4(process.pid, 0)
@@ -62,7 +62,7 @@ def size(path: Path) -> float:
 
 
 def measure(folder: Path, precision: str, keep: bool) -> dict[str, object]:
-    """Export at a precision and restore a tile with the plan."""
+    """Export with a precision and restore a tile with the plan."""
     plan, restored, cli = folder / f"{precision}.plan", folder / "restored.png", ("-m", "pfstorer_rt.cli")
     named = ("--identity", folder / "sd21.safetensors", "--base", folder / "sd21")
     export = watch(*cli, "export", *named, "--precision", precision, "--overwrite", "-o", plan)
@@ -85,9 +85,11 @@ def measure(folder: Path, precision: str, keep: bool) -> dict[str, object]:
 
 @click.command()
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-@click.option("--scratch", required=True, type=click.Path(path_type=Path), help="Folder for the base; used again.")
+@click.option(
+    "--scratch", required=True, type=click.Path(path_type=Path), help="Folder of the base; reused if present."
+)
 @click.option("--precision", "precisions", multiple=True, default=("fp16", "fp32"))
-@click.option("--keep", is_flag=True, help="Leave the plans in DIR.")
+@click.option("--keep", is_flag=True, help="Keep the plans in DIR.")
 def main(output: Path, scratch: Path, precisions: tuple[str, ...], keep: bool) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     Image.fromarray(data.astronaut()).save(scratch / "tile.png")

@@ -1,10 +1,11 @@
-"""Does writing the gated residual from inside the projection save time, alone and in the whole personalization block?
+"""Time the fused gated projection, alone and in a whole personalization block.
 
     python benchmarks/gated_projection.py -o benchmarks/results/gated_projection.csv [--dtype fp16|bf16]
 
-Needs an NVIDIA GPU. Shapes are the last projections of the personalization blocks of a Stable Diffusion 2.1 base on
-512-pixel tiles, then those blocks as a whole with a reference of as many tokens. Ways: the kernel (each tile, the
-block with `attention="triton"`), the layer and the element-wise passes, both compiled; for blocks SDPA and xformers.
+Needs an NVIDIA GPU. Shapes are those of the last projections of the personalization blocks of a Stable Diffusion 2.1
+base on 512-pixel tiles, and whole blocks with a reference of equal length. Methods: the kernel (each block size; the
+block with `attention="triton"`), the layer with element-wise operations, and both compiled; for blocks also SDPA and
+xformers.
 """
 
 from __future__ import annotations

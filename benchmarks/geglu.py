@@ -1,4 +1,4 @@
-"""What share of the memory bandwidth does the feed-forward's gate reach?
+"""Measure the share of the memory bandwidth that the feed-forward's gate (GEGLU) reaches.
 
     python benchmarks/geglu.py -o benchmarks/results/geglu.csv [--dtype fp16|bf16]
 

@@ -1,12 +1,12 @@
-"""How good is a base on whole pictures that its training left out? Input and bases, picture by picture.
+"""Measure bases on whole held-out images: one row per input and base.
 
     python benchmarks/heldout.py london=FOLDER generated=FOLDER --lpips FILE --recognizer FILE -o heldout.csv
 
-Each folder's pictures are cut to their middle square, resized to 512 pixels, and degraded with a seed of their own. The
-input is what a degradation leaves, enlarged to 512 pixels by bicubic interpolation. Columns: PSNR in dB; LPIPS
-(AlexNet, ONNX: `in0`, `in1` in [-1, 1]); `gradient`, the mean gradient of the result over that of the original;
-`cosine` of a recognizer (ONNX, RGB 0..255, 112x112 ArcFace template) to the original, both aligned by the landmarks of
-the original, so that a face that no detector finds counts as well.
+The images of each folder are cropped to the centre, resized to 512 pixels, and each degraded with its own seed. The
+input is the degraded image, enlarged to 512 pixels by bicubic interpolation. Columns: PSNR in dB; LPIPS (AlexNet, ONNX:
+`in0`, `in1` in [-1, 1]); `gradient`, the mean gradient of the result divided by that of the original; `cosine`
+similarity between a recognizer's embeddings (ONNX, RGB 0..255, 112x112 ArcFace template) of result and original. Both
+are aligned by the landmarks of the original, so that results without a detectable face count too.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ Metric = Callable[[Pixels, Pixels], float | None]
     multiple=True,
     default=("heavy", "light", "clean"),
 )
-@click.option("--count", default=24, show_default=True, help="Pictures of each set, evenly drawn.")
+@click.option("--count", default=24, show_default=True, help="Number of images of each set, evenly spaced.")
 @click.option("--lpips", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--recognizer", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--sheet", type=click.Path(path_type=Path), help="Folder for a sheet of pictures of each set and level.")
+@click.option("--sheet", type=click.Path(path_type=Path), help="Folder for a sheet of images of each set and level.")
 def main(
     sets: tuple[str, ...],
     output: Path,
@@ -115,7 +115,7 @@ def tell(rows: list[dict[str, Any]], name: str, level: str, columns: list[str]) 
 
 
 def lpips_distance(path: Path) -> Metric:
-    """Return LPIPS of an ONNX file."""
+    """Return LPIPS computed with an ONNX file."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def distance(result: Pixels, truth: Pixels) -> float:
@@ -126,7 +126,7 @@ def lpips_distance(path: Path) -> Metric:
 
 
 def gradient_ratio(result: Pixels, truth: Pixels) -> float:
-    """Mean absolute difference of neighbouring pixels, over that of the original."""
+    """Return the mean absolute difference of neighbouring pixels, divided by that of the original."""
 
     def mean_gradient(pixels: Pixels) -> float:
         return sum(float(np.abs(np.diff(pixels, axis=axis)).mean()) for axis in (0, 1))
@@ -135,7 +135,7 @@ def gradient_ratio(result: Pixels, truth: Pixels) -> float:
 
 
 def cosine_to(path: Path) -> Metric:
-    """Return the cosine of a recognizer's embeddings; None where the original shows no face."""
+    """Return a function for the cosine similarity of embeddings; None where the original shows no face."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
@@ -155,7 +155,7 @@ def cosine_to(path: Path) -> Metric:
 
 
 def save_sheet(path: Path, rows: list[list[Pixels]]) -> None:
-    """Save pictures side by side, a row for each picture: input, bases, original."""
+    """Save images side by side, a row per image: input, bases, original."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)

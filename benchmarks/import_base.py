@@ -1,10 +1,10 @@
-"""How much memory and time does importing a checkpoint of StableSR's full size take?
+"""Measure memory and time of importing a checkpoint of StableSR's full size.
 
     python benchmarks/import_base.py -o benchmarks/results/import_base.json
 
-Writes checkpoints with random weights under the published files' names and shapes (6.5 GB, optimizer state
-included, and 0.5 GB), imports them with the command that users run, and watches that process: anonymous memory is
-what it allocates, file memory the pages of the mapped checkpoint, which the system can take back at any time.
+Writes checkpoints with random weights, with the names and shapes of the published files (6.5 GB with optimizer state,
+and 0.5 GB), imports them with the command line, and samples the memory of that process. Anonymous memory is what the
+process allocates; file memory is the pages of the mapped checkpoint, which the system can reclaim at any time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write_checkpoint(path: Path, sizes: dict[str, list[int]], moments: int) -> N
 
 
 def watch(command: list[str]) -> dict[str, float]:
-    """Run a command; returns its seconds and the peaks of its anonymous and file-backed memory in GB."""
+    """Run a command; returns its time in seconds and its peak anonymous and file-backed memory in GB."""
     started, peaks = time.perf_counter(), {"RssAnon": 0, "RssFile": 0}
     process = subprocess.Popen(command)
     while process.poll() is None:
@@ -63,7 +63,7 @@ def watch(command: list[str]) -> dict[str, float]:
 
 @click.command()
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-@click.option("--keep", type=click.Path(path_type=Path), help="Folder to keep the imported base in.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Folder where the imported base is kept.")
 def main(output: Path, keep: Path | None) -> None:
     parts = [f"stablesr_{p}" for p in ("unet", "structcond", "first_stage", "text_encoder", "schedule_buffers")]
     with tempfile.TemporaryDirectory() as scratch:

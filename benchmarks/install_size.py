@@ -1,4 +1,4 @@
-"""The size of `pip install pfstorer-rt` and of its extras, and what importing and using the runtime imports.
+"""Measure the install size of the runtime and of each extra, and what the runtime imports.
 
 Sizes are those of the files of the distributions that are installed here, found by their metadata: nothing is
 downloaded. Imports are counted by `python -X importtime` in a process of its own; its time is the processor's, which
@@ -89,7 +89,7 @@ def imports(*arguments: str) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--engine", required=True, type=click.Path(exists=True, path_type=Path), help="A plan of ONNX.")
+@click.option("--engine", required=True, type=click.Path(exists=True, path_type=Path), help="An ONNX plan.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 def main(engine: Path, output: Path) -> None:
     """Measure, and write one JSON file."""

@@ -1,9 +1,9 @@
-"""How much memory does a huge picture take? Restores one in a new process and watches its resident size.
+"""Measure the peak memory of restoring a very large image in a new process.
 
     python benchmarks/memory.py -o benchmarks/results/memory.csv --megapixels 100 [--engine nano.plan] [--steps 1]
 
-Without --engine, a plan of a `nano` base with random weights is made: its result is no picture, its memory is that of
-the runtime. The input is a smooth PNG; `predicted_mb` is what `--dry-run` said before.
+Without --engine, the script makes a plan of a `nano` base with random weights, whose memory is that of the runtime. The
+input is a smooth PNG; `predicted_mb` is the forecast of `--dry-run`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pfstorer_rt.imaging.rows import Pixels
 
 
 class Waves:
-    """A smooth picture by rows."""
+    """A smooth image, computed by rows."""
 
     def __init__(self, side: int) -> None:
         self.height = self.width = side

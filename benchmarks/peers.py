@@ -1,15 +1,15 @@
-"""Is it faster than plain PyTorch? The same restoration by each of them, in turns, in one run.
+"""Compare the restoration time of plans with plain PyTorch in one run.
 
     python benchmarks/peers.py --engine tiny.plan --int8 tiny8.plan -o benchmarks/results/peers.csv
 
-Peers: diffusers' modules in eager PyTorch fp32 and bf16, and compiled by `torch.compile`; ours: the plan in ONNX
-Runtime, in OpenVINO fp32 and bf16, and one that was exported with `--precision int8` in both. All run the same tiles,
-steps, sampler, noise and colour fix, on a portrait of scikit-image's public-domain astronaut that was degraded with a
-fixed seed: one tile, and a picture of several. Runs are interleaved, so that what else the machine does hits all of
-them alike; `p50` is the median of seconds, `ratio` the median over the rounds of eager fp32's time divided by this
-one's in the same round. `psnr` is of the result against the undegraded picture, `psnr_to_eager` against eager PyTorch's
-result. `cold_s` and `cold_peak_mb` are of a new process: from its start to the restored picture on disk, and its
-largest resident size.
+PyTorch: diffusers' modules, eager in fp32 and bf16, and compiled with `torch.compile`. Plans: in ONNX Runtime, in
+OpenVINO fp32 and bf16, and a plan exported with `--precision int8` in both. All restore the same tiles with the same
+steps, sampler, noise and colour fix: one tile and an image of several tiles, from scikit-image's public-domain
+astronaut, degraded with a fixed seed. The methods alternate in rounds, so that other load on the machine affects all of
+them. `p50` is the median time in seconds; `ratio` is the median over the rounds of eager fp32's time divided by the
+method's time in the same round. `psnr` compares the result with the original, `psnr_to_eager` with eager PyTorch's
+result. `cold_s` and `cold_peak_mb` are time and peak resident memory of a new process, from its start to the restored
+image on disk.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ EAGER = "eager fp32"
 
 @click.command()
 @click.option("--engine", required=True)
-@click.option("--int8", required=True, help="The same exported with --precision int8.")
+@click.option("--int8", required=True, help="The same plan, exported with --precision int8.")
 @click.option("--base", default="tiny", show_default=True)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 @click.option("--size", "sizes", multiple=True, default=(192, 576), show_default=True)
 @click.option("--runs", default=5, show_default=True)
 @click.option("--steps", type=int)
-@click.option("--without", multiple=True, help="Names to leave out, such as compile.")
+@click.option("--without", multiple=True, help="Method to leave out, such as compile.")
 def main(
     engine: str,
     int8: str,
@@ -83,7 +83,7 @@ def main(
 def measure(
     calls: dict[str, Callable[[Pixels, RestoreConfig], Pixels]], size: int, config: RestoreConfig, runs: int
 ) -> list[dict[str, Any]]:
-    """Restore a picture by each, in turns."""
+    """Restore an image with every method, alternating."""
     truth, lq = picture(size)
     results = {name: call(lq, config) for name, call in calls.items()}  # warm-up, compilation included
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -114,7 +114,7 @@ def measure(
 
 
 def picture(size: int) -> tuple[Pixels, Pixels]:
-    """Return a portrait and what a bad camera made of it, (size, size, 3)."""
+    """Return a portrait and its degraded version, (size, size, 3)."""
     from skimage.data import astronaut
 
     whole = torch.from_numpy(astronaut()[:, 20:492] / 255).permute(2, 0, 1)[None].float()
@@ -126,7 +126,7 @@ def picture(size: int) -> tuple[Pixels, Pixels]:
 def competitors(
     plans: dict[str, str], base: str, stack: ExitStack
 ) -> dict[str, Callable[[Pixels, RestoreConfig], Pixels]]:
-    """Open everything that will run; plans: files by the names in `OURS`."""
+    """Open all methods; plans: name in `OURS` -> file."""
     eager = stack.enter_context(Restorer.from_base(base, device="cpu"))
     compiled = stack.enter_context(Restorer.from_base(base, device="cpu"))
     for session in compiled.sessions.values():
@@ -151,7 +151,7 @@ def competitors(
 
 
 def cold(name: str, engine: str | None, base: str, size: int) -> dict[str, Any]:
-    """Restore a picture in a new process."""
+    """Restore an image in a new process."""
     if name not in (EAGER, *OURS):
         return {"cold_s": "", "cold_peak_mb": ""}
     chosen = ["--base", base]

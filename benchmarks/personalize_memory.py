@@ -1,10 +1,10 @@
-"""How much GPU memory does learning a person on a base of SD 2.1's size take?
+"""Measure the GPU memory of personalizing on a base of SD 2.1's size.
 
     python benchmarks/personalize_memory.py -o benchmarks/results/personalize_memory.json
 
-Runs two iterations of `personalize`'s own objective and optimizer on fake tensors, which have shapes and types but no
-values, and adds up every storage that is alive: what the tensors of a GPU take, without the allocator's slack, the
-CUDA context and the convolutions' workspaces (1-2 GB more).
+Runs two iterations of the objective and the optimizer of `personalize` on fake tensors, which have shapes and types but
+no values, and sums the storages that are alive at the same time. This is the memory of the tensors on a GPU, without
+the allocator's overhead, the CUDA context and the convolutions' workspaces (1-2 GB more).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GB = 1e9
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive, and the most there were."""
+    """Counts the bytes of living storages, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Meter(TorchDispatchMode):
             weakref.finalize(storage, self.drop, key, size)
 
     def drop(self, key: int, size: int) -> None:
-        """Take back a storage that is gone."""
+        """Subtract a storage that was freed."""
         self.known.discard(key)
         self.now -= size
 
@@ -65,7 +65,7 @@ class Meter(TorchDispatchMode):
 
 
 def measure(preset: str, batch: int, rank: int, recompute: bool) -> dict[str, Any]:
-    """Memory in GB of one setting."""
+    """Return the memory of one setting in GB."""
     config = PersonalizeConfig(rank=rank, train=TrainConfig(batch=batch, gradient_checkpointing=recompute))
     sizes = PRESETS[preset]
     ids = tokenize(config.subject_prompt.format(SUBJECT), sizes)

@@ -1,7 +1,8 @@
-"""Timing kernels against the limits of the GPU they run on; the scripts named after the kernels hold what is timed.
+"""Time kernels against the measured limits of the GPU; the benchmarks of the kernels define the operations.
 
-The limits are measured, not looked up: a product of large matrices of halves, and a copy of a large buffer. A kernel's
-share is the time that its operations and its bytes would take at these limits, the longer of the two, over its own.
+The limits are a product of large half-precision matrices and a copy of a large buffer on the same GPU. The share of a
+kernel is the time that its operations or its bytes would take at these limits, whichever is longer, divided by its
+time.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ SECONDS = 1e-3
 
 @dataclass(frozen=True)
 class Case:
-    """One shape, what it costs at least, and the ways to compute it."""
+    """One shape, its minimum cost, and the methods that compute it."""
 
     shape: Mapping[str, Any]
     operations: float
-    """Multiplications and additions of the definition."""
+    """Multiplications and additions in the definition."""
     bytes: float
     """Every input read once and every output written once."""
     ways: Mapping[str, Callable[[], Any]]
@@ -36,20 +37,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the GPU can do at most."""
+    """Measured limits of the GPU."""
 
     operations: float
-    """Per second, in matrix products of halves."""
+    """Operations per second in half-precision matrix products."""
     bytes: float
-    """Per second, read and written."""
+    """Bytes per second, read and written."""
 
     def milliseconds(self, case: Case) -> float:
-        """Return the least time that a case can take."""
+        """Return the shortest possible time of a case in seconds."""
         return max(case.operations / self.operations, case.bytes / self.bytes) / SECONDS
 
 
 def need_gpu() -> str:
-    """Return the GPU's name, or say what is missing."""
+    """Return the name of the GPU; raises without one."""
     if not torch.cuda.is_available():
         nvidia = "its driver is there" if shutil.which("nvidia-smi") else "no NVIDIA driver was found"
         raise click.ClickException(
@@ -69,7 +70,7 @@ def milliseconds(way: Callable[[], Any]) -> tuple[float, float, float]:
 
 
 def measure_limits() -> Limits:
-    """Time a product of 8192^2 halves and a copy of 1 GiB."""
+    """Time a product of 8192 x 8192 half-precision matrices and a copy of 1 GiB."""
     n = 8192
     a, b = (torch.randn(n, n, dtype=torch.float16) for _ in range(2))
     source, target = torch.empty(2, 1 << 30, dtype=torch.uint8)
@@ -87,7 +88,7 @@ def xformers_or_none() -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what is compared."""
+    """Return the versions of the compared packages."""
     found = {}
     for name in ("torch", "triton", "xformers"):
         try:
@@ -98,7 +99,7 @@ def versions() -> dict[str, str]:
 
 
 def measure(kernel: str, cases: Iterable[Case], output: Path) -> None:
-    """Time every way of every case, print it and append it to a CSV file.
+    """Time every method of every case, print the rows and append them to a CSV file.
 
     A way that refuses a case, as some of torch's backends do, gets a row with its reason and no time.
     """
@@ -113,7 +114,7 @@ def measure(kernel: str, cases: Iterable[Case], output: Path) -> None:
 
 
 def timed(name: str, way: Callable[[], Any], case: Case, limits: Limits) -> dict[str, Any]:
-    """Time one way; returns the columns of its row."""
+    """Time one method; returns the columns of its row."""
     row: dict[str, Any] = {
         "shape": " ".join(f"{k}={v}" for k, v in case.shape.items()),
         "operations": case.operations,

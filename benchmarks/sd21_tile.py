@@ -1,17 +1,17 @@
-"""Is one tile of a full-size base faster than in plain PyTorch? The same restoration by each, round after round.
+"""Compare the time of one tile of a full-size base with plain PyTorch.
 
     python benchmarks/sd21_tile.py --scratch DIR -o benchmarks/results/sd21_tile.csv
 
-DIR is that of `benchmarks/export_sd21.py --precision fp16 --precision int8 --scratch DIR --keep`: an SD 2.1 base and an
-identity of random weights, and their plans. One 512-pixel tile in two steps, by diffusers' modules in eager PyTorch
-fp32 and bf16, and by the plans in ONNX Runtime and OpenVINO. Together they would not fit into a small machine's memory,
-so each runs in a process of its own, one after the other, `--rounds` times. `warm_s` is the median over the rounds of a
-process's second picture, `ratio` the median over the rounds of eager fp32's time divided by this one's in the same
-round, `cold_s` is from opening the engine to the first picture (OpenVINO keeps compiled networks from the first round
-on), `peak_gb` the largest memory of its own (resident, without mapped files, which the system can drop), `resident_gb`
-with them. `psnr_to_eager` compares the pictures with eager fp32's. `gflops` is the tile's arithmetic, counted by
-PyTorch, divided by `warm_s`, and in the row `matmul bf16` what a product of two 4096x4096 matrices reaches on the same
-processor: an engine that computes in bf16 cannot be much faster.
+DIR is the folder of `benchmarks/export_sd21.py --precision fp16 --precision int8 --scratch DIR --keep`: an SD 2.1 base
+and an identity with random weights, and their plans. One 512-pixel tile in two steps, with diffusers' modules in eager
+PyTorch fp32 and bf16, and with the plans in ONNX Runtime and OpenVINO. They do not fit into a small machine's memory
+together, so each runs in its own process, one after the other, for `--rounds` rounds. `warm_s` is the median over the
+rounds of a process's second image. `ratio` is the median over the rounds of eager fp32's time divided by the method's
+time in the same round. `cold_s` is the time from opening the engine to the first image (OpenVINO caches compiled
+networks after the first round). `peak_gb` is the peak resident memory without mapped files, `resident_gb` with them.
+`psnr_to_eager` compares the images with eager fp32's. `gflops` is the tile's arithmetic, counted by PyTorch, divided by
+`warm_s`. The row `matmul bf16` has the rate of a product of two 4096x4096 matrices on the same processor, which limits
+every engine that computes in bf16.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ print(json.dumps(figures | {"provider": restorer.provider, "cold_s": times[1] - 
 
 
 def run(scratch: Path, name: str, result: Path, count: bool) -> dict[str, Any]:
-    """Restore the tile twice in a new process, and once more where its arithmetic is counted."""
+    """Restore the tile twice in a new process, and a third time where operations are counted."""
     backend, provider, plan = PEERS[name]
     given = [str(scratch), backend, provider or "", plan, str(result), *(["count"] if count else [])]
     own = resident = 0
@@ -115,7 +115,12 @@ def matmul_gflops() -> float:
 @click.option("--scratch", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--only", multiple=True, type=click.Choice([n for n in PEERS if n != EAGER]), help="Beside eager fp32.")
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice([n for n in PEERS if n != EAGER]),
+    help="Methods to measure besides eager fp32.",
+)
 def main(scratch: Path, output: Path, rounds: int, only: tuple[str, ...]) -> None:
     names = [name for name in PEERS if not only or name in (EAGER, *only)]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}

@@ -1,13 +1,12 @@
-"""Can the tiles be seen? How many are needed, and what do they cost, by tiling and overlap.
+"""Measure visible tile borders, number of tiles and time, by tiling mode and overlap.
 
     python benchmarks/seams.py --engine tiny.plan -o benchmarks/results/seams.csv [--steps 2] [--size 768]
 
-Pictures: a sky (a flat gradient), skin (a smooth cheek of scikit-image's public-domain portrait, enlarged) and texture
-(pink noise, stationary, so that no place differs from another but for the tiles), each degraded by a blur and noise.
-`seam` is the mean gradient across tile borders divided by that at all other multiples of 8 pixels (decoders have a
-grid of their own), 1 is unseen; a picture has such a figure by itself, so `seam_input` gives it for the same places of
-the input. `psnr_to_parity` is against StableSR's tiling with half a tile's overlap. Seconds are those of a whole
-restoration, on a machine that others use too; `denoiser_tiles` are those of one step.
+Images: a sky (a flat gradient), skin (a smooth cheek of scikit-image's public-domain portrait, enlarged) and texture
+(stationary pink noise, which is the same everywhere), each degraded by blur and noise. `seam` is the mean gradient
+across tile borders divided by the mean gradient at all other multiples of 8 pixels, because decoders have a grid of
+their own; 1 is invisible. `seam_input` is the same ratio in the input. `psnr_to_parity` compares with StableSR's tiling
+with an overlap of half a tile. Seconds are those of a whole restoration; `denoiser_tiles` counts tiles of one step.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def main(engine: str, output: Path, backend: str, size: int, steps: int | None) 
 
 
 def pictures(size: int) -> dict[str, Pixels]:
-    """Return the degraded pictures, (size, size, 3) in [0, 1]."""
+    """Return the degraded images, (size, size, 3) in [0, 1]."""
     from skimage.data import astronaut
 
     rng = np.random.default_rng(0)

@@ -1,9 +1,9 @@
-"""What share of the memory bandwidth do GroupNorm with SPADE's modulation and GroupNorm with SiLU reach?
+"""Measure the share of the memory bandwidth that GroupNorm with SPADE modulation, and with SiLU, reaches.
 
     python benchmarks/spade_norm.py -o benchmarks/results/spade_norm.csv [--dtype fp16|bf16]
 
-Needs an NVIDIA GPU. Maps are those of the UNet's levels on 512-pixel tiles and of the decoder, channels-last and not.
-Bytes count each map once; that the statistics read x a second time is the kernel's own cost.
+Needs an NVIDIA GPU. Maps have the shapes of the UNet's levels on 512-pixel tiles and of the decoder, in both memory
+layouts. Bytes count each map once, although the statistics read x a second time.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The paper's tables on people that no training has seen: does personalization work, and what of it does the work?
+"""Measure the paper's tables on people outside all training data.
 
     python benchmarks/tables.py PEOPLE -o benchmarks/results/tables.csv --document docs/results.md
 
-PEOPLE holds a folder of photographs for each person. The first five by name are the references; of the others
-`--tests` are cut to the base's tile, degraded with a seed of their own, and restored. A row for each person, method
-and picture; what the CSV has already is not computed again, so an interrupted run goes on with the same command.
+PEOPLE has one folder of photographs per person. The first five by name are the references. `--tests` of the others are
+cropped to the base's tile, each degraded with its own seed, and restored. One row per person, method and image; rows
+that the CSV file has already are not measured again, so the same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LEVELS = ("heavy", "light", "clean")
 
 @dataclass(frozen=True)
 class Method:
-    """One line of a table: how an identity is learned, and how pictures are restored with it."""
+    """One row of a table: how an identity is trained, and how images are restored with it."""
 
     learn: Mapping[str, Any] | None = None
     """Fields of `PersonalizeConfig`, and `iterations`; None restores with the base alone."""
@@ -79,7 +79,7 @@ Row = dict[str, Any]
 
 
 class Person:
-    """One person's photographs, and the identities learned of them in this run."""
+    """Photographs of one person, and the identities trained on them in this run."""
 
     def __init__(self, folder: Path, tests: int, base: Base, iterations: int) -> None:
         self.name, photos = folder.name, find_images([folder])
@@ -89,11 +89,11 @@ class Person:
         self._learned: dict[str, tuple[Identity, float]] = {}
 
     def square(self, path: Path) -> torch.Tensor:
-        """Cut the middle of a photograph to the base's tile."""
+        """Crop a photograph to its centre and resize it to the base's tile."""
         return center_crop(read_photo(path), self.base.config.tile)
 
     def identity(self, learn: Mapping[str, Any]) -> tuple[Identity, float]:
-        """Learn an identity once; returns it and the processor seconds that it took."""
+        """Train an identity once; returns it and the CPU time in seconds."""
         if (key := repr(learn)) not in self._learned:
             settings = dict(learn)
             iterations = settings.pop("iterations", self.iterations)
@@ -113,7 +113,7 @@ class Person:
 
 
 def measure(person: Person, name: str, level: str, metrics: Metrics, shared: Row) -> list[Row]:
-    """Restore every picture of a person by one method and measure it."""
+    """Restore and measure every image of a person with one method."""
     method = METHODS.get(name, Method())
     identity, seconds = (None, 0.0) if method.learn is None else person.identity(method.learn)
     iterations = "" if identity is None else identity.settings["train"]["iterations"]
@@ -150,7 +150,7 @@ def read(path: Path) -> list[Row]:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Write all rows, sorted, so that the order of the work does not show."""
+    """Write all rows in sorted order, whatever the order of the work."""
     order = {name: i for i, name in enumerate(["Input", *METHODS])}
     rows.sort(key=lambda r: (LEVELS.index(r["level"]), order.get(r["method"], 99), r["person"], int(r["picture"])))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,12 +163,14 @@ def write(path: Path, rows: list[Row]) -> None:
 @click.command()
 @click.argument("people", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("-o", "--output", default="benchmarks/results/tables.csv", type=click.Path(path_type=Path))
-@click.option("--document", type=click.Path(path_type=Path), help="Markdown page made of the rows.")
+@click.option("--document", type=click.Path(path_type=Path), help="Markdown page to write from the rows.")
 @click.option("--base", "base_name", default="tiny", show_default=True)
-@click.option("--method", "names", multiple=True, type=click.Choice(["Input", *METHODS]), help="Some methods alone.")
-@click.option("--person", "chosen", multiple=True, help="Some people alone.")
-@click.option("--tests", default=8, show_default=True, help="Test pictures of each person.")
-@click.option("--iterations", default=0, help="Of learning; 0 takes the default.")
+@click.option(
+    "--method", "names", multiple=True, type=click.Choice(["Input", *METHODS]), help="Measure only these methods."
+)
+@click.option("--person", "chosen", multiple=True, help="Measure only these people.")
+@click.option("--tests", default=8, show_default=True, help="Test images of each person.")
+@click.option("--iterations", default=0, help="Iterations of personalizing; 0 is the default.")
 @click.option("--level", "levels", multiple=True, type=click.Choice(LEVELS), default=LEVELS, show_default=True)
 def main(
     people: Path,
@@ -200,7 +202,7 @@ def main(
 
 
 def wanted(name: str, level: str) -> bool:
-    """Whether a method has a place in a level's table: ablations are for heavy pictures alone."""
+    """Whether a method is part of a level's table: ablations run on heavily degraded images only."""
     return level == "heavy" or not METHODS.get(name, Method()).ablation
 
 

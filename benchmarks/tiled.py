@@ -1,11 +1,11 @@
-"""Does a large picture cost more than its tiles? Throughput of tiled restoration against one tile's, in turns.
+"""Compare the time of a large image with the time of its tiles.
 
     python benchmarks/tiled.py --engine tiny.plan -o benchmarks/results/tiled.csv [--runs 7]
 
-`tile_s` is the median time of a picture that is one tile, `picture_s` of the large one, both from pixels to pixels;
-`ratio` is the median over the rounds of (large picture / its tiles) divided by the one tile of that round: 1 says that
-tiling costs nothing, below 1 that tiles are cheaper by the dozen. A tile is one of the denoiser's, with its share of
-encoder and decoder.
+`tile_s` is the median time of an image of one tile, `picture_s` of the large image, both from pixels to pixels. `ratio`
+is the median over the rounds of (large image / its number of tiles) divided by the time of one tile in the same round:
+1 means that tiling costs nothing, below 1 that tiles are cheaper in batches. A tile is one tile of the denoiser with
+its share of encoder and decoder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pfstorer_rt.runtime.restorer import Restorer
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 @click.option("--backend", "backends", multiple=True, default=("onnxruntime", "openvino"), show_default=True)
 @click.option("--size", "sizes", multiple=True, type=int, default=(480, 1200), show_default=True)
-@click.option("--batch", default=TileConfig().batch, show_default=True, help="Tiles at once.")
+@click.option("--batch", default=TileConfig().batch, show_default=True, help="Tiles per batch.")
 @click.option("--runs", default=7, show_default=True)
 def main(
     engines: tuple[str, ...], output: Path, backends: tuple[str, ...], sizes: tuple[int, ...], batch: int, runs: int
@@ -45,7 +45,7 @@ def main(
 
 
 def measure(restorer: Restorer, size: int, batch: int, runs: int) -> dict[str, object]:
-    """Restore one tile and one large picture in turns."""
+    """Restore one tile and one large image, alternating."""
     config, side = RestoreConfig(tile=TileConfig(batch=batch)), restorer.manifest.tile
     small, large = picture(side)[1], picture(size)[1]
     tiles = restorer.layout(size, size, config).denoiser_tiles
@@ -71,7 +71,7 @@ def measure(restorer: Restorer, size: int, batch: int, runs: int) -> dict[str, o
 
 
 def clock(restorer: Restorer, pixels: Pixels, config: RestoreConfig) -> float:
-    """Return the seconds that a restoration takes."""
+    """Return the time of a restoration in seconds."""
     started = time.perf_counter()
     restorer.restore(pixels, config)
     return time.perf_counter() - started

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, get_args
 
 from pfstorer_rt.errors import SettingError
@@ -269,11 +270,14 @@ Range = tuple[Callable[[Any], bool], str]
 
 
 def _whole(least: int) -> Range:
-    return lambda v: type(v) is int and v >= least, f"a whole number of {least} or more"
+    return (
+        lambda v: isinstance(v, Integral) and not isinstance(v, bool) and int(v) >= least,
+        f"a whole number of {least} or more",
+    )
 
 
 def _number(valid: Callable[[float], bool], expected: str) -> Range:
-    return lambda v: type(v) in (int, float) and math.isfinite(v) and valid(v), expected
+    return lambda v: isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) and valid(float(v)), expected
 
 
 def _one_of(*names: str) -> Range:

@@ -1,4 +1,4 @@
-"""Bad pictures of good ones as files, so that any method can be run on the same inputs."""
+"""Degrade the images of a folder to files, so that any method can be run on the same inputs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pfstorer_rt.imaging.find import by_name
 
 
 def degrade_folder(source: Path, target: Path, level: str, seed: int = 0, overwrite: bool = False) -> list[Path]:
-    """Degrade every picture of a folder and its sub-folders; returns the files, PNG of the same names.
+    """Degrade every image of a folder and its sub-folders; returns the written PNG files, which keep the names.
 
-    level: "light" or "heavy". The first picture by name is degraded with `seed`, the next with seed + 1, so that
-    the bytes depend on the folder's pictures, level and seed alone.
-    Raises BadFileError for a missing or empty folder, PFStorerError where a file exists and not `overwrite`.
+    level: "light" or "heavy". The first image by name is degraded with `seed`, the next with seed + 1, so that the
+    bytes depend on the folder's images, level and seed alone.
+    Raises `BadFileError` for a missing or empty folder, `PFStorerError` where a file exists without `overwrite`.
     """
     written = []
     for number, (name, path) in enumerate(by_name(source).items()):

@@ -1,4 +1,4 @@
-"""Evaluate folders: pair originals with the results of any method by their names, and measure each pair."""
+"""Evaluate folders: pair originals with results of any method by file name, and measure each pair."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pfstorer_rt.imaging.files import load_image
 from pfstorer_rt.imaging.find import by_name, images_of
 
 ENDINGS = ("", "_restored", "_degraded_restored", "_degraded", "_out")
-"""What the name of a result may have after that of its original."""
+"""Suffixes that the name of a result may add to the name of its original."""
 Seconds = Mapping[str, float]
 
 
@@ -28,22 +28,22 @@ def evaluate(
     metrics: Metrics | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Measure restored pictures of any method against their originals and the person's references.
+    """Measure restored images of any method against their originals and references of the person.
 
     refs: folder of photographs of the person, or with a sub-folder for each person, then `hq` has the same ones.
     hq: folder of originals. outputs: folder of results, or name of a method -> folder; may be an empty mapping.
-    inputs: folder of the bad pictures, measured as the method "input". Folders are searched recursively; the
+    inputs: folder of the degraded images, measured as the method "input". Folders are searched recursively; the
     result of `a.jpg` is `a.*` or `a_restored.*` at the same place, of the same size.
-    seconds: method -> seconds per picture, or name of a picture (or its path without suffix) -> seconds.
-    metrics: those to measure; None loads all. progress: called with (done, total) pictures.
-    A picture without a result, or whose result cannot be measured, is a row that says why and counts as not
-    verified; figures of other pictures stand. Raises BadFileError when a folder is missing or empty, or when a
+    seconds: method -> seconds per image, or name of an image (or its path without suffix) -> seconds.
+    metrics: metrics to measure; None loads all. progress: called with (done, total) images.
+    An image without a result, or with a result that cannot be measured, becomes a row with the reason and counts as
+    not verified; other images are not affected. Raises BadFileError when a folder is missing or empty, or when a
     method has no result that can be measured, and ValueError for a method named "input" or "original".
     """
     methods = outputs if isinstance(outputs, Mapping) else {outputs.name or "output": outputs}
     reserved = sorted({INPUT, ORIGINAL} & set(methods))
     if reserved:
-        raise SettingError(f"a method is named {reserved[0]}, as a reference row is; choose another name")
+        raise SettingError(f"the method name {reserved[0]!r} is reserved for a reference row; choose another name")
     metrics = metrics or load_metrics()
     originals = by_name(hq)
     folders = {**({INPUT: inputs} if inputs else {}), **methods}
@@ -71,7 +71,7 @@ def measure_picture(
     times: Mapping[str, float | None],
     shown: bool,
 ) -> list[Row]:
-    """Measure every method's result of one original, and the original itself; failed rows if that is damaged."""
+    """Measure the results of all methods for one original, and the original; a damaged original gives failed rows."""
     try:
         original = Sample(load_image(path).pixels)
     except PFStorerError as error:
@@ -94,7 +94,7 @@ def measure_one(
     seconds: float | None,
     shown: bool,
 ) -> Row:
-    """Measure one result, or say in its row why it could not be."""
+    """Measure one result; a result that cannot be measured becomes a row with the reason."""
     try:
         if result is None:
             raise PFStorerError("no result")
@@ -108,7 +108,7 @@ def measure_one(
 
 
 def refuse_empty(rows: Sequence[Row], folders: Mapping[str, Path]) -> None:
-    """Raise BadFileError with the first reason when no result of a method could be measured."""
+    """Raise `BadFileError` with the first reason when no result of a method could be measured."""
     for method, folder in folders.items():
         own = [row for row in rows if row.method == method]
         if all(row.failed for row in own):
@@ -116,12 +116,12 @@ def refuse_empty(rows: Sequence[Row], folders: Mapping[str, Path]) -> None:
 
 
 def row_notes(rows: Sequence[Row]) -> Iterator[str]:
-    """One line for each row that has a note."""
+    """Return a line for each row with a note."""
     return (f"{row.method}: {row.picture}: {row.note}" for row in rows if row.note)
 
 
 def picture_seconds(seconds: float | Seconds | None, name: str) -> float | None:
-    """The time of one picture, found like its result; names may have folders before them."""
+    """Return the time of one image, matched by name like its result; names may include folders."""
     if not isinstance(seconds, Mapping):
         return seconds
     wanted = [name + ending for ending in ENDINGS]
@@ -144,7 +144,7 @@ class People:
             self._groups.setdefault(person, []).append(Sample(load_image(path).pixels))
 
     def of(self, name: str) -> list[Sample]:
-        """References of the person that a picture is of; raises BadFileError for one without."""
+        """Return the references of the person in an image; raises `BadFileError` without any."""
         person = name.split("/")[0] if "/" in name else ""
         for key in (person, ""):
             if key in self._groups:
@@ -154,7 +154,7 @@ class People:
         raise BadFileError(f"{self.refs}: no references of {name}; expected a folder {person or 'for each person'}")
 
     def notes(self, metrics: Metrics) -> list[str]:
-        """Say where nobody can be compared because no reference shows a face."""
+        """Return a line for each person whose references show no face."""
         from pfstorer_rt.evaluation.registry import known_faces
         from pfstorer_rt.faces.finding import face_embedder
 
@@ -166,7 +166,7 @@ class People:
 
 
 def match(originals: Mapping[str, Path], folder: Path) -> dict[str, Path | None]:
-    """Find for every original its result in a folder, None where there is none; BadFileError where there are two."""
+    """Return the result of every original in a folder, None without one; raises `BadFileError` for two."""
     found, matched = by_name(folder), dict[str, "Path | None"]()
     for name in originals:
         endings = [ending for ending in ENDINGS if not ending or name + ending not in originals]
@@ -179,6 +179,6 @@ def match(originals: Mapping[str, Path], folder: Path) -> dict[str, Path | None]
 
 
 def evenly(names: Sequence[str], count: int) -> list[str]:
-    """At most `count` of the names, evenly spread."""
+    """Return at most `count` names, evenly spaced."""
     step = max(1, -(-len(names) // count))
     return list(names[::step])

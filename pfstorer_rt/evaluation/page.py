@@ -1,4 +1,4 @@
-"""One HTML page of tables, plots and pictures: a single file, without scripts and without other files."""
+"""One HTML page of tables, plots and images: a single file without scripts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pfstorer_rt.faces.dlib import to_uint8
 from pfstorer_rt.imaging.rows import Pixels
 
 THUMBNAILS = 24
-"""Pictures shown on a page; more make it slow to open."""
+"""Images on a page; with more of them it opens slowly."""
 THUMBNAIL_SIDE = 192
-"""Longer side of a picture on a page, in pixels."""
+"""Longer side of an image on a page, in pixels."""
 _LABEL, _PLOT, _LINE = 120, 300, 22  # of a chart, in pixels
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff; }
@@ -43,7 +43,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A line for each method: a dot for each picture, and the mean."""
+    """A line per method: a dot per image, and the mean."""
 
     title: str
     dots: Mapping[str, Sequence[float]]
@@ -52,12 +52,12 @@ class Chart:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures side by side, a line for each picture."""
+    """Images side by side, a line per original."""
 
     methods: Sequence[str]
     pictures: Sequence[str]
     shown: Mapping[tuple[str, str], tuple[bytes, str]]
-    """(picture, method) -> JPEG and caption; no bytes where there is no picture."""
+    """(image, method) -> JPEG and caption; the JPEG is empty without an image."""
 
 
 def page(
@@ -68,13 +68,13 @@ def page(
     about: Table,
     notes: Sequence[str],
 ) -> str:
-    """Put a page together; all texts are escaped here."""
+    """Return the page; all texts are escaped here."""
     facts = "".join(f"<li>{escape(str(key))}: {escape(str(value))}</li>" for key, value in settings.items())
     remarks = "".join(f"<li>{escape(note)}</li>" for note in notes)
     parts = [
         f"<h1>Results</h1><ul>{facts}</ul>",
         *(html_table(table) for table in tables),
-        '<h2>Plots</h2><p>A dot is a picture, a bar the mean.</p><div class="charts">',
+        '<h2>Plots</h2><p>A dot is an image, a bar the mean.</p><div class="charts">',
         *(svg_chart(chart) for chart in charts),
         "</div>",
         html_gallery(gallery),
@@ -86,7 +86,7 @@ def page(
 
 
 def thumbnail(pixels: Pixels, side: int = THUMBNAIL_SIDE) -> bytes:
-    """A JPEG of (H, W, 3) in [0, 1], its longer side at most `side` pixels."""
+    """Return a JPEG of (H, W, 3) in [0, 1], with a longer side of at most `side` pixels."""
     image = Image.fromarray(to_uint8(np.nan_to_num(pixels)))
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -95,15 +95,15 @@ def thumbnail(pixels: Pixels, side: int = THUMBNAIL_SIDE) -> bytes:
 
 
 def html_table(table: Table) -> str:
-    """A table with its title."""
+    """Return a table with its title."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in table.body)
     return f"<h2>{escape(table.title)}</h2><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
 
 
 def html_gallery(gallery: Gallery) -> str:
-    """All pictures; one without bytes is an empty place with its caption."""
-    lines = ["<h2>Pictures</h2>"] if gallery.pictures else []
+    """Return all images; an image without data is an empty cell with a caption."""
+    lines = ["<h2>Images</h2>"] if gallery.pictures else []
     for name in gallery.pictures:
         cells = []
         for method in gallery.methods:
@@ -117,7 +117,7 @@ def html_gallery(gallery: Gallery) -> str:
 
 
 def svg_chart(chart: Chart) -> str:
-    """Draw a chart as inline SVG; infinite figures (PSNR of equal pictures) have no place on it."""
+    """Return a chart as inline SVG; infinite values (PSNR of equal images) are left out."""
     finite = [v for values in chart.dots.values() for v in values if math.isfinite(v)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     methods = list(chart.dots)
@@ -144,5 +144,5 @@ def svg_chart(chart: Chart) -> str:
 
 
 def shorten(text: str, length: int = 16) -> str:
-    """Cut a name to what the label of a chart has room for."""
+    """Shorten a name to the width of a chart's label."""
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,4 +1,4 @@
-"""Learned distances and qualities: LPIPS, ST-LPIPS and MUSIQ, each with the weights that its authors published."""
+"""Learned metrics: LPIPS, ST-LPIPS and MUSIQ, with the weights that their authors published."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def stlpips_measure() -> Measure:
 
 
 def musiq_measure(path: Path | None) -> Measure:
-    """MUSIQ with KonIQ-10k weights by `pyiqa`, 0 to 100; the original is not looked at.
+    """MUSIQ with KonIQ-10k weights by `pyiqa`, 0 to 100; it does not use the original.
 
     Raises MissingBackendError where pyiqa does not load or cannot get its weights.
     """
@@ -69,7 +69,7 @@ def musiq_measure(path: Path | None) -> Measure:
 
 
 def measure_by(distance: PerceptualDistance) -> Measure:
-    """Return a metric of a result and its original; None for pictures of under 32 pixels."""
+    """Return a metric of a result and its original; None for images with a side under 32 pixels."""
 
     def features(pixels: Pixels) -> list[torch.Tensor]:
         return distance.features(to_planes(pixels))

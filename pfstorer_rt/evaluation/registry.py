@@ -1,4 +1,4 @@
-"""The table of metrics: what each means, what it needs, and how it is loaded. A new metric is a new row here."""
+"""The registry of metrics: meaning, requirements and loader of each. A new metric is a new entry of `METRICS`."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ __all__ = ["METRICS", "Measure", "Metric", "MetricFiles", "Metrics", "Sample", "
 
 @dataclass(frozen=True)
 class MetricFiles:
-    """Weights that only the user can give; None where there are none."""
+    """Weight files that the user provides; None for those that are absent."""
 
     arcface: Path | None = None
     """A face recognizer of the ArcFace family as ONNX: (1, 3, 112, 112) in, an embedding out."""
     alexnet: Path | None = None
     """torchvision's AlexNet weights (alexnet-owt-7be5be79.pth), the backbone of LPIPS."""
     musiq: Path | None = None
-    """pyiqa's MUSIQ weights (musiq_koniq_ckpt-e95806b9.pth); without it pyiqa fetches them itself."""
+    """pyiqa's MUSIQ weights (musiq_koniq_ckpt-e95806b9.pth); without the file pyiqa downloads them."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,21 @@ class Metric:
     unit: str
     meaning: str
     licence: str
-    """Of the code and of the weights that it runs."""
+    """Licence of the code and of the weights."""
     packages: tuple[str, ...]
-    """Distributions whose versions a report names."""
+    """Distributions whose versions are part of a report."""
     load: Callable[[MetricFiles], Measure]
-    """Raises MissingBackendError that says what to install or which file to give."""
+    """Raises `MissingBackendError` with what to install or which file to provide."""
     counts_failures: bool = False
-    """A result that is missing counts as a black picture, so that no method gains by failing."""
+    """A missing result counts as a black image, so that a method gains nothing by failing."""
     file: str | None = None
-    """Field of `MetricFiles` that it reads."""
+    """Field of `MetricFiles` with the file that the metric reads."""
     digits: int = 3
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Loaded metrics; those that could not be loaded stay in `columns`, with the reason in `refused`."""
+    """Loaded metrics; a metric that could not be loaded stays in `columns`, with the reason in `refused`."""
 
     columns: tuple[Metric, ...]
     measures: dict[str, Measure]
@@ -73,12 +73,12 @@ class Metrics:
     versions: dict[str, str] = field(default_factory=dict)
 
     def measure(self, result: Sample, original: Sample, references: Sequence[Sample] = ()) -> dict[str, float | None]:
-        """Measure one picture by every column.
+        """Measure one image with every metric.
 
-        result, original: of one size. references: photographs of the person, of any size; the same `Sample`
-        objects for every picture, so that their faces are found once.
-        Returns key -> figure; None where a metric is refused or not defined for these pictures (no face, too
-        small). `verification_dlib` is 1.0 or 0.0. Raises ValueError where the sizes differ.
+        result, original: of the same size. references: photographs of the person, of any size; pass the same `Sample`
+        objects for every image, so that their faces are found once.
+        Returns key -> value; None where a metric is refused or not defined for these images (no face, too small).
+        `verification_dlib` is 1.0 or 0.0. Raises `ValueError` where the sizes differ.
         """
         if result.pixels.shape != original.pixels.shape:
             raise SettingError(
@@ -90,7 +90,7 @@ class Metrics:
         }
 
     def of_failure(self, original: Sample, references: Sequence[Sample] = ()) -> dict[str, float | None]:
-        """Figures of a result that is missing: None but for the columns that count failures."""
+        """Return the values of a missing result: None except for metrics that count failures."""
         black = Sample(np.zeros_like(original.pixels))
         counted = {column.key for column in self.columns if column.counts_failures} & set(self.measures)
         return {
@@ -100,9 +100,9 @@ class Metrics:
 
 
 def load_metrics(keys: Sequence[str] | None = None, files: MetricFiles | None = None) -> Metrics:
-    """Load metrics by their keys in `METRICS`, all of them for None; one that is missing does not stop the rest.
+    """Load metrics by their keys in `METRICS`, or all of them; a metric that cannot be loaded does not stop the others.
 
-    Raises ValueError for an unknown key, BadFileError for a file that was given and cannot be read.
+    Raises `ValueError` for an unknown key, `BadFileError` for a weight file that cannot be read.
     """
     known = {metric.key: metric for metric in METRICS}
     unknown = sorted(set(keys or ()) - set(known))
@@ -120,7 +120,7 @@ def load_metrics(keys: Sequence[str] | None = None, files: MetricFiles | None = 
 
 
 def describe_version(metric: Metric, files: MetricFiles) -> str:
-    """Name the versions of a metric's packages and the digest of the file that it reads."""
+    """Return the versions of a metric's packages and the digest of its weight file."""
     words = [f"{name} {package_version(name)}" for name in metric.packages]
     path = getattr(files, metric.file) if metric.file else None
     if path is not None:
@@ -129,7 +129,7 @@ def describe_version(metric: Metric, files: MetricFiles) -> str:
 
 
 def package_version(name: str) -> str:
-    """Return the version of a distribution, or that it is missing."""
+    """Return the version of a distribution, `not installed` where it is missing."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -137,22 +137,22 @@ def package_version(name: str) -> str:
 
 
 def size(pixels: Pixels) -> str:
-    """Width x height."""
+    """Return WIDTHxHEIGHT."""
     return f"{pixels.shape[1]}x{pixels.shape[0]}"
 
 
 def known_faces(references: Sequence[Sample], embed: Callable[[Pixels], Embedding | None]) -> list[Embedding]:
-    """Embeddings of the references that show a face."""
+    """Return the embeddings of the references that show a face."""
     return [face for reference in references if (face := reference.once(embed)) is not None]
 
 
 def load_psnr(_: MetricFiles) -> Measure:
-    """PSNR in dB."""
+    """Load PSNR in dB."""
     return lambda result, original, _: similarity.psnr(result.pixels, original.pixels)
 
 
 def load_ssim(_: MetricFiles) -> Measure:
-    """SSIM; None below its window of 11 pixels."""
+    """Load SSIM; None for images smaller than its window of 11 pixels."""
     with needed_by("SSIM"):
         import skimage.metrics  # noqa: F401
 
@@ -164,7 +164,7 @@ def load_ssim(_: MetricFiles) -> Measure:
 
 
 def dlib_embedder() -> Callable[[Pixels], Embedding | None]:
-    """dlib's embedding, or MissingBackendError."""
+    """Return dlib's embedding function; raises `MissingBackendError` without the `metrics` extra."""
     embed = finding.face_embedder()
     if embed is None:
         raise MissingBackendError(f"dlib and its weights are not installed; {INSTALL_METRICS}")
@@ -172,19 +172,19 @@ def dlib_embedder() -> Callable[[Pixels], Embedding | None]:
 
 
 def load_id(_: MetricFiles) -> Measure:
-    """Mean distance of dlib's embedding to those of the references."""
+    """Load the mean distance between dlib's embeddings of the result and of the references."""
     embed = dlib_embedder()
     return lambda result, _, references: dlib.mean_distance(result.once(embed), known_faces(references, embed))
 
 
 def load_id_original(_: MetricFiles) -> Measure:
-    """Distance of dlib's embedding to that of the original."""
+    """Load the distance between dlib's embeddings of the result and of the original."""
     embed = dlib_embedder()
     return lambda result, original, _: dlib.identity_distance(result.once(embed), original.once(embed))
 
 
 def load_verification(_: MetricFiles) -> Measure:
-    """1.0 where the result is accepted as the person of the references; no face counts as not accepted."""
+    """Load verification: 1.0 where the result is accepted as the person of the references, 0.0 also without a face."""
     embed = dlib_embedder()
 
     def measure(result: Sample, _: Sample, references: Sequence[Sample]) -> float | None:
@@ -212,28 +212,28 @@ def load_lmse(_: MetricFiles) -> Measure:
 
 
 def load_lpips(files: MetricFiles) -> Measure:
-    """LPIPS 0.1, AlexNet."""
+    """Load LPIPS 0.1, AlexNet."""
     from pfstorer_rt.evaluation.perceptual import lpips_measure
 
     return lpips_measure(files.alexnet)
 
 
 def load_stlpips(_: MetricFiles) -> Measure:
-    """ST-LPIPS, AlexNet."""
+    """Load ST-LPIPS, AlexNet."""
     from pfstorer_rt.evaluation.perceptual import stlpips_measure
 
     return stlpips_measure()
 
 
 def load_musiq(files: MetricFiles) -> Measure:
-    """MUSIQ on KonIQ-10k."""
+    """Load MUSIQ with KonIQ-10k weights."""
     from pfstorer_rt.evaluation.perceptual import musiq_measure
 
     return musiq_measure(files.musiq)
 
 
 def load_arcface(files: MetricFiles) -> Measure:
-    """100 x the mean cosine of a result's embedding to those of the references; None without a face."""
+    """Load 100 x the mean cosine similarity between the embeddings of result and references; None without a face."""
     if files.arcface is None:
         raise MissingBackendError("give a recognizer of the ArcFace family as an ONNX file", setting="arcface")
     embed = arcface_embedder(files.arcface)
@@ -276,7 +276,7 @@ METRICS: tuple[Metric, ...] = (
         title="LPIPS",
         better="down",
         unit="",
-        meaning="learned perceptual distance 0.1 (Zhang 2018), AlexNet",
+        meaning="learned perceptual distance, version 0.1 (Zhang 2018), AlexNet",
         licence="BSD-2-Clause (lpips), weights BSD-3-Clause (torchvision)",
         packages=("lpips",),
         load=load_lpips,
@@ -310,7 +310,8 @@ METRICS: tuple[Metric, ...] = (
         better="down",
         unit="px²",
         meaning=(
-            "mean squared distance of dlib's 68 landmarks to the original's, at a longer side of 512 px; not FaRL's"
+            "mean squared distance of dlib's 68 landmarks to the original's, at a longer side of 512 px; "
+            "the paper uses FaRL's landmarks"
         ),
         licence="BSL-1.0 (dlib), landmark weights for non-commercial use (iBUG 300-W)",
         packages=DLIB,
@@ -322,7 +323,7 @@ METRICS: tuple[Metric, ...] = (
         title="ID (dlib)",
         better="down",
         unit="",
-        meaning="mean Euclidean distance of dlib's embedding to the references'",
+        meaning="mean Euclidean distance between dlib's embeddings of result and references",
         licence=DLIB_LICENCE,
         packages=DLIB,
         load=load_id,
@@ -332,7 +333,7 @@ METRICS: tuple[Metric, ...] = (
         title="ID to original (dlib)",
         better="down",
         unit="",
-        meaning="Euclidean distance of dlib's embedding to the original's",
+        meaning="Euclidean distance between dlib's embeddings of result and original",
         licence=DLIB_LICENCE,
         packages=DLIB,
         load=load_id_original,
@@ -356,12 +357,12 @@ METRICS: tuple[Metric, ...] = (
         title="ID (ArcFace)",
         better="up",
         unit="",
-        meaning="100 x mean cosine of the given recognizer's embedding to the references'",
-        licence="MIT (onnxruntime), weights: that of the file given",
+        meaning="100 x mean cosine similarity between the given recognizer's embeddings of result and references",
+        licence="MIT (onnxruntime), weights: licence of the file",
         packages=("onnxruntime",),
         load=load_arcface,
         file="arcface",
         digits=1,
     ),
 )
-"""Every metric, in the order of the columns."""
+"""All metrics, in the order of a report's columns."""

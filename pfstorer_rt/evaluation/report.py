@@ -1,4 +1,4 @@
-"""What was measured: a row for each method and picture, means for each method, and the files made of them."""
+"""Results of an evaluation: a row per method and image, means per method, and the files written from them."""
 
 from __future__ import annotations
 
@@ -17,75 +17,75 @@ from pfstorer_rt.evaluation.registry import Metric, Metrics
 from pfstorer_rt.files import atomic_write, make_folder
 
 INPUT, ORIGINAL = "input", "original"
-"""Methods of the reference rows: the bad pictures and the originals, measured like any result."""
+"""Methods of the reference rows: degraded inputs and originals, measured like results."""
 SECONDS = "seconds"
 ABOUT = ["metric", "meaning", "version", "licence", "state"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one picture by one method."""
+    """Values of one image by one method."""
 
     method: str
     picture: str
     figures: Mapping[str, float | None]
-    """Key of a metric -> figure, as `Metrics.measure` returns them."""
+    """Key of a metric -> value, as `Metrics.measure` returns them."""
     seconds: float | None = None
-    """Time that the method took for the picture; None where it is not known."""
+    """Time of the method for this image; None where unknown."""
     note: str = ""
-    """Why figures are missing."""
+    """Why values are missing."""
     thumbnail: bytes = field(default=b"", repr=False)
-    """A small JPEG for the page, empty for none."""
+    """A small JPEG for the page; empty without one."""
     failed: bool = False
-    """There is no result, or it could not be measured."""
+    """The result is missing or could not be measured."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Means of one method over its pictures."""
+    """Means of one method over its images."""
 
     pictures: int
     failed: int
     means: dict[str, float | None]
-    """Key of a metric, or `seconds` -> mean over the pictures that have a figure; None where none has."""
+    """Key of a metric, or `seconds` -> mean over the images with a value; None without any."""
     counts: dict[str, int]
-    """Key -> number of pictures that have a figure."""
+    """Key -> number of images with a value."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """All rows, the metrics that made them, and what could not be measured."""
+    """All rows, their metrics, and notes on what could not be measured."""
 
     rows: list[Row]
     metrics: Metrics
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
-    """What the figures depend on and the files should name: level, seed, folders."""
+    """Settings that the values depend on: level, seed, folders."""
 
     @property
     def methods(self) -> list[str]:
-        """Names of the methods: input first, original last, the others in the order of their first row."""
+        """Return the names of the methods: input first, original last, others in the order of their first row."""
         names = dict.fromkeys(row.method for row in self.rows)
         middle = [name for name in names if name not in (INPUT, ORIGINAL)]
         return [*(n for n in (INPUT,) if n in names), *middle, *(n for n in (ORIGINAL,) if n in names)]
 
     @property
     def pictures(self) -> list[str]:
-        """Names of the pictures in the order of their first row."""
+        """Return the names of the images in the order of their first row."""
         return list(dict.fromkeys(row.picture for row in self.rows))
 
     def summary(self, common: bool = False) -> dict[str, Summary]:
-        """Return means for each method.
+        """Return the means of each method.
 
-        common: take of each metric only the pictures for which every method has a figure, so that all methods
-        speak of the same pictures; dlib finds no face in some bad ones, for example.
+        common: for each metric, use only the images for which every method has a value, so that the means of all
+        methods cover the same images; dlib, for example, finds no face in some degraded images.
         """
         keys = [*(metric.key for metric in self.metrics.columns), SECONDS]
         shared = {key: self._shared(key) if common else set(self.pictures) for key in keys}
         return {method: self._summary(method, keys, shared) for method in self.methods}
 
     def write(self, folder: Path) -> None:
-        """Write results.csv, summary.json, results.md and index.html into a folder, replacing older ones."""
+        """Write results.csv, summary.json, results.md and index.html into a folder; existing ones are replaced."""
         make_folder(folder)
         texts = {
             "results.csv": self.csv(),
@@ -98,7 +98,7 @@ class Report:
                 handle.write(text.encode())
 
     def csv(self) -> str:
-        """A line for each method and picture; an empty cell is a figure that there is none of."""
+        """Return one line per method and image; an empty cell is a missing value."""
         keys = [metric.key for metric in self.metrics.columns]
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
@@ -110,7 +110,7 @@ class Report:
         return buffer.getvalue()
 
     def json(self) -> str:
-        """Means and counts of each method, the metrics with licence and version, notes and settings."""
+        """Return means and counts of each method, metrics with licence and version, notes and settings."""
         methods = {
             name: {"pictures": s.pictures, "failed": s.failed, "means": finite(s.means), "counts": s.counts}
             for name, s in self.summary().items()
@@ -126,7 +126,7 @@ class Report:
         return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
     def describe(self, metric: Metric) -> dict[str, str | None]:
-        """Everything that a reader needs to know of a column; `refused` is None where it was measured."""
+        """Return the description of a metric; `refused` is None where it was measured."""
         return {
             "title": metric.title,
             "better": metric.better,
@@ -138,11 +138,11 @@ class Report:
         }
 
     def markdown(self) -> str:
-        """Tables of the means, of the metrics, and the notes."""
+        """Return tables of the means and of the metrics, and the notes."""
         lines = ["# Results", "", *(f"- {key}: {value}" for key, value in self.settings.items()), ""]
         lines += markdown_table(self.headings(), self.cells())
         if self.uneven():
-            lines += ["", "Over the pictures for which every method has a figure:", ""]
+            lines += ["", "Over the images for which every method has a value:", ""]
             lines += markdown_table(self.headings(), self.cells(common=True))
         lines += ["", "## Metrics", ""]
         lines += markdown_table(ABOUT, self.about())
@@ -150,16 +150,16 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def html(self) -> str:
-        """One page that needs no other file: means, a plot for each metric, pictures, metrics and notes."""
+        """Return one self-contained page: means, a plot per metric, images, metrics and notes."""
         tables = [Table("Means", self.headings(), self.cells())]
         if self.uneven():
-            same = "Means over the pictures for which every method has a figure"
+            same = "Means over the images for which every method has a value"
             tables.append(Table(same, self.headings(), self.cells(common=True)))
         about = Table("Metrics", ABOUT, self.about())
         return page(self.settings, tables, self.charts(), self.gallery(), about, self.notes)
 
     def charts(self) -> list[Chart]:
-        """A chart for each metric that was measured: every picture's figure and the mean, by method."""
+        """Return a chart per measured metric: the value of every image and the mean, by method."""
         means = self.summary()
         return [
             Chart(
@@ -172,18 +172,18 @@ class Report:
         ]
 
     def gallery(self) -> Gallery:
-        """The pictures that have a thumbnail, each method's with its figures as caption."""
+        """Return the images with a thumbnail; the caption has the values of the method."""
         shown = {(row.picture, row.method): (row.thumbnail, self.caption(row)) for row in self.rows}
         seen = {row.picture for row in self.rows if row.thumbnail}
         return Gallery(self.methods, [name for name in self.pictures if name in seen], shown)
 
     def caption(self, row: Row) -> str:
-        """The figures of one row in short."""
+        """Return the values of one row as a short text."""
         known = [(m, v) for m in self.metrics.columns if (v := row.figures.get(m.key)) is not None and m.unit != "%"]
         return ", ".join(f"{m.title} {number(m, v)}" for m, v in known) + (f" ({row.note})" if row.note else "")
 
     def about(self) -> list[list[str]]:
-        """The table of the metrics as text: what each means, its version and licence, or why it was not measured."""
+        """Return the table of metrics as text: meaning, version, licence, and why a metric was not measured."""
         versions, refused = self.metrics.versions, self.metrics.refused
         return [
             [m.title, m.meaning, versions.get(m.key, ""), m.licence, refused.get(m.key, "measured")]
@@ -191,25 +191,25 @@ class Report:
         ]
 
     def headings(self) -> list[str]:
-        """The first line of the table of means."""
+        """Return the headings of the table of means."""
         columns = [" ".join(filter(None, (m.title, m.unit, arrow(m)))) for m in self.metrics.columns]
         return ["method", *columns, "s/image"]
 
     def cells(self, common: bool = False) -> list[list[str]]:
-        """The table of means as text; a figure of fewer pictures than the method has says of how many."""
+        """Return the table of means as text; a mean over fewer images than the method has shows their number."""
         return [
             [method, *(figure(metric, s) for metric in self.metrics.columns), seconds(s)]
             for method, s in self.summary(common).items()
         ]
 
     def uneven(self) -> bool:
-        """Whether a metric has figures of other pictures for one method than for another."""
+        """Whether the methods have values for different images."""
         keys = [metric.key for metric in self.metrics.columns]
         every, common = self.summary(), self.summary(common=True)
         return any(every[m].counts[key] != common[m].counts[key] for m in every for key in keys)
 
     def _shared(self, key: str) -> set[str]:
-        """Pictures with a figure for every method that has any; a time is known of few methods."""
+        """Return the images with a value for every method that has any; few methods have times."""
         found: dict[str, set[str]] = {}
         for row in self.rows:
             if value(row, key) is not None:
@@ -227,23 +227,23 @@ class Report:
 
 
 def value(row: Row, key: str) -> float | None:
-    """A figure of a row, or its seconds."""
+    """Return a value of a row, or its seconds."""
     return row.seconds if key == SECONDS else row.figures.get(key)
 
 
 def finite(means: Mapping[str, float | None]) -> dict[str, float | str | None]:
-    """JSON has no infinity, which the PSNR of equal pictures is: write it as the text "inf"."""
+    """Replace infinity, the PSNR of equal images, by the text "inf": JSON has no infinity."""
     return {key: "inf" if v is not None and math.isinf(v) else v for key, v in means.items()}
 
 
 def number(metric: Metric, figure: float) -> str:
-    """A figure as text, with the metric's digits."""
+    """Return a value as text, with the metric's digits."""
     shown = figure * 100 if metric.unit == "%" else figure
     return "∞" if math.isinf(shown) else f"{shown:.{metric.digits}f}"
 
 
 def figure(metric: Metric, summary: Summary) -> str:
-    """A mean as text, "not measured" where there is none."""
+    """Return a mean as text, "not measured" without one."""
     mean, count = summary.means[metric.key], summary.counts[metric.key]
     if mean is None:
         return "not measured"
@@ -251,18 +251,18 @@ def figure(metric: Metric, summary: Summary) -> str:
 
 
 def seconds(summary: Summary) -> str:
-    """Mean time as text."""
+    """Return the mean time as text."""
     mean = summary.means[SECONDS]
     return "" if mean is None else f"{mean:.2f}"
 
 
 def arrow(metric: Metric) -> str:
-    """Which way is better."""
+    """Return an arrow in the direction of better values."""
     return "↑" if metric.better == "up" else "↓"
 
 
 def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
+    """Return the lines of a Markdown table."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -1,4 +1,4 @@
-"""A picture to be measured, and the kind of function that measures it."""
+"""An image to be measured, and the type of functions that measure it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Sample:
-    """A picture, and what was computed from it: a face that several metrics look at is found once.
+    """An image with cached results: a face that several metrics use is found once.
 
     pixels: (H, W, 3) float32 in [0, 1].
     """
@@ -27,11 +27,11 @@ class Sample:
         self._known: dict[Hashable, object] = {}
 
     def once(self, function: Callable[[Pixels], T]) -> T:
-        """Return `function(pixels)`, computed on the first call."""
+        """Return `function(pixels)`, computed at the first call."""
         if function not in self._known:
             self._known[function] = function(self.pixels)
         return self._known[function]  # type: ignore[return-value]
 
 
 Measure = Callable[[Sample, Sample, Sequence[Sample]], "float | None"]
-"""measure(result, original, references) -> figure, None where it is not defined for these pictures."""
+"""measure(result, original, references) -> value, None where the metric is not defined for these images."""

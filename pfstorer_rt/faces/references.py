@@ -1,7 +1,7 @@
-"""How near a result comes to the person: distances to reference photographs, when metrics are installed.
+"""Identity distances between a result and reference photographs of the person (extra `metrics`).
 
-The references are named at each call. A plan holds no embedding of them: that would be biometric data which goes
-wherever the plan goes.
+The caller passes the references each time. A plan contains no embeddings of them, because embeddings are biometric data
+that would travel with the plan.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pfstorer_rt.imaging.find import list_images
 from pfstorer_rt.imaging.rows import Pixels, Rows, read_pixels
 
 LARGEST = 16_000_000
-"""Pixels above which a picture is thinned out before a face is looked for."""
+"""Pixels above which an image is subsampled before faces are searched."""
 
 
 class References:
@@ -27,11 +27,11 @@ class References:
     def __init__(self, folder: str | Path) -> None:
         """Raise `MissingBackendError` without the metrics, `BadFileError` where no reference shows a face.
 
-        `notes` has a line on each file that was left out because it could not be read.
+        `notes` has a line on each file that could not be read.
         """
         embed = face_embedder()
         if embed is None:
-            raise MissingBackendError(f"references need the metrics: {INSTALL_METRICS}")
+            raise MissingBackendError(f"comparing with references needs the metrics extra: {INSTALL_METRICS}")
         self._embed: Callable[[Pixels], Embedding | None] = embed
         files = list_images(Path(folder), recursive=False)  # sub-folders may hold other people
         self.faces: list[Embedding] = []
@@ -40,28 +40,28 @@ class References:
             try:
                 face = embed(load_image(file).pixels)
             except BadFileError as error:
-                self.notes.append(f"left out of the references: {error}")
+                self.notes.append(f"reference skipped: {error}")
                 continue
             self.faces += [] if face is None else [face]
         if not self.faces:
-            raise BadFileError(f"{folder}: no face in its {len(files)} pictures; expected photographs of the person")
+            raise BadFileError(f"{folder}: no face found in {len(files)} images; expected photographs of the person")
 
     def distance(self, rows: Rows) -> float | None:
-        """Return the mean distance of a picture's largest face to the references; None where it shows none."""
+        """Return the mean distance between an image's largest face and the references; None without a face."""
         thin = 1 + int((rows.height * rows.width / LARGEST) ** 0.5) if rows.height * rows.width > LARGEST else 1
         face = self._embed(_thinned(rows, thin))
         distances = [d for known in self.faces if (d := identity_distance(face, known)) is not None]
         return sum(distances) / len(distances) if distances else None
 
     def facts(self, source: Rows, result: Rows) -> dict[str, Any]:
-        """Return the entries of a report, with a note where the result is farther away than the input was."""
+        """Return entries of a report, with a note where the result is farther from the references than the input."""
         before, after = self.distance(source), self.distance(result)
         if after is None:
             return {"id_distance": None, "id_distance_input": _round(before), "notes": ["no face found in the result"]}
         facts: dict[str, Any] = {"id_distance": _round(after), "id_distance_input": _round(before)}
         if before is not None and after > before:
             facts["notes"] = [
-                f"farther from the references than the input: {after:.3f}, it was {before:.3f}; try another "
+                f"farther from the references than the input: {after:.3f}, the input has {before:.3f}; try another "
                 "strength, number of steps or seed"
             ]
         return facts

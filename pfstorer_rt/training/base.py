@@ -1,4 +1,4 @@
-"""`train-base`: an autoencoder on photographs, then a restorer on pairs of their latents."""
+"""Train a base on photographs: an autoencoder, then a restorer on pairs of latents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PAIR_CHUNK = 64
 
 @dataclass(frozen=True)
 class BaseTrainConfig:
-    """How a base is trained; the defaults made the shipped `tiny` base."""
+    """How a base is trained; the shipped `tiny` base started from the defaults."""
 
     preset: str = "tiny"
     autoencoder: TrainConfig = field(
@@ -46,47 +46,47 @@ class BaseTrainConfig:
         )
     )
     crop: int = 128
-    """Side in pixels of the autoencoder's training squares (it is convolutional: any size serves)."""
+    """Side in pixels of the autoencoder's training crops (it is convolutional, so any size works)."""
     zoom: float = 1.5
-    """Squares are cut at up to this magnification."""
+    """Largest magnification of a crop."""
     wide: float = 1.0
-    """Squares reach up to this many times the short side, mirrored beyond it: faces get that much smaller."""
+    """Largest crop, in short sides of the photograph (mirror-padded): above 1, faces become smaller."""
     latent_crop: int = 16
-    """Side of the latent squares that the restorer first learns on: the same network at a third of the cost."""
+    """Side of the latent crops in the first part of the restorer's training, at a third of the cost of tiles of 24."""
     cropped: float = 0.8
-    """Share of the iterations on such squares; the rest sees whole tiles."""
+    """Share of the iterations on latent crops; the others use whole tiles."""
     variations: int = 1
-    """Degraded pairs made of each photograph."""
+    """Degraded pairs per photograph."""
     level: Literal["light", "heavy", "mixed"] = "heavy"
-    """Of the degraded pairs; `mixed` draws one of the two for each."""
+    """Degradation level of the pairs; `mixed` draws light or heavy for each."""
     p_hq: float = 0.03
-    """Share of the pairs whose LQ is the photograph itself."""
+    """Share of the pairs that are not degraded."""
     first_step: float = 0.0
-    """Share of the samples at the last timestep, where sampling begins: few-step sampling is decided there."""
+    """Share of the samples at timestep 999, where sampling starts: it matters most for few-step sampling."""
     lambda_pixel: float = 0.5
-    """Weight of the error after the decoder in the finishing part."""
+    """Weight of the decoded image's error in the stage `finishing`."""
     lambda_perceptual: float = 0.2
-    """Weight of the perceptual distance in the finishing part."""
+    """Weight of ST-LPIPS in the stage `finishing`."""
     lambda_id: float = 0.3
-    """Weight of the identity loss in the finishing part."""
+    """Weight of the identity loss in the stage `finishing`."""
     share: float = 0.5
-    """Share of the way from the prior's weights to those that the finishing part ends at, where its result lies."""
+    """Interpolation between the prior's weights (0) and the trained weights (1) in the stage `finishing`."""
     weighting: Weighting = "prediction"
-    """What the restorer's error is measured in: the prediction, or the clean latent that it stands for."""
+    """Measure the restorer's error in the network's prediction, or in the clean latent that follows from it."""
     trained: Literal["auto", "all", "conditions"] = "auto"
-    """`conditions` are the SPADEs and the structure encoder alone; `auto` takes them when there is a prior."""
+    """`conditions` trains the SPADEs and the structure encoder alone; `auto` does so for a prior, else `all`."""
     holdout: float = 0.02
-    """Share of the photographs (chosen by name) that no training sees."""
+    """Share of the photographs, chosen by name, that is not used for training."""
 
 
 def split_holdout(paths: list[Path], share: float) -> tuple[list[Path], list[Path]]:
-    """Split into (training, held out) by a hash of the file name, so that it does not depend on the list."""
+    """Split into (training, held out) by a hash of each file name, whatever other files there are."""
     held = [p for p in paths if int(hashlib.sha256(p.name.encode()).hexdigest()[:8], 16) < share * 2**32]
     return [p for p in paths if p not in set(held)], held
 
 
 def signature(settings: Any, paths: list[Path]) -> str:
-    """Identify a training by its settings (anything JSON) and the names and sizes of its photographs."""
+    """Return a hash of settings (JSON values) and of the names and sizes of photographs."""
     names = [(p.name, p.stat().st_size) for p in paths]
     text = json.dumps([settings, names], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -156,7 +156,7 @@ def latent_pairs(
 
 
 def pairs_signature(paths: list[Path], base: Base, config: BaseTrainConfig) -> str:
-    """Identify the degraded squares that `pair_maker` makes."""
+    """Return a hash of the degraded crops that `pair_maker` makes."""
     squares = [config.zoom, config.wide, config.level, config.p_hq, base.config.tile]
     return signature([config.variations, config.restorer.seed, *squares], paths)
 

@@ -1,4 +1,4 @@
-"""Photographs as training samples: every sample is a pure function of (seed, number), so training can resume."""
+"""Photographs as training samples: a sample depends on (seed, number) alone, so that training can be resumed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def read_photo(path: Path) -> torch.Tensor:
 def random_crop(
     image: torch.Tensor, size: int, rng: np.random.Generator, zoom: float = 1.5, flip: bool = True, wide: float = 1.0
 ) -> torch.Tensor:
-    """Cut a random square and resize it, without alignment to the face (PFStorer section 4.1).
+    """Crop a random square and resize it, without alignment to the face (PFStorer section 4.1).
 
-    image: (3, H, W) in [0, 1]. The square's side is the short side divided by U(1 / wide, zoom); beyond the edges
-    the photograph is mirrored. Returns (3, size, size) in [0, 1], mirrored half of the time when `flip`.
+    image: (3, H, W) in [0, 1]. The side of the crop is the short side divided by U(1 / wide, zoom); the photograph is
+    mirror-padded where the crop is larger. Returns (3, size, size) in [0, 1], flipped half of the time when `flip`.
     """
     side = max(1, round(min(image.shape[-2:]) / rng.uniform(1.0 / wide, zoom)))
     image = mirror_beyond_edges(image, side)
@@ -38,7 +38,7 @@ def random_crop(
 
 
 def mirror_beyond_edges(image: torch.Tensor, side: int) -> torch.Tensor:
-    """Mirror (3, H, W) at its edges until neither side is less than `side` (at most about three times its own)."""
+    """Mirror-pad (3, H, W) until both sides have at least `side` pixels (at most about three times the side)."""
     missing = [max(0, side - n) for n in image.shape[-2:]]
     if not any(missing):
         return image
@@ -47,7 +47,7 @@ def mirror_beyond_edges(image: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def center_crop(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Cut the central square of (3, H, W) in [0, 1] and resize it to (3, size, size)."""
+    """Crop (3, H, W) in [0, 1] to the central square and resize it to (3, size, size)."""
     height, width = image.shape[-2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -55,7 +55,7 @@ def center_crop(image: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def resize_square(image: torch.Tensor, size: int, flip: bool = False) -> torch.Tensor:
-    """Resize (3, s, s) in [0, 1] to (3, size, size), mirrored when `flip`."""
+    """Resize (3, s, s) in [0, 1] to (3, size, size), flipped left to right when `flip`."""
     if flip:
         image = image.flip(-1)
     if image.shape[-1] == size:
@@ -65,9 +65,9 @@ def resize_square(image: torch.Tensor, size: int, flip: bool = False) -> torch.T
 
 
 class Photographs:
-    """A list of photographs, read when asked for; those of very few pixels still serve, enlarged.
+    """A list of photographs that are read on demand; small ones are enlarged.
 
-    `crops(size, zoom)[k]` of a (seed, k) is always the same crop.
+    Crop k depends on the seed, k, size and zoom alone.
     """
 
     def __init__(self, paths: Sequence[Path], seed: int) -> None:
@@ -78,18 +78,18 @@ class Photographs:
         return len(self.paths)
 
     def order(self, k: int) -> int:
-        """Index of the photograph that sample `k` shows: every epoch is another permutation."""
+        """Return the index of the photograph of sample `k`: every epoch is another permutation."""
         epoch, position = divmod(k, len(self.paths))
         return int(np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.paths))[position])
 
     def crop(self, k: int, size: int, zoom: float = 1.5, wide: float = 1.0) -> tuple[torch.Tensor, np.random.Generator]:
-        """Return crop `k`, (3, size, size) in [0, 1], and the generator to go on with (for degradation)."""
+        """Return crop `k`, (3, size, size) in [0, 1], and its random generator, for the degradation."""
         rng = np.random.default_rng([self.seed, 2, k])
         return random_crop(read_photo(self.paths[self.order(k)]), size, rng, zoom, wide=wide), rng
 
 
 class Iterations(Dataset[Batch]):
-    """Turns a function iteration -> batch into something that a DataLoader can prefetch."""
+    """A function iteration -> batch as a dataset that a DataLoader can prefetch."""
 
     def __init__(self, make: Callable[[int], Batch], start: int, stop: int) -> None:
         self.make, self.start, self.stop = make, start, stop
@@ -102,7 +102,7 @@ class Iterations(Dataset[Batch]):
 
 
 def draw_timesteps(count: int, first_step: float, generator: torch.Generator) -> torch.Tensor:
-    """Draw (count,) timesteps from 0..999, a share of them 999, from which every restoration starts."""
+    """Draw (count,) timesteps from 0..999; a share of them is 999, where every restoration starts."""
     t = torch.randint(0, 1000, (count,), generator=generator)
     t[torch.rand(count, generator=generator) < first_step] = LAST
     return t

@@ -1,4 +1,4 @@
-"""The last part of a base's training: from the LQ picture to the restored one, judged as a face, not as a latent."""
+"""The last stage of a base's training: fine-tuning with losses on the decoded image in place of the latent alone."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from pfstorer_rt.training.picture_loss import PictureLoss, draw_views, face_maps
 class FinishingObjective(RestorerObjective):
     """L_x0, the squared error of the clean latent at every timestep, and `PictureLoss` of the rows at timestep 999.
 
-    Those begin as restoring does, from the LQ latent. Trained are the UNet, structure encoder, prompt encoder and
-    feature wrapping; the autoencoder stays.
+    Rows at timestep 999 start from the LQ latent, as restoring does. UNet, structure encoder, prompt encoder and
+    feature wrapping are trained; the autoencoder stays frozen.
     """
 
     def __init__(self, base: Base, config: BaseTrainConfig) -> None:
@@ -50,7 +50,7 @@ class FinishingObjective(RestorerObjective):
     def forward(self, batch: Batch) -> Losses:
         """Take `hq` and `lq` (B, 3, H, W) in [-1, 1], `noise` (B, C, h, w), `t` (B,), `maps` (B, 2, 3), `corner` (2,).
 
-        The latter two are `PictureLoss`'s.
+        `maps` and `corner` are arguments of `PictureLoss`.
         """
         hq, lq, noise, t = batch["hq"], batch["lq"], batch["noise"], batch["t"]
         with torch.no_grad():

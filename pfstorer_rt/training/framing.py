@@ -1,7 +1,7 @@
-"""Photographs cut to the face that is learned: in a snapshot it is small, not in the middle, or not the only one.
+"""Crop reference photographs to the person's face: in a snapshot the face is small, off-centre or one of several.
 
-The paper learns from portraits. Its squares are cut at random, without alignment (PFStorer section 4.1), and so they
-are here, out of what is framed.
+The paper learns from portraits. Training crops are random and not aligned to the face (PFStorer section 4.1); here they
+are taken from the framed photographs.
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ from pfstorer_rt.faces.finding import Face, face_finder
 from pfstorer_rt.training.data import center_crop, read_photo
 
 SQUARE = 2.0
-"""Side of the square around a face, in sides of its box; about that of a portrait."""
+"""Side of the crop around a face, in sides of the face's box; a portrait has about this ratio."""
 DOWN = 0.57
-"""Where in the square the middle of the box is, from its top: dlib's boxes leave out the forehead."""
+"""Height of the box's centre in the crop, from the top: dlib's boxes do not include the forehead."""
 LARGE = 0.35
-"""Side of a face's box, in short sides of the photograph, from which one in the middle is a portrait already."""
+"""Least side of a centred face's box, in short sides of the photograph, in a photograph that is already a portrait."""
 LONG = 1.25
-"""Longer side of a portrait, in shorter ones, above which squares that are cut at random would miss the face."""
+"""Largest aspect ratio of a portrait; random crops of a longer photograph would miss the face."""
 FEW = 4
-"""A face of less than the tile's side by this is too small to learn much from."""
+"""A face smaller than the tile divided by this has too few pixels for a good likeness."""
 
 
 def read_references(
     paths: Sequence[Path], config: PersonalizeConfig, tile: int, note: Callable[[str], None]
 ) -> list[torch.Tensor]:
-    """Read photographs, (3, H, W) in [0, 1] each, framed to the person's face.
+    """Read photographs, (3, H, W) in [0, 1] each, and crop them around the person's face.
 
-    Of several faces it is the one most like those in the photographs that show one alone, else the largest. Without
-    a face the central square is kept. With `config.framing` "none", or without the `metrics` extra, photographs are
-    left whole. note: called with a line for each that may not serve. Raises `BadFileError`.
+    Among several faces, the person is the face most similar to those in the photographs with one face, or else the
+    largest face. A photograph without a face is cropped to its centre. With `config.framing` "none", or without the
+    `metrics` extra, photographs stay whole. note: called with a line on each photograph that may serve badly.
+    Raises `BadFileError`.
     """
-    photos = [read_photo(path) for path in paths]  # all of them, before anything is said of one
+    photos = [read_photo(path) for path in paths]  # all photographs, before the first note
     if config.framing == "none":
         return photos
     if (find := face_finder()) is None:
-        note(f"faces are not looked for, photographs are taken as they are; for snapshots: {INSTALL_METRICS}")
+        note(f"photographs are used without cropping to the face; to crop snapshots: {INSTALL_METRICS}")
         return photos
     found = [find(photo.permute(1, 2, 0).numpy()) for photo in photos]
     alone = [faces[0].embedding for faces in found if len(faces) == 1]
@@ -56,7 +57,7 @@ def read_references(
 
 
 def choose_face(faces: Sequence[Face], alone: Sequence[Embedding]) -> Face | None:
-    """Return the face most like those that were alone in their photographs; without any such, the first."""
+    """Return the face most similar to those in `alone`; without any of them, the first face."""
     if not faces or not alone:
         return faces[0] if faces else None
     return min(faces, key=lambda face: mean_distance(face.embedding, alone) or 0.0)
@@ -64,26 +65,26 @@ def choose_face(faces: Sequence[Face], alone: Sequence[Embedding]) -> Face | Non
 
 def _remarks(faces: Sequence[Face], face: Face | None, others: Sequence[Embedding], tile: int) -> list[str]:
     if face is None:
-        return ["no face found; its middle is learned"]
+        return ["no face found; using the centre crop"]
     found = []
     if len(faces) > 1:
         place = f"{face.side:.0f} pixels wide, {face.left:.0f} from the left and {face.top:.0f} from the top"
-        found.append(f"{len(faces)} faces; the one that is learned is {place}")
+        found.append(f"{len(faces)} faces found; using the one that is {place}")
     distance = median(identity_distance(face.embedding, other) or 0.0 for other in others) if others else 0.0
     if distance > SAME_PERSON:
         found.append(
-            f"its face may be another person's: {distance:.2f} from those of the other photographs, of the same "
-            f"person it is under {SAME_PERSON}"
+            f"may show another person: its distance to the other photographs is {distance:.2f}, photographs of one "
+            f"person are usually within {SAME_PERSON}"
         )
     if face.side < tile / FEW:
-        found.append(f"its face is {face.side:.0f} pixels wide; from {tile // FEW} on it gives a better likeness")
+        found.append(f"the face is {face.side:.0f} pixels wide; {tile // FEW} or more give a better likeness")
     return found
 
 
 def frame_face(photo: torch.Tensor, face: Face) -> torch.Tensor:
-    """Cut a square around a face out of (3, H, W), as large as the photograph allows.
+    """Crop (3, H, W) to a square around a face, inside the photograph.
 
-    A portrait, which is about square with a large face in the middle, is left whole.
+    A portrait, which is about square with a large centred face, stays whole.
     """
     height, width = photo.shape[-2:]
     short = min(height, width)
@@ -98,7 +99,7 @@ def frame_face(photo: torch.Tensor, face: Face) -> torch.Tensor:
 
 
 def _start(start: float, length: float, share: float, side: int, whole: int) -> int:
-    """Where a span of `side` begins that has the middle of another at a share of it, all of it inside if it can be."""
+    """Return the start of a span of `side` that has the centre of the face at `share`, inside 0 ... `whole`."""
     wanted = start + length / 2 - share * side
     inside = min(max(wanted, start + length - side), start) if length < side else wanted
     return round(min(max(0.0, inside), whole - side))

@@ -1,4 +1,4 @@
-"""Training a large base on an ordinary GPU: frozen weights in halves, recomputed activations, 8-bit optimizer state."""
+"""Less memory for large bases: frozen weights in half precision, recomputed activations, 8-bit optimizer state."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pfstorer_rt.extras import install
 from pfstorer_rt.models.unet import RestorationUNet
 
 ParameterGroup = dict[str, Any]
-"""`params`, and the settings of the optimizer that differ for them, such as `lr`."""
+"""`params`, and optimizer settings of this group alone, such as `lr`."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager
 def saving_memory(objective: nn.Module, config: TrainConfig, accelerator: Accelerator) -> Iterator[None]:
-    """Hold frozen weights in the training's precision, and recompute activations where the configuration says so."""
+    """Keep frozen weights in the training's precision, and recompute activations if `gradient_checkpointing` is set."""
     unets = [m for m in objective.modules() if isinstance(m, RestorationUNet)] if config.gradient_checkpointing else []
     for unet in unets:
         unet.enable_gradient_checkpointing()
@@ -37,10 +37,10 @@ def saving_memory(objective: nn.Module, config: TrainConfig, accelerator: Accele
 
 @contextmanager
 def frozen_weights_in(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Keep the frozen linear and convolution layers in `dtype`, and put their own values back afterwards.
+    """Convert the frozen linear and convolution layers to `dtype`, and restore their values afterwards.
 
-    Autocast would make the same values at every use, and keep a copy for each backward. The originals wait in
-    the CPU's memory. None changes nothing.
+    Autocast would convert them at every use and keep a copy for each backward pass. The originals stay in the CPU's
+    memory meanwhile. None changes nothing.
     """
     layers = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))] if dtype else []
     frozen = [p for layer in layers for p in layer.parameters() if not p.requires_grad]
@@ -55,9 +55,9 @@ def frozen_weights_in(module: nn.Module, dtype: torch.dtype | None) -> Iterator[
 
 
 def make_adamw(parameters: Iterable[nn.Parameter] | list[ParameterGroup], config: TrainConfig) -> torch.optim.Optimizer:
-    """Return AdamW as the configuration names it: torch's, or bitsandbytes' with 8-bit state, in pages if wanted.
+    """Return the optimizer of the configuration: torch's AdamW, or bitsandbytes' with 8-bit state.
 
-    parameters: or groups with settings of their own. Raises `MissingBackendError` without bitsandbytes.
+    parameters: parameters, or groups with their own settings. Raises `MissingBackendError` without bitsandbytes.
     """
     settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "betas": (0.9, 0.999)}
     if config.optimizer == "adamw":

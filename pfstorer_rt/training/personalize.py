@@ -170,7 +170,7 @@ def cache_reference(
 
 
 def choose_reference(photos: Sequence[torch.Tensor]) -> int:
-    """Pick the photograph most like the others by face embedding; the first without a face model."""
+    """Return the number of the photograph whose face is most similar to the others; 0 without a face model."""
     embed = face_embedder()
     found = [embed(photo.permute(1, 2, 0).numpy()) for photo in photos] if embed else []
     faces: list[tuple[int, Any]] = [(i, e) for i, e in enumerate(found) if e is not None]

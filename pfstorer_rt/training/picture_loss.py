@@ -1,4 +1,4 @@
-"""What restored latents look like: losses after the decoder, of pixels, of perception, and of whose face it is."""
+"""Image-space losses of restored latents: pixels, perceptual distance and identity of the decoded image."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from pfstorer_rt.training.data import Batch
 from pfstorer_rt.training.losses import Losses, gradient_loss
 
 PATCH = 96
-"""Side in pixels of what the perceptual distance looks at: of whole tiles it would cost as much as all the rest."""
+"""Side in pixels of the perceptual distance's crop: on whole tiles it would cost as much as the rest of a step."""
 NO_FACE = np.full((2, 3), np.nan, np.float32)
 
 
 class PictureWeights(Protocol):
-    """A configuration that says how much each loss of pictures counts."""
+    """A configuration with the weights of the image-space losses."""
 
     @property
     def lambda_pixel(self) -> float:
@@ -44,12 +44,12 @@ class PictureWeights(Protocol):
 
 
 def looks_at_pictures(config: PictureWeights) -> bool:
-    """Whether a configuration has losses of pictures."""
+    """Whether a configuration has image-space losses."""
     return bool(config.lambda_pixel or config.lambda_perceptual or config.lambda_id)
 
 
 def refusal() -> str | None:
-    """Return why losses of pictures cannot be had here, None where they can."""
+    """Return why image-space losses are not available here, None where they are."""
     try:
         shift_tolerant_distance()
     except MissingBackendError as error:
@@ -62,14 +62,14 @@ class PictureLoss(nn.Module):
 
     L_pixel: L1 + gradient L1. L_perceptual: ST-LPIPS of a square of `PATCH` pixels. L_id: squared distance between the
     embeddings of the restored face and the original's (the identity-preserving loss of GFPGAN, section 3.4, with dlib's
-    network), over the pictures with a face. Raises `MissingBackendError` without the `metrics` extra.
+    network), over the images with a face. Raises `MissingBackendError` without the `metrics` extra.
     """
 
     def __init__(self, base: Base, config: PictureWeights) -> None:
         super().__init__()
         folder = face_models()
         if folder is None:
-            raise MissingBackendError(f"losses of pictures need the networks of the metrics; {INSTALL_METRICS}")
+            raise MissingBackendError(f"image-space losses need the networks of the metrics; {INSTALL_METRICS}")
         self.base, self.config = base, config
         self.recognizer, self.perceptual = FaceRecognizer(folder / RECOGNIZER), shift_tolerant_distance()
 
@@ -81,7 +81,7 @@ class PictureLoss(nn.Module):
         maps: torch.Tensor,
         corner: torch.Tensor,
     ) -> Losses:
-        """Take restored latents (B, C, h, w), the LQ pictures' features, and originals (B, 3, H, W) in [-1, 1].
+        """Take restored latents (B, C, h, w), the features of the LQ images, and originals (B, 3, H, W) in [-1, 1].
 
         maps: (B, 2, 3), where each original's face is (`face_map`), NaN where none was found. corner: (2,), top and
         left of the square that the perceptual distance looks at. Returns `pictures`, the weighted sum, and its parts.
@@ -97,7 +97,7 @@ class PictureLoss(nn.Module):
         return {"pictures": total, "pixel": pixel, "perceptual": perceptual, "id": identity}
 
     def of_batch(self, restored: torch.Tensor, batch: Batch) -> Losses:
-        """Losses of the rows at timestep 999, where restoring starts; all 0 where there is none.
+        """Return the losses of the rows at timestep 999, where restoring starts; all 0 without such rows.
 
         restored: clean latents (B, C, h, w). batch: `hq_picture lq_picture` (B, 3, H, W) in [-1, 1], `t`, and what
         `draw_views` gives.
@@ -110,7 +110,7 @@ class PictureLoss(nn.Module):
         return self(restored[first], features, batch["hq_picture"][first], batch["maps"][first], batch["corner"])
 
     def identity(self, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-        """Mean squared distance of the embeddings of (B, 3, H, W) in [-1, 1], over the pictures with a face."""
+        """Return the mean squared distance of embeddings of (B, 3, H, W) in [-1, 1], over the images with a face."""
         seen = maps.isfinite().all(2).all(1)
         if not seen.any():
             return output.new_zeros(())
@@ -128,13 +128,13 @@ def face_maps(images: Sequence[Pixels]) -> npt.NDArray[np.float32]:
 
 
 def draw_views(maps: npt.NDArray[np.float32], side: int, rng: np.random.Generator) -> Batch:
-    """Draw what pictures of `side` pixels are looked at by: `maps` (B, 2, 3), a little moved, and `corner` (2,)."""
+    """Draw `maps` (B, 2, 3), jittered, and `corner` (2,) of the perceptual crop, for images of `side` pixels."""
     moved = np.einsum("bij,bjk->bik", maps, jitter(len(maps), rng)).astype(np.float32)
     return {"maps": torch.from_numpy(moved), "corner": torch.from_numpy(rng.integers(0, max(0, side - PATCH) + 1, 2))}
 
 
 def jitter(count: int, rng: np.random.Generator) -> npt.NDArray[Any]:
-    """Draw small turns, scales and shifts (count, 3, 3): a face that is liked in one position only is no likeness."""
+    """Draw small rotations, scales and shifts (count, 3, 3): the identity loss must not depend on the exact crop."""
     angle, scale = rng.uniform(-0.1, 0.1, count), np.exp(rng.uniform(-0.06, 0.06, count))
     cos, sin, (x, y) = scale * np.cos(angle), scale * np.sin(angle), rng.uniform(-0.06, 0.06, (2, count))
     zero, one = np.zeros(count), np.ones(count)

@@ -1,4 +1,4 @@
-"""What an identity is learned from: degraded squares of the photographs, encoded once, and batches drawn from them."""
+"""Training data of an identity: degraded crops of the photographs, encoded once, and batches drawn from them."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from pfstorer_rt.training.data import Batch, center_crop, draw_timesteps, random
 from pfstorer_rt.training.picture_loss import draw_views, face_maps, looks_at_pictures
 
 ZOOM = 1.25
-"""Training squares are cut at up to this magnification, so that most of the face stays in."""
+"""Largest magnification of a training crop: most of the face stays inside."""
 
 
 class LatentPool(NamedTuple):
-    """Scaled latents on the CPU: pairs of squares, and the references. (StableSR trains from a pool of pairs too.)"""
+    """Scaled latents on the CPU: pairs of crops, and the references. (StableSR also trains from a pool of pairs.)"""
 
     hq: torch.Tensor
     """(N, C, h, w)"""
     lq: torch.Tensor
-    """(N, C, h, w), of the same squares degraded"""
+    """(N, C, h, w) of the same crops, degraded"""
     photo: torch.Tensor
-    """(N,) the photograph that a square was cut from"""
+    """(N,) number of the photograph of each crop"""
     references: torch.Tensor
-    """(P, C, h, w) the centre of every photograph"""
+    """(P, C, h, w) of the centre crop of every photograph"""
     pictures: torch.Tensor | None = None
-    """(N, 2, 3, H, W) uint8, hq and lq, where a loss looks at them"""
+    """(N, 2, 3, H, W) uint8, hq and lq; None without image-space losses"""
     maps: npt.NDArray[np.float32] | None = None
-    """(N, 2, 3) where their faces are"""
+    """(N, 2, 3) positions of the faces (`face_map`)"""
 
 
 @torch.no_grad()
 def make_pool(
     photos: Sequence[torch.Tensor], base: Base, config: PersonalizeConfig, on_progress: OnProgress = ignore_progress
 ) -> LatentPool:
-    """Cut, degrade and encode `config.pool` squares, the photographs in turn.
+    """Crop, degrade and encode `config.pool` samples, the photographs in turn.
 
-    photos: (3, H, W) in [0, 1]. The same seed gives the same pool. With few iterations no more squares are made
-    than are drawn.
+    photos: (3, H, W) in [0, 1]. The same seed gives the same pool. A short training makes no more samples than it
+    uses.
     """
     level = replace(LEVELS[config.level], p_hq=config.p_hq)
     size = min(config.pool, config.train.iterations * config.train.batch)
@@ -72,7 +72,7 @@ def make_pool(
 
 
 class BatchMaker:
-    """Iteration -> batch: one random photograph as the reference (PFStorer section 3.3), squares of the others."""
+    """Makes batches: one random photograph is the reference (PFStorer section 3.3), the samples show the others."""
 
     def __init__(self, pool: LatentPool, config: PersonalizeConfig) -> None:
         self.pool, self.config = pool, config
@@ -99,17 +99,17 @@ class BatchMaker:
         }
 
     def looks(self, chosen: torch.Tensor, rng: np.random.Generator) -> Batch:
-        """Return `hq_picture lq_picture` (B, 3, H, W) in [-1, 1] and what they are looked at by, where a loss does."""
+        """Return inputs of image-space losses: `hq_picture lq_picture` (B, 3, H, W) in [-1, 1], `maps`, `corner`."""
         if self.pool.pictures is None or self.pool.maps is None:
             return {}
         hq, lq = self.pool.pictures[chosen].transpose(0, 1) / 127.5 - 1
         return {"hq_picture": hq, "lq_picture": lq, **draw_views(self.pool.maps[chosen.numpy()], hq.shape[-1], rng)}
 
     def share_without_reference(self) -> float:
-        """Share of iterations in which the blocks see no reference."""
+        """Return the share of the iterations without a reference."""
         return 1.0 if self.config.ref_source == "self" else self.config.p_self
 
     def squares_without(self, photo: int) -> npt.NDArray[np.int64]:
-        """Return the numbers of the squares that show another photograph, or all where there is no other."""
+        """Return the numbers of the samples of other photographs, or of all where there is one photograph."""
         others = np.flatnonzero(self.pool.photo.numpy() != photo)
         return others if len(others) else np.arange(len(self.pool.hq))

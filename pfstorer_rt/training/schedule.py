@@ -1,4 +1,4 @@
-"""How far a training is: by its iterations, or by the minutes that it may take."""
+"""Progress and learning rate of a training that ends after iterations or after minutes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from pfstorer_rt.config import TrainConfig
 
 
 class Schedule:
-    """Says when a training ends and what its learning rate is on the way.
+    """End and learning rate of a training.
 
-    With `config.minutes` the training ends after that time, all its runs together and their starts not counted, and the
-    decay of the learning rate follows the time; else it ends after `config.iterations`.
-    seconds: that earlier runs took.
+    With `config.minutes` the training ends after that time, without the start-up time of its runs, and the decay of the
+    learning rate follows the time; otherwise it ends after `config.iterations`. seconds: duration of earlier runs.
     """
 
     def __init__(self, config: TrainConfig, seconds: float = 0.0) -> None:
@@ -21,7 +20,7 @@ class Schedule:
 
     @property
     def seconds(self) -> float:
-        """Seconds that this training took so far."""
+        """Duration of this training so far, earlier runs included."""
         return self.before + time.monotonic() - self.begun
 
     def share(self, iteration: int) -> float:

@@ -1,4 +1,4 @@
-"""Feature wrapping for a finished base: a decoder that looks at the LQ picture too (StableSR section 3.3)."""
+"""Feature wrapping for a trained base: the decoder also uses features of the LQ image (StableSR section 3.3)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from pfstorer_rt.training.loop import MakeBatch, Training, run_training
 from pfstorer_rt.training.losses import Losses, gradient_loss
 
 GROWTH = 16
-"""Channels of a new fusion layer: a restored tile gains little from more, and a small base has to stay small."""
+"""Channels of a new fusion layer: more channels improve a restored tile little and enlarge a small base."""
 
 
 class WrappingObjective(nn.Module):
-    """L1 + gradient L1 of what the wrapped decoder makes of a restored latent and the LQ picture's features.
+    """L1 + gradient L1 of the decoded image, from a restored latent and the features of the LQ image.
 
-    StableSR trains on restored latents of the base alone. Here half of them are moved towards the original's by a
-    random share, because a personalized denoiser comes nearer to it than the base does.
+    StableSR trains on latents that the base restored. Here half of them are moved towards the original's latent by a
+    random share, because a personalized denoiser restores latents closer to the original.
     """
 
     def __init__(self, base: Base) -> None:
@@ -42,7 +42,7 @@ class WrappingObjective(nn.Module):
 
     @torch.no_grad()
     def restored(self, z_lq: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Sample the base's default steps from scaled LQ latents (B, C, h, w)."""
+        """Restore scaled LQ latents (B, C, h, w) with the base's default sampler and steps."""
 
         def predict(x: torch.Tensor, t: int) -> torch.Tensor:
             return self.denoiser(x, torch.full((len(x),), t, device=x.device), z_lq).float()

@@ -48,11 +48,11 @@ def test_a_portrait_is_left_whole_and_so_is_every_photograph_on_demand(read):
     assert read(snapshot((500, 1050, 300)), framing="none")[0].shape == (3, 900, 1400)
 
 
-def test_of_several_faces_the_largest_is_learned_and_its_place_said(read):
+def test_of_several_faces_the_largest_is_used_and_its_position_is_reported(read):
     photo, notes = read(snapshot((80, 100, 260), (300, 700, 520)))
     (face,) = face_finder()(photo.permute(1, 2, 0).numpy())
     assert face.side > 150
-    assert re.match(r"2 faces; the one that is learned is 2.. pixels wide, 8.. from the left", notes[0])
+    assert re.match(r"2 faces found; using the one that is 2.. pixels wide, 8.. from the left", notes[0])
 
 
 def made_up(*numbers):
@@ -60,13 +60,13 @@ def made_up(*numbers):
     return [Face(10.0 * i, 0.0, 50.0 - i, np.full(1, n)) for i, n in enumerate(numbers)]
 
 
-def test_of_several_faces_the_one_in_the_other_photographs_is_learned():
+def test_of_several_faces_the_one_in_the_other_photographs_is_used():
     alone = [np.full(1, 1.0), np.full(1, 1.2)]
     assert choose_face(made_up(5.0, 1.1, 3.0), alone).embedding == 1.1
     assert choose_face(made_up(5.0, 1.1), []).embedding == 5.0 and choose_face([], alone) is None
 
 
-def test_a_photograph_of_another_person_is_named(tmp_path, monkeypatch):
+def test_a_photograph_of_another_person_is_reported(tmp_path, monkeypatch):
     people = iter([made_up(0.0), made_up(0.1), made_up(0.9, 0.2), made_up(2.0)])
     monkeypatch.setattr("pfstorer_rt.training.framing.face_finder", lambda: lambda pixels: next(people))
     paths, notes = [tmp_path / f"{i}.png" for i in range(4)], []
@@ -74,7 +74,7 @@ def test_a_photograph_of_another_person_is_named(tmp_path, monkeypatch):
         snapshot(height=90, width=100).save(path)
     read_references(paths, PersonalizeConfig(), 192, notes.append)
     assert [note.split(": ")[0] for note in notes] == [str(paths[2]), str(paths[3])]
-    assert "2 faces; the one that is learned is 49" in notes[0] and "may be another person's" in notes[1]
+    assert "2 faces found; using the one that is 49" in notes[0] and "may show another person" in notes[1]
 
 
 def test_a_wide_picture_of_a_large_face_is_cut_to_it(read):
@@ -89,10 +89,10 @@ def test_faces_that_are_small_in_a_large_photograph_are_found(read):
     assert photo.shape[1] < 300 and not notes
 
 
-def test_a_face_that_is_small_or_missing_is_said(read):
-    assert "its face is" in read(snapshot((400, 600, 110), height=700, width=1000))[1][0]
+def test_a_small_or_missing_face_is_reported(read):
+    assert "the face is" in read(snapshot((400, 600, 110), height=700, width=1000))[1][0]
     photo, notes = read(snapshot())
-    assert photo.shape == (3, 900, 900) and notes == ["no face found; its middle is learned"]
+    assert photo.shape == (3, 900, 900) and notes == ["no face found; using the centre crop"]
 
 
 def test_without_a_face_model_photographs_are_left_whole(read, monkeypatch):

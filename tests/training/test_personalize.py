@@ -295,7 +295,7 @@ def test_without_the_metrics_latents_alone_are_learned_from(base, photos, tmp_pa
     train = TrainConfig(iterations=1, batch=1, device="cpu", precision="fp32")
     config, notes = PersonalizeConfig(train=train, lambda_id=1.0, first_step=1.0), []
     identity = personalize("a", photos, base, config, tmp_path / "a.safetensors", notes.append)
-    assert identity.settings["lambda_id"] == 0 and any("without losses of pictures" in note for note in notes)
+    assert identity.settings["lambda_id"] == 0 and any("without image-space losses" in note for note in notes)
 
 
 def test_no_more_squares_are_made_than_are_drawn(base, photos):
