@@ -23,11 +23,14 @@ if TYPE_CHECKING:
     from pfstorer_rt.models.base import Base as Base
     from pfstorer_rt.models.base import load_base as load_base
     from pfstorer_rt.plan import Plan as Plan
+    from pfstorer_rt.runtime.batch import BatchConfig as BatchConfig
+    from pfstorer_rt.runtime.batch import restore_files as restore_files
     from pfstorer_rt.runtime.restorer import Restorer as Restorer
     from pfstorer_rt.training.personalize import personalize as personalize
 
 _MODULES = {
     "Base": "pfstorer_rt.models.base",
+    "BatchConfig": "pfstorer_rt.runtime.batch",
     "Identity": "pfstorer_rt.identity",
     "PFStorerError": "pfstorer_rt.errors",
     "PersonalizeConfig": "pfstorer_rt.config",
@@ -42,6 +45,7 @@ _MODULES = {
     "load_base": "pfstorer_rt.models.base",
     "open_session": "pfstorer_rt.engine.session",
     "personalize": "pfstorer_rt.training.personalize",
+    "restore_files": "pfstorer_rt.runtime.batch",
 }
 __all__ = sorted(_MODULES)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import click
 
@@ -34,11 +33,12 @@ def line(outcome: Outcome) -> str:
     if outcome.status == "skipped":
         return f"{outcome.job.target}: exists, skipped"
     if outcome.status == "planned":
-        forecast: Mapping[str, Any] = outcome.details
+        d = outcome.details
         return (
-            "{0}: canvas {width}x{height}, {tiles} tiles in batches of {batch}, {steps} steps, {codec_tiles} tiles of "
-            "encoder and decoder; about {predicted_peak_mb} MB of memory and {predicted_seconds:.0f} s"
-        ).format(outcome.job.source, **forecast)
+            f"{outcome.job.source}: canvas {d['width']}x{d['height']}, {d['tiles']} tiles in batches of {d['batch']}, "
+            f"{d['steps']} steps, {d['codec_tiles']} tiles of encoder and decoder; about {d['predicted_peak_mb']} MB "
+            f"of memory and {d['predicted_seconds']:.0f} s"
+        )
     notes = "".join(f" ({note})" for note in outcome.notes)
     return f"{outcome.job.target or '-'}: {outcome.width}x{outcome.height}, {outcome.seconds:.1f} s{notes}"
 

@@ -76,7 +76,7 @@ class Outcome:
     """From the beginning of the work to the written result."""
     notes: tuple[str, ...] = ()
     """Facts about this image that the user should know."""
-    details: Mapping[str, object] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
     """Further facts: seed, steps, tiles, distances, or a forecast."""
     error: Exception | None = None
 
