@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,34 @@ import click
 
 from pfstorer_rt.cli.options import ATTENTION, SEED
 from pfstorer_rt.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Options:
+    """The parsed options, under the names of the command's parameters."""
+
+    base: str
+    method: str
+    iterations: int | None
+    batch: int | None
+    learning_rate: float | None
+    lambda_gen: float | None
+    first_step: float | None
+    lambda_pixel: float | None
+    lambda_perceptual: float | None
+    lambda_id: float | None
+    rank: int
+    ref_source: str
+    framing: str
+    seed: int
+    precision: str
+    device: str
+    attention: str
+    gradient_checkpointing: bool
+    optimizer: str
+    output: Path | None
+    overwrite: bool
+    as_json: bool
 
 
 @click.command()
@@ -98,7 +127,7 @@ from pfstorer_rt.errors import SettingError
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing identity.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(references: tuple[str, ...], name: str, **options: Any) -> None:
+def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
     """Learn a person from 3-5 photographs (files or folders) on a frozen base.
 
     The identity is biometric data: its file is readable by you alone, and
@@ -114,13 +143,13 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
     from pfstorer_rt.files import make_folder
     from pfstorer_rt.identity import identities_dir, identity_path
 
-    named = identity_path(name)
+    options, named = Options(**parameters), identity_path(name)
     if named.parent != identities_dir():
         raise SettingError(
             f"identity name {name!r}: expected a name, not a path; give a file as the output", setting="output"
         )
-    target = options["output"] or named
-    if target.exists() and not options["overwrite"]:
+    target = options.output or named
+    if target.exists() and not options.overwrite:
         raise PFStorerError(f"{target}: exists already; choose another name or allow overwriting", setting="overwrite")
     import json
 
@@ -131,7 +160,7 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
     photos = find_images([Path(r) for r in references])
     if len(photos) < 3:
         click.echo(f"note: {len(photos)} photograph(s); 3-5 photographs give a better likeness", err=True)
-    base = load_base(options["base"])
+    base = load_base(options.base)
     names = (
         "iterations",
         "batch",
@@ -145,16 +174,18 @@ def command(references: tuple[str, ...], name: str, **options: Any) -> None:
     )
     losses = ("lambda_gen", "lambda_pixel", "lambda_perceptual", "lambda_id")
     own = ("method", *losses, "first_step", "rank", "ref_source", "framing")
-    train, values = ({n: options[n] for n in group if options[n] is not None} for group in (names, own))
+    train, values = (
+        {n: getattr(options, n) for n in group if getattr(options, n) is not None} for group in (names, own)
+    )
     config = PersonalizeConfig.for_base(base.config, train, **values)
     make_folder(target.parent)
     with stage_bars() as on_progress:
         identity = personalize(
             name, photos, base, config, target, lambda line: click.echo(f"note: {line}", err=True), on_progress
         )
-    if options["as_json"]:
+    if options.as_json:
         click.echo(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))
         return
     click.echo(f"{name}: learned from {len(photos)} photographs on base {identity.base_name}, saved as {target}")
-    source = shlex.quote(str(options["output"] or name))
+    source = shlex.quote(str(options.output or name))
     click.echo(f"next: pfstorer-rt export --identity {source} -o {name}.plan")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -11,6 +12,37 @@ from pfstorer_rt.cli.options import SEED
 
 PARTS = ("autoencoder", "restorer", "one-step")
 """Parts of a training on tiles."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The parsed options, under the names of the command's parameters."""
+
+    preset: str
+    prior: str | None
+    trained: Any  # a stage, or a group of weights
+    weighting: Literal["prediction", "x0"]
+    autoencoder_iterations: int | None
+    iterations: int | None
+    batch: int | None
+    crop: int | None
+    wide: float | None
+    variations: int | None
+    level: Literal["light", "heavy", "mixed"]
+    p_hq: float | None
+    first_step: float | None
+    lambda_id: float | None
+    lambda_perceptual: float | None
+    lambda_pixel: float | None
+    share: float | None
+    learning_rate: float | None
+    minutes: float | None
+    tiles: int
+    lpips: Path | None
+    seed: int
+    precision: str
+    device: str
+    workers: int
 
 
 @click.command()
@@ -93,7 +125,7 @@ PARTS = ("autoencoder", "restorer", "one-step")
 )
 @click.option("--device", default="auto", show_default=True, help="Device: auto, cpu or cuda.")
 @click.option("--workers", type=click.IntRange(0), default=1, show_default=True, help="Processes that prepare batches.")
-def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options: Any) -> None:
+def command(photos: tuple[Path, ...], output: Path, work: Path | None, **parameters: Any) -> None:
     """Train a base on photographs: an autoencoder, then the restorer on degraded pairs.
 
     Run the same command again to resume an interrupted training. `accelerate launch -m pfstorer_rt.cli train-base ...`
@@ -103,13 +135,14 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
     Example:
       pfstorer-rt train-base photos/ -o my-base
     """
-    if options["trained"] in PARTS:
+    options = Options(**parameters)
+    if options.trained in PARTS:
         train_on_tiles(photos, output, work or output.with_name(output.name + ".training"), options)
         return
     from dataclasses import replace
 
-    part: Any = options["trained"] if options["trained"] in ("wrapping", "finishing") else None
-    if part and not options["prior"]:
+    part: Any = options.trained if options.trained in ("wrapping", "finishing") else None
+    if part and not options.prior:
         raise click.UsageError(f"--train {part} needs --prior, the base to train")
     from pfstorer_rt.config import changed
     from pfstorer_rt.console import stage_bars
@@ -117,45 +150,43 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **options
     from pfstorer_rt.training.base import BaseTrainConfig
     from pfstorer_rt.training.stages import train_stage
 
-    common = {k: options[k] for k in ("batch", "seed", "precision", "device", "workers")}
+    common = {k: getattr(options, k) for k in ("batch", "seed", "precision", "device", "workers")}
     squares = ("preset", "crop", "wide", "variations", "p_hq", "first_step")
     weights = ("lambda_id", "lambda_perceptual", "lambda_pixel", "share")
     config = BaseTrainConfig()
     config = replace(
-        changed(config, **{k: options[k] for k in squares + weights}),
-        level=options["level"],
-        trained="auto" if part else options["trained"],
-        weighting=options["weighting"],
-        autoencoder=changed(config.autoencoder, iterations=options["autoencoder_iterations"], **common),
-        restorer=changed(
-            config.restorer, iterations=options["iterations"], learning_rate=options["learning_rate"], **common
-        ),
+        changed(config, **{k: getattr(options, k) for k in squares + weights}),
+        level=options.level,
+        trained="auto" if part else options.trained,
+        weighting=options.weighting,
+        autoencoder=changed(config.autoencoder, iterations=options.autoencoder_iterations, **common),
+        restorer=changed(config.restorer, iterations=options.iterations, learning_rate=options.learning_rate, **common),
     )
     work = work or output.with_name(output.name + ".training")
-    prior = load_base(options["prior"]) if options["prior"] else None
+    prior = load_base(options.prior) if options.prior else None
     with stage_bars() as on_progress:
         base = train_stage(part or "restorer", photos, output, config, work, prior, on_progress)
     click.echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; {work} can be deleted")
 
 
-def train_on_tiles(photos: tuple[Path, ...], output: Path, work: Path, options: dict[str, Any]) -> None:
+def train_on_tiles(photos: tuple[Path, ...], output: Path, work: Path, options: Options) -> None:
     """Train one part of a base on tiles."""
-    if options["trained"] != "autoencoder" and not options["prior"]:
-        raise click.UsageError(f"--train {options['trained']} needs --prior, the base of the previous part")
+    if options.trained != "autoencoder" and not options.prior:
+        raise click.UsageError(f"--train {options.trained} needs --prior, the base of the previous part")
     from pfstorer_rt.console import stage_bars
     from pfstorer_rt.models.base import load_base
     from pfstorer_rt.training.parts import PartConfig, train_part
 
     names = ("iterations", "minutes", "batch", "learning_rate", "seed", "precision", "device")
     config = PartConfig(
-        options["trained"],
-        preset=options["preset"],
-        tiles=options["tiles"],
-        lpips=options["lpips"],
-        workers=options["workers"],
-        train={name: options[name] for name in names},
+        options.trained,
+        preset=options.preset,
+        tiles=options.tiles,
+        lpips=options.lpips,
+        workers=options.workers,
+        train={name: getattr(options, name) for name in names},
     )
-    prior = load_base(options["prior"]) if options["prior"] else None
+    prior = load_base(options.prior) if options.prior else None
     with stage_bars() as on_progress:
         base = train_part([str(photo) for photo in photos], output, config, work, prior, on_progress)
     click.echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; {work} can be deleted")
