@@ -25,7 +25,7 @@ class Block:
     output: str = ""
 
 
-def read_blocks(page):
+def blocks_of(page):
     """The fenced and indented blocks of a page; a `text` block is the output of the block before it in its section."""
     blocks, last = [], None
     for token in MarkdownIt("commonmark").parse((ROOT / page).read_text()):
@@ -49,8 +49,14 @@ def page(request):
 
 @pytest.fixture
 def blocks(page):
-    """The blocks of a page."""
-    return read_blocks(page)
+    """The blocks of each page."""
+    return blocks_of(page)
+
+
+@pytest.fixture(scope="session")
+def read_blocks():
+    """Function (name of a page) -> its blocks."""
+    return blocks_of
 
 
 @pytest.fixture(scope="session")
