@@ -270,18 +270,12 @@ Range = tuple[Callable[[Any], bool], str]
 
 
 def _whole(least: int) -> Range:
-    return (
-        lambda v: isinstance(v, Integral) and not isinstance(v, bool) and int(v) >= least,
-        f"a whole number of {least} or more",
-    )
+    expected = f"a whole number of {least} or more"
+    return lambda v: isinstance(v, Integral) and not isinstance(v, bool) and int(v) >= least, expected
 
 
 def _number(valid: Callable[[float], bool], expected: str) -> Range:
-    return lambda v: isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) and valid(float(v)), expected
-
-
-def _one_of(*names: str) -> Range:
-    return lambda v: v in names, f"one of {', '.join(names)}"
+    return lambda v: isinstance(v, Real) and type(v) is not bool and math.isfinite(v) and valid(float(v)), expected
 
 
 TRAIN_RANGES: dict[str, Range] = {
@@ -294,10 +288,10 @@ TRAIN_RANGES: dict[str, Range] = {
     "decay": _number(lambda v: 0 <= v <= 1, "a share from 0 to 1"),
     "clip": _number(lambda v: v > 0, "above 0"),
     "ema": _number(lambda v: 0 <= v < 1, "0 or more and below 1"),
-    "precision": _one_of(*get_args(Precision)),
+    "precision": (lambda v: v in get_args(Precision), f"one of {', '.join(get_args(Precision))}"),
     "device": (lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(v)) is not None, "auto, cpu, cuda or cuda:N"),
-    "attention": _one_of(*get_args(Attention)),
-    "optimizer": _one_of(*get_args(Optimizer)),
+    "attention": (lambda v: v in get_args(Attention), f"one of {', '.join(get_args(Attention))}"),
+    "optimizer": (lambda v: v in get_args(Optimizer), f"one of {', '.join(get_args(Optimizer))}"),
     "gradient_checkpointing": (lambda v: type(v) is bool, "True or False"),
     "seed": _whole(0),
     "workers": _whole(0),
