@@ -47,7 +47,7 @@ class Schedule:
                 f"noise schedule with betas {self.beta_start!r} to {self.beta_end!r}: expected rising ones in 0 to 1"
             )
 
-    def betas(self) -> npt.NDArray[np.float64]:
+    def betas(self) -> npt.NDArray[Any]:
         """Return the noise variances of t in 0..999."""
         return np.square(np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=np.float64))
 

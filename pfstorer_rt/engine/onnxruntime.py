@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from pfstorer_rt.engine.session import Array, HostSession
@@ -82,12 +81,8 @@ class OnnxRuntimeSession(HostSession):
         """Compute all outputs from all inputs, by name."""
         return dict(zip(self.outputs, self._session.run(None, arrays), strict=True))
 
-    def __enter__(self) -> OnnxRuntimeSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Free the engine."""
         self._session = None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -98,12 +97,8 @@ class OpenVinoSession(HostSession):
                 return self._compile(batch)
         return self._compiled[batch]
 
-    def __enter__(self) -> OpenVinoSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Free the engine."""
         self._compiled.clear()
         self._network = self._rounded = self._core = None
 

@@ -1,12 +1,13 @@
-"""The door to the engines: what a session is, which backends there are, and how one is chosen."""
+"""Engines: the session that runs a component, the backends, and the choice of one."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,57 +16,64 @@ import torch
 from pfstorer_rt.errors import MissingBackendError, SettingError
 from pfstorer_rt.plan import Plan
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Array = npt.NDArray[Any]
 
 
-class Session(Protocol):
-    """One component, ready to run. A context manager that frees the engine on exit."""
+class Session(ABC):
+    """One component, ready to run. A context manager that closes the engine on exit."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     provider: str
-    """What really runs it, such as `CPUExecutionProvider`."""
+    """The device or library that runs it, such as `CPUExecutionProvider`."""
     device: torch.device
-    """Where `run_tensors` takes and gives tensors."""
+    """Device of the tensors of `run_tensors`."""
 
+    @abstractmethod
     def run(self, **arrays: Array) -> dict[str, Array]:
         """Compute all outputs from all inputs, by name."""
-        ...
 
+    @abstractmethod
     def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Do the same on tensors of `device`, without a copy over the host (and DLPack, which tensors speak)."""
-        ...
+        """Compute all outputs from all inputs, by name, on tensors of `device`; they need no copy over the host."""
 
-    def __enter__(self) -> Session: ...
+    def close(self) -> None:  # noqa: B027 (an engine without resources of its own has nothing to free)
+        """Free the engine; the session cannot run afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
-class HostSession:
-    """What engines that compute on the host's memory share: tensors are arrays that need no copy."""
+class HostSession(Session):
+    """A session of an engine that computes in the memory of the host: tensors are arrays without a copy."""
 
     device = torch.device("cpu")
 
-    def run(self, **arrays: Array) -> dict[str, Array]:
-        """Compute all outputs from all inputs, by name."""
-        raise NotImplementedError
-
     def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Do the same on tensors."""
+        """Compute all outputs from all inputs, by name."""
         outputs = self.run(**{name: tensor.contiguous().numpy() for name, tensor in tensors.items()})
         return {name: torch.from_numpy(array) for name, array in outputs.items()}
 
 
-def numpy_run(session: Session, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Run a session whose own way is tensors on numpy arrays."""
-    outputs = session.run_tensors(**{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()})
-    return {name: tensor.float().cpu().numpy() for name, tensor in outputs.items()}
+class TensorSession(Session):
+    """A session of an engine that computes on tensors: arrays are copied to its device and back."""
+
+    def run(self, **arrays: Array) -> dict[str, Array]:
+        """Compute all outputs from all inputs, by name."""
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        return {name: tensor.float().cpu().numpy() for name, tensor in self.run_tensors(**tensors).items()}
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an engine failed for want of memory, as far as its message tells."""
+    """Return whether an engine failed because of too little memory, judged by the text of its error."""
     words = ("out of memory", "bad_alloc", "bad allocation", "can't allocate memory", "failed to allocate")
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
@@ -75,26 +83,26 @@ BACKENDS: dict[str, str] = {
     "openvino": "pfstorer_rt.engine.openvino",
     "onnxruntime": "pfstorer_rt.engine.onnxruntime",
 }
-"""Backends that run a plan, in the order in which `auto` tries them, but for ONNX Runtime with CUDA (`auto_order`).
+"""Backends that run a plan, in the order in which `auto` tries them; `auto_order` moves ONNX Runtime with CUDA up.
 
-Each is a module with `TARGETS`, the kinds of plan it runs, `check() -> None` and
-`open_component(plan, component, provider) -> Session`. PyTorch is no entry: it runs the base and the identity
-themselves (`engine.torch`), not the plan's payloads.
+Each is a module with `TARGETS`, the kinds of plan that it runs, `check() -> None` and
+`open_component(plan, component, provider) -> Session`. PyTorch is not one of them: `engine.torch` runs the base and
+the identity, not the payloads of a plan.
 """
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """The backend that was taken and why the others were not."""
+    """The chosen backend, and the reason against each of the others."""
 
     name: str
     open_component: Callable[[Plan, str, str | None], Session]
-    """open_component(plan, component, provider); provider None takes the backend's best."""
+    """open_component(plan, component, provider); provider None is the default of the backend."""
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def auto_order() -> list[str]:
-    """Return the backends in the order of their speed here: ONNX Runtime comes before OpenVINO where it has a GPU."""
+    """Return the backends, fastest first: ONNX Runtime comes before OpenVINO where it has a GPU."""
     names = list(BACKENDS)
     if import_module(BACKENDS["onnxruntime"]).on_gpu():
         names.remove("onnxruntime")
@@ -103,7 +111,7 @@ def auto_order() -> list[str]:
 
 
 def choose_backend(name: str = "auto", target: str = "onnx") -> BackendChoice:
-    """Take a backend by name, or with `auto` the first that is installed, among those that run plans of `target`.
+    """Choose a backend by name, or with `auto` the first installed one that runs plans of `target`.
 
     Raises `ValueError` for an unknown name, `MissingBackendError` when the named one, or every one, cannot be used.
     """
@@ -130,7 +138,7 @@ def choose_backend(name: str = "auto", target: str = "onnx") -> BackendChoice:
 def open_session(plan: Plan, component: str, backend: str = "auto", provider: str | None = None) -> Session:
     """Open one component of a plan (`encoder`, `denoiser` or `decoder`).
 
-    provider: where the backend runs it, in its own words; None takes its best.
+    provider: where the backend runs it, by its own name; None is its default.
     Raises as `choose_backend` does, and `BadFileError` when the payload is damaged.
     """
     return choose_backend(backend, plan.manifest.target).open_component(plan, component, provider)

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from pfstorer_rt.engine.cuda import Cuda, Replay
-from pfstorer_rt.engine.session import Array, numpy_run
+from pfstorer_rt.engine.session import TensorSession
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError, SettingError, one_line
 from pfstorer_rt.extras import install
 from pfstorer_rt.files import atomic_write, cache_home, make_folder, sha256_bytes, show_path
@@ -150,7 +149,7 @@ class Lane:
     warm: bool = False
 
 
-class TensorRTSession:
+class TensorRTSession(TensorSession):
     """One engine on one GPU.
 
     An engine with a ladder of profiles, one batch size each, takes any number of rows: they go through the smallest
@@ -178,10 +177,6 @@ class TensorRTSession:
         self._config = self._runtime_config(graphs)
         self._cache = RuntimeCache(library, self._config, sha256_bytes(payload), cuda.name())
 
-    def run(self, **arrays: Array) -> dict[str, Array]:
-        """Compute all outputs from all inputs, by name."""
-        return numpy_run(self, arrays)
-
     def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute all outputs from all inputs, by name: tensors on `device` in and out, nothing waits for the host.
 
@@ -204,12 +199,8 @@ class TensorRTSession:
             done += count
         return parts[0] if len(parts) == 1 else {n: torch.cat([part[n] for part in parts]) for n in self.outputs}
 
-    def __enter__(self) -> TensorRTSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Free the engine."""
         try:
             self.cuda.synchronize()
             self._cache.save()

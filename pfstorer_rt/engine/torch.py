@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 import torch
 
-from pfstorer_rt.engine.session import Array, numpy_run
+from pfstorer_rt.engine.session import TensorSession
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.components import Component, components
 
 
-class TorchSession:
+class TorchSession(TensorSession):
     """A component in PyTorch."""
 
     def __init__(self, component: Component, device: torch.device) -> None:
@@ -20,23 +18,12 @@ class TorchSession:
         self.inputs, self.outputs = component.inputs, component.outputs
         self.provider = f"PyTorch {torch.__version__} {device}"
 
-    def run(self, **arrays: Array) -> dict[str, Array]:
-        """Compute all outputs from all inputs, by name."""
-        return numpy_run(self, arrays)
-
     @torch.no_grad()
     def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute all outputs from tensors, by name; inputs are moved to `device`."""
         result = self.module(*(tensors[name].to(self.device) for name in self.inputs))
         outputs = result if isinstance(result, tuple) else (result,)
         return {name: tensor.float() for name, tensor in zip(self.outputs, outputs, strict=True)}
-
-    def __enter__(self) -> TorchSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 def open_sessions(

@@ -1,9 +1,9 @@
-"""The runtime: a picture of any size through encoder, tiled diffusion, decoder and colour fix (StableSR 3.4)."""
+"""The restorer: an image of any size through encoder, tiled diffusion, decoder and colour fix (StableSR 3.4)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from pfstorer_rt.imaging.bands import ColorFixed, Cropped, Padded, Resized, Resu
 from pfstorer_rt.imaging.color import ColorFix
 from pfstorer_rt.imaging.rows import Band, Pixels, Rows, Spool, from_pixels, to_pixels
 from pfstorer_rt.plan import COMPONENTS, Manifest, Plan
+from pfstorer_rt.runtime.host_threads import one_host_thread
 from pfstorer_rt.runtime.layout import Layout
 from pfstorer_rt.runtime.recipe import Recipe
 from pfstorer_rt.runtime.stages import Codec, Done, TiledDenoiser
@@ -82,7 +83,8 @@ class Restorer:
     ) -> Restorer:
         """Run a base (name, directory or loaded) and an identity in PyTorch, without a plan.
 
-        attention: a backend of `pfstorer_rt.ops`; raises `MissingBackendError` when it is refused.
+        A loaded base keeps its device and its kernels; the restorer shares its weights. attention: a backend of
+        `pfstorer_rt.ops`; raises `MissingBackendError` when it is refused.
         Raises `MismatchError` when the identity, or the manifest that is expected, is of another base.
         """
         with needed_by("a base in PyTorch"):
@@ -192,23 +194,6 @@ class Restorer:
         fixed = {"strength": strength} if "strength" in session.inputs else {}
         weights = ramp_weights(layout.tiles) if recipe.mode == "fast" else None
         return TiledDenoiser(session, layout.tiles, weights, recipe.batch, fixed)
-
-
-@contextmanager
-def one_host_thread(wanted: bool) -> Iterator[None]:
-    """Let torch work in this thread alone.
-
-    Its threads spin for a while after each operation, and take the processor from an engine that has threads of its
-    own. What is left to torch beside an engine is little.
-    """
-    threads = torch.get_num_threads()
-    if wanted:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if wanted:
-            torch.set_num_threads(threads)
 
 
 def _find_identity(manifest: Manifest) -> Identity | None:

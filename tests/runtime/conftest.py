@@ -30,12 +30,6 @@ class Counting(HostSession):
         self.calls.append({name: array.copy() for name, array in arrays.items()})
         return self.session.run(**arrays)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
 
 @pytest.fixture(scope="session")
 def counting():
@@ -66,12 +60,6 @@ class Perfect(HostSession):
             return {"image": torch.nn.functional.pixel_shuffle(a["latent"], 8).numpy()}
         abar = torch.from_numpy(Schedule().alphas_cumprod())[a["t"].long()][:, None, None, None]
         return {"prediction": ((a["x"] - abar.sqrt() * a["z_lq"]) / (1 - abar).sqrt()).float().numpy()}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
 
 @pytest.fixture

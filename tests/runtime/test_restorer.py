@@ -6,6 +6,7 @@ import torch
 
 from pfstorer_rt.config import RestoreConfig, TileConfig
 from pfstorer_rt.diffusion import SAMPLERS, denoise_by, respace, sample_ddpm, start_from_lq
+from pfstorer_rt.engine.session import TensorSession
 from pfstorer_rt.errors import MismatchError, PFStorerError
 from pfstorer_rt.imaging.bands import Canvas, plan_canvas
 from pfstorer_rt.imaging.color import adain_color_fix, wavelet_color_fix
@@ -197,7 +198,7 @@ def test_strength_reaches_the_engine_as_a_float(personal, counting, make_picture
         assert {(call[name].dtype, call[name].shape) for call in denoiser.calls} == {(np.dtype(np.float32), shape)}
 
 
-class Elsewhere:
+class Elsewhere(TensorSession):
     """A network that computes shapes alone, the encoder on the host; what comes from another device is refused."""
 
     inputs, outputs, provider = ("x", "t", "z_lq", "strength"), ("mean", "std"), "elsewhere"
@@ -213,12 +214,6 @@ class Elsewhere:
             return {"image": torch.zeros(1, 3, *(8 * side for side in tensors["latent"].shape[-2:]))}
         mean = torch.empty(1, 4, *(side // 8 for side in tensors["image"].shape[-2:]), device=self.device)
         return {"mean": mean, "std": mean}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -287,3 +282,16 @@ def test_torch_works_in_one_thread_beside_an_engine_alone(restorer, counting, ma
     finally:
         torch.set_num_threads(before)
     assert seen == {"torch": 3, "onnxruntime": 1}
+
+
+def test_restorers_on_one_base_share_its_weights_and_no_kernels(nano_base):
+    own, device = nano_base.unet.kernels, nano_base.device
+    with (
+        Restorer.from_base(nano_base, attention="math", device="cpu") as one,
+        Restorer.from_base(nano_base, attention="sdpa", device="cpu") as other,
+    ):
+        unets = [restorer.sessions["denoiser"].module.unet for restorer in (one, other)]
+        assert unets[0].kernels.attention is not unets[1].kernels.attention
+        assert nano_base.unet.kernels is own and nano_base.device == device
+        weights = [next(unet.parameters()).data_ptr() for unet in (*unets, nano_base.unet)]
+        assert len(set(weights)) == 1
