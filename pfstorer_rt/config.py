@@ -275,7 +275,7 @@ def _whole(least: int) -> Range:
 
 
 def _number(valid: Callable[[float], bool], expected: str) -> Range:
-    return lambda v: isinstance(v, Real) and type(v) is not bool and math.isfinite(v) and valid(float(v)), expected
+    return lambda v: isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) and valid(float(v)), expected
 
 
 TRAIN_RANGES: dict[str, Range] = {
