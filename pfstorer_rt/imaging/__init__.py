@@ -1,1 +1,1 @@
-"""Images: files, colour profiles, rows and bands, colour correction, and how alike two are."""
+"""Images: files, colour profiles, rows and bands, colour correction, similarity metrics."""

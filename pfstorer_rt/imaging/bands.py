@@ -1,6 +1,6 @@
-"""An image on its way to the networks and back, by rows: enlarged and padded, colour-fixed and resized.
+"""Lazy image operations by rows: resize, pad, crop and colour fix, before and after the networks.
 
-No class here holds an image: each reads the rows that it needs from its source when rows are read from it.
+No class here stores an image. `read` computes the requested rows from the rows of the source.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from pfstorer_rt.tiling import Tile, pad_to_multiple
 PADDING = 32
 """The sides of a canvas are multiples of this many pixels."""
 MAX_SCALE = 16.0
-"""Largest factor by which a result may be larger than its input."""
+"""Largest scale from the input image to the result."""
 MAX_ENLARGEMENT = 4.0
-"""Largest factor by which an image smaller than a tile is enlarged; padding adds the rest."""
+"""Largest enlargement of an image that is smaller than a tile; padding adds the rest."""
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """Size and padding of an image on the canvas that the networks process, in pixels."""
+    """Sizes of the networks' canvas, its padding and the result, in pixels."""
 
     height: int
     width: int
-    """Of the enlarged image, before padding."""
+    """Width of the enlarged image before padding; `height` likewise."""
     pad_bottom: int
     pad_right: int
     out_height: int
     out_width: int
-    """Of the result."""
+    """Width of the result; `out_height` likewise."""
 
     @property
     def padded(self) -> tuple[int, int]:
-        """Height and width with the padding."""
+        """(height, width) including the padding."""
         return self.height + self.pad_bottom, self.width + self.pad_right
 
 
 def plan_canvas(height: int, width: int, tile: int, scale: float) -> Canvas:
-    """Enlarge until the short side is a tile, then pad to multiples of 32 and to at least a tile.
+    """Enlarge until the short side equals a tile, then pad to multiples of 32 and to at least one tile.
 
-    Enlarging stops at a factor of 4 (or at `scale`), so that 3 x 5000 does not become 192 x 320000. Raises
-    `ValueError` as `check_scale` does.
+    The enlargement is limited to a factor of 4 (or `scale`): 3 x 5000 must not become 192 x 320000.
+    Raises `ValueError` as `check_scale` does.
     """
     check_scale(scale)
     s = max(scale, min(tile / min(height, width), max(MAX_ENLARGEMENT, scale)))
@@ -66,13 +66,13 @@ def plan_canvas(height: int, width: int, tile: int, scale: float) -> Canvas:
 
 
 def check_scale(scale: float) -> None:
-    """Raise `ValueError` unless an image can be enlarged by this factor."""
+    """Raise `ValueError` unless the scale is valid."""
     if not 0 < scale <= MAX_SCALE:
         raise SettingError(f"scale {scale}: expected above 0 and at most {MAX_SCALE:g}")
 
 
 class Resized:
-    """Rows of another size: `files.resize_bicubic` of the whole image, band by band."""
+    """A resized image. The rows equal those rows of `files.resize_bicubic` on the whole image."""
 
     def __init__(self, source: Rows, height: int, width: int, antialias: bool) -> None:
         self.source, self.height, self.width, self.antialias = source, height, width, antialias
@@ -95,10 +95,11 @@ class Resized:
 def cubic_taps(
     length: int, wanted: int, start: int, stop: int, antialias: bool
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return the source pixels and weights of the results start..stop-1 along an axis, (n, taps) each.
+    """Return source indices and weights of output pixels start..stop-1 along one axis, (n, taps) each.
 
-    The kernel of Keys (1981) at half-pixel centres, with the choices of PyTorch: a = -0.75 and repeated borders;
-    with antialias a = -0.5, a kernel stretched by the factor of shrinking, cut and renormalized at the borders.
+    The kernel is Keys (1981) at half-pixel centres with PyTorch's parameters. Without antialias: a = -0.75 and
+    replicated borders. With antialias: a = -0.5, the kernel is stretched by the reduction factor and is cut and
+    renormalized at the borders.
     """
     scale = length / wanted
     stretch, a = (max(1.0, scale), -0.5) if antialias else (1.0, -0.75)
@@ -116,7 +117,7 @@ def cubic_taps(
 
 
 class Padded:
-    """Rows with a reflected border at the right and bottom, or a repeated edge where the image is too small."""
+    """An image padded at the right and bottom by reflection, or by replication if it is too small to reflect."""
 
     def __init__(self, source: Rows, canvas: Canvas) -> None:
         self.source, self.right = source, canvas.pad_right
@@ -136,19 +137,19 @@ class Padded:
 
 
 class Cropped:
-    """A rectangle of another image."""
+    """A crop of another image."""
 
     def __init__(self, source: Rows, tile: Tile) -> None:
         self.source, self.tile, self.height, self.width = source, tile, tile.height, tile.width
 
     def read(self, start: int, stop: int) -> Band:
-        """Return rows start..stop-1 of the rectangle."""
+        """Return rows start..stop-1 of the crop."""
         columns = slice(self.tile.x, self.tile.x + self.width)
         return self.source.read(self.tile.y + start, self.tile.y + stop)[..., columns]
 
 
 class ColorFixed:
-    """Content with the colours of the style; AdaIN computes its statistics once, over the whole image."""
+    """The content image with the colours of the style image. AdaIN statistics cover the whole images."""
 
     def __init__(self, content: Rows, style: Rows, kind: ColorFix) -> None:
         self.content, self.style, self.kind = content, style, kind
@@ -174,15 +175,15 @@ def _statistics(source: Rows) -> Statistics:
 
 
 def as_tensor(band: Band) -> torch.Tensor:
-    """Wrap a band as a (1, C, n, W) tensor, without a copy where its strides allow it."""
+    """Convert a band to a (1, C, n, W) tensor, without a copy if the strides allow it."""
     return torch.from_numpy(np.ascontiguousarray(band))[None]
 
 
 class Result:
-    """The restored image: the canvas without its padding, resized to the size of the result."""
+    """The restored image: the canvas without padding, resized to the output size."""
 
     def __init__(self, fixed: Rows, canvas: Canvas, complaint: str) -> None:
-        """complaint: message of the `PFStorerError` that `read` raises for values that are not finite."""
+        """complaint: message of the `PFStorerError` that `read` raises for non-finite values."""
         self.height, self.width, self.complaint = canvas.out_height, canvas.out_width, complaint
         image = Cropped(fixed, Tile(0, 0, canvas.height, canvas.width))
         self.source = Resized(image, self.height, self.width, antialias=self.height < canvas.height)

@@ -1,7 +1,7 @@
 """Image files to arrays and back: orientation, colour profiles, depth, alpha; resizing.
 
-Arrays are (H, W, 3) float32 in [0, 1], sRGB. Tensors are (B, 3, H, W) in [-1, 1], which the networks
-take; torch is imported by the functions that work on tensors, so that the rest starts without it.
+Arrays are (H, W, 3) float32 in [0, 1], sRGB. Tensors are (B, 3, H, W) in [-1, 1], the range of the networks.
+Only the functions that use tensors import torch, so that commands without tensors start faster.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
-"""Suffixes, in lower case, that a folder of pictures is searched for."""
+"""Lower-case suffixes of the image files that a folder search finds."""
 
 SAVE_FORMATS = {
     ".png": "PNG",
@@ -41,24 +41,24 @@ SAVE_FORMATS = {
     ".tiff": "TIFF",
     ".bmp": "BMP",
 }
-"""Suffixes that can be written, and Pillow's name of each format."""
+"""Suffix of each supported output format -> Pillow's format name."""
 
 MAX_PIXELS = 200_000_000
 
-# Pillow's other readers are rarely photographs and often risky: EPS, for one, starts Ghostscript.
+# Other formats that Pillow reads are rarely photographs and often unsafe: EPS starts Ghostscript.
 _READ_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM")
 _READ_NAMES = "PNG, JPEG, WebP, TIFF, BMP, GIF or PPM"
 
 _MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383}  # limits of the formats, in pixels
-_JPEG_EXIF_MAX = 65_533  # one segment, less its length field
+_JPEG_EXIF_MAX = 65_533  # one segment minus its length field
 
 _EXIF_ORIENTATION = 0x0112
-# What a photographer wrote. The rest of a TIFF's first directory describes its strips, not the picture.
+# Tags about the photograph. The other tags of a TIFF's first directory describe its strips.
 _EXIF_KEPT = (
     *(0x010E, 0x010F, 0x0110, 0x011A, 0x011B, 0x0128, 0x0131, 0x0132, 0x013B, 0x8298),
     *range(0x9C9B, 0x9CA0),
 )
-_EXIF_DIRECTORIES = (0x8769, 0x8825)  # the camera's and the position's
+_EXIF_DIRECTORIES = (0x8769, 0x8825)  # camera and GPS
 _EXIF_STALE = (0xA001, 0xA002, 0xA003, 0xA005)  # colour space, width, height, interoperability
 
 _guard_lock = threading.Lock()
@@ -66,29 +66,29 @@ _guard_lock = threading.Lock()
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """What was read from an image file, upright and in sRGB."""
+    """A decoded image file, upright and in sRGB."""
 
     pixels: Pixels
     """(H, W, 3) float32 in [0, 1]."""
     alpha: Pixels | None = None
-    """(H, W) float32 in [0, 1]; None where the file has no transparency."""
+    """(H, W) float32 in [0, 1]; None if the file has no transparency."""
     icc: bytes | None = None
-    """An sRGB profile to embed on saving; None where the source had no usable profile."""
+    """sRGB profile to embed in the saved file; None if the source had no usable profile."""
     exif: bytes | None = None
-    """EXIF to embed on saving, its orientation 1."""
+    """EXIF data to embed in the saved file, with orientation 1."""
     frames: int = 1
-    """Frames or pages of the file; only the first was read."""
+    """Number of frames or pages in the file; only the first is decoded."""
     notes: tuple[str, ...] = ()
-    """What a user would want to know about the reading."""
+    """Warnings about the conversion, for the user."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """The same as a `Picture`, by rows; large ones are in temporary files."""
+    """A `Picture` that is read by rows; a large one is stored in a temporary file."""
 
     pixels: Spool
     alpha: Spool | None = None
-    """One channel; 1 is opaque, -1 transparent."""
+    """One channel: 1 is opaque, -1 is transparent."""
     icc: bytes | None = None
     exif: bytes | None = None
     frames: int = 1
@@ -96,7 +96,7 @@ class Scan:
 
 
 def load_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Read the first frame of an image file or of a binary stream into memory; as `scan_image`."""
+    """Read the first frame of an image file or binary stream into memory; conversions as in `scan_image`."""
     scan = scan_image(source, max_pixels)
     height = scan.pixels.height
     alpha = None if scan.alpha is None else scan.alpha.pixels(0, height)[..., 0]
@@ -104,14 +104,15 @@ def load_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_
 
 
 def scan_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS) -> Scan:
-    """Read the first frame of an image file or of a binary stream, to be asked for its rows.
+    """Read the first frame of an image file or binary stream, for access by rows.
 
-    Decoding takes 4 bytes of memory a pixel (Pillow decodes whole images), afterwards none for a large picture.
+    Decoding needs 4 bytes of memory per pixel, because Pillow decodes whole images. Afterwards a large image needs no
+    memory: it is stored in a temporary file.
 
     Applies the EXIF orientation and converts from the embedded colour profile to sRGB with perceptual
-    intent. 16-bit grey keeps its depth; of 16-bit colour, 8 bits are kept.
-    max_pixels: limit on width x height, checked before any pixel is decoded.
-    Raises BadFileError where the source is missing, empty, damaged, not an image, or too large.
+    intent. 16-bit grey keeps its depth; 16-bit colour is reduced to 8 bits.
+    max_pixels: limit on width x height, checked before decoding.
+    Raises BadFileError if the source is missing, empty, damaged, not an image, or too large.
     """
     with _open(source) as (handle, name):
         image = _identify(handle, name)
@@ -123,13 +124,13 @@ def scan_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_
             raise
         except MemoryError as error:
             raise BadFileError(f"{name}: too little memory for {width} x {height}; shrink it") from error
-        except Exception as error:  # Pillow's decoders raise anything at all on damaged data
+        except Exception as error:  # Pillow's decoders raise many exception types on damaged data
             message = f"{name}: cannot be decoded ({one_line(error)}); cut off or damaged: copy it again"
             raise BadFileError(message) from error
 
 
 def image_size(source: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Return (height, width) of an image file as it is to be seen, without decoding it; raises as `scan_image`."""
+    """Return (height, width) of an image file in its EXIF orientation, without decoding; raises as `scan_image`."""
     with _open(source) as (handle, name):
         image = _identify(handle, name)
         _check_pixels(*image.size, name, max_pixels)
@@ -158,11 +159,11 @@ def save_image(
     quality: int = 95,
     overwrite: bool = False,
 ) -> None:
-    """Write a picture in the format that the path's suffix names, whole or not at all.
+    """Write an image atomically, in the format given by the suffix of the path.
 
-    The arguments are those of `encode_image`.
-    Raises PFStorerError where the suffix is unknown, the file exists and `overwrite` is False, the
-    pixels are not finite, the format cannot hold the picture, or the disk refuses it.
+    Arguments as for `encode_image`.
+    Raises PFStorerError if the suffix is unknown, the file exists and `overwrite` is False, a pixel is not finite,
+    the format does not support the size, or the write fails.
     """
     name, suffix = show_path(path), Path(path).suffix.lower()
     if suffix not in SAVE_FORMATS:
@@ -186,13 +187,13 @@ def encode_image(
     exif: bytes | None = None,
     quality: int = 95,
 ) -> bytes:
-    """Encode a picture with 8 bits a channel; the same arguments give the same bytes.
+    """Encode an image with 8 bits per channel. The same arguments give the same bytes.
 
-    pixels: (H, W, 3) float, or rows of it, clamped to [0, 1]. format: a key of `SAVE_FORMATS`, with or without its dot.
-    alpha: (H, W) float in [0, 1]; JPEG and BMP have none, so there the picture is laid over white.
-    icc, exif: embedded where the format takes them (BMP takes neither, JPEG no EXIF above 64 KB).
-    quality: 1 to 100, of JPEG and of lossy WebP.
-    Raises PFStorerError where a value is NaN or infinite, or the format cannot hold the size, and
+    pixels: (H, W, 3) float, or `Rows`, clamped to [0, 1]. format: a key of `SAVE_FORMATS`, with or without the dot.
+    alpha: (H, W) float in [0, 1]. JPEG and BMP do not support alpha, so the image is composited over white.
+    icc, exif: embedded if the format supports them (BMP supports neither; JPEG supports EXIF up to 64 KB).
+    quality: 1 to 100, for JPEG and lossy WebP.
+    Raises PFStorerError if a value is NaN or infinite or the format does not support the size, and
     ValueError for another shape, type, format or quality.
     """
     kind = SAVE_FORMATS.get("." + format.lower().lstrip("."))
@@ -205,7 +206,7 @@ def encode_image(
 
 
 class _Sink:
-    """A file without a descriptor, so that Pillow writes by its `write`, and a full disk keeps its reason."""
+    """A file without a descriptor. Pillow then uses `write`, which preserves the errno of a full disk."""
 
     def __init__(self, handle: BinaryIO) -> None:
         self.write, self.seek, self.tell, self.flush = handle.write, handle.seek, handle.tell, handle.flush
@@ -221,22 +222,22 @@ def _encode(
     try:
         image.save(sink, kind, **_save_options(kind, icc, exif, quality))
     except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno:  # the disk's, not the encoder's
+        if isinstance(error, OSError) and error.errno:  # an error of the disk, not of the encoder
             raise
         raise PFStorerError(f"{kind} cannot hold this picture ({one_line(error)}); use png") from error
 
 
 def to_tensor(pixels: Pixels) -> torch.Tensor:
-    """Turn (H, W, 3) float in [0, 1] into a (1, 3, H, W) float32 tensor in [-1, 1]."""
+    """Convert (H, W, 3) float in [0, 1] to a (1, 3, H, W) float32 tensor in [-1, 1]."""
     import torch
 
     return torch.from_numpy(from_pixels(pixels)[None])
 
 
 def from_tensor(tensor: torch.Tensor) -> Pixels:
-    """Turn a (1, 3, H, W) tensor in [-1, 1] into (H, W, 3) float32, clamped to [0, 1].
+    """Convert a (1, 3, H, W) tensor in [-1, 1] to (H, W, 3) float32, clamped to [0, 1].
 
-    NaN stays NaN, for `save_image` to refuse. Raises ValueError for another shape.
+    NaN stays NaN, and `save_image` rejects it. Raises ValueError for another shape.
     """
     if tensor.ndim != 4 or tensor.shape[:2] != (1, 3):
         raise ValueError(f"tensor of shape {tuple(tensor.shape)}; expected (1, 3, H, W)")
@@ -246,7 +247,7 @@ def from_tensor(tensor: torch.Tensor) -> Pixels:
 def resize_bicubic(tensor: torch.Tensor, size: tuple[int, int], antialias: bool = False) -> torch.Tensor:
     """Resize (B, 3, H, W) in [-1, 1] to (h, w) pixels and clamp the overshoot.
 
-    antialias: low-pass first; pass True when shrinking. Enlarging without it is StableSR's.
+    antialias: apply a low-pass filter; use True to shrink. StableSR enlarges without it.
     """
     import torch.nn.functional as F
 
@@ -256,7 +257,7 @@ def resize_bicubic(tensor: torch.Tensor, size: tuple[int, int], antialias: bool 
 
 @contextlib.contextmanager
 def _open(source: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[BinaryIO, str]]:
-    """Yield a seekable, non-empty stream and the name that messages give it."""
+    """Yield a seekable, non-empty stream and its name in messages."""
     with contextlib.ExitStack() as stack:
         if isinstance(source, (str, os.PathLike)):
             name = show_path(source)
@@ -282,7 +283,7 @@ def _open_path(path: str | os.PathLike[str], name: str) -> BinaryIO:
         raise BadFileError(f"{name}: no such file; check the path") from error
     except IsADirectoryError as error:
         raise BadFileError(f"{name}: a folder; expected an image file") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    except (OSError, ValueError) as error:  # ValueError: the name contains a NUL
         raise BadFileError(f"{name}: cannot be opened ({one_line(error)}); check the path") from error
 
 
@@ -290,14 +291,14 @@ def _identify(handle: BinaryIO, name: str) -> Image.Image:
     try:
         with _without_pillow_limit():
             return Image.open(handle, formats=_READ_FORMATS)
-    except Exception as error:  # as for the decoders; UnidentifiedImageError is the usual one
+    except Exception as error:  # many exception types; UnidentifiedImageError is the usual one
         message = f"{name}: not a readable image; expected {_READ_NAMES}: convert it first, or copy it again"
         raise BadFileError(message) from error
 
 
 @contextlib.contextmanager
 def _without_pillow_limit() -> Iterator[None]:
-    # Pillow's guard is one global that stops below our limit; ours is checked right after opening.
+    # Pillow's limit is a global below `max_pixels`. `max_pixels` is checked directly after opening.
     with _guard_lock:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -309,14 +310,14 @@ def _without_pillow_limit() -> Iterator[None]:
 def _decode(image: Image.Image, name: str) -> Scan:
     notes: list[str] = []
     frames = _count_frames(image)
-    if frames > 1 and image.format != "MPO":  # phones hide previews and depth maps in MPO files
+    if frames > 1 and image.format != "MPO":  # phones store previews and depth maps in MPO files
         notes.append(f"{frames} frames: the first was used")
     deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))  # Pillow reads 16-bit colour as 8-bit
     image.load()
     exif = _clean_exif(image, notes)
     profile = image.info.get("icc_profile") or None
     turn = 1
-    with contextlib.suppress(Exception):  # _clean_exif has noted that the EXIF is unreadable
+    with contextlib.suppress(Exception):  # _clean_exif already added a note about unreadable EXIF
         turn = image.getexif().get(_EXIF_ORIENTATION, 1)
     wide = image.mode == "F" or image.mode.startswith("I")
     if wide:
@@ -352,7 +353,7 @@ _TURNS = {
 
 
 def _upright(image: Image.Image, turn: int, start: int, stop: int) -> Image.Image:
-    """Cut rows start..stop-1 of the picture as EXIF says that it is to be seen."""
+    """Return rows start..stop-1 of the image in its EXIF orientation."""
     length = image.height if turn < 5 else image.width
     first, last = (length - stop, length - start) if turn in (3, 4, 7, 8) else (start, stop)
     strip = image.crop((0, first, image.width, last) if turn < 5 else (first, 0, last, image.height))
@@ -361,7 +362,7 @@ def _upright(image: Image.Image, turn: int, start: int, stop: int) -> Image.Imag
 
 def _count_frames(image: Image.Image) -> int:
     frames = 1
-    with contextlib.suppress(Exception):  # a later frame is damaged; the first may be whole
+    with contextlib.suppress(Exception):  # a later frame is damaged; the first may be intact
         frames = int(getattr(image, "n_frames", 1))
     image.seek(0)
     return frames
@@ -390,9 +391,9 @@ def _clean_exif(image: Image.Image, notes: list[str]) -> bytes | None:
 
 
 def _check_range(image: Image.Image, name: str) -> None:
-    """Refuse grey of more than 8 bits whose values say nothing about black and white."""
+    """Reject grey images of more than 8 bits whose values do not define black and white."""
     top, values = _top(image), np.asarray(image)
-    low, high = float(values.min()), float(values.max())  # NaN where any value is
+    low, high = float(values.min()), float(values.max())  # NaN if any value is NaN
     if not 0 <= low <= high <= top:
         found = f"values from {low:g} to {high:g}"
         raise BadFileError(f"{name}: {found}; expected 0 to {top}: rescale it")
@@ -403,7 +404,7 @@ def _top(image: Image.Image) -> int:
 
 
 def _to_pillow(pixels: Any, alpha: Any, kind: str) -> Image.Image:
-    """Make an image of arrays or rows, band by band: 4 bytes of memory per pixel."""
+    """Convert arrays or rows to a Pillow image, band by band: 4 bytes of memory per pixel."""
     (height, width), read = _reader(pixels, "pixels (H, W, 3)", 3)
     size, read_alpha = (None, None) if alpha is None else _reader(alpha, "alpha (H, W)", 1)
     if size not in (None, (height, width)):
@@ -420,7 +421,7 @@ def _to_pillow(pixels: Any, alpha: Any, kind: str) -> Image.Image:
 
 
 def _reader(given: Any, what: str, channels: int) -> tuple[tuple[int, int], Callable[[int, int], Pixels]]:
-    """Return (height, width) of an array or of rows, and the function that reads pixels (n, W, channels) of it."""
+    """Return (height, width) of an array or rows, and a function that reads its pixels (n, W, channels)."""
     if not isinstance(given, np.ndarray):
         return (given.height, given.width), partial(read_pixels, given)
     planes = given[..., None] if channels == 1 and given.ndim == 2 else given
@@ -436,11 +437,11 @@ def _to_uint8(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
 
 
 def _save_options(kind: str, icc: bytes | None, exif: bytes | None, quality: int) -> dict[str, Any]:
-    # Restored detail is what the user came for: no chroma subsampling, no dropped colours under alpha.
+    # Preserve restored detail: no chroma subsampling, and keep colours under transparent alpha.
     table: dict[str, dict[str, Any]] = {
         "JPEG": {"quality": quality, "subsampling": 0},
         "WEBP": {"quality": quality, "exact": True},
-    }  # TIFF stays uncompressed: Pillow's compressed writer fails on the camera's EXIF directory
+    }  # TIFF stays uncompressed: the compressed writer of Pillow fails on the EXIF directory of the camera
     options = table.get(kind, {})
     if icc and kind != "BMP":
         options["icc_profile"] = icc

@@ -10,9 +10,9 @@ from pfstorer_rt.imaging.files import IMAGE_SUFFIXES
 
 
 def list_images(folder: Path, recursive: bool = True) -> list[Path]:
-    """List the image files of a folder, sorted by path; an empty list where there are none.
+    """List the image files of a folder, sorted by path; an empty list if there are none.
 
-    recursive: list the images of sub-folders too.
+    recursive: include sub-folders.
     """
     found = folder.rglob("*") if recursive else folder.glob("*")
     return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
@@ -21,7 +21,7 @@ def list_images(folder: Path, recursive: bool = True) -> list[Path]:
 def find_images(sources: Sequence[Path]) -> list[Path]:
     """List the image files among `sources` (files, or folders searched recursively), sorted by path.
 
-    A file is listed whatever its suffix. Raises `BadFileError` when a source is missing or nothing is found.
+    A source file may have any suffix. Raises `BadFileError` if a source is missing or no image is found.
     """
     found: set[Path] = set()
     for source in sources:
@@ -34,16 +34,16 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
 
 
 def images_of(folder: Path) -> list[Path]:
-    """List the image files of a folder and its sub-folders; raises `BadFileError` when it is missing or has none."""
+    """List the image files of a folder and its sub-folders; raises `BadFileError` if it is missing or has no image."""
     if not folder.is_dir():
         raise BadFileError(f"{folder}: no such folder")
     return find_images([folder])
 
 
 def by_name(folder: Path) -> dict[str, Path]:
-    """Return the images of a folder by their path in it without suffix.
+    """Return {relative path without suffix: path} for the images of a folder.
 
-    Raises `BadFileError` when the folder is missing or has no image, or when two images have one name.
+    Raises `BadFileError` if the folder is missing or has no image, or if two images have the same key.
     """
     found: dict[str, Path] = {}
     for path in images_of(folder):

@@ -1,4 +1,4 @@
-"""The networks of LPIPS and ST-LPIPS: distances of two images over the features of AlexNet."""
+"""LPIPS and ST-LPIPS: perceptual distances between two images, computed on AlexNet features."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pfstorer_rt.extras import install
 from pfstorer_rt.imaging.rows import Pixels
 
 SMALLEST = 32
-"""Pixels of a side below which AlexNet's last features vanish."""
+"""Minimum side in pixels; AlexNet's last feature map is empty below it."""
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 def shift_tolerant_distance() -> PerceptualDistance:
     """Shift-tolerant LPIPS with AlexNet (Ghildyal and Liu 2022, section 4), weights of `stlpips_pytorch`.
 
-    Raises MissingBackendError where the package is missing.
+    Raises MissingBackendError if the package is missing.
     """
     path = package_file("stlpips_pytorch", "weights/vST0.0/alex_shift_tolerant.pth", install("metrics"))
     weights = read_weights(path)
@@ -31,7 +31,7 @@ def shift_tolerant_distance() -> PerceptualDistance:
 
 
 class PerceptualDistance(nn.Module):
-    """Sum over the slices of the weighted squared difference of unit-length features, mean over places."""
+    """Weighted squared difference of unit-length features, averaged over positions and summed over slices."""
 
     shift: torch.Tensor
     scale: torch.Tensor
@@ -45,7 +45,10 @@ class PerceptualDistance(nn.Module):
         self.requires_grad_(False)
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Return the features of (B, 3, H, W) in [-1, 1], of length 1 at every place, of each slice."""
+        """Return the features of each slice, normalized to length 1 at every position.
+
+        images: (B, 3, H, W) in [-1, 1].
+        """
         x, found = (images - self.shift) / self.scale, []
         for part in self.slices:
             x = part(x)
@@ -53,14 +56,14 @@ class PerceptualDistance(nn.Module):
         return found
 
     def between(self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the distances (B,) of features."""
+        """Return the distances (B,) between two lists of features."""
         return torch.stack(
             [((x - y).square() * w).sum(1).mean((1, 2)) for x, y, w in zip(a, b, self.linear, strict=True)]
         ).sum(0)
 
 
 def alexnet_slices(weights: dict[str, torch.Tensor], path: Path) -> list[nn.Module]:
-    """AlexNet up to each of its five ReLUs, with torchvision's weights (`features.N.weight`)."""
+    """Split AlexNet after each of its five ReLUs; weights have torchvision's names (`features.N.weight`)."""
     layers = nn.Sequential(
         nn.Conv2d(3, 64, 11, 4, 2),
         nn.ReLU(),
@@ -84,7 +87,7 @@ def alexnet_slices(weights: dict[str, torch.Tensor], path: Path) -> list[nn.Modu
 
 
 def shift_tolerant_slices(weights: dict[str, torch.Tensor]) -> list[nn.Module]:
-    """ST-LPIPS's AlexNet: stride 1 in the first convolution, a reflecting blur before each reduction."""
+    """AlexNet of ST-LPIPS: stride 1 in the first convolution, a reflect-padded blur before each reduction."""
     layers = nn.Sequential(
         nn.Conv2d(3, 64, 11, 1, 2),
         blur(64),
@@ -110,12 +113,12 @@ def shift_tolerant_slices(weights: dict[str, torch.Tensor]) -> list[nn.Module]:
 
 
 def blur(channels: int) -> nn.Module:
-    """Binomial [1 2 1] x [1 2 1] / 16 in steps of 2, two reflected pixels around."""
+    """Binomial blur [1 2 1] x [1 2 1] / 16 with stride 2 and two pixels of reflect padding."""
     layer = nn.Conv2d(channels, channels, 3, 2, 2, groups=channels, bias=False, padding_mode="reflect")
     line = torch.tensor([1.0, 2.0, 1.0]) / 4
     layer.weight.data.copy_(torch.outer(line, line))
     layer.requires_grad_(False)
-    return nn.Sequential(layer)  # not a Conv2d itself: it has no weights to load
+    return nn.Sequential(layer)  # wrapped, because the caller loads weights into every plain Conv2d
 
 
 def cut(layers: Any, ends: Sequence[int]) -> list[nn.Module]:
@@ -125,12 +128,12 @@ def cut(layers: Any, ends: Sequence[int]) -> list[nn.Module]:
 
 
 def linear_weights(weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The five (1, C, 1, 1) weights of the features."""
+    """Return the five (1, C, 1, 1) channel weights, one per slice."""
     return [weights[f"lin{i}.model.1.weight"] for i in range(5)]
 
 
 def package_file(package: str, name: str, advice: str) -> Path:
-    """Find a file of an installed package without importing it: lpips would import torchvision."""
+    """Find a file of an installed package without importing the package; lpips imports torchvision."""
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / name if spec and spec.origin else None
     if path is None or not path.is_file():
@@ -139,22 +142,22 @@ def package_file(package: str, name: str, advice: str) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read a file of tensors without running pickled code; raises BadFileError for anything else."""
+    """Read PyTorch weights without running pickled code; raises BadFileError for any other file."""
     try:
         weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises errors of many kinds on damaged files
+    except Exception as error:  # torch raises many exception types on damaged files
         raise BadFileError(f"{path}: no file of PyTorch weights ({one_line(error)})") from error
     return weights
 
 
 def torchvision_alexnet() -> dict[str, torch.Tensor]:
-    """AlexNet's ImageNet weights by torchvision, from its cache or the network."""
+    """Load AlexNet's ImageNet weights through torchvision, from its cache or by download."""
     advice = "give torchvision's AlexNet weights, alexnet-owt-7be5be79.pth"
     try:
         from torchvision.models import AlexNet_Weights
 
         weights: dict[str, torch.Tensor] = AlexNet_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
-    except Exception as error:  # missing, of another build, or no network: all end in one advice
+    except Exception as error:  # torchvision is missing or incompatible, or the download failed
         raise MissingBackendError(f"{advice} ({one_line(error)})") from error
     return weights
 

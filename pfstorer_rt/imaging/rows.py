@@ -1,8 +1,7 @@
-"""Images by rows: in memory while they are small, in a temporary file once they are large.
+"""Images by rows: small images are stored in memory, large images in a temporary file.
 
-A program that processes an image by rows needs memory for one band of it. A band is a (C, n, W) float32 array in
-[-1, 1], the range of the networks. Only the edges of the program convert: files and public functions use (H, W, C)
-pixels in [0, 1].
+Processing by rows needs memory for one band. A band is a (C, n, W) float32 array in [-1, 1], the range of the networks.
+Image files and public functions use (H, W, C) pixels in [0, 1].
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ Pixels = npt.NDArray[np.float32]
 """(H, W, C) in [0, 1]."""
 
 IN_MEMORY = 64 << 20
-"""Largest image in bytes that is kept in memory."""
+"""Largest image in bytes that is stored in memory."""
 BAND_BYTES = 4 << 20
-"""Default size of a band."""
+"""Default size of a band in bytes."""
 TALL = 128
-"""Fewest rows of a band where every band costs a margin, as in the wavelet colour fix."""
+"""Minimum rows of a band for operations that need a margin around each band, such as the wavelet colour fix."""
 
 
 class Rows(Protocol):
@@ -43,13 +42,13 @@ class Rows(Protocol):
 
 
 class Spool:
-    """A (C, H, W) image that is written first and read later: float32 in [-1, 1], or uint8 levels of that range.
+    """A (C, H, W) image that is written first and read later: float32 in [-1, 1], or uint8 levels of this range.
 
-    A temporary file (in TMPDIR) lives as long as the object. Not thread-safe.
+    The temporary file (in TMPDIR) is deleted with the object. Not thread-safe.
     """
 
     def __init__(self, height: int, width: int, channels: int = 3, dtype: Any = np.float32) -> None:
-        """Raise `PFStorerError` when a temporary file is needed and cannot be created."""
+        """Raise `PFStorerError` if a temporary file is needed and cannot be created."""
         self.height, self.width, self.channels, self.dtype = height, width, channels, np.dtype(dtype)
         self._row = width * channels * self.dtype.itemsize
         self._array: Array | None = None
@@ -71,13 +70,13 @@ class Spool:
         return made
 
     def write(self, start: int, band: Array) -> None:
-        """Store a (C, n, W) band from row `start` on; raises `PFStorerError` on a full disk."""
+        """Store a (C, n, W) band at row `start`; raises `PFStorerError` if the disk is full."""
         if self._array is not None:
             self._array[:, start : start + band.shape[1]] = band
             return
         try:
             self._file.seek(start * self._row)
-            self._file.write(np.ascontiguousarray(band.swapaxes(0, 1), self.dtype).data)  # whole rows lie together
+            self._file.write(np.ascontiguousarray(band.swapaxes(0, 1), self.dtype).data)  # stored row by row
         except OSError as error:
             raise _disk_error(error) from error
 
@@ -87,12 +86,12 @@ class Spool:
         return band * 2 - 1 if self.dtype == np.uint8 else band
 
     def pixels(self, start: int, stop: int) -> Pixels:
-        """Return rows start..stop-1 as (n, W, C) in [0, 1]; levels are exactly their 255ths."""
+        """Return rows start..stop-1 as (n, W, C) in [0, 1]; uint8 levels are divided by 255."""
         band = self._unit(start, stop)
         return np.ascontiguousarray(band.transpose(1, 2, 0)) if self.dtype == np.uint8 else to_pixels(band)
 
     def _unit(self, start: int, stop: int) -> Band:
-        """Return rows as float32: levels in [0, 1], floats as they are stored."""
+        """Return rows as float32: uint8 levels in [0, 1], floats unchanged."""
         band = np.array(self._stored(start, stop), np.float32, order="C")
         return band / np.float32(255) if self.dtype == np.uint8 else band
 
@@ -109,12 +108,12 @@ class Spool:
 
 
 def from_pixels(pixels: Pixels) -> Band:
-    """Turn (n, W, C) in [0, 1] into a band (C, n, W) in [-1, 1]."""
+    """Convert (n, W, C) in [0, 1] to a band (C, n, W) in [-1, 1]."""
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) * 2 - 1
 
 
 def to_pixels(band: Band) -> Pixels:
-    """Turn a band (C, n, W) in [-1, 1] into (n, W, C), clamped to [0, 1]; NaN stays NaN."""
+    """Convert a band (C, n, W) in [-1, 1] to (n, W, C), clamped to [0, 1]; NaN stays NaN."""
     return np.ascontiguousarray(((band + 1) / 2).clip(0, 1).transpose(1, 2, 0))
 
 
@@ -124,7 +123,7 @@ def read_pixels(rows: Rows, start: int, stop: int) -> Pixels:
 
 
 def bands(height: int, width: int, bytes_per_pixel: int = 12, least: int = 1) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of bands of about `BAND_BYTES` that cover all rows; only the last may have under `least`."""
+    """Yield (start, stop) of bands of about `BAND_BYTES` each. Every band but the last has at least `least` rows."""
     rows = max(least, BAND_BYTES // max(1, width * bytes_per_pixel), 1)
     for start in range(0, height, rows):
         yield start, min(height, start + rows)

@@ -1,4 +1,4 @@
-"""Input and result in one image."""
+"""The input image and the result side by side in one image."""
 
 from __future__ import annotations
 

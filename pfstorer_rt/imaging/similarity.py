@@ -1,4 +1,4 @@
-"""How alike two images are: PSNR, and SSIM by scikit-image."""
+"""Image similarity: PSNR, and SSIM through scikit-image."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import numpy as np
 from pfstorer_rt.imaging.rows import Pixels
 
 SSIM_WINDOW = 11
-"""Pixels of a side below which SSIM is not defined."""
+"""Minimum side in pixels; SSIM is not defined below it."""
 
 
 def psnr(output: Pixels, target: Pixels) -> float:
-    """Peak signal-to-noise ratio in dB of two (H, W, 3) pictures in [0, 1]; infinite when equal."""
+    """Peak signal-to-noise ratio in dB of two (H, W, 3) images in [0, 1]; infinite for equal images."""
     error = float(np.mean((output.astype(np.float64) - target.astype(np.float64)) ** 2))
     return float("inf") if error == 0 else -10 * float(np.log10(error))
 
 
 def ssim(output: Pixels, target: Pixels) -> float:
-    """Structural similarity of two (H, W, 3) pictures in [0, 1] (Wang 2004: gaussian window, sigma 1.5)."""
+    """Structural similarity of two (H, W, 3) images in [0, 1] (Wang 2004: gaussian window, sigma 1.5)."""
     from skimage.metrics import structural_similarity
 
     return float(
