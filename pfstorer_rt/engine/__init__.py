@@ -1,1 +1,1 @@
-"""Engines: named arrays in, named arrays out, whatever runs underneath."""
+"""Engines: one interface to the libraries that run the networks, with named arrays as inputs and outputs."""

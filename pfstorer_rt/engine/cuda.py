@@ -1,4 +1,4 @@
-"""The few things that an engine asks of a GPU, all through PyTorch: its allocator, its streams, its graphs."""
+"""GPU memory, streams and graphs for an engine, all through PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Replay = Callable[[], None]
 
 
 class Cuda:
-    """One GPU and one stream on it."""
+    """The current GPU and one stream on it."""
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
@@ -32,20 +32,20 @@ class Cuda:
         return torch.cuda.get_device_capability(self.device)
 
     def stream_handle(self) -> int:
-        """Return the stream as libraries take it."""
+        """Return the `cudaStream_t` of the stream as an integer."""
         return int(self.stream.cuda_stream)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return device memory, not filled; once freed it is used again only behind what the stream has to do."""
+        """Return uninitialized device memory. The allocator reuses freed memory in the order of the stream."""
         with torch.cuda.stream(self.stream):
             return torch.empty(shape, dtype=dtype, device=self.device)
 
     def staged(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the same values where they are copied from without the host waiting: pinned, or on the device."""
+        """Return the tensor in pinned or device memory, from which an asynchronous copy is possible."""
         return tensor if tensor.is_cuda else tensor.pin_memory()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy on the stream, after what the caller's own stream has still to do."""
+        """Copy on the stream, after the pending work of the caller's stream."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
@@ -53,7 +53,7 @@ class Cuda:
             source.record_stream(self.stream)
 
     def result(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a copy that the caller's stream may use: the engine writes into `tensor` again at its next run."""
+        """Return a copy for the caller's stream; the next run of the engine overwrites `tensor`."""
         with torch.cuda.stream(self.stream):
             copied = tensor.clone()
         current = torch.cuda.current_stream(self.device)
@@ -66,10 +66,10 @@ class Cuda:
         self.stream.synchronize()
 
     def capture(self, enqueue: Callable[[int], None]) -> Replay:
-        """Record what `enqueue(stream handle)` does as a CUDA graph; returns a function that runs it again."""
+        """Capture `enqueue(stream handle)` as a CUDA graph; returns a function that replays the graph."""
         graph = torch.cuda.CUDAGraph()
         self.synchronize()
-        # Other threads may go on calling CUDA: TensorRT-RTX compiles kernels in the background.
+        # thread_local: other threads may call CUDA meanwhile, as TensorRT-RTX compiles kernels in the background.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             enqueue(self.stream_handle())
 

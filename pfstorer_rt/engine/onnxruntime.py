@@ -1,4 +1,4 @@
-"""ONNX Runtime: CUDA where the installed build and the machine have it, else the CPU."""
+"""The ONNX Runtime backend: runs on CUDA if the build and the machine support it, else on the CPU."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def check() -> None:
 
 
 def providers(wanted: str | None = None) -> list[str]:
-    """Return the execution providers to ask for, best first.
+    """Return the execution providers for a session, fastest first.
 
-    wanted: one of those that this build has, such as `CPUExecutionProvider` or, for short, `cpu`; it then is the first.
-    Raises `MissingBackendError` for another one.
+    wanted: the provider to put first, by full or short name (`CPUExecutionProvider` or `cpu`).
+    Raises `MissingBackendError` for a provider that this build does not have.
     """
     import onnxruntime
 
@@ -52,18 +52,17 @@ def on_gpu() -> bool:
 
 
 class OnnxRuntimeSession(HostSession):
-    """One ONNX payload, or a file with its weights beside it, in ONNX Runtime.
+    """An ONNX Runtime session of one ONNX payload, or of a model file with external weights.
 
-    Its defaults are kept (all graph optimizations, the memory arena and a thread for each core) but for one: threads
-    spin for work during a run and sleep between runs. By default those of one session go on spinning after its run, and
-    take the cores from the next session: on two cores a picture took twice as long. `benchmarks/engine_options.py`
-    compares other settings.
+    The session uses the defaults of ONNX Runtime (all graph optimizations, the memory arena, one thread per core) with
+    one change: the threads stop spinning at the end of a run. By default they continue to spin and slow down the next
+    session; on two cores an image took twice as long. `benchmarks/engine_options.py` compares other settings.
     """
 
     def __init__(
         self, model: bytes | Path, provider: str | None = None, *, weights: Mapping[str, memoryview] | None = None
     ) -> None:
-        """Load a graph; weights: bytes of the files that its external data is in, which are copied."""
+        """Load a graph. weights: {file name: bytes} of its external data; ONNX Runtime copies the bytes."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -87,12 +86,12 @@ class OnnxRuntimeSession(HostSession):
 
 
 def open_component(plan: Plan, component: str, provider: str | None = None) -> OnnxRuntimeSession:
-    """Open a component of an ONNX plan; raises `BadFileError` when ONNX Runtime cannot load it."""
+    """Open a component of an ONNX plan; raises `BadFileError` if ONNX Runtime cannot load it."""
     data = plan.read(component)
     providers(provider)
     try:
         with plan.map_weights(component) as weights:
             return OnnxRuntimeSession(data, provider, weights=weights)
-    except Exception as error:  # ONNX Runtime raises its own kinds, one for each status
+    except Exception as error:  # ONNX Runtime has one exception type per status
         reason = one_line(error)
         raise BadFileError(f"{show_path(plan.path)}: ONNX Runtime cannot load the {component} ({reason})") from error

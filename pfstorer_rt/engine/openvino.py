@@ -1,4 +1,4 @@
-"""OpenVINO: runs the same ONNX payloads (extra `openvino`), on a CPU faster than the others."""
+"""The OpenVINO backend (extra `openvino`): runs ONNX payloads; the fastest backend on a CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pfstorer_rt.plan import Plan
 
 TARGETS = ("onnx",)
 PRECISIONS = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
-"""Of the computation, and what OpenVINO calls a device's ability to do it."""
+"""Precision of the computation -> name of the matching OpenVINO device capability."""
 
 
 def check() -> None:
@@ -28,15 +28,16 @@ def check() -> None:
 
 
 class OpenVinoSession(HostSession):
-    """One ONNX payload, or a file with its weights beside it, compiled by OpenVINO.
+    """An OpenVINO session of one ONNX payload, or of a model file with external weights.
 
-    Where the batch alone is free, a network is compiled for each power of two and batches in between are filled up:
-    networks of fixed shapes are faster. provider: a device, and a precision after a colon, such as `CPU`, `CPU:f32`
-    or `GPU:f16`; without one bf16 where the device computes it natively, else f32. cache: folder of compiled networks.
+    If only the batch size is dynamic, the session compiles one network per power of two and pads smaller batches,
+    because networks with fixed shapes are faster.
+    provider: a device and an optional precision, such as `CPU`, `CPU:f32` or `GPU:f16`. The default precision is bf16
+    if the device supports it natively, else f32. cache: folder of compiled networks.
     """
 
     def __init__(self, model: bytes | Path, provider: str | None = None, cache: str | None = None) -> None:
-        """Raise `MissingBackendError` for a device or precision that is not there, `ValueError` for an unknown one."""
+        """Raise `MissingBackendError` for an unavailable device or precision, `ValueError` for an unknown precision."""
         import openvino
 
         self._core: Any = openvino.Core()
@@ -52,11 +53,11 @@ class OpenVinoSession(HostSession):
         precision = precision or ("bf16" if self._computes(device, "bf16") else "f32")
         if precision not in PRECISIONS:
             raise SettingError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
-        if not self._computes(device, precision):  # OpenVINO would take f32 without a word
+        if not self._computes(device, precision):  # OpenVINO would silently use f32
             raise MissingBackendError(f"OpenVINO {device} does not compute in {precision} here; take {device}:f32")
         self._device = device.upper()
         self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-        if cache:  # a folder for each precision: OpenVINO 2026.4 would load fp32's network for bf16, and give NaN
+        if cache:  # one folder per precision: OpenVINO 2026.4 loads a cached fp32 network for bf16 and returns NaN
             self._settings["CACHE_DIR"] = str(Path(cache) / precision)
         self.inputs = tuple(port.get_any_name() for port in self._network.inputs)
         self.outputs = tuple(port.get_any_name() for port in self._network.outputs)
@@ -77,12 +78,12 @@ class OpenVinoSession(HostSession):
         return {name: results[name][: batch or None].copy() for name in self.outputs}
 
     def _computes(self, device: str, precision: str) -> bool:
-        """Whether a device computes in a precision itself; f32 all do."""
+        """Whether a device supports a precision natively; all devices support f32."""
         able = self._core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
         return precision == "f32" or PRECISIONS[precision] in able
 
     def _compile(self, batch: int) -> Any:
-        """Return the network for a batch, or for any with 0; compiled at its first use."""
+        """Return the network for a batch size, compiled at first use; 0 is the network with dynamic shapes."""
         if batch not in self._compiled:
             network = self._network.clone()
             if batch:
@@ -90,7 +91,7 @@ class OpenVinoSession(HostSession):
                 network.reshape({n: [batch if d.is_dynamic else d for d in shape] for n, shape in free.items()})
             try:
                 self._compiled[batch] = self._core.compile_model(network, self._device, self._settings)
-            except RuntimeError:  # OpenVINO 2026.4 finds no layout for some networks without all of their roundings
+            except RuntimeError:  # OpenVINO 2026.4 cannot compile some networks without these operators
                 if self._rounded is None:
                     raise
                 self._network, self._rounded = self._rounded, None
@@ -104,10 +105,10 @@ class OpenVinoSession(HostSession):
 
 
 def drop_unread_roundings(network: Any) -> None:
-    """Take the roundings to 8 bits out of a network that no 8-bit operator reads.
+    """Remove the FakeQuantize operators whose results no convolution or matrix product reads.
 
-    ONNX Runtime computes an operator in 8 bits only where its result is rounded to them too. OpenVINO does without, and
-    computes what follows in bf16 or fp32, which is nearer and faster.
+    ONNX Runtime computes an operator in 8 bits only if its result is quantized too. OpenVINO does not need a quantized
+    result: without it, the following operators run in bf16 or fp32, which is more accurate and faster.
     """
     for rounding in network.get_ordered_ops():
         if rounding.get_type_name() == "FakeQuantize":
@@ -118,7 +119,7 @@ def drop_unread_roundings(network: Any) -> None:
 
 
 def _end_of_rounding(rounding: Any) -> Any:
-    """Return the operator that gives the rounded values: the multiplication with the scale, at the end of a chain."""
+    """Return the last operator of a quantization chain, the multiplication by the scale."""
     last = rounding
     while last.get_type_name() in ("FakeQuantize", "Convert", "Subtract") and len(readers := _readers(last)) == 1:
         last = next(iter(readers)).get_node()
@@ -136,24 +137,24 @@ def _check_device(core: Any, device: str) -> None:
 
 
 def _fill(array: Array, batch: int) -> Array:
-    """Repeat the last row until there are `batch`."""
+    """Repeat the last row to fill the batch."""
     missing = batch - len(array)
     return np.concatenate([array, np.repeat(array[-1:], missing, 0)]) if missing > 0 else array
 
 
 def cache_folder(fingerprint: str) -> Path:
-    """Return the folder in which the compiled networks of an identity, or of a base alone, are kept.
+    """Return the folder of the compiled networks of an identity, or of a base without an identity.
 
-    fingerprint: of the identity or the base, 64 hexadecimal digits. Raises `ValueError` for anything else.
+    fingerprint: fingerprint of the identity or base, 64 hexadecimal digits. Raises `ValueError` for any other value.
     """
     return inside(cache_home(), "openvino", check_fingerprint(fingerprint, "plan")[:16])
 
 
 def make_cache_folder(plan: Plan) -> str | None:
-    """Make the folder of a plan's compiled networks; None where it cannot be made.
+    """Make the folder of a plan's compiled networks; returns None if that fails.
 
-    They hold the identity's weights, so the folder is the user's alone and is named by the identity:
-    `identities rm` deletes it.
+    Compiled networks contain the weights of the identity. Only the owner can therefore read the folder, and its name
+    contains the fingerprint of the identity, so that `identities rm` can delete it.
     """
     try:
         folder = make_folder(cache_folder(plan.manifest.identity_fingerprint or plan.manifest.base_fingerprint))
@@ -164,9 +165,9 @@ def make_cache_folder(plan: Plan) -> str | None:
 
 
 def open_component(plan: Plan, component: str, provider: str | None = None) -> OpenVinoSession:
-    """Open a component of an ONNX plan; raises `BadFileError` when OpenVINO cannot load it."""
+    """Open a component of an ONNX plan; raises `BadFileError` if OpenVINO cannot load it."""
     try:
-        if plan.manifest.payloads[component].weights:  # OpenVINO reads them from a file only
+        if plan.manifest.payloads[component].weights:  # OpenVINO reads external weights only from files
             with plan.unpack(component) as path:
                 return OpenVinoSession(path, provider, make_cache_folder(plan))
         return OpenVinoSession(plan.read(component), provider, make_cache_folder(plan))

@@ -1,4 +1,4 @@
-"""Engines: the session that runs a component, the backends, and the choice of one."""
+"""The session interface, which runs one component of a plan, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Array = npt.NDArray[Any]
 
 
 class Session(ABC):
-    """One component, ready to run. A context manager that closes the engine on exit."""
+    """One component that is ready to run. A context manager that closes the engine on exit."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     provider: str
-    """The device or library that runs it, such as `CPUExecutionProvider`."""
+    """Device or library that runs the component, such as `CPUExecutionProvider`."""
     device: torch.device
     """Device of the tensors of `run_tensors`."""
 
@@ -38,7 +38,7 @@ class Session(ABC):
 
     @abstractmethod
     def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute all outputs from all inputs, by name, on tensors of `device`; they need no copy over the host."""
+        """Compute all outputs from all inputs, by name, on tensors of `device`, without a copy through the host."""
 
     def close(self) -> None:  # noqa: B027 (an engine without resources of its own has nothing to free)
         """Free the engine; the session cannot run afterwards."""
@@ -53,7 +53,7 @@ class Session(ABC):
 
 
 class HostSession(Session):
-    """A session of an engine that computes in the memory of the host: tensors are arrays without a copy."""
+    """A session of an engine that uses host memory. Tensors and arrays share memory."""
 
     device = torch.device("cpu")
 
@@ -64,7 +64,7 @@ class HostSession(Session):
 
 
 class TensorSession(Session):
-    """A session of an engine that computes on tensors: arrays are copied to its device and back."""
+    """A session of an engine that uses tensors. Arrays are copied to the device and back."""
 
     def run(self, **arrays: Array) -> dict[str, Array]:
         """Compute all outputs from all inputs, by name."""
@@ -73,7 +73,7 @@ class TensorSession(Session):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether an engine failed because of too little memory, judged by the text of its error."""
+    """Whether an error of an engine means too little memory, judged by its type or text."""
     words = ("out of memory", "bad_alloc", "bad allocation", "can't allocate memory", "failed to allocate")
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
@@ -85,24 +85,24 @@ BACKENDS: dict[str, str] = {
 }
 """Backends that run a plan, in the order in which `auto` tries them; `auto_order` moves ONNX Runtime with CUDA up.
 
-Each is a module with `TARGETS`, the kinds of plan that it runs, `check() -> None` and
-`open_component(plan, component, provider) -> Session`. PyTorch is not one of them: `engine.torch` runs the base and
-the identity, not the payloads of a plan.
+A backend is a module with `TARGETS` (the supported plan targets), `check() -> None` and
+`open_component(plan, component, provider) -> Session`. PyTorch is not a backend: `engine.torch` runs a base and an
+identity, not the payloads of a plan.
 """
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """The chosen backend, and the reason against each of the others."""
+    """The chosen backend, and the reason why each other backend was rejected."""
 
     name: str
     open_component: Callable[[Plan, str, str | None], Session]
-    """open_component(plan, component, provider); provider None is the default of the backend."""
+    """open_component(plan, component, provider); provider None is the backend's default."""
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def auto_order() -> list[str]:
-    """Return the backends, fastest first: ONNX Runtime comes before OpenVINO where it has a GPU."""
+    """Return the backends, fastest first: ONNX Runtime precedes OpenVINO if it has CUDA."""
     names = list(BACKENDS)
     if import_module(BACKENDS["onnxruntime"]).on_gpu():
         names.remove("onnxruntime")
@@ -111,9 +111,10 @@ def auto_order() -> list[str]:
 
 
 def choose_backend(name: str = "auto", target: str = "onnx") -> BackendChoice:
-    """Choose a backend by name, or with `auto` the first installed one that runs plans of `target`.
+    """Choose a backend by name, or with `auto` the first installed backend that runs plans of `target`.
 
-    Raises `ValueError` for an unknown name, `MissingBackendError` when the named one, or every one, cannot be used.
+    Raises `ValueError` for an unknown name. Raises `MissingBackendError` if the named backend cannot be used, or with
+    `auto` if no backend can be used.
     """
     if name != "auto" and name not in BACKENDS:
         raise SettingError(f"backend {name!r}: expected auto, torch or one of {', '.join(BACKENDS)}")
@@ -138,7 +139,7 @@ def choose_backend(name: str = "auto", target: str = "onnx") -> BackendChoice:
 def open_session(plan: Plan, component: str, backend: str = "auto", provider: str | None = None) -> Session:
     """Open one component of a plan (`encoder`, `denoiser` or `decoder`).
 
-    provider: where the backend runs it, by its own name; None is its default.
-    Raises as `choose_backend` does, and `BadFileError` when the payload is damaged.
+    provider: the backend's name for a device or library; None is the backend's default.
+    Raises as `choose_backend` does, and `BadFileError` if the payload is damaged.
     """
     return choose_backend(backend, plan.manifest.target).open_component(plan, component, provider)

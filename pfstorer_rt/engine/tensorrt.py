@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: two libraries of NVIDIA's behind one Python interface, and sessions on their engines."""
+"""The TensorRT and TensorRT-RTX backends: both libraries of NVIDIA have nearly the same Python interface."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from pfstorer_rt.plan import Plan
 
 TARGETS = ("tensorrt", "tensorrt-rtx")
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Module of each target."""
+"""Target -> Python module of its library."""
 EXTRAS = {target: install(target) for target in TARGETS}
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 
 @dataclass(frozen=True)
 class Library:
-    """One of the two libraries; what a release of it can do is asked by name, never by version."""
+    """TensorRT or TensorRT-RTX. Features are detected by name, not by version."""
 
     target: str
     module: Any
 
     @property
     def version(self) -> str:
-        """Release, such as `1.7.1.116`."""
+        """Return the release, such as `1.7.1.116`."""
         return str(self.module.__version__)
 
     def has(self, path: str) -> bool:
-        """Whether this release has a name, such as `IRuntimeConfig.create_runtime_cache`."""
+        """Whether this release has an attribute, such as `IRuntimeConfig.create_runtime_cache`."""
         found = self.module
         for name in path.split("."):
             found = getattr(found, name, None)
         return found is not None
 
     def logger(self) -> Any:
-        """Return the library's one logger, emptied: it keeps errors for a message, in place of lines on the terminal.
+        """Return the only logger of the library, emptied. It stores errors instead of printing them.
 
-        `last()` gives the latest, or an empty string.
+        `last()` returns the latest error, or an empty string.
         """
         messages = _messages(self.module)
         messages.errors.clear()
@@ -56,7 +56,7 @@ class Library:
 
 @cache
 def _messages(trt: Any) -> Any:
-    """Make the logger of a library: whatever it is given later, it goes on using the first, which has to stay alive."""
+    """Make the logger of a library. The library uses its first logger forever, so the logger must stay alive."""
 
     class Messages(trt.ILogger):
         def __init__(self) -> None:
@@ -68,14 +68,14 @@ def _messages(trt: Any) -> Any:
                 self.errors.append(" ".join(message.split()))
 
         def last(self) -> str:
-            # The second of two is often only where the first was noticed.
+            # The second of two errors is often a consequence of the first.
             return "; ".join(self.errors[-2:])[:400]
 
     return Messages()
 
 
 def load_library(target: str) -> Library:
-    """Import the library of a target; raises `MissingBackendError` when it is not installed."""
+    """Import the library of a target; raises `MissingBackendError` if it is not installed."""
     try:
         return Library(target, import_module(MODULES[target]))
     except (ImportError, OSError) as error:  # OSError: installed, but its shared libraries do not load
@@ -83,7 +83,7 @@ def load_library(target: str) -> Library:
 
 
 def check() -> None:
-    """Raise `MissingBackendError` unless there is a GPU and at least one of the two libraries."""
+    """Raise `MissingBackendError` unless a GPU and at least one of the two libraries are available."""
     Cuda()
     reasons = []
     for target in TARGETS:
@@ -96,10 +96,10 @@ def check() -> None:
 
 
 def open_component(plan: Plan, component: str, provider: str | None = None) -> TensorRTSession:
-    """Open a component of a TensorRT plan; there is one provider, the GPU at hand.
+    """Open a component of a TensorRT plan on the current GPU.
 
-    Raises, before anything of the payload is run: `ValueError` for a provider, `BadFileError` for a plan that nobody
-    vouches for or a damaged payload, `MissingBackendError` without library or GPU, `MismatchError` for a plan of
+    All checks precede the execution of the payload. Raises `ValueError` if a provider is given, `BadFileError` for an
+    untrusted plan or a damaged payload, `MissingBackendError` without library or GPU, `MismatchError` for a plan of
     another GPU or release.
     """
     if provider:
@@ -115,7 +115,7 @@ def open_component(plan: Plan, component: str, provider: str | None = None) -> T
 
 
 def check_fits(plan: Plan, library: Library, cuda: Cuda) -> None:
-    """Raise `MismatchError` for a plan that was built for another GPU, or by another major release of the library."""
+    """Raise `MismatchError` if the plan was built for another GPU or with another major release of the library."""
     title = TITLES[library.target]
     built_by = plan.manifest.tools.get(library.target, "an unknown release")
     if built_by.split(".")[0] != library.version.split(".")[0]:
@@ -139,7 +139,7 @@ def _covers(name: str, capability: tuple[int, int]) -> bool:
 
 @dataclass
 class Lane:
-    """One optimization profile: a context, its buffers, and for fixed shapes the captured graph."""
+    """One optimization profile: an execution context, its buffers, and for fixed shapes the captured CUDA graph."""
 
     context: Any
     profile: int
@@ -152,15 +152,15 @@ class Lane:
 class TensorRTSession(TensorSession):
     """One engine on one GPU.
 
-    An engine with a ladder of profiles, one batch size each, takes any number of rows: they go through the smallest
-    profile that holds them, filled up with copies of the last, and in chunks where there are more. Inputs whose first
-    axis is fixed (`strength`) are given to every chunk as they are.
-    graphs: run each profile as a CUDA graph after its first run; where that fails, `no_graph` says why, and the engine
-    is run without. For engines whose shapes are fixed in each profile.
+    An engine with several profiles, one batch size each, accepts any number of rows. The rows run in the smallest
+    profile that holds them, padded with copies of the last row. More rows than the largest batch run in chunks. Inputs
+    whose first axis is fixed (`strength`) are passed to every chunk unchanged.
+    graphs: replay each profile as a CUDA graph after its first run; the shapes of each profile must be fixed. If
+    capture fails, `no_graph` holds the reason and the engine runs without graphs.
     """
 
     def __init__(self, library: Library, payload: bytes, cuda: Cuda, graphs: bool = False) -> None:
-        """Raise `BadFileError` when the library refuses the payload."""
+        """Raise `BadFileError` if the library rejects the payload."""
         self.library, self.cuda, self.device = library, cuda, cuda.device
         self.provider = f"{TITLES[library.target]} {library.version} on {cuda.name()}"
         self.no_graph = "" if graphs else "its shapes vary"
@@ -178,10 +178,10 @@ class TensorRTSession(TensorSession):
         self._cache = RuntimeCache(library, self._config, sha256_bytes(payload), cuda.name())
 
     def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute all outputs from all inputs, by name: tensors on `device` in and out, nothing waits for the host.
+        """Compute all outputs from all inputs, by name, on tensors of `device`, without synchronizing with the host.
 
-        Tensors on the host are taken too, through pinned memory. Raises `ValueError` for other names or unlike numbers
-        of rows, `PFStorerError` for a shape that no profile takes.
+        Host tensors are copied through pinned memory. Raises `ValueError` for unknown names or different numbers of
+        rows, `PFStorerError` for a shape outside all profiles.
         """
         if set(tensors) != set(self.inputs):
             raise ValueError(f"inputs {', '.join(tensors)}: this engine takes {', '.join(self.inputs)}")
@@ -222,19 +222,19 @@ class TensorRTSession(TensorSession):
         return engine
 
     def _runtime_config(self, graphs: bool) -> Any:
-        """Return how contexts are to run, or None for a release that has nothing to choose."""
+        """Return the runtime configuration of the contexts, or None for a release without one."""
         if not self.library.has("ICudaEngine.create_runtime_config"):
             return None
         config = self._engine.create_runtime_config()
         if graphs and self.library.has("DynamicShapesKernelSpecializationStrategy.EAGER"):
-            # Else kernels for a shape are compiled in the background and take the place of general ones later: a graph
-            # that was captured before would hold on to those.
+            # By default the library compiles kernels for a shape in the background and replaces general kernels later.
+            # A graph that was captured earlier would continue to use the general kernels.
             eager = self.library.module.DynamicShapesKernelSpecializationStrategy.EAGER
             config.dynamic_shapes_kernel_specialization_strategy = eager
         return config
 
     def _rows(self, tensors: dict[str, torch.Tensor]) -> int:
-        """Count the rows, as many in each batched input."""
+        """Return the number of rows, which must be the same for all batched inputs."""
         counts = {name: len(tensors[name]) for name in self._batched}
         rows = counts[self._batched[0]]
         if rows == 0 or set(counts.values()) != {rows}:
@@ -242,12 +242,12 @@ class TensorRTSession(TensorSession):
         return rows
 
     def _range(self, name: str, profile: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Smallest and largest shape of an input in a profile."""
+        """Return the smallest and largest shape of an input in a profile."""
         least, _, most = self._engine.get_tensor_profile_shape(name, profile)
         return tuple(least), tuple(most)
 
     def _choose_profile(self, rows: int) -> tuple[int, int]:
-        """Return (profile, batch) of the smallest profile that holds the rows, or of the largest there is."""
+        """Return (profile, batch size) of the smallest profile that holds the rows, or of the largest profile."""
         name = self._batched[0]
         batches = [(self._range(name, i)[1][0], i) for i in range(self._engine.num_optimization_profiles)]
         fitting = [entry for entry in batches if entry[0] >= rows] or [max(batches)]
@@ -276,7 +276,7 @@ class TensorRTSession(TensorSession):
         return {name: self.cuda.result(lane.buffers[name]) for name in self.outputs}
 
     def _bind(self, lane: Lane, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Give the context its shapes and buffers, new ones only when the shapes are."""
+        """Set the shapes and buffers of the context; buffers are allocated only for new shapes."""
         if shapes == lane.shapes:
             return
         for name, shape in shapes.items():
@@ -301,7 +301,7 @@ class TensorRTSession(TensorSession):
             )
 
     def _enqueue(self, lane: Lane) -> None:
-        """Run a lane; its first run is plain (kernels are compiled and loaded then), the second is captured."""
+        """Run a lane: the first run compiles and loads kernels, the second is captured, later runs replay the graph."""
         if lane.warm and lane.replay is None and not self.no_graph:
             self._capture(lane)
         if lane.replay is not None:
@@ -321,15 +321,15 @@ class TensorRTSession(TensorSession):
             return
         try:
             lane.replay = self.cuda.capture(lambda handle: self._execute(lane, handle))
-        except Exception as error:  # torch and the library raise many kinds; a plain run is always possible
+        except Exception as error:  # many exception types; a run without a graph is always possible
             self.no_graph = f"capturing failed ({one_line(error)})"
 
 
 class RuntimeCache:
-    """Kernels that TensorRT-RTX compiled on an earlier start, in the user's cache directory.
+    """Cache of the kernels that TensorRT-RTX compiles at run time, in the user's cache directory.
 
-    Nothing here ever fails a restoration: a cache that is damaged or cannot be written is done without. The full
-    TensorRT compiles nothing at run time, and has none.
+    Errors of the cache do not stop a restoration: a cache that is damaged or not writable is ignored. TensorRT itself
+    compiles nothing at run time and has no cache.
     """
 
     def __init__(self, library: Library, config: Any, digest: str, device_name: str) -> None:
@@ -347,7 +347,7 @@ class RuntimeCache:
             config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
-        """Keep what was compiled, readable by its owner only: the kernels are of a person's plan."""
+        """Save the compiled kernels, readable by their owner only, because they belong to a person's plan."""
         if self._cache is None:
             return
         with contextlib.suppress(Exception):
@@ -358,12 +358,12 @@ class RuntimeCache:
                     file.write(data)
 
     def release(self) -> None:
-        """Let go of the library's object."""
+        """Release the cache object of the library."""
         self._cache = None
 
 
 def _fill(rows: torch.Tensor, batch: int) -> torch.Tensor:
-    """Repeat the last row until there are `batch`."""
+    """Repeat the last row to fill the batch."""
     missing = batch - len(rows)
     return rows if missing == 0 else torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
 
@@ -376,7 +376,7 @@ def _torch_type(library: Library, kind: Any) -> torch.dtype:
 
 
 def _diagnostics(library: Library, bits: int) -> str:
-    """Spell the reasons of `get_engine_validity`, a mask of `EngineInvalidityDiagnostics`."""
+    """Return the names in a mask of `EngineInvalidityDiagnostics`, as returned by `get_engine_validity`."""
     reasons = getattr(library.module, "EngineInvalidityDiagnostics", None)
     members: dict[str, Any] = getattr(reasons, "__members__", {})
     named = [name.lower().replace("_", " ") for name, value in members.items() if bits & int(value)]

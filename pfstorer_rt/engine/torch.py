@@ -1,4 +1,4 @@
-"""PyTorch as an engine: it runs base and identity themselves, and is the reference for plans."""
+"""The PyTorch engine: runs a base and an identity directly, and is the reference for plans."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pfstorer_rt.models.components import Component, components
 
 
 class TorchSession(TensorSession):
-    """A component in PyTorch."""
+    """A session of one PyTorch component."""
 
     def __init__(self, component: Component, device: torch.device) -> None:
         self.module, self.device = component.module.eval(), device
@@ -29,9 +29,9 @@ class TorchSession(TensorSession):
 def open_sessions(
     base: Base, identity: Identity | None = None, attention: str = "auto", device: str | torch.device | None = None
 ) -> dict[str, TorchSession]:
-    """Open all components of a base, with an identity or without, on a backend of `pfstorer_rt.ops`.
+    """Open all components of a base, with or without an identity, on a backend of `pfstorer_rt.ops`.
 
-    device: None is the base's own. The sessions share the base's weights, but neither its device nor its kernels.
+    device: None is the device of the base. The sessions share the weights of the base, but not its device or kernels.
     """
     base = base.copy()
     base = base if device is None else base.to(device)
