@@ -1,4 +1,4 @@
-"""The files of a base directory (diffusers' layout), read without building its networks."""
+"""Read the files of a base directory (diffusers' layout) without building its networks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pfstorer_rt.errors import BadFileError, one_line
 from pfstorer_rt.files import fingerprint_tensors, show_path
 
 BUILTIN = Path(__file__).parent / "bases"
-"""The bases that are shipped with the package, one folder each."""
+"""Folder of the bases in the package, one folder per base."""
 NETWORKS = ("unet", "structure_encoder", "vae", "text_encoder", "cfw")
-"""The folders of the networks; a base without feature wrapping has no `cfw`."""
+"""Folders of the networks; a base without decoder feature wrapping has no `cfw`."""
 
 
 def find_base(path_or_name: str | Path) -> Path:
-    """Return the directory of a base given by path or by a shipped name; raises `BadFileError`."""
+    """Return the directory of a base, given by path or by the name of a base in the package; raises `BadFileError`."""
     for path in (Path(path_or_name), BUILTIN / str(path_or_name)):
         if (path / "config.json").is_file():
             return path
@@ -35,18 +35,18 @@ def find_base(path_or_name: str | Path) -> Path:
 
 
 def shipped_bases() -> list[str]:
-    """Return the names of the bases that are shipped with the package, sorted."""
+    """Return the sorted names of the bases in the package."""
     return sorted(p.parent.name for p in BUILTIN.glob("*/config.json"))
 
 
 @contextmanager
 def reading_base(path: Path) -> Iterator[None]:
-    """Turn any error of a library that reads a damaged base directory into a `BadFileError` that names it."""
+    """Convert errors of the libraries that read a base directory to a `BadFileError` with the path."""
     try:
         yield
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # each library has its own errors for a damaged file
+    except Exception as error:  # each library has its own exception types for damaged files
         reason = one_line(error)
         raise BadFileError(f"{path}: not a usable base directory ({reason}); import or train it again") from error
 
@@ -57,10 +57,10 @@ def read_config(path: Path) -> BaseConfig:
 
 
 def network_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of one network in diffusers' layout: one, or the shards of one.
+    """Return the safetensors files of one network in diffusers' layout: a single file, or its shards.
 
-    A folder from the hub may hold the same weights again as a variant (`.fp16.safetensors`); that is taken only
-    where it is alone. Raises `BadFileError` when there are none.
+    A downloaded folder may also contain a variant of the weights (`.fp16.safetensors`). The variant is used only if
+    there are no other weights. Raises `BadFileError` if the folder has no safetensors file.
     """
     variants: dict[str, list[Path]] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -76,12 +76,12 @@ def read_network(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def network_folders(path: Path) -> list[Path]:
-    """Return the folders of the networks of a base directory, sorted."""
+    """Return the sorted network folders of a base directory."""
     return [path / name for name in sorted(NETWORKS) if name != "cfw" or (path / name).is_dir()]
 
 
 def count_parameters(path: Path) -> dict[str, int]:
-    """Count the values in the tensors of each network of a base directory, from the headers of its files."""
+    """Return {network: number of parameters} of a base directory, read from the file headers."""
     counts: dict[str, int] = {}
     for folder in network_folders(path):
         for file in network_files(folder):
@@ -92,7 +92,7 @@ def count_parameters(path: Path) -> dict[str, int]:
 
 
 def fingerprint_directory(path: Path) -> str:
-    """Fingerprint a base directory from its safetensors files, one tensor at a time."""
+    """Return the fingerprint of a base directory, reading one tensor at a time."""
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for folder in network_folders(path):

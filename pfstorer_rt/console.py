@@ -1,4 +1,4 @@
-"""The terminal: results go to stdout, everything else to this console on stderr."""
+"""Terminal output: results go to stdout, progress and messages to a console on stderr."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from pfstorer_rt.progress import OnProgress, StageProgress
 
 LINES = 10
-"""Lines that are printed for each stage where there is no terminal to draw a bar on."""
+"""Number of progress lines per stage if stderr is not a terminal."""
 
 
 def stderr() -> Console:
-    """Return a console on the current stderr (looked up at each call, so that redirection works)."""
+    """Return a console on the current stderr. Each call uses `sys.stderr` again, so that redirection works."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def printable(text: str) -> str:
-    """Return a text with every control character spelled out.
+    """Return a text with escaped control characters.
 
-    A name or a value from another person's file could otherwise give commands to the terminal (escape sequences).
+    Names and values from another person's file could otherwise contain terminal escape sequences.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
 
 
 @contextmanager
 def stage_bars() -> Iterator[OnProgress]:
-    """Yield a callback that draws a bar for each stage on a terminal, and prints lines elsewhere."""
+    """Yield a callback that draws one progress bar per stage on a terminal, or else prints lines."""
     console = stderr()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=2) as bars:
@@ -38,7 +38,7 @@ def stage_bars() -> Iterator[OnProgress]:
 
 
 class StageBars:
-    """Shows the progress of stages on the console of `bars`."""
+    """Shows the progress of all stages on the console of `bars`."""
 
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
@@ -47,7 +47,7 @@ class StageBars:
         self.lines: dict[str, int] = {}
 
     def __call__(self, progress: StageProgress) -> None:
-        """Show one report; a stage whose first report has work done is resumed."""
+        """Show one progress report. A stage is resumed if its first report contains finished work."""
         stage, lines, console = progress.stage, math.floor(LINES * progress.share), self.bars.console
         if stage not in self.tasks:
             self.tasks[stage] = self.bars.add_task(stage, total=1.0, state="")
@@ -62,14 +62,14 @@ class StageBars:
         self.lines[stage] = lines
 
     def speed(self, progress: StageProgress) -> str:
-        """Return the loss, where the stage has one, and the iterations or samples per second of this run."""
+        """Return the loss, if the stage has a loss, and the iterations or samples per second of this run."""
         loss = "" if math.isnan(progress.loss) else f"loss {progress.loss:.4f}  "
         rate = (progress.done - self.first[progress.stage].done) / progress.seconds if progress.seconds else 0.0
         return f"{loss}{rate:.2f}/s" if rate else ""
 
 
 def count(progress: StageProgress) -> str:
-    """Return finished iterations or samples and their total, or the share of the time where there is no total."""
+    """Return finished and total iterations or samples, or the share of the time limit if there is no total."""
     if progress.total is None:
         return f"iteration {progress.done} ({progress.share:.0%} of the time)"
     return f"{progress.done}/{progress.total}"

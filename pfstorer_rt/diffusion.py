@@ -1,8 +1,8 @@
 """The diffusion process: the noise schedule, the algebra of noisy latents, and the samplers.
 
-A sampler works on one function, `denoise(x, t) -> (x0, eps)`; `denoise_by` makes it from a network of either prediction
-type. Letters follow DDPM and StableSR: `x` the noisy latent, `x0` the clean one, `eps`/`v` predictions, `abar` the
-cumulative product of alphas. All samplers run on fp32 tensors of any device.
+A sampler calls `denoise(x, t) -> (x0, eps)`. `denoise_by` makes this function from a network of either prediction type.
+Symbols follow DDPM and StableSR: `x` is the noisy latent, `x0` the clean latent, `eps` and `v` the predictions, `abar`
+the cumulative product of the alphas. All samplers run on fp32 tensors of any device.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 TRAIN_STEPS = 1000
 LAST = TRAIN_STEPS - 1
-"""The timestep at which restoring starts; with few steps it decides nearly everything."""
+"""The timestep at which restoration starts. With few steps, it determines most of the result."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise schedule of a base; the default is Stable Diffusion's (StableSR section 4)."""
+    """The noise schedule of a base; the default is the schedule of Stable Diffusion (StableSR section 4)."""
 
     kind: str = "scaled_linear"
     """`scaled_linear`: the square roots of the betas are evenly spaced."""
@@ -37,7 +37,7 @@ class Schedule:
     steps: int = TRAIN_STEPS
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for a schedule that this version does not know."""
+        """Raise `ValueError` for an unsupported schedule."""
         if self.kind != "scaled_linear" or self.steps != TRAIN_STEPS:
             raise ValueError(
                 f"noise schedule {self.kind!r} of {self.steps!r} steps: expected 'scaled_linear' of {TRAIN_STEPS}"
@@ -48,21 +48,21 @@ class Schedule:
             )
 
     def betas(self) -> npt.NDArray[Any]:
-        """Return the noise variances of t in 0..999."""
+        """Return the noise variances for t in 0..999."""
         return np.square(np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=np.float64))
 
     def alphas_cumprod(self) -> npt.NDArray[np.float64]:
-        """Return abar_t of t in 0..999."""
+        """Return abar_t for t in 0..999."""
         return np.cumprod(1 - self.betas(), dtype=np.float64)
 
     def alphas_cumprod_tensor(self) -> torch.Tensor:
-        """Return abar_t of t in 0..999 as an fp32 tensor."""
+        """Return abar_t for t in 0..999 as an fp32 tensor."""
         import torch
 
         return torch.from_numpy(self.alphas_cumprod()).float()
 
     def to_diffusers(self, prediction_type: str) -> dict[str, Any]:
-        """Return the content of a `scheduler_config.json` of diffusers' DDPMScheduler."""
+        """Return the content of `scheduler_config.json` for diffusers' DDPMScheduler."""
         return {
             "_class_name": "DDPMScheduler",
             "num_train_timesteps": self.steps,
@@ -78,9 +78,9 @@ class Schedule:
 
     @classmethod
     def from_diffusers(cls, data: Mapping[str, Any], prediction_type: str) -> Schedule:
-        """Read a `scheduler_config.json`; raises `ValueError` for a schedule that this version does not know.
+        """Read a `scheduler_config.json`; raises `ValueError` for an unsupported schedule.
 
-        prediction_type: that of the base; the file must have the same.
+        prediction_type: prediction type of the base; the file must have the same type.
         """
         expected = {"prediction_type": prediction_type, "trained_betas": None, "rescale_betas_zero_snr": False}
         for name, value in expected.items():
@@ -93,17 +93,17 @@ class Schedule:
 
 
 Denoise = Callable[["torch.Tensor", int], "tuple[torch.Tensor, torch.Tensor]"]
-"""denoise(x, t) -> (x0, eps), of the whole canvas."""
+"""denoise(x, t) -> (x0, eps), for the whole canvas."""
 Noise = Callable[[], "torch.Tensor"]
-"""Draws fresh standard normal noise of the canvas's shape."""
+"""noise() -> new standard normal noise with the shape of the canvas."""
 Sampler = Callable[[Denoise, "torch.Tensor", Sequence[int], Schedule, Noise, float], "torch.Tensor"]
-"""sampler(denoise, x, timesteps, schedule, noise, eta) -> x0; timesteps are ascending."""
+"""sampler(denoise, x, timesteps, schedule, noise, eta) -> x0, with ascending timesteps."""
 
 
 def respace(steps: int) -> list[int]:
-    """Return `steps` of the 1000 timesteps, ascending, 0 and 999 among them (StableSR's respacing).
+    """Return `steps` of the 1000 timesteps, ascending, including 0 and 999 (StableSR's respacing).
 
-    One step is [999]; StableSR itself needs two. Raises `ValueError` outside 1..1000.
+    One step gives [999]; StableSR requires at least two. Raises `ValueError` outside 1..1000.
     """
     if not 1 <= steps <= TRAIN_STEPS:
         raise SettingError(f"{steps} steps: expected 1 to {TRAIN_STEPS}")
@@ -111,14 +111,14 @@ def respace(steps: int) -> list[int]:
         return [TRAIN_STEPS - 1]
     stride, position, chosen = (TRAIN_STEPS - 1) / (steps - 1), 0.0, set()
     for _ in range(steps):
-        chosen.add(round(position))  # Python rounds halves to even, as the reference does
+        chosen.add(round(position))  # round half to even, as in StableSR
         position += stride
     return sorted(chosen)
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """The respaced chain's posterior q(x_{t-1} | x_t, x0): mean = c1 x0 + c2 x, variance (DDPM eq. 6-7)."""
+    """Posterior q(x_{t-1} | x_t, x0) of the respaced chain: mean c1 x0 + c2 x, and variance (DDPM eq. 6-7)."""
 
     beta: npt.NDArray[np.float64]
     variance: npt.NDArray[np.float64]
@@ -138,7 +138,7 @@ def posterior(timesteps: Sequence[int], schedule: Schedule) -> Posterior:
 
 
 def start_from_lq(z_lq: torch.Tensor, noise: torch.Tensor, schedule: Schedule) -> torch.Tensor:
-    """x_T = sqrt(abar_999) z_lq + sqrt(1 - abar_999) noise, whatever the respacing (StableSR section 4)."""
+    """Return x_T = sqrt(abar_999) z_lq + sqrt(1 - abar_999) noise, for any respacing (StableSR section 4)."""
     abar = float(schedule.alphas_cumprod()[-1])
     return abar**0.5 * z_lq + (1 - abar) ** 0.5 * noise
 
@@ -156,13 +156,13 @@ def split_prediction(
 def denoise_by(
     predict: Callable[[torch.Tensor, int], torch.Tensor], schedule: Schedule, prediction_type: str
 ) -> Denoise:
-    """Return the function that samplers use, from `predict(x, t) -> prediction` of eps or v."""
+    """Return the `denoise` function of samplers for a network `predict(x, t)` that predicts eps or v."""
     abar = schedule.alphas_cumprod()
     return lambda x, t: split_prediction(x, predict(x, t), float(abar[t]), prediction_type)
 
 
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """`sqrt(abar_t) x0 + sqrt(1 - abar_t) noise` for (B, C, h, w) and t (B,) in 0..999 (DDPM eq. 4)."""
+    """Return `sqrt(abar_t) x0 + sqrt(1 - abar_t) noise` for (B, C, h, w) and t (B,) in 0..999 (DDPM eq. 4)."""
     abar = alphas_cumprod[t][:, None, None, None]
     return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
@@ -170,9 +170,9 @@ def add_noise(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cum
 def noisy_latent(
     x0: torch.Tensor, z_lq: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alphas_cumprod: torch.Tensor
 ) -> torch.Tensor:
-    """Return x_t (B, C, h, w); rows at the last timestep start from their LQ latents, as restoring does.
+    """Return x_t (B, C, h, w). Rows at the last timestep use the LQ latent, as restoration does.
 
-    There x_t of the clean latent would still contain 7 % of it, which restoring does not have.
+    At the last timestep, x_t of the clean latent still contains 7 % of it. Restoration has no such signal.
     """
     import torch
 
@@ -191,7 +191,7 @@ def x0_from_prediction(
 
 
 def x0_weight(t: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str) -> torch.Tensor:
-    """Return the squared error of x0 over that of the prediction, (B,): `1 - abar` for v, `(1 - abar) / abar` for eps.
+    """Return squared error of x0 / squared error of the prediction, (B,): `1 - abar` (v) or `(1 - abar) / abar` (eps).
 
     Source: x0 solved from `x = sqrt(abar) x0 + sqrt(1 - abar) eps` (Salimans and Ho 2022, section 4 and appendix D).
     """
@@ -208,10 +208,10 @@ def prediction_error(
     prediction_type: str,
     weighting: Weighting,
 ) -> torch.Tensor:
-    """Mean squared error of each row, (B,).
+    """Return the mean squared error of each row, (B,).
 
-    weighting: `prediction` is the error of the prediction itself; `x0` is the error of the clean latent, which weighs
-    the noisy end most, where few-step sampling starts.
+    weighting: `prediction` uses the error of eps or v; `x0` uses the error of the clean latent. `x0` gives the largest
+    weight to the noisy timesteps, where few-step sampling starts.
     """
     found = x0_from_prediction(x, prediction.float(), t, alphas_cumprod, prediction_type)
     error = (found - x0).square().mean((1, 2, 3))
@@ -221,7 +221,7 @@ def prediction_error(
 def sample_ddpm(
     denoise: Denoise, x: torch.Tensor, timesteps: Sequence[int], schedule: Schedule, noise: Noise
 ) -> torch.Tensor:
-    """Respaced DDPM: posterior mean plus its deviation times noise, none at the last step (StableSR section 4)."""
+    """Respaced DDPM: posterior mean plus standard deviation times noise, no noise at the end (StableSR section 4)."""
     q = posterior(timesteps, schedule)
     for i in reversed(range(len(timesteps))):
         x0, _ = denoise(x, timesteps[i])
@@ -239,7 +239,7 @@ def sample_ddim(
     noise: Noise,
     eta: float = 0.0,
 ) -> torch.Tensor:
-    """DDIM (Song 2021, eq. 12) over the respaced timesteps; eta 0 is deterministic, 1 has DDPM's variance."""
+    """DDIM (Song 2021, eq. 12) on the respaced timesteps; eta 0 is deterministic, eta 1 has the variance of DDPM."""
     abar = schedule.alphas_cumprod()
     for i in reversed(range(len(timesteps))):
         a, previous = float(abar[timesteps[i]]), float(abar[timesteps[i - 1]]) if i > 0 else 1.0
@@ -252,7 +252,7 @@ def sample_ddim(
 
 
 def sample_dpmpp_2m(denoise: Denoise, x: torch.Tensor, timesteps: Sequence[int], schedule: Schedule) -> torch.Tensor:
-    """DPM-Solver++ (2M) (Lu 2022, algorithm 2) of diffusers; deterministic.
+    """DPM-Solver++ (2M) (Lu 2022, algorithm 2) through diffusers; deterministic.
 
     Raises `MissingBackendError` without diffusers.
     """
@@ -265,7 +265,7 @@ def sample_dpmpp_2m(denoise: Denoise, x: torch.Tensor, timesteps: Sequence[int],
 
 
 def sample_unipc(denoise: Denoise, x: torch.Tensor, timesteps: Sequence[int], schedule: Schedule) -> torch.Tensor:
-    """UniPC (Zhao 2023) of diffusers; deterministic. It takes the number of timesteps alone and spaces them itself.
+    """UniPC (Zhao 2023) through diffusers; deterministic. It uses only the number of timesteps, with its own spacing.
 
     Raises `MissingBackendError` without diffusers.
     """
@@ -278,7 +278,7 @@ def sample_unipc(denoise: Denoise, x: torch.Tensor, timesteps: Sequence[int], sc
 
 
 def _solver_settings(schedule: Schedule) -> dict[str, Any]:
-    """Arguments of a scheduler of diffusers that receives x0."""
+    """Return the arguments of a diffusers scheduler that receives x0."""
     return {
         "num_train_timesteps": schedule.steps,
         "beta_start": schedule.beta_start,
@@ -289,7 +289,7 @@ def _solver_settings(schedule: Schedule) -> dict[str, Any]:
 
 
 def _sample_by(solver: Any, denoise: Denoise, x: torch.Tensor) -> torch.Tensor:
-    """Run the loop of a scheduler of diffusers."""
+    """Run the sampling loop of a diffusers scheduler."""
     for t in solver.timesteps:
         x = solver.step(denoise(x, int(t))[0], t, x).prev_sample
     return x
@@ -301,11 +301,11 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m": lambda denoise, x, timesteps, schedule, noise, eta: sample_dpmpp_2m(denoise, x, timesteps, schedule),
     "unipc": lambda denoise, x, timesteps, schedule, noise, eta: sample_unipc(denoise, x, timesteps, schedule),
 }
-"""Samplers by name, under one signature."""
+"""Name -> sampler; all samplers have the same signature."""
 
 
 def check_sampler(name: str) -> None:
-    """Raise `ValueError` for an unknown sampler, and `MissingBackendError` for one of diffusers without diffusers."""
+    """Raise `ValueError` for an unknown sampler, `MissingBackendError` if the sampler needs diffusers and lacks it."""
     if name not in SAMPLERS:
         raise SettingError(f"sampler {name!r}: expected one of {', '.join(SAMPLERS)}")
     if name in ("dpmpp_2m", "unipc"):

@@ -1,4 +1,4 @@
-"""The optional packages: which extra of `pfstorer-rt` installs each of them, and the error where one is missing."""
+"""Optional packages: the extra of `pfstorer-rt` that installs each package, and the error for a missing package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "tensorrt": ("tensorrt",),
     "tensorrt-rtx": ("tensorrt_rtx",),
 }
-"""Extra -> import names of the packages that it adds to the runtime."""
+"""Extra -> import names of its packages."""
 
 
 def install(extra: str) -> str:
@@ -25,10 +25,10 @@ def install(extra: str) -> str:
 
 
 def missing(what: str, error: ModuleNotFoundError, extra: str | None = None) -> MissingBackendError:
-    """Return the error that names the extra of a package that could not be imported.
+    """Return the error for a missing package, with the extra that installs it.
 
-    what: the subject of the message, such as a command. extra: the extra to name instead of the package's own.
-    Raises `error` itself when the package belongs to no extra.
+    what: subject of the message, such as a command. extra: overrides the extra of the package.
+    Raises `error` if the package belongs to no extra.
     """
     package = (error.name or "").partition(".")[0]
     owners = [name for name, packages in EXTRAS.items() if package in packages]
@@ -40,7 +40,7 @@ def missing(what: str, error: ModuleNotFoundError, extra: str | None = None) -> 
 
 @contextmanager
 def needed_by(what: str, extra: str | None = None) -> Iterator[None]:
-    """Turn a missing optional package into the `MissingBackendError` that names its extra."""
+    """Convert the import error of an optional package to a `MissingBackendError` with its extra."""
     try:
         yield
     except ModuleNotFoundError as error:

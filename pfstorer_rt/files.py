@@ -1,4 +1,4 @@
-"""Whole files or none: where they are kept, atomic writing, and the digests that artefacts name each other by."""
+"""Data and cache directories, atomic writing, and the digests that identify files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pfstorer_rt.temporary import KEPT, sweep, sweep_once, temporary_file, tempo
 if TYPE_CHECKING:
     import torch
 
-_CHUNK = 1 << 20  # bytes read at once by sha256_file
+_CHUNK = 1 << 20  # bytes per read in sha256_file
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -46,7 +46,7 @@ def home() -> Path:
 
 
 def cache_home() -> Path:
-    """Return the user's cache directory, whose files can be deleted at any time; under PFSTORER_HOME where set."""
+    """Return the user's cache directory, inside PFSTORER_HOME if it is set. Its files can be deleted at any time."""
     override = os.environ.get("PFSTORER_HOME")
     return Path(override) / "cache" if override else Path(platformdirs.user_cache_dir("pfstorer-rt", appauthor=False))
 
@@ -57,9 +57,9 @@ def is_fingerprint(value: object) -> bool:
 
 
 def check_fingerprint(value: object, owner: str) -> str:
-    """Return a fingerprint that was read from a file; raises `ValueError` for anything but 64 hexadecimal digits.
+    """Return a fingerprint that was read from a file; raises `ValueError` unless it is 64 hexadecimal digits.
 
-    owner: what the fingerprint belongs to, for the message.
+    owner: subject of the error message.
     """
     if not is_fingerprint(value):
         raise SettingError(f"fingerprint of the {owner} {str(value)[:80]!r}, expected 64 hexadecimal digits")
@@ -67,15 +67,15 @@ def check_fingerprint(value: object, owner: str) -> str:
 
 
 def is_name(value: object) -> bool:
-    """Whether a value is a plain name: 1-64 of a-z, A-Z, 0-9, '_', '-' and '.', the first a letter or a digit."""
+    """Whether a value is a plain name: 1-64 of a-z, A-Z, 0-9, '_', '-' and '.', starting with a letter or digit."""
     return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
 def inside(root: Path, *names: str) -> Path:
-    """Return the path of an entry below a folder of this project's own, such as the cache directory.
+    """Return the path of an entry in a folder of this project, such as the cache directory.
 
-    Every path below these folders that depends on the content of a file is made here. Raises `ValueError` for a name
-    that is not plain (`is_name`), and for an entry that a symbolic link leads out of the folder.
+    Use this function for every path that depends on the content of a file. Raises `ValueError` if a name is not plain
+    (`is_name`) or a symbolic link leads outside the folder.
     """
     path = root.joinpath(*names)
     if not all(map(is_name, names)) or not path.resolve().is_relative_to(root.resolve()):
@@ -84,9 +84,9 @@ def inside(root: Path, *names: str) -> Path:
 
 
 def show_path(path: str | os.PathLike[str]) -> str:
-    """Spell a path on one line, so that a message with it can always be printed.
+    """Return a path as one printable line, for messages.
 
-    Returns the path itself, or its `repr` where it holds line breaks or bytes that are not text.
+    Returns the path itself, or its `repr` if it contains line breaks or bytes that are not text.
     """
     text = os.fspath(path)
     return text if text.isprintable() else repr(text)
@@ -94,15 +94,14 @@ def show_path(path: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[BinaryIO]:
-    """Write a file so that its name holds the old bytes or all of the new ones, never a part.
+    """Write a file atomically: the target has either its old content or the complete new content.
 
-    Yields a binary file under a temporary name in the target's folder. Leaving the block normally
-    flushes, fsyncs and renames it; any exception, KeyboardInterrupt included, removes it and leaves
-    an existing target as it was. A symbolic link is followed.
-    mode: permission bits, set before the first byte is written (0o600 for biometric data); None
-    leaves them to the umask.
-    Raises PFStorerError where the file cannot be written. An OSError about another file, raised
-    inside the block, is passed on as it is.
+    Yields a binary file with a temporary name in the folder of the target. A normal exit from the block flushes,
+    fsyncs and renames the file. Any exception, including KeyboardInterrupt, removes the file and leaves an existing
+    target unchanged. Symbolic links are followed.
+    mode: permission bits, set before the first write (0o600 for biometric data); None uses the umask.
+    Raises PFStorerError if the file cannot be written. An OSError about another file inside the block propagates
+    unchanged.
     """
     target = Path(os.path.realpath(path))
     try:
@@ -116,7 +115,7 @@ def atomic_write(path: str | os.PathLike[str], mode: int | None = None) -> Itera
         yield handle
         handle.flush()
         os.fsync(handle.fileno())
-        if os.name == "nt":  # an open file cannot be renamed there; elsewhere its lock keeps it from being swept
+        if os.name == "nt":  # Windows cannot rename open files; elsewhere an open file stays locked
             handle.close()
         os.replace(temporary, target)
         handle.close()
@@ -130,12 +129,12 @@ def atomic_write(path: str | os.PathLike[str], mode: int | None = None) -> Itera
 
 @contextlib.contextmanager
 def work_folder(near: Path | None = None) -> Iterator[Path]:
-    """Make an owner-only folder for the length of the block, in the cache directory.
+    """Make a temporary owner-only folder in the cache directory; the end of the block removes it.
 
-    near: a folder into which results are moved afterwards. Where it is on another file system than the cache
-    directory, the work folder is made in it, so that a file can be renamed into its place.
-    Where the cache directory cannot be written, the work folder is made in `near`, or else among the system's
-    temporary files. Raises PFStorerError where the folder cannot be made.
+    near: the folder to which the caller moves the results. If it is on another file system than the cache directory,
+    the work folder is made in `near`, so that files can be renamed.
+    If the cache directory is not writable, the work folder is made in `near`, or else in the system's temporary
+    directory. Raises PFStorerError if the folder cannot be made.
     """
     parent = _work_parent(near)
     with contextlib.ExitStack() as stack:
@@ -147,7 +146,7 @@ def work_folder(near: Path | None = None) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder and in the cache directory."""
+    """Remove the temporary files of killed processes from a folder and from the cache directory."""
     sweep(folder)
     sweep(cache_home() / "work")
 
@@ -162,9 +161,9 @@ def _work_parent(near: Path | None) -> Path:
 
 
 def move_file(source: Path, target: str | os.PathLike[str]) -> None:
-    """Give a finished file another name on the same file system; what had that name is replaced.
+    """Rename a finished file within the same file system, replacing the target.
 
-    A symbolic link is followed. Raises PFStorerError where the name cannot be given.
+    Symbolic links are followed. Raises PFStorerError if the file cannot be renamed.
     """
     place = Path(os.path.realpath(target))
     try:
@@ -177,13 +176,14 @@ def move_file(source: Path, target: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def atomic_entries(path: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Write some entries of a folder so that it holds the old ones or all of the new ones, never a mixture.
+    """Replace entries of a folder together: the folder has either all old entries or all new entries.
 
-    Yields an empty folder inside of it, so that all is on one file system. Leaving the block normally fsyncs what was
-    written there and moves it up; entries in `names` that were not written are removed, all others stay. The first of
-    `names` is taken away first and comes back last: it marks a folder as whole, should the process be killed meanwhile.
-    Any exception, KeyboardInterrupt included, leaves the folder as it was.
-    Raises PFStorerError where the folder cannot be written.
+    Yields an empty folder inside `path`, on the same file system. A normal exit from the block fsyncs the new entries
+    and moves them to `path`. Entries in `names` that were not written are removed; other entries stay. The first of
+    `names` is removed first and moved last. If the process is killed meanwhile, the missing entry shows that the
+    folder is incomplete.
+    Any exception, including KeyboardInterrupt, leaves the folder unchanged.
+    Raises PFStorerError if the folder cannot be written.
     """
     existed = path.is_dir()
     with contextlib.ExitStack() as stack:
@@ -207,7 +207,7 @@ def atomic_entries(path: Path, names: Sequence[str]) -> Iterator[Path]:
 
 
 def check_space(path: Path, needed: int) -> None:
-    """Raise PFStorerError where a folder, which need not exist yet, is on a disk with less than `needed` bytes free."""
+    """Raise PFStorerError if the disk of a folder has less than `needed` bytes free. The folder need not exist."""
     folder = next(place for place in (path, *path.absolute().parents) if place.is_dir())
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -218,14 +218,14 @@ def check_space(path: Path, needed: int) -> None:
 
 
 def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
-    """Digest bytes: 64 lower-case hexadecimal digits."""
+    """Return the SHA-256 of bytes: 64 lower-case hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Digest a file without holding it in memory: 64 lower-case hexadecimal digits.
+    """Return the SHA-256 of a file, read in chunks: 64 lower-case hexadecimal digits.
 
-    Raises BadFileError where the file cannot be read.
+    Raises BadFileError if the file cannot be read.
     """
     digest = hashlib.sha256()
     try:
@@ -240,7 +240,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def fingerprint_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Hash names, types and bytes in the order given: 64 lower-case hexadecimal digits."""
+    """Return the SHA-256 of names, types and bytes in the given order: 64 lower-case hexadecimal digits."""
     import torch
 
     digest = hashlib.sha256()
@@ -257,13 +257,13 @@ def _device(folder: Path) -> int:
 def _refuse_special(target: Path) -> None:
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    # os.replace would put a plain file in the place of /dev/null, or of a pipe that others read.
+    # os.replace would replace /dev/null, or a pipe with readers, by a plain file.
     if target.exists() and not target.is_file():
         raise PFStorerError(f"{show_path(target)}: not a plain file; choose another output name")
 
 
 def _discard(temporary: Path, handle: BinaryIO) -> None:
-    # Closing flushes, which fails again on a full disk; the first error is the one to report.
+    # `close` flushes, which fails again on a full disk. The caller reports the first error.
     with contextlib.suppress(OSError, ValueError):
         handle.close()
     with contextlib.suppress(OSError):
@@ -271,7 +271,7 @@ def _discard(temporary: Path, handle: BinaryIO) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not empty: all went well
+    with contextlib.suppress(OSError):  # not empty: the entries were written
         folder.rmdir()
 
 
@@ -279,7 +279,7 @@ def _exchange(path: Path, new: Path, old: Path, names: Sequence[str]) -> None:
     for file in (file for file in new.rglob("*") if file.is_file()):
         with file.open("rb+") as handle:
             os.fsync(handle.fileno())
-    with contextlib.ExitStack() as undo:  # only if not all of it succeeds
+    with contextlib.ExitStack() as undo:  # undo runs only after an error
         for name in (name for name in names if os.path.lexists(path / name)):
             os.rename(path / name, old / name)
             undo.callback(os.rename, old / name, path / name)
@@ -290,7 +290,7 @@ def _exchange(path: Path, new: Path, old: Path, names: Sequence[str]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # The rename is on disk only when the folder is. Windows cannot open folders; nor can some mounts sync.
+    # A rename is durable only after fsync of the folder. Windows cannot open folders; some mounts cannot sync them.
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -306,15 +306,16 @@ def _write_error(path: str | os.PathLike[str], error: OSError) -> PFStorerError:
 
 
 def make_folder(path: Path, private: bool = False) -> Path:
-    """Make a folder and those above it; returns it. Raises PFStorerError where it cannot be made.
+    """Make a folder and its parents; returns the folder. Raises PFStorerError if it cannot be made.
 
-    private: for the owner alone, whatever the umask; an existing folder keeps its mode. Folders in the data and cache
-    directories always are: in a folder that others may write to, they could replace an identity or the signing key.
+    private: make new folders accessible to the owner only, independent of the umask; an existing folder keeps its mode.
+    Folders in the data and cache directories are always private: other users with write access could replace an
+    identity or the signing key.
     """
     private = private or any(path.is_relative_to(root) for root in (home(), cache_home()))
     mode = 0o700 if private else 0o777
     try:
-        for folder in reversed((path, *path.parents)):  # the mode of `mkdir(parents=True)` is for the last one alone
+        for folder in reversed((path, *path.parents)):  # `mkdir(parents=True)` sets the mode of the last folder only
             if folder == path or not folder.exists():
                 folder.mkdir(mode, exist_ok=True)
     except OSError as error:

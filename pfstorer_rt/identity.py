@@ -1,4 +1,4 @@
-"""Identity files: what was learned of one person, as safetensors with string metadata. Biometric data."""
+"""Identity files: the learned weights of one person, as safetensors with string metadata. Biometric data."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _LAYER = re.compile(r"(?:(?:down|up)_blocks\.\d{1,2}|mid_block)\.attentions\.\d{
 
 @dataclass(eq=False)
 class Identity:
-    """One learned person.
+    """The learned weights and metadata of one person.
 
-    Tensors: `blocks.{i}.*` (personalization block i, with its `gamma`), `token` (D,), `reference.{i}`
-    (S_i, C_i) and `mask.{i}` (S_i,) of the cached reference; or for `dreambooth`, `unet.*`.
+    Tensors: `blocks.{i}.*` (personalization block i, including `gamma`), `token` (D,), and the cached reference
+    `reference.{i}` (S_i, C_i) with `mask.{i}` (S_i,). The method `dreambooth` stores `unet.*` instead.
     """
 
     name: str
@@ -45,20 +45,20 @@ class Identity:
     method: str
     layers: tuple[str, ...]
     settings: dict[str, Any]
-    """The training's configuration, as JSON values."""
+    """Configuration of the training, as JSON values."""
     references: tuple[str, ...]
-    """sha256 of each reference photograph's file."""
+    """SHA-256 of the file of each reference photograph."""
     tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     gamma: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Mean and largest |gamma| by layer."""
+    """Layer -> mean and maximum of |gamma|."""
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the sorted names and bytes of the tensors."""
+        """Return the SHA-256 of the names, types and bytes of the tensors, sorted by name."""
         return fingerprint_tensors(sorted(self.tensors.items()))
 
     def check_base(self, fingerprint: str) -> None:
-        """Raise `MismatchError` unless the identity was learned on this base."""
+        """Raise `MismatchError` unless the identity was trained on the base with this fingerprint."""
         if fingerprint != self.base_fingerprint:
             raise MismatchError(
                 f"identity {self.name!r} was learned on base {self.base_name!r} ({self.base_fingerprint[:12]}), "
@@ -66,7 +66,7 @@ class Identity:
             )
 
     def save(self, path: Path) -> Path:
-        """Write the file, readable by its owner only, the same bytes for the same content; returns the path."""
+        """Write the file, readable by its owner only; returns the path. The same content gives the same bytes."""
         import safetensors.torch
 
         tensors = {k: v.detach().cpu().contiguous() for k, v in sorted(self.tensors.items())}
@@ -94,9 +94,9 @@ class Identity:
 
     @classmethod
     def load(cls, path: Path, tensors: bool = True) -> Identity:
-        """Read an identity file, without its tensors when only the metadata are wanted.
+        """Read an identity file; `tensors=False` reads the metadata only.
 
-        Raises `BadFileError` when it is missing, damaged, foreign or from a newer version.
+        Raises `BadFileError` if the file is missing, damaged, not an identity, or from a newer version.
         """
         meta = read_metadata(path)
         try:
@@ -128,9 +128,10 @@ class Identity:
 
 
 def check_values(meta: Mapping[str, str], layers: Sequence[str], references: Sequence[str]) -> None:
-    """Raise `ValueError` unless every string of the metadata that names something has the form of such a name.
+    """Raise `ValueError` unless every name in the metadata is valid.
 
-    These strings come from another person's file, and become paths, modules of a network and commands to copy.
+    An identity file may come from another person, and its names become paths, network modules and commands that a user
+    copies.
     """
     check_fingerprint(meta["fingerprint"], "identity")
     check_fingerprint(meta["base_fingerprint"], "base")
@@ -146,15 +147,15 @@ def check_values(meta: Mapping[str, str], layers: Sequence[str], references: Seq
 
 
 def _with_sorted_header(data: bytes) -> bytes:
-    """Sort a safetensors file's header: the library writes metadata in another order each time."""
+    """Sort the header of a safetensors file, because the library writes metadata in random order."""
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True).encode()
-    header += b" " * (-len(header) % 8)  # the tensors stay aligned
+    header += b" " * (-len(header) % 8)  # keeps the tensors aligned
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read an identity file's strings; raises `BadFileError` when it is not one of ours."""
+    """Read the metadata of an identity file; raises `BadFileError` if the file is not an identity."""
     from safetensors import SafetensorError, safe_open
 
     name = show_path(path)
@@ -176,14 +177,14 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def identities_dir() -> Path:
-    """Return the folder of the named identities."""
+    """Return the folder of named identities."""
     return home() / "identities"
 
 
 def identity_path(name_or_file: str | Path) -> Path:
-    """Return the file of an identity given by name (in the user's data directory) or by path.
+    """Return the file of an identity, given by name (in the user's data directory) or by path.
 
-    Raises `ValueError` for a name that could not be a file of that folder.
+    Raises `ValueError` for an invalid name.
     """
     text = str(name_or_file)
     if text.endswith(".safetensors") or os.sep in text:
@@ -192,7 +193,7 @@ def identity_path(name_or_file: str | Path) -> Path:
 
 
 def named_identity(name: str) -> Path:
-    """Return the file of a name in the user's data directory; raises `ValueError` for what is not a name."""
+    """Return the file of a named identity in the user's data directory; raises `ValueError` for an invalid name."""
     if not is_name(name) or name.endswith(".safetensors"):
         raise SettingError(
             f"identity name {name!r}: expected letters a-z or A-Z, digits, '_', '-' or '.', at most 64 of them, "

@@ -1,11 +1,11 @@
-"""Facts that are read from a serialized ONNX model without the onnx package and without loading its weights."""
+"""Read facts from a serialized ONNX model without the onnx package and without loading the weights."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-# Fields that lead to a tensor, by message and field number (onnx.proto of ONNX 1.18, IR version 11).
+# Message -> field number -> message, for fields on the path to a tensor (onnx.proto of ONNX 1.18, IR version 11).
 _FIELDS: Mapping[str, Mapping[int, str]] = {
     "Model": {7: "Graph", 20: "TrainingInfo", 25: "Function"},
     "TrainingInfo": {1: "Graph", 2: "Graph"},
@@ -17,14 +17,14 @@ _FIELDS: Mapping[str, Mapping[int, str]] = {
     "Tensor": {13: "Entry"},
 }
 _FIXED = {1: 8, 5: 4}
-"""Bytes of a value by wire type (protobuf encoding)."""
+"""Wire type -> bytes of a value (protobuf encoding)."""
 
 
 def external_files(model: bytes) -> set[str]:
-    """Return the names of all files, outside of a serialized ModelProto, from which its tensors are read.
+    """Return the names of all external data files of a serialized ModelProto.
 
-    An engine opens these files by name, so a plan of unknown origin could make it read any file in the working
-    directory. Raises `ValueError` for bytes that are not a protobuf message.
+    An engine opens these files by name, so an untrusted plan could make it read any file in the working directory.
+    Raises `ValueError` for bytes that are not a protobuf message.
     """
     found: set[str] = set()
     pending = [("Model", memoryview(model))]
@@ -41,7 +41,7 @@ def external_files(model: bytes) -> set[str]:
 
 
 def count_operators(model: bytes) -> Counter[str]:
-    """Count the nodes of a serialized ModelProto's main graph by operator; subgraphs are not counted.
+    """Return {operator: number of nodes} of the main graph of a serialized ModelProto, without subgraphs.
 
     Raises `ValueError` for bytes that are not a protobuf message.
     """
@@ -51,7 +51,7 @@ def count_operators(model: bytes) -> Counter[str]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield the length-delimited fields of a message: (number, content)."""
+    """Yield (number, content) of the length-delimited fields of a message."""
     position = 0
     while position < len(message):
         tag, position = _varint(message, position)
@@ -73,7 +73,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """Read a base-128 integer: (value, position after it)."""
+    """Read a base-128 integer; returns (value, next position)."""
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(message):

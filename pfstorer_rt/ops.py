@@ -1,7 +1,7 @@
-"""The door to the kernels: one table of backends, one choice at construction, refusals with reasons.
+"""The interface to the kernels: a table of backends, and their choice at construction of a model.
 
-Models hold a `Kernels` and call nothing else. Its functions take the layers whose weights they compute with, so that a
-layer with hooks of its own (`export.precision`) keeps them where PyTorch computes.
+Models call kernels only through a `Kernels` object. Its functions receive layers instead of weights, so that PyTorch
+runs the hooks of a layer (`export.precision`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ AttentionFn = Callable[..., torch.Tensor]
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """PyTorch's own fused attention."""
+    """Fused attention of PyTorch."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def math(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Plain matrix products in the inputs' type: on a CPU its backward is several times faster than SDPA's."""
+    """Attention by matrix products in the inputs' dtype. On a CPU its backward is several times faster than SDPA's."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -44,9 +44,9 @@ def gated_projection(
     gamma: torch.Tensor,
     strength: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
-    """A block's last projection and its gate: x + strength gamma (.) (layer(h) + stream - x) (PFStorer eq. 3).
+    """Return x + strength gamma (.) (layer(h) + stream - x): last projection and gate of a block (PFStorer eq. 3).
 
-    h: (B, L, K); stream, the block's own residual, and x: (B, L, N); gamma: (N); strength: scalar or (B, 1, 1).
+    h: (B, L, K); stream (residual of the block) and x: (B, L, N); gamma: (N); strength: scalar or (B, 1, 1).
     Returns (B, L, N) in x's dtype.
     """
     return (x + strength * gamma * (layer(h) + stream - x)).to(x.dtype)
@@ -59,7 +59,7 @@ def spade_norm(
     shift: torch.Tensor | None = None,
     silu: bool = False,
 ) -> torch.Tensor:
-    """Return norm(x) (1 + scale) + shift, or norm(x) alone, and its SiLU where asked; all (B, C, H, W)."""
+    """Return norm(x) (1 + scale) + shift, or norm(x) without scale, optionally followed by SiLU; all (B, C, H, W)."""
     y: torch.Tensor = norm(x)
     if scale is not None and shift is not None:
         y = y * (1 + scale) + shift
@@ -74,7 +74,7 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a backend computes; PyTorch's own where it has nothing better."""
+    """The functions of a backend. The defaults are PyTorch's implementations."""
 
     attention: AttentionFn = sdpa
     gated_projection: Callable[..., torch.Tensor] = gated_projection
@@ -84,7 +84,7 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that was taken and why the others before it were not."""
+    """The chosen backend, and the reason why each earlier backend was rejected."""
 
     name: str
     kernels: Kernels
@@ -92,7 +92,7 @@ class Choice:
 
 
 Loader = Callable[[torch.device, int | None], Kernels]
-"""loader(device, head size or None where not known): the kernels, or `MissingBackendError` with the reason."""
+"""loader(device, head size or None if unknown) returns the kernels or raises `MissingBackendError` with the reason."""
 
 
 def training_backend(device: torch.device) -> str:
@@ -155,8 +155,8 @@ def _load_xformers(device: torch.device, head_size: int | None) -> Kernels:
 
     def xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         if mask is not None:
-            return sdpa(q, k, v, mask)  # its bias must be materialised at full size; SDPA broadcasts it
-        turned = (tensor.transpose(1, 2) for tensor in (q, k, v))  # xformers takes (B, L, H, D)
+            return sdpa(q, k, v, mask)  # xformers needs the mask at full size; SDPA broadcasts it
+        turned = (tensor.transpose(1, 2) for tensor in (q, k, v))  # xformers expects (B, L, H, D)
         out: torch.Tensor = ops.memory_efficient_attention(*turned)
         return out.transpose(1, 2)
 
@@ -170,13 +170,13 @@ BACKENDS: dict[str, Loader] = {
     "math": _load_math,
     "reference": _load_reference,
 }
-"""Every backend, in the order of `auto`; `triton` comes after `sdpa` until a GPU has measured it to be faster."""
+"""All backends, in the order of `auto`. `triton` follows `sdpa` until measurements on a GPU show that it is faster."""
 
 
 def choose(name: str = "auto", device: str | torch.device = "cpu", head_size: int | None = None) -> Choice:
-    """Take a backend by name, or with `auto` the first of `BACKENDS` that takes this device and head size.
+    """Choose a backend by name, or with `auto` the first of `BACKENDS` that supports the device and head size.
 
-    Raises `ValueError` for an unknown name and `MissingBackendError` when the named one is refused.
+    Raises `ValueError` for an unknown name and `MissingBackendError` if the backend does not support the device.
     """
     device = torch.device(device)
     if name != "auto" and name not in BACKENDS:
@@ -191,7 +191,7 @@ def choose(name: str = "auto", device: str | torch.device = "cpu", head_size: in
 
 
 class AttentionProcessor:
-    """Runs a diffusers `Attention` layer on tokens through the door."""
+    """Processor of a diffusers `Attention` layer that calls the attention of a backend."""
 
     def __init__(self, attention: AttentionFn) -> None:
         self.attention = attention
@@ -204,7 +204,7 @@ class AttentionProcessor:
         attention_mask: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """hidden_states (B, L, C), context (B, S, C'), mask bool (B, S) with True kept -> (B, L, C)."""
+        """hidden_states (B, L, C), context (B, S, C'), mask bool (B, S) with True attended -> (B, L, C)."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         return self.finish(attn, q, k, v, attention_mask)
@@ -212,7 +212,7 @@ class AttentionProcessor:
     def finish(
         self, attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Split heads, attend, merge heads, project."""
+        """Split heads, compute attention, merge heads, project."""
         heads = attn.heads
         if mask is not None:
             mask = mask[:, None, None, :]

@@ -1,4 +1,4 @@
-"""The plan file: one uncompressed zip of `manifest.json` and one payload, with its weights, for each component."""
+"""The plan file: an uncompressed zip of `manifest.json` and, for each component, a payload and its weights."""
 
 from __future__ import annotations
 
@@ -31,51 +31,51 @@ from pfstorer_rt.onnx_message import external_files
 from pfstorer_rt.signing import is_signed, sign
 
 SCHEMA = 2
-"""What is written; 1, which knows no weights beside a payload, is read too."""
+"""Schema of written plans. Schema 1, without external weights, can also be read."""
 KIND = "pfstorer-plan"
 COMPONENTS = ("encoder", "denoiser", "decoder")
 TARGETS = ("onnx", "tensorrt", "tensorrt-rtx")
-"""Values of `Manifest.target` in a file. A base in memory has `torch`."""
+"""Values of `Manifest.target` in a file. The target of a base in memory is `torch`."""
 PRECISIONS = ("fp32", "fp16", "int8")
 DATA_TARGETS = ("onnx",)
-"""Targets whose payloads are plain data; those of all others are executable code, and are signed."""
+"""Targets whose payloads are plain data. The payloads of other targets are executable code and are signed."""
 SIGNATURE = "signature"
 SHIPPED = ("tiny",)
-"""Bases that are known by their names."""
+"""Names of the bases in the package."""
 _CAPABILITY = re.compile(r"[0-9]+\.[0-9]+\+?")
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same bytes for the same content
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed time, so that the same content gives the same bytes
 
 
 @dataclass(frozen=True)
 class Payload:
-    """One component inside a plan."""
+    """Description of one component of a plan."""
 
     file: str
     sha256: str
     inputs: dict[str, dict[str, Any]]
-    """By name: `shape` (integers and dimension names) and `type` (numpy name)."""
+    """Input name -> `shape` (integers and dimension names) and `type` (numpy name)."""
     outputs: dict[str, dict[str, Any]]
     parity: dict[str, float] = field(default_factory=dict)
-    """How far it is from the PyTorch original, measured when it was built."""
+    """Differences from the PyTorch component, measured when the plan was built."""
     precision: str = "fp32"
-    """What it computes in; a component may need more than the plan's."""
+    """Precision of the computation; a component may need a higher precision than the plan."""
     profiles: list[dict[str, list[list[int]]]] = field(default_factory=list)
-    """For TensorRT, by input: the smallest, usual and largest shape of each optimization profile."""
+    """TensorRT only: input name -> smallest, usual and largest shape, for each optimization profile."""
     layers: dict[str, int] = field(default_factory=dict)
-    """For TensorRT, how many layers of each kind the network had when it was built."""
+    """TensorRT only: number of layers of each kind when the engine was built."""
     weights: str = ""
-    """For a large ONNX graph, the file of its external data: the zip, unpacked, is a model as it is."""
+    """File of the external data of a large ONNX graph. The unpacked zip is a valid ONNX model."""
     weights_sha256: str = ""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a runtime has to know; also made for a base in memory (`target="torch"`)."""
+    """The metadata that the runtime needs; a base in memory also has a manifest (`target="torch"`)."""
 
     target: str
     precision: str
     tile: int
-    """Pixels."""
+    """Side of a tile in pixels."""
     factor: int
     """Pixels per latent pixel."""
     latent_channels: int
@@ -88,16 +88,16 @@ class Manifest:
     identity_fingerprint: str | None = None
     method: str | None = None
     strength: bool = False
-    """Whether the denoiser takes `strength`."""
+    """Whether the denoiser has the input `strength`."""
     cfw: bool = False
-    """Whether the decoder takes the LQ image's features and `cfw_weight`."""
+    """Whether the decoder has inputs for the features of the LQ image and `cfw_weight`."""
     cfw_weight: float = 0.0
-    """Its value unless told otherwise."""
+    """Default of the decoder's input `cfw_weight`."""
     schedule: Schedule = field(default_factory=Schedule)
-    """Noise schedule of the base; a plan of an earlier version has none, which means StableSR's."""
+    """Noise schedule of the base. Plans of earlier versions have none and use the default, StableSR's schedule."""
     licence: str = "unknown"
     compute_capabilities: list[str] = field(default_factory=list)
-    """For TensorRT, the GPUs it was built for, such as `8.9`; a `+` after one takes in all later ones."""
+    """TensorRT only: compute capabilities of the supported GPUs, such as `8.9`; `8.9+` includes all later ones."""
     tools: dict[str, str] = field(default_factory=dict)
     payloads: dict[str, Payload] = field(default_factory=dict)
     kind: str = KIND
@@ -109,7 +109,7 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
-        """Read the JSON form; raises `ValueError` for what does not fit."""
+        """Read the JSON form; raises `ValueError` for invalid content."""
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(data) - known):
             raise ValueError(f"unknown fields {unknown}")
@@ -123,9 +123,9 @@ class Manifest:
         return manifest
 
     def check_names(self) -> None:
-        """Raise `ValueError` unless every string that names something has the form of such a name.
+        """Raise `ValueError` unless every name in the manifest is valid.
 
-        A plan is another person's file, and these strings become paths, modules and commands to copy.
+        A plan may come from another person, and its names become paths, modules and commands that a user copies.
         """
         check_fingerprint(self.base_fingerprint, "base")
         if self.identity_fingerprint is not None:
@@ -150,19 +150,19 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan on disk: its manifest, and its payloads read one at a time when asked for."""
+    """A plan on disk: the manifest, and payloads that are read on demand."""
 
     path: Path
     manifest: Manifest
     trusted: bool = True
-    """Whether its payloads may be run: plain data, code signed by this user, or code that was vouched for."""
+    """Whether the payloads may run: plain data, code signed by this user, or code that the caller trusts."""
 
     @classmethod
     def open(cls, path: str | Path, trust: bool = False) -> Plan:
         """Open and check a plan without reading its payloads.
 
-        trust: take executable payloads for good whoever made them.
-        Raises `BadFileError` when it is missing, empty, damaged, foreign or from a newer version.
+        trust: accept executable payloads from any author.
+        Raises `BadFileError` if the file is missing, empty, damaged, not a plan, or from a newer version.
         """
         path, name = Path(path), show_path(path)
         if not path.is_file():
@@ -191,7 +191,7 @@ class Plan:
         return cls(path, manifest, plain or trust or is_signed(written, signature))
 
     def check_trusted(self) -> None:
-        """Raise `BadFileError` for executable payloads that nobody vouches for; call it before they are run."""
+        """Raise `BadFileError` for untrusted executable payloads; call this method before running a payload."""
         if not self.trusted:
             raise BadFileError(
                 f"{show_path(self.path)}: a {self.manifest.target} plan is executable code, and this one was not built "
@@ -200,13 +200,13 @@ class Plan:
             )
 
     def rebuild(self, current: bool = False) -> str:
-        """Say how to make this plan again; `current`: for the GPU of this machine."""
+        """Return the instruction to rebuild this plan. current: build for the GPU of this machine."""
         m = self.manifest
-        base = m.base_name if m.base_name in SHIPPED else "DIR"  # where an imported base lies is not in a plan
+        base = m.base_name if m.base_name in SHIPPED else "DIR"  # a plan does not record the path of an imported base
         source = f"--identity {m.identity_name}" if m.identity_name else f"--base {base}"
         if m.identity_name and base == "DIR":
             source += " --base DIR"
-        # A `+` is only in the set that is built for without the option.
+        # Only the default set of capabilities, without the option, contains a `+`.
         named = [] if any("+" in name for name in m.compute_capabilities) else m.compute_capabilities
         named = ["current"] if current else named if m.target == "tensorrt-rtx" else []
         gpus = "".join(f"--compute-capability {name} " for name in named)
@@ -216,9 +216,9 @@ class Plan:
         )
 
     def read(self, component: str) -> bytes:
-        """Return a component's payload; it and its weights are checked against their sha256.
+        """Return the payload of a component, after checking the sha256 of the payload and its weights.
 
-        Raises `BadFileError` when one of them is damaged.
+        Raises `BadFileError` if the payload or the weights are damaged.
         """
         payload = self.manifest.payloads[component]
         try:
@@ -237,9 +237,10 @@ class Plan:
         return data
 
     def _check_external_data(self, component: str, data: bytes) -> None:
-        """Raise `BadFileError` for an ONNX graph that reads another file than the weights beside it, or runs code.
+        """Raise `BadFileError` if an ONNX graph reads files other than its weights, or runs code.
 
-        An operator EPContext holds or names an engine, such as TensorRT's, that ONNX Runtime hands to its provider.
+        An EPContext operator contains or names a compiled engine, such as TensorRT's, which ONNX Runtime passes to its
+        provider.
         """
         if b"EPContext" in data:
             raise BadFileError(
@@ -259,9 +260,9 @@ class Plan:
 
     @contextmanager
     def map_weights(self, component: str) -> Iterator[dict[str, memoryview]]:
-        """Map the weights beside a component's payload, which `read` checks: {file: bytes}, empty where it has none.
+        """Map the external weights of a component into memory: {file name: bytes}, empty if it has none.
 
-        Pages are read from the plan as they are used. Raises `BadFileError` when they are damaged.
+        `read` checks their sha256. The system reads pages on demand. Raises `BadFileError` if the zip is damaged.
         """
         name = self.manifest.payloads[component].weights
         if not name:
@@ -282,9 +283,9 @@ class Plan:
 
     @contextmanager
     def unpack(self, component: str) -> Iterator[Path]:
-        """Write a component's payload and its weights, checked, to a folder of their own that is deleted afterwards.
+        """Check a component's payload and weights and write both to a temporary folder.
 
-        Yields the payload's path.
+        Yields the path of the payload. The folder is deleted afterwards.
         """
         with work_folder() as folder:
             path = Path(folder, self.manifest.payloads[component].file)
@@ -296,12 +297,12 @@ class Plan:
 
 
 def _files(payload: Payload | None) -> set[str]:
-    """Names in the zip; a component that is not there has one that no zip has."""
+    """Return the file names of a payload. A missing payload has the name "", which no zip contains."""
     return {payload.file, payload.weights or payload.file} if payload else {""}
 
 
 def _place(file: BinaryIO, name: str) -> tuple[int, int]:
-    """Return where in a zip the bytes of an uncompressed member begin, and how many there are."""
+    """Return (offset, size) of the bytes of an uncompressed zip member."""
     with zipfile.ZipFile(file) as archive:
         info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED:
@@ -314,14 +315,15 @@ def _place(file: BinaryIO, name: str) -> tuple[int, int]:
 def write_plan(
     path: Path, manifest: Manifest, payloads: Mapping[str, bytes | Path], weights: Mapping[str, Path] | None = None
 ) -> Plan:
-    """Write a plan atomically and open it; the same content gives the same bytes.
+    """Write a plan atomically and open it. The same content gives the same bytes.
 
-    payloads: {component: its bytes, or a file that holds them}, for each entry of `manifest.payloads`; weights: files
-    of those that have weights beside. All are streamed.
-    Executable ones are signed: the signature is of the manifest, which names the sha256 of every payload.
+    payloads: {component: bytes or path}, for each entry of `manifest.payloads`. weights: {component: path} of external
+    weights. Files are streamed.
+    A plan with executable payloads is signed. The signature covers the manifest, which contains the sha256 of every
+    payload.
     """
     text = manifest.to_json()
-    mode = 0o600 if manifest.identity_name else None  # with an identity it is biometric data
+    mode = 0o600 if manifest.identity_name else None  # a plan with an identity is biometric data
     with atomic_write(path, mode) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(zipfile.ZipInfo("manifest.json", _EPOCH), text)
         if manifest.target not in DATA_TARGETS:
@@ -334,7 +336,7 @@ def write_plan(
 
 
 def move_plan(plan: Plan, path: Path) -> Plan:
-    """Give a plan another name on the same file system and open it there; its signature is of what it holds."""
+    """Rename a plan within the same file system and open it. The signature remains valid."""
     move_file(plan.path, path)
     return Plan.open(path)
 
@@ -342,7 +344,7 @@ def move_plan(plan: Plan, path: Path) -> Plan:
 def _add(archive: zipfile.ZipFile, name: str, data: bytes | Path) -> None:
     entry = zipfile.ZipInfo(name, _EPOCH)
     with BytesIO(data) if isinstance(data, bytes) else data.open("rb") as source:
-        entry.file_size = source.seek(0, SEEK_END)  # so that zipfile writes zip64 where it is needed
+        entry.file_size = source.seek(0, SEEK_END)  # zipfile uses the size to choose zip64
         source.seek(0)
         with archive.open(entry, "w") as out:
             shutil.copyfileobj(source, out, 1 << 20)

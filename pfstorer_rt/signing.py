@@ -1,4 +1,4 @@
-"""Signatures of plans that hold executable code: made and checked with a key that never leaves this user's machine."""
+"""Signatures of plans with executable code, made and checked with a local key of the user."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def key_path() -> Path:
 
 
 def sign(data: bytes) -> str:
-    """Sign bytes (HMAC-SHA256, 64 hexadecimal digits); the key is made on first use, readable by its owner alone."""
+    """Sign bytes (HMAC-SHA256, 64 hexadecimal digits). The first call makes the key, readable by its owner only."""
     return _digest(_read_key() or _make_key(), data)
 
 
 def is_signed(data: bytes, signature: str) -> bool:
-    """Whether `signature` was made for these bytes with this user's key; without a key nothing is."""
+    """Whether `signature` is a signature of these bytes with the user's key; False if there is no key."""
     key = _read_key()
     return key is not None and hmac.compare_digest(_digest(key, data).encode(), signature.encode())
 

@@ -1,6 +1,6 @@
-"""Temporary files and folders: for their owner alone, and removed by the next run when a process was killed.
+"""Owner-only temporary files and folders. If a process is killed, the next run removes its files.
 
-Each one is locked while its process lives. `sweep` removes the ones that nobody holds a lock on.
+A process locks its temporary files and folders. `sweep` removes those without a lock.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ except ImportError:  # Windows
 
 PREFIX, SUFFIX = ".pfstorer-", ".tmp"
 KEPT = "old"
-"""Entry of a temporary folder that holds a user's own files while they are replaced. Such a folder is never removed."""
-_UNLOCKED_AGE = 7 * 24 * 3600.0  # seconds after which leftovers are removed where files cannot be locked
+"""Entry of a temporary folder for a user's files while they are replaced. A folder with this entry is not removed."""
+_UNLOCKED_AGE = 7 * 24 * 3600.0  # seconds; age at which unlocked files are removed on file systems without locks
 _ATTEMPTS = 8
 
 
 def temporary_file(folder: Path, mode: int | None = None) -> tuple[Path, int]:
-    """Create and lock an empty file in a folder: (path, descriptor for writing).
+    """Create and lock an empty file in a folder; returns (path, writable descriptor).
 
-    mode: permission bits; None leaves them to the umask. Closing the descriptor releases the lock.
+    mode: permission bits; None uses the umask. Closing the descriptor releases the lock.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
@@ -50,7 +50,7 @@ def temporary_file(folder: Path, mode: int | None = None) -> tuple[Path, int]:
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """Make a folder with mode 0o700 in `parent`, and remove it with its content at the end of the block."""
+    """Make a folder with mode 0o700 in `parent`; the end of the block removes it with its content."""
 
     def make(path: Path) -> int:
         path.mkdir(mode=0o700)
@@ -67,9 +67,9 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove the temporary files and folders that killed processes left in a folder; returns their paths.
+    """Remove the temporary files and folders of killed processes from a folder; returns their paths.
 
-    Nothing is removed while its process lives, and no folder that holds a user's own files (`KEPT`).
+    Entries of running processes and folders with a user's files (`KEPT`) are not removed.
     """
     with contextlib.suppress(OSError):  # a folder that cannot be listed has nothing to remove
         candidates = [Path(e) for e in os.scandir(folder) if e.name.startswith(PREFIX) and e.name.endswith(SUFFIX)]
@@ -79,19 +79,19 @@ def sweep(folder: Path) -> list[Path]:
 
 @functools.cache
 def sweep_once(folder: Path) -> None:
-    """Sweep a folder at the first use of it in this process, as a large folder takes long to list."""
+    """Sweep a folder once per process, because listing a large folder is slow."""
     sweep(folder)
 
 
 def _made_and_locked(folder: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
     for _ in range(_ATTEMPTS):
-        path = folder / f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}"  # short: the name of the target may be at the limit
+        path = folder / f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}"  # short: a name has a maximum length
         try:
             descriptor = make(path)
         except FileNotFoundError:
             if not folder.is_dir():
                 raise
-            continue  # another process swept it between its creation and its lock
+            continue  # another process removed it before it was locked
         if _lock(descriptor) is not False and os.path.lexists(path):
             return path, descriptor
         os.close(descriptor)
@@ -99,14 +99,14 @@ def _made_and_locked(folder: Path, make: Callable[[Path], int]) -> tuple[Path, i
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Try to lock an open file or folder: False where another process holds the lock, None where there are no locks."""
+    """Try to lock an open file or folder: False if another process holds the lock, None if locks are not supported."""
     if fcntl is None or descriptor < 0:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # this file system has no locks
+    except OSError:  # the file system does not support locks
         return None
     return True
 
@@ -119,7 +119,7 @@ def _remove_abandoned(path: Path) -> bool:
         try:
             locked = _lock(descriptor)
             old = time.time() - path.lstat().st_mtime > _UNLOCKED_AGE
-            # Looked for with the lock held: before, a living process could still move files there.
+            # Check after locking: without the lock, a running process could still move files there.
             kept = any((path / KEPT).glob("*"))
             return (locked or (locked is None and old)) and not kept and _remove(path)
         finally:

@@ -1,7 +1,7 @@
-"""Plan overlapping tiles, weigh them, and blend what was computed on each: on numpy arrays or tensors.
+"""Plan overlapping tiles and blend the results of the tiles with weights, on numpy arrays or tensors.
 
-T is a tile's side, O the overlap, L the length of an axis, W the weights, as in StableSR. The unit is
-the caller's, pixels or latent pixels.
+Symbols as in StableSR: T is the side of a tile, O the overlap, L the length of an axis, W the weights. The caller
+chooses the unit: pixels or latent pixels.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pfstorer_rt.errors import SettingError
 Array = npt.NDArray[np.floating[Any]]
 Patch = Array | torch.Tensor
 
-_VARIANCE = 0.01  # of the gaussian, in units of the squared tile side
+_VARIANCE = 0.01  # variance of the gaussian in units of the squared tile side
 
 
 class Tile(NamedTuple):
-    """A rectangle of the canvas: its first row and column, and its size."""
+    """A rectangle of the canvas: first row, first column, height and width."""
 
     y: int
     x: int
@@ -38,11 +38,11 @@ class Tile(NamedTuple):
 
 
 def axis_offsets(length: int, tile: int, overlap: int) -> list[int]:
-    """Place the fewest tiles that cover one axis, neighbours sharing at least `overlap`.
+    """Place the fewest tiles that cover one axis with at least `overlap` between neighbours.
 
-    n is the least n >= 1 with (n-1)(T-O)+T >= L; the offsets are k(T-O), the last one L-T, so that no
-    tile leaves the axis.
-    Raises ValueError where the axis is shorter than a tile, or the overlap is not in 0..tile-1.
+    n is the smallest n >= 1 with (n-1)(T-O)+T >= L. The offsets are k(T-O); the last is L-T, so that every tile lies
+    inside the axis.
+    Raises ValueError if the axis is shorter than a tile or the overlap is not in 0..tile-1.
     Source: StableSR's `_sliding_windows`.
     """
     if not 0 <= overlap < tile:
@@ -55,7 +55,7 @@ def axis_offsets(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def even_offsets(length: int, tile: int, overlap: int) -> list[int]:
-    """Place as many tiles as `axis_offsets` does, at equal distances: the excess is shared by all overlaps.
+    """Place the same number of tiles as `axis_offsets`, evenly spaced, so that all overlaps are nearly equal.
 
     Raises ValueError as `axis_offsets` does.
     """
@@ -64,10 +64,10 @@ def even_offsets(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def kept_spans(offsets: Sequence[int], tile: int) -> list[tuple[int, int]]:
-    """Cut an axis in the middle of each overlap: (start, stop) of what is kept of each tile.
+    """Cut an axis in the middle of each overlap; returns the kept (start, stop) of each tile.
 
-    For networks that see a bounded neighbourhood: what is nearer to a border than they see is thrown away, so that
-    the kept parts together are what the network makes of the whole.
+    Use it for networks with a bounded receptive field. If half the overlap exceeds the radius of the receptive field,
+    the kept parts equal the output of the network on the whole image.
     """
     cuts = [(left + tile + right) // 2 for left, right in pairwise(offsets)]
     return list(pairwise([offsets[0], *cuts, offsets[-1] + tile]))
@@ -76,7 +76,7 @@ def kept_spans(offsets: Sequence[int], tile: int) -> list[tuple[int, int]]:
 def plan_tiles(height: int, width: int, tile: int, overlap: int, even: bool = False) -> list[Tile]:
     """Cover a canvas with square tiles, row by row from the top left.
 
-    even: at equal distances (`even_offsets`), not StableSR's.
+    even: use `even_offsets` instead of StableSR's `axis_offsets`.
     Raises ValueError as `axis_offsets` does.
     """
     place = even_offsets if even else axis_offsets
@@ -86,15 +86,15 @@ def plan_tiles(height: int, width: int, tile: int, overlap: int, even: bool = Fa
 
 @lru_cache(maxsize=16)
 def gaussian_weights(height: int, width: int) -> npt.NDArray[np.float64]:
-    """Weigh a tile's pixels by how far they are from its border: (height, width), read-only.
+    """Return gaussian blending weights of a tile, largest in its centre: (height, width), read-only.
 
     W[y, x] = g(y) g(x) with g(u) = exp(-(u-m)^2 / (2 * 0.01 T^2)) / sqrt(2 pi * 0.01), T the side along
-    that axis, m = T/2 along y and (T-1)/2 along x. The asymmetry is StableSR's and kept for parity. The
-    corners weigh about 3e-10, which float16 cannot hold: accumulate in float32 or wider.
+    the axis, m = T/2 along y and (T-1)/2 along x. The asymmetry matches StableSR. The
+    corner weights are about 3e-10, below the range of float16: accumulate in float32 or wider.
     Source: StableSR's `_gaussian_weights`, with a side per axis.
     """
     weights = np.outer(_gaussian(height, height / 2), _gaussian(width, (width - 1) / 2))
-    weights.flags.writeable = False  # every caller gets the same cached array
+    weights.flags.writeable = False  # all callers share the cached array
     return weights
 
 
@@ -105,10 +105,11 @@ def _gaussian(side: int, middle: float) -> npt.NDArray[np.float64]:
 
 
 def ramp_weights(tiles: Sequence[Tile]) -> npt.NDArray[np.float64]:
-    """Weigh the pixels of evenly placed tiles: 1 inside, falling to the border over what neighbours share: (h, w).
+    """Return blending weights of evenly spaced tiles, (h, w): 1 in the centre, decreasing across the overlap.
 
-    Along each axis the fall is sin^2(pi/2 * (d + 1/2) / O), d the distance from the border and O the overlap, at
-    most half a tile. Where two tiles share O pixels their weights add up to 1, with no kink at either end.
+    The ramp along each axis is sin^2(pi/2 * (d + 1/2) / O), with the distance d from the border and the overlap O,
+    limited to half a tile. The weights of two tiles that overlap by O pixels add up to 1, with a smooth derivative at
+    both ends of the ramp.
     """
     lines = []
     for axis in (0, 1):
@@ -121,15 +122,15 @@ def ramp_weights(tiles: Sequence[Tile]) -> npt.NDArray[np.float64]:
 
 @lru_cache(maxsize=16)
 def _weights_on(height: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`gaussian_weights` where they are used, so that they are not copied to a GPU for each tile of each step."""
+    """Return `gaussian_weights` on a device. The cache avoids a copy to the GPU for each tile of each step."""
     return torch.tensor(gaussian_weights(height, width), dtype=dtype, device=device)
 
 
 class Blender:
-    """Weighted mean of patches on a canvas, one patch at a time, in float32 or the patches' wider type.
+    """Accumulates the weighted mean of patches on a canvas, in float32 or the wider type of the patches.
 
-    Patches are numpy arrays, or tensors of one device; the result is of their kind and stays on their device.
-    weights: (h, w), for tiles all of that size; None for `gaussian_weights` of each tile.
+    Patches are numpy arrays, or tensors on one device. The result has the same kind and device.
+    weights: (h, w), if all tiles have this size; None uses `gaussian_weights` of each tile.
     """
 
     def __init__(self, channels: int, height: int, width: int, weights: Array | None = None) -> None:
@@ -140,27 +141,27 @@ class Blender:
         self._total: torch.Tensor | None = None
         self._mass = torch.zeros(0)
         self._given: torch.Tensor | None = None
-        self._covered = np.zeros((height, width), bool)  # known without asking a GPU for it
+        self._covered = np.zeros((height, width), bool)  # on the host, so that no check waits for a GPU
 
     def add(self, tile: Tile, patch: Patch) -> None:
-        """Add what was computed on one tile: (C, tile.height, tile.width).
+        """Add the result of one tile: (C, tile.height, tile.width).
 
-        Raises ValueError where the tile leaves the canvas, or the patch or the weights are of another size.
+        Raises ValueError if the tile extends beyond the canvas, or the patch or the weights have another size.
         """
         self._check(tile, patch)
         self._numpy = not isinstance(patch, torch.Tensor)
         tensor = patch if isinstance(patch, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(patch))
         if self._total is None and self._whole is None and tuple(tensor.shape) == self._shape:
-            # (p * w) / w is not p in floating point; one tile must equal no tiling, bit for bit.
+            # (p * w) / w differs from p in floating point. One tile must equal an untiled result bit for bit.
             self._whole = tensor.to(_accumulator(tensor.dtype), copy=True)
             return
         self._begin_accumulating()
         self._accumulate(tile, tensor)
 
     def result(self, rows: int | None = None) -> Any:
-        """Blend what was added: (C, height, width), or the first `rows` rows of it; float32 or wider.
+        """Return the blended canvas, (C, height, width), or its first `rows` rows; float32 or wider.
 
-        Raises ValueError where a pixel of the canvas lies under no tile.
+        Raises ValueError if no tile covers some pixel.
         """
         blended = None if self._whole is None else self._whole[:, :rows]
         if blended is None:
@@ -172,7 +173,7 @@ class Blender:
         return blended.numpy() if self._numpy else blended
 
     def drop(self, rows: int) -> None:
-        """Move the canvas down: its first rows leave it, and as many empty ones come in at the bottom."""
+        """Remove the first rows of the canvas and append as many empty rows at the bottom."""
         self._begin_accumulating()
         assert self._total is not None
         for plane, empty in ((self._total, 0), (self._mass[None], 0)):
@@ -182,7 +183,7 @@ class Blender:
         self._covered = np.pad(self._covered[rows:], ((0, rows), (0, 0)))
 
     def _begin_accumulating(self) -> None:
-        if self._whole is not None:  # a second patch after a whole one: an ordinary blend after all
+        if self._whole is not None:  # a second patch follows a patch of the whole canvas
             whole, self._whole = self._whole, None
             self._accumulate(Tile(0, 0, *self._shape[1:]), whole)
 
@@ -225,12 +226,12 @@ def blend(
     width: int,
     weights: Array | None = None,
 ) -> Array:
-    """Blend one patch a tile into a canvas by their weighted mean.
+    """Blend one patch per tile into a canvas by the weighted mean.
 
-    tiles: at least one. patches: (C, h, w) arrays in the order of `tiles`, taken one at a time.
-    weights: as for `Blender`. Returns (C, height, width), float32 or the patches' wider type; a single
-    tile over the whole canvas is returned unchanged.
-    Raises ValueError where a pixel is uncovered, sizes differ, or there is not one patch a tile.
+    tiles: at least one. patches: (C, h, w) arrays in the order of `tiles`, consumed one at a time.
+    weights: as for `Blender`. Returns (C, height, width), float32 or the wider type of the patches. The patch of a
+    single tile over the whole canvas is returned unchanged.
+    Raises ValueError if a pixel is not covered, sizes differ, or the numbers of patches and tiles differ.
     """
     blender: Blender | None = None
     for tile, patch in zip(tiles, patches, strict=True):
@@ -244,9 +245,9 @@ def blend(
 def blend_by_rows(
     tiles: Sequence[Tile], patches: Iterable[Array], height: int, width: int
 ) -> Iterator[tuple[int, Array]]:
-    """Blend as `blend` does with gaussian weights, and yield (first row, (C, n, width)) as soon as rows are complete.
+    """Blend with gaussian weights as `blend` does; yields (first row, (C, n, width)) as soon as rows are complete.
 
-    tiles: on a grid, row by row from the top, covering the canvas. Memory is that of one row of tiles.
+    tiles: a grid that covers the canvas, row by row from the top. Memory holds one row of tiles.
     """
     blender, top, channels = None, 0, 0
     for i, (tile, patch) in enumerate(zip(tiles, patches, strict=True)):
@@ -262,19 +263,19 @@ def blend_by_rows(
 
 
 def pad_to_multiple(height: int, width: int, multiple: int) -> tuple[int, int]:
-    """Count the rows and columns to add below and to the right: (-h % m, -w % m).
+    """Return the rows and columns of padding at the bottom and right: (-h % m, -w % m).
 
-    StableSR adds a whole extra multiple to an axis that needs none when the other does; this does not.
+    StableSR pads an axis by a whole multiple if only the other axis needs padding; this function does not.
     """
     return -height % multiple, -width % multiple
 
 
 def seam_ratio(picture: Array, tiles: Sequence[Tile], grid: int = 1) -> float:
-    """Return the mean gradient across the tiles' borders, divided by that at all other multiples of `grid` pixels.
+    """Return the mean gradient across tile borders divided by the mean gradient at other multiples of `grid` pixels.
 
-    picture: (H, W, C); tiles: in its pixels. grid: pixels per latent pixel, as what a decoder makes has a faint grid of
-    that size by itself. 1 where no seam can be told from the picture itself. Infinite where
-    the picture is flat but for its seams, 1 where it is flat throughout.
+    picture: (H, W, C). tiles: in pixels of the image. grid: pixels per latent pixel, because decoded images have a
+    faint grid of this period. The ratio is about 1 without visible seams, 1 for a constant image, and infinite for an
+    image that is constant except for its seams.
     """
     at, expected = 0.0, 0.0
     for axis, length in enumerate(picture.shape[:2]):
@@ -283,7 +284,7 @@ def seam_ratio(picture: Array, tiles: Sequence[Tile], grid: int = 1) -> float:
         places = [b - 1 for b in sorted(borders) if 0 < b < length]
         others = [p - 1 for p in range(grid, length, grid) if p not in borders]
         at += float(gradient[places].sum())
-        # By axis: a picture may be rougher along one, which has more or fewer borders than the other.
+        # Per axis: the image may be rougher along one axis, and the axes have different numbers of borders.
         expected += len(places) * float(gradient[others].mean() if others else 0)
     if at == expected == 0:
         return 1.0
