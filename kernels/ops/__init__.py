@@ -1,1 +1,1 @@
-"""Kernels: each has a plain PyTorch definition here, and faster twins where a device has them."""
+"""Kernels: each operation has a plain PyTorch reference and faster Triton kernels."""

@@ -1,9 +1,9 @@
-"""Compiling kernels ahead of time, for GPUs that are not there: every kernel, as it is launched.
+"""Compile all kernels ahead of time, without a GPU.
 
     python -m pfstorer_rt.kernels.aot --capability 90
 
-prints one JSON object for each kernel and variant: registers, spilled and shared memory, whether tensor cores are used.
-Not with TRITON_INTERPRET=1, under which there is nothing to compile.
+The command prints one JSON object per kernel and variant: registers, spilled and shared memory, use of tensor cores.
+It does not work with TRITON_INTERPRET=1, because the interpreter compiles nothing.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from triton.compiler import ASTSource
 from . import attention, gated_projection, geglu, spade_norm
 
 CAPABILITIES = (80, 89, 90, 120)
-"""Compute capabilities, times ten: A100, L4 and RTX 40, H100 and H200, RTX 50."""
+"""Compute capabilities times ten: A100, L4 and RTX 40, H100 and H200, RTX 50."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with all that it is specialised on."""
+    """A kernel with its specialization."""
 
     kernel: Any
     types: Mapping[str, str]
-    """Types of the arguments that are not integers."""
+    """Argument name -> type, for arguments that are not integers."""
     constants: Mapping[str, Any]
-    """Values of the constant arguments, of strides that are one among them."""
+    """Constant argument -> value; strides of one are constant too."""
     warps: int = 4
     stages: int = 3
     unaligned: Sequence[str] = ("L", "S", "P", "M", "H", "size", "chunks", "tokens")
-    """Integers that may be no multiples of 16; wide loads need the others to be."""
+    """Integer arguments that need not be multiples of 16. Wide loads require multiples of 16 for the others."""
 
     @property
     def name(self) -> str:
-        """The kernel's name without what marks it as private."""
+        """The name of the kernel without leading underscore and suffix."""
         return str(self.kernel.__name__).strip("_").removesuffix("_kernel")
 
     def compile(self, capability: int) -> Any:
-        """Return Triton's compiled kernel: `asm["ptx"]`, `asm["cubin"]`, `metadata`; no GPU is needed."""
+        """Return Triton's compiled kernel, with `asm["ptx"]`, `asm["cubin"]` and `metadata`, without a GPU."""
         names = self.kernel.arg_names
         signature = {n: "constexpr" if n in self.constants else self.types.get(n, "i32") for n in names}
         sizes = {n for n in names if signature[n] == "i32"} - set(self.unaligned)
@@ -87,7 +87,7 @@ def attention_variants(head: int, half: str, indexed: bool) -> list[Variant]:
 
 
 def gated_projection_variant(half: str = "*fp16", gamma: str = "*fp32", strength: str = "*fp32") -> Variant:
-    """Return the gated projection as a personalization block calls it."""
+    """Return the gated projection with the arguments of a personalization block."""
     types = _pointers("h weight bias stream x out", half) | {"gamma": gamma, "strength": strength}
     tile = gated_projection.TILES[0]
     constants = {
@@ -101,14 +101,14 @@ def gated_projection_variant(half: str = "*fp16", gamma: str = "*fp32", strength
 
 
 def geglu_variants(half: str = "*fp16") -> list[Variant]:
-    """Return both directions of the feed-forward's gate."""
+    """Return the forward and backward kernels of GEGLU."""
     types, constants = _pointers("x out grad grad_x", half), {"BLOCK_N": geglu.BLOCK}
     kernels = (geglu._geglu_forward_kernel, geglu._geglu_backward_kernel)
     return [Variant(kernel, _used(kernel, types), constants) for kernel in kernels]
 
 
 def spade_norm_variants(half: str = "*fp16", dense: str = "c", size: int = 10, eps: float = 1e-5) -> list[Variant]:
-    """Return statistics, their combination, the pass and both backward passes; `dense`: channels `c` or pixels `p`."""
+    """Return the statistics, combination, forward and two backward kernels; dense axis: channels `c` or pixels `p`."""
     types = _pointers("x scale shift out grad grad_x grad_scale grad_shift", half)
     types |= _pointers("means squares mean rstd sums products weight bias", "*fp32")
     tile = {"BLOCK_P": spade_norm.PIXELS, "BLOCK_C": spade_norm.CHANNELS}
@@ -137,7 +137,7 @@ def _used(kernel: Any, types: Mapping[str, str]) -> dict[str, str]:
 
 
 def variants() -> list[Variant]:
-    """Return every kernel, in the variants that differ in how they are compiled."""
+    """Return all kernels in all variants that compile differently."""
     return [
         *attention_variants(64, "*fp16", False),
         *attention_variants(40, "*bf16", True),
@@ -151,7 +151,7 @@ def variants() -> list[Variant]:
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Return registers of a thread, its spilled bytes and the shared memory of a program."""
+    """Return registers per thread, spilled bytes per thread and shared memory per program."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(compiled.asm["cubin"])
@@ -162,7 +162,7 @@ def resources(compiled: Any) -> dict[str, int]:
 
 
 def report(variant: Variant, capability: int) -> dict[str, Any]:
-    """Compile one variant for one GPU and say what came out."""
+    """Compile one variant for one compute capability and return its resources."""
     compiled = variant.compile(capability)
     ptx = compiled.asm["ptx"]
     product = "wgmma" if "wgmma.mma" in ptx else "mma" if "mma.sync" in ptx else None
@@ -179,7 +179,7 @@ def report(variant: Variant, capability: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Compile everything for the capabilities named, all by default."""
+    """Compile all variants for the given capabilities; the default is all capabilities."""
     parser = argparse.ArgumentParser(description="Compile all kernels ahead of time; needs no GPU.")
     parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES)
     for capability in parser.parse_args().capability or CAPABILITIES:

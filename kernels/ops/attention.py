@@ -1,7 +1,7 @@
-"""Attention: softmax(q k^T / sqrt(D)) v without ever storing the scores (Dao, FlashAttention-2, algorithms 1 and 2).
+"""Attention: softmax(q k^T / sqrt(D)) v without storing the scores (Dao, FlashAttention-2, algorithms 1 and 2).
 
-Scores, softmax and sums are fp32, the matrix products take halves. Nothing is causal. Masked keys are not skipped one
-by one but left out: the caller gives the positions of those that are attended, and only these are read.
+Scores, softmax and sums are fp32; the inputs of the matrix products are fp16 or bf16. There is no causal mask. The
+caller passes the positions of the attended keys, and the kernels read only these keys.
 """
 
 from __future__ import annotations
@@ -17,30 +17,33 @@ from .interpreter import dot
 from .tuning import Tile
 
 HEAD_SIZES = range(32, 129)
-"""Head sizes that the kernel takes; between powers of two it computes on zeros up to the next one."""
+"""Supported head sizes. The kernel pads a head size with zeros to the next power of two."""
 DTYPES = (torch.float16, torch.bfloat16)
 FORWARD_TILES = {
     32: (Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2), Tile(64, 32, 4, 4), Tile(16, 64, 4, 3)),
     64: (Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2), Tile(64, 32, 4, 4), Tile(16, 64, 4, 3)),
     128: (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 32, 4, 3), Tile(64, 32, 4, 3), Tile(16, 64, 4, 2)),
 }
-"""Tiles (queries, keys) to try by padded head size. The first is the default: it keeps everything in registers on all
-GPUs that are compiled for. All fit the 99 KB of shared memory of sm_89."""
+"""Padded head size -> candidate tiles (queries, keys). The first is the default: it spills no registers on any
+supported GPU. All fit into the 99 KB of shared memory of sm_89."""
 BACKWARD_TILES = {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 8, 2)}
-"""Tiles of the two backward kernels: (rows looped over, rows held); the smaller leaves room for twice the operands."""
+"""Padded head size -> tile (rows per loop step, rows per program) of both backward kernels.
+
+The tiles leave room for twice the operands of the forward kernel.
+"""
 
 
 class Keys(NamedTuple):
-    """Which keys each row of the batch attends to."""
+    """The attended keys of each row of the batch."""
 
     positions: torch.Tensor
-    """(B, S) int32: those of the attended keys first; the others are not looked at."""
+    """(B, S) int32: the positions of the attended keys first; the remaining values are ignored."""
     lengths: torch.Tensor
-    """(B,) int32: how many are attended."""
+    """(B,) int32: the number of attended keys."""
 
 
 def compact(mask: torch.Tensor) -> Keys:
-    """Turn a key mask, bool (B, S) with True attended, into positions; nothing waits for the GPU."""
+    """Convert a key mask, bool (B, S) with True attended, to positions, without synchronizing with the GPU."""
     index = torch.argsort(~mask, dim=-1, stable=True)
     return Keys(index.to(torch.int32), mask.sum(-1, dtype=torch.int32))
 
@@ -54,7 +57,7 @@ def _load_rows(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> tl.tensor:
-    """Rows (R,) of a matrix with D columns as (R, BLOCK_D), zero past D and where `keep` is false; None keeps all."""
+    """Load rows (R,) of a matrix with D columns as (R, BLOCK_D), zero beyond D or where not `keep`; None keeps all."""
     d = tl.arange(0, BLOCK_D)
     pointers = base + rows[:, None].to(tl.int64) * stride + d[None, :]
     if keep is None:
@@ -90,7 +93,7 @@ def _key_rows(
     keep: tl.tensor,
     INDEXED: tl.constexpr,
 ) -> tl.tensor:
-    """Where the s-th attended keys lie."""
+    """Return the positions of the s-th attended keys."""
     if not INDEXED:
         return s
     elif keep is None:
@@ -121,7 +124,7 @@ def _attend(
     INDEXED: tl.constexpr,
     CUT: tl.constexpr,
 ) -> tl.tensor:
-    """Go over the keys from `first` to `last` with a running maximum and sum; CUT: the last tile is not whole."""
+    """Process the keys from `first` to `last` with a running maximum and sum. CUT: the last tile is partial."""
     for start in tl.range(first, last, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         keep = (s < last) if CUT else None
@@ -171,7 +174,7 @@ def _attention_forward_kernel(
     BLOCK_S: tl.constexpr,
     INDEXED: tl.constexpr,
 ) -> None:
-    """One tile of queries against all keys; `scale` includes log2(e)."""
+    """Attend from one tile of queries to all keys; `scale` includes log2(e)."""
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     i = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     query = _load_rows(q + b.to(tl.int64) * q_b + h * q_h, i, q_l, i < L, D, BLOCK_D)
@@ -190,7 +193,7 @@ def _attention_forward_kernel(
     acc, total, highest = _attend(
         acc, total, highest, query, k, v, index, b, k_s, v_s, S, scale, whole, last, D, BLOCK_D, BLOCK_S, INDEXED, True
     )
-    # A row without a single key gives zeros; with infinity as its logarithm, its weights are zero going back, too.
+    # A row without keys gives zeros. Its logarithm is infinite, so that its weights are zero in the backward too.
     log_total = tl.where(total > 0, highest + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     _store_rows(out + b.to(tl.int64) * o_b + h * o_h, i, o_l, i < L, acc, D, BLOCK_D)
@@ -231,7 +234,7 @@ def _attention_backward_keys_kernel(
     BLOCK_S: tl.constexpr,
     INDEXED: tl.constexpr,
 ) -> None:
-    """Gradients of one tile of keys and values from all queries; grad_k, grad_v: (B, H, S, D) contiguous."""
+    """Compute the gradients of one tile of keys and values; grad_k, grad_v: (B, H, S, D) contiguous."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     last = S
@@ -251,7 +254,7 @@ def _attention_backward_keys_kernel(
         query = _load_rows(q, i, q_l, i < L, D, BLOCK_D)
         g = _load_rows(grad, i, g_l, i < L, D, BLOCK_D)
         scores = dot(key, tl.trans(query), zeros) * scale
-        # Past L the logarithm is +inf and p with it 0; past the last key nothing is stored.
+        # Beyond L, the logarithm is +inf and p is 0. Beyond the last key, nothing is stored.
         p = tl.exp2(scores - tl.load(lse + bh * L + i, mask=i < L, other=float("inf"))[None, :])
         acc_v = dot(p.to(g.dtype), g, acc_v)
         ds = p * (dot(value, tl.trans(g), zeros) - tl.load(delta + bh * L + i, mask=i < L, other=0.0)[None, :])
@@ -294,7 +297,7 @@ def _attention_backward_queries_kernel(
     BLOCK_S: tl.constexpr,
     INDEXED: tl.constexpr,
 ) -> None:
-    """Gradient of one tile of queries from all keys; grad_q: (B, H, L, D) contiguous."""
+    """Compute the gradient of one tile of queries; grad_q: (B, H, L, D) contiguous."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     last = S
@@ -323,12 +326,12 @@ def _attention_backward_queries_kernel(
 
 
 def _rowwise(tensor: torch.Tensor) -> torch.Tensor:
-    """Let the last axis be dense; any other strides will do."""
+    """Return the tensor with a dense last axis; the other strides are arbitrary."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _indices(keys: Keys | None, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return (q, q) if keys is None else (keys.positions.contiguous(), keys.lengths)  # without keys, not looked at
+    return (q, q) if keys is None else (keys.positions.contiguous(), keys.lengths)  # not read without keys
 
 
 def _sizes(q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
@@ -344,7 +347,7 @@ def _sizes(q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
 
 
 def default_tile(head_size: int) -> Tile:
-    """Return the forward tile that is taken where nothing was timed."""
+    """Return the forward tile that is used without timing."""
     return FORWARD_TILES[triton.next_power_of_2(head_size)][0]
 
 
@@ -353,8 +356,9 @@ def attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the forward kernel.
 
-    q (B, H, L, D), k and v (B, H, S, D), fp16 or bf16 of any strides. Returns (B, H, L, D), laid out as (B, L, H, D)
-    so that merging the heads copies nothing, and the base-2 logarithm of each softmax's denominator, (B, H, L) fp32.
+    q (B, H, L, D), k and v (B, H, S, D), fp16 or bf16, any strides. Returns the output (B, H, L, D) and the base-2
+    logarithm of the softmax denominators, (B, H, L) fp32. The memory layout of the output is (B, L, H, D), so that
+    merging the heads needs no copy.
     """
     q, k, v = _rowwise(q), _rowwise(k), _rowwise(v)
     batch, heads, length, head = q.shape
@@ -389,9 +393,9 @@ def attention_backward(
     lse: torch.Tensor,
     keys: Keys | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch the backward kernels on what the forward one took and gave; returns the gradients of q, k and v.
+    """Launch the backward kernels on the inputs and outputs of the forward kernel; returns the gradients of q, k and v.
 
-    The softmax is computed again from `lse`. Gradients of keys that are not attended are zero.
+    The kernels recompute the softmax from `lse`. The gradients of keys that are not attended are zero.
     """
     q, k, v, grad = _rowwise(q), _rowwise(k), _rowwise(v), _rowwise(grad)
     delta = (grad.float() * out.float()).sum(-1)
@@ -442,7 +446,7 @@ class AttentionFunction(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys | None, tile: Tile | None
     ) -> torch.Tensor:
-        """Keep the inputs, the output and one number for each query."""
+        """Save the inputs, the output and one logarithm per query."""
         out, lse = attention_forward(q, k, v, keys, tile)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.keys = keys
@@ -456,7 +460,7 @@ class AttentionFunction(torch.autograd.Function):
 
 
 def refusal(q: torch.Tensor) -> str | None:
-    """Say why the kernel does not take these queries; None when it does."""
+    """Return the reason why the kernel does not support these queries, or None if it does."""
     if q.dtype not in DTYPES:
         return f"it computes on fp16 and bf16, these are {str(q.dtype).removeprefix('torch.')}"
     if q.shape[-1] not in HEAD_SIZES:
@@ -469,8 +473,8 @@ def attention(
 ) -> torch.Tensor:
     """Return softmax(q k^T / sqrt(D)) v, differentiable in q, k and v.
 
-    q (B, H, L, D), k and v (B, H, S, D), fp16 or bf16, D 32 to 128, L and S any. keys: which keys are attended, None
-    for all; a row with none gives zeros. tile: None is the default one. Returns (B, H, L, D) of q's type.
+    q (B, H, L, D), k and v (B, H, S, D), fp16 or bf16, D 32 to 128, any L and S. keys: the attended keys, None for all;
+    a row without keys gives zeros. tile: None is the default tile. Returns (B, H, L, D) in q's dtype.
     Raises `ValueError` for other types and head sizes.
     """
     if reason := refusal(q):

@@ -1,7 +1,7 @@
-"""Which computation a call gets: a kernel, with the tile that was fastest here, or PyTorch's own.
+"""Choose the implementation of each call: a kernel with the fastest tile on this GPU, or PyTorch.
 
-PyTorch's own is taken, with the reason in `Dispatch.decisions`, where a kernel does not fit the call, and where it was
-timed to be the faster one for the shape on this GPU.
+PyTorch runs if no kernel supports the call, or if PyTorch is faster for the shape on this GPU. `Dispatch.decisions`
+records the reason.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .tuning import Tuner, Write, bucket
 
 Ways = Mapping[str, Callable[[], torch.Tensor]]
 LEAST_CAPABILITY = (8, 0)
-"""The first GPUs with bf16 and asynchronous copies to shared memory."""
+"""Lowest compute capability with bf16 and asynchronous copies to shared memory."""
 TORCH = "torch"
 
 
 def check(device: torch.device, head_size: int | None) -> None:
-    """Raise `MissingBackendError` with the reason where the kernels cannot run."""
+    """Raise `MissingBackendError` with the reason if the kernels cannot run."""
     if head_size is not None and head_size not in attention.HEAD_SIZES:
         sizes = attention.HEAD_SIZES
         raise MissingBackendError(
@@ -50,13 +50,13 @@ def check(device: torch.device, head_size: int | None) -> None:
 
 
 class Dispatch:
-    """The kernels behind the signatures of the door in `pfstorer_rt.ops`."""
+    """The kernels with the signatures of `pfstorer_rt.ops.Kernels`."""
 
     def __init__(self, file: Path, write: Write) -> None:
-        """Keep timings in `file`, which `write` replaces as a whole."""
+        """file: JSON file of the timings. write: replaces this file atomically."""
         self.tuner = None if INTERPRETED.value else Tuner(file, write)
         self.decisions: dict[str, str] = {}
-        """What was taken for each shape, and why."""
+        """Shape -> chosen implementation and the reason."""
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
@@ -131,7 +131,7 @@ class Dispatch:
         return plain()
 
     def _fastest(self, key: str, plain: Callable[[], torch.Tensor], kernels: Ways) -> torch.Tensor:
-        """Run what was timed to be the fastest; the first kernel where nothing can be timed."""
+        """Run the fastest implementation, or the first kernel if timing is impossible."""
         if self.tuner is None or torch.cuda.is_current_stream_capturing():
             return next(iter(kernels.values()))()
         ways = {TORCH: plain, **kernels}
@@ -144,14 +144,14 @@ class Dispatch:
 
 
 def sdpa_reason(q: torch.Tensor, mask: torch.Tensor | None) -> str | None:
-    """Say why `scaled_dot_product_attention` is to be preferred before any timing; None when it is not."""
+    """Return the reason to use `scaled_dot_product_attention` without timing, or None."""
     if mask is not None and (mask.ndim != 4 or mask.shape[1:3] != (1, 1)):
         return "the mask differs among heads or queries, and only keys can be left out"
     return attention.refusal(q) or _elsewhere(q)
 
 
 def _elsewhere(tensor: torch.Tensor) -> str | None:
-    """Say why tensors are not where the kernels run; a base may have been moved after the choice."""
+    """Return the reason if a tensor is not on a supported device; a base may have moved after the choice."""
     on_gpu = tensor.device.type == "cuda"
     return None if on_gpu or INTERPRETED.value else f"the tensors are on {tensor.device.type}"
 

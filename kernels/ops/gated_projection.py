@@ -1,8 +1,8 @@
-"""A projection with its gate: x + strength gamma (.) (h W^T + bias + stream - x) (PFStorer eq. 3).
+"""Fused projection and gate: x + strength gamma (.) (h W^T + bias + stream - x) (PFStorer eq. 3).
 
-The gate is fused here and not into attention: gamma scales output channels, and an output channel is a sum over all
-heads, which no program of the attention kernel holds. The last projection of a personalization block holds the output
-channels, the block's own residual stream and x, so eq. 3 needs no memory pass of its own.
+gamma scales output channels. An output channel is a sum over all heads, and no program of the attention kernel has all
+heads, so the gate cannot be fused into attention. The last projection of a personalization block has the output
+channels, the residual stream of the block and x. With the fused gate, eq. 3 needs no extra pass over memory.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ TILES = (
     Tile(32, 64, 4, 4),
     Tile(128, 256, 8, 3),
 )
-"""Tiles (rows, output channels) to try, the default first; the last needs 144 KB of shared memory."""
+"""Candidate tiles (rows, output channels), the default first; the last needs 144 KB of shared memory."""
 GROUP = 8
-"""Rows of tiles that run together, so that they find W in the L2 cache."""
+"""Rows of tiles that run together, so that they share W in the L2 cache."""
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _gated_projection_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ) -> None:
-    """One tile of the output; strength has one value for every `tokens` rows."""
+    """Compute one tile of the output; strength has one value per `tokens` rows."""
     across = tl.cdiv(N, BLOCK_N)
     group, place = tl.program_id(0) // (GROUP_M * across), tl.program_id(0) % (GROUP_M * across)
     height = tl.minimum(tl.cdiv(M, BLOCK_M) - group * GROUP_M, GROUP_M)
@@ -77,13 +77,13 @@ def _gated_projection_kernel(
     acc -= kept.to(tl.float32)
     gate = tl.load(gamma + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     gate *= tl.load(strength + m // tokens, mask=m < M, other=0.0).to(tl.float32)[:, None]
-    # A closed gate returns the bits of x, whatever the projection computed.
+    # A closed gate returns x bit for bit, even if the projection is not finite.
     gated = tl.where(gate == 0, kept, (kept.to(tl.float32) + gate * acc).to(kept.dtype))
     tl.store(out + rows * o_m + n[None, :], gated, mask=inside)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(..., C) -> (rows, C) with the last axis dense."""
+    """(..., C) -> (rows, C) with a dense last axis."""
     flat = tensor.flatten(0, -2)
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
@@ -134,9 +134,9 @@ def gated_projection_forward(
 
 
 class GatedProjectionFunction(torch.autograd.Function):
-    """`gated_projection_forward`, with matrix products as backward, where cuBLAS is fastest.
+    """`gated_projection_forward`, with a backward of cuBLAS matrix products, which are fastest.
 
-    The backward computes the projection again instead of keeping it.
+    The backward recomputes the projection instead of storing it.
     """
 
     @staticmethod
@@ -151,7 +151,7 @@ class GatedProjectionFunction(torch.autograd.Function):
         strength: torch.Tensor,
         tile: Tile | None,
     ) -> torch.Tensor:
-        """Keep only the inputs."""
+        """Save only the inputs."""
         ctx.save_for_backward(h, weight, bias, stream, x, gamma, strength)
         return gated_projection_forward(h, weight, bias, stream, x, gamma, strength, tile)
 
@@ -160,7 +160,7 @@ class GatedProjectionFunction(torch.autograd.Function):
         """Return the gradients of all tensors."""
         h, weight, bias, stream, x, gamma, strength = ctx.saved_tensors
         grad, needed = grads[0], ctx.needs_input_grad
-        wide = (strength * gamma).float() * grad.float()  # the gradient of the projection
+        wide = (strength * gamma).float() * grad.float()  # gradient of the projection
         inner = wide.to(h.dtype)
         flat = inner.flatten(0, -2)
         grad_gamma = grad_strength = None
@@ -192,9 +192,9 @@ def gated_projection(
 ) -> torch.Tensor:
     """Return x + strength gamma (.) (h W^T + bias + stream - x) (PFStorer eq. 3).
 
-    h (B, L, K), weight (N, K), bias (N), stream and x (B, L, N), all fp16 or all bf16; gamma (N) of any floating type;
-    strength a scalar or (B, 1, 1). Differentiable in every tensor. Returns (B, L, N); where strength gamma is zero, x
-    bit for bit. Raises `ValueError` for other types.
+    h (B, L, K), weight (N, K), bias (N), stream and x (B, L, N), all fp16 or all bf16; gamma (N) in any floating type;
+    strength a scalar or (B, 1, 1). Differentiable in every tensor. Returns (B, L, N), equal to x bit for bit if
+    strength gamma is zero. Raises `ValueError` for other types.
     """
     given = {"h": h, "weight": weight, "bias": bias, "stream": stream, "x": x}
     types = {name: t.dtype for name, t in given.items() if t is not None}

@@ -1,4 +1,4 @@
-"""GEGLU, the feed-forward's gate: the first half of the channels times the GELU of the second (Shazeer 2020, eq. 6)."""
+"""GEGLU, a feed-forward gate: first half of the channels times the GELU of the second (Shazeer 2020, eq. 6)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK = 1024
 
 @triton.jit
 def _phi(x: tl.tensor) -> tl.tensor:
-    """The normal distribution's cumulative function."""
+    """Return the cumulative distribution function of the standard normal distribution."""
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
@@ -25,7 +25,7 @@ def _geglu_forward_kernel(
     x_m: tl.tensor,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """A part of one row."""
+    """Compute a block of one row."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     value = tl.load(x + row * x_m + n, mask=n < inner, other=0.0).to(tl.float32)
@@ -38,7 +38,7 @@ def _geglu_forward_kernel(
 def _geglu_backward_kernel(
     grad: tl.tensor, x: tl.tensor, grad_x: tl.tensor, inner: tl.tensor, x_m: tl.tensor, BLOCK_N: tl.constexpr
 ) -> None:
-    """A part of one row's gradient, both halves."""
+    """Compute a block of the gradient of one row, both halves."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     value = tl.load(x + row * x_m + n, mask=n < inner, other=0.0).to(tl.float32)
@@ -78,7 +78,7 @@ class GegluFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        """Keep the input."""
+        """Save the input."""
         ctx.save_for_backward(x)
         return geglu_forward(x)
 
@@ -91,7 +91,7 @@ class GegluFunction(torch.autograd.Function):
 def geglu(x: torch.Tensor) -> torch.Tensor:
     """Return x[..., :I] * GELU(x[..., I:]) with the exact GELU.
 
-    x: (..., 2 I), fp16, bf16 or fp32. Returns (..., I) of x's type; computed in fp32, differentiable.
+    x: (..., 2 I), fp16, bf16 or fp32. Returns (..., I) in x's dtype; computed in fp32, differentiable.
     Raises `ValueError` for an odd number of channels.
     """
     if x.shape[-1] % 2:

@@ -1,4 +1,4 @@
-"""The definitions that every kernel is measured against: plain PyTorch, fp32 accumulation."""
+"""Reference implementations for the tests of all kernels: plain PyTorch with fp32 accumulation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def spade_norm(
     shift: torch.Tensor | None = None,
     silu: bool = False,
 ) -> torch.Tensor:
-    """Return n (1 + scale) + shift with n = GroupNorm(x), or n alone, and its SiLU where asked; all in fp32.
+    """Return n (1 + scale) + shift with n = GroupNorm(x), or n without scale, optionally with SiLU; all in fp32.
 
     x, scale, shift: (B, C, H, W); weight, bias: (C). Returns (B, C, H, W) in x's dtype.
     """

@@ -1,8 +1,8 @@
 """GroupNorm with SPADE's modulation: SiLU(n (1 + scale) + shift), n = GroupNorm(x) (StableSR 3.2; Park et al. 2019).
 
-Statistics are fp32: means and squared deviations of small tiles, put together by Chan's formula, so that neither a
-large mean nor a large map costs precision. One kernel takes them, a small one puts them together, and one pass over
-memory does all the rest. Any strides will do; the channels' being dense (channels-last) or the pixels' is fast.
+Statistics are fp32. One kernel computes means and squared deviations of small tiles, and a second kernel combines them
+by Chan's formula, so that a large mean or a large feature map costs no precision. A third kernel does the rest in one
+pass over memory. Any strides work; dense channels (channels-last) or dense pixels are fast.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 PIXELS, CHANNELS = 64, 64
-"""A tile; also the unit of the statistics."""
+"""Size of a tile, and of the unit of the statistics."""
 CHUNKS = 32
-"""Tiles whose statistics are put together at a time."""
+"""Number of tiles whose statistics are combined at a time."""
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _statistics_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """Mean and sum of squared deviations of each channel over one tile's pixels, into (B, chunks, C)."""
+    """Store mean and sum of squared deviations of each channel over the pixels of one tile, (B, chunks, C)."""
     chunk, b = tl.program_id(0), tl.program_id(2)
     p = chunk * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -91,7 +91,7 @@ def _combine_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ) -> None:
-    """Mean and inverse deviation of one group of `size` channels, into (B, G) (Chan et al. 1979, eq. 2.1)."""
+    """Store mean and inverse standard deviation of one group of `size` channels, (B, G) (Chan et al. 1979, eq. 2.1)."""
     g, b = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, BLOCK_G)
     base = b.to(tl.int64) * chunks * size * tl.num_programs(0) + g * size + channel[None, :]
@@ -147,7 +147,7 @@ def _spade_norm_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """Everything but the statistics, for one tile."""
+    """Normalize, modulate and apply SiLU on one tile."""
     b = tl.program_id(2)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -204,10 +204,11 @@ def _spade_norm_backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """FIRST: gradients of the modulation, and each channel's sums of dn and dn x^ over the tile, into (B, chunks, C).
+    """Compute one tile of the gradients; the kernel runs twice.
 
-    Else, with these summed over groups and divided by their size, (B, G): the gradient of x. grad_scale and grad_shift
-    have the strides of grad_x.
+    FIRST: store the gradients of the modulation, and the sums of dn and dn x^ of each channel over the tile,
+    (B, chunks, C). Second run: `sums` and `products` are the means over groups, (B, G); store the gradient of x.
+    grad_scale and grad_shift have the strides of grad_x.
     """
     b = tl.program_id(2)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -281,7 +282,7 @@ def spade_norm_forward(
     shift: torch.Tensor | None,
     silu: bool,
 ) -> torch.Tensor:
-    """Launch the kernel on (B, C, P) tensors and the statistics of x."""
+    """Launch the forward kernel on (B, C, P) tensors and the statistics of x."""
     out = torch.empty_like(x)
     a, h = (x if t is None else t for t in (scale, shift))
     _spade_norm_kernel[_grid(x)](
@@ -380,7 +381,7 @@ class SpadeNormFunction(torch.autograd.Function):
         eps: float,
         silu: bool,
     ) -> torch.Tensor:
-        """Keep the inputs and the statistics."""
+        """Save the inputs and the statistics."""
         mean, rstd = statistics(x, groups, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd, scale, shift)
         ctx.silu = silu
@@ -404,11 +405,11 @@ def spade_norm(
     shift: torch.Tensor | None = None,
     silu: bool = False,
 ) -> torch.Tensor:
-    """Return n (1 + scale) + shift with n = GroupNorm(x), and its SiLU where asked.
+    """Return n (1 + scale) + shift with n = GroupNorm(x), optionally followed by SiLU.
 
-    x, scale, shift (B, C, H, W), fp16, bf16 or fp32, of any strides; weight, bias (C). Without scale and shift it is
-    GroupNorm alone. Computed in fp32, differentiable in every tensor. Returns (B, C, H, W) of x's type and memory
-    format. Raises `ValueError` for a scale without a shift, or channels that the groups do not divide.
+    x, scale, shift (B, C, H, W), fp16, bf16 or fp32, any strides; weight, bias (C). Without scale and shift, the
+    function is GroupNorm. Computed in fp32, differentiable in every tensor. Returns (B, C, H, W) in x's dtype and
+    memory format. Raises `ValueError` for a scale without a shift, or if groups does not divide the channels.
     """
     if (scale is None) != (shift is None):
         raise ValueError("spade_norm takes scale and shift together, or neither")

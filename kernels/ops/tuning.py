@@ -1,4 +1,4 @@
-"""Which of several ways is the fastest for a shape: timed once on this GPU, remembered on disk."""
+"""Find the fastest of several implementations for a shape: timed once per GPU and cached on disk."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ import torch
 import triton
 
 Write = Callable[[Path], AbstractContextManager[Any]]
-"""write(path): a binary file that replaces the one at `path` as a whole when its block is left."""
+"""write(path): context manager of a binary file that replaces `path` atomically at the end of the block."""
 
 
 class Tile(NamedTuple):
-    """How a kernel divides its work."""
+    """Tile size and launch settings of a kernel."""
 
     rows: int
     columns: int
     warps: int
     stages: int
     depth: int = 64
-    """Of a matrix product's inner axis, where that is cut too."""
+    """Tile size along the inner axis of a matrix product, if the kernel splits this axis."""
 
     def __str__(self) -> str:
-        """Name the tile in tables."""
+        """Return the name of the tile in tables."""
         return f"{self.rows}x{self.columns}, {self.warps} warps, {self.stages} stages"
 
 
 def bucket(size: int) -> int:
-    """Round a length up to a power of two, so that lengths alike share one timing."""
+    """Round a length up to a power of two, so that similar lengths share one timing."""
     return int(triton.next_power_of_2(size))
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What was found for one shape."""
+    """The timings of one shape: the name of the fastest implementation, and the time of each."""
 
     fastest: str
     milliseconds: dict[str, float]
 
 
 class Tuner:
-    """Times the ways to compute something, once for each key, and keeps what it found in a JSON file.
+    """Times several implementations once per key and caches the timings in a JSON file.
 
-    The file is a cache: one that cannot be read counts as empty, one that cannot be written is not missed.
+    An unreadable file is treated as empty. Errors while writing the file are ignored.
     """
 
     def __init__(self, file: Path, write: Write) -> None:
@@ -55,7 +55,7 @@ class Tuner:
         self.known = self._read()
 
     def fastest(self, key: str, ways: Mapping[str, Callable[[], Any]]) -> Timing:
-        """Return the timing of a key; `ways` are run only when it is new or names another set of ways."""
+        """Return the timing of a key; runs `ways` only if the key is new or its fastest one is not in `ways`."""
         full = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}: {key}"
         known = self.known.get(full)
         if known is None or known.fastest not in ways:
@@ -72,18 +72,18 @@ class Tuner:
             return {}
 
     def _save(self) -> None:
-        merged = {**self._read(), **self.known}  # another process may have written meanwhile
+        merged = {**self._read(), **self.known}  # another process may have written the file
         rows = {key: {"fastest": t.fastest, "milliseconds": t.milliseconds} for key, t in sorted(merged.items())}
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.write(self.file) as handle:
                 handle.write(json.dumps(rows, indent=1).encode())
-        except Exception:  # whatever the disk says: the timing itself is known
+        except Exception:  # the timing is valid without the cache
             return
 
 
 def milliseconds(way: Callable[[], Any]) -> float:
-    """Return the median time of a call on the GPU; infinite for one that this GPU cannot run."""
+    """Return the median time of a call on the GPU; infinite if this GPU cannot run the call."""
     try:
         return float(triton.testing.do_bench(way, warmup=10, rep=40, return_mode="median"))
     except (triton.runtime.errors.OutOfResources, torch.OutOfMemoryError):
