@@ -176,7 +176,7 @@ BACKENDS: dict[str, Loader] = {
 def choose(name: str = "auto", device: str | torch.device = "cpu", head_size: int | None = None) -> Choice:
     """Choose a backend by name, or with `auto` the first of `BACKENDS` that supports the device and head size.
 
-    Raises `ValueError` for an unknown name and `MissingBackendError` if the backend does not support the device.
+    Raises `ValueError` for an unknown name and `MissingBackendError` if the backend cannot be used.
     """
     device = torch.device(device)
     if name != "auto" and name not in BACKENDS:

@@ -1,6 +1,6 @@
 """Owner-only temporary files and folders. If a process is killed, the next run removes its files.
 
-A process locks its temporary files and folders. `sweep` removes those without a lock.
+A process locks its temporary files and folders. `sweep` removes all entries without a lock.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def check_scale(scale: float) -> None:
 
 
 class Resized:
-    """A resized image. The rows equal those rows of `files.resize_bicubic` on the whole image."""
+    """A resized image; its rows equal the rows of `files.resize_bicubic` on the whole image."""
 
     def __init__(self, source: Rows, height: int, width: int, antialias: bool) -> None:
         self.source, self.height, self.width, self.antialias = source, height, width, antialias
