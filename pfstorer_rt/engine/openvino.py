@@ -153,8 +153,8 @@ def cache_folder(fingerprint: str) -> Path:
 def make_cache_folder(plan: Plan) -> str | None:
     """Make the folder of a plan's compiled networks; returns None if that fails.
 
-    Compiled networks contain the weights of the identity. Only the owner can therefore read the folder, and its name
-    contains the fingerprint of the identity, so that `identities rm` can delete it.
+    Compiled networks contain the weights of the identity. Only the owner can therefore read the folder, and its name is
+    the start of the identity's fingerprint, so that `identities rm` can delete it.
     """
     try:
         folder = make_folder(cache_folder(plan.manifest.identity_fingerprint or plan.manifest.base_fingerprint))
