@@ -86,7 +86,7 @@ def user(tmp_path, monkeypatch, shipped, nano_plan, nano_identity, face):
         return Plan.open(output)
 
     folder, home = tmp_path / "work", tmp_path / "home"
-    monkeypatch.setattr("pfstorer_rt.models.base.BUILTIN", shipped)
+    monkeypatch.setattr("pfstorer_rt.base_files.BUILTIN", shipped)
     monkeypatch.setattr("pfstorer_rt.export.export_plan", export_plan)
     monkeypatch.setenv("PFSTORER_HOME", str(home))
     folder.mkdir()

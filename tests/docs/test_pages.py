@@ -90,9 +90,11 @@ def test_named_modules_and_attributes_exist(page):
 
 def resolve(name):
     """Whether a dotted name is a module, or an attribute of one."""
-    module, _, attribute = name.rpartition(".")
-    with_module = importlib.util.find_spec(module)
-    return with_module and (importlib.util.find_spec(name) or hasattr(importlib.import_module(module), attribute))
+    owner, _, attribute = name.rpartition(".")
+    if not importlib.util.find_spec(owner):
+        return False
+    module = importlib.import_module(owner)
+    return hasattr(module, attribute) or (hasattr(module, "__path__") and importlib.util.find_spec(name) is not None)
 
 
 def assigned(kind):
