@@ -1,4 +1,4 @@
-"""The first part of a base's training: its autoencoder, on a pool of tiles."""
+"""The first part of training a base: the autoencoder, on a pool of tiles."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pfstorer_rt.training.lpips import Lpips
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """How an autoencoder is trained on a pool of tiles."""
+    """Settings of the autoencoder's training on a pool of tiles."""
 
     preset: str = "portrait"
     train: TrainConfig = field(
@@ -34,21 +34,21 @@ class AutoencoderConfig:
         )
     )
     crop: int = 256
-    """Side in pixels of the squares that are cut from the tiles."""
+    """Side in pixels of the random crops of the tiles."""
     noise: float = 0.05
-    """Deviation of the noise that the decoder learns to forgive in a latent."""
+    """Standard deviation of the noise that is added to the latent, so that the decoder becomes robust to it."""
     moments: float = 0.02
-    """Weight of the latent's distance from mean 0 and deviation 1."""
+    """Weight of the moment loss, which keeps the latent at mean 0 and standard deviation 1."""
     lambda_perceptual: float = 0.2
     """Weight of LPIPS."""
     patch: int = 128
-    """Side in pixels of the squares that LPIPS compares."""
+    """Side in pixels of the crops for LPIPS."""
     patches: int = 1
-    """Rows of a batch that LPIPS compares: its network costs more than the autoencoder."""
+    """Samples of a batch for LPIPS, whose network costs more than the autoencoder."""
 
 
 class PatchAutoencoderObjective(nn.Module):
-    """Reconstruction through a noisy latent: L1 + gradient L1 + unit moments + LPIPS of small squares."""
+    """Reconstruction through a noisy latent: L1 + gradient L1 + unit moments + LPIPS of small crops."""
 
     def __init__(self, vae: Autoencoder, config: AutoencoderConfig, perceptual: Lpips | None = None) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def train_patch_autoencoder(
 
 
 def cut(tile: npt.NDArray[np.uint8], side: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Cut a random square of (H, W, 3), flipped half of the time."""
+    """Crop (H, W, 3) to a random square; half of the crops are flipped."""
     top, left = (int(rng.integers(0, n - side + 1)) for n in tile.shape[:2])
     square = tile[top : top + side, left : left + side]
     return square[:, ::-1] if rng.random() < 0.5 else square

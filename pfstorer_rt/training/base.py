@@ -32,7 +32,7 @@ PAIR_CHUNK = 64
 
 @dataclass(frozen=True)
 class BaseTrainConfig:
-    """How a base is trained; the shipped `tiny` base started from the defaults."""
+    """Settings of a base's training; the shipped `tiny` base started from the defaults."""
 
     preset: str = "tiny"
     autoencoder: TrainConfig = field(
@@ -74,13 +74,13 @@ class BaseTrainConfig:
     weighting: Weighting = "prediction"
     """Measure the restorer's error in the network's prediction, or in the clean latent that follows from it."""
     trained: Literal["auto", "all", "conditions"] = "auto"
-    """`conditions` trains the SPADEs and the structure encoder alone; `auto` does so for a prior, else `all`."""
+    """`conditions` trains only SPADEs and structure encoder; `auto` is `conditions` with a prior and `all` without."""
     holdout: float = 0.02
     """Share of the photographs, chosen by name, that is not used for training."""
 
 
 def split_holdout(paths: list[Path], share: float) -> tuple[list[Path], list[Path]]:
-    """Split into (training, held out) by a hash of each file name, whatever other files there are."""
+    """Split into (training, held out) by a hash of each file name, independently of the other files."""
     held = [p for p in paths if int(hashlib.sha256(p.name.encode()).hexdigest()[:8], 16) < share * 2**32]
     return [p for p in paths if p not in set(held)], held
 
@@ -198,8 +198,8 @@ def train_restorer(
             settings,
             work / "restorer.pt",
             signature(asdict(config), paths) + base.fingerprint,
-            # On a CPU, torch 2.13 crashes in GroupNorm's backward when weights need a gradient and a channels-last
-            # input does not: the first SPADE on a frozen prior is such a place.
+            # On a CPU, torch 2.13 crashes in GroupNorm's backward pass when the weights need a gradient and a
+            # channels-last input does not. The first SPADE of a frozen prior has such an input.
             channels_last=everything,
             on_log=log_to(work / "restorer.csv"),
             on_progress=on_progress,
@@ -240,7 +240,7 @@ def train_base(
 
     sources: photographs, or folders of them; the share `config.holdout` of them is left out. work: folder of the
     checkpoints; the same call resumes from them. prior: a base whose autoencoder and UNet are kept or trained
-    further, as `config.trained` sets; it is changed in place.
+    further, according to `config.trained`; it is changed in place.
     """
     make_folder(work, private=True)
     paths, _ = split_holdout(find_images(sources), config.holdout)

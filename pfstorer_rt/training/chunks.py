@@ -1,4 +1,4 @@
-"""Arrays of samples that are made once, in chunks, by other processes, and kept on the disk."""
+"""Arrays of samples that worker processes make once, in chunks, and that stay on the disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Samples:
     chunk: int
     """Samples that are made and written at once."""
     mark: str
-    """Identifies settings and data: files with the same mark are used or resumed, others are made again."""
+    """Identifies settings and data: files with the same mark are used or resumed, others are replaced."""
     make: Callable[[int], Batch]
     """Chunk number -> raw samples; runs in `workers` processes."""
     finish: Callable[[Batch], Mapping[str, npt.NDArray[Any]]]

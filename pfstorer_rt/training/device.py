@@ -1,4 +1,4 @@
-"""Where a training runs: accelerate for a device and a precision, while the caller's process and base stay theirs."""
+"""Device and precision of a training with accelerate; the state of the caller's process and base is restored."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def accelerated(settings: TrainConfig, base: Base | None = None) -> Iterator[Acc
     """Start accelerate, seed torch with `settings.seed`, and put `base` on the device with kernels for training.
 
     Afterwards torch's random states, accelerate's process-wide state, and the base's device, kernels, memory layout,
-    modes and `requires_grad` are those that the caller had. Weights that were trained keep their new values.
-    Raises `MissingBackendError` when the machine cannot train as `settings` ask, such as in fp16 on a CPU.
+    modes and `requires_grad` are restored. Trained weights keep their new values.
+    Raises `MissingBackendError` when the machine does not support `settings`, such as fp16 on a CPU.
     """
     with own_accelerate_state(), nullcontext() if base is None else borrowed(base):
         accelerator = make_accelerator(settings)
@@ -60,9 +60,9 @@ def has_native_bf16(cpu: bool) -> bool:
 
 @contextmanager
 def own_accelerate_state() -> Iterator[None]:
-    """Give accelerate a fresh process-wide state, and put the caller's back afterwards.
+    """Give accelerate a fresh process-wide state, and restore the caller's state afterwards.
 
-    accelerate keeps device and precision of the first `Accelerator` for the whole process and refuses others.
+    accelerate keeps the device and precision of the first `Accelerator` for the whole process and refuses others.
     """
     singletons = (PartialState, AcceleratorState, GradientState)
     before = [dict(singleton._shared_state) for singleton in singletons]
@@ -78,10 +78,10 @@ def own_accelerate_state() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's generators of the CPU and of `device`, and put their states back afterwards."""
+    """Seed torch's generators of the CPU and of `device`, and restore their states afterwards."""
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would also seed the GPUs that are not used
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would also seed unused GPUs
         if cuda:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
@@ -90,7 +90,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def borrowed(base: Base) -> Iterator[None]:
-    """Put the device, kernels, memory layout, modes and `requires_grad` of a base back afterwards."""
+    """Restore the device, kernels, memory layout, modes and `requires_grad` of a base afterwards."""
     device, modules = base.device, [m for network in base.modules().values() for m in network.modules()]
     modes = [(module, module.training) for module in modules]
     kernels = [(m, name, vars(m)[name]) for m in modules for name in ("kernels", "processor") if name in vars(m)]
@@ -109,5 +109,5 @@ def borrowed(base: Base) -> Iterator[None]:
 
 
 def to_channels_last(module: nn.Module) -> None:
-    """Store the convolution weights of a module channels-last, in which convolutions are faster."""
+    """Store the convolution weights of a module channels-last, which makes convolutions faster."""
     nn.Module.to(module, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,8 +1,8 @@
-"""An adversary that sees pictures through a frozen network: small heads on its features (Projected GANs).
+"""A discriminator of small heads on the features of a frozen network (Projected GANs).
 
-Source: Sauer et al. 2021, "Projected GANs Converge Faster", section 3. A network that already knows what pictures are
-made of needs far fewer samples than a discriminator of pixels; here it is that of LPIPS, whose features are there
-already. The losses are the hinge losses of Lim and Ye 2017.
+Source: Sauer et al. 2021, "Projected GANs Converge Faster", section 3. Pretrained features need far fewer samples than
+a discriminator of pixels. The network is LPIPS's, whose features are computed anyway. The losses are hinge losses (Lim
+and Ye 2017).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 STRIDES = (2, 2, 1, 1, 1)
-"""Stride of a head's first convolution by stage: the finest maps are large."""
+"""Stride of a head's first convolution by stage; the finest maps are large, so their stride is 2."""
 
 
 class FeatureDiscriminator(nn.Module):
-    """One head for each stage of features: how real every place looks at every scale.
+    """One head for each stage of features; a head scores every position as real or generated.
 
-    channels: of the stages' maps. width: of the heads. Untrained, every answer is 0.
+    channels: channels of each stage's map. width: channels of the heads. Untrained heads return 0.
     """
 
     def __init__(self, channels: Sequence[int], width: int = 64) -> None:
@@ -40,9 +40,9 @@ class FeatureDiscriminator(nn.Module):
             nn.init.zeros_(head[-1].bias)  # type: ignore[index]
 
     def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Judge a picture by its features (B, C_i, H_i, W_i) of length 1: a map (B, 1, h_i, w_i) of each stage.
+        """Score normalized features (B, C_i, H_i, W_i); returns a map (B, 1, h_i, w_i) for each stage.
 
-        Values above 0 stand for real.
+        Values above 0 mean real.
         """
         return [head(m * m.shape[1] ** 0.5) for head, m in zip(self.heads, maps, strict=True)]
 
@@ -54,5 +54,5 @@ def discriminator_loss(real: Sequence[torch.Tensor], made: Sequence[torch.Tensor
 
 
 def generator_loss(made: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What the maker of the pictures wants small: the mean over the heads of how unreal they look."""
+    """Hinge loss of the generator, the mean over the heads of the negative score."""
     return torch.stack([-m.mean() for m in made]).mean()

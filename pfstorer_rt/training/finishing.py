@@ -37,9 +37,9 @@ from pfstorer_rt.training.picture_loss import PictureLoss, draw_views, face_maps
 
 
 class FinishingObjective(RestorerObjective):
-    """L_x0, the squared error of the clean latent at every timestep, and `PictureLoss` of the rows at timestep 999.
+    """L_x0, the squared error of the clean latent at every timestep, and `PictureLoss` of the samples at timestep 999.
 
-    Rows at timestep 999 start from the LQ latent, as restoring does. UNet, structure encoder, prompt encoder and
+    Samples at timestep 999 start from the LQ latent, as in a restoration. UNet, structure encoder, prompt encoder and
     feature wrapping are trained; the autoencoder stays frozen.
     """
 
@@ -83,10 +83,10 @@ def finish_base(
 ) -> Base:
     """Fine-tune all of a base except its autoencoder with image-space losses, and write it to `out` in fp16.
 
-    The result's weights lie `config.share` of the way from the prior's to the trained ones: share 1 gives sharper
-    images with ragged eyes, share 0 is the prior (weights in between: WiSE-FT, Wortsman 2022, section 3).
+    The result's weights are interpolated by `config.share` between the prior's (0) and the trained weights (1)
+    (WiSE-FT, Wortsman 2022, section 3). Share 1 gives sharper images with ragged eyes.
 
-    sources, config, work: as for `train_base`; the settings are those of `config.restorer`. Raises `BadFileError` for
+    sources, config, work: as for `train_base`, with the settings `config.restorer`. Raises `BadFileError` for
     a base without feature wrapping, `MissingBackendError` without the `metrics` extra.
     """
     if base.cfw is None:
@@ -143,7 +143,7 @@ def finishing_batches(
 def picture_pairs(
     paths: list[Path], base: Base, work: Path, config: BaseTrainConfig, on_progress: OnProgress = ignore_progress
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Make degraded crops once: memory maps (pairs, 2, H, W, 3) uint8 of hq and lq, and (pairs, 2, 3) of faces."""
+    """Make degraded crops once; returns memory maps: images (pairs, 2, H, W, 3) uint8 and face maps (pairs, 2, 3)."""
     side = base.config.tile
     make_pair = pair_maker(paths, base, config, PAIR_CHUNK)
 

@@ -1,7 +1,7 @@
-"""Crop reference photographs to the person's face: in a snapshot the face is small, off-centre or one of several.
+"""Crop reference photographs around the person's face, which in a snapshot is small, off-centre or one of several.
 
-The paper learns from portraits. Training crops are random and not aligned to the face (PFStorer section 4.1); here they
-are taken from the framed photographs.
+The paper trains on portraits. Its training crops are random and not aligned to the face (PFStorer section 4.1). Here
+the random crops come from the framed photographs.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pfstorer_rt.faces.finding import Face, face_finder
 from pfstorer_rt.training.data import center_crop, read_photo
 
 SQUARE = 2.0
-"""Side of the crop around a face, in sides of the face's box; a portrait has about this ratio."""
+"""Side of the crop divided by the side of the face's box; a portrait has about this ratio."""
 DOWN = 0.57
-"""Height of the box's centre in the crop, from the top: dlib's boxes do not include the forehead."""
+"""Vertical position of the box's centre in the crop (0 is the top): dlib's boxes do not include the forehead."""
 LARGE = 0.35
-"""Least side of a centred face's box, in short sides of the photograph, in a photograph that is already a portrait."""
+"""Smallest side of a centred face's box divided by the photograph's short side, for a portrait."""
 LONG = 1.25
 """Largest aspect ratio of a portrait; random crops of a longer photograph would miss the face."""
 FEW = 4
-"""A face smaller than the tile divided by this has too few pixels for a good likeness."""
+"""A face whose side is smaller than the tile's side divided by this has too few pixels for a good likeness."""
 
 
 def read_references(
@@ -34,9 +34,9 @@ def read_references(
 ) -> list[torch.Tensor]:
     """Read photographs, (3, H, W) in [0, 1] each, and crop them around the person's face.
 
-    Among several faces, the person is the face most similar to those in the photographs with one face, or else the
-    largest face. A photograph without a face is cropped to its centre. With `config.framing` "none", or without the
-    `metrics` extra, photographs stay whole. note: called with a line on each photograph that may serve badly.
+    Among several faces, the person is the face most similar to the faces in the photographs with one face; without
+    such photographs, the largest face. A photograph without a face gets a centre crop. With `config.framing` "none",
+    or without the `metrics` extra, photographs stay whole. note: called with a line for each unsuitable photograph.
     Raises `BadFileError`.
     """
     photos = [read_photo(path) for path in paths]  # all photographs, before the first note
@@ -57,7 +57,7 @@ def read_references(
 
 
 def choose_face(faces: Sequence[Face], alone: Sequence[Embedding]) -> Face | None:
-    """Return the face most similar to those in `alone`; without any of them, the first face."""
+    """Return the face most similar to the embeddings in `alone`; the first face when `alone` is empty."""
     if not faces or not alone:
         return faces[0] if faces else None
     return min(faces, key=lambda face: mean_distance(face.embedding, alone) or 0.0)
@@ -84,7 +84,7 @@ def _remarks(faces: Sequence[Face], face: Face | None, others: Sequence[Embeddin
 def frame_face(photo: torch.Tensor, face: Face) -> torch.Tensor:
     """Crop (3, H, W) to a square around a face, inside the photograph.
 
-    A portrait, which is about square with a large centred face, stays whole.
+    A portrait (about square, with a large centred face) stays whole.
     """
     height, width = photo.shape[-2:]
     short = min(height, width)
@@ -99,7 +99,7 @@ def frame_face(photo: torch.Tensor, face: Face) -> torch.Tensor:
 
 
 def _start(start: float, length: float, share: float, side: int, whole: int) -> int:
-    """Return the start of a span of `side` that has the centre of the face at `share`, inside 0 ... `whole`."""
+    """Return the start of a span of `side`, inside 0 ... `whole`, with the face's centre at the fraction `share`."""
     wanted = start + length / 2 - share * side
     inside = min(max(wanted, start + length - side), start) if length < side else wanted
     return round(min(max(0.0, inside), whole - side))

@@ -1,4 +1,4 @@
-"""Latents of a pool of tiles, encoded once, for trainings that need no pixels or few."""
+"""Latents of a pool of tiles, encoded once, for training stages that need few pixels or none."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ CHUNK = 8
 
 
 def is_flipped(version: int) -> bool:
-    """Whether a degraded version of a tile is trained on flipped, with its original: every second one is."""
+    """Whether this version of a tile and its original are flipped for training; every second version is."""
     return version % 2 == 1
 
 
 def flip(pixels: npt.NDArray[np.uint8], version: int) -> npt.NDArray[np.uint8]:
-    """Flip (..., H, W, 3) as that version of a tile is."""
+    """Flip (..., H, W, 3) left to right when the version is flipped."""
     return pixels[..., ::-1, :] if is_flipped(version) else pixels
 
 
@@ -44,7 +44,7 @@ def encode_pool(
     workers: int = 0,
     on_progress: OnProgress = ignore_progress,
 ) -> npt.NDArray[Any]:
-    """Encode every tile and version once: a memory map (N, versions, 2, C, h, w) fp16 of `hq` and `lq`.
+    """Encode every tile and version once; returns a memory map (N, versions, 2, C, h, w) fp16 of `hq` and `lq`.
 
     Versions with odd numbers are flipped (`is_flipped`).
     """

@@ -1,4 +1,4 @@
-"""The training loop: accelerate underneath, resumable at any iteration, the same weights for a seed."""
+"""The training loop, based on accelerate: it can be resumed at any iteration and is deterministic for a seed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MakeBatch = Callable[[int, int], Batch]
 
 @dataclass(frozen=True)
 class Training:
-    """One training: what is minimised, on which batches, with which settings, and in which file it is kept."""
+    """One training: its objective, batches, settings and checkpoint file."""
 
     title: str
     objective: nn.Module
@@ -54,7 +54,7 @@ class Training:
 
 
 class Interruption:
-    """Delays Ctrl-C and SIGTERM to the end of an iteration, where weights, optimizer and count agree.
+    """Delays Ctrl-C and SIGTERM to the end of an iteration, where weights, optimizer and iteration count agree.
 
     A second signal acts at once. Outside the main thread, signals are not handled.
     """
@@ -79,7 +79,7 @@ class Interruption:
 
 
 class TrainState:
-    """What a resumed training needs: trainable weights, their average, optimizer state and iteration."""
+    """The state of a training: trainable weights, their average, optimizer state and iteration."""
 
     def __init__(self, objective: nn.Module, optimizer: Any, accelerator: Accelerator, config: TrainConfig) -> None:
         self.parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
@@ -99,19 +99,19 @@ class TrainState:
 
     @torch.no_grad()
     def update_average(self, iteration: int) -> None:
-        """Move the averaged weights; the decay starts low, so that the first weights soon stop to count."""
+        """Update the averaged weights; the decay starts low, so that the initial weights soon lose influence."""
         decay = min(self.config.ema, (1 + iteration) / (10 + iteration))
         for name, value in self.average.items():
             value.lerp_(self.parameters[name].detach(), 1 - decay)
 
     @torch.no_grad()
     def use_average(self) -> None:
-        """Put the averaged weights into the model."""
+        """Copy the averaged weights into the model."""
         for name, value in self.average.items():
             self.parameters[name].copy_(value)
 
     def save(self, path: Path, iteration: int, signature: str, seconds: float) -> None:
-        """Write everything to one file, atomically; `seconds` is the time of the training so far."""
+        """Write everything to one file, atomically; `seconds` is the duration of the training so far."""
         scaler = self.accelerator.scaler
         state = {
             "iteration": iteration,
@@ -129,12 +129,12 @@ class TrainState:
     def load(self, path: Path, signature: str) -> int:
         """Load the state in `path` and return its iteration.
 
-        Raises `BadFileError` for a damaged file, `MismatchError` for one that was made with other settings.
+        Raises `BadFileError` for a damaged file, `MismatchError` for a checkpoint of other settings.
         """
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             found = state["signature"]
-        except Exception as error:  # torch.load raises many kinds for a damaged file
+        except Exception as error:  # torch.load raises many error types for a damaged file
             raise BadFileError(
                 f"{path}: not a readable training checkpoint ({error}); delete it to start again"
             ) from error
@@ -159,8 +159,8 @@ def run_training(training: Training, accelerator: Accelerator) -> None:
 
     accelerator: from `accelerated`. The state is saved every `settings.checkpoint_every` iterations and when
     interrupted: Ctrl-C raises `KeyboardInterrupt` after the iteration. The same call then resumes from the checkpoint
-    and ends with the same weights as one uninterrupted call on the same device. At the end, averaged weights replace
-    those of the model where they are kept.
+    and ends with the same weights as one uninterrupted call on the same device. At the end, the averaged weights
+    replace the model's weights if `settings.ema` is above 0.
     """
     objective, settings = training.objective, training.settings
     nn.Module.to(objective, accelerator.device)

@@ -22,7 +22,7 @@ def moment_loss(latent: torch.Tensor) -> torch.Tensor:
 
 
 def attention_loss(probabilities: torch.Tensor, subject: int, end: int) -> torch.Tensor:
-    """L_pers of one layer: the learned token's map follows that of the end of the text (ViCo 3.3).
+    """L_pers of one layer: the learned token's map follows the map of the end of the text (ViCo 3.3).
 
     probabilities: (B, S, L) head-mean text attention of the reference rows.
     """

@@ -1,4 +1,4 @@
-"""LPIPS with a gradient: the published perceptual distance as a loss, with weights that the user brings.
+"""LPIPS as a training loss, with weights that the user provides.
 
 Source: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", section 3 and the
 authors' release 0.1.
@@ -17,7 +17,7 @@ from torch import nn
 from pfstorer_rt.errors import BadFileError
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-"""What is taken off the red, green and blue of a picture in [-1, 1], and what they are then divided by."""
+"""Mean and standard deviation of red, green and blue in [-1, 1], for the normalization of the input."""
 EPSILON = 1e-10
 
 Layer = tuple[int, int, int, int, int]
@@ -37,14 +37,14 @@ ALEXNET: list[list[Layer]] = [
     [(256, 256, 3, 1, 1)],
 ]
 POOLED = {"vgg16": {1: 2, 2: 2, 3: 2, 4: 2}, "alexnet": {1: 3, 2: 3}}
-"""Stages that begin with max-pooling of stride 2, and its window."""
+"""Stages that begin with max-pooling of stride 2, with the window size."""
 
 
 class Lpips(nn.Module):
     """VGG16 or AlexNet up to its last convolution, and the weights of LPIPS.
 
     path: NPZ file of `conv{i}.weight`, `conv{i}.bias` and `lin{0..4}`; 13 convolutions are VGG16, five are AlexNet.
-    Raises `BadFileError` for a file that holds neither. Nothing in it is trained.
+    Raises `BadFileError` for a file that holds neither. The weights are frozen.
     """
 
     shift: torch.Tensor
@@ -85,7 +85,7 @@ class Lpips(nn.Module):
         return maps
 
     def between(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
-        """Return the distance of two pictures given by their `features`, each scaled by `normalize`, (B,)."""
+        """Return the distance (B,) of two images from their `features`, scaled by `normalize`."""
         total = torch.zeros(len(a[0]), device=a[0].device)
         for x, y, weight in zip(a, b, self.weights, strict=True):
             difference = x - y
@@ -93,14 +93,14 @@ class Lpips(nn.Module):
         return total
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return the distance of two pictures (B, 3, H, W) in [-1, 1], (B,)."""
+        """Return the distance (B,) of two images (B, 3, H, W) in [-1, 1]."""
         return self.between(normalize(self.features(a)), normalize(self.features(b)))
 
 
 def normalize(maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Scale the channels of every pixel of each (B, C, H, W) to length 1.
 
-    A convolution sums the squares, in few passes over the largest maps there are: they stay in their own type.
+    A convolution sums the squares, which needs few passes over large maps and keeps their dtype.
     """
     scaled = []
     for x in maps:
@@ -110,7 +110,7 @@ def normalize(maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def read_npz(path: Path) -> dict[str, nn.Parameter]:
-    """Read an NPZ file of numbers as fp32; raises `BadFileError` where it cannot be read."""
+    """Read the arrays of an NPZ file as fp32; raises `BadFileError` for a file that cannot be read."""
     try:
         with np.load(path) as file:
             return {name: nn.Parameter(torch.from_numpy(file[name].astype(np.float32))) for name in file.files}

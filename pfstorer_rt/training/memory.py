@@ -17,7 +17,7 @@ from pfstorer_rt.extras import install
 from pfstorer_rt.models.unet import RestorationUNet
 
 ParameterGroup = dict[str, Any]
-"""`params`, and optimizer settings of this group alone, such as `lr`."""
+"""`params`, and optimizer settings of this group, such as `lr`."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,8 +39,8 @@ def saving_memory(objective: nn.Module, config: TrainConfig, accelerator: Accele
 def frozen_weights_in(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """Convert the frozen linear and convolution layers to `dtype`, and restore their values afterwards.
 
-    Autocast would convert them at every use and keep a copy for each backward pass. The originals stay in the CPU's
-    memory meanwhile. None changes nothing.
+    Autocast would convert them at every use and keep a copy for each backward pass. Meanwhile the originals stay in CPU
+    memory. dtype: None changes nothing.
     """
     layers = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))] if dtype else []
     frozen = [p for layer in layers for p in layer.parameters() if not p.requires_grad]

@@ -72,7 +72,7 @@ class ImageLoss(Protocol):
     """A loss on decoded images, such as `PictureLoss`."""
 
     def of_batch(self, restored: torch.Tensor, batch: Batch) -> Losses:
-        """Return the weighted sum, `pictures`, and its parts for clean latents (B, C, h, w)."""
+        """Return the weighted sum `pictures` and its terms for clean latents (B, C, h, w)."""
 
 
 class ImageObjective(nn.Module):
@@ -83,7 +83,7 @@ class ImageObjective(nn.Module):
     base_config: BaseConfig
 
     def image_losses(self, x: torch.Tensor, prediction: torch.Tensor, batch: Batch) -> Losses:
-        """Return `pictures` and its parts for the restored rows (B, C, h, w); empty without a loss on images."""
+        """Return `pictures` and its terms for the restored samples (B, C, h, w); empty without a loss on images."""
         if self.pictures is None:
             return {}
         restored = x0_from_prediction(
@@ -96,7 +96,7 @@ class PersonalizationObjective(ImageObjective):
     """`L_diff + lambda_gen L_gen + lambda_pers L_pers` (PFStorer section 3.3).
 
     The frozen base runs on the reference, then on LQ-conditioned and null-conditioned rows. L_gen is the mean over
-    `gen_rows` of the samples: samples are independent draws, so this estimates the same mean with less work.
+    `gen_rows` samples of the batch. Samples are independent, so this estimates the same mean with less work.
     """
 
     alphas_cumprod: torch.Tensor
@@ -123,7 +123,7 @@ class PersonalizationObjective(ImageObjective):
         x0, z_lq, t, noise, n = batch["hq"], batch["lq"], batch["t"], batch["noise"], len(batch["hq"])
         k = min(self.config.gen_rows, n) if self.config.lambda_gen else 0
         subject = self.text_encoder(self.ids, self.token)
-        # The paper puts the reference into the batch of the restored rows. A pass of its own gives the same result, and
+        # The paper puts the reference into the batch of the restored rows. A separate pass gives the same result, and
         # the restored rows need no gradients before the first personalized layer.
         reference = reference_pass(self.unet, self.structure_encoder, batch["reference"], subject, self.blocks.layers)
         rows = torch.cat([torch.arange(n), torch.arange(k)]).to(x0.device)
@@ -156,7 +156,7 @@ class PersonalizationObjective(ImageObjective):
         return {"loss": loss + images.pop("pictures", 0), "diff": diff, "gen": gen, "pers": pers, **images}
 
     def taps(self, reference: Mapping[str, LayerReference] | None) -> dict[str, Tap]:
-        """Return the UNet's taps: the blocks on a reference, or on their own input without one."""
+        """Return the UNet's taps: the blocks on a reference, or without a reference on their own input."""
         if reference is None:
             return {block.layer: block for block in self.blocks}
         subject = self.positions.subject
@@ -167,8 +167,8 @@ class PersonalizationObjective(ImageObjective):
 class DreamBoothObjective(ImageObjective):
     """DreamBooth on the restorer: the UNet itself is tuned, with prior preservation (the paper's ablation row).
 
-    The prior is preserved on the null-conditioned rows: there the tuned UNet has to match the predictions of the frozen
-    one, which replace the generated class images of DreamBooth.
+    The prior is preserved on the null-conditioned rows, where the tuned UNet has to match the predictions of the frozen
+    UNet. These predictions replace the generated class images of DreamBooth.
     """
 
     alphas_cumprod: torch.Tensor

@@ -1,7 +1,7 @@
-"""The last part of a base's training: one step from the LQ latent through the decoder, judged as a picture.
+"""The last part of training a base: one step from the LQ latent, with losses on the decoded image.
 
-The encoder stays; UNet, structure encoder, prompt encoder, feature wrapping and decoder are trained together. Losses of
-pictures are taken on windows, because the perceptual network costs more than everything else; whole tiles are decoded
+The encoder is frozen. UNet, structure encoder, prompt encoder, feature wrapping and decoder are trained together. Image
+losses are computed on windows, because the perceptual network costs more than everything else. Whole tiles are decoded
 for the identity loss alone.
 """
 
@@ -38,12 +38,12 @@ from pfstorer_rt.training.objectives import RestorerObjective
 from pfstorer_rt.training.picture_loss import jitter
 
 MARGIN = 1
-"""Latent pixels around a window that are decoded with it and cut off, so that its edge is no edge to the decoder."""
+"""Latent pixels around a window that are decoded with it and discarded, to avoid border effects of the decoder."""
 
 
 @dataclass(frozen=True)
 class OneStepConfig:
-    """How a base is finished on a pool of tiles."""
+    """Settings of the one-step training on a pool of tiles."""
 
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -51,13 +51,13 @@ class OneStepConfig:
         )
     )
     window: int = 10
-    """Side in latent pixels of the windows that are looked at."""
+    """Side in latent pixels of the windows for the image losses."""
     crop: int = 24
-    """Side of the latent squares that a share of the iterations restores in place of whole tiles."""
+    """Side in latent pixels of the latent crops, which some iterations restore in place of whole tiles."""
     cropped: float = 0.5
-    """That share; only the other iterations have an identity loss."""
+    """Share of the iterations on latent crops; only the other iterations have an identity loss."""
     on_faces: float = 0.6
-    """Share of the iterations whose windows lie on a face, where there is one."""
+    """Share of the iterations whose windows lie on a face, if the tile has one."""
     first_step: float = 0.9
     """Share of the samples at timestep 999."""
     lambda_latent: float = 0.1
@@ -67,9 +67,9 @@ class OneStepConfig:
     lambda_perceptual: float = 1.0
     """Weight of LPIPS."""
     lambda_adversarial: float = 0.1
-    """Weight of the adversarial loss; 0 has no discriminator."""
+    """Weight of the adversarial loss; 0 trains without a discriminator."""
     lambda_id: float = 0.2
-    """Weight of the identity loss; 0 has no recognizer."""
+    """Weight of the identity loss; 0 needs no recognizer."""
     discriminator_rate: float = 4e-4
     """Learning rate of the discriminator."""
 
@@ -77,8 +77,8 @@ class OneStepConfig:
 class OneStepObjective(RestorerObjective):
     """`lambda_latent L_x0 + lambda_pixel L1 + lambda_perceptual LPIPS + lambda_adversarial L_G + lambda_id L_id + L_D`.
 
-    L_D trains the discriminator alone: its input is detached from the restorer, and L_G's discriminator from its
-    weights, so that one backward pass and one optimizer serve both.
+    L_D trains the discriminator alone, because its input is detached from the restorer. L_G trains the restorer alone,
+    because the discriminator's weights are detached there. One backward pass and one optimizer therefore serve both.
     """
 
     def __init__(self, base: Base, config: OneStepConfig, lpips: Lpips, recognizer: FaceRecognizer | None) -> None:
@@ -92,8 +92,8 @@ class OneStepObjective(RestorerObjective):
     def forward(self, batch: Batch) -> Losses:
         """Take latents `hq lq noise` (B, C, h, w), `t` (B,), and windows `hq_window lq_window` (B, 3, P, P) in [-1, 1].
 
-        The windows are those of the latents from `corner` (2,) on, margins included. Where `hq_tile lq_tile`
-        (1, 3, S, S) and `maps` (1, 2, 3) are given, the first row's whole picture is compared too.
+        The windows begin at `corner` (2,) of the latents and include the margins. With `hq_tile lq_tile` (1, 3, S, S)
+        and `maps` (1, 2, 3), identity loss and L1 are also computed on the first sample's whole image.
         """
         c, x0, z_lq, t = self.config, batch["hq"], batch["lq"], batch["t"]
         restored = self.restore(x0, z_lq, batch["noise"], t)
@@ -120,20 +120,20 @@ class OneStepObjective(RestorerObjective):
         return {"loss": loss, "latent": latent, **{n: {**losses, **missing}[n] for n in weights}}
 
     def restore(self, x0: torch.Tensor, z_lq: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Return the clean latents (B, C, h, w) that the network sees in those of timestep t."""
+        """Return the network's estimate (B, C, h, w) of the clean latents, from noisy latents of timestep t."""
         x = noisy_latent(x0, z_lq, noise, t, self.alphas_cumprod)
         context = self.text_encoder(self.ids).expand(len(x), -1, -1)
         prediction = self.unet(x, t, context, self.structure_encoder(z_lq, t)).float()
         return x0_from_prediction(x, prediction, t, self.alphas_cumprod, self.prediction_type)
 
     def decode(self, latent: torch.Tensor, lq: torch.Tensor) -> torch.Tensor:
-        """Decode latents (B, C, h, w) with the features of the LQ pictures (B, 3, H, W)."""
+        """Decode latents (B, C, h, w) with the features of the LQ images (B, 3, H, W)."""
         features = self.cfw.encode(self.vae, lq.contiguous(memory_format=torch.channels_last))[2]
         image: torch.Tensor = self.cfw(self.vae, latent, features, 1.0)
         return image.float()
 
     def picture_losses(self, output: torch.Tensor, target: torch.Tensor) -> Losses:
-        """Compare pictures (B, 3, P, P) in [-1, 1]."""
+        """Return the losses between images (B, 3, P, P) in [-1, 1]."""
         made = normalize(self.lpips.features(output))
         with torch.no_grad():
             real = normalize(self.lpips.features(target))
@@ -146,7 +146,7 @@ class OneStepObjective(RestorerObjective):
         return losses
 
     def identity(self, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-        """Squared distance of the embeddings of the faces at `maps` (B, 2, 3) in pictures in [-1, 1]; 0 without one."""
+        """Squared distance of embeddings of the faces at `maps` (B, 2, 3) in images in [-1, 1]; 0 without a face."""
         if self.recognizer is None or not bool(maps.isfinite().all()):
             return output.new_zeros(())
         with torch.no_grad():
@@ -156,7 +156,7 @@ class OneStepObjective(RestorerObjective):
 
 
 class WindowSampler:
-    """Draws what `OneStepObjective` takes: iteration -> batch, a pure function of (seed, iteration)."""
+    """Draws the batches of `OneStepObjective`, as a pure function of (seed, iteration)."""
 
     def __init__(self, pool: Arrays, latents: npt.NDArray[Any], config: OneStepConfig) -> None:
         self.pool, self.latents, self.config = pool, latents, config
@@ -189,7 +189,7 @@ class WindowSampler:
         return {**batch, **self.whole(int(rows[0][0]), int(rows[1][0]), rng)} if whole else batch
 
     def windows(self, rows: tuple[npt.NDArray[Any], ...], place: npt.NDArray[Any], side: int) -> Batch:
-        """Cut the windows at `place` from pairs of tiles."""
+        """Crop pairs of tiles to the windows at `place`."""
         top, left = place.tolist()
         cut = (slice(top, top + side), slice(left, left + side))
         pairs = list(zip(*rows, strict=True))
@@ -198,7 +198,7 @@ class WindowSampler:
         return {"hq_window": to_pixels(hq), "lq_window": to_pixels(lq)}
 
     def whole(self, tile: int, version: int, rng: np.random.Generator) -> Batch:
-        """Return a whole pair, and where its face is, a little moved."""
+        """Return a whole pair and the jittered map of its face."""
         maps = self.face(tile, version)[None] @ jitter(1, rng)
         return {
             "hq_tile": to_pixels(flip(self.pool["hq"][tile], version)[None]),
@@ -207,14 +207,14 @@ class WindowSampler:
         }
 
     def face(self, tile: int, version: int) -> npt.NDArray[Any]:
-        """Return the map (2, 3) of a tile's face; of a flipped one, the face is flipped too."""
+        """Return the map (2, 3) of a tile's face; the map is mirrored for a flipped version."""
         found: npt.NDArray[Any] = np.array(self.pool["maps"][tile], float)
         if is_flipped(version):
             found[0] = -found[0]
         return found
 
     def on_a_face(self, tile: int, version: int, window: int, rng: np.random.Generator) -> npt.NDArray[Any] | None:
-        """Draw the corner of a window whose middle lies on the face of a tile; None where there is none."""
+        """Draw the corner of a window centred on the face of a tile; None for a tile without a face."""
         found, size = self.face(tile, version), self.latents.shape[-1]
         if not np.isfinite(found).all():
             return None

@@ -1,4 +1,4 @@
-"""The three parts of a training on tiles, each of them one call that an interrupted run repeats."""
+"""The three parts of training a base on tiles; repeating the call of a part resumes it."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ Part = Literal["autoencoder", "restorer", "one-step"]
 
 @dataclass(frozen=True)
 class PartConfig:
-    """What a part of the training needs besides its photographs."""
+    """Settings of a part of the training."""
 
     part: Part
     preset: str = "portrait"
     tiles: int = 2000
     """Tiles in the pool."""
     lpips: Path | None = None
-    """NPZ file of LPIPS's weights; `one-step` cannot do without."""
+    """NPZ file of LPIPS's weights; required by `one-step`."""
     identity: bool = True
     """Whether `one-step` has an identity loss."""
     workers: int = 1
     """Processes that compose and degrade tiles."""
     train: dict[str, Any] = field(default_factory=dict)
-    """Fields of `TrainConfig` that differ from the part's own; None leaves a field alone."""
+    """Fields of `TrainConfig` that replace the part's defaults; None keeps a default."""
 
 
 def train_part(
@@ -50,10 +50,10 @@ def train_part(
     prior: Base | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Base:
-    """Train one part of a base on tiles and write the base to `out` in fp16; goes on from what is in `work`.
+    """Train one part of a base on tiles and write the base to `out` in fp16; resumes from `work`.
 
-    sources: `FOLDER` or `FOLDER=WEIGHT` of photographs. prior: the base of the part before; the first part has none.
-    Raises `BadFileError` where the prior is missing, `MissingBackendError` where a loss lacks its network.
+    sources: `FOLDER` or `FOLDER=WEIGHT` of photographs. prior: the base from the previous part; the first part has no
+    prior. Raises `BadFileError` when the prior is missing, `MissingBackendError` when the network of a loss is missing.
     """
     base = build_base(config.preset, config.train.get("seed") or 0) if prior is None else prior
     if prior is None and config.part != "autoencoder":
@@ -73,7 +73,7 @@ def train_part(
 
 
 def pool_of(sources: Sequence[str], tile: int, config: PartConfig, work: Path, on_progress: OnProgress) -> Arrays:
-    """Make the pool of a part: the autoencoder's needs no degraded tiles, the last one's needs faces."""
+    """Make the pool of a part: the autoencoder needs no degraded tiles, the last part needs faces."""
     versions = 0 if config.part == "autoencoder" else 2
     settings = PoolConfig(
         count=config.tiles, tile=tile, versions=versions, faces=config.part == "one-step" and config.identity,
@@ -83,7 +83,7 @@ def pool_of(sources: Sequence[str], tile: int, config: PartConfig, work: Path, o
 
 
 def train_first(pool: Arrays, base: Base, work: Path, config: PartConfig, on_progress: OnProgress) -> None:
-    """Train the autoencoder and put it into the base."""
+    """Train the autoencoder and store it in the base."""
     settings = AutoencoderConfig(preset=config.preset)
     settings = replace(settings, train=changed(settings.train, **config.train))
     base.vae = train_patch_autoencoder(pool["hq"], work, settings, config.lpips, on_progress)
@@ -91,7 +91,7 @@ def train_first(pool: Arrays, base: Base, work: Path, config: PartConfig, on_pro
 
 
 def train_last(pool: Arrays, base: Base, work: Path, config: PartConfig, on_progress: OnProgress) -> None:
-    """Finish the base in one step."""
+    """Train the base with losses on its one-step results."""
     if config.lpips is None:
         raise MissingBackendError("finishing in one step compares images by LPIPS; give the NPZ file of its weights")
     folder = face_models()

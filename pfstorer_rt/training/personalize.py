@@ -46,10 +46,10 @@ def personalize(
 ) -> Identity:
     """Train an identity and write its file.
 
-    name: of the identity. references: 3-5 photographs of one person, or folders of them. base: a loaded base, a
-    shipped name or a directory. config: None takes the base's defaults. output: the file; None is NAME.safetensors in
-    the user's data directory. note: called with a line on each photograph that may serve badly.
-    An interrupted call is resumed by the same call. Raises `ValueError` for a name that cannot be a file name, and
+    name: name of the identity. references: 3-5 photographs of one person, or folders of them. base: a loaded base, a
+    shipped name or a directory. config: None selects the base's defaults. output: the file; None is NAME.safetensors in
+    the user's data directory. note: called with a line for each unsuitable photograph.
+    The same call resumes an interrupted training. Raises `ValueError` for a name that cannot be a file name, and
     `BadFileError` when a photograph cannot be read, both before any training.
     """
     named = named_identity(name)
@@ -105,9 +105,9 @@ def make_objective(base: Base, config: PersonalizeConfig, device: torch.device) 
 def parameter_groups(objective: nn.Module, config: PersonalizeConfig) -> list[ParameterGroup]:
     """Return parameter groups in which gamma and the token have their own learning rate and no weight decay.
 
-    Adam moves a parameter by at most about its rate a step, so gamma at the blocks' 5e-5 could not leave the
-    neighbourhood of zero in 500 steps. DreamBooth's UNet is already trained, so it learns at a tenth of the rate of
-    new blocks (5e-6 is DreamBooth's own rate on Stable Diffusion).
+    Adam moves a parameter by at most about its learning rate per step. With the blocks' 5e-5, gamma would stay near
+    zero for 500 steps. DreamBooth's UNet is pretrained, so its rate is a tenth of the rate of new blocks (DreamBooth
+    uses 5e-6 on Stable Diffusion).
     """
     rate = config.train.learning_rate * (TUNING_RATE if config.method == "dreambooth" else 1.0)
     named = {n: p for n, p in objective.named_parameters() if p.requires_grad}

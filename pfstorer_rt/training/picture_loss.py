@@ -23,7 +23,7 @@ from pfstorer_rt.training.data import Batch
 from pfstorer_rt.training.losses import Losses, gradient_loss
 
 PATCH = 96
-"""Side in pixels of the perceptual distance's crop: on whole tiles it would cost as much as the rest of a step."""
+"""Side in pixels of the crop for the perceptual distance, which on whole tiles would double the time of a step."""
 NO_FACE = np.full((2, 3), np.nan, np.float32)
 
 
@@ -49,7 +49,7 @@ def looks_at_pictures(config: PictureWeights) -> bool:
 
 
 def refusal() -> str | None:
-    """Return why image-space losses are not available here, None where they are."""
+    """Return why image-space losses are not available here, or None when they are."""
     try:
         shift_tolerant_distance()
     except MissingBackendError as error:
@@ -83,8 +83,8 @@ class PictureLoss(nn.Module):
     ) -> Losses:
         """Take restored latents (B, C, h, w), the features of the LQ images, and originals (B, 3, H, W) in [-1, 1].
 
-        maps: (B, 2, 3), where each original's face is (`face_map`), NaN where none was found. corner: (2,), top and
-        left of the square that the perceptual distance looks at. Returns `pictures`, the weighted sum, and its parts.
+        maps: (B, 2, 3), the position of each original's face (`face_map`), NaN without a face. corner: (2,), top and
+        left of the crop for the perceptual distance. Returns the weighted sum `pictures` and its terms.
         """
         output = self.base.decode(restored, features).float()
         pixel = F.l1_loss(output, hq) + gradient_loss(output, hq)
@@ -97,10 +97,10 @@ class PictureLoss(nn.Module):
         return {"pictures": total, "pixel": pixel, "perceptual": perceptual, "id": identity}
 
     def of_batch(self, restored: torch.Tensor, batch: Batch) -> Losses:
-        """Return the losses of the rows at timestep 999, where restoring starts; all 0 without such rows.
+        """Return the losses of the samples at timestep 999, where restoration starts; all 0 without such samples.
 
-        restored: clean latents (B, C, h, w). batch: `hq_picture lq_picture` (B, 3, H, W) in [-1, 1], `t`, and what
-        `draw_views` gives.
+        restored: clean latents (B, C, h, w). batch: `hq_picture lq_picture` (B, 3, H, W) in [-1, 1], `t`, and the
+        entries of `draw_views`.
         """
         first = batch["t"] == LAST
         if not first.any():
@@ -120,9 +120,9 @@ class PictureLoss(nn.Module):
 
 
 def face_maps(images: Sequence[Pixels]) -> npt.NDArray[np.float32]:
-    """Return where the largest faces of images (H, W, 3) in [0, 1] are, (N, 2, 3), NaN for images without a face.
+    """Return the positions (N, 2, 3) of the largest faces of images (H, W, 3) in [0, 1], NaN for images without a face.
 
-    The maps are those of `pfstorer_rt.faces.recognizer.face_map`. Raises `MissingBackendError` without `metrics`.
+    The maps come from `pfstorer_rt.faces.recognizer.face_map`. Raises `MissingBackendError` without `metrics`.
     """
     return np.stack([NO_FACE if (found := face_map(image)) is None else found for image in images])
 

@@ -43,9 +43,9 @@ class LatentPool(NamedTuple):
 def make_pool(
     photos: Sequence[torch.Tensor], base: Base, config: PersonalizeConfig, on_progress: OnProgress = ignore_progress
 ) -> LatentPool:
-    """Crop, degrade and encode `config.pool` samples, the photographs in turn.
+    """Crop, degrade and encode `config.pool` samples, taking the photographs in turn.
 
-    photos: (3, H, W) in [0, 1]. The same seed gives the same pool. A short training makes no more samples than it
+    photos: (3, H, W) in [0, 1]. The same seed gives the same pool. A short training makes only the samples that it
     uses.
     """
     level = replace(LEVELS[config.level], p_hq=config.p_hq)
@@ -72,7 +72,7 @@ def make_pool(
 
 
 class BatchMaker:
-    """Makes batches: one random photograph is the reference (PFStorer section 3.3), the samples show the others."""
+    """Makes batches: a random photograph is the reference (PFStorer section 3.3), the samples come from the others."""
 
     def __init__(self, pool: LatentPool, config: PersonalizeConfig) -> None:
         self.pool, self.config = pool, config
@@ -86,7 +86,7 @@ class BatchMaker:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         noise = torch.randn(pool.hq[chosen].shape, generator=generator)
         t = draw_timesteps(batch, self.config.first_step, generator)
-        # One draw for all processes: they have to run the same graph.
+        # All processes draw the same value, because they have to run the same graph.
         use_self = np.random.default_rng([seed, 5, iteration]).random() < self.share_without_reference()
         return {
             "hq": pool.hq[chosen],
@@ -110,6 +110,6 @@ class BatchMaker:
         return 1.0 if self.config.ref_source == "self" else self.config.p_self
 
     def squares_without(self, photo: int) -> npt.NDArray[np.int64]:
-        """Return the numbers of the samples of other photographs, or of all where there is one photograph."""
+        """Return the numbers of the samples of other photographs, or of all samples if there is only one photograph."""
         others = np.flatnonzero(self.pool.photo.numpy() != photo)
         return others if len(others) else np.arange(len(self.pool.hq))

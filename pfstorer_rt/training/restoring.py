@@ -1,4 +1,4 @@
-"""The second part of a base's training: the restorer, on latents of a pool of tiles (StableSR section 3.1)."""
+"""The second part of training a base: the restorer, on latents of a pool of tiles (StableSR section 3.1)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pfstorer_rt.training.objectives import RestorerObjective
 
 @dataclass(frozen=True)
 class RestoringConfig:
-    """How a restorer is trained on a pool of tiles."""
+    """Settings of the restorer's training on a pool of tiles."""
 
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -33,13 +33,13 @@ class RestoringConfig:
         )
     )
     crop: int = 24
-    """Side of the latent squares that most iterations see: the same network at half of the cost."""
+    """Side of the latent crops of most iterations, at half of the cost of whole tiles."""
     cropped: float = 0.75
-    """Share of the iterations that see such squares; the others see whole tiles."""
+    """Share of the iterations on latent crops; the others use whole tiles."""
     first_step: float = 0.6
     """Share of the samples at timestep 999, where one-step sampling begins and ends."""
     weighting: Weighting = "x0"
-    """What the error is measured in: the prediction, or the clean latent that it stands for."""
+    """Measure the error in the network's prediction, or in the clean latent that follows from it."""
 
 
 def train_restorer_on(
@@ -47,7 +47,7 @@ def train_restorer_on(
 ) -> None:
     """Train UNet, structure encoder and prompt encoder of a base in place; resumes from `work/restorer.pt`.
 
-    pool: from `tile_pool.make_pool`, with degraded versions. The autoencoder stays as it is.
+    pool: from `tile_pool.make_pool`, with degraded versions. The autoencoder stays frozen.
     """
     make_folder(work)
     settings = config.train

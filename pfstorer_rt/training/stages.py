@@ -1,4 +1,4 @@
-"""The stages of a base's training on photographs, each of them one call that resumes an interrupted run."""
+"""The stages of training a base on photographs; repeating the call of a stage resumes it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def train_stage(
 
     stage: `restorer` trains the autoencoder and the restorer, or the weights of `config.trained` on a prior;
     `wrapping` trains the prior's decoder feature wrapping alone; `finishing` fine-tunes all of the prior except its
-    autoencoder with image-space losses. The other arguments are those of `train_base`.
-    Raises `ValueError` for an unknown stage, and for a stage that needs a prior without one.
+    autoencoder with image-space losses. The other arguments are the same as for `train_base`.
+    Raises `ValueError` for an unknown stage, and when a stage that needs a prior has none.
     """
     if stage == "restorer":
         return train_base(sources, out, config, work, prior, on_progress)

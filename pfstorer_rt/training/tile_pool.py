@@ -1,4 +1,4 @@
-"""Pools of training tiles: composed and degraded once by other processes, kept as memory maps of bytes."""
+"""Pools of training tiles: worker processes compose and degrade them once; they are stored as uint8 memory maps."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ CHUNK = 16
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """What a pool holds."""
+    """Settings of a pool."""
 
     count: int = 2000
-    """Tiles."""
+    """Number of tiles."""
     tile: int = 512
     """Side of a tile in pixels."""
     versions: int = 0
@@ -43,9 +43,9 @@ class PoolConfig:
         ("light", 2.0, 0.05),
         ("light", 1.0, 0.05),
     )
-    """Level, its `sf`, and the share of the versions that are degraded so; the rest are not degraded."""
+    """Level, its `sf`, and its share of the versions; the remaining versions are not degraded."""
     faces: bool = False
-    """Whether faces are found in the tiles, for losses of identity."""
+    """Find the faces of the tiles, for the identity loss."""
     seed: int = 0
 
 
@@ -70,10 +70,10 @@ def make_pool(
     workers: int = 1,
     on_progress: OnProgress = ignore_progress,
 ) -> Arrays:
-    """Make a pool once, or go on with one that was interrupted; returns its memory maps.
+    """Make a pool once, or resume an interrupted one; returns its memory maps.
 
-    `hq` (N, S, S, 3), `lq` (N, versions, S, S, 3), both uint8, and `maps` (N, 2, 3), where each tile's largest face is
-    (`face_map`), NaN where none was found.
+    `hq` (N, S, S, 3) and `lq` (N, versions, S, S, 3) are uint8. `maps` (N, 2, 3) are the positions of each tile's
+    largest face (`face_map`), NaN without a face.
     """
     work.mkdir(parents=True, exist_ok=True)
     composer, side = TileComposer(sources, config.tile, config.seed), config.tile
@@ -94,7 +94,7 @@ def make_pool(
 
 
 def make_tile(composer: TileComposer, config: PoolConfig, number: int) -> dict[str, npt.NDArray[Any]]:
-    """Make tile `number` with its degraded versions, and find its face where wanted."""
+    """Make tile `number` with its degraded versions, and find its face if `config.faces`."""
     tile, rng = composer(number)
     made: dict[str, npt.NDArray[Any]] = {"hq": tile, "maps": np.full((2, 3), np.nan, np.float32)}
     if config.faces:
@@ -105,7 +105,7 @@ def make_tile(composer: TileComposer, config: PoolConfig, number: int) -> dict[s
 
 
 def draw_degradation(config: PoolConfig, rng: np.random.Generator) -> DegradationConfig | None:
-    """Draw how a version is degraded; None is not at all."""
+    """Draw the degradation of a version; None leaves it undegraded."""
     shares = [share for *_, share in config.mix]
     k = int(rng.choice(len(shares) + 1, p=[*shares, 1 - sum(shares)]))
     if k == len(shares):
@@ -115,7 +115,7 @@ def draw_degradation(config: PoolConfig, rng: np.random.Generator) -> Degradatio
 
 
 def degrade_bytes(tile: Bytes, config: DegradationConfig | None, rng: np.random.Generator) -> Bytes:
-    """Degrade (H, W, 3) uint8; None returns it as it is."""
+    """Degrade (H, W, 3) uint8; config None returns a tile unchanged."""
     if config is None:
         return tile
     image = torch.from_numpy(tile.copy()).permute(2, 0, 1).float() / 255
@@ -125,9 +125,9 @@ def degrade_bytes(tile: Bytes, config: DegradationConfig | None, rng: np.random.
 
 
 def open_pool(work: Path) -> Arrays:
-    """Open the memory maps of a pool that `make_pool` made in `work`, as many tiles as are finished.
+    """Open the finished tiles of a pool that `make_pool` made in `work`, as memory maps.
 
-    Raises `BadFileError` where there is none.
+    Raises `BadFileError` when `work` has no pool.
     """
     if not (work / "pool.json").exists():
         raise BadFileError(f"{work}: no pool of tiles here (no pool.json); make one first")

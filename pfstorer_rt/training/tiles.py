@@ -1,7 +1,7 @@
-"""Training tiles at every scale of a face: large photographs are made smaller, small ones enter at their own size.
+"""Training tiles with faces at every scale: large photographs are reduced, small ones keep their size.
 
-Nothing is ever enlarged, because a base that is shown enlarged photographs learns to restore blur. A photograph that is
-smaller than the tile shares it with others. Every tile is a pure function of (seed, number).
+Photographs are never enlarged, because a base trained on enlarged photographs learns to restore blur. A photograph that
+is smaller than the tile shares the tile with others. Every tile is a pure function of (seed, number).
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from PIL import Image
 
 Bytes = npt.NDArray[np.uint8]
 SMALLEST = 160
-"""Side in pixels below which a photograph is not made smaller."""
+"""Short side in pixels below which a photograph is not reduced."""
 LARGEST_SHRINKING = 4.0
-"""A photograph is made at most this many times smaller."""
+"""Largest factor by which a photograph is reduced."""
 ROTATED, ANGLE, SLIGHT = 0.25, 20.0, 0.7
-"""Share of the cells that are rotated, the standard deviation in degrees, and the largest scale of a rotated one, at
-which the blur of the interpolation is gone."""
+"""Share of the cells that are rotated, standard deviation of the angle in degrees, and largest scale of a rotated cell,
+whose reduction removes the blur of the interpolation."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A set of photographs, and how often a tile begins with one of them."""
+    """A set of photographs, and its weight in the choice of a tile's first photograph."""
 
     paths: Sequence[Path]
     weight: float
@@ -41,7 +41,7 @@ class TileComposer:
         self.weights = weights / weights.sum()
 
     def __call__(self, number: int) -> tuple[Bytes, np.random.Generator]:
-        """Return tile `number`, and the generator to go on with."""
+        """Return tile `number` and its random generator."""
         rng = np.random.default_rng([self.seed, 17, number])
         source = self.sources[int(rng.choice(len(self.sources), p=self.weights))]
         path = source.paths[int(rng.integers(len(source.paths)))]
@@ -52,7 +52,7 @@ class TileComposer:
         return self.fill(source, path, cell, rng), rng
 
     def fill(self, source: Source, first: Path, cell: int, rng: np.random.Generator) -> Bytes:
-        """Fill a tile with cells of one size in a grid at a random place; the first photograph lies near the middle."""
+        """Fill a tile with a grid of equal cells at a random offset; the first photograph is near the centre."""
         top, left = (int(n) for n in rng.integers(0, self.size - cell + 1, 2))
         tile: Bytes = np.zeros((self.size, self.size, 3), np.uint8)
         for y in range(top % cell - cell, self.size, cell):
@@ -62,7 +62,7 @@ class TileComposer:
         return tile
 
     def another(self, source: Source, first: Path, cell: int, rng: np.random.Generator) -> Path:
-        """Draw a photograph of the source that need not be enlarged to fill the cell; the first one where none is."""
+        """Draw a photograph of the source that fills the cell without enlargement; `first` if there is none."""
         for _ in range(8):
             path = source.paths[int(rng.integers(len(source.paths)))]
             if short_side(path) >= cell:
@@ -77,15 +77,15 @@ def short_side(path: Path) -> int:
 
 
 def draw_scale(side: int, rng: np.random.Generator) -> float:
-    """Draw how large a photograph of this short side appears, at most 1."""
+    """Draw the scale, at most 1, of a photograph with this short side."""
     least = min(1.0, max(1 / LARGEST_SHRINKING, SMALLEST / side))
     return float(rng.uniform(least, 1.0))
 
 
 def load_cell(path: Path, cell: int, rng: np.random.Generator) -> Bytes:
-    """Read a photograph, perhaps rotated or flipped, so that its short side is `cell` pixels: its middle square."""
+    """Read a photograph, rotate or flip it at random, and crop its central square, `cell` pixels wide."""
     with Image.open(path) as file:
-        file.draft("RGB", (2 * cell, 2 * cell))  # JPEG decoders make a smaller picture in less time
+        file.draft("RGB", (2 * cell, 2 * cell))  # a JPEG decodes faster at a reduced size
         image = file.convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -100,7 +100,7 @@ def load_cell(path: Path, cell: int, rng: np.random.Generator) -> Bytes:
 
 
 def rotate(image: Image.Image, degrees: float) -> Image.Image:
-    """Rotate a picture about its centre by up to 45 degrees or so; beyond its edges it is mirrored."""
+    """Rotate an image about its centre by up to about 45 degrees; it is mirrored beyond its edges."""
     border = min(image.size) // 4
     padded = np.pad(np.asarray(image), ((border, border), (border, border), (0, 0)), mode="reflect")
     turned = Image.fromarray(padded).rotate(degrees, Image.Resampling.BICUBIC)
@@ -108,13 +108,13 @@ def rotate(image: Image.Image, degrees: float) -> Image.Image:
 
 
 def random_window(image: Bytes, size: int, rng: np.random.Generator) -> Bytes:
-    """Cut a random square of `size` pixels from (H, W, 3)."""
+    """Crop (H, W, 3) to a random square of `size` pixels."""
     top, left = (int(rng.integers(0, n - size + 1)) for n in image.shape[:2])
     return image[top : top + size, left : left + size]
 
 
 def paste(tile: Bytes, cell: Bytes, top: int, left: int) -> None:
-    """Write a cell into a tile at a place that may reach beyond its edges."""
+    """Write a cell into a tile; the part outside the tile is ignored."""
     y0, x0 = max(top, 0), max(left, 0)
     y1, x1 = (min(p + n, m) for p, n, m in zip((top, left), cell.shape[:2], tile.shape[:2], strict=True))
     if y1 > y0 and x1 > x0:

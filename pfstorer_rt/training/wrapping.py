@@ -33,7 +33,7 @@ class WrappingObjective(nn.Module):
     """L1 + gradient L1 of the decoded image, from a restored latent and the features of the LQ image.
 
     StableSR trains on latents that the base restored. Here half of them are moved towards the original's latent by a
-    random share, because a personalized denoiser restores latents closer to the original.
+    random fraction, because a personalized denoiser restores latents closer to the original.
     """
 
     def __init__(self, base: Base) -> None:
@@ -58,7 +58,7 @@ class WrappingObjective(nn.Module):
         )
 
     def forward(self, batch: Batch) -> Losses:
-        """Take `hq` and `lq` (B, 3, H, W) in [-1, 1], `noise` (B, C, h, w) and `share` of the original (B,)."""
+        """Take `hq` and `lq` (B, 3, H, W) in [-1, 1], `noise` (B, C, h, w) and the original's `share` (B,)."""
         assert self.cfw is not None
         mean, _, features = self.cfw.encode(self.base.vae, batch["lq"])
         mean = mean.detach().float()
@@ -80,9 +80,9 @@ def add_wrapping(
 ) -> Base:
     """Give a base feature wrapping, train it on photographs, and write the base to `out` in fp16.
 
-    sources, config, work: as for `train_base`; the settings are those of `config.restorer`. Feature wrapping that the
-    base has is trained further. Raises `BadFileError` where the autoencoder is not an AutoencoderTiny: then feature
-    wrapping is StableSR's, and is imported with the base.
+    sources, config, work: as for `train_base`, with the settings `config.restorer`. Existing feature wrapping is
+    trained further. Raises `BadFileError` when the autoencoder is not an AutoencoderTiny: StableSR's feature wrapping
+    for other autoencoders is imported with the base.
     """
     if base.config.vae["class"] != "AutoencoderTiny":
         raise BadFileError(
