@@ -1,1 +1,1 @@
-"""Degradation: low-quality images from good ones, the same for the same seed."""
+"""Synthetic degradation of images, deterministic for a seed."""

@@ -1,8 +1,8 @@
-"""Synthetic degradation: makes a low-quality picture (LQ) from a good one (HQ), the same for the same seed.
+"""Synthetic degradation: makes a low-quality image (LQ) from a high-quality image (HQ), deterministic for a seed.
 
-The second-order model of Real-ESRGAN with StableSR's settings, plus what PFStorer adds (section 4: ISP noise
-after SCUNet, motion blur, median blur). Every draw comes from the numpy generator that is handed in; no
-global random state is read or written. The levels "light" and "heavy" are this project's, not the paper's.
+The second-order model of Real-ESRGAN with StableSR's settings, plus PFStorer's additions (section 4: ISP noise
+after SCUNet, motion blur, median blur). Every draw comes from the numpy generator in the arguments; no global random
+state is read or written. The levels "light" and "heavy" are defined by this project, not by the paper.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ __all__ = [
 ]
 
 BLUR_KINDS = ("iso", "aniso", "gen-iso", "gen-aniso", "plateau-iso", "plateau-aniso")
-"""What the six entries of `StageConfig.kind_probs` stand for."""
+"""Kinds of kernels, in the order of `StageConfig.kind_probs`."""
 
 RESIZE_MODES = ("area", "bilinear", "bicubic")
-"""The interpolations that a random resize chooses from, each as likely as the others."""
+"""Interpolations of a random resize, with equal probabilities."""
 
-_PHOTONS = 256.0  # photons at white for a Poisson scale of 1: the grey levels of an 8-bit picture
+_PHOTONS = 256.0  # photons at white for a Poisson scale of 1: the grey levels of an 8-bit image
 
 Range = tuple[float, float]
 
@@ -94,16 +94,16 @@ class DegradationConfig:
 
     first: StageConfig = field(default_factory=StageConfig)
     second: StageConfig = field(default_factory=_second)
-    sf: float = 4.0  # the LQ has the picture's size / sf before it is enlarged again
+    sf: float = 4.0  # size of the HQ image divided by the size of the LQ image before it is enlarged
     final_sinc_prob: float = 0.8
     motion_prob: float = 0.2
     motion_length: Range = (3.0, 9.0)  # pixels
     isp_prob: float = 0.2
-    isp_shot: Range = (1e-4, 1e-2)  # variance per unit of raw signal, drawn evenly in its logarithm
-    isp_read: Range = (1e-3, 2e-2)  # standard deviation in raw units, likewise
+    isp_shot: Range = (1e-4, 1e-2)  # variance per unit of raw signal, log-uniform
+    isp_read: Range = (1e-3, 2e-2)  # standard deviation in raw units, log-uniform
     median_prob: float = 0.1
     median_sizes: tuple[int, ...] = (3, 5)  # pixels
-    p_hq: float = 0.0  # probability that the LQ is the HQ picture itself
+    p_hq: float = 0.0  # probability that the LQ image equals the HQ image
 
 
 LEVELS: dict[str, DegradationConfig] = {
@@ -135,12 +135,12 @@ def degrade(
     level: DegradationConfig | str = "heavy",
     seed: int | np.random.Generator = 0,
 ) -> torch.Tensor:
-    """Degrade one picture at random, and enlarge the result to the picture's own size.
+    """Degrade one image at random, and enlarge the result to the size of the input.
 
-    image is (3, H, W) float32 in [0, 1], RGB, of any size from 1 x 1; level is a name in `LEVELS` or a
-    config; a seed that is a generator is advanced. Returns a new tensor of the same shape, dtype, and
-    device, in [0, 1]. With probability `p_hq`, or if the result is not finite, it is a copy of the image.
-    Raises ValueError for another shape, dtype, or range, and for an unknown level.
+    image: (3, H, W) float32 in [0, 1], RGB, of any size from 1 x 1. level: a name in `LEVELS` or a config. seed: a
+    number, or a generator, which is advanced. Returns a new tensor of the same shape, dtype, and device, in [0, 1].
+    With probability `p_hq`, or if the result is not finite, the result is a copy of the image.
+    Raises `ValueError` for another shape, dtype, or range, and for an unknown level.
     Source: PFStorer section 4; StableSR's released settings for the ranges and the order of steps.
     """
     config = _checked_config(level)
@@ -159,8 +159,7 @@ def degrade(
 
 
 def _camera(hq: torch.Tensor, config: DegradationConfig, rng: np.random.Generator) -> torch.Tensor:
-    # The order of a real capture: the scene moves, the lens blurs, the sensor is noisy, the camera smooths
-    # (median) and compresses.
+    # The order of a real capture: motion, lens blur, sensor noise, smoothing (median) and compression.
     x = hq
     if rng.random() < config.motion_prob:
         x = filter2d(x, motion_kernel(rng.uniform(*config.motion_length), rng.uniform(0, math.pi)))
@@ -175,7 +174,7 @@ def _camera(hq: torch.Tensor, config: DegradationConfig, rng: np.random.Generato
 def _blur_resize_noise(
     x: torch.Tensor, stage: StageConfig, base: tuple[int, int], rng: np.random.Generator
 ) -> torch.Tensor:
-    """Run a stage up to its JPEG; `base` is the (H, W) that the random scale multiplies."""
+    """Run a stage without its JPEG compression; `base` is the (H, W) that the random scale multiplies."""
     if rng.random() < stage.blur_prob:
         x = filter2d(x, random_blur_kernel(stage, rng))
     scale = _random_scale(stage, rng)
@@ -190,7 +189,7 @@ def _blur_resize_noise(
 def _finish(
     x: torch.Tensor, config: DegradationConfig, small: tuple[int, int], rng: np.random.Generator
 ) -> torch.Tensor:
-    # Either order is seen in pictures from the net: sharpened before the last save, or by the viewer after.
+    # Both orders occur in images from the web: sharpening before the last save, or afterwards in the viewer.
     kernel = None
     if rng.random() < config.final_sinc_prob:
         kernel = sinc_kernel(_odd(rng, config.second.kernel_size), rng.uniform(math.pi / 3, math.pi))
@@ -203,13 +202,13 @@ def _finish(
 
 
 def random_blur_kernel(stage: StageConfig, rng: np.random.Generator) -> torch.Tensor:
-    """Draw a blur kernel of a stage: a circular low-pass, or one of the six bells of `BLUR_KINDS`.
+    """Draw a blur kernel of a stage: a circular low-pass filter, or one of the six `BLUR_KINDS`.
 
-    Returns (k, k) float32 with k odd, in the stage's `kernel_size`, that sums to 1.
+    Returns (k, k) float32 that sums to 1, with odd k in the stage's `kernel_size`.
     """
     size = _odd(rng, stage.kernel_size)
     if rng.random() < stage.sinc_prob:
-        # A small kernel cannot hold a slow wave, so its cutoff starts higher.
+        # A small kernel cannot represent low frequencies, so its smallest cutoff is higher.
         return sinc_kernel(size, rng.uniform(math.pi / (3 if size < 13 else 5), math.pi))
     kind = BLUR_KINDS[_pick(rng, stage.kind_probs)]
     sigma_x = rng.uniform(*stage.sigma)
@@ -224,10 +223,10 @@ def random_blur_kernel(stage: StageConfig, rng: np.random.Generator) -> torch.Te
 
 
 def filter2d(image: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-    """Convolve every channel with one kernel, keeping the size; the picture is mirrored at its borders.
+    """Convolve every channel with one kernel, keeping the size; the image is mirrored at its borders.
 
-    image is (C, H, W) float; kernel is (k, k), k odd. A picture no larger than half the kernel cannot be
-    mirrored; its border pixels are repeated instead. Returns (C, H, W), not clamped.
+    image is (C, H, W) float; kernel is (k, k), k odd. In an image that is not larger than half the kernel, the border
+    pixels are repeated instead. Returns (C, H, W), not clamped.
     """
     k = kernel.shape[-1]
     if kernel.ndim != 2 or kernel.shape[0] != k or k % 2 == 0:
@@ -235,8 +234,8 @@ def filter2d(image: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     height, width = image.shape[-2:]
     mode = "reflect" if k // 2 < min(height, width) else "replicate"
     padded = F.pad(image[None], (k // 2,) * 4, mode=mode)[0]
-    # Fourier transforms: 2 to 4 times faster than conv2d at 21 x 21. Sizes are rounded up to multiples of
-    # 32 because a large prime factor makes the transform slow; the wrap-around falls on what is cut away.
+    # Fourier transforms are 2 to 4 times faster than conv2d at 21 x 21. Sizes are rounded up to multiples of 32
+    # because a large prime factor makes the transform slow. The wrap-around affects only discarded pixels.
     full = tuple(-(-(n + k - 1) // 32) * 32 for n in (height, width))
     product = torch.fft.rfft2(padded, s=full) * torch.fft.rfft2(kernel.to(padded), s=full)
     result: torch.Tensor = torch.fft.irfft2(product, s=full)
@@ -244,9 +243,9 @@ def filter2d(image: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
 
 
 def resize(image: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
-    """Resize (C, H, W) to (C, *size) with "area", "bilinear", or "bicubic"; the last may overshoot.
+    """Resize (C, H, W) to (C, *size) with "area", "bilinear", or "bicubic"; "bicubic" may overshoot.
 
-    Only "area" averages: the other two alias when they shrink, as cheap software does.
+    "bilinear" and "bicubic" have no antialiasing when they reduce an image, as in simple software.
     """
     if mode not in RESIZE_MODES:
         raise ValueError(f"resize mode is {mode!r}; choose one of {', '.join(RESIZE_MODES)}")
@@ -257,19 +256,19 @@ def resize(image: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tenso
 
 
 def add_gaussian_noise(image: torch.Tensor, sigma: float, rng: np.random.Generator, grey: bool = False) -> torch.Tensor:
-    """Add white noise of standard deviation sigma (of 255) to (C, H, W) in [0, 1].
+    """Add white noise of standard deviation sigma (in 0..255) to (C, H, W) in [0, 1].
 
-    grey gives all channels the same noise. Returns the same shape, clamped to [0, 1].
+    grey: use the same noise for all channels. Returns the same shape, clamped to [0, 1].
     """
     shape = (1 if grey else image.shape[0], *image.shape[1:])
     return (image + _normal(shape, rng, image) * (sigma / 255)).clamp(0, 1)
 
 
 def add_poisson_noise(image: torch.Tensor, scale: float, rng: np.random.Generator, grey: bool = False) -> torch.Tensor:
-    """Add photon noise to (C, H, W) in [0, 1]: 256 photons at white, and the deviation multiplied by scale.
+    """Add photon noise to (C, H, W) in [0, 1]: 256 photons at white, standard deviation multiplied by scale.
 
-    The variance at a value v is scale^2 * v / 256; grey takes the noise of the channels' mean for all of
-    them. Returns the same shape, clamped to [0, 1].
+    The variance at a value v is scale^2 * v / 256. grey: use the noise of the channels' mean for all channels.
+    Returns the same shape, clamped to [0, 1].
     """
     signal = image.mean(0, keepdim=True) if grey else image
     signal = signal.clamp_min(0)
@@ -300,13 +299,12 @@ def median_blur(image: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def isp_noise(image: torch.Tensor, rng: np.random.Generator, shot: float, read: float) -> torch.Tensor:
-    """Take the picture back to a camera's raw mosaic, add sensor noise there, and develop it again.
+    """Convert the image to a camera's raw mosaic, add sensor noise there, and convert it back.
 
-    image is (3, H, W) in [0, 1]. The noise has variance shot * raw + read^2; the camera (tone, colour
-    matrix, white balance) is drawn at random and is the same on both ways, so a uniform picture without
-    noise comes back. Unlike white noise, the result is coarse and coloured, and brighter regions are
-    noisier. Returns the same shape in [0, 1]. Source: PFStorer section 4 names SCUNet's ISP model; this
-    simplified one is ours.
+    image is (3, H, W) in [0, 1]. The noise has variance shot * raw + read^2. The camera (tone, colour matrix, white
+    balance) is drawn at random and is the same in both conversions, so a uniform image without noise is unchanged.
+    Unlike white noise, the result is coarse and coloured, and brighter regions are noisier. Returns the same shape in
+    [0, 1]. Source: PFStorer section 4 names SCUNet's ISP model; this simplified model is ours.
     """
     gamma = rng.uniform(2.0, 2.4)
     to_screen = _colour_matrix(rng).to(image)
@@ -320,7 +318,7 @@ def isp_noise(image: torch.Tensor, rng: np.random.Generator, shot: float, read: 
 
 def _sensor(raw: torch.Tensor, rng: np.random.Generator, shot: float, read: float) -> torch.Tensor:
     """Sample (3, H, W) through an RGGB mosaic with noise, and interpolate the missing colours."""
-    padded = F.pad(raw[None], (1, 1, 1, 1), mode="replicate")  # so that every pixel has all its neighbours
+    padded = F.pad(raw[None], (1, 1, 1, 1), mode="replicate")  # every pixel then has all neighbours
     _, _, height, width = padded.shape
     mask = torch.zeros_like(padded)
     mask[:, 0, 0::2, 0::2] = 1
@@ -335,14 +333,14 @@ def _sensor(raw: torch.Tensor, rng: np.random.Generator, shot: float, read: floa
 
 
 def _colour_matrix(rng: np.random.Generator) -> torch.Tensor:
-    # Rows sum to 1, so grey stays grey; off-diagonals <= 0, so the inverse only mixes and stays in [0, 1].
+    # Rows sum to 1, so grey stays grey. Off-diagonal values are <= 0, so the inverse keeps values in [0, 1].
     leak = torch.from_numpy(rng.uniform(0.05, 0.35, (3, 3)))
     leak.fill_diagonal_(0)
     return torch.eye(3, dtype=torch.float64) + torch.diag(leak.sum(1)) - leak
 
 
 def _tone(x: torch.Tensor) -> torch.Tensor:
-    return x * x * (3 - 2 * x)  # the usual S curve of a camera
+    return x * x * (3 - 2 * x)  # S-shaped tone curve
 
 
 def _inverse_tone(y: torch.Tensor) -> torch.Tensor:
@@ -359,7 +357,7 @@ def _random_scale(stage: StageConfig, rng: np.random.Generator) -> float:
 
 
 def _either_side_of_one(rng: np.random.Generator, bounds: Range) -> float:
-    # Half of the draws below 1 and half above, or a wide upper part would make flat tops the rule.
+    # Half of the draws are below 1 and half above; a uniform draw from a wide range would give mostly flat tops.
     low, high = (bounds[0], 1.0) if rng.random() < 0.5 else (1.0, bounds[1])
     return float(rng.uniform(low, high))
 

@@ -13,11 +13,11 @@ from pfstorer_rt.imaging.find import by_name
 
 
 def degrade_folder(source: Path, target: Path, level: str, seed: int = 0, overwrite: bool = False) -> list[Path]:
-    """Degrade every image of a folder and its sub-folders; returns the written PNG files, which keep the names.
+    """Degrade every image of a folder and its sub-folders to PNG files of the same names; returns these files.
 
-    level: "light" or "heavy". The first image by name is degraded with `seed`, the next with seed + 1, so that the
-    bytes depend on the folder's images, level and seed alone.
-    Raises `BadFileError` for a missing or empty folder, `PFStorerError` where a file exists without `overwrite`.
+    level: "light" or "heavy". The first image by name is degraded with `seed`, the next with seed + 1, so the results
+    depend only on the folder's images, the level and the seed.
+    Raises `BadFileError` for a missing or empty folder, `PFStorerError` when a file exists without `overwrite`.
     """
     written = []
     for number, (name, path) in enumerate(by_name(source).items()):
