@@ -1,1 +1,1 @@
-"""Faces: where they are, whose they are (dlib, ArcFace), and how near a result is to a person."""
+"""Faces: detection, recognition (dlib, ArcFace), and the identity distance of a result to a person."""

@@ -1,4 +1,4 @@
-"""Identity by a recognizer of the ArcFace family, given as an ONNX file (Deng 2019)."""
+"""Identity embeddings from a recognizer of the ArcFace family, an ONNX file (Deng 2019)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def open_recognizer(path: Path) -> Any:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         probe = np.zeros((1, 3, SIDE, SIDE), np.float32)
         shape = np.shape(session.run(None, {session.get_inputs()[0].name: probe})[0])
-    except Exception as error:  # onnxruntime's errors have no common parent of their own
+    except Exception as error:  # onnxruntime's errors have no common base class
         reason = one_line(error)
         raise BadFileError(f"{path}: not a recognizer with input (1, 3, {SIDE}, {SIDE}) float32 ({reason})") from error
     if len(shape) != 2 or shape[1] < 2:

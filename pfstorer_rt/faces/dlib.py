@@ -18,9 +18,9 @@ from pfstorer_rt.imaging.rows import Pixels
 Embedding = npt.NDArray[np.float64]
 Points = npt.NDArray[np.float64]
 RECOGNIZER = "dlib_face_recognition_resnet_model_v1.dat"
-"""File of dlib's network from a face to 128 numbers."""
+"""File of dlib's network that maps a face to 128 numbers."""
 SAME_PERSON = 0.6
-"""dlib's own threshold: two embeddings at a smaller distance are accepted as one person."""
+"""dlib's threshold: two embeddings at a smaller distance count as the same person."""
 INSTALL_METRICS = install("metrics")
 
 
@@ -28,13 +28,13 @@ def face_models() -> Path | None:
     """Return the folder of dlib's weights, or None when the `metrics` extra is not installed."""
     if importlib.util.find_spec("_dlib_pybind11") is None and importlib.util.find_spec("dlib") is None:
         return None
-    # Found, not imported: its __init__ needs pkg_resources, which new setuptools no longer has.
+    # The package is not imported, because its __init__ needs pkg_resources, which new setuptools lacks.
     spec = importlib.util.find_spec("face_recognition_models")
     return Path(spec.origin).parent / "models" if spec and spec.origin else None
 
 
 def load_dlib() -> tuple[Any, Any, Any]:
-    """Return dlib's face detector, its predictor of 68 landmarks and its recognizer, read once.
+    """Return dlib's face detector, its predictor of 68 landmarks and its recognizer; the files are read once.
 
     Raises `MissingBackendError` when the `metrics` extra is not installed.
     """
@@ -58,15 +58,15 @@ def landmark_error(points: Points, truth: Points) -> float:
 
 
 def to_uint8(pixels: Pixels) -> npt.NDArray[np.uint8]:
-    """Clamp (H, W, 3) in [0, 1] and round it to bytes."""
+    """Clamp (H, W, 3) to [0, 1] and round it to bytes."""
     return np.ascontiguousarray(np.clip(pixels * 255 + 0.5, 0, 255).astype(np.uint8))
 
 
 def identity_distance(a: Embedding | None, b: Embedding | None) -> float | None:
-    """Return the Euclidean distance of two embeddings; None where either picture shows no face."""
+    """Return the Euclidean distance of two embeddings; None when either image shows no face."""
     return None if a is None or b is None else float(np.linalg.norm(a - b))
 
 
 def mean_distance(face: Embedding | None, known: Sequence[Embedding]) -> float | None:
-    """Return the mean distance of an embedding to others; None without a face or without others."""
+    """Return the mean distance of an embedding to known embeddings; None without a face or known embeddings."""
     return None if face is None or not known else float(np.mean([np.linalg.norm(face - other) for other in known]))

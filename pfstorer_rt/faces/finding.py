@@ -1,4 +1,4 @@
-"""Find faces with dlib (extra `metrics`): framing, losses, metrics and references all use this one finder."""
+"""Find faces with dlib (extra `metrics`), for framing, losses, metrics and references."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pfstorer_rt.imaging.files import from_tensor, resize_bicubic, to_tensor
 from pfstorer_rt.imaging.rows import Pixels
 
 LEAST = 512
-"""Longer side in pixels to which a smaller image is enlarged: dlib finds faces of 80 pixels or more."""
+"""Longer side in pixels to which a smaller image is enlarged, because dlib finds only faces of 80 pixels or more."""
 LONGER_SIDES = (1024, 2048, 4096)
-"""Longer sides to which a larger image is reduced, one after the other until a face is found."""
+"""Longer sides to which a larger image is reduced, tried in order until a face is found."""
 LANDMARK_SIDE = 512
-"""Longer side in pixels of the image that landmarks are measured on; the paper's images have this size."""
+"""Longer side in pixels of the image for landmark measurements; the paper's images have this size."""
 
 
 class Box(NamedTuple):
@@ -39,8 +39,8 @@ class Face(NamedTuple):
 def find_boxes(pixels: Pixels) -> list[Box]:
     """Find the faces of an image (H, W, 3) in [0, 1]; the largest face is the first.
 
-    The longer side is brought to 512 pixels in a smaller image, to 1024, 2048 and 4096 in a larger one, until a face is
-    found. An image of up to 1024 pixels without a face is searched again at twice the size.
+    An image with a longer side under 512 pixels is enlarged to 512. A larger image is reduced to 1024, then 2048, then
+    4096 pixels, until a face is found. An image of up to 1024 pixels without a face is searched again at double size.
     Raises `MissingBackendError` when the `metrics` extra is not installed.
     """
     detector, longer = load_dlib()[0], max(pixels.shape[:2])

@@ -25,7 +25,7 @@ MEAN = (122.782, 117.001, 104.298)
 
 
 class FaceRecognizer(nn.Module):
-    """ResNet-29 of dlib, (B, 3, 150, 150) in [0, 1] -> (B, 128); a distance under 0.6 means the same person.
+    """dlib's ResNet-29, (B, 3, 150, 150) in [0, 1] -> (B, 128); a distance under 0.6 means the same person.
 
     path: `RECOGNIZER` in the folder of dlib's weights. The affine layers are folded into the convolutions before them.
     Raises `BadFileError` for a file that does not hold this network.
@@ -67,7 +67,7 @@ class FaceRecognizer(nn.Module):
 
 
 def add_padded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Add two (B, C, H, W) of different sizes as dlib does: zeros where one has no value."""
+    """Add two (B, C, H, W) of different sizes like dlib: the smaller one is padded with zeros."""
     channels, height, width = (max(a.shape[i], b.shape[i]) for i in (1, 2, 3))
     a, b = (F.pad(z, (0, width - z.shape[3], 0, height - z.shape[2], 0, channels - z.shape[1])) for z in (a, b))
     return a + b
@@ -76,7 +76,7 @@ def add_padded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def read_tensors(path: Path) -> Iterator[torch.Tensor]:
     """Yield the weights of every layer, flat, in the order of computation, from dlib's own file format.
 
-    A layer starts with its name; a tensor is a version, four sizes, and its values as little-endian fp32.
+    A layer starts with its name. A tensor consists of a version, four sizes, and its values as little-endian fp32.
     """
     data = path.read_bytes()
     for layer in re.finditer(rb"\x05con_4|\x07affine_|\x04fc_2", data):
@@ -99,9 +99,9 @@ def read_integer(data: bytes, position: int) -> tuple[int, int]:
 
 
 def face_map(pixels: Pixels) -> npt.NDArray[np.float32] | None:
-    """Return where dlib's recognizer takes the largest face of an image (H, W, 3) in [0, 1] from.
+    """Return the position of the recognizer's input square around the largest face of an image (H, W, 3) in [0, 1].
 
-    The affine map (2, 3) leads from the recognizer's square to the image, both in [-1, 1], as `F.affine_grid` takes it.
+    The position is an affine map (2, 3) from the square to the image, both in [-1, 1], an input of `F.affine_grid`.
     None without a face. Raises `MissingBackendError` when the `metrics` extra is not installed.
     """
     box = find_largest(pixels)
@@ -120,6 +120,6 @@ def face_map(pixels: Pixels) -> npt.NDArray[np.float32] | None:
 
 
 def cut_faces(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """Cut the faces of (B, 3, H, W) by maps (B, 2, 3) of `face_map`: (B, 3, 150, 150)."""
+    """Crop (B, 3, H, W) to the faces at maps (B, 2, 3) of `face_map`; returns (B, 3, 150, 150)."""
     grid = F.affine_grid(maps, [len(images), 3, SIDE, SIDE], align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

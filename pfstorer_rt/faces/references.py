@@ -1,7 +1,7 @@
 """Identity distances between a result and reference photographs of the person (extra `metrics`).
 
-The caller passes the references each time. A plan contains no embeddings of them, because embeddings are biometric data
-that would travel with the plan.
+The caller passes the references each time. A plan contains no embeddings, because embeddings are biometric data and
+plans are shared.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pfstorer_rt.imaging.find import list_images
 from pfstorer_rt.imaging.rows import Pixels, Rows, read_pixels
 
 LARGEST = 16_000_000
-"""Pixels above which an image is subsampled before faces are searched."""
+"""Largest number of pixels in which faces are searched; a larger image is subsampled first."""
 
 
 class References:
-    """Embeddings of reference photographs, in memory alone."""
+    """Embeddings of reference photographs, kept only in memory."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raise `MissingBackendError` without the metrics, `BadFileError` where no reference shows a face.
+        """Raise `MissingBackendError` without the `metrics` extra, `BadFileError` when no reference shows a face.
 
-        `notes` has a line on each file that could not be read.
+        `notes` has a line for each file that could not be read.
         """
         embed = face_embedder()
         if embed is None:
@@ -54,7 +54,7 @@ class References:
         return sum(distances) / len(distances) if distances else None
 
     def facts(self, source: Rows, result: Rows) -> dict[str, Any]:
-        """Return entries of a report, with a note where the result is farther from the references than the input."""
+        """Return entries of a report, with a note when the result is farther from the references than the input is."""
         before, after = self.distance(source), self.distance(result)
         if after is None:
             return {"id_distance": None, "id_distance_input": _round(before), "notes": ["no face found in the result"]}
