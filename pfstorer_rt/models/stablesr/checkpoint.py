@@ -1,4 +1,4 @@
-"""Checkpoints of strangers, read without running what is pickled in them."""
+"""Read untrusted checkpoints without executing pickled code."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _INERT = ("pytorch_lightning.", "lightning.", "torchmetrics.", "omegaconf.", "nu
 
 
 class Stub:
-    """Stands for what training left in a checkpoint, such as Lightning's objects: takes anything, does nothing.
+    """A placeholder for training objects in a checkpoint, such as Lightning's: it accepts any value and does nothing.
 
-    It takes the place of the class itself, so what it stands for is never imported.
+    It replaces the class, so the class is never imported.
     """
 
     def __init__(self, *arguments: object, **named: object) -> None: ...
@@ -41,17 +41,17 @@ class Stub:
     def __setitem__(self, key: object, value: object) -> None: ...
 
     def append(self, value: object) -> None:
-        """Take an item, as a list does."""
+        """Accept an item, like a list."""
 
     def extend(self, values: object) -> None:
-        """Take items, as a list does."""
+        """Accept items, like a list."""
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Unpickles tensors and plain containers; every other class is refused by name, so no code can run."""
+    """Unpickles tensors and plain containers; it refuses every other class, so no code can run."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return an allowed class, or a stub for Lightning's; raises `BadFileError` for the rest."""
+        """Return an allowed class, or a stub for a Lightning class; raises `BadFileError` for any other class."""
         if (module, name) in _ALLOWED:
             return super().find_class(module, name)
         if f"{module}.".startswith(_INERT):
@@ -60,7 +60,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 def _restricted() -> ModuleType:
-    """Return what torch.load takes for the pickle module: the restricted unpickler, and no plain `load`."""
+    """Return a pickle module for torch.load with the restricted unpickler and without the plain `load`."""
     module = ModuleType("restricted_pickle")
     module.Unpickler = RestrictedUnpickler  # type: ignore[attr-defined]
     module.load = lambda file, **options: RestrictedUnpickler(file, **options).load()  # type: ignore[attr-defined]
@@ -70,7 +70,7 @@ def _restricted() -> ModuleType:
 def refuse_programs(path: Path) -> None:
     """Raise `BadFileError` for a TorchScript archive: `torch.load` runs its code, which can write any file.
 
-    `torch.load` finds these archives by the same entry, listed by the same reader.
+    `torch.load` detects these archives by the same entry, with the same reader.
     """
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -82,7 +82,7 @@ def refuse_programs(path: Path) -> None:
 def read_checkpoint(path: Path) -> Tensors:
     """Read a `.ckpt`/`.pt` (memory-mapped, nothing executed) or `.safetensors` file's tensors by key.
 
-    Raises `BadFileError` when it is missing, damaged, holds no tensors or asks for other classes.
+    Raises `BadFileError` when the file is missing or damaged, contains no tensors, or contains other classes.
     """
     if path.is_dir():
         raise BadFileError(f"{show_path(path)}: a folder; give the .ckpt or .safetensors file itself")
@@ -91,12 +91,12 @@ def read_checkpoint(path: Path) -> Tensors:
     try:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
-        new = zipfile.is_zipfile(path)  # the older format of torch.save cannot be mapped
+        new = zipfile.is_zipfile(path)  # the old format of torch.save does not support memory mapping
         refuse_programs(path)
         data = torch.load(path, map_location="cpu", mmap=new, weights_only=False, pickle_module=_restricted())
     except BadFileError as error:
         raise BadFileError(f"{show_path(path)}: {error}") from error
-    except Exception as error:  # torch and safetensors raise many kinds for a damaged file
+    except Exception as error:  # torch and safetensors raise many error types for a damaged file
         reason = one_line(error)
         raise BadFileError(f"{show_path(path)}: not a readable .ckpt or .safetensors file ({reason})") from error
     state = data.get("state_dict", data) if isinstance(data, Mapping) else {}

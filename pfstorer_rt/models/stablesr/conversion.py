@@ -1,4 +1,4 @@
-"""StableSR's tensor names as diffusers' and ours (method: state dicts)."""
+"""Convert StableSR's tensor names to the names of diffusers and of this package (method: state dicts)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def spade_name(key: str) -> str:
 def convert_structure_encoder(tensors: Tensors, heads: int) -> Tensors:
     """Rename StableSR's `EncoderUNetModelWT` (keys without prefix) to `StructureEncoder`'s names.
 
-    Its attention keeps q, k and v together, head by head; they are taken apart here.
+    Its attention stores q, k and v in one tensor, head by head; this function splits them.
     """
     blocks = _block_places(tensors)
     out: Tensors = {}
@@ -57,7 +57,7 @@ def convert_structure_encoder(tensors: Tensors, heads: int) -> Tensors:
         number, _, rest = leaf.partition(".")
         target = blocks.get(f"{place}.{number}")
         if target is None:
-            out[key] = value  # nothing has that name: it is listed as unexpected
+            out[key] = value  # `check_fit` then lists the unknown name as unexpected
             continue
         if place == "input_blocks" or place == "middle_block":
             target, rest = _inside(place, target, rest)
@@ -66,7 +66,7 @@ def convert_structure_encoder(tensors: Tensors, heads: int) -> Tensors:
 
 
 def dropped(tensors: Mapping[str, torch.Tensor], converted: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return the keys whose tensors did not get into a conversion, which renames and reshapes without copying."""
+    """Return the keys whose tensors a conversion left out; a conversion renames and reshapes without copying."""
     kept = {tensor.untyped_storage().data_ptr() for tensor in converted.values()}
     return [key for key, tensor in tensors.items() if tensor.untyped_storage().data_ptr() not in kept]
 
@@ -88,7 +88,7 @@ def _block_places(tensors: Tensors) -> dict[str, str]:
 
 
 def _inside(place: str, target: str, rest: str) -> tuple[str, str]:
-    """Step into an input block: its residual block, its attention or its strided convolution."""
+    """Return the module inside an input block: its residual block, its attention or its strided convolution."""
     if place == "middle_block":
         return target, rest
     index, _, rest = rest.partition(".")
@@ -110,12 +110,12 @@ _RESIDUAL = {
 
 
 def _leaf(target: str, rest: str, value: torch.Tensor, heads: int) -> Tensors:
-    """Rename one tensor of a block, taking q, k and v apart."""
+    """Rename one tensor of a block; q, k and v are split."""
     name, _, kind = rest.rpartition(".")
     if name == "qkv":
         split = value.flatten(1) if value.ndim > 1 else value
         if len(split) % (3 * heads):
-            return {f"{target}.attn.to_q.{kind}": value}  # its shape is listed as wrong
+            return {f"{target}.attn.to_q.{kind}": value}  # `check_fit` then lists the shape as wrong
         pieces = split.unflatten(0, (heads, 3, -1)).unbind(1)
         return {f"{target}.attn.to_{x}.{kind}": p.flatten(0, 1) for x, p in zip("qkv", pieces, strict=True)}
     if name == "proj_out":

@@ -1,4 +1,4 @@
-"""`import-base`: StableSR's checkpoints, with SD 2.1's weights where they lack them, as a base directory."""
+"""`import-base`: convert StableSR's checkpoints, completed with SD 2.1's weights, to a base directory."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ TAESD = "madebyollin/taesd"
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import made."""
+    """The result of an import."""
 
     path: Path
     config: BaseConfig
     fingerprint: str
     from_name: dict[str, str | int]
-    """Fields of `config` that were set by the checkpoint's name alone."""
+    """Fields of `config` that were derived from the checkpoint's name."""
 
 
 def import_base(
@@ -56,14 +56,14 @@ def import_base(
     vae: str | Path | None = None,
     tile: int | None = None,
 ) -> Imported:
-    """Turn a StableSR checkpoint, with SD 2.1's own weights where it lacks them, into a base directory.
+    """Convert a StableSR checkpoint to a base directory; missing weights come from SD 2.1.
 
-    sd: diffusers directory or hub id of SD 2.1-base, for files that hold SPADEs and the structure encoder alone.
+    sd: diffusers directory or hub id of SD 2.1-base, for files that contain only SPADEs and the structure encoder.
     cfw: checkpoint of the feature-wrapping decoder. vae: `taesd`, directory or hub id of an AutoencoderTiny of SD's
-    latent space, in place of SD's own. prediction_type, tile: None goes by the file's name (`name_kind`).
-    One network at a time is in memory. Raises `BadFileError` listing every missing, unexpected or mis-shaped key, and
-    every tensor with values that are not finite in `dtype`, before anything is written, and `PFStorerError` when the
-    disk has too little room.
+    latent space, which replaces SD's autoencoder. prediction_type, tile: None derives them from the file's name
+    (`name_kind`). One network at a time is in memory. Before anything is written, raises `BadFileError` with every
+    missing, unexpected or mis-shaped key and every tensor with values that are not finite in `dtype`, and
+    `PFStorerError` when the disk has too little room.
     """
     if output.exists() and not output.is_dir():
         raise BadFileError(f"{show_path(output)}: a file; a base is a folder, give -o another name")
@@ -88,23 +88,23 @@ def import_base(
     if vae is not None:
         states["vae"] = read_tiny_autoencoder(vae)
         config = replace(config, vae={"class": "AutoencoderTiny"})
-    with torch.device("meta"):  # shapes and names alone
+    with torch.device("meta"):  # shapes and names only
         modules = assemble(config).modules()
     states["text_encoder"] = match_text_names(states["text_encoder"], modules["text_encoder"])
     sources = {name: f"{cfw.name if cfw and name == 'cfw' else checkpoint.name}: {name}" for name in modules}
     for name, module in modules.items():
         check_fit(module, states[name], sources[name])
     check_room(output, modules, dtype)
-    for name, source in sources.items():  # reads every tensor, so after all that the names can tell
+    for name, source in sources.items():  # reads every tensor, so it comes after the checks of names
         check_finite(states[name], dtype, source)
     write_base(output, config, modules, states, dtype)
     return Imported(output, config, fingerprint_directory(output), from_name)
 
 
 def check_kind(tensors: Tensors, name: str) -> None:
-    """Raise `BadFileError` for a file that is no StableSR checkpoint, or has tensors of networks unknown here.
+    """Raise `BadFileError` for a file that is not a StableSR checkpoint, or has tensors of unknown networks.
 
-    Names without a dot are the noise schedule's buffers, which are computed anew.
+    Names without a dot are buffers of the noise schedule, which is computed again.
     """
     if not part(tensors, STRUCTURE):
         raise BadFileError(
@@ -116,7 +116,7 @@ def check_kind(tensors: Tensors, name: str) -> None:
 
 
 def name_kind(name: str) -> dict[str, str | int]:
-    """Return the settings in which StableSR's published files differ, by the words of a name (its list of checkpoints).
+    """Return the settings of a published StableSR file, derived from words in its name.
 
     `768` or `768v`: v prediction on tiles of 768 pixels; `face`: v prediction; `turbo`: 4 steps.
     """
@@ -132,7 +132,7 @@ def name_kind(name: str) -> dict[str, str | int]:
 def convert(
     tensors: Tensors, config: BaseConfig, sd: str | Path | None, name: str = "the checkpoint"
 ) -> dict[str, Tensors]:
-    """Convert every network's tensors; those that the checkpoint, of that name, lacks come from `sd`."""
+    """Convert every network's tensors; tensors that are missing in the checkpoint come from `sd`."""
     with torch.device("meta"):
         base = assemble(config)
     unet = convert_unet(part(tensors, UNET), base.unet.config)
@@ -161,7 +161,7 @@ def convert_cfw(
 ) -> tuple[Tensors, dict[str, object]]:
     """Convert the feature-wrapping checkpoint: (tensors, settings of `ControllableFeatureWrapping`).
 
-    The file holds an autoencoder too; it is kept only where it is not the base's own (`vae`).
+    The file also contains an autoencoder. It is kept only if it differs from the base's autoencoder (`vae`).
     """
     tensors = {k.removeprefix(VAE): v for k, v in tensors.items() if not k.removeprefix(VAE).startswith("loss.")}
     fusion = {k.removeprefix("decoder."): v for k, v in tensors.items() if k.startswith("decoder.fusion_layer_")}
@@ -187,17 +187,17 @@ def convert_cfw(
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are the same but for one of them having been fp16 once."""
+    """Whether two tensors are equal except for rounding to fp16."""
     return torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-6)
 
 
 def read_tiny_autoencoder(source: str | Path) -> Tensors:
-    """Read an AutoencoderTiny: diffusers' layout, or TAESD's own pair `taesd_encoder`, `taesd_decoder`."""
+    """Read an AutoencoderTiny in diffusers' layout, or as TAESD's files `taesd_encoder` and `taesd_decoder`."""
     folder = fetch(TAESD if str(source) == "taesd" and not Path(source).is_dir() else source)
     if not (folder / "taesd_encoder.safetensors").is_file():
         return read_network(folder)
     state: Tensors = {}
-    # TAESD's decoder has a clamp for its first layer, which diffusers computes outside of the list.
+    # The first layer of TAESD's decoder is a clamp, which diffusers does not count as a layer.
     for half, shift in (("encoder", 0), ("decoder", -1)):
         for key, value in read_checkpoint(folder / f"taesd_{half}.safetensors").items():
             number, _, rest = key.partition(".")
@@ -206,27 +206,27 @@ def read_tiny_autoencoder(source: str | Path) -> Tensors:
 
 
 def match_text_names(text: Tensors, model: nn.Module) -> Tensors:
-    """Drop or add the `text_model.` prefix, as the installed transformers names its CLIPTextModel."""
+    """Drop or add the `text_model.` prefix, to match CLIPTextModel of the installed transformers."""
     prefixed = next(iter(model.state_dict())).startswith("text_model.")
     bare = {k.removeprefix("text_model."): v for k, v in text.items() if not k.endswith("position_ids")}
     return {f"text_model.{k}": v for k, v in bare.items()} if prefixed else bare
 
 
 def fetch(source: str | Path) -> Path:
-    """Return a directory in diffusers' layout as it is, or fetch a hub id."""
+    """Return a directory in diffusers' layout; a hub id is downloaded first."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub's client has errors of its own for each way to fail
+    except Exception as error:  # the hub's client raises many error types
         reason = " ".join(str(error).split())[:200]
         raise BadFileError(f"{source}: neither a directory nor a hub id that can be fetched ({reason})") from error
 
 
 def check_fit(module: nn.Module, state: Mapping[str, torch.Tensor], name: str) -> None:
-    """Raise `BadFileError` that lists the keys of a state dict that do not fit a network (on any device)."""
+    """Raise `BadFileError` with the keys of a state dict that do not fit a network (on any device)."""
     own = module.state_dict()
     wrong = [f"missing {k}" for k in own if k not in state]
     wrong += [f"unexpected {k}" for k in state if k not in own]
@@ -239,14 +239,14 @@ def check_fit(module: nn.Module, state: Mapping[str, torch.Tensor], name: str) -
 
 
 def check_finite(state: Mapping[str, torch.Tensor], dtype: torch.dtype, name: str) -> None:
-    """Raise `BadFileError` that lists the tensors with NaN, or with values beyond the range of `dtype`."""
+    """Raise `BadFileError` with the tensors that have NaN or values beyond the range of `dtype`."""
     limit = torch.finfo(dtype).max
     wrong = [k for k, v in state.items() if v.is_floating_point() and not bool((v.abs() <= limit).all())]
     raise_if_any([f"{k} has NaN or values beyond {limit:.6g} ({dtype})" for k in wrong], name)
 
 
 def raise_if_any(wrong: list[str], name: str) -> None:
-    """Raise `BadFileError` with the first twenty of a list, unless it is empty."""
+    """Raise `BadFileError` with the first twenty entries of a list, unless it is empty."""
     if wrong:
         more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise BadFileError(f"{name}: keys do not fit, {len(wrong)}: {'; '.join(wrong[:20])}{more}")
