@@ -1,4 +1,4 @@
-"""A base: the frozen networks that identities are trained on, stored as a directory in diffusers' layout."""
+"""A base: the frozen networks for training identities, stored as a directory in diffusers' layout."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Base:
         return torch.device(self.unet.device)
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return the networks by their folder's name."""
+        """Return the networks by the names of their folders."""
         networks: dict[str, nn.Module] = {
             "unet": self.unet,
             "structure_encoder": self.structure_encoder,
@@ -98,7 +98,7 @@ class Base:
     ) -> torch.Tensor:
         """Decode a scaled latent (B, C, h, w) to (B, 3, h*f, w*f), nominally in [-1, 1].
 
-        features: of the LQ image, from `features`; with them the decoder follows that image by `cfw_weight`.
+        features: the LQ image's features, from `features`; `cfw_weight` scales their effect on the decoder.
         """
         if features is None:
             return decode(self.vae, latent)
@@ -109,7 +109,7 @@ class Base:
         return self.cfw(self.vae, latent, features, cfw_weight)
 
     def encode_prompt(self, text: str | None = None, token: torch.Tensor | None = None) -> torch.Tensor:
-        """Encode a prompt (None selects the base's own) to a context (1, L, D); `S*` is the position of `token`."""
+        """Encode a prompt (None selects the base's prompt) to a context (1, L, D); `token` replaces `S*`."""
         ids = tokenize(self.config.prompt if text is None else text, self.config).to(self.device)
         return self.text_encoder(ids, token)
 
@@ -122,7 +122,7 @@ class Base:
     def copy(self) -> Base:
         """Return a base whose networks share the weights of this one, without a copy of them in memory.
 
-        To move or convert the copy, or to select its kernels, leaves this base as it is.
+        Moving or converting the copy, or selecting its kernels, does not change this base.
         """
         memo: dict[int, Any] = {}
         return replace(
@@ -143,8 +143,8 @@ class Base:
     def set_attention(self, backend: str = "auto", *attached: nn.Module) -> str:
         """Select the backend of the kernels of UNet and structure encoder; returns its name.
 
-        attached: more networks for the same backend, such as personalization blocks or a tuned UNet.
-        Raises `MissingBackendError` when the named backend is refused.
+        attached: further networks for the same backend, such as personalization blocks or a tuned UNet.
+        Raises `MissingBackendError` when the backend cannot run here.
         """
         choice = choose(backend, self.device, self.config.head_size)
         for module in (self.unet, *(m for network in attached for m in network.modules())):
@@ -190,18 +190,18 @@ def assemble(config: BaseConfig) -> Base:
 
 
 def build_cfw(config: BaseConfig) -> FeatureWrapping | None:
-    """Build untrained feature wrapping for the autoencoder of a configuration; None where it has no `cfw`."""
+    """Build untrained feature wrapping for the autoencoder of a configuration; None without `cfw`."""
     return None if config.cfw is None else WRAPPINGS[config.vae["class"]](**config.cfw)
 
 
 def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> Base:
     """Load a base directory, or a shipped base by name, to fp32 networks in evaluation mode.
 
-    Raises `BadFileError` when it is not a base directory or when a part of it is damaged.
+    Raises `BadFileError` for a directory that is not a base, and for a damaged base.
     """
     path = find_base(path_or_name)
     with reading_base(path):
-        with init_empty_weights():  # the tensors of the new networks would be allocated for nothing
+        with init_empty_weights():  # avoids allocating tensors that the loaded ones replace
             base = assemble(read_config(path))
         base.schedule = read_schedule(path / "scheduler", base.config.prediction_type)
         for name, module in base.modules().items():
@@ -213,7 +213,7 @@ def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> B
 def read_schedule(folder: Path, prediction_type: str) -> Schedule:
     """Read the noise schedule of a base directory.
 
-    Raises `BadFileError` when it is missing, `ValueError` when this version does not know it.
+    Raises `BadFileError` when it is missing, `ValueError` when this version does not support it.
     """
     file = folder / "scheduler_config.json"
     if not file.is_file():
@@ -245,7 +245,7 @@ def write_base(
 
 
 def check_room(path: Path, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
-    """Raise `PFStorerError` when the disk has no room for networks of these shapes; they may be on any device."""
+    """Raise `PFStorerError` when the disk has no room for networks of these shapes, on any device."""
     tensors = [tensor for module in modules.values() for tensor in module.state_dict().values()]
     check_space(path, sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors))
 
@@ -265,13 +265,13 @@ def write_network(folder: Path, module: nn.Module, state: Tensors, dtype: torch.
     except (SafetensorError, OSError) as error:
         reason = f"cannot be written ({error}); is the disk full?"
         raise PFStorerError(f"{folder.name}/{file.name}: {reason}") from error
-    shutil.copymode(folder / "config.json", file)  # safetensors writes files that only their owner can read
+    shutil.copymode(folder / "config.json", file)  # safetensors makes files readable by their owner only
 
 
 def in_fp32(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy a tensor of a file to memory, floating-point ones as fp32.
+    """Copy a tensor of a file to memory; floating-point values become fp32.
 
-    A copy is aligned. On unaligned tensors of a mapped file vector instructions are slower and round in another order.
+    The copy is aligned. On unaligned tensors of a mapped file, vector instructions are slower and round differently.
     """
     return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 

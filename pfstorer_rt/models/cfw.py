@@ -16,7 +16,7 @@ from pfstorer_rt.models.vae import build_vae
 Features = dict[int, torch.Tensor]
 """Encoder maps by level: level l has 1 / 2^l of the image's side."""
 Encoded = tuple[torch.Tensor, torch.Tensor | None, Features]
-"""Mean of a scaled latent, its deviation (None for a deterministic encoder), and the features."""
+"""Mean of a scaled latent, its standard deviation (None for a deterministic encoder), and the features."""
 LEVELS = (1, 2)
 """Levels of the autoencoder that are wrapped."""
 
@@ -24,7 +24,7 @@ LEVELS = (1, 2)
 class ResidualBlock(nn.Module):
     """Norm, SiLU and convolution, twice, plus a shortcut; its 1x1 convolution changes the width.
 
-    diffusers' ResnetBlock2D computes the same under other names; these are the names of StableSR's checkpoint.
+    It computes the same as diffusers' ResnetBlock2D, with the tensor names of StableSR's checkpoint.
     """
 
     def __init__(self, entry: int, width: int, groups: int) -> None:
@@ -86,7 +86,7 @@ class FusionLayer(nn.Module):
 
 
 class ControllableFeatureWrapping(ModelMixin, ConfigMixin):
-    """The fusion layers, and the autoencoder that they were trained on where it is not the base's own."""
+    """The fusion layers, and the autoencoder that they were trained on if it differs from the base's."""
 
     config_name = "config.json"
 
@@ -101,15 +101,15 @@ class ControllableFeatureWrapping(ModelMixin, ConfigMixin):
         super().__init__()
         for level, width in zip(LEVELS, widths, strict=True):
             self.add_module(f"fusion_layer_{level}", FusionLayer(width, growth, norm_groups))
-        self.autoencoder = build_vae(vae) if vae else None  # not `vae`: a setting hides a module of the same name
+        self.autoencoder = build_vae(vae) if vae else None  # not named `vae`: a setting hides a module of the same name
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Levels whose maps go from the encoder to the decoder, finest first."""
+        """Levels whose maps the encoder passes to the decoder, finest first."""
         return LEVELS
 
     def encode(self, vae: AutoencoderKL, image: torch.Tensor) -> Encoded:
-        """Encode (B, 3, H, W) in [-1, 1] to the scaled posterior's mean and deviation, and the features by level."""
+        """Encode (B, 3, H, W) in [-1, 1] to mean and standard deviation of the scaled posterior, and the features."""
         moments, features = encode(vae, image)
         if self.autoencoder is not None:  # trained on another autoencoder: the image is encoded twice
             features = self.features(vae, image)

@@ -15,9 +15,10 @@ from pfstorer_rt.models.patch_autoencoder import PatchAutoencoder
 
 
 class PatchFeatureWrapping(ModelMixin, ConfigMixin):
-    """Controllable feature wrapping for a `PatchAutoencoder`, which stays as it is.
+    """Controllable feature wrapping for a `PatchAutoencoder`, which is not changed.
 
-    levels: level l is the map of 1 / 2^l of the picture's side. widths: its channels. patch: of the autoencoder.
+    levels: wrapped levels; level l has 1 / 2^l of the image's side. widths: channels of each level's map. patch: the
+    autoencoder's patch size.
     """
 
     config_name = "config.json"
@@ -33,32 +34,32 @@ class PatchFeatureWrapping(ModelMixin, ConfigMixin):
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Levels whose maps go from the encoder to the decoder, the finest first."""
+        """Levels whose maps the encoder passes to the decoder, finest first."""
         return tuple(self.config.levels)
 
     def layer(self, level: int) -> BottleneckFusion:
-        """Return a level's fusion layer."""
+        """Return the fusion layer of a level."""
         found = self.get_submodule(f"fusion_layer_{level}")
         assert isinstance(found, BottleneckFusion)
         return found
 
     def encode(self, vae: PatchAutoencoder, image: torch.Tensor) -> Encoded:
-        """Encode (B, 3, H, W) in [-1, 1] to the scaled latent, None for its deviation, and the features by level.
+        """Encode (B, 3, H, W) in [-1, 1] to the scaled latent, None for its standard deviation, and features by level.
 
-        Level l gives (B, G, H/2^l, W/2^l): the map after that level's blocks, narrowed.
+        Level l gives (B, G, H/2^l, W/2^l): the narrowed map after the blocks of the level.
         """
         latent, maps = vae.encoder(image)
         features = {level: self.layer(level).narrow_encoded(maps[level - self.finest]) for level in self.levels}
         return latent * vae.config.scaling_factor, None, features
 
     def features(self, vae: PatchAutoencoder, image: torch.Tensor) -> Features:
-        """Return the features of `encode` alone."""
+        """Return only the features of `encode`."""
         return self.encode(vae, image)[2]
 
     def forward(
         self, vae: PatchAutoencoder, latent: torch.Tensor, features: Features, weight: torch.Tensor | float
     ) -> torch.Tensor:
-        """Decode a scaled latent (B, C, h, w) with the LQ image's features; weight 0 is the plain decoder.
+        """Decode a scaled latent (B, C, h, w) with the LQ image's features; weight 0 gives the plain decoder.
 
         Before the blocks of each level: `h + weight * Fuse(features, h)`.
         """

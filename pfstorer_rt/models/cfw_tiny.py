@@ -1,4 +1,4 @@
-"""Controllable feature wrapping for AutoencoderTiny: StableSR's idea (section 3.3) at the size of that autoencoder."""
+"""Controllable feature wrapping for AutoencoderTiny: StableSR's method (section 3.3) with smaller layers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pfstorer_rt.models.cfw import LEVELS, Encoded, Features
 
 
 class BottleneckFusion(nn.Module):
-    """The addition to one level of the decoder: both maps are narrowed and added, then two convolutions, then widened.
+    """The addition to one level of the decoder: narrow and add both maps, apply two convolutions, and widen.
 
-    The encoder narrows its own map, so that little data goes to the decoder. The last convolution is initialized to
-    zero, so an untrained wrapping is the plain decoder.
+    The encoder narrows its map, so that it passes little data to the decoder. The last convolution is initialized to
+    zero, so untrained wrapping gives the plain decoder.
     """
 
     def __init__(self, width: int, growth: int) -> None:
@@ -48,7 +48,7 @@ class TinyFeatureWrapping(ModelMixin, ConfigMixin):
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Levels whose maps go from the encoder to the decoder, the finest first."""
+        """Levels whose maps the encoder passes to the decoder, finest first."""
         return LEVELS
 
     def layer(self, level: int) -> BottleneckFusion:
@@ -58,7 +58,7 @@ class TinyFeatureWrapping(ModelMixin, ConfigMixin):
         return found
 
     def encode(self, vae: AutoencoderTiny, image: torch.Tensor) -> Encoded:
-        """Encode (B, 3, H, W) in [-1, 1] to the scaled latent, None for its deviation, and the features by level.
+        """Encode (B, 3, H, W) in [-1, 1] to the scaled latent, None for its standard deviation, and features by level.
 
         Level l gives (B, G, H/2^l, W/2^l): the narrowed map after the blocks of the level, before the downsampling.
         """

@@ -29,7 +29,7 @@ SCALARS = ("strength", "cfw_weight")
 class Component:
     """A network of a plan, with its inputs and outputs.
 
-    The denoiser runs at every sampling step, on tiles of one size. Encoder and decoder run once an image, at any size.
+    The denoiser runs at every sampling step, on tiles of one size. Encoder and decoder run once per image, at any size.
     """
 
     name: str
@@ -73,9 +73,9 @@ class Component:
             return self._ordered(self.random_inputs(batch, side, torch.Generator().manual_seed(0)))
 
     def inputs_of(self, lq: torch.Tensor, hq: torch.Tensor, t: torch.Tensor, generator: torch.Generator) -> Inputs:
-        """Return the inputs that the component has in use, for an LQ image and its HQ image (1, 3, H, W) in [-1, 1].
+        """Return the inputs of the component in the restoration of an LQ image, given its HQ image.
 
-        t: the timesteps of the denoiser, (B,). generator: of its noise.
+        lq, hq: (1, 3, H, W) in [-1, 1]. t: timesteps of the denoiser, (B,). generator: generator of its noise.
         """
         with torch.no_grad():
             return self._ordered(self.image_inputs(lq, hq, t, generator))
@@ -182,7 +182,7 @@ def decoder(base: Base) -> Component:
 
 
 def wrapped_features(base: Base, lq: torch.Tensor) -> Inputs:
-    """Return the decoder's inputs besides the latent: none, or the features of an LQ image and their weight."""
+    """Return the decoder's inputs besides the latent: the features of an LQ image and their weight, or none."""
     if base.cfw is None:
         return {}
     maps, weight = base.features(lq), torch.full((1,), base.config.cfw_weight or 0.5)
@@ -222,7 +222,7 @@ def random_latent(config: BaseConfig, batch: int, side: int, generator: torch.Ge
 
 
 def manifest(base: Base, identity: Identity | None = None, target: str = "torch", precision: str = "fp32") -> Manifest:
-    """Describe a base and an identity as a plan would."""
+    """Return the manifest that a plan of a base and an identity has."""
     c = base.config
     return Manifest(
         target=target,

@@ -31,9 +31,9 @@ class ConstantContext(AttentionProcessor):
 @torch.no_grad()
 def fold_context(attn: Attention, context: torch.Tensor, attention: AttentionFn = sdpa) -> None:
     """Replace the key and value projections of a cross-attention by their results for a context (1, S, C)."""
-    # fp64: two exports of one identity round to the same constants, whichever kernel BLAS selects.
-    # Softmax ignores the mean of the keys, which adds the same to all scores of a query; fp16 overflows later
-    # without it.
+    # fp64: two exports of one identity round to the same constants, independently of the BLAS kernel.
+    # The mean of the keys is subtracted: it adds the same value to all scores of a query, which softmax ignores.
+    # Without it, fp16 overflows only at larger values.
     wide = context.double()
     k = attn.to_k.double()(wide)
     attn.register_buffer("k", (k - k.mean(1, keepdim=True)).to(context.dtype))

@@ -1,4 +1,4 @@
-"""The `denoiser` component: base and identity as the function that samplers call, (x, t) -> prediction."""
+"""The `denoiser` component: base and identity as the function (x, t) -> prediction of a sampler."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def load_blocks(base: Base, identity: Identity) -> PersonalizationBlocks:
 
 
 def tuned_unet(unet: RestorationUNet, identity: Identity) -> RestorationUNet:
-    """Return a copy of the UNet with the weights that DreamBooth tuned."""
+    """Return a copy of the UNet with the weights from DreamBooth."""
     tuned = deepcopy(unet)
     weights = {k.removeprefix("unet."): v.float() for k, v in identity.tensors.items() if k.startswith("unet.")}
     tuned.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""An autoencoder that works on patches: space-to-depth at both ends, so that no convolution runs at full resolution."""
+"""An autoencoder on patches: it rearranges pixels to channels, so that no convolution runs at full resolution."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import nn
 
 
 class PlainResidual(nn.Module):
-    """`x + conv2(ReLU(conv1(x)))` (EDSR, Lim et al. 2017, section 3.1); begins as the identity.
+    """`x + conv2(ReLU(conv1(x)))` (EDSR, Lim et al. 2017, section 3.1); the initial weights give the identity function.
 
-    It has no normalization: a norm over the picture would make a tile differ from the same place in the whole picture.
+    It has no normalization: with a norm over the image, a tile would differ from the same region of the whole image.
     """
 
     def __init__(self, width: int) -> None:
@@ -38,7 +38,7 @@ def blocks(width: int, count: int) -> nn.Sequential:
 
 
 class PatchEncoder(nn.Module):
-    """Pixels -> patches -> residual blocks, halved between the levels -> latent."""
+    """Pixels -> patches -> residual blocks, with half the resolution at each further level -> latent."""
 
     def __init__(self, patch: int, widths: tuple[int, ...], counts: tuple[int, ...], latent: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class PatchEncoder(nn.Module):
 
 
 class PatchDecoder(nn.Module):
-    """Latent -> residual blocks, doubled between the levels by sub-pixel convolution -> patches -> pixels."""
+    """Latent -> residual blocks, with sub-pixel upsampling by 2 between the levels -> patches -> pixels."""
 
     def __init__(self, patch: int, widths: tuple[int, ...], counts: tuple[int, ...], latent: int) -> None:
         super().__init__()
@@ -76,8 +76,8 @@ class PatchDecoder(nn.Module):
     ) -> torch.Tensor:
         """latent (B, C, h, w) -> image (B, 3, h*f, w*f).
 
-        fuse: by index of the level (0 is the finest), a function of the map that enters its blocks, whose result is
-        added to that map.
+        fuse: index of a level (0 is the finest) -> function of the input of the level's blocks; the function's result
+        is added to this input.
         """
         h = self.conv_in(latent)
         for i in reversed(range(len(self.levels))):
@@ -91,9 +91,9 @@ class PatchDecoder(nn.Module):
 
 
 class PatchAutoencoder(ModelMixin, ConfigMixin):
-    """Deterministic autoencoder of factor `patch * 2 ** (levels - 1)` for pictures in [-1, 1].
+    """Deterministic autoencoder of factor `patch * 2 ** (levels - 1)` for images in [-1, 1].
 
-    encoder_blocks, decoder_blocks: residual blocks of each level, the finest first.
+    encoder_blocks, decoder_blocks: number of residual blocks of each level, finest first.
     """
 
     config_name = "config.json"

@@ -17,7 +17,7 @@ from pfstorer_rt.ops import AttentionProcessor, Kernels
 
 
 class LowRankLinear(nn.Module):
-    """A linear layer whose matrix is the product of two of rank R."""
+    """A linear layer whose matrix is the product of two matrices of rank R."""
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -43,8 +43,8 @@ class PersonalizationBlock(nn.Module):
     """Self-attention, attention to the reference, GEGLU feed-forward; gated per channel by gamma.
 
     The block is ViCo's image block at the width of the features. gamma = 1 is the ViCo update; gamma = 0, the initial
-    value, is the base. Buffer `reference` (1, S, C): tokens of the cached reference, or None (`ref_source` self, and
-    during training, where each call passes its own).
+    value, is the base. Buffer `reference` (1, S, C) has the tokens of the cached reference. It is None with
+    `ref_source` self, and during training, where each call passes a reference.
     """
 
     reference: torch.Tensor | None
@@ -78,8 +78,9 @@ class PersonalizationBlock(nn.Module):
     ) -> torch.Tensor:
         """Move the tokens towards the person.
 
-        x: (B, L, C). reference: (1 or B, S, C), not normalised; None selects the block's own, and without one the
-        block attends to its own input. mask: bool (1 or B, S), True is attended. strength: scalar or (B, 1, 1).
+        x: (B, L, C). reference: (1 or B, S, C), not normalised; None selects the block's cached reference, and without
+        a cached reference the block attends to its input. mask: bool (1 or B, S), True is attended. strength: scalar or
+        (B, 1, 1).
         Returns (B, L, C).
         """
         b: Any = self.block
@@ -97,7 +98,7 @@ class PersonalizationBlock(nn.Module):
         return self.kernels.gated_projection(h, last, stream, x, self.gamma, strength)
 
     def fold_reference(self) -> None:
-        """Replace the projections of the block's reference by constant keys and values; nothing without a reference."""
+        """Replace the projections of the cached reference by constant keys and values, if there is a reference."""
         if self.reference is not None:
             fold_context(self.block.attn2, self.reference)
             self.reference = None
@@ -117,7 +118,7 @@ class PersonalizationBlocks(nn.ModuleList):
 
 
 def build_blocks(unet: RestorationUNet, layers: Sequence[str], head_size: int, rank: int = 0) -> PersonalizationBlocks:
-    """Build untrained blocks of the widths that `unet` has at `layers`; raises `ValueError` for an unknown layer."""
+    """Build untrained blocks for the widths of `unet` at `layers`; raises `ValueError` for an unknown layer."""
     return PersonalizationBlocks(
         PersonalizationBlock(layer_width(unet, layer), head_size, rank, layer) for layer in layers
     )
@@ -149,5 +150,5 @@ def reference_mask(attention: torch.Tensor) -> torch.Tensor:
     mean_low = sum_low / n_low.clamp(min=1e-12)
     mean_high = (total - sum_low) / n_high.clamp(min=1e-12)
     between = n_low * n_high * (mean_low - mean_high).square()
-    threshold = steps[between.argmax(1)][:, None]  # argmax takes the first of equals
+    threshold = steps[between.argmax(1)][:, None]  # argmax returns the first of equal values
     return ((v >= threshold) & (v != 0)) | (spread <= 0)

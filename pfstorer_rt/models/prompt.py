@@ -1,4 +1,4 @@
-"""The prompt encoder: transformers' CLIPTextModel with one learned token; CLIP tokens or plain bytes."""
+"""The prompt encoder: transformers' CLIPTextModel with one learned token; the ids are CLIP tokens or bytes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ CLIP_WORDS = {
     "man": 786,
     "woman": 2308,
 }
-"""CLIP ids of the words of the prompts in use, which need no whole vocabulary."""
+"""CLIP ids of the words in the supported prompts; the whole vocabulary is not needed."""
 
 
 def tokenize(text: str, config: BaseConfig) -> torch.Tensor:
-    """Turn a prompt into token ids (1, L): start, words, end, padding with 0 (open_clip's way).
+    """Convert a prompt to token ids (1, L): start, words, end, padding with 0 (as in open_clip).
 
-    `S*` becomes `PLACEHOLDER`. Raises `ValueError` for a word outside the vocabulary or a prompt
-    that is too long.
+    `S*` becomes `PLACEHOLDER`. Raises `ValueError` for a word outside the vocabulary or a prompt that is too long.
     """
     settings = config.text
     ids: list[int] = [settings["bos_token_id"]]
@@ -62,7 +61,7 @@ class PromptEncoder(nn.Module):
 
     @classmethod
     def from_base_config(cls, config: BaseConfig) -> PromptEncoder:
-        """Build an untrained encoder of a base's sizes."""
+        """Build an untrained encoder with the sizes of a base."""
         return cls(CLIPTextModel(CLIPTextConfig(pad_token_id=0, **config.text)))
 
     def word_embedding(self, ids: torch.Tensor) -> torch.Tensor:

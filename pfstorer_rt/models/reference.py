@@ -18,7 +18,7 @@ from pfstorer_rt.ops import AttentionProcessor, split_heads
 
 
 class RecordingProcessor(AttentionProcessor):
-    """Attends as usual and keeps the probabilities, averaged over the heads."""
+    """Computes attention and keeps the probabilities, averaged over the heads."""
 
     def __init__(self, processor: AttentionProcessor) -> None:
         super().__init__(processor.attention)
@@ -65,7 +65,8 @@ class Positions(NamedTuple):
 def subject_ids(base: Base, prompt: str) -> tuple[torch.Tensor, Positions]:
     """Tokenize the subject prompt ('{}' stands for S*); returns ids (1, L) and the positions in it.
 
-    The prompt can be another person's, so it is no format string. Raises `ValueError` for a prompt without '{}'.
+    The prompt can come from an untrusted file, so it is not used as a format string. Raises `ValueError` for a prompt
+    without '{}'.
     """
     if "{}" not in prompt:
         raise SettingError(f"subject prompt {prompt[:80]!r}, expected {{}} in it, such as 'a photo of a {{}}'")
@@ -75,7 +76,7 @@ def subject_ids(base: Base, prompt: str) -> tuple[torch.Tensor, Positions]:
 
 
 class LayerReference(NamedTuple):
-    """A reference as one personalized layer sees it."""
+    """The features of a reference at one personalized layer."""
 
     features: torch.Tensor
     """(B, S, C) output tokens of the spatial transformer."""
@@ -95,7 +96,7 @@ def reference_pass(
     context: torch.Tensor,
     layers: Sequence[str],
 ) -> dict[str, LayerReference]:
-    """Run clean reference latents (B, C, h, w) through the base at timestep 0; returns each layer's view of them.
+    """Run clean reference latents (B, C, h, w) through the base at timestep 0; returns the features by layer.
 
     context: the subject prompt, (B, L, D). Gradients flow to the context.
     """
@@ -114,7 +115,7 @@ def reference_pass(
 def reference_features(
     base: Base, latent: torch.Tensor, token: torch.Tensor, prompt: str, layers: Sequence[str]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Run the base once on a clean reference latent (B, C, h, w), exactly as training does.
+    """Run the base once on a clean reference latent (B, C, h, w), in the same way as in training.
 
     prompt: the subject prompt ('{}' stands for S*). Returns {layer: (features (B, S, C), mask bool (B, S))}.
     """

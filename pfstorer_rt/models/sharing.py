@@ -11,10 +11,11 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def share_weights(module: ModuleT, memo: dict[int, Any] | None = None) -> ModuleT:
-    """Return a copy of a module whose parameters and buffers share the memory of the module's own.
+    """Return a copy of a module that shares the memory of its parameters and buffers.
 
-    The copy has its own submodules: to convert or move it, or to replace its layers, leaves the module as it is. Only
-    a change of values in place reaches both. memo: passed to several calls, it keeps what these modules have in common.
+    The copy has its own submodules: converting or moving it, or replacing its layers, does not change the original.
+    Only in-place changes of values affect both. memo: pass one dictionary to several calls, so that submodules shared
+    between modules stay shared between their copies.
     """
     memo = {} if memo is None else memo
     for parameter in module.parameters():

@@ -53,9 +53,9 @@ def residual(entry: int, channels: int, temb: int, groups: int) -> ResnetBlock2D
 
 
 class StructureEncoder(ModelMixin, ConfigMixin):
-    """StableSR's `EncoderUNetModelWT`: the encoder half of a UNet, whose maps are projected to one width.
+    """StableSR's `EncoderUNetModelWT`: the encoder half of a UNet, with all maps projected to one width.
 
-    Attention at every level but the deepest of four, as in StableSR.
+    Every level has attention, except the deepest of four levels, as in StableSR.
     """
 
     @register_to_config
@@ -90,7 +90,7 @@ class StructureEncoder(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_base_config(cls, config: BaseConfig) -> StructureEncoder:
-        """Build an untrained encoder of a base's sizes."""
+        """Build an untrained encoder with the sizes of a base."""
         s = config.structure
         return cls(
             config.latent_channels,

@@ -43,10 +43,10 @@ class Spade(nn.Module):
 
 
 class RestorationUNet(UNet2DConditionModel):
-    """UNet2DConditionModel whose residual blocks carry a `spade` child.
+    """UNet2DConditionModel with a child module `spade` in every residual block.
 
-    The forward is written out because diffusers has no argument for two of its inputs: the structure maps, and the
-    taps after chosen spatial transformers (personalization blocks).
+    It has its own forward, because diffusers has no argument for the structure maps and for the taps after spatial
+    transformers (personalization blocks).
     """
 
     def __init__(self, *, map_channels: int = 256, spade_hidden: int = 128, **config: Any) -> None:
@@ -60,7 +60,7 @@ class RestorationUNet(UNet2DConditionModel):
 
     @classmethod
     def from_base_config(cls, config: BaseConfig) -> RestorationUNet:
-        """Build an untrained UNet of a base's sizes."""
+        """Build an untrained UNet with the sizes of a base."""
         sizes = {"map_channels": config.structure.out_channels, "spade_hidden": config.spade_hidden}
         return cls(**sizes, sample_size=config.latent_tile, **config.unet)
 
@@ -111,7 +111,7 @@ class RestorationUNet(UNet2DConditionModel):
 
 @dataclass(frozen=True)
 class _Run:
-    """One forward pass: the values that every level needs besides its input."""
+    """One forward pass, with the inputs that all levels share."""
 
     kernels: Kernels
     context: torch.Tensor
@@ -160,7 +160,7 @@ class _Run:
 
 
 def embed_time(sinusoid: nn.Module, embedding: Any, t: torch.Tensor) -> torch.Tensor:
-    """Timesteps (B,) -> (B, D) in the type of the embedding's weights; the sinusoid is computed in fp32."""
+    """Timesteps (B,) -> (B, D) in the dtype of the embedding's weights; the sinusoid is computed in fp32."""
     return embedding(sinusoid(t).to(embedding.linear_1.weight.dtype))
 
 

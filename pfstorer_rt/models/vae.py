@@ -1,4 +1,4 @@
-"""The autoencoder: diffusers' AutoencoderTiny or AutoencoderKL, or a PatchAutoencoder, behind two plain functions."""
+"""Functions for any autoencoder: diffusers' AutoencoderTiny and AutoencoderKL, and PatchAutoencoder."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def build_vae(config: dict[str, Any]) -> Autoencoder:
 
 
 def is_variational(vae: Autoencoder) -> TypeIs[AutoencoderKL]:
-    """Whether the encoder gives a distribution, mean and deviation, in place of one latent."""
+    """Whether the encoder returns a distribution (mean and standard deviation) in place of one latent."""
     return isinstance(vae, AutoencoderKL)
 
 
 def encode_moments(vae: Autoencoder, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Encode (B, 3, H, W) in [-1, 1] to the scaled posterior's mean and deviation, (B, C, H/f, W/f).
+    """Encode (B, 3, H, W) in [-1, 1] to the scaled posterior's mean and standard deviation, (B, C, H/f, W/f).
 
-    The deviation is None where the encoder is deterministic.
+    The standard deviation is None for a deterministic encoder.
     """
     scale = vae.config.scaling_factor
     if not is_variational(vae):
