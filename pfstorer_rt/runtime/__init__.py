@@ -1,1 +1,1 @@
-"""The runtime: restore images with a plan or a base, one or many, forecast and time it."""
+"""The runtime: restore one or many images with a plan or a base, forecast the cost, and measure the speed."""

@@ -1,7 +1,8 @@
-"""Restore or degrade many images: the next one is read and the last one is written while one is computed.
+"""Restore or degrade many images; a second thread reads the next image and writes the last result meanwhile.
 
-Nothing is printed here. `on_outcome` is called once for every image, in order, from the thread that reads and writes;
-what it raises ends the batch after the images have been written. `on_step` is called from the caller's thread.
+Nothing is printed here. `on_outcome` is called once for every image, in order, from the thread that reads and writes.
+An exception from it ends the batch after all finished images have been written. `on_step` is called from the caller's
+thread.
 """
 
 from __future__ import annotations
@@ -31,24 +32,24 @@ if TYPE_CHECKING:
     from pfstorer_rt.runtime.restorer import Restorer
 
 FAILURES = (PFStorerError, OSError, MemoryError)
-"""Errors that fail one image; the other images go on."""
+"""Errors that fail one image; the other images are not affected."""
 Status = Literal["done", "skipped", "failed", "planned"]
 
 
 @dataclass(frozen=True)
 class Saving:
-    """How results are written."""
+    """Settings of the written results."""
 
     overwrite: bool = False
     quality: int = 95
-    """Of JPEG and WebP, 1-100."""
+    """Quality of JPEG and WebP, 1-100."""
     stream: str = "png"
     """Format of a result on standard output."""
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How a batch of images is restored and written."""
+    """Settings of a batch of images."""
 
     restore: RestoreConfig = field(default_factory=RestoreConfig)
     naming: Naming = field(default_factory=Naming)
@@ -65,17 +66,17 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one image."""
+    """The outcome of one image."""
 
     job: Job
     status: Status
     width: int = 0
     height: int = 0
-    """Size of the result in pixels."""
+    """Size of the result in pixels: width and height."""
     seconds: float = 0.0
-    """From the beginning of the work to the written result."""
+    """Time from the start of the work to the written result."""
     notes: tuple[str, ...] = ()
-    """Facts about this image that the user should know."""
+    """Notes for the user about this image."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Further facts: seed, steps, tiles, distances, or a forecast."""
     error: Exception | None = None
@@ -110,7 +111,7 @@ class Work(Protocol):
     """The work on every image of a batch."""
 
     def process(self, number: int, job: Job, rows: Rows, step: Callable[[int, int], None]) -> Rows:
-        """Compute the rows of a result; number: of the job from 0. step: called with (done, total)."""
+        """Compute the rows of a result. number: index of the job. step: called with (done, total)."""
         ...
 
     def details(self, job: Job, source: Rows, result: Rows) -> Details:
@@ -119,7 +120,7 @@ class Work(Protocol):
 
 
 def _ignore(*_: object) -> None:
-    """Take no notice of an event."""
+    """Ignore an event."""
 
 
 def restore_files(
@@ -130,7 +131,7 @@ def restore_files(
     on_outcome: OnOutcome = _ignore,
     on_step: OnStep = _ignore,
 ) -> list[Outcome]:
-    """Restore files and folders; a failed image is an outcome, and the others go on.
+    """Restore files and folders; a failed image becomes an outcome and does not affect the others.
 
     inputs, output: as in `plan_jobs`. Raises `SettingError` for settings that contradict each other or do not fit the
     engine, before any work.
@@ -147,7 +148,7 @@ def restore_jobs(
     on_outcome: OnOutcome = _ignore,
     on_step: OnStep = _ignore,
 ) -> list[Outcome]:
-    """Restore the images of jobs that were planned before."""
+    """Restore the images of jobs from `plan_jobs`."""
     restorer.recipe(settings.restore)  # raises for settings that do not fit the engine
     work = _Restoring(restorer, settings)
     return run_jobs(jobs, work, settings.saving, settings.max_pixels, on_outcome, on_step)
@@ -239,16 +240,16 @@ def degrade_files(
     on_outcome: OnOutcome = _ignore,
     on_step: OnStep = _ignore,
 ) -> list[Outcome]:
-    """Degrade files and folders, as old and bad photographs are degraded; the size stays.
+    """Degrade files and folders like old and bad photographs; the size is kept.
 
-    inputs, output: as in `plan_jobs`. level: `light` or `heavy`. seed: of the first image; the next has seed + 1.
+    inputs, output: as in `plan_jobs`. level: `light` or `heavy`. seed: seed of the first image; the next has seed + 1.
     """
     jobs = plan_jobs(inputs, output, Naming(suffix="_degraded"))
     return run_jobs(jobs, _Degrading(level, seed), saving or Saving(), MAX_PIXELS, on_outcome, on_step)
 
 
 class NoEffect(NamedTuple):
-    """A setting that changes nothing with an engine."""
+    """A setting that has no effect with an engine."""
 
     setting: str
     value: object
@@ -256,7 +257,7 @@ class NoEffect(NamedTuple):
 
 
 def without_effect(restorer: Restorer, settings: BatchConfig) -> list[NoEffect]:
-    """Return the settings that change nothing with this engine."""
+    """Return the settings that have no effect with this engine."""
     config, found = settings.restore, []
     if config.strength != 1.0 and restorer.manifest.identity_name is None:
         found.append(NoEffect("strength", config.strength, "this engine contains no identity"))
@@ -272,7 +273,7 @@ class _Restoring:
 
     def __init__(self, restorer: Restorer, settings: BatchConfig) -> None:
         self.restorer, self.settings = restorer, settings
-        self._left: dict[Job, list[str]] = {}  # notes on files that existed and were left
+        self._left: dict[Job, list[str]] = {}  # notes on existing files that were kept
 
     def process(self, number: int, job: Job, rows: Rows, step: Callable[[int, int], None]) -> Rows:
         """Restore an image, after its preview."""
@@ -316,7 +317,7 @@ class _Restoring:
 
 
 class _Degrading:
-    """Degrades the images of a batch, each with a seed of its own."""
+    """Degrades the images of a batch, each with its own seed."""
 
     def __init__(self, level: str, seed: int) -> None:
         self.level, self.seed = level, seed
@@ -339,7 +340,7 @@ class _Degrading:
 def run_jobs(
     jobs: Sequence[Job], work: Work, saving: Saving, max_pixels: int, on_outcome: OnOutcome, on_step: OnStep
 ) -> list[Outcome]:
-    """Do all jobs. One thread beside this one reads ahead and writes behind, one image at a time."""
+    """Do all jobs. A second thread reads the next image and writes the last result, one image at a time."""
     outcomes: list[Outcome] = []
 
     def report(outcome: Outcome) -> None:
@@ -376,12 +377,12 @@ def run_jobs(
             except FAILURES as error:
                 reports.append(disk.submit(report, Outcome(job, "failed", error=error)))
         for reported in reports:
-            reported.result()  # raises what `on_outcome` raised, such as for a full disk behind standard output
+            reported.result()  # re-raises an exception from `on_outcome`, such as for a full disk at standard output
     return outcomes
 
 
 def read(job: Job, saving: Saving, max_pixels: int) -> Scan | None:
-    """Read a job's image and make the folder of its result; None where the job is done already."""
+    """Read a job's image and make the folder of its result; None when the job is already done."""
     if _is_done(job, saving):
         return None
     if job.target is not None:
@@ -390,7 +391,7 @@ def read(job: Job, saving: Saving, max_pixels: int) -> Scan | None:
 
 
 def _is_done(job: Job, saving: Saving) -> bool:
-    """Whether a result exists; raises `PFStorerError` where the caller named this image."""
+    """Whether a result exists; raises `PFStorerError` if it exists and the caller named this image."""
     if job.target is None or saving.overwrite or not job.target.exists():
         return False
     if job.explicit:

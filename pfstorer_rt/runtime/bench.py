@@ -29,14 +29,14 @@ SIZES = (512, 1024, 2048, 4096)
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What is measured, and for how long."""
+    """Settings of the measurements."""
 
     backend: str = "auto"
     provider: str | None = None
     steps: int | None = None
-    """Diffusion steps; None takes the engine's default."""
+    """Diffusion steps; None selects the engine's default."""
     runs: int = 20
-    """Most runs of each measurement."""
+    """Largest number of runs of each measurement."""
     seconds: float = 30.0
     """Time limit of each measurement; three runs are made in any case."""
     sizes: tuple[int, ...] = SIZES
@@ -59,7 +59,7 @@ class BenchReport:
     components_ms: dict[str, dict[str, float]]
     """Name of a component -> p50, p90 and p99 in milliseconds, and the number of runs."""
     pictures_ms: dict[str, dict[str, float]]
-    """Name of an image size -> the same, with megapixels and tiles per second."""
+    """Name of an image size -> the same values, with megapixels and tiles per second."""
     peak_memory_mb: float
     machine: dict[str, Any]
     clock: dict[str, Any]
@@ -193,7 +193,7 @@ def machine() -> dict[str, Any]:
 
 
 def installed(package: str) -> str:
-    """Return a package's version, or `none` when it is not installed."""
+    """Return the version of a package, or `none` when it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

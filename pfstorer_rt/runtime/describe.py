@@ -1,4 +1,4 @@
-"""Describe an artefact: a base, an identity or a plan. Reading all of it checks that it is complete."""
+"""Describe a base, an identity or a plan; everything is read, to check that it is complete."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ ENGINE_MARKS = {"TensorRT-RTX engine": b"vtrt", "TensorRT engine": b"ftrt"}
 def describe(path: str | Path) -> dict[str, Any]:
     """Describe a base directory, an identity or a plan as JSON values, after reading all of it.
 
-    path: a file, a directory, or the name of an identity or of a shipped base. Raises `BadFileError` for anything else
-    and for damage.
+    path: a file, a directory, or the name of an identity or of a shipped base. Raises `BadFileError` for any other
+    path and for a damaged file.
     """
     from pfstorer_rt.identity import identity_path
 
@@ -54,7 +54,7 @@ def describe_plan(path: Path) -> dict[str, Any]:
 def describe_payload(plan: Plan, component: str) -> dict[str, Any]:
     """Describe the bytes of a payload: the operators of an ONNX graph, or the type of an engine.
 
-    The layers of an engine are in the manifest, counted when it was built; reading them back needs its GPU.
+    The manifest has the number of an engine's layers; reading them from the engine would need its GPU.
     """
     data = plan.read(component)
     with plan.map_weights(component) as weights:

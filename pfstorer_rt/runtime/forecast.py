@@ -18,14 +18,14 @@ from pfstorer_rt.runtime.restorer import Restorer
 PILLOW_BYTES = 4
 """Bytes per pixel that Pillow keeps while it decodes or encodes an image."""
 SLACK = 1.15
-"""Allocators keep more memory than a program requests."""
+"""Factor for memory that allocators keep beyond the requested bytes."""
 LATENT_COPIES = 8
-"""Canvases of latents alive at once: the LQ latent, the noisy one, the blender's sums, the sampler's terms."""
+"""Canvases of latents in memory at once: LQ latent, noisy latent, the blender's sums, the sampler's terms."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A prediction, to be compared with the report of the finished restoration."""
+    """A prediction with the same entries as the report of the finished restoration."""
 
     layout: Layout
     seconds: float
@@ -41,10 +41,10 @@ class Forecast:
 
 
 class Forecaster:
-    """Predicts from one batch of tiles that passes every network, timed after a warm-up."""
+    """Predicts from the measured time of one batch of tiles through every network, after a warm-up."""
 
     def __init__(self, restorer: Restorer, config: RestoreConfig) -> None:
-        """Restore an image of one batch of tiles twice; the engine allocates its memory in the first restoration."""
+        """Restore an image of one batch of tiles twice; the engine allocates its memory in the first run."""
         self.restorer, self.config = restorer, config
         tile, recipe = restorer.manifest.tile, restorer.recipe(config)
         wide = Spool.of(np.zeros((3, tile, tile + (recipe.batch - 1) * (tile - recipe.overlap)), np.float32))
@@ -70,7 +70,7 @@ class Forecaster:
         return height * width * self.restorer.manifest.factor**2
 
     def _peak(self, layout: Layout, pixels: int, codec_scale: float) -> int:
-        """Bytes: the process as it is, larger tiles of the decoder, latents, bands, and one image in Pillow."""
+        """Return bytes: the present process, larger tiles of the decoder, latents, bands, and one image in Pillow."""
         m, (height, width) = self.restorer.manifest, layout.canvas.padded
         canvas = height * width
         activations = 3 * 64 * 4 * self._codec_pixels(layout) * max(0.0, 1 - 1 / codec_scale)

@@ -1,4 +1,4 @@
-"""The number of threads that torch uses beside an engine with threads of its own."""
+"""The number of torch's threads beside an engine that has its own threads."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _lock = threading.Lock()
 
 @contextmanager
 def one_host_thread(wanted: bool) -> Iterator[None]:
-    """Let torch use one thread for the operations of the calling thread; other threads keep their number.
+    """Limit torch to one thread for operations of the calling thread; other threads keep their number.
 
-    Threads of torch spin for a while after each operation and take the processor from the threads of an engine. Beside
-    an engine torch has little to do.
+    torch's threads spin for a while after each operation and take processor time from the engine's threads. Beside an
+    engine, torch has little work.
     """
     if not wanted:
         yield
         return
-    with _lock:  # a thread that enters reads its own number, not one that another thread is changing
+    with _lock:  # otherwise a thread could read a number that another thread is changing
         before = torch.get_num_threads()
         _set_here(1, before)
     try:
@@ -32,9 +32,9 @@ def one_host_thread(wanted: bool) -> Iterator[None]:
 
 
 def _set_here(number: int, default: int) -> None:
-    """Set the number of the calling thread.
+    """Set the number of threads for the calling thread.
 
-    torch also makes it the default of threads that start later; another thread sets that default back.
+    torch also makes this number the default of later threads; a separate thread restores that default.
     """
     torch.set_num_threads(number)
     if number != default:

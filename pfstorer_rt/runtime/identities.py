@@ -1,4 +1,4 @@
-"""The identities of the user's data directory: check them and delete them. `pfstorer_rt.identity` is one file."""
+"""Check and delete the identities of the user's data directory."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pfstorer_rt.imaging.find import find_images
 
 @dataclass(frozen=True)
 class Check:
-    """One statement about an identity, and whether it holds."""
+    """One statement about an identity, and whether it is true."""
 
     passed: bool
     text: str
 
 
 def verify_identity(name: str | Path, photographs: Sequence[Path] = ()) -> list[Check]:
-    """Check that a file is complete and private, that its base is present, and where it was learned from.
+    """Check that a file is complete and private, that its base is present, and which photographs it was trained on.
 
-    name: a name or a file. photographs: files or folders; each image gets a check whether the identity was learned
-    from it. Raises `BadFileError` when the file cannot be read.
+    name: a name or a file. photographs: files or folders; each image gets a check whether the identity was trained on
+    it. Raises `BadFileError` when the file cannot be read.
     """
     path = identity_path(name)
     identity = Identity.load(path)
@@ -52,22 +52,22 @@ def _check_base(identity: Identity) -> Check:
 
 @dataclass(frozen=True)
 class Kept:
-    """Everything that is kept of an identity on this machine."""
+    """All files of an identity on this machine."""
 
     files: tuple[Path, ...]
-    """Files and folders. The identity is the last: without it the others could not be found after an interruption."""
+    """Files and folders. The identity is the last, because finding the others after an interruption needs it."""
     notes: tuple[str, ...] = ()
-    """Files that may exist but cannot be found."""
+    """Notes on files that may exist but cannot be found."""
 
 
 def find_kept(name: str | Path) -> Kept:
     """Find the file of an identity, the state of an interrupted training, and compiled networks.
 
-    Raises `BadFileError` when nothing is kept, and for a file outside the data directory that is not an identity.
+    Raises `BadFileError` when there are no files, and for a file outside the data directory that is not an identity.
     """
     path = identity_path(name)
     checkpoint = path.with_name(path.stem + ".training.pt")
-    named = path.parent == identities_dir()  # other folders contain files of other programs too
+    named = path.parent == identities_dir()  # other folders can contain files of other programs
     if path.is_file() and not named:
         read_metadata(path)
     present = [checkpoint] if checkpoint.is_file() and (named or _is_checkpoint(checkpoint)) else []
@@ -79,7 +79,7 @@ def find_kept(name: str | Path) -> Kept:
 
 
 def delete_identity(name: str | Path) -> Kept:
-    """Delete everything that is kept of an identity; returns what was deleted, and raises as `find_kept` does."""
+    """Delete all files of an identity and return them; raises the errors of `find_kept`."""
     kept = find_kept(name)
     for path in kept.files:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -101,8 +101,8 @@ def _is_checkpoint(path: Path) -> bool:
 def _compiled_networks(path: Path) -> tuple[list[Path], tuple[str, ...]]:
     """Return the folders in which engines keep compiled networks of this identity, and notes.
 
-    There are none, with a note, for a file that cannot be read, and for one whose tensors do not have the fingerprint
-    in its metadata: such a file could name the networks of another identity.
+    Returns no folders and a note for a file that cannot be read, and for a file whose tensors do not match the
+    fingerprint in its metadata, because it could name the networks of another identity.
     """
     from pfstorer_rt.engine.openvino import cache_folder
 

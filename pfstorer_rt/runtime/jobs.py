@@ -1,4 +1,4 @@
-"""Jobs of a batch: which images are read, and where every result is written."""
+"""Jobs of a batch: the input images and the file of every result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pfstorer_rt.imaging.find import list_images
 STREAM = "-"
 """Standard input as an input, standard output as an output."""
 BESIDE = ("compare", "preview")
-"""Kinds of files that may be written beside a result; each ends the stem of its file."""
+"""Kinds of files that may be written beside a result; the stem of such a file ends with its kind."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Naming:
-    """How result files are named: `{stem}{label}{suffix}{extension}`."""
+    """The pattern of result names: `{stem}{label}{suffix}{extension}`."""
 
     suffix: str = "_restored"
-    """End of the stem. Images of a folder that are named so are earlier results and are left out."""
+    """End of the stem. Images of a folder with this suffix are earlier results and are left out."""
     extension: str | None = None
-    """Extension of every result, such as `.webp`; None keeps the input's where that format can be written."""
+    """Extension of every result, such as `.webp`; None keeps the input's extension if its format can be written."""
     label: str = ""
-    """Part of every name, to keep the results of several engines apart."""
+    """Part of every name, to distinguish the results of several engines."""
 
     def __post_init__(self) -> None:
         """Raise `SettingError` for a suffix that is a path, and for a format that cannot be written."""
@@ -52,20 +52,20 @@ class Naming:
 
 
 class NoImagesError(SettingError):
-    """The inputs contain no image to work on."""
+    """The inputs contain no image."""
 
 
 def plan_jobs(
     inputs: Sequence[str | Path], output: str | Path | None = None, naming: Naming | None = None
 ) -> list[Job]:
-    """Find all images and decide where every result goes.
+    """Find all images and choose the file of every result.
 
     inputs: files, folders (searched recursively), glob patterns, or `-` for standard input.
-    output: with one named image and an output that has an extension, the file of the result. Otherwise a folder, in
-    which the sub-folders of the inputs are kept. `-` is standard output. None puts results beside their inputs, and
-    the result of standard input on standard output.
-    Raises `NoImagesError` when there is no image, and `SettingError` when two results would have one name, when a
-    result would replace an input, and for an output that contradicts the inputs or the format.
+    output: the file of the result, if one image is named and the output has an extension. Otherwise a folder, in which
+    the sub-folders of the inputs are kept. `-` is standard output. None writes results beside their inputs, and the
+    result of standard input to standard output.
+    Raises `NoImagesError` when there is no image. Raises `SettingError` when two results would have the same name, when
+    a result would replace an input, and for an output that contradicts the inputs or the format.
     """
     naming, texts = naming or Naming(), [str(text) for text in inputs]
     output = None if output is None else f"{output}"
@@ -95,8 +95,8 @@ def plan_jobs(
 def find_inputs(inputs: Sequence[str], suffix: str) -> list[tuple[Path | None, Path]]:
     """Expand files, folders, glob patterns and `-` to pairs: file (None for `-`), path relative to its folder.
 
-    Earlier results, named `*{suffix}.*`, and the files beside them are left out of folders. A file that does not exist
-    is kept, so that its failure is reported like any other. Raises `NoImagesError` when nothing is found.
+    Earlier results, named `*{suffix}.*`, and the files beside them are left out of folders. A missing file is kept, so
+    that its failure is reported like others. Raises `NoImagesError` when nothing is found.
     """
     found: list[tuple[Path | None, Path]] = []
     results = 0
@@ -121,12 +121,12 @@ def find_inputs(inputs: Sequence[str], suffix: str) -> list[tuple[Path | None, P
 
 
 def is_result(stem: str, suffix: str) -> bool:
-    """Whether a file was written by an earlier run, judged by the end of its stem."""
+    """Whether the stem of a file has the suffix of a result from an earlier run."""
     return bool(suffix) and stem.endswith((suffix, *(f"{suffix}_{word}" for word in BESIDE)))
 
 
 def output_file(output: str | None) -> Path | None:
-    """Return the file that an output names; None for a folder, for standard output, and when there is no output."""
+    """Return the output if it is a file; None for a folder, for standard output, and without an output."""
     if output is None or output == STREAM or output.endswith("/") or Path(output).is_dir():
         return None
     return Path(output) if Path(output).suffix else None
@@ -143,12 +143,12 @@ def check_file(file: Path, extension: str | None = None, single: bool = True) ->
 
 
 def is_lossy(job: Job, stream: str) -> bool:
-    """Whether the format of a result has a quality: JPEG and WebP. stream: format of standard output."""
+    """Whether the format of a result has a quality setting (JPEG, WebP). stream: format of standard output."""
     return SAVE_FORMATS[job.target.suffix.lower() if job.target else f".{stream}"] in ("JPEG", "WEBP")
 
 
 def _is_inside(source: Path | None, output: str | None, inputs: Sequence[str]) -> bool:
-    """Whether an image lies in the folder of results, where that folder is a part of an input folder."""
+    """Whether an image is in the folder of results and that folder is inside an input folder."""
     if source is None or output is None or output == STREAM:
         return False
     results = Path(output).resolve()
@@ -167,7 +167,7 @@ def _check_targets(jobs: Sequence[Job], output: str | None) -> None:
         twice = next(t for t in targets if targets.count(t) > 1)
         rivals = " and ".join(str(job.source or STREAM) for job in jobs if job.target == twice)
         raise SettingError(f"{rivals} would all be written to {twice or 'stdout'}; rename or leave out all but one")
-    sources = {job.source.resolve() for job in jobs if job.source is not None}  # a path can be spelled in many ways
+    sources = {job.source.resolve() for job in jobs if job.source is not None}  # several paths can name the same file
     if same := [target for target in targets if target is not None and target.resolve() in sources]:
         raise SettingError(
             f"{same[0]} would be written over an input; use a suffix or another folder", setting="suffix"

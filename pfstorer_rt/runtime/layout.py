@@ -1,8 +1,8 @@
-"""The layout: how an image is divided between the networks, computed once before any work.
+"""The layout: the division of an image into tiles, computed once before a restoration.
 
 An image is enlarged and padded to a canvas. A canvas is one square, or several in parity mode above 1280 pixels.
-Every square is divided into tiles of the denoiser, which are blended, and tiles of the encoder and decoder, of which
-only the middle is kept.
+Every square is divided into tiles of the denoiser, which are blended, and into tiles of the encoder and decoder, whose
+margins are discarded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class CodecSize(NamedTuple):
 
 
 TINY_CODEC = CodecSize(512, 32)
-"""For autoencoders of convolutions alone. The margin is about half of their receptive field: its rim weighs little."""
+"""For convolutional autoencoders. The margin is about half of the receptive field, whose border has little weight."""
 VARIATIONAL_CODEC = CodecSize(1280, 128)
 """For variational autoencoders, whose norms depend on the whole tile."""
 
@@ -58,7 +58,7 @@ class Layout:
     recipe: Recipe
     canvas: Canvas
     squares: tuple[Tile, ...]
-    """Parts of the canvas that are restored one after the other, all of one size, in pixels."""
+    """Parts of the canvas, all of one size, in pixels; they are restored in sequence."""
     tiles: tuple[Tile, ...]
     """Tiles of the denoiser in every square, in latent pixels."""
     codec: CodecTiles
@@ -92,7 +92,7 @@ class Layout:
 
     @property
     def batch(self) -> int:
-        """Tiles that pass the denoiser at once."""
+        """Tiles that pass through the denoiser at once."""
         return min(len(self.tiles), self.recipe.batch)
 
     @property
@@ -115,12 +115,12 @@ class Layout:
 
 
 def chop_squares(height: int, width: int, recipe: Recipe) -> tuple[Tile, ...]:
-    """Cut a canvas into StableSR's squares; a canvas that is no larger than one is a single square."""
+    """Divide a canvas into StableSR's squares; a canvas up to the size of one square is a single square."""
     sides = min(height, recipe.chop), min(width, recipe.chop)
     rows, columns = (chop_offsets(n, side, recipe.chop_stride) for n, side in zip((height, width), sides, strict=True))
     return tuple(Tile(y, x, *sides) for y in rows for x in columns)
 
 
 def chop_offsets(length: int, side: int, stride: int) -> list[int]:
-    """Return where StableSR's squares begin along an axis (StableSR's tiled inference script)."""
+    """Return the offsets of StableSR's squares along an axis (StableSR's tiled inference script)."""
     return axis_offsets(length, side, max(0, side - stride))

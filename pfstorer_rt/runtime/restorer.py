@@ -34,10 +34,10 @@ Step = Callable[[int, int], None]
 
 
 class Restorer:
-    """Restores pictures with one engine; a context manager that frees it.
+    """Restores images with one engine; a context manager that frees the engine.
 
-    Attributes: `manifest`, the description of the engine; `sessions`, its open components by name; `backend` and
-    `provider`, which library runs them and where.
+    Attributes: `manifest`, the description of the engine; `sessions`, its open components by name; `backend`, the
+    library that runs them; `provider`, the device or execution provider of this library.
     """
 
     def __init__(self, manifest: Manifest, sessions: Mapping[str, Session], backend: str) -> None:
@@ -56,12 +56,12 @@ class Restorer:
         provider: str | None = None,
         attention: str = "auto",
     ) -> Restorer:
-        """Open a plan; with backend `torch`, open the base and identity that it was made of instead.
+        """Open a plan; with backend `torch`, open the plan's base and identity instead.
 
-        trust: run a TensorRT plan, which is executable code, whoever built it. provider: where the backend runs it,
-        in its own words (`cpu`, `cuda`; for OpenVINO `CPU:f32`, `GPU`); None takes its best. attention: with backend
-        `torch`, a backend of `pfstorer_rt.ops`.
-        Raises `BadFileError`, `MissingBackendError`, or `MismatchError` when `torch` cannot find them.
+        trust: run a TensorRT plan, which is executable code, from any source. provider: the backend's name of a device
+        or execution provider (`cpu`, `cuda`; for OpenVINO `CPU:f32`, `GPU`); None selects the best. attention: with
+        backend `torch`, a backend of `pfstorer_rt.ops`.
+        Raises `BadFileError`, `MissingBackendError`, or `MismatchError` when `torch` cannot find base or identity.
         """
         plan = Plan.open(path, trust)
         if backend == "torch":
@@ -84,8 +84,8 @@ class Restorer:
         """Run a base (name, directory or loaded) and an identity in PyTorch, without a plan.
 
         A loaded base keeps its device and its kernels; the restorer shares its weights. attention: a backend of
-        `pfstorer_rt.ops`; raises `MissingBackendError` when it is refused.
-        Raises `MismatchError` when the identity, or the manifest that is expected, is of another base.
+        `pfstorer_rt.ops`; raises `MissingBackendError` when it cannot run here.
+        Raises `MismatchError` when the identity or the expected manifest belongs to another base.
         """
         with needed_by("a base in PyTorch"):
             from pfstorer_rt.engine.torch import open_sessions
@@ -113,20 +113,20 @@ class Restorer:
         self._stack.close()
 
     def restore(self, pixels: Pixels, config: RestoreConfig | None = None, step: Step | None = None) -> Pixels:
-        """Restore one picture.
+        """Restore one image.
 
         pixels: (H, W, 3) float32 in [0, 1], sRGB. Returns (round(H*scale), round(W*scale), 3) in [0, 1].
-        Raises `ValueError` for a setting out of range, `PFStorerError` when the engine gives NaN.
+        Raises `ValueError` for a setting out of range, `PFStorerError` when the engine returns NaN.
         """
         with one_host_thread(self.backend != "torch"):
             result = self.restore_rows(Spool.of(from_pixels(pixels)), config, step)
             return to_pixels(result.read(0, result.height))
 
     def restore_rows(self, source: Rows, config: RestoreConfig | None = None, step: Step | None = None) -> Rows:
-        """Restore an image by rows, so that memory is needed for tiles and not for the image.
+        """Restore an image by rows, so that memory depends on the size of a tile and not of the image.
 
-        The networks have finished when this returns. Colours are fixed and sizes changed while rows are read from the
-        result; `PFStorerError` is raised there for values that are not finite.
+        The networks have finished when this returns. Colour fix and resizing run while rows are read from the result,
+        which raises `PFStorerError` for values that are not finite.
         Latents stay in memory: about 32 * channels / factor^2 bytes per pixel.
         """
         layout = self.layout(source.height, source.width, config)
@@ -150,7 +150,7 @@ class Restorer:
         return Recipe.resolve(config or RestoreConfig(), self.manifest)
 
     def layout(self, height: int, width: int, config: RestoreConfig | None = None) -> Layout:
-        """Return the canvas and the tiles of an image of height x width pixels; raises as `recipe` does."""
+        """Return the canvas and the tiles of an image of height x width pixels; raises the errors of `recipe`."""
         variational = "std" in self.sessions["encoder"].outputs
         return Layout.of(height, width, self.recipe(config), self.manifest, variational)
 
@@ -174,7 +174,7 @@ class Restorer:
         encoded = codec.encode(style, device, done)
         z_lq = encoded["mean"]
 
-        def noise() -> torch.Tensor:  # drawn on the host, so that a seed means the same on every device
+        def noise() -> torch.Tensor:  # drawn on the host, so that a seed gives the same noise on every device
             return torch.randn(z_lq.shape, generator=generator).to(device)
 
         if "std" in encoded:
@@ -197,7 +197,7 @@ class Restorer:
 
 
 def _find_identity(manifest: Manifest) -> Identity | None:
-    """Find the identity that a plan was made of among the named ones."""
+    """Find the identity of a plan among the identities in the user's data directory."""
     if manifest.identity_name is None:
         return None
     for path in list_identities():

@@ -1,7 +1,7 @@
 """The stages of a restoration: encode, denoise and decode a canvas of any size, tile by tile.
 
-Encoder and decoder have a bounded receptive field: their tiles overlap, and only the middle of each is kept. The
-predictions of the denoiser are blended instead (mixture of diffusers; StableSR section 3.4).
+Encoder and decoder have a bounded receptive field: their tiles overlap, and the margins are discarded. The denoiser's
+predictions are blended instead (mixture of diffusers; StableSR section 3.4).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pfstorer_rt.tiling import Blender, Tile
 
 Tensors = dict[str, torch.Tensor]
 Done = Callable[[int], None]
-"""done(n): called after n tiles have passed a network."""
+"""done(n): called after n tiles have passed through a network."""
 
 
 class Codec(NamedTuple):
-    """The encoder and decoder with the tiles that they work on."""
+    """The encoder and decoder with their tiles."""
 
     encoder: Session
     decoder: Session
@@ -45,8 +45,8 @@ class Codec(NamedTuple):
     def encode(self, style: Rows, device: torch.device, done: Done) -> Tensors:
         """Encode a canvas to `mean` and, with a variational encoder, `std`: (1, C, h, w) each on `device`.
 
-        Where one tile covers the canvas, the features for the decoder are returned too. Of a larger canvas they
-        would take gigabytes: `features` computes them again, tile by tile.
+        If one tile covers the canvas, the features for the decoder are returned too. For a larger canvas they would
+        need gigabytes, so `features` computes them again, tile by tile.
         """
         images = self.images(style)
         if self.tiles.whole:
@@ -66,9 +66,9 @@ class Codec(NamedTuple):
         return latents
 
     def features(self, style: Rows, encoded: Tensors, weight: float) -> Iterator[Tensors]:
-        """Yield the further inputs of the decoder for every tile, in the order of `images`.
+        """Yield the decoder's inputs besides the latent for every tile, in the order of `images`.
 
-        These are the features of the LQ image and the weight of feature wrapping; a decoder without it has none.
+        With feature wrapping these are the features of the LQ image and their weight, otherwise none.
         """
         wanted = [name for name in self.decoder.inputs if name.startswith("features_")]
         if not wanted:
@@ -99,14 +99,15 @@ LATENTS = ("mean", "std")
 
 
 def run(session: Session, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Run a session on tensors of any device."""
+    """Run a session on tensors from any device."""
     return session.run_tensors(**{name: tensor.to(session.device) for name, tensor in tensors.items()})
 
 
 class TiledDenoiser:
     """The denoiser of a whole canvas: the blended predictions of the tiles.
 
-    weights: (T, T) of every tile, or None for StableSR's. After an out-of-memory error the smaller batch is kept.
+    weights: blending weights (T, T) of a tile, or None for StableSR's weights. A batch that was reduced after an
+    out-of-memory error stays reduced.
     """
 
     def __init__(self, session: Session, tiles: Sequence[Tile], weights: Any, batch: int, fixed: Tensors) -> None:
@@ -137,13 +138,13 @@ class TiledDenoiser:
         return blender.result()[None]
 
     def shrink(self, error: Exception) -> None:
-        """Halve the batch; raises `PFStorerError` where the batch is one tile already."""
+        """Halve the batch; raises `PFStorerError` when the batch is already one tile."""
         if self.batch == 1:
             raise PFStorerError("too little memory for a single tile; close other programs") from error
         self.batch = min(self.batch, len(self.tiles)) // 2 or 1
 
 
 def crop(array: Any, tile: Tile) -> Any:
-    """Cut a tile out of the last two axes of an array or tensor."""
+    """Crop the last two axes of an array or tensor to a tile."""
     rows, columns = tile.slices
     return array[..., rows, columns]
