@@ -1,4 +1,4 @@
-"""Every setting of the product: frozen dataclasses of plain types, and one table of model presets."""
+"""All settings: frozen dataclasses of plain types, and the table of model presets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 Weighting = Literal["prediction", "x0"]
 Attention = Literal["auto", "sdpa", "triton", "xformers", "math", "reference"]
-"""Backends of `pfstorer_rt.ops`; `auto` takes the first that this device has."""
+"""Backends of `pfstorer_rt.ops`; `auto` selects the first that this device supports."""
 Method = Literal["pfstorer", "vico", "dreambooth"]
 ConfigT = TypeVar("ConfigT")
 
@@ -29,7 +29,7 @@ class StructureConfig:
     width: int
     multipliers: tuple[int, ...]
     heads: int
-    """Heads of every attention; the head size follows from the width."""
+    """Number of attention heads; the head size is the width divided by it."""
     out_channels: int
     """Channels of each structure map, the input of every SPADE."""
     res_blocks: int = 2
@@ -38,11 +38,11 @@ class StructureConfig:
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """All that is needed to build an untrained base; `config.json` of a base directory."""
+    """The configuration of a base's networks; `config.json` of a base directory."""
 
     name: str
     tile: int
-    """Side in pixels of the square that the networks are trained on."""
+    """Side in pixels of the square images for training."""
     unet: dict[str, Any]
     """Keyword arguments of diffusers' UNet2DConditionModel."""
     structure: StructureConfig
@@ -53,14 +53,14 @@ class BaseConfig:
     layers: tuple[str, ...]
     """Modules of the UNet that a personalization block follows, in execution order."""
     cfw: dict[str, Any] | None = None
-    """Keyword arguments of `ControllableFeatureWrapping`, or `TinyFeatureWrapping` for an AutoencoderTiny; None has a
-    plain decoder alone."""
+    """Keyword arguments of `ControllableFeatureWrapping`, or `TinyFeatureWrapping` for an AutoencoderTiny; None has no
+    feature wrapping."""
     cfw_weight: float = 0.0
-    """How far the decoder follows the LQ image's features unless told otherwise."""
+    """Default weight of the LQ image's features in the decoder."""
     head_size: int = 64
     """Head size of the personalization blocks."""
     personalize: dict[str, Any] = field(default_factory=dict)
-    """Fields of `PersonalizeConfig` and of its `train` that learning a person on this base wants otherwise."""
+    """Values of `PersonalizeConfig` fields, and of its `train`, that replace the defaults on this base."""
     spade_hidden: int = 128
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     factor: int = 8
@@ -83,7 +83,7 @@ class BaseConfig:
 
 
 def _unet(channels: int, widths: tuple[int, ...], heads: tuple[int, ...], context: int, **more: Any) -> dict[str, Any]:
-    """SD 2.1's block order at other widths: attention at every level but the deepest of four."""
+    """SD 2.1's block order at other widths: attention at every level except the deepest of four."""
     plain = (False,) * (len(widths) - 1) + (len(widths) == 4,)
     down = tuple("DownBlock2D" if p else "CrossAttnDownBlock2D" for p in plain)
     up = tuple("UpBlock2D" if p else "CrossAttnUpBlock2D" for p in reversed(plain))
@@ -163,7 +163,7 @@ _SD21_TEXT = {
 }
 
 PRESETS: dict[str, BaseConfig] = {
-    # For tests: SD 2.1's topology at the smallest widths that its norms and heads allow.
+    # For tests: SD 2.1's topology at the smallest widths that norms and heads allow.
     "nano": BaseConfig(
         name="nano",
         tile=64,
@@ -177,7 +177,7 @@ PRESETS: dict[str, BaseConfig] = {
         steps=4,
         licence="none",
     ),
-    # The shipped base: three levels, all weights together under 24 MB in fp16.
+    # The shipped base: three levels; all weights take less than 24 MB in fp16.
     "tiny": BaseConfig(
         name="tiny",
         tile=192,
@@ -209,8 +209,8 @@ PRESETS: dict[str, BaseConfig] = {
         steps=1,
         licence="research, non-commercial",
     ),
-    # Faces in pictures of 512 pixels: an autoencoder of factor 16 leaves 32x32 latents; all weights take 38 MB in fp16.
-    # The encoder's first level has no attention: on 1024 tokens it takes more time than all convolutions of a level.
+    # Faces in images of 512 pixels: an autoencoder of factor 16 gives 32x32 latents; all weights take 38 MB in fp16.
+    # The encoder's first level has no attention: on 1024 tokens it takes more time than all convolutions of the level.
     "portrait": BaseConfig(
         name="portrait",
         tile=512,
@@ -266,7 +266,7 @@ PRESETS: dict[str, BaseConfig] = {
 
 
 Range = tuple[Callable[[Any], bool], str]
-"""Whether a value is valid, and what is expected in place of one that is not."""
+"""Test of a value, and the expected range for the error message."""
 
 
 def _whole(least: int) -> Range:
@@ -320,10 +320,10 @@ class TrainConfig:
     ema: float = 0.0
     """Decay of the moving average of the weights; 0 uses the last weights."""
     precision: Precision = "auto"
-    """`auto` is bf16 where the device computes it natively, else fp32."""
+    """`auto` is bf16 if the device computes it natively, else fp32."""
     device: str = "auto"
     attention: Attention = "auto"
-    """Backend of attention, gates and norms; `auto` is the one that trains fastest on the device."""
+    """Backend of attention, gates and norms; `auto` selects the fastest for training on the device."""
     optimizer: Optimizer = "adamw"
     """AdamW, or bitsandbytes' with 8-bit state in a quarter of the memory; `paged` moves state out of a full GPU."""
     gradient_checkpointing: bool = False
@@ -334,7 +334,7 @@ class TrainConfig:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for the first field that has a value out of its range."""
+        """Raise `ValueError` for the first field with a value out of range."""
         for name, (valid, expected) in TRAIN_RANGES.items():
             value = getattr(self, name)
             if not valid(value):
@@ -348,9 +348,9 @@ class PersonalizeConfig:
     method: Method = "pfstorer"
     train: TrainConfig = field(default_factory=TrainConfig)
     layers: tuple[str, ...] = ()
-    """Spatial transformers of the UNet that a block follows; empty selects the base's own list."""
+    """Spatial transformers of the UNet that a block follows; empty selects the base's list."""
     ref_source: Literal["cached", "self"] = "cached"
-    """What a block attends to at inference: features of one reference, stored in the identity, or its own input."""
+    """Input of a block's attention at inference: features of a reference, stored in the identity, or its own input."""
     first_step: float = 0.0
     """Share of the samples at timestep 999, where every restoration starts; the others are uniform."""
     p_self: float = 0.1
@@ -361,7 +361,7 @@ class PersonalizeConfig:
     gen_rows: int = 1
     """Samples of a batch for L_gen."""
     pool: int = 256
-    """Number of degraded crops that are made and encoded before the training, which samples from them."""
+    """Number of degraded crops that are made and encoded before the training, which draws its samples from them."""
     lambda_pers: float = 5e-4
     lambda_pixel: float = 0.0
     """Weight of the pixel error of the decoded images; this loss and the next two use the samples at timestep 999."""
@@ -398,7 +398,7 @@ SUPPORTED_SETTINGS = {
     "null_cond": ("zero_latent",),
     "ref_source": ("cached", "self"),
 }
-"""Values still supported of the settings that identities of earlier versions carry."""
+"""Supported values of settings in identities of earlier versions."""
 
 
 def unsupported_setting(settings: Mapping[str, Any]) -> str | None:
@@ -411,22 +411,22 @@ def unsupported_setting(settings: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a picture is cut (StableSR section 3.4)."""
+    """Settings of the tiles (StableSR section 3.4)."""
 
     mode: Literal["fast", "parity"] = "fast"
-    """`parity` is StableSR's cutting; `fast` needs fewer tiles and no squares."""
+    """`parity` uses StableSR's tiles and squares; `fast` needs fewer tiles and no squares."""
     overlap: int | None = None
     """Pixels shared by neighbouring tiles; None is half a tile in parity mode, else a quarter."""
     chop: int = 1280
-    """In parity mode, pictures with a longer side are restored in squares of this many pixels."""
+    """In parity mode, larger images are restored in squares with this side in pixels."""
     chop_stride: int = 1000
     batch: int = 4
-    """Tiles that go through the denoiser at once."""
+    """Tiles that pass through the denoiser at once."""
 
 
 @dataclass(frozen=True)
 class RestoreConfig:
-    """How a picture is restored; None takes what the plan or base says."""
+    """Settings of a restoration; None selects the default of the plan or base."""
 
     steps: int | None = None
     sampler: str | None = None
@@ -436,7 +436,7 @@ class RestoreConfig:
     scale: float = 1.0
     """Size of the result relative to the input."""
     cfw_weight: float | None = None
-    """How far the decoder follows the LQ image's features: 0 is the plain decoder, 1 as trained."""
+    """Weight of the LQ image's features in the decoder: 0 is the plain decoder, 1 as trained."""
     color_fix: Literal["auto", "adain", "wavelet", "none"] = "auto"
     """`auto`: adain for one tile, wavelet for several."""
     init: Literal["lq", "noise"] = "lq"
@@ -467,32 +467,32 @@ def base_config_from_dict(data: Mapping[str, Any]) -> BaseConfig:
 
 
 def check_parts(data: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for a name that is no name, and for an argument of a network that no preset has.
+    """Raise `ValueError` for an invalid name, and for a network argument that no preset has.
 
-    These arguments go to the constructors of diffusers and transformers, some of whose other arguments name code to
-    fetch and run (`attn_implementation`).
+    The arguments are passed to constructors of diffusers and transformers. Some other arguments of these constructors
+    name code to download and run (`attn_implementation`).
     """
     if not is_name(data["name"]):
         raise SettingError(f"base configuration: name {str(data['name'])[:80]!r}, expected letters, digits, '_', '-'")
     given = {part: data.get(part) or {} for part in ("unet", "vae", "text", "cfw")}
-    for part, values in (*given.items(), ("vae", given["cfw"].get("vae") or {})):  # cfw can hold an autoencoder
+    for part, values in (*given.items(), ("vae", given["cfw"].get("vae") or {})):  # cfw can contain an autoencoder
         if unknown := sorted(set(values) - known_arguments(part)):
             raise SettingError(f"base configuration: {part} has unknown arguments {unknown}")
 
 
 def known_arguments(part: str) -> set[str]:
-    """Return the arguments of a network that a base's configuration may hold."""
+    """Return the arguments of a network that a base's configuration may contain."""
     more = {"cfw": {"widths", "growth", "vae", "norm_groups"}, "vae": {"norm_num_groups", "scaling_factor"}}
     return {key for preset in PRESETS.values() for key in getattr(preset, part) or {}} | more.get(part, set())
 
 
 def _with_tuples(value: Any) -> Any:
-    """JSON knows lists alone; here they are tuples, at any depth."""
+    """Convert lists to tuples at any depth, because JSON has only lists."""
     if isinstance(value, Mapping):
         return {k: _with_tuples(v) for k, v in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def changed(config: ConfigT, **values: Any) -> ConfigT:
-    """Return a copy of a configuration with those of `values` that are not None."""
+    """Return a copy of a configuration with the `values` that are not None."""
     return replace(config, **{k: v for k, v in values.items() if v is not None})  # type: ignore[type-var]
