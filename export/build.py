@@ -1,4 +1,4 @@
-"""`export_plan`: base and identity to one checked plan file."""
+"""`export_plan`: convert a base and an identity to one checked plan file."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from .tensorrt import BuildOptions, EngineBuilder
 TARGETS = ("onnx", "tensorrt", "tensorrt-rtx")
 PRECISIONS = ("fp32", "fp16", "int8")
 ORDINARY = ((1, 1), (3, 2))
-"""`batch` and `part` of the example inputs that every export is checked on; `probe_inputs` come after them."""
+"""`batch` and `part` of the example inputs for the check of every export; `probe_inputs` come after them."""
 DEFAULT_PRECISION = {"onnx": "fp32", "tensorrt": "fp16", "tensorrt-rtx": "fp16"}
-"""Precision for `auto`: fp16 where the hardware is fast at it."""
+"""Precision for `auto`: fp16 where the hardware computes it faster."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Progress:
     line: Callable[[str], None] = lambda _: None
     """line(text), at each stage."""
     phase: Callable[[str, int, int], None] = lambda _, __, ___: None
-    """phase(name, steps done, steps in all), while an engine is built."""
+    """phase(name, finished steps, all steps), while an engine is built."""
 
 
 @dataclass
@@ -57,12 +57,12 @@ class Expected:
 
     @property
     def ordinary(self) -> Expected:
-        """The inputs that every precision is checked on."""
+        """The inputs for the check of every precision."""
         return Expected(self.inputs[: len(ORDINARY)], self.outputs[: len(ORDINARY)])
 
     @property
     def probes(self) -> Expected:
-        """The inputs that only fp16 and int8 are checked on."""
+        """The inputs for the check of fp16 and int8 only."""
         return Expected(self.inputs[len(ORDINARY) :], self.outputs[len(ORDINARY) :])
 
 
@@ -90,14 +90,14 @@ class Exported:
 
     @property
     def engine(self) -> Path:
-        """Where an engine is written."""
+        """The file of an engine."""
         return self.model.with_name("engine")
 
 
 def resolve(identity: str | Path | Identity | None, base: str | Path | Base | None) -> tuple[Base, Identity | None]:
-    """Load an identity and a base; base None selects the identity's own.
+    """Load an identity and a base; base None selects the identity's base.
 
-    Raises `MismatchError` when the identity was learned on another base, or when its own base is not shipped.
+    Raises `MismatchError` when the identity was trained on another base, or when its base is not a shipped base.
     """
     if identity is not None and not isinstance(identity, Identity):
         identity = Identity.load(identity_path(identity))
@@ -123,14 +123,15 @@ def export_plan(
     progress: Progress | None = None,
     check: Callable[[Plan], None] | None = None,
 ) -> Plan:
-    """Fuse, export, check, build and write a plan; a base given as an object stays as it is.
+    """Fuse, export, check, build and write a plan; a base object is not changed.
 
-    identity: name, file or object; None exports the base alone. base: name, directory or object; None
-    is the identity's own. precision: `fp32`, `fp16`, `int8` (ONNX only) or `auto` (fp32 for ONNX, fp16 for TensorRT);
+    identity: name, file or object; None exports the base alone. base: name, directory or object; None selects the
+    identity's base. precision: `fp32`, `fp16`, `int8` (ONNX only) or `auto` (fp32 for ONNX, fp16 for TensorRT);
     with fp16 an encoder or decoder that would overflow or differ from PyTorch stays in fp32.
-    options: of the TensorRT engines.
-    check: called with the finished plan before it is moved to `output`; where this machine cannot run engines of
-    `target`, with an ONNX plan of the same graphs before the engines are built. An exception from it ends the export.
+    options: options of the TensorRT engines.
+    check: called with the finished plan before it is moved to `output`. If this machine cannot run engines of `target`,
+    it is called with an ONNX plan of the same graphs before the engines are built. An exception from it ends the
+    export.
     Raises `ParityError`, and writes nothing, when a component differs from PyTorch; `MissingBackendError` when
     TensorRT is not installed.
     """
@@ -138,7 +139,7 @@ def export_plan(
     precision = choose_precision(target, precision)
     builder = None if target == "onnx" else EngineBuilder(target, options or BuildOptions(), progress.phase)
     loaded, identity = resolve(identity, base)
-    loaded = loaded.copy().to("cpu", torch.float32)  # a base given as an object stays where and as it is
+    loaded = loaded.copy().to("cpu", torch.float32)  # a base object is not changed
     described = replace(
         manifest(loaded, identity, target, precision),
         tools=tool_versions(),
@@ -181,9 +182,9 @@ def choose_precision(target: str, precision: str) -> str:
 def export_components(
     base: Base, identity: Identity | None, precision: str, onnx_target: bool, folder: Path, progress: Progress
 ) -> list[Exported]:
-    """Export all components of a base and an identity, each to a folder of its own.
+    """Export all components of a base and an identity, each to its own folder.
 
-    Weights of the base are rounded or freed as soon as nothing needs them.
+    Weights of the base are rounded or freed as soon as possible.
     """
     parts, exported, probes = components(base, identity), [], []
     for component in parts.values():
@@ -203,7 +204,7 @@ def export_components(
 
 
 def not_run(target: str) -> str | None:
-    """Return why no backend on this machine runs plans of a target; None where one does."""
+    """Return why no backend on this machine can run plans of a target; None if one can."""
     try:
         choose_backend("auto", target)
     except MissingBackendError as error:
@@ -226,7 +227,8 @@ def export_component(
 ) -> Exported:
     """Export one component to a folder and check it in ONNX Runtime.
 
-    A component that fp16 cannot serve is exported in fp32, where it runs once an image; at every step it is refused.
+    A component that does not work in fp16 is exported in fp32 if it runs once per image, and is refused if it runs at
+    every step.
     """
     if precision == "fp16" and not parity.fits_halves(expected.largest):
         reach = f"{component.name}: its values reach {expected.largest:.3g}, too near the largest half, 65504"
@@ -238,17 +240,17 @@ def export_component(
     graph = build_graph(fuse(component), precision, fused_attention=onnx_target or precision == "fp16")
     exported = saved(component, graph, folder, precision, onnx_target)
     del graph
-    gc.collect()  # exported programs are full of cycles that hold their weights
+    gc.collect()  # reference cycles in exported programs keep their weights
     exported.figures = compare(exported.model, expected)
     if precision == "fp16" and not component.every_step and not parity.within(exported.figures, precision):
         progress.line(f"{component.name}: {parity.describe(exported.figures, precision)}; it stays in fp32")
-        # Checked like any fp32 export: the probes are for halves, and ONNX Runtime is inexact on flat tiles in fp32.
+        # Checked like any fp32 export: the probes are for fp16, and ONNX Runtime is inexact on flat tiles in fp32.
         return export_component(component, "fp32", expected.ordinary, onnx_target, folder, progress)
     return checked(exported, progress)
 
 
 def quantize_component(exported: Exported, component: Component, probes: Expected, progress: Progress) -> Exported:
-    """Convert an fp32 graph to 8 bits; its figures are measured on the probes."""
+    """Convert an fp32 graph to 8 bits and measure its difference on the probes."""
     progress.line(f"{component.name}: measuring the ranges of its activations")
     inputs = calibration_inputs(component if "strength" in exported.inputs else component.without_strength())
     with TemporaryDirectory(dir=exported.model.parent) as folder:
@@ -269,7 +271,7 @@ def saved(component: Component, graph: Graph, folder: Path, precision: str, onnx
 
 
 def checked(exported: Exported, progress: Progress) -> Exported:
-    """Return a component whose figures are within the limit; raises `ParityError`."""
+    """Return a component if its figures are within the limit; raises `ParityError` otherwise."""
     parity.check(exported.component, exported.figures, exported.precision)
     off = parity.judged(exported.figures, exported.precision)
     what = "" if exported.precision == "fp32" else f"in {exported.precision} it "
@@ -297,7 +299,7 @@ def describe_payload(exported: Exported, builder: EngineBuilder | None, tile: in
 
 
 def graph_payload(e: Exported) -> Payload:
-    """Describe an exported component as an ONNX payload: one message, or a graph with its weights beside."""
+    """Describe an exported component as an ONNX payload: one message, or a graph with its weights in another file."""
     file = f"{e.component}.onnx"
     if e.message is not None:
         return Payload(file, sha256_bytes(e.message), e.inputs, e.outputs, e.figures, e.precision)
@@ -330,12 +332,12 @@ def drop_weights(base: Base) -> None:
 
 
 def expect(component: Component, precision: str) -> Expected:
-    """Run an unfused component on the inputs that its export is compared on."""
+    """Run an unfused component on the inputs for the check of its export."""
     original = component.module.eval()
     expected = Expected([component.example_inputs(*shape) for shape in ORDINARY])
     expected.outputs = [parity.outputs_of(original, inputs) for inputs in expected.inputs]
     if precision != "fp32":
-        # 8 bits serve photographs: flat tiles differ at the last timesteps, where their prediction hardly counts.
+        # int8 is for photographs: flat tiles differ at the last timesteps, where the prediction has little effect.
         names = ("photo",) if precision == "int8" else tuple(TIMESTEPS)
         for inputs in probe_inputs(component, names).values():
             outputs, largest = parity.outputs_and_largest(original, inputs)
@@ -347,7 +349,7 @@ def expect(component: Component, precision: str) -> Expected:
 
 def compare(model: bytes | Path, expected: Expected) -> dict[str, float]:
     """Compare a graph in ONNX Runtime with its original's outputs; returns the worst figures."""
-    spread = float(expected.outputs[0][0].std())  # of ordinary inputs; outputs of flat tiles hardly vary
+    spread = float(expected.outputs[0][0].std())  # of ordinary inputs; outputs of flat tiles are nearly constant
     with OnnxRuntimeSession(model) as session:
         pairs = zip(expected.outputs, expected.inputs, strict=True)
         measured = [parity.measure(outputs, session, inputs, spread) for outputs, inputs in pairs]

@@ -1,4 +1,4 @@
-"""`compare_plan`: a finished plan against PyTorch, on every backend that runs it here."""
+"""`compare_plan`: compare a finished plan with PyTorch, on every backend that runs it here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .build import resolve
 from .parity import probe_inputs, probe_tiles
 
 LEAST_PSNR = {"fp32": 45.0, "fp16": 45.0, "int8": 40.0}
-"""Least PSNR in dB of a restored image against PyTorch, by the precision of the plan."""
+"""Smallest allowed PSNR in dB of a restored image against PyTorch, by the precision of the plan."""
 IDENTICAL = 120.0
 """PSNR in dB of identical images."""
 
@@ -42,7 +42,7 @@ EXACT = {"openvino": "CPU:f32"}
 
 
 class SessionRunner(BaseRunner):
-    """One component of one backend, for polygraphy's comparator."""
+    """One component on one backend, for polygraphy's comparator."""
 
     def __init__(self, name: str, session: Session, feed: dict[str, Array]) -> None:
         super().__init__(name=name)
@@ -68,10 +68,10 @@ def compare_plan(plan: Plan, identity: str | Path | Identity | None, base: str |
 
     Returns one row for each component, kind of tile and pair of backends: largest and mean absolute difference,
     cosine distance, whether all values are finite; then one row for each kind of tile and backend with the PSNR in dB
-    of the restored picture against PyTorch's. Raises `MissingBackendError` when nothing here runs the plan.
+    of the restored image against PyTorch's. Raises `MissingBackendError` when no backend here runs the plan.
     """
     loaded, identity = resolve(identity, base)
-    loaded = loaded.copy().to("cpu", torch.float32)  # a base given as an object stays where and as it is
+    loaded = loaded.copy().to("cpu", torch.float32)  # a base object is not changed
     backends, refused = _openers(plan)
     if not backends:
         raise MissingBackendError(f"nothing here runs this {plan.manifest.target} plan: {'; '.join(refused)}")
@@ -109,8 +109,8 @@ def _compare_component(component: Component, sessions: dict[str, Session]) -> li
 
 
 def differences(found: Mapping[str, Array], expected: Mapping[str, Array]) -> Row:
-    """Compare outputs by name; returns `finite` (all values of both), `max`, `mean` (absolute difference) and
-    `cosine_distance`, each of the worst output."""
+    """Compare outputs by name; returns `finite` (all values of both), `max` and `mean` absolute difference and
+    `cosine_distance`, each for the worst output."""
     pairs = [[outputs[name].astype(np.float64).ravel() for outputs in (found, expected)] for name in expected]
     return {
         "finite": all(bool(np.isfinite(array).all()) for pair in pairs for array in pair),
@@ -130,7 +130,7 @@ def _compare_pictures(plan: Plan, base: Base, identity: Identity | None, backend
             for name, pixels in tiles.items():
                 try:
                     finite, decibels = True, agreement(restorer.restore(pixels), expected[name])
-                except PFStorerError:  # an image that is not finite is refused
+                except PFStorerError:  # raised for an image with values that are not finite
                     finite, decibels = False, 0.0
                 rows.append(
                     {
@@ -152,7 +152,7 @@ def agreement(found: Pixels, expected: Pixels) -> float:
 def check_rows(rows: list[Row], precision: str = "fp32") -> None:
     """Raise `ParityError` for a value that is not finite, and for a restored image below `LEAST_PSNR`.
 
-    Pure noise is not checked in int8, whose ranges are measured on photographs.
+    Pure noise is not checked in int8, because its ranges are measured on photographs.
     """
     least = LEAST_PSNR[precision]
     judged = [r for r in rows if precision != "int8" or r["tile"] != "noise"]

@@ -1,11 +1,11 @@
-"""Two consecutive convolutions of an AutoencoderTiny become one, with the same result.
+"""Replace two consecutive convolutions of an AutoencoderTiny by one with the same result.
 
 An autoencoder without blocks at full resolution converts three channels to many and back at the full size of the image.
-One convolution in place of such a pair avoids that large map:
+A single convolution avoids that large map:
 
-- the first two of the encoder, the second of stride 2, become one of 5x5 and stride 2;
-- the last two of the decoder, after nearest-neighbour upsampling, become one of 3x3 at half the size, whose channels
-  are the pixels of 2x2 squares (upsampling repeats each value four times, and a sum of weights uses it once).
+- The first two convolutions of the encoder, the second with stride 2, become one 5x5 convolution with stride 2.
+- The last two convolutions of the decoder, after nearest-neighbour upsampling, become one 3x3 convolution at half the
+  size. Its channels are the pixels of 2x2 squares: upsampling repeats each value four times, so the weights are summed.
 
 The results differ only in a border one pixel wide, because the first convolution's result is padded with zeros. The
 border is computed with the original pair, on narrow strips.
@@ -63,14 +63,14 @@ class ComposedEnd(nn.Module):
 def compose(first: nn.Conv2d, second: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the 5x5 weight and the bias, in fp64, of two 3x3 convolutions one after the other."""
     a, b = first.weight.detach().double(), second.weight.detach().double()
-    # The weight of the composition is the convolution of both weights, summed over the channels between them.
+    # The composed weight is the convolution of both weights, summed over the channels between them.
     weight = F.conv2d(a.transpose(0, 1), b.flip(-1, -2), padding=2).transpose(0, 1)
     bias = torch.zeros(len(b), dtype=torch.float64) if second.bias is None else second.bias.detach().double()
     return weight, bias if first.bias is None else bias + b.sum((2, 3)) @ first.bias.detach().double()
 
 
 def halve_grid(weight: torch.Tensor) -> torch.Tensor:
-    """Convert a 5x5 weight on upsampled pixels, (D, C, 5, 5), to one on the original pixels, (4 D, C, 3, 3).
+    """Convert a 5x5 weight for upsampled pixels, (D, C, 5, 5), to a 3x3 weight for original pixels, (4 D, C, 3, 3).
 
     The pixel (y, x) of a 2x2 square is channel `4 d + 2 y + x`, the order of `pixel_shuffle`.
     """
@@ -91,7 +91,7 @@ def set_convolution(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -
 
 
 def compose_autoencoder(vae: AutoencoderTiny) -> None:
-    """Compose the convolutions of an autoencoder in place; nothing where it has blocks at full resolution."""
+    """Compose the convolutions of an autoencoder in place, unless it has blocks at full resolution."""
     entry, end = vae.encoder.layers, vae.decoder.layers
     if _is_3x3(entry[0], 1) and _is_3x3(entry[1], 2):
         vae.encoder.layers = nn.Sequential(ComposedEntry(entry[0], entry[1]), *entry[2:])

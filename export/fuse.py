@@ -4,8 +4,8 @@
 - The cached reference is constant, so every reference attention keeps its keys and values only.
 - A block whose gamma is all zero changes nothing and is removed.
 
-gamma itself stays one multiplication at the end of its block: the three branches of the block feed each other
-unscaled, so gamma can be folded into none of their projections.
+gamma stays a multiplication at the end of its block. It cannot be folded into a projection, because the three branches
+of the block use each other's unscaled results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pfstorer_rt.models.personalization import PersonalizationBlocks
 
 
 class FusedDenoiser(nn.Module):
-    """The denoiser with its constants folded; owns its networks, which are changed in place."""
+    """The denoiser with folded constants; it owns its networks and changes them in place."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class FusedDenoiser(nn.Module):
         """Return the paths of the parameters and buffers that belong to the person: {name: path}, in order.
 
         Names are `{layer}.gamma`, `{layer}.k` and `{layer}.v` of the reference, and `{layer}.` with the projections of
-        the block. A graph holds these tensors as constants, or takes them as inputs in this order.
+        the block. A graph has these tensors as constants, or as inputs in this order.
         """
         short = {"block.attn2.k": "k", "block.attn2.v": "v"}
         return {
@@ -52,7 +52,7 @@ class FusedDenoiser(nn.Module):
         }
 
     def identity_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of `identity_paths`, by name and in its order."""
+        """Return the tensors of `identity_paths` by name, in the same order."""
         state = self.state_dict()
         return {name: state[path] for name, path in self.identity_paths().items()}
 

@@ -24,12 +24,12 @@ from .fuse import FusedDenoiser
 from .precision import TypedComponent, spell_out_attention
 
 OPSET = 23
-"""The first opset with an `Attention` operator, which engines replace by their own fused kernel."""
+"""The first opset with an `Attention` operator, which engines replace by a fused kernel."""
 SELF_CONTAINED = 2**27
-"""Bytes of constants up to which a payload is one ONNX message (2 GB is the most that one can have)."""
+"""Bytes of constants up to which a payload is one ONNX message (a message can have at most 2 GB)."""
 
 Binding = Literal["constants", "inputs"]
-"""A person's tensors are constants of the graph, or inputs bound at run time (a plan that several people share)."""
+"""A person's tensors are constants of the graph, or inputs at run time (for a plan that several people share)."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Graph:
 
 
 def fuse(component: Component) -> Component:
-    """Return a component with its constants folded; the component itself and its base stay as they are."""
+    """Return a component with folded constants; the original component and its base are not changed."""
     module = share_weights(component.module)
     if isinstance(module, Denoiser):
         fused = component.with_module(FusedDenoiser(module))
@@ -89,9 +89,9 @@ def build_graph(
 ) -> Graph:
     """Export a fused component; for fp16 and without fused attention its module is changed in place.
 
-    fused_attention: write the operator `Attention`; else matrix products, for engines without a kernel for it.
-    identity: whether the tensors of `FusedDenoiser.identity_paths` are constants, or inputs that follow the others
-    in that order, under those names.
+    fused_attention: write the operator `Attention`; otherwise matrix products, for engines without a kernel for it.
+    identity: the tensors of `FusedDenoiser.identity_paths` are constants, or inputs after the other inputs, with the
+    same names and order.
     """
     module, inputs = component.module, component.inputs
     example, axes = component.example_inputs(), component.dynamic_axes()
@@ -101,7 +101,7 @@ def build_graph(
         spell_out_attention(typed)
     if isinstance(module, FusedDenoiser) and paths:
         example |= module.identity_tensors()
-        # With free token counts the tracer finds bounds of its own for the batch, narrower than those stated.
+        # With free token counts, the tracer derives bounds for the batch that are narrower than the stated ones.
         axes = {name: free and {0: torch.export.Dim.AUTO} for name, free in axes.items()}
         axes |= {name: _token_axis(name) for name in paths}
         inputs = (*inputs, *paths)
@@ -118,13 +118,13 @@ def build_graph(
         )
     assert program is not None
     for value in program.model.graph.outputs:
-        if value.name in ("mean", "std"):  # the exporter names the axes of these after its own symbols
+        if value.name in ("mean", "std"):  # the exporter names these axes after its own symbols
             value.shape = onnx_ir.Shape(["batch", component.config.latent_channels, "height", "width"])
     return _without_source_notes(program.model)
 
 
 def _token_axis(name: str) -> dict[int, Any] | None:
-    """The masks of references keep different numbers of tokens; every other tensor has one size for all people."""
+    """Return the free token axis of a reference; other tensors have the same size for all people."""
     return {1: torch.export.Dim.AUTO} if name.endswith((".k", ".v")) else None
 
 

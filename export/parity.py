@@ -1,6 +1,6 @@
 """Parity: an exported component has to compute the outputs of its PyTorch original.
 
-Both are compared on a photograph, and on the flat and noisy tiles on which fp16 fails.
+Both are compared on a photograph, and on flat and noisy tiles, where fp16 fails.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def portrait() -> npt.NDArray[np.uint8]:
 
 
 def photograph(pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
-    """Turn (H, W, 3) into (1, 3, H, W) in [-1, 1]."""
+    """Convert (H, W, 3) to (1, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def resize(image: torch.Tensor, side: int) -> torch.Tensor:
-    """Resize (1, 3, H, W) to a square, without aliases."""
+    """Resize (1, 3, H, W) to a square, with antialiasing."""
     return resize_bicubic(image, (side, side), antialias=side < image.shape[-1])
 
 
@@ -52,7 +52,7 @@ def probe_tiles(tile: int) -> dict[str, torch.Tensor]:
 def probe_inputs(component: Component, names: Collection[str] = tuple(TIMESTEPS)) -> dict[str, Inputs]:
     """Return a component's inputs for some of `probe_tiles`, by the tile's name.
 
-    Encoder and decoder take images of any size, and get small ones for the tiles that look the same everywhere.
+    Encoder and decoder take images of any size, and get small images for uniform tiles.
     """
     tiles = probe_tiles(component.config.tile)
     if not component.every_step:
@@ -66,20 +66,20 @@ def probe_inputs(component: Component, names: Collection[str] = tuple(TIMESTEPS)
 
 
 LIMIT = {"fp32": 3e-4, "fp16": 5e-2, "int8": 0.3}
-"""Difference allowed, in units of the output's standard deviation: the largest one, for int8 its root mean square.
+"""Allowed difference in units of the output's standard deviation: the largest one, for int8 the root mean square.
 
-In fp32 a full-size decoder differs by 2e-4 at its worst pixel, because libraries sum in different orders, and a small
-network with 1 % more in one of its constants by 4e-4. Eight bits differ at single pixels, and a network is trained to
-tolerate noise, so the root mean square is the measure.
+In fp32 a full-size decoder differs by 2e-4 at its worst pixel, because libraries sum in different orders. A small
+network with an error of 1 % in one of its constants differs by 4e-4. int8 differs at single pixels, and the network is
+trained to tolerate noise, so its limit is on the root mean square.
 """
 LARGEST_HALF = 65504.0
 HEADROOM = 4.0
-"""fp16 is used for a component whose largest value times this fits."""
+"""fp16 is used for a component if its largest value times this factor fits."""
 
 
 @torch.no_grad()
 def outputs_of(original: nn.Module, inputs: dict[str, torch.Tensor]) -> list[Array]:
-    """Return the original's outputs for inputs in their order, as fp64 arrays."""
+    """Return the original's outputs for ordered inputs, as fp64 arrays."""
     result = original(*inputs.values())
     return [tensor.double().numpy() for tensor in (result if isinstance(result, tuple) else (result,))]
 
@@ -89,7 +89,7 @@ def measure(
 ) -> dict[str, float]:
     """Compare a session with its original's outputs for the same inputs.
 
-    spread: the output's standard deviation on ordinary inputs, for inputs that are flat. Returns `max_abs` (largest
+    spread: the output's standard deviation on ordinary inputs, for flat inputs. Returns `max_abs` (largest
     absolute difference), `std` (of the original's output, at least `spread`), `relative` (their ratio) and `rms` (root
     mean square of the difference by `std`); the worst output counts. A value that is not finite makes both infinite.
     """
@@ -108,12 +108,12 @@ def measure(
 
 
 def judged(figures: dict[str, float], precision: str) -> float:
-    """Return the figure of `measure` that has a limit."""
+    """Return the figure of `measure` with a limit in this precision."""
     return figures["rms" if precision == "int8" else "relative"]
 
 
 def within(figures: dict[str, float], precision: str) -> bool:
-    """Whether `measure`'s figures are within the precision's limit; values that are not finite never are."""
+    """Whether `measure`'s figures are within the precision's limit; False for values that are not finite."""
     return judged(figures, precision) <= LIMIT[precision]
 
 
@@ -132,7 +132,7 @@ def check(component: str, figures: dict[str, float], precision: str) -> None:
 
 
 def outputs_and_largest(original: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[list[Array], float]:
-    """Return `outputs_of`, and the largest magnitude in the output of any module inside, which fp16 has to hold."""
+    """Return `outputs_of`, and the largest magnitude in the output of any submodule, for `fits_halves`."""
     largest = 0.0
 
     def look(_: nn.Module, __: Any, output: Any) -> None:
@@ -150,5 +150,5 @@ def outputs_and_largest(original: nn.Module, inputs: dict[str, torch.Tensor]) ->
 
 
 def fits_halves(largest: float) -> bool:
-    """Whether fp16 can hold the values of a component whose largest one is this."""
+    """Whether fp16 can represent the values of a component with this largest magnitude."""
     return largest * HEADROOM <= LARGEST_HALF

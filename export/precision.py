@@ -1,10 +1,10 @@
-"""fp16 graphs: the types of all values are set here, and engines follow them.
+"""fp16 graphs: this module sets the types of all values, and engines compute in these types.
 
-TensorRT 11 and later have no precision flags: engines compute in the types of the graph. The weights and activations of
-convolutions and projections are fp16. These stay in fp32:
+TensorRT 11 and later have no precision flags. The weights and activations of convolutions and projections are fp16.
+These stay in fp32:
 
-- the statistics of GroupNorm and LayerNorm: sums of squares over a whole map overflow long before a value does;
-- the sinusoid and the time embedding: fp16 cannot resolve the difference of neighbouring timesteps;
+- the statistics of GroupNorm and LayerNorm, because sums of squares over a whole map overflow before single values do;
+- the sinusoid and the time embedding, because fp16 cannot resolve the difference of neighbouring timesteps;
 - softmax, inside the engines' fused attention; `centred_attention` keeps its scores small enough for fp16;
 - the inputs and outputs, so that the sampler outside the graph does not round.
 """
@@ -44,7 +44,7 @@ def spell_out_attention(module: nn.Module) -> None:
 
 
 def compute_in_float32(norm: nn.Module) -> None:
-    """Let a normalization take and return fp16 but compute in fp32; its parameters keep their names."""
+    """Change a normalization to take and return fp16 but compute in fp32; its parameters keep their names."""
     norm.float()
     norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
     norm.register_forward_hook(lambda _, __, output: output.half())

@@ -22,9 +22,9 @@ from .parity import photograph, portrait, resize
 
 SAMPLES = 20
 LARGEST_SQUARE = 256
-"""Largest side of the squares for encoder and decoder, whose activations at full size are gigabytes."""
+"""Largest side of the squares for encoder and decoder, whose activations at full size need gigabytes."""
 TIMESTEPS = (999.0, 749.0, 499.0, 249.0, 0.0)
-"""Timesteps for the denoiser's ranges, in turns: from pure noise, where sampling starts, to an almost clean latent."""
+"""Timesteps for the denoiser's ranges, used in turn, from pure noise to an almost clean latent."""
 OPERATORS = ["Conv", "MatMul", "Gemm"]
 """Operators in 8 bits. Norms, attention and gates keep their precision."""
 
@@ -49,7 +49,7 @@ def calibration_tiles(tile: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def calibration_inputs(component: Component) -> Iterator[dict[str, Array]]:
-    """Yield a component's inputs for `calibration_tiles`, one row each."""
+    """Yield a component's inputs for `calibration_tiles`, one row at a time."""
     generator = torch.Generator().manual_seed(1)
     side = component.config.tile if component.every_step else min(component.config.tile, LARGEST_SQUARE)
     for i, (lq, hq) in enumerate(calibration_tiles(side)):
@@ -58,12 +58,12 @@ def calibration_inputs(component: Component) -> Iterator[dict[str, Array]]:
 
 
 def quantize(model: Path, inputs: Iterator[dict[str, Array]], output: Path) -> Path:
-    """Write an fp32 graph as one whose `OPERATORS` are between QuantizeLinear and DequantizeLinear; returns `output`.
+    """Quantize the `OPERATORS` of an fp32 graph with QuantizeLinear and DequantizeLinear; returns `output`.
 
-    The constants go to a file beside `output`. inputs: runs of the graph that give the range of each activation, all
-    but the outermost 1e-5 of its values, in 8 unsigned bits. Weights have 7 signed bits and a scale for each output
-    channel: processors without VNNI (Intel before 2019, AMD before Zen 4) add two products in 16 bits, and two products
-    of 8 by 8 bits can overflow them.
+    The constants are written to a file beside `output`. Activations have 8 unsigned bits; inputs: calibration inputs
+    for their ranges, which exclude the outermost 1e-5 of the values. Weights have 7 signed bits and a scale for each
+    output channel, because processors without VNNI (Intel before 2019, AMD before Zen 4) add two products in 16 bits,
+    and two products of 8 by 8 bits can overflow.
     """
     from onnxruntime import quantization
 
@@ -89,8 +89,8 @@ def quantize(model: Path, inputs: Iterator[dict[str, Array]], output: Path) -> P
 def measure_ranges(model: Path, inputs: Iterator[dict[str, Array]]) -> Any:
     """Return the ranges of a graph's activations.
 
-    ONNX Runtime's calibrator holds the weights three times and the activations of all inputs. Here the weights stay in
-    their file, and only the activations of one input are in memory.
+    ONNX Runtime's calibrator keeps three copies of the weights and the activations of all inputs in memory. Here the
+    weights stay in their file, and only the activations of one input are in memory.
     """
     from onnxruntime.quantization import CalibrationMethod, TensorsData, calibrate
 

@@ -1,7 +1,7 @@
-"""TensorRT engines from the exported graphs; `tensorrt` and `tensorrt_rtx` through one path.
+"""TensorRT engines from the exported graphs, for `tensorrt` and `tensorrt_rtx`.
 
-TensorRT-RTX builds without a GPU, for a set of compute capabilities, and completes the compilation where it runs. The
-full TensorRT times kernels while it builds, so it builds on the machine that runs the engine.
+TensorRT-RTX builds without a GPU, for a set of compute capabilities, and completes the compilation on the target
+machine. The full TensorRT times kernels during the build, so it builds on the machine that runs the engine.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class BuildOptions:
     batches: tuple[int, ...] = (1, 2, 4, 8)
     """Batch sizes of the denoiser: one optimization profile each."""
     largest_side: int = 1280
-    """Pixels; encoder and decoder take images up to this square, the size of `TileConfig.chop`."""
+    """Largest side in pixels of images for encoder and decoder, equal to `TileConfig.chop`."""
     workspace: int | None = None
-    """Largest scratch memory of a layer in bytes; None is all memory of the GPU."""
+    """Largest scratch memory of a layer in bytes; None allows all memory of the GPU."""
     timing_cache: Path | None = None
-    """File of kernel timings for the full TensorRT; None is in the user's cache directory."""
+    """File of kernel timings for the full TensorRT; None selects a file in the user's cache directory."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class EngineBuilder:
         """Build one component's engine from its saved ONNX graph and write it to `file`.
 
         origins: `Graph.origins`. tile: pixels. scales: `Component.scales`.
-        Raises `PFStorerError` with the library's reason, the node and the module that it was exported from.
+        Raises `PFStorerError` with the library's reason, the node and the node's original module.
         """
         trt = self.library.module
         builder = self._created(trt.Builder(self._messages))
@@ -113,7 +113,7 @@ class EngineBuilder:
 
     def _network_flags(self) -> int:
         flags = self.library.module.NetworkDefinitionCreationFlag
-        # Versions without the flag have strongly typed networks only.
+        # Versions without the flag support only strongly typed networks.
         return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
 
     def _parse(self, network: Any, model: Path, origins: Mapping[str, str]) -> None:
@@ -205,7 +205,7 @@ def _allow_decomposition(library: Library, network: Any) -> None:
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # the bindings reach the properties of a layer type in this way
+            layer.__class__ = trt.IAttentionInputLayer  # gives the bindings access to the properties of this layer type
             layer.attention.decomposable = True
 
 
