@@ -1,1 +1,1 @@
-"""Evaluation: metrics with their requirements, and the report over folders of pictures."""
+"""Evaluation: metrics with their requirements, and reports on folders of images."""

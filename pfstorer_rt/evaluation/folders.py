@@ -30,15 +30,15 @@ def evaluate(
 ) -> Report:
     """Measure restored images of any method against their originals and references of the person.
 
-    refs: folder of photographs of the person, or with a sub-folder for each person, then `hq` has the same ones.
+    refs: folder of photographs of the person, or of a sub-folder for each person; `hq` then has the same sub-folders.
     hq: folder of originals. outputs: folder of results, or name of a method -> folder; may be an empty mapping.
     inputs: folder of the degraded images, measured as the method "input". Folders are searched recursively; the
-    result of `a.jpg` is `a.*` or `a_restored.*` at the same place, of the same size.
+    result of `a.jpg` is `a.*` or `a_restored.*` in the corresponding folder, of the same size.
     seconds: method -> seconds per image, or name of an image (or its path without suffix) -> seconds.
     metrics: metrics to measure; None loads all. progress: called with (done, total) images.
     An image without a result, or with a result that cannot be measured, becomes a row with the reason and counts as
-    not verified; other images are not affected. Raises BadFileError when a folder is missing or empty, or when a
-    method has no result that can be measured, and ValueError for a method named "input" or "original".
+    not verified; other images are not affected. Raises `BadFileError` when a folder is missing or empty, or when
+    no result of a method can be measured, and `ValueError` for a method named "input" or "original".
     """
     methods = outputs if isinstance(outputs, Mapping) else {outputs.name or "output": outputs}
     reserved = sorted({INPUT, ORIGINAL} & set(methods))
@@ -144,7 +144,7 @@ class People:
             self._groups.setdefault(person, []).append(Sample(load_image(path).pixels))
 
     def of(self, name: str) -> list[Sample]:
-        """Return the references of the person in an image; raises `BadFileError` without any."""
+        """Return the references of the person in an image; raises `BadFileError` when there are none."""
         person = name.split("/")[0] if "/" in name else ""
         for key in (person, ""):
             if key in self._groups:
@@ -166,7 +166,7 @@ class People:
 
 
 def match(originals: Mapping[str, Path], folder: Path) -> dict[str, Path | None]:
-    """Return the result of every original in a folder, None without one; raises `BadFileError` for two."""
+    """Return original -> result in a folder, or None; raises `BadFileError` for an original with two results."""
     found, matched = by_name(folder), dict[str, "Path | None"]()
     for name in originals:
         endings = [ending for ending in ENDINGS if not ending or name + ending not in originals]

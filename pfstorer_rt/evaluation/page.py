@@ -16,7 +16,7 @@ from pfstorer_rt.faces.dlib import to_uint8
 from pfstorer_rt.imaging.rows import Pixels
 
 THUMBNAILS = 24
-"""Images on a page; with more of them it opens slowly."""
+"""Number of images on a page; a page with more images opens slowly."""
 THUMBNAIL_SIDE = 192
 """Longer side of an image on a page, in pixels."""
 _LABEL, _PLOT, _LINE = 120, 300, 22  # of a chart, in pixels
@@ -43,7 +43,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A line per method: a dot per image, and the mean."""
+    """A line per method, with a dot per image and the mean."""
 
     title: str
     dots: Mapping[str, Sequence[float]]
@@ -52,7 +52,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images side by side, a line per original."""
+    """Images side by side, with a line per original."""
 
     methods: Sequence[str]
     pictures: Sequence[str]
@@ -68,7 +68,7 @@ def page(
     about: Table,
     notes: Sequence[str],
 ) -> str:
-    """Return the page; all texts are escaped here."""
+    """Return the page, with all texts escaped."""
     facts = "".join(f"<li>{escape(str(key))}: {escape(str(value))}</li>" for key, value in settings.items())
     remarks = "".join(f"<li>{escape(note)}</li>" for note in notes)
     parts = [

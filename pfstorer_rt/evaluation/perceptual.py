@@ -1,4 +1,4 @@
-"""Learned metrics: LPIPS, ST-LPIPS and MUSIQ, with the weights that their authors published."""
+"""Learned metrics: LPIPS, ST-LPIPS and MUSIQ, with the published weights."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def lpips_measure(alexnet: Path | None) -> Measure:
     """LPIPS 0.1 with AlexNet (Zhang 2018, eq. 1): the linear weights come from the package `lpips`.
 
-    alexnet: torchvision's weights as a file, for machines where torchvision does not load.
-    Raises MissingBackendError where the package or the backbone is missing, BadFileError for another file.
+    alexnet: file of torchvision's weights, for machines where torchvision cannot be imported.
+    Raises `MissingBackendError` when the package or the backbone is missing, `BadFileError` for another file.
     """
     advice = "pip install --no-deps lpips, and give the AlexNet weights unless torchvision loads"
     linear = package_file("lpips", "weights/v0.1/alex.pth", advice)
@@ -40,24 +40,24 @@ def lpips_measure(alexnet: Path | None) -> Measure:
 
 
 def stlpips_measure() -> Measure:
-    """Shift-tolerant LPIPS as a metric; raises MissingBackendError where its package is missing."""
+    """Shift-tolerant LPIPS as a metric; raises `MissingBackendError` when its package is missing."""
     return measure_by(shift_tolerant_distance())
 
 
 def musiq_measure(path: Path | None) -> Measure:
-    """MUSIQ with KonIQ-10k weights by `pyiqa`, 0 to 100; it does not use the original.
+    """MUSIQ of `pyiqa` with KonIQ-10k weights, 0 to 100; it does not use the original.
 
-    Raises MissingBackendError where pyiqa does not load or cannot get its weights.
+    Raises `MissingBackendError` when pyiqa cannot be imported or its weights are not available.
     """
     advice = "pip install pyiqa, with a torchvision of the same build as torch"
     try:
         import pyiqa
-    except Exception as error:  # a torchvision of another build fails with errors of many kinds
+    except Exception as error:  # an incompatible torchvision raises many error types
         raise MissingBackendError(f"{advice} ({one_line(error)})") from error
     options = {"pretrained_model_path": str(path)} if path else {}
     try:
         network = pyiqa.create_metric("musiq", device="cpu", **options)
-    except Exception as error:  # likewise for a download that failed
+    except Exception as error:  # a failed download also raises many error types
         raise MissingBackendError(
             f"MUSIQ's weights did not load; give the file of its weights ({one_line(error)})"
         ) from error

@@ -1,4 +1,4 @@
-"""The registry of metrics: meaning, requirements and loader of each. A new metric is a new entry of `METRICS`."""
+"""The registry of metrics: meaning, requirements and loader of each. To add a metric, add an entry to `METRICS`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["METRICS", "Measure", "Metric", "MetricFiles", "Metrics", "Sample", "
 
 @dataclass(frozen=True)
 class MetricFiles:
-    """Weight files that the user provides; None for those that are absent."""
+    """Weight files that the user provides; None for a missing file."""
 
     arcface: Path | None = None
     """A face recognizer of the ArcFace family as ONNX: (1, 3, 112, 112) in, an embedding out."""
@@ -45,7 +45,7 @@ class Metric:
     """One column of a report."""
 
     key: str
-    """Its name in CSV and JSON."""
+    """Name in CSV and JSON."""
     title: str
     better: Literal["up", "down"]
     unit: str
@@ -53,13 +53,13 @@ class Metric:
     licence: str
     """Licence of the code and of the weights."""
     packages: tuple[str, ...]
-    """Distributions whose versions are part of a report."""
+    """Distributions whose versions a report lists."""
     load: Callable[[MetricFiles], Measure]
-    """Raises `MissingBackendError` with what to install or which file to provide."""
+    """Loads the metric; raises `MissingBackendError` that names the package to install or the file to provide."""
     counts_failures: bool = False
-    """A missing result counts as a black image, so that a method gains nothing by failing."""
+    """Count a missing result as a black image, so that failures do not improve a method's mean."""
     file: str | None = None
-    """Field of `MetricFiles` with the file that the metric reads."""
+    """Field of `MetricFiles` with the metric's weight file."""
     digits: int = 3
 
 
@@ -77,8 +77,8 @@ class Metrics:
 
         result, original: of the same size. references: photographs of the person, of any size; pass the same `Sample`
         objects for every image, so that their faces are found once.
-        Returns key -> value; None where a metric is refused or not defined for these images (no face, too small).
-        `verification_dlib` is 1.0 or 0.0. Raises `ValueError` where the sizes differ.
+        Returns key -> value; None when a metric could not be loaded or is not defined for these images (no face, too
+        small). `verification_dlib` is 1.0 or 0.0. Raises `ValueError` when the sizes differ.
         """
         if result.pixels.shape != original.pixels.shape:
             raise SettingError(
@@ -129,7 +129,7 @@ def describe_version(metric: Metric, files: MetricFiles) -> str:
 
 
 def package_version(name: str) -> str:
-    """Return the version of a distribution, `not installed` where it is missing."""
+    """Return the version of a distribution, or `not installed`."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -184,7 +184,7 @@ def load_id_original(_: MetricFiles) -> Measure:
 
 
 def load_verification(_: MetricFiles) -> Measure:
-    """Load verification: 1.0 where the result is accepted as the person of the references, 0.0 also without a face."""
+    """Load verification: 1.0 if the result is accepted as the references' person, else 0.0 (also without a face)."""
     embed = dlib_embedder()
 
     def measure(result: Sample, _: Sample, references: Sequence[Sample]) -> float | None:
@@ -198,7 +198,7 @@ def load_verification(_: MetricFiles) -> Measure:
 
 
 def load_lmse(_: MetricFiles) -> Measure:
-    """Load the squared error of dlib's landmarks, both found in the box of the original's face."""
+    """Load the squared error of dlib's landmarks; both images use the box of the original's face."""
     dlib.load_dlib()
 
     def measure(result: Sample, original: Sample, _: Sequence[Sample]) -> float | None:

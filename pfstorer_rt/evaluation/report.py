@@ -31,7 +31,7 @@ class Row:
     figures: Mapping[str, float | None]
     """Key of a metric -> value, as `Metrics.measure` returns them."""
     seconds: float | None = None
-    """Time of the method for this image; None where unknown."""
+    """Time of the method for this image; None if unknown."""
     note: str = ""
     """Why values are missing."""
     thumbnail: bytes = field(default=b"", repr=False)
@@ -126,7 +126,7 @@ class Report:
         return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
     def describe(self, metric: Metric) -> dict[str, str | None]:
-        """Return the description of a metric; `refused` is None where it was measured."""
+        """Return the description of a metric; `refused` is None if it was measured."""
         return {
             "title": metric.title,
             "better": metric.better,
@@ -209,7 +209,7 @@ class Report:
         return any(every[m].counts[key] != common[m].counts[key] for m in every for key in keys)
 
     def _shared(self, key: str) -> set[str]:
-        """Return the images with a value for every method that has any; few methods have times."""
+        """Return the images with a value for every method; methods without any value are ignored (few have times)."""
         found: dict[str, set[str]] = {}
         for row in self.rows:
             if value(row, key) is not None:
@@ -232,7 +232,7 @@ def value(row: Row, key: str) -> float | None:
 
 
 def finite(means: Mapping[str, float | None]) -> dict[str, float | str | None]:
-    """Replace infinity, the PSNR of equal images, by the text "inf": JSON has no infinity."""
+    """Replace infinity (the PSNR of equal images) by the text "inf", because JSON has no infinity."""
     return {key: "inf" if v is not None and math.isinf(v) else v for key, v in means.items()}
 
 
@@ -243,7 +243,7 @@ def number(metric: Metric, figure: float) -> str:
 
 
 def figure(metric: Metric, summary: Summary) -> str:
-    """Return a mean as text, "not measured" without one."""
+    """Return a mean as text, or "not measured" without a mean."""
     mean, count = summary.means[metric.key], summary.counts[metric.key]
     if mean is None:
         return "not measured"

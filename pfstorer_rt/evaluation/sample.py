@@ -1,4 +1,4 @@
-"""An image to be measured, and the type of functions that measure it."""
+"""An image to be measured, and the type of measuring functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Sample:
-    """An image with cached results: a face that several metrics use is found once.
+    """An image with cached results, so that several metrics share one face detection.
 
     pixels: (H, W, 3) float32 in [0, 1].
     """
@@ -34,4 +34,4 @@ class Sample:
 
 
 Measure = Callable[[Sample, Sample, Sequence[Sample]], "float | None"]
-"""measure(result, original, references) -> value, None where the metric is not defined for these images."""
+"""measure(result, original, references) -> value, or None if the metric is not defined for these images."""
