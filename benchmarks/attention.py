@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py -o benchmarks/results/attention.csv [--dtype fp16|bf16]
 
-Needs an NVIDIA GPU. Sequence lengths are those of the UNet's levels on 512-pixel tiles (4096, 1024, 256). Keys are the
-sequence itself, a prompt (77 tokens), or a reference of which three quarters are kept. Methods: the kernel with its
+Needs an NVIDIA GPU. Sequence lengths are the UNet's on 512-pixel tiles (4096, 1024, 256). The keys are the sequence, a
+prompt (77 tokens), or a reference with three quarters of its tokens. Methods: the kernel with its
 fastest block size on this GPU, each backend of SDPA, compiled SDPA, and xformers. For masked keys SDPA gets a mask; the
 kernel skips the masked keys.
 """
@@ -69,7 +69,7 @@ def cases(dtype: torch.dtype, heads: int, size: int, backward: bool) -> Iterator
             if backward:
                 grad = torch.randn_like(q)
                 ways = {name: partial(back, way, (q, k, v), grad) for name, way in ways.items()}
-            # Two products ahead; five more going back (Dao 2023, section 4.1).
+            # Two products in the forward pass, five more in the backward pass (Dao 2023, section 4.1).
             operations = 4 * batch * heads * length * keys * size * (3.5 if backward else 1)
             moved = batch * heads * size * 2 * (2 * length + 2 * keys) * (3 if backward else 1)
             shape = {"batch": batch, "heads": heads, "L": length, "S": keys, "D": size, "backward": backward}
@@ -77,7 +77,7 @@ def cases(dtype: torch.dtype, heads: int, size: int, backward: bool) -> Iterator
 
 
 def masked_cases(dtype: torch.dtype, heads: int, size: int) -> Iterator[Case]:
-    """A reference of which every fourth token is masked out."""
+    """Yield cases with a reference in which every fourth token is masked out."""
     length = LENGTHS[0][0]
     for batch in BATCHES:
         q, k, v = (torch.randn(batch, heads, length, size, dtype=dtype) for _ in range(3))

@@ -2,7 +2,7 @@
 
     python benchmarks/base.py PHOTOS... -o benchmarks/results/base.csv
 
-The photographs are the ones that `train-base` holds out by name. One row per setting; values are means over the images.
+Uses only the photographs that `train-base` holds out by name. One row per setting; values are means over the images.
 `faces` is the share of the images in which dlib finds a face. `id_distance` is the mean over the images in which dlib
 finds a face in every setting, so that all rows cover the same images.
 """
@@ -33,7 +33,7 @@ from pfstorer_rt.training.base import BaseTrainConfig, split_holdout
 from pfstorer_rt.training.data import center_crop, read_photo
 
 LEVELS = ("light", "heavy", "clean")
-"""`clean` is the photograph itself as the input."""
+"""`clean` uses the original photograph as the input."""
 SETTINGS = [("ddim", 1), ("ddim", 2), ("ddim", 4), ("ddim", 8), ("ddim", 50)]
 
 

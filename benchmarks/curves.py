@@ -13,7 +13,7 @@ import numpy as np
 
 WIDTH, HEIGHT, MARGIN = 360, 200, 40
 SMOOTH = 9
-"""Logged values (one in 50 iterations) per point of the line, which is their mean."""
+"""Logged values (one per 50 iterations) whose mean is one point of the line."""
 
 
 @click.command()

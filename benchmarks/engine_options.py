@@ -5,8 +5,9 @@
 Times every component of a plan at the given batch sizes with every setting. The settings alternate in rounds, so that
 other load on the machine affects all of them. `p50` and `best` are milliseconds. `ratio` is the median over the rounds
 of the time of ONNX Runtime's usual setting divided by the time of this setting: above 1 is faster. `open_s` is the time
-from the payload to the first result. ONNX Runtime's threads usually spin within a run and sleep after it; with
-`ort spinning on`, its default, they would take the cores from the other settings, with `ort sleeping` they never spin.
+from the payload to the first result. In the usual setting, ONNX Runtime's threads spin during a run and sleep after it.
+With `ort spinning on`, its default, they would take processor time from the other settings. With `ort sleeping` they
+never spin.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def main(engine: str, output: Path, runs: int, batches: tuple[int, ...], only: t
                 started = time.perf_counter()
                 try:
                     run = make()
-                except MissingBackendError as error:  # bf16 is not for every processor
+                except MissingBackendError as error:  # some processors do not support bf16
                     click.echo(f"{name}: left out: {error}", err=True)
                     continue
                 run(arrays)
@@ -84,7 +85,7 @@ def main(engine: str, output: Path, runs: int, batches: tuple[int, ...], only: t
 
 
 def settings(payload: bytes) -> dict[str, Callable[[], Run]]:
-    """Return setting -> function that opens a payload; `ort` is the usual setting."""
+    """Return setting -> function that opens the payload; `ort` is the usual setting."""
     ort = partial(onnx_runtime, payload)
     return {
         "ort": ort,
@@ -126,7 +127,7 @@ def onnx_runtime(payload: bytes, bind: bool = False, spin: str = "in runs", **va
 
 
 def openvino(payload: bytes, provider: str) -> Run:
-    """Open in OpenVINO without a cache."""
+    """Open a payload in OpenVINO without a cache."""
     session = OpenVinoSession(payload, provider)
     return lambda arrays: session.run(**arrays)
 

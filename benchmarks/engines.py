@@ -3,9 +3,9 @@
     python benchmarks/engines.py -o benchmarks/results/engines.csv [--base tiny|DIR|sd21]
 
 Needs no GPU. Rows: one batch size, several profiles in one engine, one engine per batch size, one profile over all
-batch sizes. `fused_attention` counts attentions with a fused kernel, once per profile, read from the kernel sources in
-the engine; `fp32_scores` counts those that accumulate q k^T in fp32. `sd21` is a base of Stable Diffusion 2.1's size
-with random weights.
+batch sizes. `fused_attention` counts attention layers with a fused kernel, once per profile, from the kernel sources in
+the engine; `fp32_scores` counts the fused kernels that accumulate q k^T in fp32. `sd21` is a base of Stable Diffusion
+2.1's size with random weights.
 """
 
 from __future__ import annotations

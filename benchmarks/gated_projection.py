@@ -2,10 +2,9 @@
 
     python benchmarks/gated_projection.py -o benchmarks/results/gated_projection.csv [--dtype fp16|bf16]
 
-Needs an NVIDIA GPU. Shapes are those of the last projections of the personalization blocks of a Stable Diffusion 2.1
-base on 512-pixel tiles, and whole blocks with a reference of equal length. Methods: the kernel (each block size; the
-block with `attention="triton"`), the layer with element-wise operations, and both compiled; for blocks also SDPA and
-xformers.
+Needs an NVIDIA GPU. Measures the last projections of the personalization blocks of a Stable Diffusion 2.1 base on
+512-pixel tiles, and whole blocks with a reference of equal length. Methods: the kernel (each block size; the block with
+`attention="triton"`), the layer with element-wise operations, and both compiled; for blocks also SDPA and xformers.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def blocks(dtype: torch.dtype) -> Iterator[Case]:
                 ways[f"block, {name}"] = partial(with_kernels, block, kernels, x, reference)
             ways["block, sdpa, compiled"] = partial(with_kernels, torch.compile(block), door.Kernels(), x, reference)
             n = batch * tokens * channels
-            # Projections of queries, keys, values and outputs twice, the feed-forward's (8 + 4), and two attentions.
+            # Two sets of query, key, value and output projections, the feed-forward (8 + 4), and two attentions.
             operations = 2 * n * channels * (8 + 12) + 2 * 4 * n * tokens
             moved = 2 * (3 * n + channels * channels * (8 + 12))
             yield Case({"block": channels, "batch": batch, "tokens": tokens}, operations, moved, ways)

@@ -2,7 +2,7 @@
 
     python benchmarks/geglu.py -o benchmarks/results/geglu.csv [--dtype fp16|bf16]
 
-Needs an NVIDIA GPU. Shapes are those of the UNet's levels on 512-pixel tiles.
+Needs an NVIDIA GPU. Shapes come from the UNet's levels on 512-pixel tiles.
 """
 
 from __future__ import annotations

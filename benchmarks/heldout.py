@@ -2,11 +2,11 @@
 
     python benchmarks/heldout.py london=FOLDER generated=FOLDER --lpips FILE --recognizer FILE -o heldout.csv
 
-The images of each folder are cropped to the centre, resized to 512 pixels, and each degraded with its own seed. The
+The images of each folder are cropped to the centre, resized to 512 pixels, and degraded, each with its own seed. The
 input is the degraded image, enlarged to 512 pixels by bicubic interpolation. Columns: PSNR in dB; LPIPS (AlexNet, ONNX:
-`in0`, `in1` in [-1, 1]); `gradient`, the mean gradient of the result divided by that of the original; `cosine`
-similarity between a recognizer's embeddings (ONNX, RGB 0..255, 112x112 ArcFace template) of result and original. Both
-are aligned by the landmarks of the original, so that results without a detectable face count too.
+`in0`, `in1` in [-1, 1]); `gradient`, the mean gradient of the result divided by the original's; `cosine`, the cosine
+similarity of a recognizer's embeddings (ONNX, RGB 0..255, 112x112 ArcFace template) of result and original. Both are
+aligned by the landmarks of the original, so that results without a detectable face count too.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def lpips_distance(path: Path) -> Metric:
 
 
 def gradient_ratio(result: Pixels, truth: Pixels) -> float:
-    """Return the mean absolute difference of neighbouring pixels, divided by that of the original."""
+    """Return the mean absolute difference of neighbouring pixels, divided by the original's."""
 
     def mean_gradient(pixels: Pixels) -> float:
         return sum(float(np.abs(np.diff(pixels, axis=axis)).mean()) for axis in (0, 1))
@@ -135,7 +135,7 @@ def gradient_ratio(result: Pixels, truth: Pixels) -> float:
 
 
 def cosine_to(path: Path) -> Metric:
-    """Return a function for the cosine similarity of embeddings; None where the original shows no face."""
+    """Return a metric: the cosine similarity of embeddings, None when the original shows no face."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 

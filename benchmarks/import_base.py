@@ -24,7 +24,7 @@ from pfstorer_rt.runtime.bench import machine
 
 MANIFESTS = Path(__file__).parent.parent / "tests" / "models" / "manifests"
 TRAINED = 105_514_240
-"""Values of SPADEs and structure encoder, for which the published file holds AdamW's two moments."""
+"""Number of values of SPADEs and structure encoder; the published file also has AdamW's two moments for them."""
 
 
 def shapes(*names: str) -> dict[str, list[int]]:

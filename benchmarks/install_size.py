@@ -1,8 +1,7 @@
-"""Measure the install size of the runtime and of each extra, and what the runtime imports.
+"""Measure the install size of the runtime and of each extra, and the imports of the runtime.
 
-Sizes are those of the files of the distributions that are installed here, found by their metadata: nothing is
-downloaded. Imports are counted by `python -X importtime` in a process of its own; its time is the processor's, which
-other work on the machine hardly changes.
+Sizes are the sums of the files in the metadata of installed distributions; nothing is downloaded. Imports are counted
+by `python -X importtime` in a new process. Its time is processor time, which depends little on other load.
 
     python benchmarks/install_size.py --engine alice.plan -o benchmarks/results/install_size.json
 """
@@ -29,9 +28,9 @@ EXTRAS = ("train", "export", "metrics", "openvino", "all")
 
 
 def required(requirements: Iterable[str], leave_out: str | None = None) -> dict[str, Distribution]:
-    """Return the installed distributions that requirements bring, at any depth, by name.
+    """Return the installed distributions that requirements need, at any depth, by name.
 
-    leave_out: a distribution that is not followed. Raises `PackageNotFoundError` when one of them is not installed.
+    leave_out: a distribution to ignore. Raises `PackageNotFoundError` when a distribution is not installed.
     """
     found: dict[str, Distribution] = {}
     pending, seen = [(text, frozenset[str]()) for text in requirements], set()
@@ -49,7 +48,7 @@ def required(requirements: Iterable[str], leave_out: str | None = None) -> dict[
 
 
 def megabytes(distributions: Iterable[Distribution]) -> dict[str, float]:
-    """Return the size of each distribution's files in MB, the largest first."""
+    """Return the size of each distribution's files in MB, largest first."""
     sizes = {}
     for one in distributions:
         paths = {Path(str(one.locate_file(file))) for file in one.files or () if file.suffix != ".pyc"}
@@ -58,7 +57,7 @@ def megabytes(distributions: Iterable[Distribution]) -> dict[str, float]:
 
 
 def size_of(text: str) -> dict[str, Any]:
-    """Return how many distributions a requirement brings and how large they are, with PyTorch and without it."""
+    """Return the number and size of the distributions of a requirement, with PyTorch and without it."""
     try:
         brought, without = required([text]), required([text], leave_out="torch")
     except PackageNotFoundError as error:
@@ -73,14 +72,14 @@ def size_of(text: str) -> dict[str, Any]:
 
 
 def imports(*arguments: str) -> dict[str, Any]:
-    """Run Python on arguments; returns how many modules it imports, the processor's seconds, and the packages."""
+    """Run Python with arguments; returns the number of imported modules, processor time in seconds, and packages."""
     before = os.times()
     done = subprocess.run([sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, check=True)
     after = os.times()
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
     lines = [line.split("|") for line in done.stderr.splitlines() if line.startswith("import time:")][1:]
     names = {line[2].strip().partition(".")[0] for line in lines}
-    installed = names & set(packages_distributions())  # imports that failed are counted by Python, too
+    installed = names & set(packages_distributions())  # Python also counts failed imports
     return {
         "modules": len(lines),
         "cpu_seconds": round(seconds, 2),

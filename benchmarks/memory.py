@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py -o benchmarks/results/memory.csv --megapixels 100 [--engine nano.plan] [--steps 1]
 
-Without --engine, the script makes a plan of a `nano` base with random weights, whose memory is that of the runtime. The
-input is a smooth PNG; `predicted_mb` is the forecast of `--dry-run`.
+Without --engine, the script makes a plan of a `nano` base with random weights, so the result is the memory of the
+runtime. The input is a smooth PNG; `predicted_mb` is the forecast of `--dry-run`.
 """
 
 from __future__ import annotations

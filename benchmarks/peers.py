@@ -140,12 +140,12 @@ def competitors(
         EAGER: eager.restore,
         "compile fp32": compiled.restore,
     }
-    if has_native_bf16(cpu=True):  # emulated, a picture takes fifty times as long
+    if has_native_bf16(cpu=True):  # an image takes fifty times as long with emulated bf16
         calls["eager bf16"] = half
     for name, (backend, provider) in OURS.items():
         try:
             calls[name] = stack.enter_context(Restorer.from_plan(plans[name], backend, provider=provider)).restore
-        except MissingBackendError as error:  # bf16 is not for every processor
+        except MissingBackendError as error:  # some processors do not support bf16
             click.echo(f"{name}: left out: {error}", err=True)
     return calls
 

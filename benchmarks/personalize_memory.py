@@ -34,7 +34,7 @@ GB = 1e9
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of living storages, and their peak."""
+    """Counts the bytes of the storages in use, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def measure(preset: str, batch: int, rank: int, recompute: bool) -> dict[str, An
     width, length = sizes.unet["cross_attention_dim"], ids.shape[1]
     with (
         FakeTensorMode(),
-        # The three places where values decide; shapes are all that matters here.
+        # These three functions depend on values, which fake tensors do not have; only their shapes matter.
         patch.object(objectives, "subject_ids", lambda *_: (torch.zeros(1, length, dtype=torch.long), positions)),
         patch.object(PromptEncoder, "word_embedding", lambda *_: torch.zeros(width)),
         patch.object(Base, "encode_prompt", lambda *_: torch.zeros(1, length, width)),
@@ -92,7 +92,7 @@ def measure(preset: str, batch: int, rank: int, recompute: bool) -> dict[str, An
             given: dict[str, Any] = {k: torch.zeros(n, *shape) for k, n in rows.items()}
             given |= {"t": torch.zeros(batch, dtype=torch.long), "self": False}
             with meter:
-                for _ in range(2):  # the second has the optimizer's state
+                for _ in range(2):  # the second iteration has the optimizer's state
                     with torch.autocast("cpu", torch.bfloat16):
                         loss = objective(given)["loss"]
                     loss.backward()

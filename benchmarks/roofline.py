@@ -1,7 +1,7 @@
-"""Time kernels against the measured limits of the GPU; the benchmarks of the kernels define the operations.
+"""Compare the time of kernels with the measured limits of the GPU; each kernel's benchmark defines its cases.
 
-The limits are a product of large half-precision matrices and a copy of a large buffer on the same GPU. The share of a
-kernel is the time that its operations or its bytes would take at these limits, whichever is longer, divided by its
+The limits come from a product of large half-precision matrices and a copy of a large buffer on the same GPU. The share
+of a kernel is the time that its operations or its bytes would take at these limits, whichever is longer, divided by its
 time.
 """
 
@@ -29,9 +29,9 @@ class Case:
 
     shape: Mapping[str, Any]
     operations: float
-    """Multiplications and additions in the definition."""
+    """Number of multiplications and additions in the definition."""
     bytes: float
-    """Every input read once and every output written once."""
+    """Bytes of all inputs, read once, and of all outputs, written once."""
     ways: Mapping[str, Callable[[], Any]]
 
 
@@ -62,7 +62,7 @@ def need_gpu() -> str:
 
 
 def milliseconds(way: Callable[[], Any]) -> tuple[float, float, float]:
-    """Return the 20th, 50th and 80th percentile of a call's time, after warming up and with a cold L2 cache."""
+    """Return the 20th, 50th and 80th percentile of a call's time, after a warm-up and with a cold L2 cache."""
     import triton
 
     low, middle, high = triton.testing.do_bench(way, warmup=50, rep=200, quantiles=[0.2, 0.5, 0.8])
@@ -79,7 +79,7 @@ def measure_limits() -> Limits:
 
 
 def xformers_or_none() -> Any:
-    """Return `xformers.ops`, None where it is not installed."""
+    """Return `xformers.ops`, or None when it is not installed."""
     try:
         import xformers.ops
     except ImportError:
@@ -101,7 +101,7 @@ def versions() -> dict[str, str]:
 def measure(kernel: str, cases: Iterable[Case], output: Path) -> None:
     """Time every method of every case, print the rows and append them to a CSV file.
 
-    A way that refuses a case, as some of torch's backends do, gets a row with its reason and no time.
+    A method that does not support a case, such as some of torch's backends, gets a row with its reason and no time.
     """
     gpu = need_gpu()
     with torch.device("cuda"):
@@ -124,7 +124,7 @@ def timed(name: str, way: Callable[[], Any], case: Case, limits: Limits) -> dict
     }
     try:
         low, middle, high = milliseconds(way)
-    except Exception as error:  # whatever a library refuses with
+    except Exception as error:  # libraries raise many error types
         reason = str(error).strip().splitlines()
         click.echo(f"  {name:<28} refused: {reason[0] if reason else type(error).__name__}")
         return {**row, "p20_ms": "", "p50_ms": "", "p80_ms": "", "share": "", "refused": " ".join(reason)[:200]}

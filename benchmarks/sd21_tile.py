@@ -46,7 +46,7 @@ PEERS = {
     "openvino int8": ("openvino", "CPU:f32", "int8"),
     "openvino int8 bf16": ("openvino", "CPU:bf16", "int8"),
 }
-"""Backend, provider and plan of each."""
+"""Method -> backend, provider and plan."""
 
 ONE = """
 import json, sys, time
@@ -88,7 +88,7 @@ def run(scratch: Path, name: str, result: Path, count: bool) -> dict[str, Any]:
     own = resident = 0
     with psutil.Popen([sys.executable, "-c", ONE, *given], stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
-            with suppress(psutil.Error):  # it may have just ended
+            with suppress(psutil.Error):  # the process may have ended
                 memory = process.memory_info()
                 own, resident = max(own, memory.rss - memory.shared), max(resident, memory.rss)
             time.sleep(0.05)
@@ -102,7 +102,7 @@ def run(scratch: Path, name: str, result: Path, count: bool) -> dict[str, Any]:
 
 
 def matmul_gflops() -> float:
-    """Return the rate of a large matrix product in bf16, the best of ten."""
+    """Return the rate of a large matrix product in bf16 in Gflop/s, the best of ten."""
     a, b, best = torch.randn(4096, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16(), float("inf")
     for _ in range(10):
         started = time.perf_counter()

@@ -3,10 +3,10 @@
     python benchmarks/seams.py --engine tiny.plan -o benchmarks/results/seams.csv [--steps 2] [--size 768]
 
 Images: a sky (a flat gradient), skin (a smooth cheek of scikit-image's public-domain portrait, enlarged) and texture
-(stationary pink noise, which is the same everywhere), each degraded by blur and noise. `seam` is the mean gradient
-across tile borders divided by the mean gradient at all other multiples of 8 pixels, because decoders have a grid of
-their own; 1 is invisible. `seam_input` is the same ratio in the input. `psnr_to_parity` compares with StableSR's tiling
-with an overlap of half a tile. Seconds are those of a whole restoration; `denoiser_tiles` counts tiles of one step.
+(stationary pink noise), each degraded by blur and noise. `seam` is the mean gradient across tile borders divided by the
+mean gradient at all other multiples of 8 pixels, because decoders leave a grid of 8 pixels; 1 is invisible.
+`seam_input` is the same ratio in the input. `psnr_to_parity` compares with StableSR's tiling with an overlap of half a
+tile. Seconds are the time of a whole restoration; `denoiser_tiles` counts the tiles of one step.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/spade_norm.py -o benchmarks/results/spade_norm.csv [--dtype fp16|bf16]
 
-Needs an NVIDIA GPU. Maps have the shapes of the UNet's levels on 512-pixel tiles and of the decoder, in both memory
-layouts. Bytes count each map once, although the statistics read x a second time.
+Needs an NVIDIA GPU. The shapes come from the UNet's levels on 512-pixel tiles and from the decoder, in both memory
+layouts. The bytes include each map once, although the statistics read x a second time.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/tables.py PEOPLE -o benchmarks/results/tables.csv --document docs/results.md
 
-PEOPLE has one folder of photographs per person. The first five by name are the references. `--tests` of the others are
-cropped to the base's tile, each degraded with its own seed, and restored. One row per person, method and image; rows
-that the CSV file has already are not measured again, so the same command resumes an interrupted run.
+PEOPLE has one folder of photographs per person. The first five by name are the references. `--tests` further
+photographs are cropped to the base's tile, degraded, each with its own seed, and restored. One row per person, method
+and image. Rows in the CSV file are not measured again, so the same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from pfstorer_rt.training.personalize import personalize
 
 METRICS = ("psnr", "ssim", "stlpips", "lmse_dlib", "id_dlib", "id_original_dlib", "verification_dlib")
 LEVELS = ("heavy", "light", "clean")
-"""`clean` is the original itself as the input: what passes through has to stay the person."""
+"""`clean` uses the original as the input, to check that a restoration preserves the identity."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of a table: how an identity is trained, and how images are restored with it."""
+    """One row of a table: the settings of an identity's training and of the restoration."""
 
     learn: Mapping[str, Any] | None = None
     """Fields of `PersonalizeConfig`, and `iterations`; None restores with the base alone."""
@@ -49,9 +49,9 @@ class Method:
 
 
 LATENTS = {"first_step": 0.0, "lambda_pixel": 0.0, "lambda_perceptual": 0.0, "lambda_id": 0.0}
-"""The papers' objectives, which look at latents alone; a base may have more of its own for PFStorer."""
+"""The papers' objectives, which use latents only; the defaults of a base can add image-space losses."""
 SHORT = {**LATENTS, "iterations": 500}
-"""What ablations are learned with: half of what `tiny` takes by default."""
+"""Settings of the ablations' training, with half of the default iterations of `tiny`."""
 METHODS: dict[str, Method] = {
     "Base": Method(),
     "Base + DreamBooth": Method({"method": "dreambooth", **LATENTS}),
@@ -73,8 +73,8 @@ METHODS: dict[str, Method] = {
     "500 iterations, self": Method({**SHORT, "ref_source": "self"}, ablation=True),
     "500 iterations, ViCo": Method({**SHORT, "method": "vico"}, ablation=True),
 }
-"""gamma on and off is PFStorer with latents alone against ViCo: the two differ in nothing else (paper, ablation). Rows
-without another method's name are PFStorer's, of latents alone where they say `500 iterations`."""
+"""PFStorer without image-space losses and ViCo differ only in gamma (paper, ablation). Rows without another method's
+name are PFStorer; rows with `500 iterations` have no image-space losses."""
 Row = dict[str, Any]
 
 
@@ -113,7 +113,7 @@ class Person:
 
 
 def measure(person: Person, name: str, level: str, metrics: Metrics, shared: Row) -> list[Row]:
-    """Restore and measure every image of a person with one method."""
+    """Restore and measure all images of a person with one method."""
     method = METHODS.get(name, Method())
     identity, seconds = (None, 0.0) if method.learn is None else person.identity(method.learn)
     iterations = "" if identity is None else identity.settings["train"]["iterations"]
@@ -150,7 +150,7 @@ def read(path: Path) -> list[Row]:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Write all rows in sorted order, whatever the order of the work."""
+    """Write all rows in sorted order, independently of the order of measurement."""
     order = {name: i for i, name in enumerate(["Input", *METHODS])}
     rows.sort(key=lambda r: (LEVELS.index(r["level"]), order.get(r["method"], 99), r["person"], int(r["picture"])))
     path.parent.mkdir(parents=True, exist_ok=True)

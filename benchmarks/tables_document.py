@@ -2,8 +2,8 @@
 
     python benchmarks/tables_document.py benchmarks/results/tables.csv --document docs/results.md --readme README.md
 
-Methods were measured on different numbers of people. Every table here has the same people in all of its rows: one
-table for each set of people, with all methods that were measured on at least these people.
+Methods can be measured on different sets of people. All rows of a table cover the same people: there is one table for
+each set of people, with all methods that were measured on at least these people.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COLUMNS = {
 README_COLUMNS = ("psnr", "lmse_dlib", "stlpips", "id_dlib")
 README_TABLE = re.compile(r"(<!-- table: .*? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 FEW = 3
-"""Differences are shown from this number of people on; a standard error needs at least so many."""
+"""Smallest number of people for a table of differences, because a standard error needs several people."""
 TITLES = {
     "heavy": "Heavy degradation",
     "light": "Light degradation",
@@ -109,9 +109,9 @@ def write_readme(path: Path, rows: list[Row]) -> None:
 
 
 def readme_table(rows: Sequence[Row]) -> str:
-    """Methods on heavily degraded images, over the people that every method in the main comparison has."""
+    """Return the table of methods on heavily degraded images, over the people common to the main methods."""
     heavy = [r for r in rows if r["level"] == "heavy"]
-    light = {r["method"] for r in rows if r["level"] == "light"}  # ablations have heavy images alone
+    light = {r["method"] for r in rows if r["level"] == "light"}  # ablations have only heavy images
     (group,) = list(same_people([r for r in heavy if r["method"] in light]))[-1:]
     heads = ["", *(COLUMNS[key][0] for key in README_COLUMNS), "verified †"]
     lines = [line(heads), line(["---"] * len(heads))]
@@ -122,21 +122,21 @@ def readme_table(rows: Sequence[Row]) -> str:
 
 
 def same_people(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Yield rows for each set of people, largest set first: all methods that have at least these people."""
+    """Yield the rows for each set of people, largest set first, of all methods that have at least these people."""
     people = {method: frozenset(by(mine, "person")) for method, mine in by(rows, "method").items()}
     for chosen in sorted(set(people.values()), key=lambda found: (-len(found), sorted(found))):
         yield [r for r in rows if r["person"] in chosen and chosen <= people[r["method"]]]
 
 
 def section(rows: Sequence[Row]) -> str:
-    """One set of people: a table of means, and with enough people the differences to the base."""
+    """Return the section of one set of people: a table of means, and with enough people the differences to the base."""
     people = by(rows, "person")
     text = f"\n### {len(people)} people\n\n{table(rows)}"
     return text + f"\nDifference to the base, paired by person:\n\n{differences(rows)}" if len(people) >= FEW else text
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Means of every method."""
+    """Return a table of the means of every method."""
     heads = ["", *(title for title, _ in COLUMNS.values()), "verified †", "faces found", "s/image"]
     lines = [line(heads), line(["---"] * len(heads))]
     for method, mine in by(rows, "method").items():
@@ -148,7 +148,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def differences(rows: Sequence[Row]) -> str:
-    """Mean difference of each method to the base, and its standard error over the people."""
+    """Return a table of each method's mean difference to the base, with its standard error over the people."""
     methods = by(rows, "method")
     base = by(methods.pop("Base"), "person")
     heads = ["", "PSNR dB", "LMSE px²", "ID (dlib) †", "verified, points †"]
@@ -169,7 +169,7 @@ def differences(rows: Sequence[Row]) -> str:
 
 
 def shared_difference(a: Sequence[Row], b: Sequence[Row], key: str) -> float | None:
-    """Mean difference over the images for which both have a value."""
+    """Return the mean difference over the images with a value in both."""
     others = {r["picture"]: r[key] for r in b if r[key] != ""}
     found = [float(r[key]) - float(others[r["picture"]]) for r in a if r[key] != "" and r["picture"] in others]
     return fmean(found) if found else None
@@ -184,17 +184,17 @@ def by(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
 
 
 def values(rows: Sequence[Row], key: str) -> list[float]:
-    """The values of a column, without empty cells."""
+    """Return the values of a column, without empty cells."""
     return [float(r[key]) for r in rows if r[key] != ""]
 
 
 def number(found: Sequence[float], digits: int) -> str:
-    """Mean as text."""
+    """Return the mean as text."""
     return f"{fmean(found):.{digits}f}" if found else "-"
 
 
 def spread(found: Sequence[float], digits: int) -> str:
-    """Mean and standard error as text."""
+    """Return mean and standard error as text."""
     if not found:
         return "-"
     error = f" ± {stdev(found) / len(found) ** 0.5:.{digits}f}" if len(found) > 1 else ""
@@ -202,7 +202,7 @@ def spread(found: Sequence[float], digits: int) -> str:
 
 
 def line(cells: Sequence[str]) -> str:
-    """A line of a Markdown table."""
+    """Return a line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 

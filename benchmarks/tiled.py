@@ -3,9 +3,9 @@
     python benchmarks/tiled.py --engine tiny.plan -o benchmarks/results/tiled.csv [--runs 7]
 
 `tile_s` is the median time of an image of one tile, `picture_s` of the large image, both from pixels to pixels. `ratio`
-is the median over the rounds of (large image / its number of tiles) divided by the time of one tile in the same round:
-1 means that tiling costs nothing, below 1 that tiles are cheaper in batches. A tile is one tile of the denoiser with
-its share of encoder and decoder.
+is the median over the rounds of (time of the large image / its number of tiles) divided by the time of one tile in the
+same round. 1 means that tiling has no overhead; below 1, tiles are faster in batches. A tile is one tile of the
+denoiser with its share of encoder and decoder.
 """
 
 from __future__ import annotations
