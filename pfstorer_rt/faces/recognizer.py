@@ -28,7 +28,7 @@ class FaceRecognizer(nn.Module):
     """dlib's ResNet-29, (B, 3, 150, 150) in [0, 1] -> (B, 128); a distance under 0.6 means the same person.
 
     path: `RECOGNIZER` in the folder of dlib's weights. The affine layers are folded into the convolutions before them.
-    Raises `BadFileError` for a file that does not hold this network.
+    Raises `BadFileError` for a file of another network.
     """
 
     mean: torch.Tensor

@@ -1,1 +1,1 @@
-"""Training: degradation, data, losses, and the two jobs `train-base` and `personalize`."""
+"""Training of bases and identities: data, objectives, losses and the training loop."""

@@ -133,7 +133,7 @@ def latent_pairs(
 ) -> np.ndarray[Any, Any]:
     """Make (hq, lq) latents of degraded crops once; returns a memory map (pairs, 2, C, h, w) of fp16.
 
-    Pair k shows photograph `order(k)` and depends on the seed and k alone.
+    Pair k shows photograph `order(k)` and depends only on the seed and k.
     """
     count, side = len(paths) * config.variations, base.config.latent_tile
 

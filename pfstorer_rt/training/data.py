@@ -1,4 +1,4 @@
-"""Photographs as training samples: a sample depends on (seed, number) alone, so that training can be resumed."""
+"""Photographs as training samples: a sample depends only on (seed, number), so that training can be resumed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def resize_square(image: torch.Tensor, size: int, flip: bool = False) -> torch.T
 class Photographs:
     """A list of photographs that are read on demand; small ones are enlarged.
 
-    Crop k depends on the seed, k, size and zoom alone.
+    Crop k depends only on the seed, k, size and zoom.
     """
 
     def __init__(self, paths: Sequence[Path], seed: int) -> None:

@@ -1,4 +1,4 @@
-"""The last stage of a base's training: fine-tuning with losses on the decoded image in place of the latent alone."""
+"""The last stage of training a base: fine-tuning with losses on the latent and on the decoded image."""
 
 from __future__ import annotations
 

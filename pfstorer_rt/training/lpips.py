@@ -44,7 +44,7 @@ class Lpips(nn.Module):
     """VGG16 or AlexNet up to its last convolution, and the weights of LPIPS.
 
     path: NPZ file of `conv{i}.weight`, `conv{i}.bias` and `lin{0..4}`; 13 convolutions are VGG16, five are AlexNet.
-    Raises `BadFileError` for a file that holds neither. The weights are frozen.
+    Raises `BadFileError` for any other file. The weights are frozen.
     """
 
     shift: torch.Tensor
