@@ -58,15 +58,17 @@ class OneStepConfig:
     """Share of the iterations on latent crops; only the other iterations have an identity loss."""
     on_faces: float = 0.6
     """Share of the iterations whose windows lie on a face, if the tile has one."""
+    clean: float = 0.25
+    """Share of the iterations whose inputs are the original images, which the base has to leave unchanged."""
     first_step: float = 0.9
     """Share of the samples at timestep 999."""
     lambda_latent: float = 0.1
     """Weight of the squared error of the clean latent."""
-    lambda_pixel: float = 0.5
+    lambda_pixel: float = 1.0
     """Weight of L1."""
     lambda_perceptual: float = 1.0
     """Weight of LPIPS."""
-    lambda_adversarial: float = 0.1
+    lambda_adversarial: float = 0.03
     """Weight of the adversarial loss; 0 trains without a discriminator."""
     lambda_id: float = 0.2
     """Weight of the identity loss; 0 needs no recognizer."""
@@ -186,7 +188,11 @@ class WindowSampler:
             "corner": torch.from_numpy(place - [y, x]),
             **self.windows(rows, place * self.factor, window * self.factor),
         }
-        return {**batch, **self.whole(int(rows[0][0]), int(rows[1][0]), rng)} if whole else batch
+        if whole:
+            batch |= self.whole(int(rows[0][0]), int(rows[1][0]), rng)
+        if rng.random() < c.clean:
+            batch |= {name.replace("hq", "lq"): value for name, value in batch.items() if name.startswith("hq")}
+        return batch
 
     def windows(self, rows: tuple[npt.NDArray[Any], ...], place: npt.NDArray[Any], side: int) -> Batch:
         """Crop pairs of tiles to the windows at `place`."""

@@ -95,6 +95,17 @@ def test_batches_depend_on_their_number_alone(base, pool):
     assert not torch.equal(first["hq"], sampler(6)["hq"])
 
 
+def test_a_share_of_the_iterations_has_clean_inputs(base, pool):
+    def clean(batch):
+        return [torch.equal(batch[name.replace("lq", "hq")], batch[name]) for name in batch if name.startswith("lq")]
+
+    settings = {"train": TRAIN, "window": 4, "cropped": 0.5}
+    found = [clean(batch) for batch in batches(base, pool, OneStepConfig(clean=0.5, **settings), 16)]
+    assert all(len(set(same)) == 1 for same in found), "latents, windows and tiles of one iteration agree"
+    assert 0 < sum(same[0] for same in found) < 16
+    assert not any(any(clean(batch)) for batch in batches(base, pool, OneStepConfig(clean=0.0, **settings)))
+
+
 def test_whole_tiles_come_with_their_faces(base, pool):
     found = batches(base, pool, OneStepConfig(train=TRAIN, window=4, cropped=0.0), 20)
     assert all(b["hq_tile"].shape == (1, 3, 128, 128) and b["hq"].shape[-1] == 8 for b in found)
