@@ -227,8 +227,10 @@ def command(**parameters: Any) -> None:
     """
     options = Options(**parameters)
     check_options(options)
-    from pfstorer_rt.runtime.jobs import is_lossy, plan_jobs
+    from pfstorer_rt.runtime.jobs import check_file, is_lossy, output_file, plan_jobs
 
+    if options.watch and (file := output_file(options.output)):
+        check_file(file, options.extension, single=False)
     references = open_references(options.refs)
     batches = [options.batch_config(label, references) for label in options.labels]
     plans = [plan_jobs(options.inputs, options.output, b.naming) if options.inputs else [] for b in batches]

@@ -106,7 +106,7 @@ def test_what_lies_beside_a_result_is_not_overwritten_either(restore, save, tmp_
 
 
 def test_a_report_that_cannot_be_written_is_a_failure(restore, save, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     save(tmp_path / "a.png")

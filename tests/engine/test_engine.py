@@ -270,7 +270,7 @@ def test_providers_are_chosen_by_name(base_plan):
         assert session.provider.endswith("CPU f32")
     for backend, provider, error, message in (
         ("onnxruntime", "abacus", MissingBackendError, "abacus: not in this build"),
-        ("onnxruntime", "CPU:bf16", MissingBackendError, "a precision after a colon is OpenVINO's"),
+        ("onnxruntime", "CPU:bf16", MissingBackendError, "only the backend openvino takes a precision after a colon"),
         ("openvino", "NPU", MissingBackendError, "NPU: not here; it sees CPU"),
         ("openvino", "CPU:int4", ValueError, "precision 'int4': expected one of f32"),
     ):

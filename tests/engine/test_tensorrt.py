@@ -356,7 +356,7 @@ def test_a_changed_manifest_breaks_the_signature(base_plan, tmp_path, fake_gpu):
     with zipfile.ZipFile(plan.path) as old, zipfile.ZipFile(changed, "w") as new:
         for entry in old.namelist():
             data = old.read(entry)
-            new.writestr(entry, data.replace(b'"steps": ', b'"steps": 1') if entry == "manifest.json" else data)
+            new.writestr(entry, data.replace(b'"licence": "', b'"licence": "x') if entry == "manifest.json" else data)
     assert plan.trusted and not Plan.open(changed).trusted
     with pytest.raises(BadFileError, match="or was changed"):
         open_session(Plan.open(changed), "encoder", "tensorrt")

@@ -196,5 +196,5 @@ def test_the_users_page_names_every_metric_and_its_licence():
     lines = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert [(r[0], r[1], r[2].split(",")[0], r[4]) for r in rows[2:]] == [
-        (m.title, f"`{m.key}`", m.better, m.licence) for m in METRICS
+        (m.title, f"`{m.key}`", {"up": "higher", "down": "lower"}[m.better], m.licence) for m in METRICS
     ]

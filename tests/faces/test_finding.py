@@ -13,7 +13,7 @@ from pfstorer_rt.faces import dlib as networks
 from pfstorer_rt.faces.finding import embed_largest, face_finder, find_boxes, find_largest, landmarks_at_side
 from pfstorer_rt.faces.references import References
 from pfstorer_rt.imaging.files import save_image
-from pfstorer_rt.imaging.rows import Spool
+from pfstorer_rt.imaging.rows import Spool, from_pixels
 from pfstorer_rt.training.framing import read_references
 from pfstorer_rt.training.picture_loss import face_maps
 
@@ -78,7 +78,7 @@ def test_the_largest_face_is_the_first_and_its_embedding_is_that_of_the_metrics(
 def test_references_find_the_face_of_a_shrunken_photograph(tmp_path):
     pixels = shrunken(192)
     save_image(tmp_path / "a.png", pixels)
-    assert References(tmp_path).distance(Spool.of(pixels)) < 0.1
+    assert References(tmp_path).distance(Spool.of(from_pixels(pixels))) < 0.1
 
 
 def test_without_dlib_the_message_names_the_extra(monkeypatch):

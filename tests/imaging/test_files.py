@@ -415,7 +415,7 @@ def test_too_many_pixels_is_refused_before_decoding():
     assert load_image(io.BytesIO(data), max_pixels=60000).pixels.shape == (200, 300, 3)
     with pytest.raises(BadFileError) as raised:
         load_image(io.BytesIO(data[:60]), max_pixels=59999)  # the pixels are not even there
-    one_line(raised, "300 x 200", "59999", "--max-pixels")
+    one_line(raised, "300 x 200", "59999", "raise the limit")
 
 
 def test_our_limit_replaces_that_of_pillow(monkeypatch):

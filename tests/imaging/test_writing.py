@@ -173,7 +173,7 @@ def test_existing_file_needs_overwrite(tmp_path):
     path.write_bytes(b"precious")
     with pytest.raises(PFStorerError) as raised:
         save_image(path, np.zeros((2, 2, 3)))
-    one_line(raised, "--overwrite", str(path))
+    one_line(raised, "allow overwriting", str(path))
     assert path.read_bytes() == b"precious"
     save_image(path, np.zeros((2, 2, 3)), overwrite=True)
     assert Image.open(path).size == (2, 2)

@@ -138,7 +138,7 @@ def test_prompts(nano_base):
         assert not torch.equal(empty, face)
         first, second = (nano_base.encode_prompt("a photo of a S*", torch.full((32,), v)) for v in (0.1, -0.3))
     assert not torch.equal(first, second)
-    with pytest.raises(ValueError, match="no learned token"):
+    with pytest.raises(ValueError, match="needs a learned token"):
         nano_base.encode_prompt("a photo of a S*")
     with pytest.raises(ValueError, match="at most 24"):
         nano_base.encode_prompt("face " * 20)
