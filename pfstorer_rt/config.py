@@ -162,6 +162,20 @@ _SD21_TEXT = {
     "eos_token_id": 49407,
 }
 
+# Settings of `personalize` for bases of a few million parameters, chosen on `tiny`.
+_SMALL_BASE_TRAINING: dict[str, Any] = {
+    "learning_rate": 2e-3,
+    "batch": 2,
+    "decay": 0.5,
+    "gamma_learning_rate": 5e-2,
+    "lambda_gen": 0.0,
+    "iterations": 1000,
+    "first_step": 0.5,
+    "lambda_pixel": 0.5,
+    "lambda_perceptual": 0.05,
+    "lambda_id": 0.02,
+}
+
 PRESETS: dict[str, BaseConfig] = {
     # For tests: SD 2.1's topology at the smallest widths that norms and heads allow.
     "nano": BaseConfig(
@@ -191,18 +205,7 @@ PRESETS: dict[str, BaseConfig] = {
         ),
         vae=_tiny_vae(64, (0, 1, 2, 3), (3, 2, 1, 0), 8),
         text=_byte_text(64),
-        personalize={
-            "learning_rate": 2e-3,
-            "batch": 2,
-            "decay": 0.5,
-            "gamma_learning_rate": 5e-2,
-            "lambda_gen": 0.0,
-            "iterations": 1000,
-            "first_step": 0.5,
-            "lambda_pixel": 0.5,
-            "lambda_perceptual": 0.05,
-            "lambda_id": 0.02,
-        },
+        personalize=_SMALL_BASE_TRAINING,
         cfw={"widths": (64, 64), "growth": 16},
         cfw_weight=1.0,
         sampler="ddim",
@@ -232,18 +235,7 @@ PRESETS: dict[str, BaseConfig] = {
         ),
         vae=_patch_vae((64, 128, 256), (1, 1, 2), (2, 2, 2), 32),
         text=_byte_text(64),
-        personalize={
-            "learning_rate": 2e-3,
-            "batch": 2,
-            "decay": 0.5,
-            "gamma_learning_rate": 5e-2,
-            "lambda_gen": 0.0,
-            "iterations": 1000,
-            "first_step": 0.5,
-            "lambda_pixel": 0.5,
-            "lambda_perceptual": 0.05,
-            "lambda_id": 0.02,
-        },
+        personalize=_SMALL_BASE_TRAINING,
         cfw={"levels": (2, 3), "widths": (64, 128), "growth": 32, "patch": 4},
         cfw_weight=1.0,
         sampler="ddim",
