@@ -72,28 +72,28 @@ def measure(base: Base, originals: list[torch.Tensor], level: str) -> list[dict[
             results[f"{sampler} {steps}"] = [restorer.restore(lq, config) for lq in inputs]
     known = [embed(t) for t in truths]
     distances = {
-        method: [identity_distance(embed(p), k) for p, k in zip(pictures, known, strict=True)]
-        for method, pictures in results.items()
+        method: [identity_distance(embed(p), k) for p, k in zip(images, known, strict=True)]
+        for method, images in results.items()
     }
     common = [i for i in range(len(truths)) if all(d[i] is not None for d in distances.values())]
 
-    def mean(metric: Callable[[Pixels, Pixels], float], pictures: list[Pixels]) -> float:
-        return float(np.mean([metric(p, t) for p, t in zip(pictures, truths, strict=True)]))
+    def mean(metric: Callable[[Pixels, Pixels], float], images: list[Pixels]) -> float:
+        return float(np.mean([metric(p, t) for p, t in zip(images, truths, strict=True)]))
 
     return [
         {
             "level": level,
             "method": method,
             "pictures": len(truths),
-            "psnr": round(min(99.0, mean(psnr, pictures)), 2),
-            "ssim": round(mean(ssim, pictures), 3),
+            "psnr": round(min(99.0, mean(psnr, images)), 2),
+            "ssim": round(mean(ssim, images), 3),
             "faces": round(np.mean([d is not None for d in distances[method]]).item(), 3),
             "id_distance": round(float(np.mean([distances[method][i] for i in common])), 3) if common else "",
             "id_pictures": len(common),
             "base": base.fingerprint[:12],
             **machine(),
         }
-        for method, pictures in results.items()
+        for method, images in results.items()
     ]
 
 

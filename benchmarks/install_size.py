@@ -95,9 +95,9 @@ def main(engine: Path, output: Path) -> None:
     from common import machine
 
     with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder) / "picture.png"
-        Image.fromarray(np.full((64, 64, 3), 128, np.uint8)).save(picture)
-        restore = ("restore", "--engine", str(engine), "--backend", "onnxruntime", "--steps", "1", str(picture))
+        image = Path(folder) / "image.png"
+        Image.fromarray(np.full((64, 64, 3), 128, np.uint8)).save(image)
+        restore = ("restore", "--engine", str(engine), "--backend", "onnxruntime", "--steps", "1", str(image))
         imported = {
             "import pfstorer_rt": imports("-c", "import pfstorer_rt"),
             "pfstorer-rt --help": imports("-m", "pfstorer_rt.cli", "--help"),

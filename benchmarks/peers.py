@@ -84,7 +84,7 @@ def measure(
     calls: dict[str, Callable[[Pixels, RestoreConfig], Pixels]], size: int, config: RestoreConfig, runs: int
 ) -> list[dict[str, Any]]:
     """Restore an image with every method, alternating."""
-    truth, lq = picture(size)
+    truth, lq = sample(size)
     results = {name: call(lq, config) for name, call in calls.items()}  # warm-up, compilation included
     times: dict[str, list[float]] = {name: [] for name in calls}
     load = os.getloadavg()[0]
@@ -113,7 +113,7 @@ def measure(
     return rows
 
 
-def picture(size: int) -> tuple[Pixels, Pixels]:
+def sample(size: int) -> tuple[Pixels, Pixels]:
     """Return a portrait and its degraded version, (size, size, 3)."""
     from skimage.data import astronaut
 
@@ -159,7 +159,7 @@ def cold(name: str, engine: str | None, base: str, size: int) -> dict[str, Any]:
         backend, provider = OURS[name]
         chosen = ["--engine", engine, "--backend", backend, *(["--provider", provider] if provider else [])]
     with TemporaryDirectory() as folder:
-        save_image(Path(folder) / "a.png", picture(size)[1])
+        save_image(Path(folder) / "a.png", sample(size)[1])
         started, peak = time.perf_counter(), 0
         process = psutil.Popen(
             [sys.executable, "-m", "pfstorer_rt.cli", "restore", *chosen, f"{folder}/a.png", "-o", f"{folder}/b.png"],

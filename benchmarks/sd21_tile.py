@@ -131,7 +131,7 @@ def main(scratch: Path, output: Path, rounds: int, only: tuple[str, ...]) -> Non
         for i in range(rounds):
             for name in names:
                 found[name].append(run(scratch, name, files[name], count=name == EAGER and not i))
-        pictures = {name: np.load(file) for name, file in files.items()}
+        images = {name: np.load(file) for name, file in files.items()}
     rows, flops = [], found[EAGER][0]["flops"]
     for name, runs in found.items():
         ratios = [a["warm_s"] / b["warm_s"] for a, b in zip(found[EAGER], runs, strict=True)]
@@ -149,7 +149,7 @@ def main(scratch: Path, output: Path, rounds: int, only: tuple[str, ...]) -> Non
                 "cold_s": round(statistics.median(r["cold_s"] for r in runs), 1),
                 "peak_gb": round(max(r["peak_gb"] for r in runs), 2),
                 "resident_gb": round(max(r["resident_gb"] for r in runs), 2),
-                "psnr_to_eager": round(min(99.0, psnr(pictures[name], pictures[EAGER])), 2),
+                "psnr_to_eager": round(min(99.0, psnr(images[name], images[EAGER])), 2),
                 "load": round(load, 1),
                 **machine(),
             }

@@ -40,7 +40,7 @@ def main(engine: str, output: Path, backend: str, size: int, steps: int | None) 
         m = restorer.manifest
         step = m.factor
         fast = [TileConfig(overlap=o) for o in dict.fromkeys(m.tile // n // step * step for n in (2, 4, 8))]
-        for name, pixels in pictures(size).items():
+        for name, pixels in samples(size).items():
             parity = None
             for tile in (TileConfig("parity"), *fast, TileConfig(overlap=0)):
                 config = RestoreConfig(steps=steps, tile=tile)
@@ -71,7 +71,7 @@ def main(engine: str, output: Path, backend: str, size: int, steps: int | None) 
     write(output, rows)
 
 
-def pictures(size: int) -> dict[str, Pixels]:
+def samples(size: int) -> dict[str, Pixels]:
     """Return the degraded images, (size, size, 3) in [0, 1]."""
     from skimage.data import astronaut
 

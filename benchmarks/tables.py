@@ -105,7 +105,7 @@ class Person:
             self._learned[key] = identity, time.process_time() - start
         return self._learned[key]
 
-    def pictures(self, level: str) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    def pairs(self, level: str) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield (number, input, original), each (3, tile, tile) in [0, 1]."""
         for i, path in enumerate(self.tests):
             hq = self.square(path)
@@ -119,7 +119,7 @@ def measure(person: Person, name: str, level: str, metrics: Metrics, shared: Row
     iterations = "" if identity is None else identity.settings["train"]["iterations"]
     rows = []
     with Restorer.from_base(person.base, identity) as restorer:
-        for i, lq, hq in person.pictures(level):
+        for i, lq, hq in person.pairs(level):
             start = time.perf_counter()
             result = hwc(lq) if name == "Input" else restorer.restore(hwc(lq), method.restore)
             took = time.perf_counter() - start

@@ -43,7 +43,7 @@ HEADER = """# Results on held-out people
 ## Setup
 
 - **People**: {people}. No training and no choice of settings used photographs of them. Each person has five reference
-  photographs. {pictures} other photographs of each person are degraded and restored.
+  photographs. {count} other photographs of each person are degraded and restored.
 - **Images**: centre crops of {tile} x {tile} pixels. The levels are the levels of `pfstorer-rt degrade`, and the number
   of the photograph is the seed. "Input" is the degraded image, resized bicubically to its original size.
 - **Base**: `tiny`, fingerprint `{base}`, one step unless the row states another number.
@@ -85,7 +85,7 @@ def write_document(path: Path, rows: list[Row], source: Path) -> None:
     text = HEADER.format(
         source=source.as_posix(),
         people=len(people),
-        pictures=round(len(photographs) / len(people)),
+        count=round(len(photographs) / len(people)),
         tile=192,
         base=first["base"],
         iterations=max(int(r["iterations"] or 0) for r in rows),

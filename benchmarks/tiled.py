@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import numpy as np
 from common import machine, write
-from peers import picture
+from peers import sample
 
 from pfstorer_rt.config import RestoreConfig, TileConfig
 from pfstorer_rt.imaging.rows import Pixels
@@ -47,15 +47,15 @@ def main(
 def measure(restorer: Restorer, size: int, batch: int, runs: int) -> dict[str, object]:
     """Restore one tile and one large image, alternating."""
     config, side = RestoreConfig(tile=TileConfig(batch=batch)), restorer.manifest.tile
-    small, large = picture(side)[1], picture(size)[1]
+    small, large = sample(side)[1], sample(size)[1]
     tiles = restorer.layout(size, size, config).denoiser_tiles
-    times: dict[str, list[float]] = {"tile": [], "picture": []}
+    times: dict[str, list[float]] = {"tile": [], "image": []}
     for i in range(runs + 1):
-        for name, pixels in (("tile", small), ("picture", large)):
+        for name, pixels in (("tile", small), ("image", large)):
             seconds = clock(restorer, pixels, config)
             if i:  # the first round compiles
                 times[name].append(seconds)
-    ratios = [b / tiles / a for a, b in zip(times["tile"], times["picture"], strict=True)]
+    ratios = [b / tiles / a for a, b in zip(times["tile"], times["image"], strict=True)]
     return {
         "provider": restorer.provider,
         "precision": restorer.manifest.precision,
@@ -63,7 +63,7 @@ def measure(restorer: Restorer, size: int, batch: int, runs: int) -> dict[str, o
         "tiles": tiles,
         "batch": batch,
         "tile_s": round(float(np.median(times["tile"])), 4),
-        "picture_s": round(float(np.median(times["picture"])), 3),
+        "picture_s": round(float(np.median(times["image"])), 3),
         "ratio": round(float(np.median(ratios)), 3),
         "runs": runs,
         "load": round(os.getloadavg()[0], 1),

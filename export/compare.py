@@ -80,7 +80,7 @@ def compare_plan(plan: Plan, identity: str | Path | Identity | None, base: str |
         sessions: dict[str, Session] = {"torch": originals[component.name]}
         sessions |= {name: open_component(component.name) for name, open_component in backends.items()}
         rows += _compare_component(component, sessions)
-    return rows + _compare_pictures(plan, loaded, identity, list(backends))
+    return rows + _compare_images(plan, loaded, identity, list(backends))
 
 
 def _openers(plan: Plan) -> tuple[dict[str, Open], list[str]]:
@@ -120,7 +120,7 @@ def differences(found: Mapping[str, Array], expected: Mapping[str, Array]) -> Ro
     }
 
 
-def _compare_pictures(plan: Plan, base: Base, identity: Identity | None, backends: list[str]) -> list[Row]:
+def _compare_images(plan: Plan, base: Base, identity: Identity | None, backends: list[str]) -> list[Row]:
     tiles = {name: from_tensor(image) for name, image in probe_tiles(base.config.tile).items()}
     with Restorer.from_base(base, identity, device="cpu") as restorer:
         expected = {name: restorer.restore(pixels) for name, pixels in tiles.items()}
@@ -134,7 +134,7 @@ def _compare_pictures(plan: Plan, base: Base, identity: Identity | None, backend
                     finite, decibels = False, 0.0
                 rows.append(
                     {
-                        "component": "picture",
+                        "component": "image",
                         "tile": name,
                         "pair": f"torch / {backend}",
                         "finite": finite,

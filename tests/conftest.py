@@ -49,8 +49,8 @@ def export_anew(monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", torch.onnx.export.export)
 
 
-def picture(height, width, seed=0):
-    """A smooth colourful picture with edges and a little noise, (H, W, 3) float32 in [0, 1]."""
+def sample_image(height, width, seed=0):
+    """A smooth colourful image with edges and a little noise, (H, W, 3) float32 in [0, 1]."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     planes = [np.sin((1 + c) * x / 17 + seed) * np.cos((2 + c) * y / 23) / 3 + 0.5 for c in range(3)]
@@ -59,8 +59,8 @@ def picture(height, width, seed=0):
 
 
 @pytest.fixture(scope="session")
-def make_picture():
-    return picture
+def make_image():
+    return sample_image
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +73,7 @@ def face():
 
 @pytest.fixture(scope="session")
 def noisy():
-    """Function (pixels, sigma) -> the picture with gaussian noise."""
+    """Function (pixels, sigma) -> the image with gaussian noise."""
 
     def add(pixels, sigma):
         noise = np.random.default_rng(3).normal(0, sigma, pixels.shape)
@@ -104,7 +104,7 @@ def make_nano_identity(nano_base, tmp_path_factory):
     from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
     from pfstorer_rt.training.personalize import make_identity
 
-    pixels = picture(80, 72, seed=5)
+    pixels = sample_image(80, 72, seed=5)
     path = tmp_path_factory.mktemp("references") / "reference.png"
     Image.fromarray((pixels * 255).astype(np.uint8)).save(path)
     photo = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

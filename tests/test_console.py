@@ -34,7 +34,7 @@ def test_a_stage_without_losses_shows_none(shown):
     assert shown(("pairs", 0, 4), ("pairs", 4, 4, math.nan, 2.0)) == ["pairs: 4/4  2.00/s"]
 
 
-def test_a_chunk_that_passes_several_tenths_is_one_line(shown):
+def test_a_chunk_of_several_tenths_is_one_line(shown):
     assert shown(("pairs", 0, 100), ("pairs", 64, 100), ("pairs", 100, 100)) == ["pairs: 64/100", "pairs: 100/100"]
 
 

@@ -70,7 +70,7 @@ def start(seed=3):
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
-def test_schedule_is_stable_diffusions():
+def test_the_default_schedule_equals_stable_diffusions():
     abar = STANDARD.alphas_cumprod()
     assert abar.dtype == np.float64
     assert abar.shape == STANDARD.betas().shape == (1000,)
@@ -93,7 +93,7 @@ def test_schedule_is_stable_diffusions():
         (200, [0, 5, 10], [994, 999]),
     ],
 )
-def test_respacing_takes_the_published_timesteps(steps, first, last):
+def test_respacing_gives_the_published_timesteps(steps, first, last):
     timesteps = respace(steps)
     assert len(timesteps) == steps
     assert timesteps[: len(first)] == first
@@ -144,7 +144,7 @@ def test_posterior_keeps_the_marginals(steps):
     assert np.allclose(q.c2**2 * (1 - abar) + q.variance, 1 - previous, rtol=1e-10, atol=1e-14)
 
 
-def test_start_state_takes_the_unrespaced_end():
+def test_start_state_uses_the_last_timestep_of_the_schedule():
     z, noise = start(1), start(2)
     expected = 0.0682649 * z.double() + 0.9976672 * noise.double()
     # The published factors have 7 digits.
@@ -165,7 +165,7 @@ def test_prediction_is_split_into_what_it_was_mixed_from(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [2, 7, 50])
-def test_ddpm_is_diffusers_ddpm_on_the_same_timesteps(kind, steps, monkeypatch):
+def test_ddpm_equals_diffusers_ddpm_on_the_same_timesteps(kind, steps, monkeypatch):
     timesteps = respace(steps)
     tape = NoiseTape()
     scheduler = DDPMScheduler(**SCHEDULE, prediction_type=kind, variance_type="fixed_small")
@@ -183,7 +183,7 @@ def test_ddpm_is_diffusers_ddpm_on_the_same_timesteps(kind, steps, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ddim_without_noise_is_diffusers_ddim_where_the_spacing_agrees(kind):
+def test_ddim_without_noise_equals_diffusers_ddim(kind):
     # 1000 / 4 steps of "leading" spacing with offset 249 are not ours; set by hand, they are.
     timesteps = [0, 333, 666, 999]
     scheduler = DDIMScheduler(**SCHEDULE, prediction_type=kind, set_alpha_to_one=True)
@@ -198,7 +198,7 @@ def test_ddim_without_noise_is_diffusers_ddim_where_the_spacing_agrees(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ddim_with_full_noise_is_ddpm(kind):
+def test_ddim_with_full_noise_equals_ddpm(kind):
     # Song 2021, section 4.1: eta = 1 has the posterior's mean and variance.
     timesteps = respace(9)
     denoise = denoise_by(toy_network, STANDARD, kind)
@@ -226,7 +226,7 @@ def test_ddim_noise_grows_with_eta():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 @pytest.mark.parametrize("steps", [1, 2, 8, 25])
-def test_an_oracle_is_believed(name, kind, steps):
+def test_samplers_reproduce_an_exact_denoiser(name, kind, steps):
     x0 = start(11).double()
     denoise = denoise_by(oracle(x0, kind), STANDARD, kind)
     found = SAMPLERS[name](denoise, start().double(), respace(steps), STANDARD, NoiseTape(), 0.0)
@@ -236,7 +236,7 @@ def test_an_oracle_is_believed(name, kind, steps):
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
-def test_eps_and_v_give_the_same_picture(name):
+def test_eps_and_v_predictions_give_the_same_latent(name):
     def as_v(x, t):
         abar = abar_by_hand(t)
         eps = toy_network(x, t)

@@ -82,14 +82,12 @@ def runtime_alone():
     return run
 
 
-def test_the_runtime_alone_runs_its_commands_and_names_the_extra_of_the_others(
-    runtime_alone, tmp_path, nano_plan, nano_identity, make_picture
-):
-    home, picture, out = tmp_path / "home", tmp_path / "old.png", tmp_path / "out"
+def test_commands_without_their_extra_name_the_extra(runtime_alone, tmp_path, nano_plan, nano_identity, make_image):
+    home, image, out = tmp_path / "home", tmp_path / "old.png", tmp_path / "out"
     out.mkdir()
     nano_identity.save(home / "identities" / "alice.safetensors")
-    Image.fromarray((make_picture(50, 40) * 255).astype(np.uint8)).save(picture)
-    restore = ("restore", "--engine", nano_plan.path, picture, "--steps", 1)
+    Image.fromarray((make_image(50, 40) * 255).astype(np.uint8)).save(image)
+    restore = ("restore", "--engine", nano_plan.path, image, "--steps", 1)
     works = [
         (*restore, "-o", out / "restored.png"),
         ("bench", "--engine", nano_plan.path, "--steps", 1, "--runs", 2, "--seconds", 0, "--size", 64),
@@ -97,14 +95,14 @@ def test_the_runtime_alone_runs_its_commands_and_names_the_extra_of_the_others(
         ("inspect", "tiny"),
         ("identities", "list"),
         ("identities", "show", "alice"),
-        ("degrade", picture, "-o", out / "bad.png"),
+        ("degrade", image, "-o", out / "bad.png"),
         ("doctor",),
     ]
     needs = {
-        "personalize needs the train extra": ("personalize", "--identity", "bob", picture),
-        "train-base needs the train extra": ("train-base", picture, "-o", out / "base"),
-        "import-base needs the train extra": ("import-base", picture, "-o", out / "base"),
-        "a base in PyTorch needs the train extra": ("restore", "--base", "tiny", picture, "-o", out / "no.png"),
+        "personalize needs the train extra": ("personalize", "--identity", "bob", image),
+        "train-base needs the train extra": ("train-base", image, "-o", out / "base"),
+        "import-base needs the train extra": ("import-base", image, "-o", out / "base"),
+        "a base in PyTorch needs the train extra": ("restore", "--base", "tiny", image, "-o", out / "no.png"),
         "sampler unipc needs the train extra": (*restore, "--sampler", "unipc", "-o", out / "no.png"),
         "export needs the export extra": ("export", "--base", "tiny", "-o", out / "no.plan"),
         "demo needs the all extra": ("demo", "-o", out / "demo"),
@@ -136,17 +134,17 @@ def requirements(extra):
 
 
 @pytest.mark.parametrize("extra", extras.EXTRAS)
-def test_an_extra_brings_the_packages_for_which_it_is_named(extra):
+def test_each_extra_contains_its_packages(extra):
     wanted = {DISTRIBUTIONS.get(package, package) for package in extras.EXTRAS[extra]}
     assert wanted <= requirements(extra)
 
 
-def test_all_brings_every_package_that_needs_no_gpu():
+def test_the_extra_all_contains_every_package_without_a_gpu():
     wanted = {p for extra, packages in extras.EXTRAS.items() if extra not in ("gpu", "tensorrt") for p in packages}
     assert {DISTRIBUTIONS.get(package, package) for package in wanted} <= requirements("all")
 
 
-def test_a_package_of_no_extra_is_not_explained():
+def test_a_missing_package_outside_the_extras_is_not_explained():
     with pytest.raises(ModuleNotFoundError), extras.needed_by("anything"):
         raise ModuleNotFoundError("No module named 'numpie'", name="numpie")
     message = r"^reading needs the openvino extra: pip install 'pfstorer-rt\[openvino\]'$"

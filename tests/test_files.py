@@ -42,7 +42,7 @@ def test_any_exception_keeps_the_old_file(tmp_path, error):
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, call):
+def test_a_full_disk_is_reported_in_one_line_and_leaves_no_file(tmp_path, monkeypatch, call):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -59,7 +59,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, call):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
-def test_a_disk_that_is_really_full(tmp_path, monkeypatch):
+def test_a_failed_flush_is_reported(tmp_path, monkeypatch):
     real_open = os.open
 
     def open_full(path, flags, *rest):
@@ -76,7 +76,7 @@ def test_a_disk_that_is_really_full(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-def test_no_permission_says_so(tmp_path, monkeypatch):
+def test_a_missing_permission_is_reported(tmp_path, monkeypatch):
     def refuse(*args):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "somewhere")
 
@@ -86,7 +86,7 @@ def test_no_permission_says_so(tmp_path, monkeypatch):
     assert "permission denied" in one_line(raised) and "may write to" in str(raised.value)
 
 
-def test_unusable_targets_are_one_line(tmp_path):
+def test_unusable_targets_are_reported_in_one_line(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     cases = {
         tmp_path / "file" / "a.bin": "a part of its path is a file",
@@ -116,7 +116,7 @@ def test_a_pipe_or_device_is_refused_and_survives(tmp_path):
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
-def test_error_about_another_file_is_not_renamed(tmp_path):
+def test_an_error_about_another_file_is_not_changed(tmp_path):
     with pytest.raises(FileNotFoundError) as raised, files.atomic_write(tmp_path / "a.bin"):
         (tmp_path / "input that is missing").read_bytes()
     assert "input that is missing" in str(raised.value)
@@ -234,14 +234,14 @@ def test_entries_stay_when_moving_fails_midway(tmp_path, monkeypatch, good):
     assert read_entries(tmp_path) == {"mark/x": "1", "a/x": "1", "b/x": "1"}
 
 
-def test_a_disk_that_is_too_full_is_told_beforehand(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
     files.check_space(tmp_path / "no" / "such", 10**9)
     with pytest.raises(PFStorerError, match=r"1\.50 GB are needed, 1\.00 GB are free"):
         files.check_space(tmp_path / "no" / "such", 15 * 10**8)
 
 
-def test_a_finished_file_takes_a_name(tmp_path):
+def test_move_file_renames_and_follows_links(tmp_path):
     (tmp_path / "draft").write_text("new")
     (tmp_path / "old").write_text("old")
     os.symlink(tmp_path / "old", tmp_path / "link")
@@ -252,7 +252,7 @@ def test_a_finished_file_takes_a_name(tmp_path):
     assert (tmp_path / "old").read_text() == "new"
 
 
-def test_paths_from_files_stay_in_their_folder(tmp_path):
+def test_paths_outside_the_folder_are_refused(tmp_path):
     root = tmp_path / "cache"
     assert files.inside(root, "openvino", "0" * 16) == root / "openvino" / ("0" * 16)
     for names in (("..",), ("/etc",), ("a/b",), ("",), (".",), (".hidden",), ("a", ".."), ("a\n",), ("a\\b",)):

@@ -32,7 +32,7 @@ def rewrite_header(path, **changes):
     path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
 
 
-def test_a_saved_identity_is_loaded_whole(nano_identity, saved):
+def test_a_saved_identity_is_loaded_unchanged(nano_identity, saved):
     loaded = Identity.load(saved)
     assert loaded.tensors.keys() == nano_identity.tensors.keys()
     for name, tensor in nano_identity.tensors.items():
@@ -51,14 +51,14 @@ def test_metadata_can_be_read_alone(nano_identity, saved):
     assert loaded.metadata() == nano_identity.metadata()
 
 
-def test_same_content_same_bytes(nano_identity, saved, tmp_path):
+def test_the_same_content_gives_the_same_bytes(nano_identity, saved, tmp_path):
     shuffled = Identity.load(saved)
     shuffled.tensors = dict(reversed(shuffled.tensors.items()))
     again = shuffled.save(tmp_path / "again.safetensors")
     assert again.read_bytes() == saved.read_bytes()
 
 
-def test_fingerprint_follows_the_tensors_alone(nano_identity, saved):
+def test_the_fingerprint_depends_only_on_the_tensors(nano_identity, saved):
     renamed = Identity.load(saved)
     renamed.name = "bob"
     assert renamed.fingerprint == nano_identity.fingerprint
@@ -66,7 +66,7 @@ def test_fingerprint_follows_the_tensors_alone(nano_identity, saved):
     assert renamed.fingerprint != nano_identity.fingerprint
 
 
-def test_only_the_owner_may_read(nano_identity, saved, tmp_path):
+def test_only_the_owner_may_read_an_identity(nano_identity, saved, tmp_path):
     mask = os.umask(0)
     try:
         path = nano_identity.save(tmp_path / "folder" / "open.safetensors")
@@ -76,7 +76,7 @@ def test_only_the_owner_may_read(nano_identity, saved, tmp_path):
     assert stat.S_IMODE(saved.stat().st_mode) == 0o600
 
 
-def test_what_is_stored_of_a_person(nano_identity, saved):
+def test_an_identity_stores_hashes_and_no_pixels(nano_identity, saved):
     stored = safetensors.torch.load_file(saved)
     blocks = {f"blocks.{i}.gamma" for i in range(4)}
     cached = {f"{kind}.{i}" for i in range(4) for kind in ("reference", "mask")}
@@ -208,12 +208,12 @@ def test_a_name_is_not_a_file():
         named_identity("alice.safetensors")
 
 
-def test_files_are_taken_as_they_are(tmp_path):
+def test_a_path_is_used_unchanged(tmp_path):
     for path in (tmp_path / "a.safetensors", "b.safetensors", "../c.safetensors"):
         assert str(identity_path(path)) == str(path)
 
 
-def test_a_training_never_writes_outside_the_folder(nano_base, tmp_path, monkeypatch):
+def test_a_training_with_a_path_as_name_is_refused(nano_base, tmp_path, monkeypatch):
     from PIL import Image
 
     from pfstorer_rt.training.personalize import personalize
@@ -228,7 +228,7 @@ def test_a_training_never_writes_outside_the_folder(nano_base, tmp_path, monkeyp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["inside", "photo.png"]
 
 
-def test_the_list_is_sorted_and_holds_identities_only(nano_identity, tmp_path, monkeypatch):
+def test_the_list_is_sorted_and_contains_only_identities(nano_identity, tmp_path, monkeypatch):
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "other"))
     assert list_identities() == []
     for name in ("bob", "alice"):
@@ -237,7 +237,7 @@ def test_the_list_is_sorted_and_holds_identities_only(nano_identity, tmp_path, m
     assert [p.stem for p in list_identities()] == ["alice", "bob"]
 
 
-def test_two_iterations_make_an_identity(nano_base, make_picture, tmp_path):
+def test_two_iterations_make_an_identity(nano_base, make_image, tmp_path):
     import numpy as np
     from PIL import Image
 
@@ -247,7 +247,7 @@ def test_two_iterations_make_an_identity(nano_base, make_picture, tmp_path):
 
     paths = [tmp_path / f"{k}.png" for k in range(2)]
     for k, path in enumerate(paths):
-        Image.fromarray((make_picture(90, 70, k) * 255).astype(np.uint8)).save(path)
+        Image.fromarray((make_image(90, 70, k) * 255).astype(np.uint8)).save(path)
     config = PersonalizeConfig(train=TrainConfig(iterations=2, batch=1, device="cpu"))
     made = personalize("carol", paths, nano_base, config)
     file = identity_path("carol")
@@ -264,7 +264,7 @@ def test_two_iterations_make_an_identity(nano_base, make_picture, tmp_path):
     file.unlink()
 
 
-def test_a_flipped_byte_among_the_tensors_is_noticed(nano_identity, tmp_path):
+def test_a_flipped_byte_in_the_tensors_is_refused(nano_identity, tmp_path):
     path = nano_identity.save(tmp_path / "one.safetensors")
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
@@ -295,7 +295,7 @@ def test_a_fingerprint_is_64_hexadecimal_digits(saved, field, value):
         {"references": '["photo.jpg"]'},
     ],
 )
-def test_names_have_the_form_of_what_they_name(saved, change):
+def test_invalid_names_in_a_file_are_refused(saved, change):
     rewrite_header(saved, **change)
     with pytest.raises(BadFileError, match="metadata are incomplete or wrong"):
         Identity.load(saved)

@@ -98,7 +98,7 @@ def part_of(module):
     return words[1] if len(words) > 1 and words[1] in MAY_IMPORT else ""
 
 
-def test_every_part_is_in_the_graph():
+def test_every_package_is_in_the_graph():
     assert {part_of(name) for name in MODULES} == set(MAY_IMPORT) and len(MODULES) > 40
     unknown = [name for name in MODULES if part_of(name) == "" and name != "pfstorer_rt"]
     assert not unknown, "say in MAY_IMPORT what these may import"
@@ -123,7 +123,7 @@ def test_importing_the_package_imports_the_standard_library_alone():
     assert found and {name.split(".")[0] for name in found} <= set(sys.stdlib_module_names)
 
 
-def test_the_graph_has_no_circle():
+def test_the_graph_has_no_cycle():
     order, left = [], {part: set(below) for part, below in MAY_IMPORT.items()}
     while left:
         ready = [part for part, below in left.items() if below <= set(order)]
@@ -158,7 +158,7 @@ def imported_at_once(path):
     return found - set(sys.stdlib_module_names) - {"pfstorer_rt"}
 
 
-def test_the_runtime_imports_its_own_dependencies_only():
+def test_the_runtime_imports_only_its_own_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     own = {re.split(r"[<>=;\[ ]", text)[0] for text in project["dependencies"]}
     allowed = {{"pillow": "PIL"}.get(name, name) for name in own}
@@ -167,7 +167,7 @@ def test_the_runtime_imports_its_own_dependencies_only():
             assert imported_at_once(path) <= allowed, f"{name}: import it in a function, inside `extras.needed_by`"
 
 
-def test_kernels_need_torch_and_triton_alone():
+def test_kernels_import_only_torch_and_triton():
     for name, path in MODULES.items():
         if part_of(name) == "kernels":
             foreign = {m.split(".")[0] for _, m in imports(name, path)} - set(sys.stdlib_module_names)

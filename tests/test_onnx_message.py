@@ -62,7 +62,7 @@ PLACES = [in_initializer, in_constant, in_branch, in_function, in_sparse, in_tra
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_every_file_that_a_tensor_is_read_from_is_found(place):
+def test_every_file_of_external_tensors_is_found(place):
     assert external_files(place(external("secret.bin")).SerializeToString()) == {"secret.bin"}
 
 

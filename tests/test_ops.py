@@ -35,12 +35,12 @@ def triton():
 # ---- choosing
 
 
-def test_auto_takes_pytorchs_own_until_a_gpu_has_measured_better():
+def test_auto_chooses_sdpa_on_a_cpu():
     assert door.choose("auto", "cpu").name == "sdpa"
     assert list(door.BACKENDS).index("sdpa") < list(door.BACKENDS).index("triton")
 
 
-def test_unknown_backends_are_named():
+def test_unknown_backends_are_refused():
     with pytest.raises(ValueError, match="'flash': expected auto or one of sdpa, triton"):
         door.choose("flash")
 
@@ -68,7 +68,7 @@ def test_triton_is_refused_on_old_gpus(capability, refused, monkeypatch):
         assert door.choose("triton", "cuda").name == "triton"
 
 
-def test_triton_is_refused_for_other_head_sizes(nano_base):
+def test_triton_is_refused_for_unsupported_head_sizes(nano_base):
     for size in (31, 129):
         with pytest.raises(MissingBackendError, match=f"heads of {size} channels; .* takes 32 to 128"):
             door.choose("triton", DEVICE, size)
@@ -80,7 +80,7 @@ def test_the_command_line_names_every_backend():
     assert get_args(Attention) == ("auto", *door.BACKENDS)
 
 
-def test_a_restorer_computes_with_the_backend_it_was_given(nano_base, nano_identity, make_picture, monkeypatch):
+def test_a_restorer_uses_the_given_backend(nano_base, nano_identity, make_image, monkeypatch):
     calls = []
 
     def counting(q, k, v, mask=None):
@@ -88,7 +88,7 @@ def test_a_restorer_computes_with_the_backend_it_was_given(nano_base, nano_ident
         return door.sdpa(q, k, v, mask)
 
     monkeypatch.setitem(door.BACKENDS, "reference", lambda device, head_size: door.Kernels(counting))
-    pixels, config = make_picture(64, 64), RestoreConfig(steps=1)
+    pixels, config = make_image(64, 64), RestoreConfig(steps=1)
     with Restorer.from_base(nano_base, nano_identity, device="cpu", attention="reference") as restorer:
         found = restorer.restore(pixels, config)
     with_person = len(calls)
@@ -107,7 +107,7 @@ def test_a_restorer_computes_with_the_backend_it_was_given(nano_base, nano_ident
 
 @pytest.mark.parametrize("name", ["sdpa", "math", "reference", "triton"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_backends_compute_the_same(name, masked):
+def test_backends_agree(name, masked):
     attend = door.choose(name, DEVICE).kernels.attention
     q, k, v = (normal(2, 3, n, 40, seed=i) for i, n in enumerate((9, 21, 21)))
     mask = (normal(2, 1, 1, 21) > 0) if masked else None
@@ -115,7 +115,7 @@ def test_backends_compute_the_same(name, masked):
     assert (attend(q, k, v, mask) - expected).abs().max() < 4e-3  # four roundings of numbers of order one
 
 
-def test_a_layer_through_the_door_drops_masked_tokens(triton):
+def test_a_block_ignores_masked_tokens(triton):
     block = make_block(64, triton)
     x, reference = normal(2, 12, 64), normal(2, 9, 64, seed=1)
     kept = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0, 1], dtype=torch.bool, device=DEVICE)
@@ -133,7 +133,7 @@ def make_block(channels, kernels, rank=0):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_a_block_with_kernels_computes_the_plain_block(rank, triton):
+def test_a_block_with_kernels_agrees_with_the_plain_block(rank, triton):
     x, reference = normal(2, 17, 64), normal(2, 21, 64, seed=1)
     found = make_block(64, triton, rank)(x, reference, strength=0.6)
     exact = make_block(64, door.Kernels(), rank).double()(x.double(), reference.double(), strength=0.6)
@@ -142,7 +142,7 @@ def test_a_block_with_kernels_computes_the_plain_block(rank, triton):
 
 
 @pytest.mark.parametrize("strength", [0.0, torch.zeros(1), torch.zeros(2, 1, 1)])
-def test_strength_zero_and_gamma_zero_are_the_base_bit_for_bit(strength, triton):
+def test_strength_zero_and_gamma_zero_return_the_input_bit_for_bit(strength, triton):
     block = make_block(64, triton)
     x, reference = normal(2, 17, 64), normal(2, 21, 64, seed=1)
     x[0, 0, 0] = -0.0
@@ -164,7 +164,7 @@ def test_a_block_with_kernels_can_be_trained(triton):
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_spade_with_kernels_is_spade(memory_format, triton):
+def test_spade_with_kernels_agrees_with_plain_spade(memory_format, triton):
     torch.manual_seed(0)
     spade = Spade(12, 6, 5, 4).to(DEVICE)
     h, structure = normal(2, 12, 7, 9, dtype=torch.float32), normal(2, 6, 7, 9, seed=1, dtype=torch.float32)
@@ -176,7 +176,7 @@ def test_spade_with_kernels_is_spade(memory_format, triton):
     assert spade(h, structure).is_contiguous(memory_format=memory_format)
 
 
-def test_geglu_is_the_layer_of_diffusers(triton):
+def test_geglu_agrees_with_the_layer_of_diffusers(triton):
     layer = GEGLU(8, 12).to(DEVICE)
     x = normal(2, 5, 8, dtype=torch.float32)
     for kernels in (door.Kernels(), triton):
@@ -210,14 +210,14 @@ def run_geglu(made):
 
 
 @pytest.mark.parametrize("times,taken", [((0.2, 0.1), "triton"), ((0.1, 0.2), "torch"), ((0.1, float("inf")), "torch")])
-def test_the_faster_one_is_taken(times, taken, make_dispatch):
+def test_the_faster_implementation_is_chosen(times, taken, make_dispatch):
     made = make_dispatch(*times)
     assert run_geglu(made) == taken == run_geglu(made)  # the second time there is no clock left
     ((key, decision),) = made.decisions.items()
     assert key == "geglu float16 8 rows 4" and decision.startswith(f"{taken}: torch {times[0]:.4f} ms")
 
 
-def test_timings_are_kept_on_disk(make_dispatch, monkeypatch):
+def test_timings_are_saved_on_disk(make_dispatch, monkeypatch):
     assert run_geglu(make_dispatch(0.1, 0.2)) == "torch"
     assert run_geglu(make_dispatch()) == "torch"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Another GPU")
@@ -233,7 +233,7 @@ def test_a_damaged_file_of_timings_counts_as_empty(make_dispatch):
         assert run_geglu(make_dispatch(0.2, 0.1)) == "triton"
 
 
-def test_timings_that_cannot_be_kept_are_used(make_dispatch):
+def test_timings_that_cannot_be_saved_are_used(make_dispatch):
     made = make_dispatch(0.1, 0.2)
     made.tuner.file.parent.write_text("a file where the folder should be")
     assert run_geglu(made) == "torch" == run_geglu(made)
@@ -262,7 +262,7 @@ def test_sdpa_is_preferred_with_a_reason(shape, dtype, mask, reason, make_dispat
     assert reason in next(iter(made.decisions.values()))
 
 
-def test_the_gate_is_plain_where_types_are_mixed(make_dispatch):
+def test_mixed_types_use_the_plain_gate(make_dispatch):
     layer, x = nn.Linear(8, 4).to(DEVICE), normal(2, 3, 4)
     with torch.autocast(DEVICE, torch.bfloat16):
         arguments = normal(2, 3, 8), layer, x, 2 * x, x[0, 0]
@@ -273,7 +273,7 @@ def test_the_gate_is_plain_where_types_are_mixed(make_dispatch):
     assert "fp16 or bf16 throughout" in next(iter(made.decisions.values()))
 
 
-def test_norms_with_hooks_of_their_own_stay_plain(make_dispatch):
+def test_norms_with_hooks_use_the_plain_implementation(make_dispatch):
     norm = nn.GroupNorm(2, 4).to(DEVICE)
     norm.register_forward_pre_hook(lambda _, inputs: None)
     made, x = make_dispatch(), normal(1, 4, 3, 3, dtype=torch.float32)

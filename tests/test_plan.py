@@ -64,14 +64,14 @@ def rewrite(path, change_manifest=lambda data: data, without=()):
                 archive.writestr(name, data)
 
 
-def test_a_written_plan_is_read_whole(plan):
+def test_a_written_plan_is_read_unchanged(plan):
     opened = Plan.open(plan.path)
     assert opened.manifest == make_manifest()
     assert {c: opened.read(c) for c in COMPONENTS} == PAYLOADS
     assert Manifest.from_dict(json.loads(opened.manifest.to_json())) == opened.manifest
 
 
-def test_a_plan_carries_the_noise_schedule(tmp_path):
+def test_a_plan_contains_the_noise_schedule(tmp_path):
     other = make_manifest(schedule=Schedule(beta_end=0.02))
     assert write_plan(tmp_path / "a.plan", other, PAYLOADS).manifest.schedule == Schedule(beta_end=0.02)
     assert json.loads(other.to_json())["schedule"]["kind"] == "scaled_linear"
@@ -96,12 +96,12 @@ def test_a_plan_is_a_plain_uncompressed_zip(plan):
     assert PAYLOADS["denoiser"] in plan.path.read_bytes()
 
 
-def test_same_content_same_bytes(plan, tmp_path):
+def test_the_same_content_gives_the_same_bytes(plan, tmp_path):
     again = write_plan(tmp_path / "other name.plan", make_manifest(), dict(PAYLOADS))
     assert again.path.read_bytes() == plan.path.read_bytes()
 
 
-def test_a_persons_plan_is_private(plan, tmp_path):
+def test_a_plan_with_an_identity_is_private(plan, tmp_path):
     mask = os.umask(0o022)
     try:
         private = write_plan(tmp_path / "b.plan", make_manifest(identity_name="alice"), PAYLOADS)
@@ -260,7 +260,7 @@ def test_a_failed_write_leaves_the_old_plan(plan):
 @pytest.mark.parametrize(
     "change", [{"compute_capabilities": ["abc"]}, {"compute_capabilities": "8.9"}, {"tools": 7}, {"tools": {"a": 1}}]
 )
-def test_a_manifest_with_values_of_another_kind_is_a_bad_file(plan, change):
+def test_a_manifest_with_values_of_another_type_is_refused(plan, change):
     rewrite(plan.path, lambda data: {**data, **change})
     with pytest.raises(BadFileError, match=f"manifest does not fit.*{next(iter(change))}"):
         Plan.open(plan.path)
@@ -286,14 +286,14 @@ def test_a_fingerprint_is_64_hexadecimal_digits(plan, field, value):
         {"precision": "fp32 --trust-plan"},
     ],
 )
-def test_names_are_plain_names(plan, change):
+def test_names_that_are_paths_are_refused(plan, change):
     rewrite(plan.path, lambda data: {**data, **change})
     with pytest.raises(BadFileError, match="manifest does not fit"):
         Plan.open(plan.path)
 
 
 @pytest.mark.parametrize("file", ["/etc/passwd", "decoder.onnx", "encoder.onnx.exe", "..", "\u00e9ncoder.onnx"])
-def test_a_payload_has_the_name_of_its_component(plan, file):
+def test_a_payload_with_another_file_name_is_refused(plan, file):
     def change(data):
         data["payloads"]["encoder"]["file"] = file
         return data
@@ -335,7 +335,7 @@ def test_a_command_to_copy_quotes_the_name_of_the_file(tmp_path):
     assert "-o 'a;reboot;.plan' --overwrite" in made.rebuild()
 
 
-def test_a_signature_of_strange_letters_is_a_wrong_one(tmp_path, monkeypatch):
+def test_a_signature_that_is_not_ascii_is_invalid(tmp_path, monkeypatch):
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "home"))
     made = write_plan(tmp_path / "b.plan", make_manifest(target="tensorrt"), PAYLOADS)
     assert made.trusted
@@ -356,7 +356,7 @@ def test_a_signature_of_strange_letters_is_a_wrong_one(tmp_path, monkeypatch):
         ("sd21", "al", "--identity al --base DIR"),
     ],
 )
-def test_the_command_that_makes_a_plan_again_names_what_can_be_found(tmp_path, base, identity, command):
+def test_the_export_command_names_the_base_and_the_identity(tmp_path, base, identity, command):
     made = write_plan(tmp_path / "b.plan", make_manifest(base_name=base, identity_name=identity), PAYLOADS)
     assert f"export {command} --target onnx" in made.rebuild()
 
@@ -437,7 +437,7 @@ def test_a_signature_holds_under_another_name(tmp_path):
         ("tensorrt", ["8.6"], "--precision fp32 -o"),
     ],
 )
-def test_rebuilding_is_for_the_same_gpus(plan, target, built_for, options):
+def test_the_export_command_names_the_same_gpus(plan, target, built_for, options):
     manifest = make_manifest(target=target, compute_capabilities=built_for)
     assert options in Plan(plan.path, manifest).rebuild()
     assert "--compute-capability current -o" in Plan(plan.path, manifest).rebuild(current=True)

@@ -45,7 +45,7 @@ def test_a_living_process_keeps_its_temporary_files(killed):
     assert os.listdir(folder) == ["denoiser.weights"] and len(os.listdir(out)) == 1
 
 
-def test_the_next_run_removes_what_a_killed_process_left(killed):
+def test_the_next_run_removes_files_of_a_killed_process(killed):
     folder, out, process = killed
     process.kill()
     process.wait()
@@ -57,7 +57,7 @@ def test_the_next_run_removes_what_a_killed_process_left(killed):
     assert os.listdir(out) == ["b.plan"]
 
 
-def test_a_work_folder_is_the_owners_alone_and_goes_with_the_block(tmp_path, monkeypatch):
+def test_a_work_folder_is_private_and_removed_after_the_block(tmp_path, monkeypatch):
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path))
     mask = os.umask(0)
     try:
@@ -70,7 +70,7 @@ def test_a_work_folder_is_the_owners_alone_and_goes_with_the_block(tmp_path, mon
     assert not folder.exists()
 
 
-def test_a_work_folder_is_near_results_on_another_file_system(tmp_path, monkeypatch):
+def test_a_work_folder_is_on_the_file_system_of_the_results(tmp_path, monkeypatch):
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "home"))
     near = tmp_path / "disk"
     near.mkdir()
@@ -91,7 +91,7 @@ def test_folders_with_a_users_own_files_are_never_removed(tmp_path):
     assert (base / "old" / "config.json").exists()
 
 
-def test_links_and_foreign_names_are_left_alone(tmp_path):
+def test_links_and_files_with_other_names_are_not_removed(tmp_path):
     target = tmp_path / "photos"
     target.mkdir()
     (tmp_path / ".pfstorer-89ab.tmp").symlink_to(target)
@@ -101,14 +101,14 @@ def test_links_and_foreign_names_are_left_alone(tmp_path):
     assert len(os.listdir(tmp_path)) == 4
 
 
-def test_a_folder_that_is_replaced_leaves_no_temporary_one(tmp_path):
+def test_replacing_a_folder_leaves_no_temporary_folder(tmp_path):
     with atomic_entries(tmp_path / "base", ("config.json",)) as folder:
         (folder / "config.json").write_text("{}")
         assert sweep(tmp_path / "base") == [], "it is in use"
     assert os.listdir(tmp_path / "base") == ["config.json"]
 
 
-def test_a_finished_file_is_never_swept_before_it_has_its_name(tmp_path, monkeypatch):
+def test_a_finished_file_is_not_removed_before_it_is_renamed(tmp_path, monkeypatch):
     """The file is complete, closed by no one yet, and about to be renamed: another process sweeps now."""
     real = os.replace
 
@@ -134,7 +134,7 @@ def test_a_finished_file_is_never_swept_before_it_has_its_name(tmp_path, monkeyp
     assert (tmp_path / "a").read_bytes() == b"whole"
 
 
-def test_old_leftovers_go_where_files_cannot_be_locked(tmp_path, monkeypatch):
+def test_old_files_are_removed_where_files_cannot_be_locked(tmp_path, monkeypatch):
     from pfstorer_rt import temporary
 
     monkeypatch.setattr(temporary, "fcntl", None)
@@ -146,7 +146,7 @@ def test_old_leftovers_go_where_files_cannot_be_locked(tmp_path, monkeypatch):
     assert sweep(tmp_path) == [old]
 
 
-def test_files_that_a_living_process_moved_in_meanwhile_are_kept(tmp_path, monkeypatch):
+def test_files_moved_in_during_a_sweep_are_kept(tmp_path, monkeypatch):
     """The process replaced the user's files and was killed between the sweep's first look and its lock."""
     from pfstorer_rt import temporary
 
@@ -163,7 +163,7 @@ def test_files_that_a_living_process_moved_in_meanwhile_are_kept(tmp_path, monke
     assert (folder / "old" / "config.json").exists()
 
 
-def test_old_leftovers_go_on_a_file_system_without_locks(tmp_path, monkeypatch):
+def test_old_files_are_removed_on_a_file_system_without_locks(tmp_path, monkeypatch):
     from pfstorer_rt import temporary
 
     def refuse(descriptor, operation):
@@ -191,7 +191,7 @@ def test_a_work_folder_is_made_elsewhere_without_a_cache_directory(tmp_path, mon
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_folders_for_data_are_the_owners_alone_whatever_the_umask(tmp_path, monkeypatch):
+def test_data_folders_are_private_with_any_umask(tmp_path, monkeypatch):
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "deep" / "home"))
     mask = os.umask(0)
     try:

@@ -29,7 +29,7 @@ def walked_offsets(length, tile, overlap):
     return [min(k * (tile - overlap), length - tile) for k in range(n)]
 
 
-def test_offsets_agree_with_the_walk_and_cover_the_axis():
+def test_offsets_agree_with_a_loop_and_cover_the_axis():
     for tile in (1, 2, 7, 64):
         for overlap in {0, 1, tile // 2, tile - 1} & set(range(tile)):
             for length in range(tile, 3 * tile + 5):
@@ -74,7 +74,7 @@ def test_weights_are_the_published_ones():
         assert weights[place] == pytest.approx(value, rel=2e-6)
 
 
-def test_weights_take_each_side_by_itself():
+def test_weights_of_rows_and_columns_are_independent():
     tall, square = gaussian_weights(48, 20), gaussian_weights(20, 20)
     assert tall.shape == (48, 20)
     # The formula of the reference, with each axis' own side in the place of T.
@@ -115,13 +115,13 @@ def test_blend_is_the_weighted_mean(dtype):
     np.testing.assert_allclose(out, blended_in_float64(tiles, patches, 13, 17), atol=tolerance)
 
 
-def test_tiles_of_one_picture_blend_into_that_picture():
-    picture = np.random.default_rng(1).random((3, 100, 71))
+def test_tiles_of_an_image_blend_into_the_image():
+    image = np.random.default_rng(1).random((3, 100, 71))
     tiles = plan_tiles(100, 71, 64, 32)
-    patches = (picture[:, rows, columns].astype(np.float16) for rows, columns in (t.slices for t in tiles))
+    patches = (image[:, rows, columns].astype(np.float16) for rows, columns in (t.slices for t in tiles))
     out = blend(tiles, patches, 100, 71)
     # The corners weigh 3e-10: half-precision accumulators would give 0/0 there.
-    np.testing.assert_allclose(out, picture.astype(np.float16), atol=1e-6)
+    np.testing.assert_allclose(out, image.astype(np.float16), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -231,17 +231,17 @@ def test_ramp_weights_are_a_partition_of_unity():
     np.testing.assert_allclose(mass, 1, rtol=1e-6)
 
 
-def test_tiles_without_overlap_or_neighbour_weigh_the_same_everywhere():
+def test_tiles_without_overlap_have_uniform_weights():
     assert np.array_equal(ramp_weights(plan_tiles(16, 8, 8, 0, even=True)), np.ones((8, 8)))
 
 
-def test_tiles_that_share_more_than_half_weigh_something_everywhere():
+def test_tiles_with_large_overlap_have_positive_weights():
     weights = ramp_weights(plan_tiles(9, 9, 8, 2, even=True))
     assert weights.min() > 0 and weights.max() == pytest.approx(weights[3, 3])
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (50, 33), (16, 40), (37, 16)])
-def test_blending_by_rows_is_blending(height, width):
+def test_blending_by_rows_equals_blending(height, width):
     rng = np.random.default_rng(3)
     tiles = plan_tiles(height, width, 16, 6)
     patches = [rng.standard_normal((3, 16, 16)).astype(np.float32) for _ in tiles]
@@ -254,25 +254,25 @@ def test_blending_by_rows_is_blending(height, width):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_seams_are_seen_where_they_are():
+def test_seam_ratio_detects_steps_at_tile_borders():
     rng = np.random.default_rng(5)
     tiles = plan_tiles(96, 160, 32, 0)
-    picture = rng.random((96, 160, 3))
-    assert seam_ratio(picture, tiles) == pytest.approx(1, abs=0.03)
-    stepped = picture.copy()
+    image = rng.random((96, 160, 3))
+    assert seam_ratio(image, tiles) == pytest.approx(1, abs=0.03)
+    stepped = image.copy()
     stepped[:, 64:] += 1
     assert seam_ratio(stepped, tiles) > 1.1
     assert seam_ratio(np.zeros((96, 160, 3)), tiles) == 1
     flat = np.zeros((96, 160, 3))
     flat[32:] = 0.01
     assert seam_ratio(flat, tiles) == math.inf
-    assert seam_ratio(picture, [Tile(0, 0, 96, 160)]) == 1
+    assert seam_ratio(image, [Tile(0, 0, 96, 160)]) == 1
 
 
-def test_the_grid_of_a_decoder_is_no_seam():
+def test_the_grid_of_a_decoder_does_not_count_as_a_seam():
     rng = np.random.default_rng(6)
-    picture = 0.1 * rng.random((96, 160, 3))
-    picture += np.floor(np.arange(160) / 8)[None, :, None]  # a step at every latent pixel
+    image = 0.1 * rng.random((96, 160, 3))
+    image += np.floor(np.arange(160) / 8)[None, :, None]  # a step at every latent pixel
     tiles = plan_tiles(96, 160, 32, 0)
-    assert seam_ratio(picture, tiles, 8) == pytest.approx(1, abs=0.03)
-    assert seam_ratio(picture, tiles) > 2
+    assert seam_ratio(image, tiles, 8) == pytest.approx(1, abs=0.03)
+    assert seam_ratio(image, tiles) > 2

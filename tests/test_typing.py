@@ -98,7 +98,7 @@ def test_wrong_uses_are_reported(check):
         ), line
 
 
-def test_names_for_type_checkers_and_for_python_agree():
+def test_type_checkers_and_python_see_the_same_names():
     tree = ast.parse((ROOT / "pfstorer_rt" / "__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
     typed = {alias.name: node.module for node in block.body for alias in node.names}

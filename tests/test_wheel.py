@@ -84,7 +84,7 @@ def test_the_wheel_holds_every_file_under_its_installed_name(wheel):
     assert licences == {"LICENSE", "MODEL_LICENSE.md"}
 
 
-def test_the_requirements_are_complete_and_bring_no_package_of_an_extra(installed, tmp_path):
+def test_the_requirements_are_complete_without_packages_of_extras(installed, tmp_path):
     check = call(sys.executable, "-m", "pip", "--python", installed / "python", "check", cwd=tmp_path)
     assert "No broken requirements found" in check
     packages = [package for packages in extras.EXTRAS.values() for package in packages]
@@ -102,7 +102,7 @@ assert importlib.util.find_spec("export") is None, "a top-level name that is not
     assert len(files) == 3 and all(Path(f).is_relative_to(installed.parent) for f in files), files
 
 
-def test_the_installed_command_restores_a_picture(installed, tmp_path, nano_plan, make_picture):
+def test_the_installed_command_restores_an_image(installed, tmp_path, nano_plan, make_image):
     environment = {**os.environ, "PFSTORER_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     folder = tmp_path / "empty"
@@ -110,7 +110,7 @@ def test_the_installed_command_restores_a_picture(installed, tmp_path, nano_plan
     command = installed / "pfstorer-rt"
     assert "restore" in call(command, "--help", cwd=folder, env=environment)
     assert call(command, "--version", cwd=folder, env=environment).startswith("pfstorer-rt, version ")
-    Image.fromarray((make_picture(50, 40) * 255).astype(np.uint8)).save(tmp_path / "old.png")
+    Image.fromarray((make_image(50, 40) * 255).astype(np.uint8)).save(tmp_path / "old.png")
     shutil.copy(nano_plan.path, tmp_path / "alice.plan")
     words = ("restore", "--engine", tmp_path / "alice.plan", tmp_path / "old.png", "-o", "restored.png", "--steps", 1)
     assert "restored.png: 40x50" in call(command, *words, cwd=folder, env=environment)

@@ -84,7 +84,7 @@ def lines(report: BenchReport) -> list[str]:
         f"{report.backend} on {report.provider}, {report.steps} steps of {report.sampler}",
         f"cold start {report.cold_start_s:.2f} s, peak memory {report.peak_memory_mb:.0f} MB",
     ]
-    for name, figures in {**report.components_ms, **report.pictures_ms}.items():
+    for name, figures in {**report.components_ms, **report.images_ms}.items():
         rates = "".join(f"  {figures[key]:.3f} {unit}" for key, unit in RATES.items() if key in figures)
         rows.append(
             f"{name:<18} p50 {figures['p50']:9.1f}  p90 {figures['p90']:9.1f}  p99 {figures['p99']:9.1f} ms  "
@@ -103,7 +103,7 @@ def write_table(path: Path, report: BenchReport) -> None:
 
     names = ("engine", "backend", "provider", "steps", "sampler", "cold_start_s", "peak_memory_mb")
     fixed = {**{name: getattr(report, name) for name in names}, **report.machine, **report.clock}
-    parts = {**report.components_ms, **report.pictures_ms}
+    parts = {**report.components_ms, **report.images_ms}
     with atomic_write(path) as file:
         text = io.TextIOWrapper(file, newline="", write_through=True)
         writer = csv.DictWriter(text, ["measured", "p50", "p90", "p99", "runs", *RATES, *fixed], restval="")

@@ -17,7 +17,7 @@ def draw(path: Path, report: BenchReport) -> None:
     """Write a PNG of the medians on a logarithmic axis, with a whisker from p50 to p99."""
     from math import log10
 
-    rows = {**report.components_ms, **report.pictures_ms}
+    rows = {**report.components_ms, **report.images_ms}
     low = 10 ** (int(log10(max(1e-3, min(r["p50"] for r in rows.values())))) - 1)
     span = log10(max(r["p99"] for r in rows.values()) * 1.2 / low)
     image = Image.new("RGB", (WIDTH, ROW * (len(rows) + 3)), "white")

@@ -63,14 +63,14 @@ def command(output: Path, base: str, iterations: int, level: str, seed: int, as_
     """
     say = (lambda text: click.echo(text, err=True)) if as_json else click.echo
     started = time.perf_counter()
-    truth, lq, references = make_pictures(output, level, seed)
+    truth, lq, references = make_images(output, level, seed)
     say(f"{output}: {len(references)} views of the portrait, and the {level} degraded input")
     plan = output / f"{NAME}.plan"
     learn_and_export(references, base, iterations, output, plan)
     say(f"{plan}: learned and exported after {time.perf_counter() - started:.0f} s")
-    pictures = {"input": lq, **restore_both(lq, plan), "ground truth": truth}
-    figures = measure(pictures, references)
-    save(output, pictures, figures)
+    images = {"input": lq, **restore_both(lq, plan), "ground truth": truth}
+    figures = measure(images, references)
+    save(output, images, figures)
     if as_json:
         click.echo(json.dumps({"figures": figures, "seconds": round(time.perf_counter() - started, 1)}))
         return
@@ -82,7 +82,7 @@ def command(output: Path, base: str, iterations: int, level: str, seed: int, as_
     click.echo(f"{output / 'side_by_side.png'}: all images side by side, after {time.perf_counter() - started:.0f} s")
 
 
-def make_pictures(output: Path, level: str, seed: int) -> tuple[Pixels, Pixels, list[Path]]:
+def make_images(output: Path, level: str, seed: int) -> tuple[Pixels, Pixels, list[Path]]:
     """Write the truth, the degraded input and the reference views; returns them and their paths."""
     import torch
 
@@ -122,7 +122,7 @@ def views(portrait: Pixels) -> list[Pixels]:
 
 
 def resize(pixels: Pixels, size: int) -> Pixels:
-    """Resize a square picture."""
+    """Resize a square image."""
     from pfstorer_rt.imaging.files import from_tensor, resize_bicubic, to_tensor
 
     return from_tensor(resize_bicubic(to_tensor(pixels), (size, size), antialias=True))
@@ -156,21 +156,21 @@ def restore_both(lq: Pixels, plan: Path) -> dict[str, Pixels]:
         }
 
 
-def measure(pictures: dict[str, Pixels], references: list[Path]) -> dict[str, dict[str, float | None]]:
-    """Return PSNR and identity distance of each picture to the ground truth; None where there is no figure."""
+def measure(images: dict[str, Pixels], references: list[Path]) -> dict[str, dict[str, float | None]]:
+    """Return PSNR and identity distance of each image to the ground truth; None where there is no figure."""
     from pfstorer_rt.faces.dlib import identity_distance
     from pfstorer_rt.faces.finding import face_embedder
     from pfstorer_rt.imaging.similarity import psnr
 
     embed = face_embedder()
-    truth = pictures["ground truth"]
+    truth = images["ground truth"]
     face = embed(truth) if embed else None
     return {
         name: {
             "psnr": None if pixels is truth else round(psnr(pixels, truth), 2),
             "id_distance": round(d, 3) if embed and (d := identity_distance(embed(pixels), face)) is not None else None,
         }
-        for name, pixels in pictures.items()
+        for name, pixels in images.items()
     }
 
 
@@ -179,22 +179,22 @@ def show(value: float | None, unit: str = "") -> str:
     return "-" if value is None else f"{value:g} {unit}".strip()
 
 
-def save(output: Path, pictures: dict[str, Pixels], figures: dict[str, Any]) -> None:
-    """Write every picture, the side-by-side and the figures."""
+def save(output: Path, images: dict[str, Pixels], figures: dict[str, Any]) -> None:
+    """Write every image, the side-by-side and the figures."""
     from PIL import Image, ImageDraw, ImageFont
 
     from pfstorer_rt.imaging.files import save_image
 
     names = {"personalized": "restored", "ground truth": "truth"}
-    for name, pixels in pictures.items():
+    for name, pixels in images.items():
         save_image(output / f"{names.get(name, name)}.png", pixels, overwrite=True)
     side, gap, foot = 288, 8, 48
-    sheet = Image.new("RGB", (len(pictures) * (side + gap) + gap, side + gap + foot), "white")
+    sheet = Image.new("RGB", (len(images) * (side + gap) + gap, side + gap + foot), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for i, (name, pixels) in enumerate(pictures.items()):
+    for i, (name, pixels) in enumerate(images.items()):
         left = gap + i * (side + gap)
-        picture = Image.fromarray((pixels * 255 + 0.5).astype(np.uint8))
-        sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, gap))
+        tile = Image.fromarray((pixels * 255 + 0.5).astype(np.uint8))
+        sheet.paste(tile.resize((side, side), Image.Resampling.LANCZOS), (left, gap))
         row = figures[name]
         text = f"PSNR {show(row['psnr'], 'dB')}, identity {show(row['id_distance'])}"
         draw.text((left, side + gap + 4), name, fill="black", font=font)

@@ -157,7 +157,7 @@ def show(report: Report, as_json: bool) -> None:
     if as_json:
         for row in report.rows:
             figures = {k: ("inf" if v == float("inf") else v) for k, v in row.figures.items()}
-            about = {"method": row.method, "picture": row.picture, "seconds": row.seconds, "note": row.note}
+            about = {"method": row.method, "image": row.image, "seconds": row.seconds, "note": row.note}
             click.echo(json.dumps({**about, **figures}, allow_nan=False))
         click.echo(json.dumps({"summary": json.loads(report.json())}))
         return

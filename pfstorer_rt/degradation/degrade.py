@@ -392,7 +392,7 @@ def _checked_config(level: DegradationConfig | str) -> DegradationConfig:
 
 def _check_image(image: torch.Tensor) -> None:
     if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
-        raise ValueError(f"image has shape {tuple(image.shape)}; expected (3, H, W): one RGB picture")
+        raise ValueError(f"image has shape {tuple(image.shape)}; expected (3, H, W): one RGB image")
     if image.dtype != torch.float32:
         raise ValueError(f"image has dtype {image.dtype}; expected torch.float32: use .float() / 255")
     low, high = image.min().item(), image.max().item()

@@ -53,8 +53,8 @@ def evaluate(
     rows: list[Row] = []
     for done, (name, path) in enumerate(originals.items()):
         found = {method: results[method][name] for method in results}
-        times = {method: picture_seconds(known, name) for method, known in (seconds or {}).items()}
-        rows += measure_picture(name, path, found, people.of(name), metrics, times, name in shown)
+        times = {method: image_seconds(known, name) for method, known in (seconds or {}).items()}
+        rows += measure_image(name, path, found, people.of(name), metrics, times, name in shown)
         if progress:
             progress(done + 1, len(originals))
     refuse_empty(rows, folders)
@@ -62,7 +62,7 @@ def evaluate(
     return Report(rows, metrics, [*people.notes(metrics), *row_notes(rows)], named)
 
 
-def measure_picture(
+def measure_image(
     name: str,
     path: Path,
     found: Mapping[str, Path | None],
@@ -102,9 +102,9 @@ def measure_one(
         figures = metrics.measure(sample, original, references)
     except (PFStorerError, ValueError) as error:
         return Row(method, name, metrics.of_failure(original, references), None, str(error), failed=True)
-    picture = thumbnail(sample.pixels) if shown else b""
+    small = thumbnail(sample.pixels) if shown else b""
     absent = figures.get("verification_dlib") is not None and figures.get("id_dlib", 0.0) is None
-    return Row(method, name, figures, seconds, "no face found" if absent else "", picture)
+    return Row(method, name, figures, seconds, "no face found" if absent else "", small)
 
 
 def refuse_empty(rows: Sequence[Row], folders: Mapping[str, Path]) -> None:
@@ -112,15 +112,15 @@ def refuse_empty(rows: Sequence[Row], folders: Mapping[str, Path]) -> None:
     for method, folder in folders.items():
         own = [row for row in rows if row.method == method]
         if all(row.failed for row in own):
-            raise BadFileError(f"{folder}: no result could be measured; {own[0].picture}: {own[0].note}")
+            raise BadFileError(f"{folder}: no result could be measured; {own[0].image}: {own[0].note}")
 
 
 def row_notes(rows: Sequence[Row]) -> Iterator[str]:
     """Return a line for each row with a note."""
-    return (f"{row.method}: {row.picture}: {row.note}" for row in rows if row.note)
+    return (f"{row.method}: {row.image}: {row.note}" for row in rows if row.note)
 
 
-def picture_seconds(seconds: float | Seconds | None, name: str) -> float | None:
+def image_seconds(seconds: float | Seconds | None, name: str) -> float | None:
     """Return the time of one image, matched by name like its result; names may include folders."""
     if not isinstance(seconds, Mapping):
         return seconds

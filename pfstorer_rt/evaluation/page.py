@@ -55,7 +55,7 @@ class Gallery:
     """Images side by side, with a line per original."""
 
     methods: Sequence[str]
-    pictures: Sequence[str]
+    images: Sequence[str]
     shown: Mapping[tuple[str, str], tuple[bytes, str]]
     """(image, method) -> JPEG and caption; the JPEG is empty without an image."""
 
@@ -103,8 +103,8 @@ def html_table(table: Table) -> str:
 
 def html_gallery(gallery: Gallery) -> str:
     """Return all images; an image without data is an empty cell with a caption."""
-    lines = ["<h2>Images</h2>"] if gallery.pictures else []
-    for name in gallery.pictures:
+    lines = ["<h2>Images</h2>"] if gallery.images else []
+    for name in gallery.images:
         cells = []
         for method in gallery.methods:
             data, caption = gallery.shown.get((name, method), (b"", ""))

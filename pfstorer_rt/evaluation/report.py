@@ -27,7 +27,7 @@ class Row:
     """Values of one image by one method."""
 
     method: str
-    picture: str
+    image: str
     figures: Mapping[str, float | None]
     """Key of a metric -> value, as `Metrics.measure` returns them."""
     seconds: float | None = None
@@ -44,7 +44,7 @@ class Row:
 class Summary:
     """Means of one method over its images."""
 
-    pictures: int
+    images: int
     failed: int
     means: dict[str, float | None]
     """Key of a metric, or `seconds` -> mean over the images with a value; None without any."""
@@ -70,9 +70,9 @@ class Report:
         return [*(n for n in (INPUT,) if n in names), *middle, *(n for n in (ORIGINAL,) if n in names)]
 
     @property
-    def pictures(self) -> list[str]:
+    def images(self) -> list[str]:
         """Return the names of the images in the order of their first row."""
-        return list(dict.fromkeys(row.picture for row in self.rows))
+        return list(dict.fromkeys(row.image for row in self.rows))
 
     def summary(self, common: bool = False) -> dict[str, Summary]:
         """Return the means of each method.
@@ -81,7 +81,7 @@ class Report:
         methods cover the same images; dlib, for example, finds no face in some degraded images.
         """
         keys = [*(metric.key for metric in self.metrics.columns), SECONDS]
-        shared = {key: self._shared(key) if common else set(self.pictures) for key in keys}
+        shared = {key: self._shared(key) if common else set(self.images) for key in keys}
         return {method: self._summary(method, keys, shared) for method in self.methods}
 
     def write(self, folder: Path) -> None:
@@ -102,24 +102,24 @@ class Report:
         keys = [metric.key for metric in self.metrics.columns]
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(["method", "picture", *keys, SECONDS, "note"])
+        writer.writerow(["method", "image", *keys, SECONDS, "note"])
         for row in self.rows:
             cells = [row.figures.get(key) for key in keys] + [row.seconds]
             rounded = ["" if cell is None else round(cell, 6) for cell in cells]
-            writer.writerow([row.method, row.picture, *rounded, row.note])
+            writer.writerow([row.method, row.image, *rounded, row.note])
         return buffer.getvalue()
 
     def json(self) -> str:
         """Return means and counts of each method, metrics with licence and version, notes and settings."""
         methods = {
-            name: {"pictures": s.pictures, "failed": s.failed, "means": finite(s.means), "counts": s.counts}
+            name: {"images": s.images, "failed": s.failed, "means": finite(s.means), "counts": s.counts}
             for name, s in self.summary().items()
         }
         common = {name: {"means": finite(s.means), "counts": s.counts} for name, s in self.summary(True).items()}
         document = {
             "settings": self.settings,
             "methods": methods,
-            "common_pictures": common,
+            "common_images": common,
             "metrics": {metric.key: self.describe(metric) for metric in self.metrics.columns},
             "notes": self.notes,
         }
@@ -173,9 +173,9 @@ class Report:
 
     def gallery(self) -> Gallery:
         """Return the images with a thumbnail; the caption has the values of the method."""
-        shown = {(row.picture, row.method): (row.thumbnail, self.caption(row)) for row in self.rows}
-        seen = {row.picture for row in self.rows if row.thumbnail}
-        return Gallery(self.methods, [name for name in self.pictures if name in seen], shown)
+        shown = {(row.image, row.method): (row.thumbnail, self.caption(row)) for row in self.rows}
+        seen = {row.image for row in self.rows if row.thumbnail}
+        return Gallery(self.methods, [name for name in self.images if name in seen], shown)
 
     def caption(self, row: Row) -> str:
         """Return the values of one row as a short text."""
@@ -213,7 +213,7 @@ class Report:
         found: dict[str, set[str]] = {}
         for row in self.rows:
             if value(row, key) is not None:
-                found.setdefault(row.method, set()).add(row.picture)
+                found.setdefault(row.method, set()).add(row.image)
         return set.intersection(*found.values()) if found else set()
 
     def _summary(self, method: str, keys: Sequence[str], shared: Mapping[str, set[str]]) -> Summary:
@@ -221,7 +221,7 @@ class Report:
         means: dict[str, float | None] = {}
         counts: dict[str, int] = {}
         for key in keys:
-            known = [v for row in rows if row.picture in shared[key] and (v := value(row, key)) is not None]
+            known = [v for row in rows if row.image in shared[key] and (v := value(row, key)) is not None]
             means[key], counts[key] = fmean(known) if known else None, len(known)
         return Summary(len(rows), sum(row.failed for row in rows), means, counts)
 
@@ -247,7 +247,7 @@ def figure(metric: Metric, summary: Summary) -> str:
     mean, count = summary.means[metric.key], summary.counts[metric.key]
     if mean is None:
         return "not measured"
-    return number(metric, mean) + ("" if count == summary.pictures else f" ({count} of {summary.pictures})")
+    return number(metric, mean) + ("" if count == summary.images else f" ({count} of {summary.images})")
 
 
 def seconds(summary: Summary) -> str:

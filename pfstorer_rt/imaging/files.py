@@ -65,7 +65,7 @@ _guard_lock = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class DecodedImage:
     """A decoded image file, upright and in sRGB."""
 
     pixels: Pixels
@@ -84,7 +84,7 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A `Picture` that is read by rows; a large one is stored in a temporary file."""
+    """A `DecodedImage` that is read by rows; a large one is stored in a temporary file."""
 
     pixels: Spool
     alpha: Spool | None = None
@@ -95,12 +95,12 @@ class Scan:
     notes: tuple[str, ...] = ()
 
 
-def load_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS) -> Picture:
+def load_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS) -> DecodedImage:
     """Read the first frame of an image file or binary stream into memory; conversions as in `scan_image`."""
     scan = scan_image(source, max_pixels)
     height = scan.pixels.height
     alpha = None if scan.alpha is None else scan.alpha.pixels(0, height)[..., 0]
-    return Picture(scan.pixels.pixels(0, height), alpha, scan.icc, scan.exif, scan.frames, scan.notes)
+    return DecodedImage(scan.pixels.pixels(0, height), alpha, scan.icc, scan.exif, scan.frames, scan.notes)
 
 
 def scan_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS) -> Scan:
@@ -224,7 +224,7 @@ def _encode(
     except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno:  # an error of the disk, not of the encoder
             raise
-        raise PFStorerError(f"{kind} cannot hold this picture ({one_line(error)}); use png") from error
+        raise PFStorerError(f"{kind} cannot hold this image ({one_line(error)}); use png") from error
 
 
 def to_tensor(pixels: Pixels) -> torch.Tensor:

@@ -42,7 +42,7 @@ def _profile_converter(own: str, profile: bytes) -> Callable[[Image.Image], Imag
     source = {"CMYK": "CMYK", "LAB": "LAB", "1": "L", "LA": "L", "La": "L", "L": "L"}.get(own, "RGB")
     # Grey files with an RGB profile are common and valid; other mismatches are errors.
     if mode != source and (mode, source) != ("RGB", "L"):
-        raise ValueError(f"it is for {space}, the picture is {own}")
+        raise ValueError(f"it is for {space}, the image is {own}")
     srgb = ImageCms.createProfile("sRGB")
     # The optimization of lcms is wrong by ten levels in grey shadows. For colour it is correct and ten times faster.
     flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE

@@ -58,7 +58,7 @@ class BenchReport:
     cold_start_s: float
     components_ms: dict[str, dict[str, float]]
     """Name of a component -> p50, p90 and p99 in milliseconds, and the number of runs."""
-    pictures_ms: dict[str, dict[str, float]]
+    images_ms: dict[str, dict[str, float]]
     """Name of an image size -> the same values, with megapixels and tiles per second."""
     peak_memory_mb: float
     machine: dict[str, Any]
@@ -90,10 +90,10 @@ def measure_plan(
         for name, call in component_calls(restorer).items():
             on_start(name)
             components[name] = percentiles(call, config.runs, config.seconds)
-        pictures = {}
+        images = {}
         for side in dict.fromkeys(config.sizes):
-            on_start(f"picture {side}x{side}")
-            pictures[f"picture {side}x{side}"] = time_picture(restorer, side, restoring, config)
+            on_start(f"image {side}x{side}")
+            images[f"image {side}x{side}"] = time_image(restorer, side, restoring, config)
         return BenchReport(
             str(engine),
             restorer.backend,
@@ -103,14 +103,14 @@ def measure_plan(
             tile,
             cold,
             components,
-            pictures,
+            images,
             peak_memory_mb(),
             machine(),
             clock(load),
         )
 
 
-def time_picture(restorer: Restorer, side: int, restoring: RestoreConfig, config: BenchConfig) -> dict[str, float]:
+def time_image(restorer: Restorer, side: int, restoring: RestoreConfig, config: BenchConfig) -> dict[str, float]:
     """Time whole restorations of a square image."""
     import numpy as np
 

@@ -30,14 +30,14 @@ from pfstorer_rt.training.base import (
 from pfstorer_rt.training.chunks import Samples, make_arrays
 from pfstorer_rt.training.data import Batch, draw_timesteps
 from pfstorer_rt.training.device import accelerated, to_channels_last
+from pfstorer_rt.training.image_loss import ImageSpaceLoss, draw_views, face_maps
 from pfstorer_rt.training.loop import MakeBatch, Training, run_training
 from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.objectives import RestorerObjective
-from pfstorer_rt.training.picture_loss import PictureLoss, draw_views, face_maps
 
 
 class FinishingObjective(RestorerObjective):
-    """L_x0, the squared error of the clean latent at every timestep, and `PictureLoss` of the samples at timestep 999.
+    """L_x0, the squared error of the clean latent at every timestep, and `ImageSpaceLoss` at timestep 999.
 
     Samples at timestep 999 start from the LQ latent, as in a restoration. UNet, structure encoder, prompt encoder and
     feature wrapping are trained; the autoencoder stays frozen.
@@ -45,12 +45,12 @@ class FinishingObjective(RestorerObjective):
 
     def __init__(self, base: Base, config: BaseTrainConfig) -> None:
         super().__init__(base, "x0")
-        self.base, self.cfw, self.pictures = base, base.cfw, PictureLoss(base, config)
+        self.base, self.cfw, self.image_loss = base, base.cfw, ImageSpaceLoss(base, config)
 
     def forward(self, batch: Batch) -> Losses:
         """Take `hq` and `lq` (B, 3, H, W) in [-1, 1], `noise` (B, C, h, w), `t` (B,), `maps` (B, 2, 3), `corner` (2,).
 
-        `maps` and `corner` are arguments of `PictureLoss`.
+        `maps` and `corner` are arguments of `ImageSpaceLoss`.
         """
         hq, lq, noise, t = batch["hq"], batch["lq"], batch["noise"], batch["t"]
         with torch.no_grad():
@@ -63,14 +63,14 @@ class FinishingObjective(RestorerObjective):
         prediction = self.unet(x, t, context, self.structure_encoder(z_lq, t)).float()
         restored = x0_from_prediction(x, prediction, t, self.alphas_cumprod, self.prediction_type)
         diff = F.mse_loss(restored, x0)
-        seen = self.pictures(
+        seen = self.image_loss(
             restored[first],
             {level: f[first] for level, f in features.items()},
             hq[first],
             batch["maps"][first],
             batch["corner"],
         )
-        return {"loss": diff + seen.pop("pictures"), "diff": diff, **seen}
+        return {"loss": diff + seen.pop("image"), "diff": diff, **seen}
 
 
 def finish_base(
@@ -96,7 +96,7 @@ def finish_base(
     settings, mark = config.restorer, signature(["finishing", asdict(config)], paths) + base.fingerprint
     with accelerated(settings, base) as accelerator:
         objective = FinishingObjective(base, config)
-        images, maps = picture_pairs(paths, base, work, config, on_progress)
+        images, maps = image_pairs(paths, base, work, config, on_progress)
         to_channels_last(base.vae)
         for network in (base.unet, base.structure_encoder, base.text_encoder, base.cfw):
             network.requires_grad_(True)
@@ -123,7 +123,7 @@ def finish_base(
 def finishing_batches(
     images: np.ndarray[Any, Any], maps: np.ndarray[Any, Any], base: Base, config: BaseTrainConfig
 ) -> MakeBatch:
-    """Return the function that draws batches of `FinishingObjective` from `picture_pairs`."""
+    """Return the function that draws batches of `FinishingObjective` from `image_pairs`."""
     settings, side, channels = config.restorer, base.config.latent_tile, base.config.latent_channels
 
     def make_batch(_: int, number: int) -> Batch:
@@ -140,7 +140,7 @@ def finishing_batches(
     return make_batch
 
 
-def picture_pairs(
+def image_pairs(
     paths: list[Path], base: Base, work: Path, config: BaseTrainConfig, on_progress: OnProgress = ignore_progress
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Make degraded crops once; returns memory maps: images (pairs, 2, H, W, 3) uint8 and face maps (pairs, 2, 3)."""
@@ -153,11 +153,11 @@ def picture_pairs(
 
     def pack(chunk: Batch) -> Mapping[str, np.ndarray[Any, Any]]:
         both = torch.stack([chunk["hq"], chunk["lq"]], 1).permute(0, 1, 3, 4, 2)
-        return {"pictures": ((both + 1) * 127.5 + 0.5).clamp(0, 255).byte().numpy(), "maps": chunk["maps"].numpy()}
+        return {"images": ((both + 1) * 127.5 + 0.5).clamp(0, 255).byte().numpy(), "maps": chunk["maps"].numpy()}
 
     samples = Samples(
-        "pictures",
-        {"pictures": (np.uint8, (2, side, side, 3)), "maps": (np.float32, (2, 3))},
+        "images",
+        {"images": (np.uint8, (2, side, side, 3)), "maps": (np.float32, (2, 3))},
         len(paths) * config.variations,
         PAIR_CHUNK,
         pairs_signature(paths, base, config),
@@ -166,4 +166,4 @@ def picture_pairs(
         config.restorer.workers,
     )
     arrays = make_arrays(samples, work, on_progress)
-    return arrays["pictures"], arrays["maps"]
+    return arrays["images"], arrays["maps"]

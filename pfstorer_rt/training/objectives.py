@@ -69,27 +69,27 @@ class RestorerObjective(nn.Module):
 
 
 class ImageLoss(Protocol):
-    """A loss on decoded images, such as `PictureLoss`."""
+    """A loss on decoded images, such as `ImageSpaceLoss`."""
 
     def of_batch(self, restored: torch.Tensor, batch: Batch) -> Losses:
-        """Return the weighted sum `pictures` and its terms for clean latents (B, C, h, w)."""
+        """Return the weighted sum `image` and its terms for clean latents (B, C, h, w)."""
 
 
 class ImageObjective(nn.Module):
     """An objective with an optional loss on the decoded images."""
 
     alphas_cumprod: torch.Tensor
-    pictures: ImageLoss | None
+    image_loss: ImageLoss | None
     base_config: BaseConfig
 
     def image_losses(self, x: torch.Tensor, prediction: torch.Tensor, batch: Batch) -> Losses:
-        """Return `pictures` and its terms for the restored samples (B, C, h, w); empty without a loss on images."""
-        if self.pictures is None:
+        """Return `image` and its terms for the restored samples (B, C, h, w); empty without a loss on images."""
+        if self.image_loss is None:
             return {}
         restored = x0_from_prediction(
             x, prediction.float(), batch["t"], self.alphas_cumprod, self.base_config.prediction_type
         )
-        return self.pictures.of_batch(restored, batch)
+        return self.image_loss.of_batch(restored, batch)
 
 
 class PersonalizationObjective(ImageObjective):
@@ -103,9 +103,9 @@ class PersonalizationObjective(ImageObjective):
     ids: torch.Tensor
     base_context: torch.Tensor
 
-    def __init__(self, base: Base, config: PersonalizeConfig, pictures: ImageLoss | None = None) -> None:
+    def __init__(self, base: Base, config: PersonalizeConfig, image_loss: ImageLoss | None = None) -> None:
         super().__init__()
-        self.config, self.base_config, self.pictures = config, base.config, pictures
+        self.config, self.base_config, self.image_loss = config, base.config, image_loss
         self.unet, self.structure_encoder, self.text_encoder = base.unet, base.structure_encoder, base.text_encoder
         layers = config.layers or base.config.layers
         self.blocks = build_blocks(base.unet, layers, base.config.head_size, config.rank)
@@ -153,7 +153,7 @@ class PersonalizationObjective(ImageObjective):
             pers = pers + attention_loss(seen.probabilities, *self.positions)
         loss = diff + self.config.lambda_gen * gen + self.config.lambda_pers * pers
         images = self.image_losses(x[:n], prediction[:n], batch)
-        return {"loss": loss + images.pop("pictures", 0), "diff": diff, "gen": gen, "pers": pers, **images}
+        return {"loss": loss + images.pop("image", 0), "diff": diff, "gen": gen, "pers": pers, **images}
 
     def taps(self, reference: Mapping[str, LayerReference] | None) -> dict[str, Tap]:
         """Return the UNet's taps: the blocks on a reference, or without a reference on their own input."""
@@ -174,9 +174,9 @@ class DreamBoothObjective(ImageObjective):
     alphas_cumprod: torch.Tensor
     base_context: torch.Tensor
 
-    def __init__(self, base: Base, config: PersonalizeConfig, pictures: ImageLoss | None = None) -> None:
+    def __init__(self, base: Base, config: PersonalizeConfig, image_loss: ImageLoss | None = None) -> None:
         super().__init__()
-        self.config, self.base_config, self.pictures = config, base.config, pictures
+        self.config, self.base_config, self.image_loss = config, base.config, image_loss
         self.structure_encoder, self.frozen = base.structure_encoder, base.unet
         self.unet = deepcopy(base.unet).requires_grad_(True)
         with torch.no_grad():
@@ -211,4 +211,4 @@ class DreamBoothObjective(ImageObjective):
         ).mean()
         keep = F.mse_loss(prediction[n:], prior)
         images = self.image_losses(x[:n], prediction[:n], batch)
-        return {"loss": diff + keep + images.pop("pictures", 0), "diff": diff, "prior": keep, **images}
+        return {"loss": diff + keep + images.pop("image", 0), "diff": diff, "prior": keep, **images}

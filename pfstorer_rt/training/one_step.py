@@ -29,13 +29,13 @@ from pfstorer_rt.training.chunks import Arrays
 from pfstorer_rt.training.data import Batch, draw_timesteps
 from pfstorer_rt.training.device import accelerated, to_channels_last
 from pfstorer_rt.training.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
+from pfstorer_rt.training.image_loss import jitter
 from pfstorer_rt.training.latents import encode_pool, flip, is_flipped, to_pixels
 from pfstorer_rt.training.loop import Training, run_training
 from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.lpips import Lpips, normalize
 from pfstorer_rt.training.memory import ParameterGroup
 from pfstorer_rt.training.objectives import RestorerObjective
-from pfstorer_rt.training.picture_loss import jitter
 
 MARGIN = 1
 """Latent pixels around a window that are decoded with it and discarded, to avoid border effects of the decoder."""
@@ -105,7 +105,7 @@ class OneStepObjective(RestorerObjective):
         part = restored[..., top : top + side, left : left + side]
         inner = (..., slice(border, -border), slice(border, -border))
         output, target = self.decode(part, batch["lq_window"])[inner], batch["hq_window"][inner]
-        losses = self.picture_losses(output, target)
+        losses = self.image_losses(output, target)
         if "hq_tile" in batch:
             whole = self.decode(restored[:1], batch["lq_tile"])
             losses["id"] = self.identity(whole, batch["hq_tile"], batch["maps"])
@@ -134,7 +134,7 @@ class OneStepObjective(RestorerObjective):
         image: torch.Tensor = self.cfw(self.vae, latent, features, 1.0)
         return image.float()
 
-    def picture_losses(self, output: torch.Tensor, target: torch.Tensor) -> Losses:
+    def image_losses(self, output: torch.Tensor, target: torch.Tensor) -> Losses:
         """Return the losses between images (B, 3, P, P) in [-1, 1]."""
         made = normalize(self.lpips.features(output))
         with torch.no_grad():

@@ -25,10 +25,10 @@ from pfstorer_rt.training.base import signature
 from pfstorer_rt.training.data import center_crop
 from pfstorer_rt.training.device import accelerated, kernels_for
 from pfstorer_rt.training.framing import read_references
+from pfstorer_rt.training.image_loss import ImageSpaceLoss, has_image_losses, refusal
 from pfstorer_rt.training.loop import Training, run_training
 from pfstorer_rt.training.memory import ParameterGroup
 from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
-from pfstorer_rt.training.picture_loss import PictureLoss, looks_at_pictures, refusal
 from pfstorer_rt.training.pool import BatchMaker, make_pool
 
 TUNING_RATE = 0.1
@@ -87,7 +87,7 @@ def personalize(
 
 def available(config: PersonalizeConfig, note: Callable[[str], None]) -> PersonalizeConfig:
     """Return `config` without image-space losses where their networks are not installed."""
-    if not looks_at_pictures(config) or not (missing := refusal()):
+    if not has_image_losses(config) or not (missing := refusal()):
         return config
     note(f"training on latents alone, without image-space losses: {missing}")
     return replace(config, lambda_pixel=0.0, lambda_perceptual=0.0, lambda_id=0.0)
@@ -95,7 +95,7 @@ def available(config: PersonalizeConfig, note: Callable[[str], None]) -> Persona
 
 def make_objective(base: Base, config: PersonalizeConfig, device: torch.device) -> nn.Module:
     """Build the objective of `config.method` on a device, with the base's kernels for training."""
-    images = PictureLoss(base, config) if looks_at_pictures(config) else None
+    images = ImageSpaceLoss(base, config) if has_image_losses(config) else None
     kind = DreamBoothObjective if config.method == "dreambooth" else PersonalizationObjective
     objective: nn.Module = kind(base, config, images).to(device)
     base.set_attention(kernels_for(config.train, device), objective)

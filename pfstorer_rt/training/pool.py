@@ -16,7 +16,7 @@ from pfstorer_rt.degradation.degrade import LEVELS, degrade
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
 from pfstorer_rt.training.data import Batch, center_crop, draw_timesteps, random_crop
-from pfstorer_rt.training.picture_loss import draw_views, face_maps, looks_at_pictures
+from pfstorer_rt.training.image_loss import draw_views, face_maps, has_image_losses
 
 ZOOM = 1.25
 """Largest magnification of a training crop: most of the face stays inside."""
@@ -33,7 +33,7 @@ class LatentPool(NamedTuple):
     """(N,) number of the photograph of each crop"""
     references: torch.Tensor
     """(P, C, h, w) of the centre crop of every photograph"""
-    pictures: torch.Tensor | None = None
+    images: torch.Tensor | None = None
     """(N, 2, 3, H, W) uint8, hq and lq; None without image-space losses"""
     maps: npt.NDArray[np.float32] | None = None
     """(N, 2, 3) positions of the faces (`face_map`)"""
@@ -54,21 +54,21 @@ def make_pool(
     def encode(image: torch.Tensor) -> torch.Tensor:
         return base.encode(image[None].to(base.device) * 2 - 1)[0].float().cpu()
 
-    pairs, pictures, started = [], [], time.monotonic()
+    pairs, images, started = [], [], time.monotonic()
     for i in range(size):
         rng = np.random.default_rng([config.train.seed, 4, i])
         hq = random_crop(photos[i % len(photos)], base.config.tile, rng, ZOOM)
         lq = degrade(hq, level, rng)
         pairs.append((encode(hq), encode(lq)))
-        pictures += [torch.stack([hq, lq]).mul(255).round().byte()] if looks_at_pictures(config) else []
+        images += [torch.stack([hq, lq]).mul(255).round().byte()] if has_image_losses(config) else []
         on_progress(StageProgress("photographs", i + 1, size, seconds=time.monotonic() - started))
     references = torch.stack([encode(center_crop(photo, base.config.tile)) for photo in photos])
     hq_latents, lq_latents = (torch.stack(latents) for latents in zip(*pairs, strict=True))
     pool = LatentPool(hq_latents, lq_latents, torch.arange(size) % len(photos), references)
-    if not pictures:
+    if not images:
         return pool
-    maps = face_maps([picture[0].permute(1, 2, 0).numpy() / np.float32(255) for picture in pictures])
-    return pool._replace(pictures=torch.stack(pictures), maps=maps)
+    maps = face_maps([image[0].permute(1, 2, 0).numpy() / np.float32(255) for image in images])
+    return pool._replace(images=torch.stack(images), maps=maps)
 
 
 class BatchMaker:
@@ -95,15 +95,15 @@ class BatchMaker:
             "noise": noise,
             "t": t,
             "self": torch.tensor(use_self),
-            **self.looks(chosen, rng),
+            **self.image_inputs(chosen, rng),
         }
 
-    def looks(self, chosen: torch.Tensor, rng: np.random.Generator) -> Batch:
-        """Return inputs of image-space losses: `hq_picture lq_picture` (B, 3, H, W) in [-1, 1], `maps`, `corner`."""
-        if self.pool.pictures is None or self.pool.maps is None:
+    def image_inputs(self, chosen: torch.Tensor, rng: np.random.Generator) -> Batch:
+        """Return inputs of image-space losses: `hq_image lq_image` (B, 3, H, W) in [-1, 1], `maps`, `corner`."""
+        if self.pool.images is None or self.pool.maps is None:
             return {}
-        hq, lq = self.pool.pictures[chosen].transpose(0, 1) / 127.5 - 1
-        return {"hq_picture": hq, "lq_picture": lq, **draw_views(self.pool.maps[chosen.numpy()], hq.shape[-1], rng)}
+        hq, lq = self.pool.images[chosen].transpose(0, 1) / 127.5 - 1
+        return {"hq_image": hq, "lq_image": lq, **draw_views(self.pool.maps[chosen.numpy()], hq.shape[-1], rng)}
 
     def share_without_reference(self) -> float:
         """Return the share of the iterations without a reference."""

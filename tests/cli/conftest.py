@@ -67,12 +67,12 @@ def refused(run):
 
 
 @pytest.fixture
-def save(make_picture):
-    """Function (path, width, height, seed=0, **options of Pillow's save) -> path of a new RGB picture."""
+def save(make_image):
+    """Function (path, width, height, seed=0, **options of Pillow's save) -> path of a new RGB image."""
 
     def write(path, width=40, height=24, seed=0, **options):
         path.parent.mkdir(parents=True, exist_ok=True)
-        levels = (make_picture(height, width, seed) * 255).round().astype(np.uint8)
+        levels = (make_image(height, width, seed) * 255).round().astype(np.uint8)
         Image.fromarray(levels).save(path, **options)
         return path
 

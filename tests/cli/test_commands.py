@@ -97,7 +97,7 @@ def base_with_cut_weights(path, plan, base):
         ("cut.safetensors", lambda path, plan, base: safetensors_file(path, cut=4)),
     ],
 )
-def test_inspect_refuses_garbage_in_one_line(refused, tmp_path, nano_plan, nano_base_dir, name, make):
+def test_inspect_refuses_damaged_files_in_one_line(refused, tmp_path, nano_plan, nano_base_dir, name, make):
     make(tmp_path / name, nano_plan, nano_base_dir)
     refused(2, "inspect", tmp_path / name, "--json", words=[name])
 
@@ -112,7 +112,7 @@ def safetensors_file(path, cut=0):
 # ---- identities
 
 
-def test_identities_are_listed_with_those_that_cannot_be_read(run, people):
+def test_list_includes_unreadable_identities(run, people):
     (people / "broken.safetensors").write_bytes(b"")
     (people / "notes.txt").write_text("not an identity")
     rows = [json.loads(line) for line in run("identities", "list", "--json").out.splitlines()]
@@ -122,13 +122,13 @@ def test_identities_are_listed_with_those_that_cannot_be_read(run, people):
     assert text.status == 0 and "alice  pfstorer on nano" in text.out and "broken  unreadable" in text.out
 
 
-def test_an_empty_list_is_no_failure(run, monkeypatch, tmp_path):
+def test_listing_no_identities_succeeds(run, monkeypatch, tmp_path):
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "nowhere"))
     assert (run("identities", "list", "--json").out, run("identities", "list").status) == ("", 0)
     assert "personalize" in run("identities", "list").err and not (tmp_path / "nowhere").exists()
 
 
-def test_show(run, people, nano_identity):
+def test_show_prints_an_identity_as_json(run, people, nano_identity):
     report = json.loads(run("identities", "show", "alice", "--json").out)
     assert report["base_fingerprint"] == nano_identity.base_fingerprint and set(report["gamma"]) == set(
         nano_identity.layers
@@ -137,13 +137,13 @@ def test_show(run, people, nano_identity):
 
 @pytest.mark.parametrize("command", ["show", "verify", "rm"])
 @pytest.mark.parametrize("name", ["bob", "no such/bob.safetensors", "?", ""])
-def test_names_that_are_not_there_are_refused(refused, people, tree, command, name):
+def test_unknown_identities_are_refused(refused, people, tree, command, name):
     before = tree(people)
     refused(2, "identities", command, name)
     assert tree(people) == before
 
 
-def test_verify_tells_whole_private_known_and_learned_from(run, people, save, monkeypatch, nano_base_dir):
+def test_verify_checks_file_permissions_base_and_references(run, people, save, monkeypatch, nano_base_dir):
     monkeypatch.chdir(nano_base_dir.parent)  # the base is found by its name there
     good = run("identities", "verify", "alice")
     assert good.status == 0 and "FAILED" not in good.out and good.out.count("ok ") == 3
@@ -154,7 +154,7 @@ def test_verify_tells_whole_private_known_and_learned_from(run, people, save, mo
     assert "FAILED  readable by its owner only" in run("identities", "verify", "alice").out
 
 
-def test_verify_fails_without_the_base_or_on_another(run, people, monkeypatch, other_base_dir):
+def test_verify_fails_without_the_base_or_with_another_base(run, people, monkeypatch, other_base_dir):
     missing = run("identities", "verify", "alice")
     assert missing.status == 1 and "no base there" in missing.out
     other_base_dir.rename(other_base_dir.with_name("nano"))
@@ -162,7 +162,7 @@ def test_verify_fails_without_the_base_or_on_another(run, people, monkeypatch, o
     assert "FAILED  base nano" in run("identities", "verify", "alice").out
 
 
-def test_rm_deletes_an_identity_with_what_its_training_left(run, people, tree):
+def test_rm_deletes_an_identity_and_its_training_checkpoint(run, people, tree):
     (people / "alice.training.pt").write_bytes(b"weights")
     (people / "notes.txt").write_text("kept")
     assert run("identities", "rm", "alice", stdin=b"n\n").status == 0
@@ -176,13 +176,13 @@ def test_rm_deletes_an_identity_with_what_its_training_left(run, people, tree):
     assert list(tree(people)) == ["notes.txt"]
 
 
-def test_rm_deletes_nothing_when_one_name_is_wrong(refused, people, tree):
+def test_rm_deletes_nothing_when_one_name_is_unknown(refused, people, tree):
     before = tree(people)
     refused(2, "identities", "rm", "alice", "bob", "--yes", words=["bob"])
     assert tree(people) == before
 
 
-def test_rm_takes_a_damaged_identity_but_no_foreign_file(run, refused, people, tmp_path):
+def test_rm_deletes_a_damaged_identity_but_no_other_file(run, refused, people, tmp_path):
     (people / "broken.safetensors").write_bytes(b"cut off")
     assert run("identities", "rm", "broken", "--yes").status == 0
     thesis = tmp_path / "thesis.txt"
@@ -207,7 +207,7 @@ def hostile_identity(path, fingerprint, source=None):
 
 @pytest.mark.parametrize("form", ["{folder}", "..", "", "../../{name}", "."])
 @pytest.mark.parametrize("whole", [True, False])
-def test_rm_deletes_no_folder_that_a_file_names(run, people, tree, tmp_path, form, whole):
+def test_rm_deletes_no_folder_named_in_an_identity_file(run, people, tree, tmp_path, form, whole):
     folder = tmp_path / "photographs"
     (folder / "deep").mkdir(parents=True)
     (folder / "deep" / "a.jpg").write_bytes(b"a memory")
@@ -224,7 +224,7 @@ def test_rm_deletes_no_folder_that_a_file_names(run, people, tree, tmp_path, for
     assert tree(cache) == {"a.blob": b"somebody else's"}
 
 
-def test_rm_deletes_compiled_networks_of_this_identity_alone(run, people, nano_identity):
+def test_rm_deletes_only_the_compiled_networks_of_this_identity(run, people, nano_identity):
     own = people.parent / "cache" / "openvino" / nano_identity.fingerprint[:16]
     own.mkdir(parents=True)
     (own / "a.blob").write_bytes(b"weights")
@@ -267,7 +267,7 @@ def test_rm_deletes_the_networks_before_the_identity(run, people, nano_identity,
     assert not own.exists()
 
 
-def test_rm_removes_what_killed_processes_left(run, people):
+def test_rm_removes_temporary_files_of_killed_processes(run, people):
     left = [people / ".pfstorer-1.tmp", people.parent / "cache" / "work" / ".pfstorer-2.tmp"]
     for path in left:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -276,7 +276,7 @@ def test_rm_removes_what_killed_processes_left(run, people):
     assert not any(path.exists() for path in left)
 
 
-def test_rm_tells_of_networks_that_it_cannot_find(run, people, tmp_path):
+def test_rm_warns_about_networks_outside_the_cache(run, people, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (people.parent / "cache").mkdir(exist_ok=True)
@@ -285,7 +285,7 @@ def test_rm_tells_of_networks_that_it_cannot_find(run, people, tmp_path):
     assert made.status == 0 and "may be left in" in made.err
 
 
-def test_texts_of_a_file_give_no_commands_to_the_terminal(run, refused, people, tmp_path):
+def test_terminal_escapes_in_files_are_printed_as_text(run, refused, people, tmp_path):
     import safetensors.numpy
     from safetensors import safe_open
 
@@ -304,7 +304,7 @@ def test_texts_of_a_file_give_no_commands_to_the_terminal(run, refused, people, 
 # ---- doctor
 
 
-def test_doctor_reports_every_door(run):
+def test_doctor_reports_every_backend(run):
     from pfstorer_rt.engine.session import BACKENDS
     from pfstorer_rt.ops import BACKENDS as ATTENTION
 
@@ -317,7 +317,7 @@ def test_doctor_reports_every_door(run):
     assert "engine    onnxruntime: ready" in text and report["home"] in text
 
 
-def test_doctor_says_what_to_install(run, monkeypatch):
+def test_doctor_names_the_packages_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     report = json.loads(run("doctor", "--json").out)
     assert "pip install" in report["engines"]["openvino"]
@@ -328,27 +328,27 @@ def test_doctor_says_what_to_install(run, monkeypatch):
 # ---- degrade
 
 
-def test_degrade_is_fixed_by_its_seed(run, save, tree, tmp_path):
-    picture = save(tmp_path / "a.png", 64, 48)
+def test_degrade_is_deterministic_for_a_seed(run, save, tree, tmp_path):
+    image = save(tmp_path / "a.png", 64, 48)
 
     def bad(*arguments):
-        assert run("degrade", picture, "-o", tmp_path / "b.png", "--overwrite", *arguments).status == 0
+        assert run("degrade", image, "-o", tmp_path / "b.png", "--overwrite", *arguments).status == 0
         with Image.open(tmp_path / "b.png") as result:
             assert result.size == (64, 48)
         return (tmp_path / "b.png").read_bytes()
 
     first = bad("--seed", 4)
     assert bad("--seed", 4) == first
-    others = [bad("--seed", 5), bad("--seed", 4, "--level", "light"), picture.read_bytes()]
+    others = [bad("--seed", 5), bad("--seed", 4, "--level", "light"), image.read_bytes()]
     assert len({first, *others}) == 4
 
 
 def test_heavy_is_further_from_the_original_than_light(run, save, tmp_path):
-    pictures = [save(tmp_path / "in" / f"{i}.png", 64, 64, seed=i) for i in range(6)]
+    images = [save(tmp_path / "in" / f"{i}.png", 64, 64, seed=i) for i in range(6)]
 
     def distance(level):
         assert run("degrade", tmp_path / "in", "-o", tmp_path / level, "--level", level).status == 0
-        pairs = [(p, tmp_path / level / f"{p.stem}_degraded.png") for p in pictures]
+        pairs = [(p, tmp_path / level / f"{p.stem}_degraded.png") for p in images]
         return np.mean([np.abs(pixels(a) - pixels(b)).mean() for a, b in pairs])
 
     assert distance("heavy") > distance("light")
@@ -359,7 +359,7 @@ def pixels(path):
         return np.asarray(image, np.float32)
 
 
-def test_every_picture_of_a_call_is_degraded_in_another_way(run, save, tree, tmp_path):
+def test_each_image_of_a_call_is_degraded_differently(run, save, tree, tmp_path):
     for name in ("a.png", "b.png"):
         save(tmp_path / "in" / name, 48, 48)
     assert run("degrade", tmp_path / "in", "-o", tmp_path / "out", "--seed", 1).status == 0
@@ -368,7 +368,7 @@ def test_every_picture_of_a_call_is_degraded_in_another_way(run, save, tree, tmp
     assert out["a_degraded.png"] != out["b_degraded.png"] == (tmp_path / "b.png").read_bytes()
 
 
-def test_a_second_degrade_makes_what_the_first_would_have(run, save, tree, tmp_path):
+def test_a_repeated_degrade_completes_the_results(run, save, tree, tmp_path):
     for i in range(3):
         save(tmp_path / "in" / f"{i}.png", 48, 48, seed=i)
     (tmp_path / "in" / "1.png").write_bytes(b"damaged")
@@ -383,7 +383,7 @@ def test_a_second_degrade_makes_what_the_first_would_have(run, save, tree, tmp_p
 # ---- personalize
 
 
-def test_personalize_keeps_a_private_file_and_nothing_else(run, tree, photos, tmp_path, nano_base_dir):
+def test_personalize_leaves_only_a_private_identity_file(run, tree, photos, tmp_path, nano_base_dir):
     done = learn(run, nano_base_dir, photos, "--identity", "bob", "-o", tmp_path / "out" / "bob.safetensors")
     assert done.status == 0 and "bob" in done.out, done.err
     assert f"note: {photos[0]}: no face found" in done.err
@@ -391,14 +391,14 @@ def test_personalize_keeps_a_private_file_and_nothing_else(run, tree, photos, tm
     assert stat.S_IMODE((tmp_path / "out" / "bob.safetensors").stat().st_mode) == 0o600
 
 
-def test_personalize_by_name_is_listed_and_printed_as_json(run, people, photos, nano_base_dir):
+def test_personalize_by_name_saves_to_the_list_and_prints_json(run, people, photos, nano_base_dir):
     done = learn(run, nano_base_dir, photos, "--identity", "bob", "--json")
     report = json.loads(done.out)
     assert report["identity"] == "bob" and Path(report["file"]) == people / "bob.safetensors"
     assert [json.loads(x)["name"] for x in run("identities", "list", "--json").out.splitlines()] == ["alice", "bob"]
 
 
-def test_personalize_replaces_an_identity_only_on_demand(run, people, tree, photos, nano_base_dir):
+def test_personalize_replaces_an_identity_only_with_overwrite(run, people, tree, photos, nano_base_dir):
     before = tree(people)
     done = learn(run, nano_base_dir, photos, "--identity", "alice")
     assert done.status and len(done.errors) == 1 and "--overwrite" in done.errors[0] and tree(people) == before
@@ -407,7 +407,7 @@ def test_personalize_replaces_an_identity_only_on_demand(run, people, tree, phot
 
 
 @pytest.mark.parametrize("bad", [b"", b"\x89PNG\r\n", b"text"])
-def test_one_bad_photograph_stops_personalize_before_any_work(refused, people, tree, photos, nano_base_dir, bad):
+def test_an_unreadable_photograph_stops_personalize_before_training(refused, people, tree, photos, nano_base_dir, bad):
     photos[1].write_bytes(bad)
     before = tree(people)
     refused(2, "personalize", "--identity", "bob", "--base", nano_base_dir, *photos, words=["1.png"])
@@ -424,7 +424,7 @@ def test_one_bad_photograph_stops_personalize_before_any_work(refused, people, t
         ("bob", None, "no-photograph"),
     ],
 )
-def test_wrong_calls_of_personalize_are_one_line(
+def test_invalid_personalize_calls_print_one_line(
     refused, people, tree, photos, nano_base_dir, tmp_path, monkeypatch, name, base, extra
 ):
     (tmp_path / "here").mkdir()
@@ -435,7 +435,7 @@ def test_wrong_calls_of_personalize_are_one_line(
     assert tree(tmp_path) == before
 
 
-def test_a_full_disk_is_one_line(run, people, tree, photos, nano_base_dir, full_disk):
+def test_a_full_disk_prints_one_line(run, people, tree, photos, nano_base_dir, full_disk):
     before = tree(people)
     done = learn(run, nano_base_dir, photos, "--identity", "bob")
     assert done.status == 1 and len(done.errors) == 1 and "no space left" in done.errors[0]
@@ -452,19 +452,19 @@ def test_export_refuses_an_existing_output(run, tree, tmp_path, nano_base_dir):
     assert done.status and len(done.errors) == 1 and "--overwrite" in done.errors[0] and tree(tmp_path) == before
 
 
-def test_export_refuses_a_base_that_the_identity_is_not_of(refused, people, tmp_path, other_base_dir):
+def test_export_refuses_an_identity_of_another_base(refused, people, tmp_path, other_base_dir):
     wrong = ("export", "--identity", "alice", "--base", other_base_dir, "-o", tmp_path / "a.plan")
     refused(2, *wrong, words=["alice", "learned on base"])
     assert not (tmp_path / "a.plan").exists()
 
 
 @pytest.mark.parametrize("arguments", [("--identity", "nobody"), ("--base", "no-base"), ("--identity", "?"), ()])
-def test_export_of_what_is_not_there_is_a_wrong_call(run, people, tmp_path, arguments):
+def test_export_of_a_missing_identity_or_base_exits_with_2(run, people, tmp_path, arguments):
     done = run("export", *arguments, "-o", tmp_path / "a.plan")
     assert done.status == 2 and len(done.errors) == 1 and not (tmp_path / "a.plan").exists()
 
 
-def test_export_into_a_folder_that_is_not_there_is_refused(run, tmp_path, nano_base_dir):
+def test_export_into_a_missing_folder_is_refused(run, tmp_path, nano_base_dir):
     done = run("export", "--base", nano_base_dir, "-o", tmp_path / "no" / "a.plan")
     assert done.status and len(done.errors) == 1 and "folder" in done.errors[0]
 
@@ -472,7 +472,7 @@ def test_export_into_a_folder_that_is_not_there_is_refused(run, tmp_path, nano_b
 # ---- bench
 
 
-def test_bench_writes_what_it_measured(run, nano_plan, tmp_path):
+def test_bench_writes_csv_plot_and_json(run, nano_plan, tmp_path):
     import csv
 
     done = run(
@@ -498,11 +498,11 @@ def test_bench_writes_what_it_measured(run, nano_plan, tmp_path):
     report = json.loads(done.out)
     assert report["provider"] == "CPUExecutionProvider" and report["method"].startswith("wall clock")
     assert set(report["clock"]) == {"mhz", "governor", "load_before", "load_after"}
-    sizes, parts = report["pictures_ms"], report["components_ms"]
-    assert list(sizes) == ["picture 64x64", "picture 100x100"] and set(parts) > {"encoder", "denoiser", "decoder"}
+    sizes, parts = report["images_ms"], report["components_ms"]
+    assert list(sizes) == ["image 64x64", "image 100x100"] and set(parts) > {"encoder", "denoiser", "decoder"}
     for figures in {**sizes, **parts}.values():
         assert 0 < figures["p50"] <= figures["p90"] <= figures["p99"] and figures["runs"] == 2
-    large = sizes["picture 100x100"]
+    large = sizes["image 100x100"]
     assert large["tiles_per_s"] == pytest.approx(9 / large["p50"] * 1e3)  # 128 pixels, tiles 48 apart: 3 x 3
     assert large["megapixels_per_s"] == pytest.approx(0.01 / large["p50"] * 1e3)
     rows = list(csv.DictReader((tmp_path / "b.csv").open()))
@@ -513,7 +513,7 @@ def test_bench_writes_what_it_measured(run, nano_plan, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--csv", "--plot"])
-def test_bench_overwrites_nothing(refused, nano_plan, tmp_path, option):
+def test_bench_overwrites_no_file(refused, nano_plan, tmp_path, option):
     (tmp_path / "notes").write_text("precious")
     refused(1, "bench", "--engine", nano_plan.path, option, tmp_path / "notes", words=("--overwrite",))
     assert (tmp_path / "notes").read_text() == "precious"

@@ -21,7 +21,7 @@ from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError, one_li
         (KeyboardInterrupt(), 130, "Error: Interrupted. Run the same command again to resume."),
     ],
 )
-def test_an_error_is_one_line_and_a_status(refused, monkeypatch, error, status, line):
+def test_an_error_prints_one_line_and_sets_the_exit_status(refused, monkeypatch, error, status, line):
     def fail(*_):
         raise error
 
@@ -33,7 +33,7 @@ def test_the_help_names_the_variable_for_tracebacks(run):
     assert "PFSTORER_DEBUG=1" in run("--help").out
 
 
-def test_messages_of_other_libraries_are_cut_and_ours_are_not():
+def test_only_messages_of_other_libraries_are_shortened():
     long = "word " * 100
     assert len(one_line(RuntimeError(long))) == 200 and one_line(PFStorerError(long)) == long.strip()
     assert one_line(RuntimeError()) == "RuntimeError"

@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def folders(save, tmp_path, monkeypatch):
-    """refs, hq and out with pictures a and b; MUSIQ is refused."""
+    """refs, hq and out with images a and b; MUSIQ is refused."""
     monkeypatch.setitem(sys.modules, "pyiqa", None)
     save(tmp_path / "refs" / "r.png")
     for seed, name in enumerate("ab"):
@@ -43,13 +43,13 @@ def test_the_table_has_a_column_for_each_method(run, folders, tmp_path):
 def test_json_has_a_line_for_each_row_and_the_means(run, folders, tmp_path):
     outcome = run("evaluate", *folders, "--outputs", tmp_path / "out", "--json")
     *rows, last = [json.loads(line) for line in outcome.out.splitlines()]
-    assert [(row["method"], row["picture"]) for row in rows] == [(m, p) for p in "ab" for m in ("out", "original")]
+    assert [(row["method"], row["image"]) for row in rows] == [(m, p) for p in "ab" for m in ("out", "original")]
     ours = [row["psnr"] for row in rows if row["method"] == "out"]
     assert last["summary"]["methods"]["out"]["means"]["psnr"] == pytest.approx(sum(ours) / 2)
     assert rows[1]["psnr"] == "inf" and rows[0]["musiq"] is None
 
 
-def test_inputs_of_a_level_are_those_of_degrade_and_can_be_used_again(run, folders, tmp_path, tree):
+def test_inputs_of_a_level_equal_degrade_and_can_be_reused(run, folders, tmp_path, tree):
     bad = tmp_path / "bad"
     first = run("evaluate", *folders, "--level", "light", "--seed", 4, "--save-inputs", bad, "-o", tmp_path / "one")
     assert first.status == 0 and list(tree(bad)) == ["a.png", "b.png"]
@@ -69,7 +69,7 @@ def test_inputs_of_a_level_are_those_of_degrade_and_can_be_used_again(run, folde
     assert other.status == 0 and list(csv.reader((tmp_path / "four" / "results.csv").open())) != reports[0]
 
 
-def test_seconds_of_restore(run, folders, tmp_path):
+def test_seconds_are_read_from_the_report_of_restore(run, folders, tmp_path):
     lines = [
         {"input": f"bad/{name}.png", "output": f"out/{name}_restored.png", "status": "done", "seconds": second}
         for name, second in (("a", 1.0), ("b", 2.0))
@@ -89,7 +89,7 @@ def test_a_missing_result_ends_with_status_1_and_the_others_are_reported(run, fo
     assert [row["note"] for row in rows if row["method"] == "out"] == ["no result", ""]
 
 
-def test_nothing_is_overwritten(run, refused, folders, tmp_path, tree):
+def test_existing_files_are_not_overwritten(run, refused, folders, tmp_path, tree):
     out = ["--outputs", tmp_path / "out", "-o", tmp_path / "report"]
     assert run("evaluate", *folders, *out).status == 0
     before = tree(tmp_path / "report")
@@ -119,5 +119,5 @@ def test_nothing_is_overwritten(run, refused, folders, tmp_path, tree):
         (["--outputs", "a=x", "--metrics", "beauty"], "beauty"),
     ],
 )
-def test_wrong_calls(refused, folders, arguments, word):
+def test_invalid_calls_exit_with_2(refused, folders, arguments, word):
     refused(2, "evaluate", *folders, *arguments, words=[word])

@@ -45,7 +45,7 @@ def leaves(name):
     return [[name], *([name, sub] for sub in getattr(command, "commands", {}))]
 
 
-def test_help_imports_nothing_heavy():
+def test_help_imports_no_heavy_package():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "pfstorer_rt.cli", "--help"],
         capture_output=True,
@@ -70,7 +70,7 @@ def test_help_is_quick():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_shows_an_example_of_itself(run, name):
+def test_the_help_of_every_command_shows_an_example(run, name):
     for words in leaves(name):
         shown = run(*words, "--help")
         assert shown.status == 0 and "Example" in shown.out
@@ -78,7 +78,7 @@ def test_every_command_shows_an_example_of_itself(run, name):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options_that_scripts_rely_on(name):
+def test_options_used_by_scripts_exist(name):
     known = {option for parameter in load(name).params for option in parameter.opts}
     assert set(OPTIONS[name].split()) <= known
 

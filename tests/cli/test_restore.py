@@ -11,7 +11,7 @@ from PIL import Image
 # ---- names
 
 
-def test_an_existing_target_is_replaced_only_on_demand(restore, save, tree, tmp_path):
+def test_an_existing_target_is_replaced_only_with_overwrite(restore, save, tree, tmp_path):
     save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"precious")
     before = tree(tmp_path)
@@ -21,7 +21,7 @@ def test_an_existing_target_is_replaced_only_on_demand(restore, save, tree, tmp_
     assert tree(tmp_path)["b.png"][:4] == b"\x89PNG"
 
 
-def test_a_second_run_of_a_folder_does_only_what_is_missing(restore, save, tree, tmp_path):
+def test_a_second_run_of_a_folder_restores_only_missing_results(restore, save, tree, tmp_path):
     save(tmp_path / "a.png")
     assert restore(tmp_path).status == 0
     assert sorted(tree(tmp_path)) == ["a.png", "a_restored.png"]
@@ -53,7 +53,7 @@ def test_output_is_a_file_for_one_input_and_a_folder_for_several(restore, save, 
         assert result.format == "TIFF"
 
 
-def test_globs_are_expanded_for_shells_that_do_not(restore, save, tree, tmp_path):
+def test_glob_patterns_are_expanded(restore, save, tree, tmp_path):
     save(tmp_path / "in" / "a1.png")
     save(tmp_path / "in" / "a2.png")
     save(tmp_path / "in" / "b.png")
@@ -69,14 +69,14 @@ def test_globs_are_expanded_for_shells_that_do_not(restore, save, tree, tmp_path
 
 
 @pytest.mark.parametrize("names", [("a.gif", "a.png"), ("x/a.png", "y/a.png")])
-def test_two_inputs_for_one_name_are_refused_before_any_work(restore, save, tree, tmp_path, names):
+def test_two_inputs_with_the_same_result_name_are_refused_before_restoring(restore, save, tree, tmp_path, names):
     inputs = [save(tmp_path / name) for name in names]
     before = tree(tmp_path)
     done = restore(*inputs, "-o", tmp_path / "out")
     assert done.status == 2 and "a_restored.png" in done.errors[0] and tree(tmp_path) == before
 
 
-def test_the_same_input_named_twice_is_done_once(restore, save, tmp_path):
+def test_an_input_given_twice_is_restored_once(restore, save, tmp_path):
     a = save(tmp_path / "a.png")
     done = restore(a, a, "-o", f"{tmp_path}/out/", "--json")
     assert done.status == 0 and len(done.out.splitlines()) == 1
@@ -86,7 +86,7 @@ def test_the_same_input_named_twice_is_done_once(restore, save, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [("-",), ("-", "-o", "-"), ("-", "-o", "-", "--json")])
-def test_stdin_to_stdout_gives_a_png_and_nothing_else(restore, save, tmp_path, arguments):
+def test_stdin_to_stdout_writes_only_a_png(restore, save, tmp_path, arguments):
     done = restore(*arguments, stdin=save(tmp_path / "a.jpg").read_bytes())
     assert done.status == 0, done.err
     assert done.stdout.startswith(b"\x89PNG") and done.stdout.endswith(b"IEND\xaeB`\x82")
@@ -96,12 +96,12 @@ def test_stdin_to_stdout_gives_a_png_and_nothing_else(restore, save, tmp_path, a
 
 
 def test_stdin_to_a_file_and_a_file_to_stdout(restore, save, tmp_path):
-    picture = save(tmp_path / "a.png")
-    assert restore("-", "-o", tmp_path / "b.png", stdin=picture.read_bytes()).status == 0
-    assert restore(picture, "-o", "-").stdout == (tmp_path / "b.png").read_bytes()
+    image = save(tmp_path / "a.png")
+    assert restore("-", "-o", tmp_path / "b.png", stdin=image.read_bytes()).status == 0
+    assert restore(image, "-o", "-").stdout == (tmp_path / "b.png").read_bytes()
 
 
-def test_a_bad_stdin_gets_one_line_and_an_empty_stdout(restore):
+def test_an_empty_stdin_prints_one_line_and_no_image(restore):
     done = restore("-", stdin=b"")
     assert (done.status, done.stdout, len(done.errors)) == (1, b"", 1) and "0 bytes" in done.errors[0]
 
@@ -109,7 +109,7 @@ def test_a_bad_stdin_gets_one_line_and_an_empty_stdout(restore):
 # ---- disks
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(restore, save, tmp_path):
+def test_an_output_folder_that_cannot_be_made_prints_one_line(restore, save, tmp_path):
     (tmp_path / "file").write_bytes(b"kept")
     done = restore(save(tmp_path / "a.png"), "-o", tmp_path / "file" / "out.png")
     assert done.status == 1 and len(done.errors) == 1
@@ -117,7 +117,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(restore, save, tmp_path):
     assert (tmp_path / "file").read_bytes() == b"kept"
 
 
-def test_a_suffix_that_cannot_be_written_is_one_line(restore, save, tree, tmp_path):
+def test_an_unknown_output_format_prints_one_line(restore, save, tree, tmp_path):
     done = restore(save(tmp_path / "a.png"), "-o", tmp_path / "b.xyz")
     assert done.status == 2 and len(done.errors) == 1 and ".xyz" in done.errors[0] and list(tree(tmp_path)) == ["a.png"]
 
@@ -132,7 +132,7 @@ def test_a_full_disk_leaves_the_old_target_and_no_temporary_file(restore, save, 
     assert restore(tmp_path / "a.png", "-o", tmp_path / "b.png", "--overwrite").status == 0
 
 
-def test_an_interruption_keeps_what_is_done(restore, save, tree, tmp_path, monkeypatch):
+def test_an_interruption_keeps_finished_results(restore, save, tree, tmp_path, monkeypatch):
     from pfstorer_rt.runtime import batch
 
     for i, name in enumerate("abcd"):
@@ -155,7 +155,7 @@ def test_an_interruption_keeps_what_is_done(restore, save, tree, tmp_path, monke
 # ---- reports and seeds
 
 
-def test_json_is_one_object_a_picture(restore, save, tmp_path):
+def test_json_prints_one_object_per_image(restore, save, tmp_path):
     good, bad = save(tmp_path / "a.png"), tmp_path / "none.png"
     done = restore(good, bad, "-o", tmp_path / "out", "--json", "--seed", 3)
     first, second = map(json.loads, done.out.splitlines())
@@ -166,17 +166,17 @@ def test_json_is_one_object_a_picture(restore, save, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_a_seed_fixes_the_bytes(restore, save, tmp_path, suffix):
-    picture = save(tmp_path / "a.png")
+def test_a_seed_determines_the_bytes(restore, save, tmp_path, suffix):
+    image = save(tmp_path / "a.png")
 
     def with_seed(seed, name):
-        assert restore(picture, "-o", tmp_path / f"{name}.{suffix}", "--seed", seed).status == 0
+        assert restore(image, "-o", tmp_path / f"{name}.{suffix}", "--seed", seed).status == 0
         return (tmp_path / f"{name}.{suffix}").read_bytes()
 
     assert with_seed(1, "b") == with_seed(1, "c") != with_seed(2, "d")
 
 
-def test_a_failing_engine_names_the_picture_and_goes_on(restore, save, tree, tmp_path, monkeypatch):
+def test_a_result_that_is_not_finite_fails_only_its_image(restore, save, tree, tmp_path, monkeypatch):
     from pfstorer_rt.imaging import bands
 
     real = bands.color_fix

@@ -14,7 +14,7 @@ BAD = {
     "missing": (lambda path, save: None, "no such file"),
     "empty": (lambda path, save: path.write_bytes(b""), "0 bytes"),
     "truncated": (truncated, "cut off or damaged"),
-    "text": (lambda path, save: path.write_text("not a picture"), "not a readable image"),
+    "text": (lambda path, save: path.write_text("not an image"), "not a readable image"),
 }
 
 
@@ -22,7 +22,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_picture_gets_one_line_and_status_1(restore, save, tree, tmp_path, kind):
+def test_an_unreadable_image_prints_one_line_and_exits_with_1(restore, save, tree, tmp_path, kind):
     make, words = BAD[kind]
     make(tmp_path / "bad.png", save)
     before = tree(tmp_path)
@@ -32,18 +32,18 @@ def test_a_bad_picture_gets_one_line_and_status_1(restore, save, tree, tmp_path,
     assert tree(tmp_path) == before
 
 
-def test_a_folder_without_pictures_is_a_wrong_call(restore, tmp_path):
+def test_a_folder_without_images_exits_with_2(restore, tmp_path):
     (tmp_path / "empty").mkdir()
     done = restore(tmp_path / "empty", "-o", tmp_path / "out")
     assert done.status == 2 and "no images" in done.errors[0] and not (tmp_path / "out").exists()
 
 
-def test_one_bad_picture_among_good_ones_loses_nothing(restore, save, tree, tmp_path):
+def test_one_unreadable_image_does_not_stop_the_others(restore, save, tree, tmp_path):
     scans, out = tmp_path / "scans", tmp_path / "out"
     save(scans / "a.png")
     save(scans / "sub" / "deep" / "b.JPG", seed=1)
     (scans / "sub" / "bad.png").write_bytes(b"\x89PNG\r\n")
-    (scans / "notes.txt").write_text("not a picture, and not listed")
+    (scans / "notes.txt").write_text("not an image, and not listed")
     before = tree(scans)
     done = restore(scans, "-o", out, "--json")
     assert done.status == 1
@@ -85,10 +85,10 @@ def damaged(path, plan):
     ],
     ids=["missing", "empty", "text", "truncated", "folder", "foreign zip", "damaged"],
 )
-def test_a_bad_plan_is_refused_before_any_picture(refused, save, tmp_path, nano_plan, make):
+def test_a_damaged_plan_is_refused_before_any_image(refused, save, tmp_path, nano_plan, make):
     make(tmp_path / "bad.plan", nano_plan)
-    picture = save(tmp_path / "a.png")
-    refused(2, "restore", "--engine", tmp_path / "bad.plan", picture, words=["bad.plan"])
+    image = save(tmp_path / "a.png")
+    refused(2, "restore", "--engine", tmp_path / "bad.plan", image, words=["bad.plan"])
     assert not (tmp_path / "a_restored.png").exists()
 
 
@@ -97,22 +97,22 @@ def test_an_identity_of_another_base_is_refused(refused, save, tmp_path, nano_id
 
     other = build_base("nano", seed=7).save(tmp_path / "other")
     mine = nano_identity.save(tmp_path / "alice.safetensors")
-    picture = save(tmp_path / "a.png")
-    refused(2, "restore", "--base", other, "--identity", mine, picture, words=["alice", "learned on base"])
+    image = save(tmp_path / "a.png")
+    refused(2, "restore", "--base", other, "--identity", mine, image, words=["alice", "learned on base"])
     assert not (tmp_path / "a_restored.png").exists()
 
 
 def test_a_base_and_an_identity_run_without_a_plan(run, save, tmp_path, nano_base_dir, nano_identity):
     mine = nano_identity.save(tmp_path / "alice.safetensors")
-    picture = save(tmp_path / "a.png")
-    done = run("restore", "--base", nano_base_dir, "--identity", mine, "--steps", 1, picture)
+    image = save(tmp_path / "a.png")
+    done = run("restore", "--base", nano_base_dir, "--identity", mine, "--steps", 1, image)
     assert done.status == 0 and Image.open(tmp_path / "a_restored.png").size == (40, 24)
 
 
 @pytest.mark.parametrize(
     "arguments", [(), ("--engine", "a.plan", "--base", "tiny"), ("--engine", "a.plan", "--identity", "bob")]
 )
-def test_calls_that_contradict_themselves_are_refused(run, save, tmp_path, arguments):
+def test_contradictory_options_are_refused(run, save, tmp_path, arguments):
     done = run("restore", *arguments, save(tmp_path / "a.png"))
     assert done.status == 2 and len(done.errors) == 1 and "--" in done.errors[0]
 
@@ -127,17 +127,17 @@ def test_settings_out_of_range_are_refused(run, save, tmp_path, nano_plan, optio
     assert not (tmp_path / "a_restored.png").exists()
 
 
-def test_attention_is_chosen_where_pytorch_computes(run, save, tmp_path, nano_plan, nano_base_dir):
-    picture = save(tmp_path / "a.png")
-    done = run("restore", "--engine", nano_plan.path, "--attention", "math", picture)
+def test_attention_applies_only_to_pytorch(run, save, tmp_path, nano_plan, nano_base_dir):
+    image = save(tmp_path / "a.png")
+    done = run("restore", "--engine", nano_plan.path, "--attention", "math", image)
     assert done.status == 2 and "--backend torch" in done.errors[0]
-    here = ("restore", "--base", nano_base_dir, picture, "--steps", 1)
+    here = ("restore", "--base", nano_base_dir, image, "--steps", 1)
     assert run(*here, "--attention", "math", "-o", tmp_path / "b.png").status == 0
     refused = run(*here, "--attention", "triton", "-o", tmp_path / "c.png")
     assert refused.status == 2 and "heads of 8 channels" in refused.errors[0] and not (tmp_path / "c.png").exists()
 
 
-# ---- every kind of picture
+# ---- every kind of image
 
 
 def grey16(path):
@@ -148,7 +148,7 @@ def as_mode(mode):
     return lambda path: Image.effect_mandelbrot((40, 24), (-2, -1, 1, 1), 20).convert("RGB").convert(mode).save(path)
 
 
-PICTURES = {
+IMAGES = {
     "grey.png": (as_mode("L"), (40, 24)),
     "grey16.png": (grey16, (40, 24)),
     "print.jpg": (as_mode("CMYK"), (40, 24)),
@@ -159,13 +159,13 @@ PICTURES = {
 }
 
 
-def test_awkward_pictures_keep_their_size(restore, tmp_path):
+def test_unusual_images_keep_their_size(restore, tmp_path):
     (tmp_path / "in").mkdir()
-    for name, (make, _) in PICTURES.items():
+    for name, (make, _) in IMAGES.items():
         make(tmp_path / "in" / name)
     done = restore(tmp_path / "in", "-o", tmp_path / "out")
     assert done.status == 0, done.err
-    for name, (_, size) in PICTURES.items():
+    for name, (_, size) in IMAGES.items():
         with Image.open(tmp_path / "out" / name.replace(".", "_restored.")) as result:
             result.load()
             assert (result.size, result.mode) == (size, "RGB"), name
@@ -182,7 +182,7 @@ def test_alpha_is_kept_at_the_size_of_the_result(restore, tmp_path):
     assert alpha[:, :36].max() == 0 and alpha[:, 44:].min() == 255
 
 
-def test_a_turned_photograph_comes_out_upright(restore, tmp_path):
+def test_a_rotated_photograph_is_restored_upright(restore, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise: its top row is the right edge
     stored = np.zeros((24, 40, 3), np.uint8)
@@ -194,7 +194,7 @@ def test_a_turned_photograph_comes_out_upright(restore, tmp_path):
         assert np.asarray(result)[:, 14:].mean() > np.asarray(result)[:, :10].mean() + 50
 
 
-def test_of_an_animation_the_first_frame_is_restored(restore, tmp_path):
+def test_the_first_frame_of_an_animation_is_restored(restore, tmp_path):
     frames = [Image.new("RGB", (40, 24), colour) for colour in ("navy", "gold")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     done = restore(tmp_path / "a.gif")

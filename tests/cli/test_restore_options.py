@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 
-def test_a_dry_run_says_what_the_run_will_do_and_does_nothing(restore, save, tree, tmp_path):
+def test_a_dry_run_predicts_the_run_and_writes_nothing(restore, save, tree, tmp_path):
     save(tmp_path / "a.png", 150, 100)
     before = tree(tmp_path)
     planned = restore(tmp_path / "a.png", "--dry-run", "--json")
@@ -18,7 +18,7 @@ def test_a_dry_run_says_what_the_run_will_do_and_does_nothing(restore, save, tre
     assert "9 tiles in batches of 4, 1 steps" in restore(tmp_path / "a.png", "--dry-run").out
 
 
-def test_a_dry_run_leaves_out_what_is_done(restore, save, tmp_path):
+def test_a_dry_run_skips_existing_results(restore, save, tmp_path):
     for name in ("a.png", "b.png"):
         save(tmp_path / "in" / name)
     assert restore(tmp_path / "in" / "a.png", "-o", tmp_path / "out/").status == 0
@@ -28,11 +28,11 @@ def test_a_dry_run_leaves_out_what_is_done(restore, save, tmp_path):
     assert [json.loads(line)["status"] for line in again] == ["planned", "planned"]
 
 
-def test_a_quality_without_effect_is_said(restore, save, tmp_path):
-    picture, word = save(tmp_path / "a.png"), "--quality changes nothing"
-    assert word in restore(picture, "-o", tmp_path / "b.png", "--quality", 50).err
-    assert word not in restore(picture, "-o", tmp_path / "c.png").err
-    assert word not in restore(picture, "-o", tmp_path / "d.jpg", "--quality", 50).err
+def test_a_quality_without_effect_is_noted(restore, save, tmp_path):
+    image, word = save(tmp_path / "a.png"), "--quality changes nothing"
+    assert word in restore(image, "-o", tmp_path / "b.png", "--quality", 50).err
+    assert word not in restore(image, "-o", tmp_path / "c.png").err
+    assert word not in restore(image, "-o", tmp_path / "d.jpg", "--quality", 50).err
 
 
 def test_suffix_format_and_quality(restore, save, tree, tmp_path):
@@ -61,7 +61,7 @@ def test_suffix_format_and_quality(restore, save, tree, tmp_path):
         (("in/a.png", "--seed", 2**32), "4294967296 is not in the range"),
     ],
 )
-def test_outputs_that_say_two_things_are_refused(restore, save, tree, tmp_path, monkeypatch, arguments, words):
+def test_contradictory_outputs_are_refused(restore, save, tree, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "in" / "a.png")
     save(tmp_path / "in" / "b.jpg")
@@ -71,7 +71,7 @@ def test_outputs_that_say_two_things_are_refused(restore, save, tree, tmp_path, 
     assert tree(tmp_path) == before and not (tmp_path / "out.png").exists()
 
 
-def test_comparison_and_preview_lie_beside_and_are_no_inputs(restore, save, tree, tmp_path):
+def test_comparison_and_preview_are_written_beside_the_result_and_not_restored(restore, save, tree, tmp_path):
     save(tmp_path / "a.png")
     report = json.loads(restore(tmp_path / "a.png", "--compare", "--preview", "--steps", 2, "--json", "--scale", 2).out)
     assert sorted(tree(tmp_path)) == ["a.png", "a_restored.png", "a_restored_compare.png", "a_restored_preview.png"]
@@ -84,14 +84,14 @@ def test_comparison_and_preview_lie_beside_and_are_no_inputs(restore, save, tree
     assert [json.loads(line)["input"] for line in again.out.splitlines()] == [str(tmp_path / "a.png")]
 
 
-def test_a_preview_of_a_result_of_one_step_is_not_made_and_that_is_said(restore, save, tree, tmp_path):
+def test_a_preview_of_a_one_step_result_is_replaced_by_a_note(restore, save, tree, tmp_path):
     save(tmp_path / "a.png")
     done = restore(tmp_path / "a.png", "--preview", "--steps", 1)
     assert done.status == 0 and "--preview changes nothing" in done.err
     assert sorted(tree(tmp_path)) == ["a.png", "a_restored.png"]
 
 
-def test_what_lies_beside_a_result_is_not_overwritten_either(restore, save, tmp_path):
+def test_existing_previews_and_comparisons_are_not_overwritten(restore, save, tmp_path):
     save(tmp_path / "a.png")
     mine = [
         save(tmp_path / f"a_restored_{word}.png", seed=7) or tmp_path / f"a_restored_{word}.png"
@@ -134,7 +134,7 @@ def test_a_watched_folder_is_restored_as_it_fills(restore, save, tree, tmp_path)
     assert done.status == 0 and list(tree(tmp_path / "out")) == ["a_restored.png"]
 
 
-def test_a_watched_folder_with_two_pictures_of_one_name_says_so(restore, save, tmp_path):
+def test_watched_images_with_the_same_result_name_are_refused(restore, save, tmp_path):
     (tmp_path / "in").mkdir()
     save(tmp_path / "in" / "a.png")
     save(tmp_path / "in" / "a.jpg")
@@ -147,7 +147,7 @@ def test_a_watched_folder_needs_a_folder_for_its_results(refused, nano_plan, tmp
     refused(2, "restore", "--engine", nano_plan.path, "--watch", tmp_path, "-o", tmp_path / "one.png", words=words)
 
 
-def test_settings_without_effect_are_said(run, save, base_plan, tmp_path):
+def test_settings_without_effect_are_noted(run, save, base_plan, tmp_path):
     save(tmp_path / "a.png")
     fixed = ("restore", "--engine", base_plan.path, "--backend", "onnxruntime", "--steps", 1, tmp_path / "a.png")
     done = run(*fixed, "--strength", 0.5, "--eta", 0.5, "--sampler", "ddpm")
@@ -159,7 +159,7 @@ def test_settings_without_effect_are_said(run, save, base_plan, tmp_path):
     assert "note:" not in run(*fixed, "--eta", 0.5, "--sampler", "ddim", "--overwrite").err
 
 
-def test_an_input_is_safe_however_it_is_spelled(restore, save, tmp_path, monkeypatch):
+def test_an_input_is_not_overwritten_through_another_path(restore, save, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
@@ -187,12 +187,12 @@ def test_results_inside_the_folder_of_inputs_are_not_restored_again(restore, sav
 
 
 @pytest.mark.parametrize("arguments", [(), ("--watch", ".", "a.png"), ("--idle", "1", "a.png")])
-def test_watching_and_naming_exclude_each_other(restore, arguments):
+def test_watch_and_named_inputs_exclude_each_other(restore, arguments):
     done = restore(*arguments)
     assert done.status == 2 and "--watch" in done.errors[0]
 
 
-def test_distances_to_references_are_reported_and_warned_of(restore, save, tmp_path, monkeypatch):
+def test_distances_to_references_are_reported_with_a_warning(restore, save, tmp_path, monkeypatch):
     from pfstorer_rt.faces import references
 
     # A "face" is the mean brightness: the references are bright, the input is, the result is not.
@@ -206,12 +206,12 @@ def test_distances_to_references_are_reported_and_warned_of(restore, save, tmp_p
     report = json.loads(done.out)
     assert report["id_distance"] == 1 and report["id_distance_input"] == 0
     assert "farther from the references" in report["notes"][0]
-    (tmp_path / "refs" / "damaged.png").write_bytes(b"no picture")
+    (tmp_path / "refs" / "damaged.png").write_bytes(b"no image")
     again = restore(tmp_path / "a.png", "--refs", tmp_path / "refs", "--json", "--color-fix", "none", "--overwrite")
     assert json.loads(again.out)["id_distance"] == 1 and "damaged.png" in again.err
 
 
-def test_references_need_the_metrics(restore, save, tmp_path, monkeypatch):
+def test_references_need_the_metrics_extra(restore, save, tmp_path, monkeypatch):
     from pfstorer_rt.faces import references
 
     monkeypatch.setattr(references, "face_embedder", lambda: None)

@@ -13,7 +13,7 @@ MIDDLE = 10  # the centre of a 21 x 21 kernel
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """The pictures are too small to share out: threads that wait for one another cost more than they do."""
+    """The images are too small to share out: threads that wait for one another cost more than they do."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -22,7 +22,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def face():
-    """A real picture, (3, 192, 192) in [0, 1]: the face in scikit-image's astronaut."""
+    """A real image, (3, 192, 192) in [0, 1]: the face in scikit-image's astronaut."""
     from skimage.data import astronaut
 
     crop = Image.fromarray(astronaut()[0:220, 115:335]).resize((192, 192), Image.Resampling.BICUBIC)
@@ -52,7 +52,7 @@ def moments(kernel):
 
 
 @pytest.mark.parametrize("level", ["light", "heavy"])
-def test_a_seed_decides_the_result(face, level):
+def test_a_seed_determines_the_result(face, level):
     first = d.degrade(face, level, 7)
     assert torch.equal(first, d.degrade(face, level, np.random.default_rng(7)))
     assert not torch.equal(first, d.degrade(face, level, 8))
@@ -63,7 +63,7 @@ def test_a_generator_is_advanced(face):
     assert not torch.equal(d.degrade(face, "light", generator), d.degrade(face, "light", generator))
 
 
-def test_neither_the_picture_nor_global_random_state_is_touched(face):
+def test_image_and_global_random_state_stay_unchanged(face):
     before = face.clone()
     numpy_state, torch_state = np.random.get_state(), torch.get_rng_state()
     always = replace(d.LEVELS["heavy"], motion_prob=1.0, isp_prob=1.0, median_prob=1.0)
@@ -95,7 +95,7 @@ def test_overshoot_of_the_last_enlargement_is_cut():
 
 
 @pytest.mark.parametrize("stage", ["first", "second"])
-def test_heavy_ranges_hold_the_light_ones(stage):
+def test_heavy_ranges_contain_the_light_ranges(stage):
     light, heavy = (getattr(d.LEVELS[level], stage) for level in ("light", "heavy"))
     for name in ("sigma", "resize", "gaussian_sigma", "poisson_scale", "kernel_size"):
         narrow, wide = getattr(light, name), getattr(heavy, name)
@@ -106,7 +106,7 @@ def test_heavy_ranges_hold_the_light_ones(stage):
     assert heavy.jpeg[0] < light.jpeg[0]
 
 
-def test_heavy_is_worse_than_light_and_both_do_harm(face):
+def test_heavy_is_worse_than_light_and_both_degrade(face):
     light, heavy = (
         float(np.mean([psnr(face, d.degrade(face, level, seed)) for seed in range(40)])) for level in ("light", "heavy")
     )
@@ -121,7 +121,7 @@ def test_each_probability_switches_its_step(face, field):
     assert not torch.equal(off, on)
 
 
-def test_the_low_quality_picture_has_the_size_over_sf(face, monkeypatch):
+def test_the_degraded_image_is_reduced_by_sf(face, monkeypatch):
     seen = []
     real = d.resize
 
@@ -135,7 +135,7 @@ def test_the_low_quality_picture_has_the_size_over_sf(face, monkeypatch):
     assert seen[-1] == ((192, 192), "bicubic")
 
 
-def test_every_picture_is_saved_twice_and_the_last_save_comes_before_or_after_the_last_resize(monkeypatch):
+def test_jpeg_runs_twice_and_last_before_or_after_the_last_reduction(monkeypatch):
     steps, orders = [], set()
     real_jpeg, real_resize = d.jpeg, d.resize
     monkeypatch.setattr(d, "jpeg", lambda *given: (steps.append("jpeg"), real_jpeg(*given))[1])
@@ -148,7 +148,7 @@ def test_every_picture_is_saved_twice_and_the_last_save_comes_before_or_after_th
     assert orders == {("jpeg", "resize", "resize"), ("resize", "jpeg", "resize")}
 
 
-def test_p_hq_gives_a_copy_of_the_picture(face):
+def test_p_hq_1_returns_a_copy_of_the_image(face):
     same = d.degrade(face, replace(d.LEVELS["heavy"], p_hq=1.0), 0)
     assert torch.equal(same, face)
     assert same.data_ptr() != face.data_ptr()
@@ -162,7 +162,7 @@ def test_p_hq_is_a_probability():
     assert all(config.p_hq == 0 for config in d.LEVELS.values())
 
 
-def test_a_result_that_is_not_finite_becomes_the_picture(face, monkeypatch):
+def test_a_result_that_is_not_finite_is_replaced_by_the_image(face, monkeypatch):
     monkeypatch.setattr(d, "_finish", lambda x, *_: x * float("nan"))
     assert torch.equal(d.degrade(face, "light", 0), face)
 
@@ -180,7 +180,7 @@ def test_a_result_that_is_not_finite_becomes_the_picture(face, monkeypatch):
         (torch.zeros(3, 8, 8), "medium", "'medium'; choose one of light, heavy"),
     ],
 )
-def test_a_wrong_argument_is_named(image, level, message):
+def test_invalid_arguments_are_refused(image, level, message):
     with pytest.raises(ValueError, match=message):
         d.degrade(image, level)
 
@@ -206,7 +206,7 @@ def test_round_kernels_have_the_symmetry_of_a_square():
         assert torch.allclose(kernel, kernel.flip(0), atol=1e-7)
 
 
-def test_a_gaussian_has_the_variances_that_were_asked():
+def test_a_gaussian_has_the_requested_variances():
     # 31 pixels hold more than 5 sigma, and sampling a gaussian this wide changes its variance by < 1e-6.
     assert moments(d.gaussian_kernel(31, 3.0, 1.5)) == pytest.approx([9.0, 2.25, 0.0], abs=1e-3)
     quarter_turn = moments(d.gaussian_kernel(31, 3.0, 1.5, math.pi / 2))
@@ -215,7 +215,7 @@ def test_a_gaussian_has_the_variances_that_were_asked():
     assert moments(d.gaussian_kernel(31, 3.0, 1.5, math.pi / 4))[2] == pytest.approx(6.75 / 2, abs=1e-3)
 
 
-def test_bells_have_the_profile_of_their_formula():
+def test_generalized_kernels_follow_their_formula():
     # Along the first axis q = (x / 2)^2, relative to the centre.
     for x in range(1, 8):
         bell = d.generalized_kernel(21, 2.0, 5.0, beta=0.7)
@@ -240,7 +240,7 @@ def test_sinc_passes_low_frequencies_and_stops_high_ones():
         assert gain(0.75 * math.pi) == pytest.approx(0, abs=0.1)
 
 
-def test_sinc_has_the_profile_of_its_formula():
+def test_sinc_follows_its_formula():
     cutoff = 0.4
     kernel = d.sinc_kernel(21, cutoff)
     for x in range(8):
@@ -260,7 +260,7 @@ def test_a_motion_kernel_has_its_length(length):
     assert torch.allclose(d.motion_kernel(length, math.pi / 2, 21), level.T, atol=1e-6)
 
 
-def test_a_slanted_motion_kernel_is_as_long_and_thin():
+def test_a_slanted_motion_kernel_has_the_same_length_and_width():
     angle, length = 0.5, 13.0
     horizontal, vertical, both = moments(d.motion_kernel(length, angle))
     c, s = math.cos(angle), math.sin(angle)
@@ -283,7 +283,7 @@ def test_a_slanted_motion_kernel_is_as_long_and_thin():
         (lambda: d.resize(torch.zeros(3, 9, 9), (3, 3), "nearest"), "'nearest'; choose one of area"),
     ],
 )
-def test_a_wrong_kernel_or_mode_is_named(make, message):
+def test_an_invalid_kernel_or_mode_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -301,7 +301,7 @@ def test_filter2d_is_a_mirrored_convolution(size):
     assert torch.allclose(d.filter2d(image, kernel), expected, atol=1e-5)
 
 
-def test_filter2d_keeps_a_uniform_picture_smaller_than_the_kernel():
+def test_filter2d_keeps_a_uniform_image_smaller_than_the_kernel():
     for size in ((1, 1), (3, 50), (10, 10)):
         image = torch.full((3, *size), 0.3)
         assert torch.allclose(d.filter2d(image, d.gaussian_kernel(21, 3.0)), image, atol=1e-6)
@@ -314,7 +314,7 @@ def test_area_resize_averages():
 
 
 @pytest.mark.parametrize("grey", [False, True])
-def test_gaussian_noise_has_the_deviation_that_was_asked(grey):
+def test_gaussian_noise_has_the_requested_deviation(grey):
     noise = d.add_gaussian_noise(flat(0.5), 20.0, rng(), grey) - 0.5
     # 65,536 samples give the deviation to 0.3 %; 2 % is six of those.
     assert float(noise.std()) * 255 == pytest.approx(20.0, rel=0.02)
@@ -349,21 +349,21 @@ def test_median_removes_salt_and_pepper():
         assert float((d.median_blur(spoilt, size) - ramp).abs().max()) < 1.5 * step
 
 
-def test_median_is_the_middle_of_the_neighbours():
+def test_median_equals_the_median_of_the_neighbours():
     image = torch.rand(3, 7, 9, generator=torch.Generator().manual_seed(0))
     result = d.median_blur(image, 3)
     assert result[1, 3, 4] == image[1, 2:5, 3:6].flatten().sort().values[4]
     assert result[2, 5, 1] == image[2, 4:7, 0:3].flatten().sort().values[4]
 
 
-def test_the_camera_returns_a_uniform_picture_without_noise():
+def test_isp_noise_without_noise_keeps_a_uniform_image():
     for seed in range(5):
         colour = torch.tensor([0.9, 0.3, 0.15])[:, None, None].expand(3, 12, 13)
         # 1e-4: the tone curve and its inverse in float32
         assert torch.allclose(d.isp_noise(colour, rng(seed), 0.0, 0.0), colour, atol=1e-4)
 
 
-def test_camera_noise_has_shot_and_read_parts_and_is_coarse():
+def test_isp_noise_has_shot_and_read_parts_and_is_coarse():
     quiet = (d.isp_noise(flat(0.5), rng(1), 0.0, 0.005) - 0.5).std()
     assert (d.isp_noise(flat(0.5), rng(1), 0.0, 0.01) - 0.5).std() > 1.7 * quiet
     assert (d.isp_noise(flat(0.5), rng(1), 0.003, 0.005) - 0.5).std() > 1.5 * quiet
@@ -372,5 +372,5 @@ def test_camera_noise_has_shot_and_read_parts_and_is_coarse():
     assert neighbours > 0.2  # white noise has 0 +- 0.004 here
 
 
-def test_camera_keeps_a_real_picture_recognizable(face):
+def test_isp_noise_keeps_a_photograph_recognizable(face):
     assert psnr(face, d.isp_noise(face, rng(), 0.0, 0.0)) > 28  # dB; only the mosaic is lost

@@ -129,7 +129,7 @@ def missing_lines(shown, printed):
     return [line for line, pattern in patterns.items() if not re.search(rf"^{pattern}$", printed, re.MULTILINE)]
 
 
-def test_commands_and_snippets_run_and_print_what_the_page_shows(blocks, user):
+def test_commands_and_snippets_run_and_print_the_shown_output(blocks, user):
     shell = "".join(block.text for block in blocks if block.language == "bash")
     if "personalize --identity alice" in shell:  # what the page makes is not there before
         (user.parent / "home" / "identities" / "alice.safetensors").unlink()
@@ -184,7 +184,7 @@ def test_messages_without_a_command_are_in_the_sources(read_blocks, messages):
         ("curl example.org", "curl"),
     ],
 )
-def test_wrong_commands_are_found(user, line, words, capsys):
+def test_invalid_commands_are_detected(user, line, words, capsys):
     try:
         status = run_line(line)
     except (AssertionError, click.ClickException) as error:

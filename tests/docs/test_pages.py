@@ -115,7 +115,7 @@ def test_every_page_is_in_the_index(page):
     assert page == "README.md" or Path(page).name in linked
 
 
-def test_the_tables_are_those_of_the_results(tmp_path):
+def test_the_tables_equal_the_committed_results(tmp_path):
     """README and docs/results.md hold what benchmarks/tables_document.py makes of the committed rows."""
     spec = importlib.util.spec_from_file_location("tables_document", ROOT / "benchmarks" / "tables_document.py")
     document = importlib.util.module_from_spec(spec)

@@ -64,18 +64,18 @@ def traced(monkeypatch):
     return cuda, log
 
 
-def test_the_gpu_says_what_it_is(traced):
+def test_the_gpu_has_a_name_and_a_capability(traced):
     cuda, _ = traced
     assert (cuda.name(), cuda.compute_capability(), cuda.stream_handle()) == ("Fake GPU", (8, 9), 99)
 
 
-def test_memory_belongs_to_the_engines_stream(traced):
+def test_memory_is_allocated_on_the_engines_stream(traced):
     cuda, log = traced
     made = cuda.empty((2, 3), torch.half)
     assert made.shape == (2, 3) and made.dtype == torch.half and log == ["on engine", "off engine"]
 
 
-def test_a_copy_in_comes_after_the_callers_work_and_a_copy_out_before_it(traced):
+def test_copies_are_ordered_with_the_callers_stream(traced):
     cuda, log = traced
     source, target = torch.arange(3.0), torch.zeros(3)
     cuda.copy(target, cuda.staged(source))
@@ -96,7 +96,7 @@ def test_a_graph_is_captured_and_replayed_on_the_engines_stream(traced):
     assert log == ["on engine", "replays on engine", "off engine"]
 
 
-def test_the_names_are_pytorchs():
+def test_pytorch_has_every_used_name():
     assert {"stream", "capture_error_mode"} <= set(inspect.signature(torch.cuda.graph.__init__).parameters)
     assert {"wait_stream", "synchronize"} <= set(dir(torch.cuda.Stream))
     assert hasattr(torch.cuda.CUDAGraph, "replay")

@@ -38,7 +38,7 @@ def test_every_target_has_a_backend_and_every_backend_a_target():
     assert all(runs.values())
 
 
-def test_auto_takes_the_fastest_that_is_there(monkeypatch):
+def test_auto_chooses_the_fastest_installed_backend(monkeypatch):
     assert choose_backend().name == "openvino" and choose_backend().refused == {}
     monkeypatch.setattr(ort_engine, "on_gpu", lambda: True)
     assert choose_backend().name == "onnxruntime"
@@ -50,7 +50,7 @@ def test_auto_takes_the_fastest_that_is_there(monkeypatch):
     assert choice.refused == {"openvino": "openvino is not installed: pip install 'pfstorer-rt[openvino]'"}
 
 
-def test_refusals_say_what_to_install(monkeypatch):
+def test_errors_name_the_package_to_install(monkeypatch):
     without(monkeypatch, "onnxruntime", "openvino")
     with pytest.raises(MissingBackendError, match=r"openvino is not installed: pip install 'pfstorer-rt\[openvino\]'"):
         choose_backend("openvino")
@@ -65,13 +65,13 @@ def test_unknown_backends_are_refused():
         choose_backend("coreml")
 
 
-def test_a_backend_is_asked_by_its_own_name(monkeypatch):
+def test_choosing_a_backend_imports_no_other_backend(monkeypatch):
     monkeypatch.setattr(session_module, "import_module", lambda name: pytest.fail(name))
     with pytest.raises(pytest.fail.Exception, match=r"pfstorer_rt\.engine\.openvino"):
         choose_backend("openvino")
 
 
-def test_onnxruntime_session(base_plan):
+def test_an_onnxruntime_session_runs_the_decoder(base_plan):
     with open_session(base_plan, "decoder", "onnxruntime") as session:
         assert (session.inputs, session.outputs) == (("latent",), ("image",))
         assert session.provider in ort_engine.providers()
@@ -81,7 +81,9 @@ def test_onnxruntime_session(base_plan):
 
 
 @pytest.mark.parametrize("identity", [False, True])
-def test_torch_sessions_have_the_plans_ports(identity, nano_base, nano_identity, nano_plan, base_plan):
+def test_torch_sessions_have_the_inputs_and_outputs_of_the_plan(
+    identity, nano_base, nano_identity, nano_plan, base_plan
+):
     plan = nano_plan if identity else base_plan
     for name, session in open_sessions(nano_base, nano_identity if identity else None).items():
         payload = plan.manifest.payloads[name]
@@ -91,7 +93,7 @@ def test_torch_sessions_have_the_plans_ports(identity, nano_base, nano_identity,
         assert set(session.outputs) == payload.outputs.keys()
 
 
-def test_a_variational_encoder_gives_mean_and_deviation(nano_base):
+def test_a_variational_encoder_returns_mean_and_deviation(nano_base):
     variational = replace(nano_base, vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4))
     assert encoder(nano_base).outputs == ("mean",)
     assert encoder(variational).outputs == ("mean", "std")
@@ -106,7 +108,7 @@ def test_sessions_of_one_base_keep_their_own_kernels(nano_base):
     assert first.conv_in.weight.data_ptr() == nano_base.unet.conv_in.weight.data_ptr()  # no copy of the weights
 
 
-def test_manifest_in_memory_is_that_of_the_plan(nano_base, nano_identity, nano_plan):
+def test_the_manifest_of_a_base_equals_the_manifest_of_its_plan(nano_base, nano_identity, nano_plan):
     made = manifest(nano_base, nano_identity, "onnx")
     expected = replace(nano_plan.manifest, payloads={}, tools={})
     assert made == expected
@@ -158,7 +160,7 @@ def test_sessions_take_tensors_and_arrays_alike(base_plan, nano_base):
             assert np.from_dlpack(by_tensor["image"]).shape == by_array["image"].shape
 
 
-def test_torch_backend_finds_base_and_identity(nano_plan, nano_base_dir, nano_identity, make_picture):
+def test_torch_backend_finds_base_and_identity(nano_plan, nano_base_dir, nano_identity, make_image):
     from pfstorer_rt.identity import identity_path
 
     with pytest.raises(MismatchError, match="is not among the identities here"):
@@ -188,7 +190,7 @@ def test_sessions_are_closed_with_the_restorer(base_plan):
         session.run(latent=np.zeros((1, 4, 8, 8), np.float32))
 
 
-def test_a_torch_session_keeps_no_graph(nano_base):
+def test_a_torch_session_returns_arrays_without_gradients(nano_base):
     session = open_sessions(nano_base)["decoder"]
     found = session.run(latent=np.zeros((1, 4, 8, 8), np.float32))
     with torch.no_grad():
@@ -196,7 +198,7 @@ def test_a_torch_session_keeps_no_graph(nano_base):
     assert np.array_equal(found["image"], expected)
 
 
-def test_the_manifest_says_what_a_reader_needs(base_plan):
+def test_the_manifest_file_describes_the_payloads(base_plan):
     with zipfile.ZipFile(base_plan.path) as archive:
         data = json.loads(archive.read("manifest.json"))
     assert data["kind"] == "pfstorer-plan"
@@ -208,14 +210,14 @@ def test_the_manifest_says_what_a_reader_needs(base_plan):
 # ---- OpenVINO and providers
 
 
-def test_the_threads_of_one_component_do_not_spin_while_another_computes(base_plan):
+def test_onnxruntime_threads_stop_spinning_after_a_run(base_plan):
     with open_session(base_plan, "encoder", "onnxruntime") as session:
         options = session._session.get_session_options()
         assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_openvino_computes_what_onnxruntime_does(nano_plan, component):
+def test_openvino_agrees_with_onnxruntime(nano_plan, component):
     rng = np.random.default_rng(0)
     fast = open_session(nano_plan, component, "openvino", "CPU:f32")
     with fast, open_session(nano_plan, component, "onnxruntime") as slow:
@@ -231,7 +233,7 @@ def test_openvino_computes_what_onnxruntime_does(nano_plan, component):
                 np.testing.assert_allclose(found[name], array, atol=2e-3 * array.std())
 
 
-def test_openvino_keeps_compiled_networks_for_the_user_alone(nano_plan, private_home):
+def test_openvinos_cache_is_private(nano_plan, private_home):
     open_session(nano_plan, "encoder", "openvino")
     folder = private_home / "cache" / "openvino" / nano_plan.manifest.identity_fingerprint[:16]
     assert list(folder.iterdir()) and folder.stat().st_mode & 0o077 == 0
@@ -243,7 +245,7 @@ def computes_bf16():
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def test_openvino_keeps_the_networks_of_each_precision_apart(nano_plan, tmp_path):
+def test_openvinos_cache_separates_precisions(nano_plan, tmp_path):
     rng = np.random.default_rng(0)
     payload = nano_plan.read("denoiser")
     x, z_lq = rng.standard_normal((2, 1, 4, 8, 8), np.float32)
@@ -278,7 +280,7 @@ def test_providers_are_chosen_by_name(base_plan):
             open_session(base_plan, "encoder", backend, provider)
 
 
-def test_compiled_networks_are_not_kept_where_a_link_leads_out_of_the_cache(tmp_path, monkeypatch):
+def test_openvino_has_no_cache_behind_a_symbolic_link(tmp_path, monkeypatch):
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "home"))
     plan = SimpleNamespace(manifest=SimpleNamespace(identity_fingerprint=None, base_fingerprint="0" * 64))
     folder = Path(make_cache_folder(plan))

@@ -46,7 +46,7 @@ def runs(log):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9])
-def test_any_number_of_rows_goes_through_the_ladder(rows):
+def test_any_number_of_rows_runs_in_the_profiles(rows):
     session, _, log = open_scaled()
     x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(rows))
     found = session.run_tensors(x=x, strength=torch.tensor([0.5]))["y"]
@@ -54,11 +54,11 @@ def test_any_number_of_rows_goes_through_the_ladder(rows):
     sizes = {1: [1], 2: [2], 3: [4], 4: [4], 5: [4, 1], 8: [4, 4], 9: [4, 4, 1]}[rows]
     assert [len(inputs["x"]) for inputs in runs(log)] == sizes
     assert all(inputs["strength"].shape == (1,) for inputs in runs(log))
-    if rows == 3:  # filled up with the last row: zeros would be another picture's statistics
+    if rows == 3:  # filled up with the last row: zeros would be another image's statistics
         assert torch.equal(runs(log)[0]["x"][3], x[2])
 
 
-def test_calls_that_do_not_fit_the_engine_are_refused():
+def test_calls_with_wrong_inputs_or_rows_are_refused():
     inputs, outputs = {"x": [-1, 3], "t": [-1]}, {"y": lambda shapes: shapes["x"]}
     data = fake.payload("two", inputs, outputs, [{"x": [[4, 3]] * 3, "t": [[4]] * 3}])
     cuda = fake.FakeCuda()
@@ -83,7 +83,7 @@ def test_names_and_types_come_from_the_engine():
     assert out.dtype == np.float32 and np.allclose(out, 5 / 3, atol=1e-3)
 
 
-def test_buffers_are_made_once_for_a_shape():
+def test_buffers_are_allocated_once_for_a_shape():
     session, cuda, _ = open_scaled()
     for rows in (1, 4, 3, 1, 4):
         session.run_tensors(x=torch.ones(rows, 3), strength=torch.zeros(1))
@@ -109,14 +109,14 @@ def test_a_profile_is_captured_once_after_a_plain_run_and_replayed():
 
 
 @pytest.mark.parametrize(("graphs", "strategy"), [(True, "EAGER"), (False, "LAZY")])
-def test_what_is_captured_does_not_change_later(graphs, strategy):
+def test_kernels_are_compiled_before_they_are_captured(graphs, strategy):
     session, cuda, log = open_scaled(graphs=graphs)
     for _ in range(2):
         session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
     assert ("context", strategy) in log and cuda.captures == graphs
 
 
-def test_capturing_that_fails_leaves_plain_runs():
+def test_a_failed_capture_falls_back_to_plain_runs():
     session, cuda, log = open_scaled(fake.FakeCuda(capturable=False))
     for i in range(3):
         found = session.run_tensors(x=torch.full((2, 3), float(i)), strength=torch.zeros(1))["y"]
@@ -125,7 +125,7 @@ def test_capturing_that_fails_leaves_plain_runs():
     assert len(runs(log)) == 3
 
 
-def test_a_library_that_cannot_be_captured_is_not_asked_to(monkeypatch):
+def test_a_stream_that_cannot_be_captured_is_not_captured(monkeypatch):
     session, cuda, _ = open_scaled()
     monkeypatch.setattr(session.library.module.IExecutionContext, "is_stream_capturable", lambda self, stream: False)
     for _ in range(2):
@@ -133,7 +133,7 @@ def test_a_library_that_cannot_be_captured_is_not_asked_to(monkeypatch):
     assert cuda.captures == 0 and session.no_graph
 
 
-def test_shapes_that_vary_are_bound_anew_and_not_captured():
+def test_varying_shapes_are_bound_again_and_not_captured():
     profile = {"image": [[1, 1, 4, 4], [1, 1, 4, 4], [1, 1, 8, 8]]}
     data = fake.payload("sum", {"image": [-1, 1, -1, -1]}, {"y": lambda s: (s["image"][0], 1)}, [profile])
     cuda = fake.FakeCuda()
@@ -168,7 +168,7 @@ def test_a_graph_of_other_shapes_is_not_replayed(monkeypatch):
     assert session.run_tensors(image=torch.ones(1, 4))["y"].item() == 4
 
 
-def test_a_run_that_the_library_refuses_is_told(monkeypatch):
+def test_a_failed_run_raises_an_error_with_the_reason(monkeypatch):
     session, _, _ = open_scaled()
 
     def refuse(context, stream):
@@ -180,7 +180,7 @@ def test_a_run_that_the_library_refuses_is_told(monkeypatch):
         session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
 
 
-def test_compiled_kernels_are_kept_for_the_next_start():
+def test_compiled_kernels_are_cached_for_the_next_start():
     with open_scaled()[0] as session:
         session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
         path = session._cache.path
@@ -206,7 +206,7 @@ def test_compiled_kernels_are_kept_for_the_next_start():
     path.rmdir()
 
 
-def test_a_library_without_a_runtime_cache_or_validity_check_serves():
+def test_a_library_without_runtime_cache_and_validity_check_works():
     session, cuda, log = open_scaled(
         drop=(
             "IRuntimeConfig.create_runtime_cache",
@@ -223,7 +223,7 @@ def test_a_library_without_a_runtime_cache_or_validity_check_serves():
     assert ("context", None) in log and cuda.captures == 1 and not session._cache.path.exists()
 
 
-def test_a_runtime_cache_that_cannot_be_made_is_done_without(monkeypatch):
+def test_a_failing_runtime_cache_is_ignored(monkeypatch):
     session, _, _ = open_scaled()
     config = session.library.module.IRuntimeConfig
     monkeypatch.setattr(config, "create_runtime_cache", lambda self: 1 / 0)
@@ -231,7 +231,7 @@ def test_a_runtime_cache_that_cannot_be_made_is_done_without(monkeypatch):
         assert session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))["y"].sum() == 6
 
 
-def test_closing_frees_the_engine_whatever_happens(monkeypatch):
+def test_closing_frees_the_engine_after_an_error(monkeypatch):
     session, cuda, _ = open_scaled()
     monkeypatch.setattr(cuda, "synchronize", lambda: 1 / 0)
     session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
@@ -286,12 +286,12 @@ def fake_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["nano_plan", "base_plan"])
-def test_a_plan_of_engines_restores_as_its_graphs_do(name, request, tmp_path, make_picture, fake_gpu):
+def test_engines_restore_the_same_image_as_their_graphs(name, request, tmp_path, make_image, fake_gpu):
     source = request.getfixturevalue(name)
     plan, functions = tensorrt_plan(source, tmp_path / "a.plan")
     cuda, _ = fake_gpu(functions)
     config = RestoreConfig(steps=3, sampler="ddpm", strength=1.0, tile=TileConfig(batch=3))
-    pixels = make_picture(90, 130)
+    pixels = make_image(90, 130)
     with Restorer.from_plan(source.path, "onnxruntime") as restorer:
         expected = restorer.restore(pixels, config)
     with Restorer.from_plan(plan.path) as restorer:
@@ -301,7 +301,7 @@ def test_a_plan_of_engines_restores_as_its_graphs_do(name, request, tmp_path, ma
     assert cuda.captures > 0 and cuda.replays > 0
 
 
-def test_plans_that_do_not_fit_are_refused_before_they_are_loaded(base_plan, tmp_path, fake_gpu):
+def test_plans_of_another_gpu_or_release_are_refused_before_loading(base_plan, tmp_path, fake_gpu):
     plan, functions = tensorrt_plan(base_plan, tmp_path / "a.plan")
     _, module = fake_gpu(functions, capability=(9, 0))
     with pytest.raises(MismatchError, match=r"8\.0, 8\.6, 8\.9, 12\.0\+, the Fake GPU 4090 here has 9\.0") as caught:
@@ -335,7 +335,7 @@ def test_compute_capabilities(base_plan, built, here, fits):
             check_fits(plan, library, fake.FakeCuda(here))
 
 
-def test_code_that_nobody_vouches_for_is_refused(base_plan, tmp_path, fake_gpu, monkeypatch, make_picture):
+def test_untrusted_plans_are_refused(base_plan, tmp_path, fake_gpu, monkeypatch, make_image):
     plan, functions = tensorrt_plan(base_plan, tmp_path / "a.plan")
     _, module = fake_gpu(functions)
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "another user"))
@@ -343,7 +343,7 @@ def test_code_that_nobody_vouches_for_is_refused(base_plan, tmp_path, fake_gpu, 
         Restorer.from_plan(plan.path)
     assert module.log == [] and refusal.value.setting == "trust"
     with Restorer.from_plan(plan.path, trust=True) as restorer:
-        assert restorer.restore(make_picture(64, 64)).shape == (64, 64, 3)
+        assert restorer.restore(make_image(64, 64)).shape == (64, 64, 3)
     # Its own key does not make a foreign plan its own.
     tensorrt_plan(base_plan, tmp_path / "own.plan")
     assert Plan.open(tmp_path / "own.plan").trusted and not Plan.open(plan.path).trusted
@@ -368,7 +368,7 @@ def test_a_changed_manifest_breaks_the_signature(base_plan, tmp_path, fake_gpu):
     assert not Plan.open(unsigned).trusted
 
 
-def test_a_flipped_byte_of_an_engine_is_refused_before_it_is_loaded(base_plan, tmp_path, fake_gpu):
+def test_a_flipped_byte_of_an_engine_is_refused_before_loading(base_plan, tmp_path, fake_gpu):
     plan, functions = tensorrt_plan(base_plan, tmp_path / "a.plan")
     _, module = fake_gpu(functions)
     raw = bytearray(plan.path.read_bytes())
@@ -379,7 +379,7 @@ def test_a_flipped_byte_of_an_engine_is_refused_before_it_is_loaded(base_plan, t
     assert module.log == []
 
 
-def test_an_engine_that_does_not_load_says_how_to_build_it_again(base_plan, tmp_path, fake_gpu, monkeypatch):
+def test_an_engine_that_does_not_load_names_the_export_command(base_plan, tmp_path, fake_gpu, monkeypatch):
     plan, functions = tensorrt_plan(base_plan, tmp_path / "a.plan")
     fake_gpu(functions)
     monkeypatch.delitem(fake.make_library.engines, "decoder")
@@ -390,7 +390,7 @@ def test_an_engine_that_does_not_load_says_how_to_build_it_again(base_plan, tmp_
         open_session(plan, "decoder", "tensorrt")
 
 
-def test_without_a_gpu_a_plan_says_so(base_plan, tmp_path, monkeypatch):
+def test_a_plan_without_a_gpu_is_refused(base_plan, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     plan, _ = tensorrt_plan(base_plan, tmp_path / "a.plan")
     with pytest.raises(MissingBackendError, match=r"TensorRT needs an NVIDIA GPU: (this torch|torch sees)"):
@@ -400,7 +400,7 @@ def test_without_a_gpu_a_plan_says_so(base_plan, tmp_path, monkeypatch):
     assert choose_backend("auto", "onnx").name in ("openvino", "onnxruntime")
 
 
-def test_without_the_library_the_extra_is_named(monkeypatch):
+def test_a_missing_library_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(MissingBackendError, match=r"pip install 'pfstorer-rt\[tensorrt-rtx\]'"):
         load_library("tensorrt-rtx")
@@ -427,7 +427,7 @@ def test_the_backend_needs_a_gpu_and_one_of_the_libraries(library, monkeypatch):
     engine.check()
 
 
-def test_the_real_library_has_every_name_that_is_used():
+def test_the_real_library_has_every_used_name():
     trt = pytest.importorskip("tensorrt_rtx")
     library = Library("tensorrt-rtx", trt)
     used = [

@@ -68,8 +68,8 @@ def numpy_lpips(a, b, state, linear):
     return sum(np.mean(np.tensordot(w, (x - y) ** 2, (0, 0))) for x, y, w in pairs)
 
 
-def test_lpips_is_the_papers_formula(alexnet, lpips_package, make_picture, noisy):
-    a = make_picture(40, 53)
+def test_lpips_equals_the_formula_of_its_paper(alexnet, lpips_package, make_image, noisy):
+    a = make_image(40, 53)
     b = noisy(a, 0.2)
     expected = numpy_lpips(a, b, torch.load(alexnet), lpips_package)
     assert expected > 0.01
@@ -78,7 +78,7 @@ def test_lpips_is_the_papers_formula(alexnet, lpips_package, make_picture, noisy
     assert loaded.measure(Sample(b), Sample(a))["lpips"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_lpips_says_what_is_missing(alexnet, lpips_package, monkeypatch):
+def test_missing_lpips_packages_are_named(alexnet, lpips_package, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     reason = load_metrics(["lpips"]).refused["lpips"]
     assert reason.startswith("not measured: ") and "AlexNet weights, alexnet-owt-7be5be79.pth" in reason
@@ -87,7 +87,7 @@ def test_lpips_says_what_is_missing(alexnet, lpips_package, monkeypatch):
     assert "pip install --no-deps lpips" in reasons["lpips"] and "pfstorer-rt[metrics]" in reasons["stlpips"]
 
 
-def test_files_that_are_not_alexnet(alexnet, lpips_package, tmp_path):
+def test_files_without_alexnet_are_refused(alexnet, lpips_package, tmp_path):
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "vgg.pth")
     (tmp_path / "text.pth").write_text("no weights")
     for name in ("vgg.pth", "text.pth", "absent.pth"):
@@ -107,7 +107,7 @@ def test_pickled_code_is_not_run(lpips_package, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (45, 64)])
-def test_stlpips_is_that_of_its_package(monkeypatch, make_picture, noisy, size):
+def test_stlpips_equals_its_package(monkeypatch, make_image, noisy, size):
     for name in ("torchvision", "IPython", "torchsummary"):  # what the package imports and does not need here
         module = ModuleType(name)
         module.models = module.embed = module.summary = None
@@ -115,7 +115,7 @@ def test_stlpips_is_that_of_its_package(monkeypatch, make_picture, noisy, size):
     from stlpips_pytorch.stlpips import LPIPS
 
     network = LPIPS(net="alex", variant="shift_tolerant", verbose=False)
-    a = make_picture(*size)
+    a = make_image(*size)
     b = noisy(a, 0.2)
     with torch.no_grad():
         expected = network(perceptual.to_planes(b), perceptual.to_planes(a)).item()
@@ -142,7 +142,7 @@ class FakeMusiq(ModuleType):
         return network
 
 
-def test_musiq_is_asked_of_pyiqa(monkeypatch, tmp_path):
+def test_musiq_is_computed_by_pyiqa(monkeypatch, tmp_path):
     fake = FakeMusiq()
     monkeypatch.setitem(sys.modules, "pyiqa", fake)
     quarter, black = (Sample(np.full((20, 30, 3), v, np.float32)) for v in (0.25, 0))
@@ -153,7 +153,7 @@ def test_musiq_is_asked_of_pyiqa(monkeypatch, tmp_path):
     assert fake.shapes == [(1, 3, 20, 30)]
 
 
-def test_musiq_without_weights_or_package(monkeypatch):
+def test_musiq_names_missing_weights_and_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyiqa", FakeMusiq(OSError("no network")))
     assert "give the file of its weights (no network)" in load_metrics(["musiq"]).refused["musiq"]
     monkeypatch.setitem(sys.modules, "pyiqa", None)

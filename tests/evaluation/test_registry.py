@@ -27,15 +27,15 @@ BEST = {
 }
 
 
-def test_psnr_is_that_of_scikit_image(make_picture, noisy):
-    a = make_picture(33, 47)
+def test_psnr_equals_scikit_image(make_image, noisy):
+    a = make_image(33, 47)
     b = noisy(a, 0.1)
     assert similarity.psnr(b, a) == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1), abs=1e-6)
     assert similarity.psnr(a + np.float32(0.1), a) == pytest.approx(20, abs=1e-4)
 
 
-def test_ssim_is_wangs_formula(make_picture, noisy):
-    a = make_picture(40, 31).astype(np.float64)
+def test_ssim_equals_the_formula_of_its_paper(make_image, noisy):
+    a = make_image(40, 31).astype(np.float64)
     b = noisy(a, 0.1).astype(np.float64)
 
     def mean(x):  # the window of 11 pixels is 3.5 sigma to each side
@@ -48,12 +48,12 @@ def test_ssim_is_wangs_formula(make_picture, noisy):
     assert similarity.ssim(b, a) == pytest.approx(values[5:-5, 5:-5].mean(), abs=1e-6)
 
 
-def test_a_picture_equals_itself(metrics, face):
+def test_identical_images_have_perfect_figures(metrics, face):
     figures = metrics.measure(Sample(face), Sample(face.copy()), [Sample(face.copy())])
     assert {key: figures[key] for key in BEST} == pytest.approx(BEST, abs=1e-6)
 
 
-def test_more_noise_is_worse(metrics, face, noisy):
+def test_more_noise_worsens_every_metric(metrics, face, noisy):
     original, references = Sample(face), [Sample(face)]
     series = [metrics.measure(Sample(noisy(face, s)), original, references) for s in (0.02, 0.06, 0.12)]
     better = {metric.key: metric.better for metric in METRICS}
@@ -71,7 +71,7 @@ def test_lmse_of_a_shifted_face_is_the_square_of_the_shift_at_512_pixels(face, s
     assert figure == pytest.approx((shift * 512 / 256) ** 2, rel=0.25)  # dlib places landmarks to about half a pixel
 
 
-def test_landmark_error_by_hand():
+def test_landmark_error_is_the_mean_squared_distance():
     assert functions.landmark_error(np.array([[3.0, 4.0], [0, 0]]), np.zeros((2, 2))) == 12.5
 
 
@@ -92,8 +92,8 @@ def test_the_largest_of_several_faces_counts(metrics, face):
     assert figures["id_dlib"] < 0.1 and figures["verification_dlib"] == 1.0
 
 
-def test_verification(metrics, face, make_picture):
-    nobody, person = Sample(make_picture(96, 96)), Sample(face)
+def test_verification_counts_matching_faces(metrics, face, make_image):
+    nobody, person = Sample(make_image(96, 96)), Sample(face)
 
     def verified(result, original, *refs):
         figures = metrics.measure(result, original, refs)
@@ -106,7 +106,7 @@ def test_verification(metrics, face, make_picture):
 
 
 @pytest.mark.parametrize(("distance", "accepted"), [(0.5999, 1.0), (0.6001, 0.0)])
-def test_the_threshold_of_verification_is_dlibs(monkeypatch, make_picture, distance, accepted):
+def test_verification_uses_dlibs_threshold(monkeypatch, make_image, distance, accepted):
     faces = {0.25: np.zeros(128), 0.75: np.eye(128)[0] * distance}  # by brightness
     monkeypatch.setattr(finding, "face_embedder", lambda: lambda pixels: faces[round(float(pixels.mean()), 2)])
     dark, bright = (Sample(np.full((16, 16, 3), v, np.float32)) for v in (0.25, 0.75))
@@ -122,15 +122,15 @@ def test_a_missing_result_counts_as_not_verified_and_nothing_else(metrics, face)
 @pytest.mark.parametrize(
     ("side", "absent"), [(1, {"ssim", "stlpips"}), (10, {"ssim", "stlpips"}), (31, {"stlpips"}), (32, set())]
 )
-def test_small_pictures_have_no_figure_where_none_is_defined(metrics, make_picture, side, absent):
-    a = Sample(make_picture(side, 50))
+def test_small_images_have_no_undefined_figures(metrics, make_image, side, absent):
+    a = Sample(make_image(side, 50))
     figures = metrics.measure(a, a)
     assert {key for key in ("psnr", "ssim", "stlpips") if figures[key] is None} == absent
 
 
-def test_sizes_must_agree(simple, make_picture):
+def test_images_of_different_sizes_are_refused(simple, make_image):
     with pytest.raises(ValueError, match=r"40x30.*20x30"):
-        simple.measure(Sample(make_picture(30, 40)), Sample(make_picture(30, 20)))
+        simple.measure(Sample(make_image(30, 40)), Sample(make_image(30, 20)))
 
 
 @pytest.mark.parametrize(
@@ -144,12 +144,12 @@ def test_sizes_must_agree(simple, make_picture):
         np.full((4, 4, 3), np.inf),
     ],
 )
-def test_pixels_that_are_no_picture(pixels):
+def test_invalid_pixels_are_refused(pixels):
     with pytest.raises(ValueError, match="expected"):
         Sample(pixels)
 
 
-def test_a_sample_computes_once():
+def test_a_sample_caches_its_results():
     sample, calls = Sample(np.zeros((4, 4, 3), np.float32)), []
 
     def count(pixels):
@@ -159,7 +159,7 @@ def test_a_sample_computes_once():
     assert sample.once(count) is None and sample.once(count) is None and len(calls) == 1
 
 
-def test_a_missing_metric_stays_a_column_with_its_reason(monkeypatch, make_picture):
+def test_a_missing_metric_is_a_column_with_the_reason(monkeypatch, make_image):
     for module in (functions, finding):
         monkeypatch.setattr(module, "face_models", lambda: None)
     keys = ["psnr", "lmse_dlib", "id_dlib", "verification_dlib", "id_arcface"]
@@ -167,11 +167,11 @@ def test_a_missing_metric_stays_a_column_with_its_reason(monkeypatch, make_pictu
     assert [column.key for column in loaded.columns] == keys and set(loaded.refused) == set(keys[1:])
     assert "pip install 'pfstorer-rt[metrics]'" in loaded.refused["id_dlib"]
     assert "as an ONNX file" in loaded.refused["id_arcface"]
-    a = Sample(make_picture(16, 16))
+    a = Sample(make_image(16, 16))
     assert loaded.measure(a, a) == dict.fromkeys(keys) | {"psnr": math.inf}
 
 
-def test_the_table_says_what_a_reader_needs():
+def test_the_table_of_metrics_is_complete():
     assert len({m.key for m in METRICS}) == len({m.title for m in METRICS}) == len(METRICS)
     for metric in METRICS:
         assert metric.meaning and metric.licence and metric.packages and metric.better in ("up", "down")
@@ -192,7 +192,7 @@ def test_unknown_keys_are_refused():
         load_metrics(["psnr", "lpisp"])
 
 
-def test_the_users_page_names_every_metric_and_its_licence():
+def test_the_evaluation_page_names_every_metric_and_its_licence():
     lines = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert [(r[0], r[1], r[2].split(",")[0], r[4]) for r in rows[2:]] == [

@@ -17,9 +17,9 @@ NASTY = "<b>ours</b> & | co"
 
 
 @pytest.fixture
-def report(simple, make_picture):
-    """Two pictures by three methods; MUSIQ is refused, one result is missing, and no method's SSIM is complete."""
-    small = thumbnail(make_picture(300, 400))
+def report(simple, make_image):
+    """Two images by three methods; MUSIQ is refused, one result is missing, and no method's SSIM is complete."""
+    small = thumbnail(make_image(300, 400))
     rows = [
         Row("original", "a", {"psnr": math.inf, "ssim": 1.0, "musiq": None}, thumbnail=small),
         Row(NASTY, "a", {"psnr": 20.0, "ssim": 0.5, "musiq": None}, 2.0, thumbnail=small),
@@ -59,29 +59,29 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_means_and_counts_by_hand(report):
+def test_means_and_counts_skip_missing_figures(report):
     summary = report.summary()
-    assert list(summary) == ["input", NASTY, "original"] and report.pictures == ["a", "b"]
+    assert list(summary) == ["input", NASTY, "original"] and report.images == ["a", "b"]
     assert summary["input"].means == {"psnr": 12.0, "ssim": 0.25, "musiq": None, "seconds": None}
     assert summary["input"].counts == {"psnr": 2, "ssim": 1, "musiq": 0, "seconds": 0}
     ours = summary[NASTY]
-    assert (ours.pictures, ours.failed, ours.means["psnr"], ours.means["seconds"]) == (2, 1, 20.0, 2.0)
+    assert (ours.images, ours.failed, ours.means["psnr"], ours.means["seconds"]) == (2, 1, 20.0, 2.0)
     assert summary["original"].means["psnr"] == math.inf
 
 
-def test_means_over_common_pictures(report):
+def test_means_over_common_images(report):
     common = report.summary(common=True)
     assert report.uneven()
     assert common["input"].means["psnr"] == 10.0 and common["input"].counts["psnr"] == 1
     assert common[NASTY].means["seconds"] == 2.0  # times are known of one method alone
-    whole = Report([row for row in report.rows if row.picture == "a"], report.metrics)
+    whole = Report([row for row in report.rows if row.image == "a"], report.metrics)
     assert not whole.uneven() and whole.summary(common=True) == whole.summary()
 
 
-def test_csv(report):
+def test_csv_has_a_row_for_each_result(report):
     rows = list(csv.DictReader(io.StringIO(report.csv())))
     assert len(rows) == len(report.rows)
-    ours = {row["picture"]: row for row in rows if row["method"] == NASTY}
+    ours = {row["image"]: row for row in rows if row["method"] == NASTY}
     assert (float(ours["a"]["psnr"]), float(ours["a"]["seconds"]), ours["a"]["musiq"]) == (20.0, 2.0, "")
     assert (ours["b"]["psnr"], ours["b"]["note"]) == ("", "no result")
     assert float(rows[0]["psnr"]) == math.inf
@@ -94,7 +94,7 @@ def test_json_is_strict_and_names_licence_version_and_refusal(report):
     document = json.loads(report.json(), parse_constant=refuse)
     assert document["methods"]["input"]["means"]["psnr"] == 12.0 and document["settings"]["seed"] == 7
     assert document["methods"]["original"]["means"]["psnr"] == "inf"
-    assert document["common_pictures"]["input"]["means"]["psnr"] == 10.0
+    assert document["common_images"]["input"]["means"]["psnr"] == 10.0
     metrics = document["metrics"]
     assert list(metrics) == ["psnr", "ssim", "musiq"] and all(m["licence"] and m["version"] for m in metrics.values())
     assert metrics["psnr"]["refused"] is None and metrics["musiq"]["refused"].startswith("not measured: ")
@@ -128,7 +128,7 @@ def test_the_page_is_one_file(report):
     assert [tag for tag, _ in page.tags].count("svg") == 2  # PSNR and SSIM; MUSIQ has no plot
 
 
-def test_a_chart_puts_figures_in_proportion():
+def test_chart_positions_are_proportional_to_the_figures():
     dots = {"one": [0.0, 5.0, 10.0], "two": [math.inf]}
     drawn = Page(svg_chart(Chart("PSNR", dots, {"one": 5.0, "two": math.inf})))
     x = [float(a["cx"]) for tag, a in drawn.tags if tag == "circle"]
@@ -138,7 +138,7 @@ def test_a_chart_puts_figures_in_proportion():
 
 
 @pytest.mark.parametrize("figures", [[], [3.0], [2.0, 2.0]])
-def test_a_chart_of_few_figures(figures):
+def test_a_chart_of_few_figures_is_valid(figures):
     drawn = Page(svg_chart(Chart("x", {"one": figures}, {"one": figures[0] if figures else None})))
     assert [tag for tag, _ in drawn.tags].count("circle") == len(figures)
 

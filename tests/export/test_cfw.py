@@ -41,7 +41,7 @@ def plan(wrapped, tmp_path_factory):
     return export_plan(tmp_path_factory.mktemp("cfw") / "a.plan", None, wrapped)
 
 
-def test_the_features_go_from_encoder_to_decoder(plan, wrapped):
+def test_the_encoder_outputs_the_decoders_features(plan, wrapped):
     moments, channels = ({"mean", "std"}, 16) if wrapped.config == CONFIG else ({"mean"}, 4)
     features = {"features_2", "features_3"} if wrapped.config == PATCH else {"features_1", "features_2"}
     assert plan.manifest.cfw
@@ -51,8 +51,8 @@ def test_the_features_go_from_encoder_to_decoder(plan, wrapped):
     assert decoder.inputs["features_2"]["shape"][1] == channels
 
 
-def test_a_plan_wraps_as_pytorch_does(plan, wrapped, make_picture):
-    pixels = make_picture(70, 200)
+def test_a_plan_with_feature_wrapping_agrees_with_pytorch(plan, wrapped, make_image):
+    pixels = make_image(70, 200)
     results = {}
     torch_restorer = Restorer.from_base(wrapped, device="cpu")
     with Restorer.from_plan(plan.path, "onnxruntime") as ours, torch_restorer:
@@ -70,12 +70,12 @@ def test_a_plan_wraps_as_pytorch_does(plan, wrapped, make_picture):
     assert np.abs(results[0.0] - results[1.0]).max() > 2e-2
 
 
-def test_an_engine_without_feature_wrapping_refuses_a_weight(base_plan, make_picture):
+def test_an_engine_without_feature_wrapping_refuses_a_weight(base_plan, make_image):
     with Restorer.from_plan(base_plan.path) as restorer, pytest.raises(ValueError, match="no controllable feature"):
-        restorer.restore(make_picture(64, 64), RestoreConfig(cfw_weight=0.5))
+        restorer.restore(make_image(64, 64), RestoreConfig(cfw_weight=0.5))
 
 
-def test_profiles_follow_each_maps_scale():
+def test_profiles_have_the_scale_of_each_feature_map():
     inputs = {"latent": [-1, 4, -1, -1], "features_1": [-1, 16, -1, -1], "features_2": [-1, 16, -1, -1]}
     scales = decoder(build_base(CONFIG)).scales
     (profile,) = plan_profiles({**inputs, "cfw_weight": [1]}, CONFIG.tile, scales, BuildOptions(largest_side=128))

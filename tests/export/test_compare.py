@@ -34,17 +34,17 @@ def scale_largest(factor):
 
 def test_a_plan_agrees_with_pytorch(nano_plan, nano_base, nano_identity):
     rows = compare_plan(nano_plan, nano_identity, nano_base)
-    parts = [r for r in rows if r["component"] != "picture" and r["pair"] == "torch / onnxruntime"]
+    parts = [r for r in rows if r["component"] != "image" and r["pair"] == "torch / onnxruntime"]
     assert [(r["component"], r["tile"]) for r in parts] == [(c, t) for c in COMPONENTS for t in TILES]
     for row in parts:
         assert row["finite"] and 0 <= row["mean"] <= row["max"] < 1e-4 and abs(row["cosine_distance"]) < 1e-5
     assert any(row["max"] > 0 for row in parts)  # two engines never round alike everywhere
-    pictures = [r for r in rows if r["component"] == "picture" and r["pair"] == "torch / onnxruntime"]
-    assert [r["tile"] for r in pictures] == TILES and all(r["psnr"] > 80 for r in pictures)
+    images = [r for r in rows if r["component"] == "image" and r["pair"] == "torch / onnxruntime"]
+    assert [r["tile"] for r in images] == TILES and all(r["psnr"] > 80 for r in images)
     check_rows(rows)
 
 
-def test_differences_of_the_worst_output():
+def test_differences_are_measured_on_the_worst_output():
     expected = {"a": np.array([[0.0, 3.0, 4.0]], np.float32), "b": np.array([1.0, 0.0], np.float32)}
     found = {"a": np.array([[0.0, 4.0, 3.0]], np.float32), "b": np.array([3.0, 0.0], np.float32)}
     figures = {"finite": True, "max": 2.0, "mean": 1.0, "cosine_distance": 1 - 24 / 25}
@@ -60,7 +60,7 @@ def test_an_untrained_identity_is_compared(nano_base, make_nano_identity, tmp_pa
     check_rows(compare_plan(plan, nobody, nano_base))
 
 
-def test_a_plan_that_differs_is_found(base_plan, nano_base, tmp_path):
+def test_a_plan_that_differs_is_refused(base_plan, nano_base, tmp_path):
     plan = changed(base_plan, tmp_path / "a.plan", "decoder", scale_largest(100.0))
     rows = compare_plan(plan, None, nano_base)
     assert max(r["max"] for r in rows if r["component"] == "decoder") > 1e-2
@@ -70,7 +70,7 @@ def test_a_plan_that_differs_is_found(base_plan, nano_base, tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_are_found(base_plan, nano_base, tmp_path, value):
+def test_values_that_are_not_finite_are_refused(base_plan, nano_base, tmp_path, value):
     plan = changed(base_plan, tmp_path / "a.plan", "encoder", scale_largest(value))
     with pytest.raises(ParityError, match=r"encoder on photo \(torch / onnxruntime\) is not finite"):
         check_rows(compare_plan(plan, None, nano_base))

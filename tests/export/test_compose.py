@@ -50,7 +50,7 @@ def test_no_map_of_many_channels_has_the_size_of_the_image():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(look)
     composed.decode(composed.encode(torch.zeros(1, 3, 64, 64, dtype=torch.float64)).latents)
-    assert largest <= 3 * 4 * 32 * 32  # the picture itself, as the pixels of squares
+    assert largest <= 3 * 4 * 32 * 32  # the image itself, as the pixels of squares
 
 
 def test_convolutions_with_blocks_between_them_are_not_composed():

@@ -57,7 +57,7 @@ def restore(engine, pixels, **settings):
         {"method": "vico"},
     ],
 )
-def test_fused_is_unfused(nano_base, make_nano_identity, settings):
+def test_the_fused_denoiser_agrees_with_the_unfused(nano_base, make_nano_identity, settings):
     identity = make_nano_identity(gammas=(1.0, 0.0, 1.0, 1.0), **settings)
     arrays = inputs(nano_base, identity)
     unfused, fused = Denoiser(nano_base, identity), fuse(nano_base, identity)
@@ -68,12 +68,12 @@ def test_fused_is_unfused(nano_base, make_nano_identity, settings):
     assert not torch.allclose(expected, run(unfused, arrays, 0.0), rtol=0, atol=1e-3)
 
 
-def test_fusing_the_base_alone(nano_base):
+def test_a_fused_base_agrees_with_the_unfused(nano_base):
     arrays = inputs(nano_base)
     assert torch.allclose(run(fuse(nano_base), arrays), run(Denoiser(nano_base), arrays), rtol=0, atol=2e-5)
 
 
-def test_dreambooth_is_fused_as_a_base_of_its_own(nano_base, make_nano_identity):
+def test_a_fused_dreambooth_identity_agrees_with_the_unfused(nano_base, make_nano_identity):
     identity = make_nano_identity(method="dreambooth")
     identity.tensors["unet.conv_out.bias"] = identity.tensors["unet.conv_out.bias"] + 1
     fused, arrays = fuse(nano_base, identity), inputs(nano_base, identity)
@@ -83,7 +83,7 @@ def test_dreambooth_is_fused_as_a_base_of_its_own(nano_base, make_nano_identity)
     assert torch.allclose(run(fused, arrays), run(Denoiser(nano_base), arrays) + 1, rtol=0, atol=2e-2)
 
 
-def test_fusing_leaves_the_base_alone(nano_base, nano_identity):
+def test_fusing_leaves_the_base_unchanged(nano_base, nano_identity):
     arrays = inputs(nano_base, nano_identity)
     before = run(Denoiser(nano_base, nano_identity), arrays)
     names = set(nano_base.unet.state_dict())
@@ -102,7 +102,7 @@ def test_prompt_and_reference_projections_are_constants(nano_base, nano_identity
             assert module.k.shape[0] == 1
 
 
-def test_blocks_with_zero_gamma_are_left_out(nano_base, nano_identity, make_nano_identity):
+def test_blocks_with_zero_gamma_are_removed(nano_base, nano_identity, make_nano_identity):
     fused = fuse(nano_base, nano_identity)
     layers = nano_base.config.layers
     assert fused.denoiser.blocks.layers == (layers[0], *layers[2:])
@@ -167,8 +167,8 @@ def test_manifest_of_a_bases_plan(base_plan):
     assert m.payloads["denoiser"].inputs.keys() == {"x", "t", "z_lq"}
 
 
-def test_pictures_of_plan_and_torch_agree(nano_plan, base_plan, nano_base, nano_identity, make_picture):
-    pixels = make_picture(64, 96)
+def test_images_of_plan_and_torch_agree(nano_plan, base_plan, nano_base, nano_identity, make_image):
+    pixels = make_image(64, 96)
     for plan, identity in ((nano_plan, nano_identity), (base_plan, None)):
         ours = restore(Restorer.from_plan(plan.path, "onnxruntime"), pixels, seed=3)
         expected = restore(Restorer.from_base(nano_base, identity, device="cpu"), pixels, seed=3)
@@ -176,15 +176,15 @@ def test_pictures_of_plan_and_torch_agree(nano_plan, base_plan, nano_base, nano_
         assert expected.std() > 0.02
 
 
-def test_strength_zero_is_the_bases_plan(nano_plan, base_plan, make_picture):
-    pixels = make_picture(64, 64)
+def test_strength_zero_equals_the_plan_of_the_base(nano_plan, base_plan, make_image):
+    pixels = make_image(64, 64)
     off = restore(Restorer.from_plan(nano_plan.path, "onnxruntime"), pixels, strength=0.0)
     base = restore(Restorer.from_plan(base_plan.path, "onnxruntime"), pixels)
     assert psnr(off, base) >= 90  # two graphs: operators may be scheduled differently
     assert psnr(restore(Restorer.from_plan(nano_plan.path, "onnxruntime"), pixels), base) < 60
 
 
-def test_a_batch_is_its_rows(nano_plan, nano_base, nano_identity):
+def test_a_batch_equals_its_rows(nano_plan, nano_base, nano_identity):
     arrays = {k: v.numpy() for k, v in inputs(nano_base, nano_identity, batch=3).items()}
     with open_session(nano_plan, "denoiser", "onnxruntime") as session:
         together = session.run(**arrays)["prediction"]
@@ -230,7 +230,7 @@ def tampered(model_bytes):
     return model.SerializeToString()
 
 
-def test_a_changed_graph_is_found(nano_plan, nano_base, nano_identity):
+def test_a_changed_graph_is_refused(nano_plan, nano_base, nano_identity):
     expected = build.expect(denoiser(nano_base, nano_identity), "fp32")
     good = nano_plan.read("denoiser")
     assert parity.within(build.compare(good, expected), "fp32")
@@ -238,7 +238,7 @@ def test_a_changed_graph_is_found(nano_plan, nano_base, nano_identity):
         parity.check("denoiser", build.compare(tampered(good), expected), "fp32")
 
 
-def test_a_graph_that_differs_leaves_no_file(nano_base, nano_identity, tmp_path, monkeypatch):
+def test_a_failed_parity_check_leaves_no_file(nano_base, nano_identity, tmp_path, monkeypatch):
     def tamper(component):
         fused = graph.fuse(component)
         if component.name == "encoder":
@@ -252,7 +252,7 @@ def test_a_graph_that_differs_leaves_no_file(nano_base, nano_identity, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parity_figures():
+def test_parity_figures_are_checked_against_their_limits():
     class Twice(nn.Module):
         def forward(self, a):
             return 2 * a
@@ -318,7 +318,7 @@ def large_plan(nano_base, nano_identity, tmp_path_factory):
         return export_plan(tmp_path_factory.mktemp("large") / "alice.plan", nano_identity, nano_base)
 
 
-def test_large_graphs_keep_their_weights_beside(large_plan, nano_plan, tmp_path):
+def test_large_graphs_store_their_weights_in_separate_files(large_plan, nano_plan, tmp_path):
     beside = {name: payload.weights for name, payload in large_plan.manifest.payloads.items()}
     assert beside == {c: f"{c}.weights" for c in COMPONENTS}
     assert not any(p.weights for p in nano_plan.manifest.payloads.values())
@@ -334,12 +334,12 @@ def test_large_graphs_keep_their_weights_beside(large_plan, nano_plan, tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_weights_beside_a_graph_give_the_same_picture(large_plan, nano_plan, backend, make_picture):
+def test_separate_weights_give_the_same_image(large_plan, nano_plan, backend, make_image):
     if backend == "openvino":
         pytest.importorskip("openvino")
-    pixels = make_picture(64, 64)
-    pictures = [restore(Restorer.from_plan(plan.path, backend), pixels, seed=3) for plan in (large_plan, nano_plan)]
-    assert np.array_equal(*pictures)
+    pixels = make_image(64, 64)
+    images = [restore(Restorer.from_plan(plan.path, backend), pixels, seed=3) for plan in (large_plan, nano_plan)]
+    assert np.array_equal(*images)
 
 
 def test_a_session_outlives_the_mapping_of_its_weights(large_plan, nano_plan, nano_base, nano_identity):

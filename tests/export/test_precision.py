@@ -22,7 +22,7 @@ def qkv(offset=0.0, seed=0, tokens=40):
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_centred_keys_change_nothing(offset):
+def test_centred_keys_do_not_change_attention(offset):
     q, k, v = (t.double() for t in qkv(offset))
     mask = torch.rand(2, 1, 1, 40, generator=torch.Generator().manual_seed(1)) < 0.7
     for m in (None, mask):
@@ -104,12 +104,12 @@ def test_group_norm_statistics_do_not_overflow():
     assert norm(x).dtype == torch.float16 and torch.allclose(norm(x).abs().float(), torch.ones(()), atol=1e-3)
 
 
-def test_fp16_plans_are_half_the_size_and_restore_the_same(nano_plan, nano_base, nano_identity, tmp_path, make_picture):
+def test_fp16_plans_are_half_the_size_and_restore_the_same(nano_plan, nano_base, nano_identity, tmp_path, make_image):
     plan = export_plan(tmp_path / "half.plan", nano_identity, nano_base, precision="fp16")
     assert plan.manifest.precision == "fp16"
     assert {payload.precision for payload in plan.manifest.payloads.values()} == {"fp16"}
     assert len(plan.read("denoiser")) < 0.65 * len(nano_plan.read("denoiser"))
-    pixels = make_picture(70, 90)
+    pixels = make_image(70, 90)
     full, half = (Restorer.from_plan(path, "onnxruntime") for path in (nano_plan.path, plan.path))
     with full, half:
         error = np.mean((full.restore(pixels).astype(np.float64) - half.restore(pixels)) ** 2)
@@ -130,7 +130,7 @@ def test_a_decoder_that_would_overflow_stays_in_fp32(tmp_path):
     assert any("decoder: its values reach" in line and "stays in fp32" in line for line in told)
 
 
-def test_an_encoder_that_fp16_cannot_serve_stays_in_fp32(nano_base, tmp_path, monkeypatch):
+def test_an_encoder_that_fp16_changes_too_much_stays_in_fp32(nano_base, tmp_path, monkeypatch):
     monkeypatch.setitem(parity.LIMIT, "fp16", 1e-4)  # what fp32 meets and halves cannot
     told = []
     component, progress = encoder(nano_base), build.Progress(line=told.append)
@@ -168,7 +168,7 @@ def assert_unchanged(before, base):
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_an_export_leaves_the_callers_base_as_it_was(fails, tmp_path, monkeypatch):
+def test_an_export_leaves_the_callers_base_unchanged(fails, tmp_path, monkeypatch):
     base = build_base("nano", seed=0).to("cpu", torch.float64)
     base.set_attention("math")
     base.vae.train()
@@ -182,7 +182,7 @@ def test_an_export_leaves_the_callers_base_as_it_was(fails, tmp_path, monkeypatc
     assert_unchanged(before, base)
 
 
-def test_probe_tiles():
+def test_probe_tiles_cover_photographs_flat_colours_and_noise():
     tiles = probe_tiles(64)
     assert list(tiles) == ["photo", "grey", "black", "white", "noise"]
     for image in tiles.values():
@@ -208,7 +208,7 @@ def test_identity_tensors_as_inputs_give_the_results_of_constants(nano_base, mak
     assert shared.weight_bytes() < constants.weight_bytes()
 
 
-def test_identity_inputs_in_fp16(nano_base, nano_identity):
+def test_identity_inputs_of_an_fp16_graph_are_fp16(nano_base, nano_identity):
     component = fuse(denoiser(nano_base, nano_identity))
     graph = build_graph(component, "fp16", identity="inputs")
     inputs = component.example_inputs()

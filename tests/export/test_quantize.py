@@ -33,8 +33,8 @@ def int8_plan(nano_base, nano_identity, nano_plan, tmp_path_factory):
         return export_plan(tmp_path_factory.mktemp("int8") / "int8.plan", nano_identity, nano_base, precision="int8")
 
 
-def test_int8_plans_restore_what_fp32_ones_do(int8_plan, nano_plan, make_picture):
-    pixels = make_picture(70, 90)
+def test_int8_plans_agree_with_fp32_plans(int8_plan, nano_plan, make_image):
+    pixels = make_image(70, 90)
     for backend in ("onnxruntime", "openvino"):
         with Restorer.from_plan(nano_plan.path, backend) as full, Restorer.from_plan(int8_plan.path, backend) as low:
             error = np.mean((full.restore(pixels).astype(np.float64) - low.restore(pixels)) ** 2)
@@ -42,7 +42,7 @@ def test_int8_plans_restore_what_fp32_ones_do(int8_plan, nano_plan, make_picture
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_all_convolutions_and_products_with_weights_take_8_bits(int8_plan, component):
+def test_all_convolutions_and_products_with_weights_use_8_bits(int8_plan, component):
     assert int8_plan.manifest.payloads[component].precision == int8_plan.manifest.precision == "int8"
     graph = onnx.load_from_string(int8_plan.read(component)).graph
     makers = {output: node.op_type for node in graph.node for output in node.output}
@@ -66,7 +66,7 @@ def test_two_products_fit_in_16_bits(int8_plan, component):
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_openvino_rounds_only_what_8_bit_operators_read(int8_plan, component):
+def test_openvino_rounds_only_inputs_of_8_bit_operators(int8_plan, component):
     with OpenVinoSession(int8_plan.read(component), "CPU:f32") as session:
         makers = {op.get_friendly_name(): op for op in session._network.get_ops()}
         native = "BF16" in session._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -88,7 +88,7 @@ def reads_rounded(op):
 
 
 @pytest.mark.parametrize("component", ["encoder", "decoder"])
-def test_openvino_is_nearer_to_fp32_in_8_bits_than_onnx_runtime(int8_plan, nano_plan, nano_base, component):
+def test_openvino_int8_is_closer_to_fp32_than_onnxruntime_int8(int8_plan, nano_plan, nano_base, component):
     inputs = list(calibration_inputs(components(nano_base)[component]))[3]
     errors = {}
     with open_session(nano_plan, component, "onnxruntime") as session:
@@ -110,7 +110,7 @@ def test_ranges_are_measured_on_clean_and_degraded_photographs():
 
 def test_the_denoiser_is_measured_at_every_noise_level(nano_base, nano_identity):
     inputs = list(calibration_inputs(denoiser(nano_base, nano_identity)))
-    for level in (inputs[::2], inputs[1::2]):  # good pictures and bad ones
+    for level in (inputs[::2], inputs[1::2]):  # good images and bad ones
         assert {float(one["t"][0]) for one in level} == set(quantize.TIMESTEPS)
     for one in inputs:
         assert set(one) == {"x", "t", "z_lq", "strength"}
@@ -132,7 +132,7 @@ def test_a_graph_that_is_wrong_in_fp32_is_not_quantized(nano_base, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_large_graph_is_measured_image_by_image_and_keeps_its_weights_beside_it(nano_base, tmp_path, monkeypatch):
+def test_a_large_graph_is_measured_image_by_image_with_separate_weights(nano_base, tmp_path, monkeypatch):
     held, collect = [], HistogramCollector.collect
 
     def look(self, arrays):
@@ -169,7 +169,7 @@ def test_int8_is_refused_for_engines(nano_base, tmp_path):
 
 
 def test_pure_noise_is_not_checked_in_int8():
-    row = {"component": "picture", "tile": "noise", "pair": "torch / openvino", "finite": True, "psnr": 22.0}
+    row = {"component": "image", "tile": "noise", "pair": "torch / openvino", "finite": True, "psnr": 22.0}
     check_rows([row], "int8")
     for wrong, precision in (({**row, "tile": "photo"}, "int8"), (row, "fp16"), ({**row, "finite": False}, "int8")):
         with pytest.raises(ParityError):

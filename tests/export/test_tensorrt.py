@@ -39,7 +39,7 @@ def rtx_plan(nano_base, nano_identity, tmp_path_factory):
     return plan
 
 
-def test_a_plan_of_real_engines(rtx_plan, nano_identity):
+def test_a_plan_contains_real_engines(rtx_plan, nano_identity):
     manifest = rtx_plan.manifest
     assert (manifest.target, manifest.precision) == ("tensorrt-rtx", "fp16")
     assert manifest.compute_capabilities == ["8.0", "8.6", "8.9", "12.0+"]
@@ -77,7 +77,7 @@ def test_a_corrupted_payload_is_refused(rtx_plan, tmp_path):
         plan.read("denoiser")
 
 
-def test_profiles(nano_base):
+def test_profiles_cover_the_batches_and_image_sizes(nano_base):
     side = nano_base.config.latent_tile
     inputs = {"x": [-1, 4, side, side], "t": [-1], "strength": [1]}
     parts, tile = components(nano_base), nano_base.config.tile
@@ -123,14 +123,14 @@ def test_the_shipped_base_is_built_with_fused_attention(tmp_path):
     assert {payload.precision for payload in plan.manifest.payloads.values()} == {"fp16"}
 
 
-def test_fp32_engines_are_built_too(nano_base, tmp_path):
+def test_fp32_engines_are_built(nano_base, tmp_path):
     plan = export_plan(tmp_path / "a.plan", None, nano_base, "tensorrt-rtx", "fp32", BuildOptions(batches=(1,)))
     assert plan.manifest.precision == "fp32" and plan.read("denoiser")[:4] == b"vtrt"
     layers = plan.manifest.payloads["denoiser"].layers
     assert "attention_input" not in layers and layers["softmax"] > 10
 
 
-def test_compute_capabilities_are_kept(nano_base, tmp_path):
+def test_compute_capabilities_are_sorted_and_built(nano_base, tmp_path):
     graph = build_graph(fuse(encoder(nano_base)), "fp16")
     options = BuildOptions(compute_capabilities=("12.0", "8.9"))
     builder = EngineBuilder("tensorrt-rtx", options)
@@ -154,7 +154,7 @@ def test_known_compute_capabilities_are_listed_in_the_order_of_their_numbers():
     assert len(listed) > 3 and listed == sorted(listed, key=lambda name: [int(n) for n in name.split(".")])
 
 
-def test_the_gpu_of_this_machine_has_to_be_there(monkeypatch):
+def test_the_current_capability_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MissingBackendError, match="torch sees none"):
         EngineBuilder("tensorrt-rtx", BuildOptions(compute_capabilities=("current",)))
@@ -184,7 +184,7 @@ def test_a_missing_library_is_refused_before_any_work(monkeypatch, tmp_path):
         export_plan(tmp_path / "a.plan", None, "no such base", "tensorrt")
 
 
-def test_a_node_that_the_parser_cannot_take_is_named_with_its_module(nano_base, tmp_path):
+def test_a_node_that_the_parser_rejects_is_named_with_its_module(nano_base, tmp_path):
     graph = build_graph(fuse(encoder(nano_base)))
     model = graph.save(tmp_path)
     proto = onnx.load(model)
@@ -196,7 +196,7 @@ def test_a_node_that_the_parser_cannot_take_is_named_with_its_module(nano_base, 
         build((graph, model), nano_base, tmp_path / "engine", "encoder")
 
 
-def test_the_error_of_a_failed_build_has_its_reason(half_graph, nano_base, tmp_path, monkeypatch):
+def test_a_failed_build_reports_the_reason(half_graph, nano_base, tmp_path, monkeypatch):
     monkeypatch.setattr(tensorrt, "_allow_decomposition", lambda library, network: None)
     with pytest.raises(PFStorerError, match=r"denoiser: .* could not build an engine .*ttention"):
         build(half_graph, nano_base, tmp_path / "engine", batches=(1,))

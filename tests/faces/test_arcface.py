@@ -79,14 +79,14 @@ def test_arcface_is_100_times_the_mean_cosine(face, noisy, recognizer):
     assert same["id_arcface"] == pytest.approx(100, abs=1e-4)
 
 
-def test_no_face_no_figure(recognizer, make_picture, face):
+def test_images_without_a_face_have_no_figure(recognizer, make_image, face):
     loaded = load_metrics(["id_arcface"], MetricFiles(arcface=recognizer()))
-    nobody, person = Sample(make_picture(64, 64)), Sample(face)
+    nobody, person = Sample(make_image(64, 64)), Sample(face)
     assert loaded.measure(nobody, nobody, [person])["id_arcface"] is None
     assert loaded.measure(person, person, [nobody])["id_arcface"] is None
 
 
-def test_files_that_are_no_recognizer(recognizer, tmp_path):
+def test_files_without_a_recognizer_are_refused(recognizer, tmp_path):
     (tmp_path / "text.onnx").write_text("no model")
     recognizer(("batch", 3, 224, 224), 588, "other.onnx")
     for name in ("text.onnx", "other.onnx", "absent.onnx"):

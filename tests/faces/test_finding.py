@@ -15,7 +15,7 @@ from pfstorer_rt.faces.references import References
 from pfstorer_rt.imaging.files import save_image
 from pfstorer_rt.imaging.rows import Spool, from_pixels
 from pfstorer_rt.training.framing import read_references
-from pfstorer_rt.training.picture_loss import face_maps
+from pfstorer_rt.training.image_loss import face_maps
 
 EYES = np.array([[203, 101], [247, 103]])
 """The pupils of the astronaut, (x, y) in pixels of the 512 x 512 image, read from it by eye."""
@@ -42,7 +42,7 @@ def users(pixels, folder):
 
 
 @pytest.mark.parametrize("side", [2048, 512, 192, 128, 40])
-def test_every_user_finds_the_same_faces(side, tmp_path):
+def test_all_callers_find_the_same_faces(side, tmp_path):
     found = users(shrunken(side), tmp_path)
     assert set(found.values()) == {side >= 128}, found
 
@@ -57,7 +57,7 @@ def test_boxes_and_landmarks_are_in_pixels_of_the_image(side):
     assert np.abs(eyes - EYES).max() < 5
 
 
-def test_the_map_of_a_loss_leads_to_the_same_face():
+def test_the_face_map_of_the_loss_shows_the_same_face():
     pixels = shrunken(512)
     map_ = torch.from_numpy(face_maps([pixels]))
     x, y = (map_[0, :, 2].numpy() + 1) * 256  # the middle of the recognizer's square

@@ -15,7 +15,7 @@ def network():
     return FaceRecognizer(face_models() / RECOGNIZER)
 
 
-def picture(size=192, angle=0.0):
+def portrait(size=192, angle=0.0):
     """A real face, (size, size, 3) float32 in [0, 1], turned by some degrees."""
     from skimage.transform import resize, rotate
 
@@ -28,16 +28,16 @@ def landmarks(pixels):
 
 
 @pytest.mark.parametrize("angle", [0, 15])
-def test_it_is_the_network_of_dlib(network, angle):
-    chip = dlib.get_face_chip(*landmarks(picture(angle=angle)), 150, 0.25)
+def test_the_network_agrees_with_dlib(network, angle):
+    chip = dlib.get_face_chip(*landmarks(portrait(angle=angle)), 150, 0.25)
     expected = load_dlib()[2].compute_face_descriptor(chip)
     found = network(torch.from_numpy(chip).permute(2, 0, 1)[None] / 255)[0]
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "angle"), [(192, 0), (160, -20), (240, 25)])
-def test_faces_are_cut_as_dlib_cuts_them(network, size, angle):
-    pixels = picture(size, angle)
+def test_faces_are_cropped_as_by_dlib(network, size, angle):
+    pixels = portrait(size, angle)
     expected = load_dlib()[2].compute_face_descriptor(*landmarks(pixels))
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     face = cut_faces(image, torch.from_numpy(face_map(pixels))[None])
@@ -45,13 +45,13 @@ def test_faces_are_cut_as_dlib_cuts_them(network, size, angle):
     assert np.linalg.norm(network(face)[0].numpy() - expected) < 0.03, "another person begins at 0.6"
 
 
-def test_no_face_no_map():
+def test_images_without_a_face_have_no_map():
     assert face_map(np.zeros((96, 96, 3), np.float32)) is None
 
 
-def test_the_distance_has_a_gradient_that_leads_to_the_person(network):
+def test_gradient_descent_reduces_the_identity_distance(network):
     """A few steps down the gradient bring a blurred face nearer to the sharp one."""
-    pixels = picture()
+    pixels = portrait()
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     maps = torch.from_numpy(face_map(pixels))[None]
     target = network(cut_faces(image, maps))
@@ -66,7 +66,7 @@ def test_the_distance_has_a_gradient_that_leads_to_the_person(network):
 
 
 @pytest.mark.parametrize("damage", ["cut", "other"])
-def test_another_file_is_refused(tmp_path, damage):
+def test_a_file_without_the_network_is_refused(tmp_path, damage):
     whole = (face_models() / RECOGNIZER).read_bytes()
     (tmp_path / "net.dat").write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"not a network")
     with pytest.raises(BadFileError, match="does not hold dlib's face recognizer"):

@@ -40,7 +40,7 @@ def read_by(source, rows):
 
 @pytest.mark.parametrize("size", [(50, 31), (21, 13), (75, 40), (200, 90), (5, 3), (1, 1)])
 @pytest.mark.parametrize("antialias", [False, True])
-def test_resizing_by_rows_is_resizing_the_whole(size, antialias):
+def test_resizing_by_rows_equals_resizing_the_whole_image(size, antialias):
     image = noise(50, 31)
     expected = resize_bicubic(tensor(image), size, antialias)[0].numpy()  # PyTorch's own
     for rows in (1, 7, 1000):
@@ -48,14 +48,14 @@ def test_resizing_by_rows_is_resizing_the_whole(size, antialias):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)  # its positions are fp32
 
 
-def test_resizing_reads_the_rows_it_needs_alone():
+def test_resizing_reads_only_the_needed_rows():
     source = Whole(noise(1000, 4))
     Resized(source, 2000, 8, False).read(1000, 1010)
     ((start, stop),) = source.reads
     assert 490 <= start <= 499 and 505 <= stop <= 515
 
 
-def test_a_picture_of_the_right_size_passes_untouched():
+def test_an_image_of_the_target_size_is_not_changed():
     image = noise(9, 9)
     assert np.shares_memory(Resized(Whole(image), 9, 9, False).read(2, 5), image)
 
@@ -76,18 +76,18 @@ def test_padding_by_rows_is_reflection(height, width, bottom, right):
     assert np.array_equal(padded.read(height - 3, height + bottom), expected[:, height - 3 :])
 
 
-def test_small_pictures_repeat_their_edge():
+def test_small_images_are_padded_with_their_edge():
     padded = Padded(Whole(noise(4, 30)), Canvas(4, 30, 28, 2, 1, 1))
     expected = F.pad(tensor(noise(4, 30)), (0, 2, 0, 28), mode="replicate")[0].numpy()
     assert np.array_equal(read_by(padded, 5), expected)
 
 
-def test_a_rectangle_is_cut():
+def test_a_crop_reads_its_rectangle():
     assert np.array_equal(Cropped(Whole(noise(9, 8)), Tile(2, 3, 5, 4)).read(1, 3), noise(9, 8)[:, 3:5, 3:7])
 
 
 @pytest.mark.parametrize("kind", ["adain", "wavelet", "none"])
-def test_colours_are_fixed_as_in_the_whole(kind, monkeypatch):
+def test_colour_fix_by_rows_equals_the_whole_image(kind, monkeypatch):
     monkeypatch.setattr(canvases, "TALL", 16)
     monkeypatch.setattr("pfstorer_rt.imaging.rows.BAND_BYTES", 1)
     content, style = noise(150, 20, 1), noise(150, 20, 2) * np.float32(0.5) + np.float32(0.2)
@@ -98,7 +98,7 @@ def test_colours_are_fixed_as_in_the_whole(kind, monkeypatch):
         np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6)
 
 
-def test_statistics_are_taken_once():
+def test_statistics_are_computed_once():
     content = Whole(noise(30, 5))
     read_by(ColorFixed(content, Whole(noise(30, 5)), "adain"), 10)
     assert content.reads == [(0, 30), (0, 10), (10, 20), (20, 30)]

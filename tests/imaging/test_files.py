@@ -17,7 +17,7 @@ from pfstorer_rt.imaging import files as images
 from pfstorer_rt.imaging.files import load_image, save_image
 
 
-def picture(height=6, width=9, channels=3, seed=0):
+def sample(height=6, width=9, channels=3, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
@@ -56,7 +56,7 @@ def test_importing_the_module_does_not_import_torch():
 @pytest.mark.parametrize("size", [(1, 1), (3, 5000), (6, 9)])
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
 def test_lossless_rgb_is_read_exactly(tmp_path, size, kind):
-    values = picture(*size)
+    values = sample(*size)
     Image.fromarray(values).save(tmp_path / "a", kind)
     read = load_image(tmp_path / "a")
     assert np.array_equal(levels(read.pixels), values)
@@ -100,7 +100,7 @@ def test_exif_keeps_camera_and_place_but_not_the_old_size_or_layout(kind):
     exif.get_ifd(0x8825).update({1: "N"})
     for directory in (0x8769, 0x8825):
         exif[directory] = exif.get_ifd(directory)
-    read = load_image(stream(Image.fromarray(picture()), kind, exif=exif))
+    read = load_image(stream(Image.fromarray(sample()), kind, exif=exif))
     kept = Image.Exif()
     kept.load(read.exif)
     assert kept.get_ifd(0x8769) == {0x9003: "1936:03:01 12:00:00"}
@@ -108,15 +108,15 @@ def test_exif_keeps_camera_and_place_but_not_the_old_size_or_layout(kind):
     assert set(kept) == {0x0110, 0x0112, 0x8769, 0x8825}  # none of TIFF's strip offsets
 
 
-def test_damaged_exif_is_noted_and_the_picture_read():
-    values = picture()
+def test_an_image_with_damaged_exif_is_read_with_a_note():
+    values = sample()
     read = load_image(stream(Image.fromarray(values), "PNG", exif=b"Exif\0\0XX*\0nonsense"))
     assert np.array_equal(levels(read.pixels), values)
     assert read.exif is None and "EXIF" in read.notes[0]
 
 
 def test_grey_and_grey_alpha():
-    grey = picture(channels=2)
+    grey = sample(channels=2)
     read = load_image(stream(Image.fromarray(grey[..., 0]), "PNG"))
     assert np.array_equal(levels(read.pixels), np.repeat(grey[..., :1], 3, -1)) and read.alpha is None
     read = load_image(stream(Image.fromarray(grey, "LA"), "PNG"))
@@ -132,7 +132,7 @@ def test_16_bit_grey_keeps_its_depth(kind, dtype):
     np.testing.assert_allclose(pixels[..., 0], values / 65535, atol=1e-7)  # far below a step of 1.5e-5
 
 
-def test_16_bit_colour_is_read_as_8_bits_and_said():
+def test_16_bit_colour_is_read_as_8_bits_with_a_note():
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
@@ -155,7 +155,7 @@ def test_16_bit_grey_with_one_transparent_value():
     assert read.alpha.tolist() == [[1, 0, 1]]
 
 
-def test_float_grey_in_range_is_taken_and_out_of_range_refused():
+def test_float_grey_outside_0_to_1_is_refused():
     values = np.array([[0, 0.25, 1]], np.float32)
     np.testing.assert_allclose(load_image(stream(Image.fromarray(values), "TIFF")).pixels[..., 1], values)
     with pytest.raises(BadFileError) as raised:
@@ -180,7 +180,7 @@ def test_palette_without_and_with_transparency():
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_alpha_is_read_beside_untouched_colours(kind):
-    values = picture(channels=4)
+    values = sample(channels=4)
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
     read = load_image(stream(Image.fromarray(values), kind, **options))
     assert np.array_equal(levels(read.pixels), values[..., :3])
@@ -193,7 +193,7 @@ def test_rgb_with_a_transparent_colour():
     assert np.array_equal(levels(read.pixels), values) and read.alpha.tolist() == [[1, 0]]
 
 
-def test_cmyk_without_a_profile_is_the_plain_conversion_and_noted():
+def test_cmyk_without_a_profile_is_converted_by_formula_with_a_note():
     values = np.array([[[0, 0, 0, 0], [255, 0, 0, 0], [0, 0, 0, 255]]], np.uint8)
     read = load_image(stream(Image.fromarray(values, "CMYK"), "TIFF"))
     assert levels(read.pixels).tolist() == [[[255, 255, 255], [0, 255, 255], [0, 0, 0]]]
@@ -264,7 +264,7 @@ SRGB_XYZ = ((0.43607, 0.22250, 0.01393), (0.38506, 0.71688, 0.09710), (0.14308, 
 
 def test_profile_is_converted_to_srgb_by_the_formula():
     # sRGB's own primaries under gamma 1: the conversion is the sRGB curve (IEC 61966-2-1) and nothing else.
-    values = picture(16, 16)
+    values = sample(16, 16)
     linear = values / 255
     expected = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     image = Image.fromarray(values)
@@ -291,7 +291,7 @@ def matrix_srgb_profile():
 
 
 def test_srgb_profiles_change_nothing():
-    values = picture(64, 64)
+    values = sample(64, 64)
     for profile in (images.srgb_profile(), matrix_srgb_profile()):
         read = load_image(stream(Image.fromarray(values), "PNG", icc_profile=profile))
         assert np.array_equal(levels(read.pixels), values) and read.icc == images.srgb_profile()
@@ -325,8 +325,8 @@ def test_cmyk_with_a_profile_is_converted_by_it():
 
 
 @pytest.mark.parametrize("profile", [b"not a profile", cmyk_profile((128, 128, 128)), grey_profile(1.0)])
-def test_useless_profiles_are_noted_and_ignored(profile):
-    values = picture()
+def test_unusable_profiles_are_ignored_with_a_note(profile):
+    values = sample()
     read = load_image(stream(Image.fromarray(values), "PNG", icc_profile=profile))
     assert np.array_equal(levels(read.pixels), values)
     assert read.icc is None and "colour profile ignored" in read.notes[0] and "\n" not in read.notes[0]
@@ -355,7 +355,7 @@ def test_first_frame_of_several_is_read_and_noted(kind):
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
 @pytest.mark.parametrize("kind", ["GIF", "TIFF"])
 def test_damaged_later_frames_do_not_hide_the_first(kind):
-    frames = [Image.fromarray(picture(20, 20, seed=k)).quantize() for k in range(4)]
+    frames = [Image.fromarray(sample(20, 20, seed=k)).quantize() for k in range(4)]
     data = stream(frames[0], kind, save_all=True, append_images=frames[1:]).getvalue()
     for kept in range(len(data) // 2, len(data), 29):
         read = load_image(io.BytesIO(data[:kept]))
@@ -387,7 +387,7 @@ def test_missing_empty_folder_and_foreign_files(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"])
 def test_every_truncation_is_a_clear_error(kind):
-    image = Image.fromarray(picture(40, 40))
+    image = Image.fromarray(sample(40, 40))
     data = stream(image, kind, **({"compression": "tiff_lzw"} if kind == "TIFF" else {})).getvalue()
     for kept in (1, 3, 10, 30, len(data) // 4, len(data) // 2, len(data) * 3 // 4):
         with pytest.raises(BadFileError) as raised:
@@ -398,7 +398,7 @@ def test_every_truncation_is_a_clear_error(kind):
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF"])
 def test_random_damage_is_read_or_refused_but_never_crashes(kind):
-    data = bytearray(stream(Image.fromarray(picture(24, 24)), kind).getvalue())
+    data = bytearray(stream(Image.fromarray(sample(24, 24)), kind).getvalue())
     rng = np.random.default_rng(3)
     for _ in range(40):
         broken = bytearray(data)
@@ -418,14 +418,14 @@ def test_too_many_pixels_is_refused_before_decoding():
     one_line(raised, "300 x 200", "59999", "raise the limit")
 
 
-def test_our_limit_replaces_that_of_pillow(monkeypatch):
+def test_pillows_pixel_limit_is_not_used(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     data = stream(Image.new("L", (30, 20)), "PNG")
     assert load_image(data).pixels.shape == (20, 30, 3)
     assert Image.MAX_IMAGE_PIXELS == 100
 
 
-def test_no_read_permission(tmp_path, monkeypatch):
+def test_a_file_without_read_permission_is_refused(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -437,7 +437,7 @@ def test_no_read_permission(tmp_path, monkeypatch):
 
 
 def test_a_pipe_is_read_to_its_end():
-    values = picture()
+    values = sample()
     data = stream(Image.fromarray(values), "PNG").getvalue()
     reading, writing = os.pipe()
     with os.fdopen(writing, "wb") as end:
@@ -453,7 +453,7 @@ def test_read_and_write_again_changes_nothing(tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x0110] = 6, "Leica"
     source = tmp_path / "a.png"
-    Image.fromarray(picture(channels=4)).save(source, exif=exif, icc_profile=matrix_profile(SRGB_XYZ, gamma_curve(1.8)))
+    Image.fromarray(sample(channels=4)).save(source, exif=exif, icc_profile=matrix_profile(SRGB_XYZ, gamma_curve(1.8)))
     once = load_image(source)
     save_image(tmp_path / "b.png", once.pixels, alpha=once.alpha, icc=once.icc, exif=once.exif)
     twice = load_image(tmp_path / "b.png")
@@ -463,7 +463,7 @@ def test_read_and_write_again_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_strips_of_a_turned_picture_are_the_turned_picture(turn, monkeypatch):
+def test_a_rotated_image_is_read_by_rows(turn, monkeypatch):
     from PIL import ImageOps
 
     monkeypatch.setattr("pfstorer_rt.imaging.rows.BAND_BYTES", 1)  # a row at a time

@@ -46,7 +46,7 @@ def test_pixels_become_a_band_and_back():
     assert np.isnan(to_pixels(np.float32([[[np.nan]]]))).all()
 
 
-def test_a_large_picture_is_not_in_memory(place):
+def test_a_large_image_is_not_in_memory(place):
     spool = Spool(64, 64)
     assert (spool._file is None) == (place == "memory") and (spool._array is None) == (place == "file")
 
@@ -58,7 +58,7 @@ def test_an_array_is_wrapped_without_a_copy():
     assert (spool.height, spool.width, spool.channels) == (2, 4, 3) and spool.read(1, 2)[0, 0, 2] == 5
 
 
-def test_a_full_disk_says_where_and_what_to_do(monkeypatch):
+def test_a_full_disk_is_reported_with_advice(monkeypatch):
     monkeypatch.setattr(spools, "IN_MEMORY", 0)
 
     class Full:

@@ -15,7 +15,7 @@ from pfstorer_rt.imaging import files as images
 from pfstorer_rt.imaging.files import encode_image, load_image, save_image
 
 
-def picture(height=6, width=9, channels=3, seed=0):
+def sample(height=6, width=9, channels=3, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
@@ -48,14 +48,14 @@ def one_line(raised, *words):
 
 @pytest.mark.parametrize("suffix", [".png", ".TIF", ".tiff", ".bmp"])
 def test_lossless_round_trip(tmp_path, suffix):
-    values = picture()
+    values = sample()
     save_image(tmp_path / f"a{suffix}", values / np.float32(255))
     assert np.array_equal(np.asarray(Image.open(tmp_path / f"a{suffix}")), values)
     assert np.array_equal(levels(load_image(tmp_path / f"a{suffix}").pixels), values)
 
 
 @pytest.mark.parametrize(("suffix", "kind"), [(".jpg", "JPEG"), (".jpeg", "JPEG"), (".webp", "WEBP")])
-def test_lossy_formats_keep_colours_and_heed_quality(tmp_path, suffix, kind):
+def test_lossy_formats_keep_colours_and_follow_the_quality(tmp_path, suffix, kind):
     values = np.ascontiguousarray(images.from_tensor(smooth(40, 60)))
     sizes = []
     for quality in (30, 95):
@@ -88,7 +88,7 @@ def test_every_level_survives_every_float_type(dtype):
 
 @pytest.mark.parametrize("format", ["png", "webp", "tif"])
 def test_alpha_is_kept_where_the_format_has_it(format):
-    values = picture(channels=4)
+    values = sample(channels=4)
     data = encode_image(values[..., :3] / 255.0, format, alpha=values[..., 3] / 255.0)
     found = np.asarray(Image.open(io.BytesIO(data)))
     assert np.array_equal(found[..., 3], values[..., 3])
@@ -97,7 +97,7 @@ def test_alpha_is_kept_where_the_format_has_it(format):
 
 
 @pytest.mark.parametrize("format", ["jpg", "bmp"])
-def test_alpha_is_laid_over_white_elsewhere(format):
+def test_alpha_is_composited_over_white_in_other_formats(format):
     values = np.full((16, 16, 4), (200, 100, 0, 64), np.uint8)
     white = Image.new("RGBA", (16, 16), "white")
     expected = np.asarray(Image.alpha_composite(white, Image.fromarray(values)).convert("RGB"), int)
@@ -107,11 +107,11 @@ def test_alpha_is_laid_over_white_elsewhere(format):
 
 
 @pytest.mark.parametrize("format", ["png", "jpg", "webp", "tif"])
-def test_profile_and_exif_come_back(format):
+def test_profile_and_exif_are_saved(format):
     exif = Image.Exif()
     exif[0x0112], exif[0x013B] = 1, "Dorothea"
     exif[0x8769], exif[0x8825] = {0x9003: "1936:03:01 12:00:00"}, {1: "N"}
-    data = encode_image(picture() / 255.0, format, icc=images.srgb_profile(), exif=exif.tobytes())
+    data = encode_image(sample() / 255.0, format, icc=images.srgb_profile(), exif=exif.tobytes())
     image = Image.open(io.BytesIO(data))
     assert image.info["icc_profile"] == images.srgb_profile()
     assert image.getexif()[0x013B] == "Dorothea" and image.getexif()[0x0112] == 1
@@ -119,16 +119,16 @@ def test_profile_and_exif_come_back(format):
     assert image.getexif().get_ifd(0x8825)[1] == "N"
 
 
-def test_nothing_is_embedded_unasked():
+def test_nothing_is_embedded_by_default():
     for format in ("png", "jpg", "webp"):
-        info = Image.open(io.BytesIO(encode_image(picture() / 255.0, format))).info
+        info = Image.open(io.BytesIO(encode_image(sample() / 255.0, format))).info
         assert "icc_profile" not in info and "exif" not in info
 
 
 def test_exif_too_long_for_jpeg_is_left_out():
     exif = Image.Exif()
     exif[0x010E] = "x" * 70_000
-    data = encode_image(picture() / 255.0, "jpg", exif=exif.tobytes())
+    data = encode_image(sample() / 255.0, "jpg", exif=exif.tobytes())
     assert not Image.open(io.BytesIO(data)).getexif()
 
 
@@ -145,7 +145,7 @@ def test_bytes_are_the_same_in_another_process(format):
     assert encode_image(pixels, format, icc=images.srgb_profile()) == other
 
 
-def test_profile_has_no_clock_in_it():
+def test_the_profile_contains_no_time():
     made = images.srgb_profile()
     assert made[24:36].hex() == "07d000010001000000000000"
     assert ImageCms.getProfileName(ImageCms.ImageCmsProfile(io.BytesIO(made))).startswith("sRGB")
@@ -179,7 +179,7 @@ def test_existing_file_needs_overwrite(tmp_path):
     assert Image.open(path).size == (2, 2)
 
 
-def test_full_disk_keeps_the_old_picture(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(b"precious")
 
@@ -192,7 +192,7 @@ def test_full_disk_keeps_the_old_picture(tmp_path, monkeypatch):
     assert path.read_bytes() == b"precious" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_unwritable_places(tmp_path):
+def test_unwritable_paths_are_reported(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
     for path in (tmp_path / "file" / "a.png", tmp_path / "missing" / "a.png", tmp_path / "folder.png"):
@@ -202,14 +202,14 @@ def test_unwritable_places(tmp_path):
 
 
 @pytest.mark.parametrize(("suffix", "side"), [(".webp", 16384), (".jpg", 65501)])
-def test_formats_with_a_size_limit_say_so(tmp_path, suffix, side):
+def test_images_too_large_for_a_format_are_refused(tmp_path, suffix, side):
     with pytest.raises(PFStorerError) as raised:
         save_image(tmp_path / f"a{suffix}", np.zeros((1, side, 3), np.float32))
     one_line(raised, str(side), "png")
     save_image(tmp_path / f"a{suffix}", np.zeros((1, side - 1, 3), np.float32))  # the limit is the real one
 
 
-def test_wrong_arguments_are_the_callers_mistake():
+def test_invalid_arguments_raise_value_error():
     pixels = np.zeros((2, 2, 3))
     for call in (
         lambda: encode_image(pixels.astype(np.uint8)),
@@ -227,11 +227,11 @@ def test_wrong_arguments_are_the_callers_mistake():
 
 
 def test_tensors_are_planes_from_minus_one_to_one():
-    pixels = picture().astype(np.float32) / 255
+    pixels = sample().astype(np.float32) / 255
     tensor = images.to_tensor(pixels)
     assert tensor.shape == (1, 3, 6, 9) and tensor.dtype == torch.float32
     assert tensor[0, 1, 2, 3].item() == pytest.approx(float(pixels[2, 3, 1]) * 2 - 1)
-    assert np.array_equal(levels(images.from_tensor(tensor)), picture())
+    assert np.array_equal(levels(images.from_tensor(tensor)), sample())
     assert images.to_tensor(pixels[::-1, ::-1]).shape == (1, 3, 6, 9)  # negative strides
 
 
@@ -266,7 +266,7 @@ def test_enlarging_is_the_cubic_convolution_and_is_clamped():
     assert out[0, 0, 6, 5].item() == pytest.approx(max(-1, expected), abs=1e-5)
 
 
-def test_adain_gives_the_statistics_of_the_style():
+def test_adain_result_has_the_statistics_of_the_style():
     content, style = smooth(20, 30, 1) * 0.5 + 0.1, smooth(24, 12, 2)
     out = color.adain_color_fix(content, style).numpy()
     c, s = content.numpy().astype(np.float64), style.numpy().astype(np.float64)
@@ -279,7 +279,7 @@ def test_adain_gives_the_statistics_of_the_style():
     np.testing.assert_allclose(out, (c - cm) / cs * ss + sm, atol=1e-5)
 
 
-def test_adain_of_flat_and_single_pixel_pictures_is_finite():
+def test_adain_of_flat_and_single_pixel_images_is_finite():
     flat = torch.full((1, 3, 8, 8), 0.3)
     np.testing.assert_allclose(color.adain_color_fix(flat, smooth(8, 8)).var(), 0, atol=0.2)
     one = color.adain_color_fix(torch.zeros(1, 3, 1, 1), torch.full((1, 3, 1, 1), 0.5))
@@ -319,7 +319,7 @@ def test_wavelet_agrees_with_the_published_loop_at_any_size(size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_color_fixes_take_half_precision(dtype):
+def test_color_fixes_accept_half_precision(dtype):
     content, style = smooth(9, 9, 1), smooth(9, 9, 2)
     for kind in ("adain", "wavelet"):
         out = color.color_fix(content.to(dtype), style.to(dtype), kind)
@@ -329,7 +329,7 @@ def test_color_fixes_take_half_precision(dtype):
         assert error < 8 * torch.finfo(dtype).eps
 
 
-def test_color_fix_dispatch():
+def test_color_fix_chooses_the_method_by_name():
     content, style = smooth(9, 9, 1), smooth(9, 9, 2)
     assert color.color_fix(content, style, "none") is content
     assert torch.equal(color.color_fix(content, style, "adain"), color.adain_color_fix(content, style))

@@ -98,7 +98,7 @@ def test_compaction_keeps_the_order():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strides(dtype, normal, differentiate, assert_close):
+def test_strided_inputs_give_the_same(dtype, normal, differentiate, assert_close):
     # Heads cut from one projection of q, k and v together; a value whose last axis is not dense; an expanded key.
     q, k, v = normal(3, 17, 3, 2, 40, dtype=dtype).permute(2, 0, 3, 1, 4)
     v = v.transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -124,7 +124,7 @@ def test_scores_beyond_the_largest_half(normal, assert_close):
     assert out.isfinite().all()
 
 
-def test_what_it_does_not_take(normal):
+def test_unsupported_head_sizes_and_types_are_refused(normal):
     for d in (HEAD_SIZES.start - 1, HEAD_SIZES.stop):
         with pytest.raises(ValueError, match=rf"head sizes are 32 to 128, this is {d}; use scaled_dot"):
             attention(*(normal(1, 1, 4, d) for _ in range(3)))

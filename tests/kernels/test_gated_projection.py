@@ -93,7 +93,7 @@ def test_strength_of_each_row_without_a_bias(normal, assert_close):
     assert_close(out, reference.gated_projection(h.float(), weight.float(), None, *wide, gamma, strength), 1e-4)
 
 
-def test_strides(normal, assert_close):
+def test_strided_inputs_give_the_same(normal, assert_close):
     h, weight, bias, stream, x, gamma, strength = make(normal, (2, 17, 40, 24), torch.float16)
     h = h.transpose(1, 2).contiguous().transpose(1, 2)
     x = torch.cat([x, x], -1)[..., :24]

@@ -21,14 +21,14 @@ def test_geglu(shape, dtype, normal, differentiate, assert_close):
         assert_close(one, other, 1e-5)  # all is fp32 and rounded once; values reach some tens
 
 
-def test_it_is_the_layer_of_the_unet(normal, assert_close):
+def test_geglu_equals_the_layer_of_the_unet(normal, assert_close):
     layer = GEGLU(8, 12)
     x = normal(2, 5, 8, dtype=torch.float32).cpu()
     with torch.no_grad():
         assert_close(reference.geglu(layer.proj(x)), layer(x), 1e-6)
 
 
-def test_strides(normal, assert_close):
+def test_strided_inputs_give_the_same(normal, assert_close):
     x = normal(3, 24, 17).transpose(1, 2)
     assert_close(geglu(x), reference.geglu(x.float()), 1e-5)
     wide = normal(3, 17, 64)[..., :48]

@@ -44,7 +44,7 @@ def test_every_kernel_has_definition_row_test_and_benchmark():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_benchmarks_say_what_is_missing(name, benchmark_script, monkeypatch, tmp_path):
+def test_benchmarks_without_a_gpu_write_nothing(name, benchmark_script, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     output = tmp_path / "a.csv"
     result = CliRunner().invoke(benchmark_script(name).main, ["-o", str(output)])
@@ -61,7 +61,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_all_ways_of_a_benchmark_compute_the_same(name, benchmark_script, monkeypatch, device):
+def test_all_implementations_of_a_benchmark_agree(name, benchmark_script, monkeypatch, device):
     script = benchmark_script(name)
     for constant, value in SMALL[name].items():
         monkeypatch.setattr(script, constant, value)

@@ -78,14 +78,14 @@ def test_a_large_mean_costs_no_precision(normal, assert_close):
     assert_close(spade_norm(x, weight, bias, 2), expected.float(), 1e-3)
 
 
-def test_maps_whose_rows_are_cut_out(normal, assert_close):
+def test_strided_maps_give_the_same(normal, assert_close):
     x, weight, bias = normal(2, 8, 9, 12)[:, :, 1:8, 2:9], normal(8), normal(8)
     scale, shift = normal(1, 8, 7, 7).expand(2, -1, -1, -1), normal(2, 7, 7, 8).permute(0, 3, 2, 1)
     expected = reference.spade_norm(*(t.float() for t in (x, weight, bias)), 4, 1e-5, scale.float(), shift.float())
     assert_close(spade_norm(x, weight, bias, 4, 1e-5, scale, shift), expected, 1e-4)
 
 
-def test_what_it_does_not_take(normal):
+def test_unsupported_calls_are_refused(normal):
     (x, weight, bias, scale, _), _ = make(normal, (1, 6, 2, 2, 3), torch.float16, torch.channels_last)
     with pytest.raises(ValueError, match="together"):
         spade_norm(x, weight, bias, 3, scale=scale)

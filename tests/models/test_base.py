@@ -33,7 +33,7 @@ def weights_file(folder):
     return file
 
 
-def test_a_saved_base_is_loaded_whole(nano_base, nano_base_dir):
+def test_a_saved_base_is_loaded_unchanged(nano_base, nano_base_dir):
     loaded = load_base(nano_base_dir)
     assert loaded.config == nano_base.config
     assert loaded.path == nano_base_dir
@@ -57,7 +57,7 @@ def test_fingerprint_is_the_hash_of_the_tensors_on_disk(nano_base, nano_base_dir
     assert nano_base.fingerprint == fingerprint_modules(nano_base.modules()) == digest.hexdigest()
 
 
-def test_half_precision_rounds_memory_and_disk_alike(tmp_path):
+def test_saving_in_fp16_rounds_memory_and_disk_equally(tmp_path):
     base = build_base("nano", seed=3)
     before = base.fingerprint
     base.save(tmp_path / "half", torch.float16)
@@ -79,7 +79,7 @@ def test_saving_twice_gives_the_same_bytes(nano_base_dir, tmp_path):
         assert (again / file).read_bytes() == (nano_base_dir / file).read_bytes(), file
 
 
-def test_a_seed_is_one_base():
+def test_a_seed_determines_the_base():
     state = torch.random.get_rng_state()
     first, same, other = build_base("nano", 1), build_base("nano", 1), build_base("nano", 2)
     assert first.fingerprint == same.fingerprint != other.fingerprint
@@ -111,7 +111,7 @@ def test_one_changed_weight_changes_the_fingerprint(copied):
     assert fingerprint_directory(copied) != before
 
 
-def test_the_directory_is_diffusers_own(nano_base, nano_base_dir):
+def test_the_directory_has_diffusers_layout(nano_base, nano_base_dir):
     config = UNet2DConditionModel.load_config(nano_base_dir / "unet")
     assert tuple(config["block_out_channels"]) == (8, 16, 16, 16)
     scheduler = DDPMScheduler.from_pretrained(nano_base_dir / "scheduler")
@@ -131,7 +131,7 @@ def test_encode_and_decode_sizes(nano_base):
         assert torch.equal(nano_base.encode(image, torch.Generator().manual_seed(0)), latent)
 
 
-def test_prompts(nano_base):
+def test_prompts_are_encoded_with_the_learned_token(nano_base):
     with torch.no_grad():
         empty, face = nano_base.encode_prompt(), nano_base.encode_prompt("a photo of a face")
         assert empty.shape == (1, 24, 32)
@@ -159,7 +159,7 @@ def test_bases_are_found_by_path_and_by_shipped_name(nano_base_dir, tmp_path, mo
 @pytest.mark.parametrize(
     "part, key", [("text", "attn_implementation"), ("text", "_attn_implementation"), ("unet", "x"), ("vae", "x")]
 )
-def test_a_base_names_no_code(copied, part, key):
+def test_a_base_cannot_name_code_to_run(copied, part, key):
     """transformers fetches and runs an attention that is named as a repository."""
     config = json.loads((copied / "config.json").read_text())
     config[part][key] = "somebody/kernels"
@@ -168,7 +168,7 @@ def test_a_base_names_no_code(copied, part, key):
         load_base(copied)
 
 
-def test_the_autoencoder_of_feature_wrapping_names_no_code(copied):
+def test_the_autoencoder_of_feature_wrapping_cannot_name_code_to_run(copied):
     config = json.loads((copied / "config.json").read_text())
     config["cfw"] = {"vae": {"class": "AutoencoderKL", "quantization_config": {}}}
     (copied / "config.json").write_text(json.dumps(config))
@@ -187,7 +187,7 @@ def test_a_base_without_a_noise_schedule_is_not_looked_up_on_the_hub(copied, mon
     assert asked == []
 
 
-def test_a_base_has_a_plain_name(copied):
+def test_a_base_with_a_path_as_name_is_refused(copied):
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps({**config, "name": "../x"}))
     with pytest.raises(BadFileError, match=r"name '\.\./x', expected letters"):
@@ -303,7 +303,7 @@ def test_a_save_replaces_the_base_and_nothing_else(copied, nano_base_dir):
     assert (copied / "README.md").read_text() == "mine" and not (copied / "cfw").exists()
 
 
-def test_a_base_that_the_disk_has_no_room_for_is_refused_before_anything_is_written(copied, monkeypatch):
+def test_too_little_disk_space_is_reported_before_a_base_is_written(copied, monkeypatch):
     base = load_base(copied)
     size = sum(t.numel() * 2 for m in base.modules().values() for t in m.state_dict().values())
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=size - 1))
@@ -325,7 +325,7 @@ def test_a_copy_shares_the_weights_but_neither_types_nor_kernels(nano_base):
     assert copy.fingerprint == nano_base.fingerprint
 
 
-def test_a_base_restores_with_its_own_schedule(nano_base, tmp_path, make_picture):
+def test_a_base_restores_with_its_own_schedule(nano_base, tmp_path, make_image):
     schedule = Schedule(beta_end=0.03)
     replace(nano_base, schedule=schedule).save(tmp_path / "other")
     loaded = load_base(tmp_path / "other")
@@ -334,7 +334,7 @@ def test_a_base_restores_with_its_own_schedule(nano_base, tmp_path, make_picture
     for base in (nano_base, loaded):
         with Restorer.from_base(base, device="cpu") as restorer:
             assert restorer.manifest.schedule == base.schedule
-            results.append(restorer.restore(make_picture(64, 64), RestoreConfig(steps=2, color_fix="none")))
+            results.append(restorer.restore(make_image(64, 64), RestoreConfig(steps=2, color_fix="none")))
     assert np.abs(results[0] - results[1]).max() > 0.01
     # Training uses the same numbers.
     objective = RestorerObjective(loaded)

@@ -155,7 +155,7 @@ def relative(found, expected):
 
 @pytest.mark.parametrize("cfw_seed", [1, 2], ids=["the base's autoencoder", "an autoencoder of its own"])
 @torch.no_grad()
-def test_an_imported_decoder_computes_the_formulas(sd, tmp_path, monkeypatch, cfw_seed):
+def test_an_imported_decoder_agrees_with_the_formulas(sd, tmp_path, monkeypatch, cfw_seed):
     base = imported(sd, tmp_path, monkeypatch, 1, cfw_seed)
     assert (base.cfw.autoencoder is None) == (cfw_seed == 1)
     first, wrapped = drawn(1), drawn(cfw_seed)
@@ -178,14 +178,14 @@ def test_an_imported_decoder_computes_the_formulas(sd, tmp_path, monkeypatch, cf
 
 
 @torch.no_grad()
-def test_weight_0_is_the_plain_decoder():
+def test_weight_0_equals_the_plain_decoder():
     base = build_base(CONFIG, seed=1)
     image = images().float()
     latent = base.encode(image)
     assert torch.equal(base.decode(latent, base.features(image), 0.0), base.decode(latent))
 
 
-def test_a_checkpoint_without_fusion_layers_is_no_cfw():
+def test_a_checkpoint_without_fusion_layers_is_refused():
     with pytest.raises(BadFileError, match=r"fusion_layer.*vqgan_cfw"):
         convert_cfw({"encoder.conv_in.weight": torch.ones(1)}, {}, CONFIG)
 

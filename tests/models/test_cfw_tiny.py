@@ -61,7 +61,7 @@ def test_feature_wrapping_computes_the_formula(base):
 
 
 @torch.no_grad()
-def test_untrained_or_with_weight_0_feature_wrapping_is_the_plain_decoder(base):
+def test_untrained_feature_wrapping_and_weight_0_equal_the_plain_decoder(base):
     image, latent = images(), base.encode(images(1))
     assert torch.equal(base.decode(latent, base.features(image), 0.0), base.decode(latent))
     untrained = build_base(CONFIG, seed=1)

@@ -68,7 +68,7 @@ def test_the_latent_is_scaled_both_ways(vae):
     torch.testing.assert_close(decode(scaled, torch.ones(1, 6, 2, 2)), decode(vae, torch.full((1, 6, 2, 2), 2.0)))
 
 
-def test_it_is_saved_in_diffusers_layout(vae, tmp_path):
+def test_the_autoencoder_is_saved_in_diffusers_layout(vae, tmp_path):
     vae.save_pretrained(tmp_path)
     again = PatchAutoencoder.from_pretrained(tmp_path)
     assert torch.equal(encode_moments(again, images())[0], encode_moments(vae, images())[0])
@@ -77,7 +77,7 @@ def test_it_is_saved_in_diffusers_layout(vae, tmp_path):
 # ---- feature wrapping
 
 
-def test_untrained_wrapping_is_the_plain_decoder(vae):
+def test_untrained_wrapping_equals_the_plain_decoder(vae):
     wrapping = PatchFeatureWrapping(levels=(2, 3), widths=(8, 12), growth=4)
     features = wrapping.features(vae, images())
     latent = encode_moments(vae, images(seed=1))[0]
@@ -85,7 +85,7 @@ def test_untrained_wrapping_is_the_plain_decoder(vae):
     assert torch.equal(wrapping(vae, latent, features, 1.0), decode(vae, latent))
 
 
-def test_wrapping_adds_to_what_enters_the_blocks_of_its_levels(vae):
+def test_wrapping_adds_to_the_inputs_of_the_blocks_of_its_levels(vae):
     wrapping = randomized(PatchFeatureWrapping(levels=(3,), widths=(12,), growth=4), seed=1)
     latent = encode_moments(vae, images(seed=1))[0]
     features = wrapping.features(vae, images())

@@ -64,17 +64,17 @@ def objective(nano_base):
     return make
 
 
-def test_the_identity_matters(nano_base, nano_identity):
+def test_an_identity_changes_the_prediction(nano_base, nano_identity):
     assert (predict(nano_base, nano_identity) - predict(nano_base)).abs().max() > 0.05
 
 
-def test_gamma_zero_is_the_base_bit_for_bit(nano_base, make_nano_identity):
+def test_gamma_zero_equals_the_base_bit_for_bit(nano_base, make_nano_identity):
     identity = make_nano_identity(gammas=(0.0,) * 4)
     assert torch.equal(predict(nano_base, identity), predict(nano_base))
 
 
 @pytest.mark.parametrize("settings", [{}, {"ref_source": "self"}])
-def test_strength_zero_is_the_base_bit_for_bit(nano_base, make_nano_identity, settings):
+def test_strength_zero_equals_the_base_bit_for_bit(nano_base, make_nano_identity, settings):
     identity = make_nano_identity(**settings)
     assert torch.equal(predict(nano_base, identity, 0.0), predict(nano_base))
     assert torch.equal(predict(nano_base, identity, torch.zeros(1)), predict(nano_base))
@@ -97,7 +97,7 @@ def vico_update(block, x, reference):
     return a + b.ff(b.norm3(a))
 
 
-def test_gamma_one_is_the_vico_update():
+def test_gamma_one_equals_the_update_of_vico():
     block = make_block()
     block.gamma.fill_(1.0)
     x, reference = normal(2, 12, 16), normal(2, 7, 16, seed=1)
@@ -132,7 +132,7 @@ def test_without_a_reference_tokens_attend_to_themselves_unnormalised():
     assert torch.allclose(block(x, None), a + b.ff(b.norm3(a)), rtol=0, atol=1e-5)
 
 
-def test_dropping_tokens_is_masking_them():
+def test_masking_tokens_equals_removing_them():
     block = make_block()
     block.gamma.fill_(1.0)
     x, reference = normal(2, 12, 16), normal(2, 9, 16, seed=1)
@@ -142,7 +142,7 @@ def test_dropping_tokens_is_masking_them():
     assert (masked - block(x, reference)).abs().max() > 1e-3
 
 
-def test_cached_reference_is_masked_attention_in_the_whole_model(nano_base, make_nano_identity):
+def test_a_cached_reference_equals_masked_attention_in_the_unet(nano_base, make_nano_identity):
     identity = make_nano_identity()
     masks = [identity.tensors[f"mask.{i}"] for i in range(4)]
     assert any(0 < int(m.sum()) < m.numel() for m in masks)
@@ -174,7 +174,7 @@ def mask_by_loops(row):
 
 
 @pytest.mark.parametrize("power", [0.25, 1, 4, 12])
-def test_reference_mask_is_otsus(power):
+def test_reference_mask_uses_otsus_threshold(power):
     maps = torch.rand(40, 37, generator=torch.Generator().manual_seed(1)) ** power * 1e-3
     found = reference_mask(maps)
     assert found.dtype == torch.bool
@@ -182,7 +182,7 @@ def test_reference_mask_is_otsus(power):
     assert 0 < found.float().mean() < 1
 
 
-def test_reference_mask_of_awkward_maps():
+def test_reference_mask_equals_a_loop_for_unusual_maps():
     rows = [
         [0.2] * 6,  # constant: everything is kept
         [0.0] * 6,
@@ -204,7 +204,7 @@ def test_low_rank_is_a_product_of_two_matrices():
     assert torch.allclose(linear(x).double(), x.double() @ matrix.T + linear.up.bias.double(), rtol=0, atol=1e-5)
 
 
-def test_low_rank_replaces_what_it_makes_smaller():
+def test_low_rank_replaces_only_larger_layers():
     whole, low = make_block(64, 8), make_block(64, 8, rank=4)
     sizes = [sum(p.numel() for p in block.parameters()) for block in (whole, low)]
     assert sizes[1] < sizes[0] / 4
@@ -226,7 +226,7 @@ def test_unknown_layers_are_refused(nano_base):
         build_blocks(nano_base.unet, ("up_blocks.0.resnets.0",), 8)
 
 
-def test_all_rows_share_one_reference():
+def test_rows_of_a_batch_share_one_reference():
     block = make_block()
     block.gamma.fill_(1.0)
     x, reference = normal(3, 4, 16), normal(1, 5, 16, seed=1)
@@ -265,7 +265,7 @@ def gradients(objective, batch, loss="loss"):
     return {n: 0.0 if p.grad is None else p.grad.abs().max().item() for n, p in objective.named_parameters()}
 
 
-def test_at_the_start_only_gamma_moves(objective):
+def test_only_gamma_has_a_gradient_at_the_start(objective):
     found = gradients(objective(lambda_pers=0.0), make_batch())
     moving = {name for name, size in found.items() if size > 0}
     assert moving == {f"blocks.{i}.gamma" for i in range(4)}
@@ -280,7 +280,7 @@ def test_without_lambda_gen_no_null_row_is_run(objective, nano_base):
     assert all(found[f"blocks.{i}.gamma"] > 0 for i in range(4))
 
 
-def test_the_token_moves_by_its_own_loss(objective):
+def test_the_token_has_a_gradient_from_its_own_loss(objective):
     found = gradients(objective(), make_batch(), "pers")
     assert {name for name, size in found.items() if size > 0} == {"token"}
 
@@ -295,7 +295,7 @@ def test_vico_has_no_gamma_to_learn(objective):
         assert all(size > 0 for size in weights.values()), weights
 
 
-def test_the_base_gets_no_gradient(objective, nano_base):
+def test_the_base_has_no_gradient(objective, nano_base):
     made = objective(gamma=0.5)
     made(make_batch())["loss"].backward()
     for name, module in nano_base.modules().items():
@@ -305,7 +305,7 @@ def test_the_base_gets_no_gradient(objective, nano_base):
 
 @pytest.mark.parametrize("gen_rows", [1, 2, 5])
 @pytest.mark.parametrize("weighting", ["prediction", "x0"])
-def test_losses_of_an_untrained_identity_are_the_bases(objective, nano_base, weighting, gen_rows):
+def test_losses_of_an_untrained_identity_equal_the_bases(objective, nano_base, weighting, gen_rows):
     made = objective(lambda_gen=0.25, lambda_pers=0.125, weighting=weighting, gen_rows=gen_rows)
     batch = make_batch()
     with torch.no_grad():
@@ -329,7 +329,7 @@ def test_losses_of_an_untrained_identity_are_the_bases(objective, nano_base, wei
     assert losses["loss"].item() == pytest.approx(total, rel=1e-4)
 
 
-def test_conditions_of_the_rows(objective, nano_base):
+def test_each_row_has_its_condition(objective, nano_base):
     made, batch, seen = objective(), make_batch(), []
     handle = made.structure_encoder.register_forward_pre_hook(lambda module, args: seen.append(args))
     with torch.no_grad():
@@ -348,7 +348,7 @@ def test_conditions_of_the_rows(objective, nano_base):
 
 
 @torch.no_grad()
-def test_reference_dropout_hides_the_reference(objective):
+def test_reference_dropout_removes_the_reference(objective):
     made = objective(gamma=0.7)
     one, other = make_batch(use_self=True), make_batch(use_self=True)
     other["reference"] = -one["reference"]
@@ -357,7 +357,7 @@ def test_reference_dropout_hides_the_reference(objective):
     assert (made(one)["diff"] - made(other)["diff"]).abs() > 1e-6
 
 
-def test_a_subject_prompt_is_no_format_string(nano_base):
+def test_a_subject_prompt_may_contain_braces(nano_base):
     with pytest.raises(ValueError, match=r"expected \{\} in it"):
         subject_ids(nano_base, "a {0.__class__} of a {0}")
 
@@ -380,7 +380,7 @@ def test_the_cached_reference_equals_the_reference_in_training(objective, nano_b
         assert torch.equal(passed["mask"], mask)
 
 
-def test_l_pers_formula():
+def test_l_pers_equals_its_formula():
     maps = torch.rand(3, 10, 6, generator=torch.Generator().manual_seed(0))
     total = 0.0
     for row in maps.double():

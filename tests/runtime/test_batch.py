@@ -48,11 +48,11 @@ class Copying:
 
 
 @pytest.fixture
-def save(tmp_path, make_picture):
+def save(tmp_path, make_image):
     def write(name, seed=0):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((make_picture(24, 40, seed) * 255).round().astype(np.uint8)).save(path)
+        Image.fromarray((make_image(24, 40, seed) * 255).round().astype(np.uint8)).save(path)
         return path
 
     return write
@@ -85,7 +85,7 @@ def test_a_damaged_image_is_an_outcome_and_the_others_are_restored(save, tmp_pat
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_second_run_skips_results_of_a_folder_and_refuses_a_named_one(save, tmp_path):
+def test_a_second_run_skips_results_of_a_folder_and_refuses_a_named_result(save, tmp_path):
     source = save("in/a.png")
     restore_files(Copying(), [tmp_path / "in"], tmp_path / "out")
     assert [o.status for o in restore_files(Copying(), [tmp_path / "in"], tmp_path / "out")] == ["skipped"]
@@ -140,7 +140,7 @@ def test_settings_without_effect_are_found():
     assert not without_effect(Copying(sampler="ddim"), BatchConfig(RestoreConfig(eta=0.5), preview=True))
 
 
-def test_degraded_files_have_one_seed_after_the_other(save, tmp_path):
+def test_degraded_files_have_consecutive_seeds(save, tmp_path):
     import torch
 
     save("in/a.png", 1)

@@ -24,9 +24,9 @@ def test_time_grows_with_the_tiles(forecaster):
     assert small.seconds > 0 and large.seconds / small.seconds == pytest.approx(ratio, rel=0.5)
 
 
-def test_memory_grows_by_bytes_a_pixel_and_not_by_floats_of_pixels(forecaster):
+def test_memory_grows_by_few_bytes_per_pixel(forecaster):
     sides = np.array([4000, 8000, 16000])
     peaks = np.array([forecaster.predict(side, side).peak_bytes for side in sides])
     more = np.diff(peaks) / np.diff(sides.astype(np.int64) ** 2)
-    # 4 for Pillow, 2 for the latents of a nano base; a picture of floats alone would be 12.
+    # 4 for Pillow, 2 for the latents of a nano base; an image of floats alone would be 12.
     assert (more > 2).all() and (more < 9).all()

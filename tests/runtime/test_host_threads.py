@@ -14,7 +14,7 @@ def three_threads():
     torch.set_num_threads(before)
 
 
-def test_the_number_is_one_inside_and_the_old_one_afterwards():
+def test_one_thread_is_used_inside_and_the_old_number_afterwards():
     for wanted, inside in ((True, 1), (False, 3)):
         with one_host_thread(wanted):
             assert torch.get_num_threads() == inside

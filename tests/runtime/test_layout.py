@@ -14,7 +14,7 @@ def layout(height, width, variational=False, scale=1.0, **tile):
     return Layout.of(height, width, recipe, MANIFEST, variational)
 
 
-def test_a_small_image_is_one_tile_everywhere():
+def test_a_small_image_is_one_tile_in_every_network():
     found = layout(40, 60)
     assert found.canvas.padded == (64, 96) and found.squares == (Tile(0, 0, 64, 96),)
     assert found.tiles == (Tile(0, 0, 8, 8), Tile(0, 4, 8, 8))  # latent pixels

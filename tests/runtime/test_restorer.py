@@ -23,8 +23,8 @@ def tiles(**settings):
     return replace(CONFIG, tile=TileConfig(**settings))
 
 
-def test_a_seed_is_one_picture(restorer, make_picture):
-    pixels = make_picture(64, 70)
+def test_a_seed_determines_the_image(restorer, make_image):
+    pixels = make_image(64, 70)
     first, again = restorer.restore(pixels, CONFIG), restorer.restore(pixels.copy(), CONFIG)
     other = restorer.restore(pixels, replace(CONFIG, seed=1))
     assert np.array_equal(first, again)
@@ -33,9 +33,9 @@ def test_a_seed_is_one_picture(restorer, make_picture):
     assert first.shape == pixels.shape
 
 
-def test_the_global_generator_is_left_alone(restorer, make_picture):
+def test_the_global_generator_stays_unchanged(restorer, make_image):
     state = torch.random.get_rng_state()
-    restorer.restore(make_picture(64, 64), CONFIG)
+    restorer.restore(make_image(64, 64), CONFIG)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -59,28 +59,28 @@ def untiled(base, pixels, seed, kind, init="lq"):
 
 
 @pytest.mark.parametrize("init", ["lq", "noise"])
-def test_one_tile_is_untiled_bit_for_bit(restorer, nano_base, make_picture, init):
-    pixels = make_picture(64, 64)
+def test_one_tile_equals_the_untiled_pipeline_bit_for_bit(restorer, nano_base, make_image, init):
+    pixels = make_image(64, 64)
     found = restorer.restore(pixels, replace(CONFIG, seed=7, init=init))
     assert np.array_equal(found, untiled(nano_base, pixels, 7, adain_color_fix, init))
 
 
-def test_color_fix(restorer, nano_base, make_picture, monkeypatch):
-    pixels = make_picture(64, 64)
+def test_color_fix_is_adain_for_one_tile_and_wavelet_for_several(restorer, nano_base, make_image, monkeypatch):
+    pixels = make_image(64, 64)
     for name, fix in (("wavelet", wavelet_color_fix), ("none", lambda content, style: content)):
         found = restorer.restore(pixels, replace(CONFIG, color_fix=name))
         assert np.array_equal(found, untiled(nano_base, pixels, 0, fix))
     taken = []
     monkeypatch.setattr("pfstorer_rt.runtime.restorer.ColorFixed", lambda c, s, kind: taken.append(kind) or c)
     restorer.restore(pixels, CONFIG)
-    restorer.restore(make_picture(64, 96), CONFIG)
-    restorer.restore(make_picture(64, 96), replace(CONFIG, color_fix="adain"))
+    restorer.restore(make_image(64, 96), CONFIG)
+    restorer.restore(make_image(64, 96), replace(CONFIG, color_fix="adain"))
     assert taken == ["adain", "wavelet", "adain"]
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 500), (200, 70), (64, 64), (65, 64), (97, 131), (5, 7)])
-def test_any_size_is_restored(restorer, make_picture, height, width):
-    pixels = make_picture(height, width)
+def test_any_size_is_restored(restorer, make_image, height, width):
+    pixels = make_image(height, width)
     found = restorer.restore(pixels, CONFIG)
     assert found.shape == (height, width, 3)
     assert np.isfinite(found).all()
@@ -91,17 +91,17 @@ def test_any_size_is_restored(restorer, make_picture, height, width):
     ("height", "width", "scale", "size"),
     [(70, 101, 0.5, (35, 50)), (70, 101, 2.0, (140, 202)), (33, 65, 1.5, (50, 98)), (2, 3, 0.1, (1, 1))],
 )
-def test_scale_sets_the_size(restorer, make_picture, height, width, scale, size):
-    found = restorer.restore(make_picture(height, width), replace(CONFIG, scale=scale))
+def test_scale_sets_the_size(restorer, make_image, height, width, scale, size):
+    found = restorer.restore(make_image(height, width), replace(CONFIG, scale=scale))
     assert found.shape == (*size, 3)
     assert np.isfinite(found).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 65), (97, 131), (129, 300)])
 @pytest.mark.parametrize("color_fix", ["none", "auto"])
-def test_perfect_networks_give_the_picture_back(perfect, make_picture, height, width, color_fix):
+def test_perfect_networks_return_the_input(perfect, make_image, height, width, color_fix):
     # Cutting, padding, tiling, blending and cropping must all undo each other.
-    pixels = make_picture(height, width)
+    pixels = make_image(height, width)
     for tile in (TileConfig(), TileConfig("parity"), TileConfig(overlap=0, batch=3), CHOPPED):
         found = perfect.restore(pixels, replace(CONFIG, tile=tile, color_fix=color_fix))
         # x0 is recovered through a division by sqrt(abar) = 0.07 in fp32.
@@ -110,7 +110,7 @@ def test_perfect_networks_give_the_picture_back(perfect, make_picture, height, w
 
 @pytest.mark.parametrize(("height", "width"), [(96, 120), (40, 52), (30, 90)])
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
-def test_perfect_networks_only_resize(perfect, make_picture, height, width, scale):
+def test_perfect_networks_only_resize(perfect, make_image, height, width, scale):
     from PIL import Image
 
     y, x = np.mgrid[0:height, 0:width]
@@ -118,13 +118,13 @@ def test_perfect_networks_only_resize(perfect, make_picture, height, width, scal
     found = perfect.restore(pixels, replace(CONFIG, scale=scale, color_fix="none"))
     size = (round(width * scale), round(height * scale))
     planes = [np.asarray(Image.fromarray(pixels[..., c]).resize(size, Image.Resampling.BICUBIC)) for c in range(3)]
-    # Going up to a tile and down again, and Pillow's other cubic: 1 % on a smooth picture, a little more at the border.
+    # Going up to a tile and down again, and Pillow's other cubic: 1 % on a smooth image, a little more at the border.
     difference = np.abs(found - np.clip(np.stack(planes, -1), 0, 1))
     assert difference.mean() < 0.01
     assert difference.max() < 0.05
 
 
-def test_canvas_by_hand():
+def test_canvas_sizes_of_known_images():
     assert plan_canvas(64, 64, 64, 1.0) == Canvas(64, 64, 0, 0, 64, 64)
     assert plan_canvas(32, 48, 64, 1.0) == Canvas(64, 96, 0, 0, 32, 48)  # enlarged to a tile
     assert plan_canvas(100, 70, 64, 1.0) == Canvas(100, 70, 28, 26, 100, 70)  # padded to 32
@@ -137,7 +137,7 @@ def test_canvas_by_hand():
             plan_canvas(64, 64, 64, scale)
 
 
-def test_settings_default_to_the_engines(restorer):
+def test_settings_default_to_the_settings_of_the_engine(restorer):
     recipe = restorer.recipe()
     assert (recipe.steps, recipe.sampler, recipe.overlap, recipe.chop) == (4, "ddpm", 16, 1280)
     assert restorer.recipe(RestoreConfig(tile=TileConfig("parity"))).overlap == 32
@@ -172,15 +172,15 @@ def test_settings_default_to_the_engines(restorer):
         (RestoreConfig(cfw_weight=float("nan")), "cfw_weight nan"),
     ],
 )
-def test_impossible_settings_are_refused_before_any_work(counted, make_picture, config, message):
+def test_invalid_settings_are_refused_before_any_network_runs(counted, make_image, config, message):
     restorer, sessions = counted
     with pytest.raises(ValueError, match=message):
-        restorer.restore(make_picture(64, 64), config)
+        restorer.restore(make_image(64, 64), config)
     assert not sessions["encoder"].calls
 
 
-def test_strength_turns_the_person_up_and_down(personal, restorer, make_picture):
-    pixels = make_picture(64, 64)
+def test_strength_scales_the_effect_of_the_identity(personal, restorer, make_image):
+    pixels = make_image(64, 64)
     base = restorer.restore(pixels, CONFIG)
     results = {s: personal.restore(pixels, replace(CONFIG, strength=s)) for s in (0.0, 0.5, 1.0)}
     # Two plans: their folded constants may differ in the last bit, as BLAS picks kernels by memory alignment.
@@ -190,10 +190,10 @@ def test_strength_turns_the_person_up_and_down(personal, restorer, make_picture)
     assert 0 < distance[0.5] < distance[1.0]
 
 
-def test_strength_reaches_the_engine_as_a_float(personal, counting, make_picture):
+def test_strength_reaches_the_engine_as_a_float(personal, counting, make_image):
     denoiser = counting(personal.sessions["denoiser"])
     with Restorer(personal.manifest, {**personal.sessions, "denoiser": denoiser}, "torch") as made:
-        made.restore(make_picture(64, 64), replace(CONFIG, strength=1))
+        made.restore(make_image(64, 64), replace(CONFIG, strength=1))
     for name, shape in (("strength", (1,)), ("t", (1,))):
         assert {(call[name].dtype, call[name].shape) for call in denoiser.calls} == {(np.dtype(np.float32), shape)}
 
@@ -218,20 +218,20 @@ class Elsewhere(TensorSession):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("init", ["lq", "noise"])
-def test_latents_stay_where_the_denoiser_is(restorer, make_picture, sampler, init):
+def test_latents_stay_on_the_device_of_the_denoiser(restorer, make_image, sampler, init):
     sessions = {component: Elsewhere(component) for component in COMPONENTS}
     made = Restorer(replace(restorer.manifest, latent_channels=4, factor=8, tile=64), sessions, "elsewhere")
     config = RestoreConfig(steps=3, sampler=sampler, init=init, tile=TileConfig(batch=4))
-    assert made.restore(make_picture(96, 130), config).shape == (96, 130, 3)
+    assert made.restore(make_image(96, 130), config).shape == (96, 130, 3)
 
 
-def test_strength_does_nothing_without_a_person(restorer, make_picture):
-    pixels = make_picture(64, 64)
+def test_strength_has_no_effect_without_an_identity(restorer, make_image):
+    pixels = make_image(64, 64)
     assert np.array_equal(restorer.restore(pixels, replace(CONFIG, strength=0.3)), restorer.restore(pixels, CONFIG))
 
 
-def test_dreambooth_has_no_strength(nano_base, make_nano_identity, make_picture):
-    pixels = make_picture(64, 64)
+def test_dreambooth_has_no_strength(nano_base, make_nano_identity, make_image):
+    pixels = make_image(64, 64)
     with Restorer.from_base(nano_base, make_nano_identity(method="dreambooth"), device="cpu") as tuned:
         assert np.isfinite(tuned.restore(pixels, CONFIG)).all()
         with pytest.raises(ValueError, match="no gated blocks to scale"):
@@ -243,7 +243,7 @@ def test_an_identity_of_another_base_is_refused(nano_identity):
         Restorer.from_base(build_base("nano", seed=4), nano_identity, device="cpu")
 
 
-def test_values_that_are_not_finite_are_an_error(restorer, counting, make_picture):
+def test_values_that_are_not_finite_are_an_error(restorer, counting, make_image):
     class Broken(counting):
         def run(self, **arrays):
             return {name: array * np.float32("nan") for name, array in self.session.run(**arrays).items()}
@@ -252,11 +252,11 @@ def test_values_that_are_not_finite_are_an_error(restorer, counting, make_pictur
         sessions = dict(restorer.sessions)
         sessions[component] = Broken(sessions[component])
         with pytest.raises(PFStorerError, match="not finite"):
-            Restorer(restorer.manifest, sessions, "torch").restore(make_picture(64, 64), CONFIG)
+            Restorer(restorer.manifest, sessions, "torch").restore(make_image(64, 64), CONFIG)
 
 
-def test_the_engines_own_sampler_and_eta(restorer, make_picture):
-    pixels = make_picture(64, 64)
+def test_sampler_and_eta_change_the_result(restorer, make_image):
+    pixels = make_image(64, 64)
     ddim = replace(CONFIG, sampler="ddim", steps=3)
     one, other = (restorer.restore(pixels, replace(ddim, eta=eta)) for eta in (0.0, 1.0))
     assert np.abs(one - other).max() > 1e-3
@@ -264,7 +264,7 @@ def test_the_engines_own_sampler_and_eta(restorer, make_picture):
     assert np.allclose(other, ddpm, rtol=0, atol=1e-3)  # eta = 1 is DDPM
 
 
-def test_torch_works_in_one_thread_beside_an_engine_alone(restorer, counting, make_picture):
+def test_torch_uses_one_thread_only_beside_another_engine(restorer, counting, make_image):
     """Threads that spin after an operation of torch's would take the processor from the engine's own."""
     before, seen = torch.get_num_threads(), {}
 
@@ -277,7 +277,7 @@ def test_torch_works_in_one_thread_beside_an_engine_alone(restorer, counting, ma
     try:
         for backend in ("torch", "onnxruntime"):
             sessions = {name: Looking(session) for name, session in restorer.sessions.items()}
-            Restorer(restorer.manifest, sessions, backend).restore(make_picture(64, 64), CONFIG)
+            Restorer(restorer.manifest, sessions, backend).restore(make_image(64, 64), CONFIG)
             assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

@@ -19,8 +19,8 @@ def tiles(**settings):
     return replace(CONFIG, tile=TileConfig(**settings))
 
 
-def test_rows_are_what_the_whole_is(restorer, make_picture, monkeypatch):
-    pixels, config = make_picture(150, 170), replace(CONFIG, scale=1.3)
+def test_restoring_by_rows_equals_restoring_the_whole_image(restorer, make_image, monkeypatch):
+    pixels, config = make_image(150, 170), replace(CONFIG, scale=1.3)
     whole = restorer.restore(pixels, config)
     monkeypatch.setattr("pfstorer_rt.imaging.rows.IN_MEMORY", 0)  # all of it in files
     result = restorer.restore_rows(Spool.of(from_pixels(pixels)), config)
@@ -31,9 +31,9 @@ def test_rows_are_what_the_whole_is(restorer, make_picture, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(160, 256), (96, 200)])
-def test_tiles_of_the_autoencoder_are_the_untiled_autoencoder(nano_base, counted, make_picture, monkeypatch, size):
+def test_the_tiled_autoencoder_agrees_with_the_untiled(nano_base, counted, make_image, monkeypatch, size):
     restorer, sessions = counted
-    pixels = make_picture(*size)
+    pixels = make_image(*size)
     untiled = restorer.restore(pixels, CONFIG)
     monkeypatch.setattr(layouts, "TINY_CODEC", layouts.CodecSize(128, 32))
     for component in COMPONENTS:
@@ -45,23 +45,23 @@ def test_tiles_of_the_autoencoder_are_the_untiled_autoencoder(nano_base, counted
     assert -10 * np.log10(error) >= 45
 
 
-def test_tiles_of_one_picture_see_one_field_of_noise(counted, make_picture):
+def test_tiles_share_one_field_of_noise(counted, make_image):
     restorer, sessions = counted
-    restorer.restore(make_picture(64, 96), replace(CONFIG, init="noise"))
+    restorer.restore(make_image(64, 96), replace(CONFIG, init="noise"))
     x = sessions["denoiser"].calls[0]["x"]
     assert len(x) == 2  # at latent columns 0 and 4
     assert np.array_equal(x[0][..., 4:], x[1][..., :4])
 
 
 @pytest.mark.parametrize("allowed", [1, 2, 3])
-def test_out_of_memory_halves_the_batch_and_goes_on(restorer, counting, make_picture, allowed):
+def test_out_of_memory_halves_the_batch_and_continues(restorer, counting, make_image, allowed):
     class Small(counting):
         def run(self, **arrays):
             if len(arrays["x"]) > allowed:
                 raise RuntimeError("[ONNXRuntimeError] : 6 : std::bad_alloc")
             return super().run(**arrays)
 
-    pixels = make_picture(130, 200)
+    pixels = make_image(130, 200)
     small = Small(restorer.sessions["denoiser"])
     made = Restorer(restorer.manifest, {**restorer.sessions, "denoiser": small}, "torch")
     found = made.restore(pixels, tiles(batch=8))
@@ -72,23 +72,23 @@ def test_out_of_memory_halves_the_batch_and_goes_on(restorer, counting, make_pic
         made.restore(pixels, tiles(batch=8))
 
 
-def test_other_failures_are_not_taken_for_want_of_memory(restorer, counting, make_picture):
+def test_other_errors_do_not_count_as_out_of_memory(restorer, counting, make_image):
     class Broken(counting):
         def run(self, **arrays):
             raise RuntimeError("no kernel")
 
     made = Restorer(restorer.manifest, {**restorer.sessions, "denoiser": Broken(restorer.sessions["denoiser"])}, "x")
     with pytest.raises(RuntimeError, match="no kernel"):
-        made.restore(make_picture(64, 64), CONFIG)
+        made.restore(make_image(64, 64), CONFIG)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (130, 97), (300, 64), (20, 20)])
 @pytest.mark.parametrize("tile", [TileConfig(batch=3), CHOPPED])
-def test_every_tile_of_the_layout_is_run_once(counted, make_picture, height, width, tile):
+def test_every_tile_of_the_layout_is_run_once(counted, make_image, height, width, tile):
     restorer, sessions = counted
     config = replace(CONFIG, tile=tile, steps=3)
     layout = restorer.layout(height, width, config)
-    restorer.restore(make_picture(height, width), config)
+    restorer.restore(make_image(height, width), config)
     assert sum(len(call["x"]) for call in sessions["denoiser"].calls) == 3 * layout.denoiser_tiles
     assert len(sessions["encoder"].calls) == layout.codec_tiles
     assert max(len(call["x"]) for call in sessions["denoiser"].calls) == layout.batch
@@ -96,9 +96,9 @@ def test_every_tile_of_the_layout_is_run_once(counted, make_picture, height, wid
 
 @pytest.mark.parametrize(("height", "width"), [(64, 160), (130, 97)])
 @pytest.mark.parametrize(("mode", "stride"), [("parity", 32), ("fast", 48)])
-def test_tiles_cover_a_larger_picture(counted, make_picture, height, width, mode, stride):
+def test_tiles_cover_a_larger_image(counted, make_image, height, width, mode, stride):
     restorer, sessions = counted
-    found = restorer.restore(make_picture(height, width), tiles(mode=mode))
+    found = restorer.restore(make_image(height, width), tiles(mode=mode))
     assert found.shape == (height, width, 3)
     assert np.isfinite(found).all()
     rows, columns = (-(-(-(-side // 32) * 32 - 64) // stride) + 1 for side in (height, width))
@@ -115,11 +115,11 @@ def raised_cosine(side, overlap):
 
 
 @pytest.mark.parametrize("mode", ["parity", "fast"])
-def test_tiled_prediction_is_the_weighted_mean_of_the_tiles(counted, make_picture, mode):
+def test_tiled_prediction_is_the_weighted_mean_of_the_tiles(counted, make_image, mode):
     from pfstorer_rt.tiling import gaussian_weights
 
     restorer, sessions = counted
-    pixels = make_picture(64, 96)
+    pixels = make_image(64, 96)
     restorer.restore(pixels, replace(tiles(mode=mode, overlap=32), steps=1, color_fix="none"))
     (call,) = sessions["denoiser"].calls
     assert call["x"].shape[0] == 2
@@ -138,22 +138,22 @@ def test_tiled_prediction_is_the_weighted_mean_of_the_tiles(counted, make_pictur
     assert np.allclose(decoded, clean, rtol=0, atol=1e-4)
 
 
-def test_the_tile_batch_changes_nothing(restorer, make_picture):
-    pixels = make_picture(96, 128)
+def test_the_tile_batch_does_not_change_the_result(restorer, make_image):
+    pixels = make_image(96, 128)
     one, many = (restorer.restore(pixels, tiles(batch=batch)) for batch in (1, 16))
     assert np.allclose(one, many, rtol=0, atol=1e-4)
 
 
-def test_overlap_changes_the_tiles(counted, make_picture):
+def test_overlap_changes_the_tiles(counted, make_image):
     restorer, sessions = counted
-    restorer.restore(make_picture(64, 128), tiles(overlap=0))
+    restorer.restore(make_image(64, 128), tiles(overlap=0))
     assert sum(len(call["x"]) for call in sessions["denoiser"].calls) == 2 * 2
 
 
-def test_a_large_picture_is_restored_in_squares(counted, make_picture):
+def test_a_large_image_is_restored_in_squares(counted, make_image):
     restorer, sessions = counted
     chopped = replace(CONFIG, tile=CHOPPED)
-    pixels = make_picture(128, 224)
+    pixels = make_image(128, 224)
     found = restorer.restore(pixels, chopped)
     assert found.shape == pixels.shape
     assert np.isfinite(found).all()
@@ -169,16 +169,16 @@ def test_a_large_picture_is_restored_in_squares(counted, make_picture):
     assert np.allclose(found[:, 134:], alone[:, 38:], rtol=0, atol=1e-5)
 
 
-def test_one_long_side_is_chopped_too(restorer, make_picture):
-    found = restorer.restore(make_picture(64, 300), replace(CONFIG, tile=CHOPPED))
+def test_an_image_with_one_long_side_is_restored_in_squares(restorer, make_image):
+    found = restorer.restore(make_image(64, 300), replace(CONFIG, tile=CHOPPED))
     assert found.shape == (64, 300, 3)
     assert np.isfinite(found).all()
 
 
-def test_progress_counts_every_step_once(restorer, make_picture):
+def test_progress_counts_every_step_once(restorer, make_image):
     def steps(height, width, config):
         seen = []
-        restorer.restore(make_picture(height, width), config, lambda done, total: seen.append((done, total)))
+        restorer.restore(make_image(height, width), config, lambda done, total: seen.append((done, total)))
         return seen
 
     # One tile through encoder and decoder, and once a step through the denoiser.

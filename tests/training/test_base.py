@@ -26,10 +26,10 @@ CONFIG = BaseTrainConfig(preset="nano", autoencoder=SETTINGS, restorer=SETTINGS,
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory, make_picture):
+def photos(tmp_path_factory, make_image):
     folder = tmp_path_factory.mktemp("photos")
     for i in range(12):
-        Image.fromarray((make_picture(70, 66, seed=i) * 255).astype(np.uint8)).save(folder / f"{i:02d}.png")
+        Image.fromarray((make_image(70, 66, seed=i) * 255).astype(np.uint8)).save(folder / f"{i:02d}.png")
     return folder
 
 
@@ -118,7 +118,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(photos, whole, tmp
     assert load_base(tmp_path / "base").fingerprint == load_base(folder / "base").fingerprint
 
 
-def test_pairs_go_on_after_an_interruption(photos, whole, tmp_path, monkeypatch):
+def test_pairs_resume_after_an_interruption(photos, whole, tmp_path, monkeypatch):
     _, folder = whole
     expected = np.load(folder / "work" / "pairs.npy")
     assert expected.shape == (12, 2, 4, 8, 8) and np.isfinite(expected).all() and expected.any((1, 2, 3, 4)).all()
@@ -186,7 +186,7 @@ def test_mixed_pairs_are_of_both_levels(photos, monkeypatch):
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_the_share_of_samples_where_sampling_begins(photos, tmp_path, monkeypatch, share):
+def test_first_step_is_the_share_of_samples_at_the_last_timestep(photos, tmp_path, monkeypatch, share):
     seen, real = [], RestorerObjective.forward
     monkeypatch.setattr(RestorerObjective, "forward", lambda self, batch: seen.append(batch["t"]) or real(self, batch))
     train_base([photos], tmp_path / "base", replace(CONFIG, first_step=share), tmp_path / "work", build_base("nano"))
@@ -194,7 +194,7 @@ def test_the_share_of_samples_where_sampling_begins(photos, tmp_path, monkeypatc
     assert all(last) if share else not any(last)
 
 
-def test_the_restorer_sees_squares_first_and_whole_tiles_then(photos, tmp_path, monkeypatch):
+def test_the_restorer_trains_on_crops_and_then_on_whole_tiles(photos, tmp_path, monkeypatch):
     def sides(folder, config):
         seen, real = [], RestorerObjective.forward
 
@@ -215,7 +215,7 @@ def test_the_restorer_sees_squares_first_and_whole_tiles_then(photos, tmp_path, 
     assert sides(tmp_path / "b", replace(config, latent_crop=32)) == [(16, 16)] * 4
 
 
-def test_a_prior_keeps_its_unet_but_for_the_spades(photos, tmp_path):
+def test_training_on_a_prior_changes_only_the_spades_of_its_unet(photos, tmp_path):
     prior = build_base("nano", seed=5)
     before = {n: {k: v.clone().half() for k, v in m.state_dict().items()} for n, m in prior.modules().items()}
     train_base([photos], tmp_path / "base", CONFIG, tmp_path / "work", prior)
@@ -275,7 +275,7 @@ def test_prediction_weighting_measures_what_the_network_predicts(kind, monkeypat
     torch.testing.assert_close(loss, (prediction - target).square().mean(), rtol=1e-3, atol=0)
 
 
-def test_samples_at_the_last_timestep_begin_as_restoring_does(monkeypatch):
+def test_samples_at_the_last_timestep_start_as_in_a_restoration(monkeypatch):
     base, seen = build_base("nano", seed=5), []
     hq, lq, noise = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     monkeypatch.setattr(type(base.unet), "forward", lambda self, x, *_: seen.append(x) or torch.zeros_like(x))
@@ -284,7 +284,7 @@ def test_samples_at_the_last_timestep_begin_as_restoring_does(monkeypatch):
     torch.testing.assert_close(seen[0][1:], oracle(base).add_noise(hq[1:], noise[1:], torch.tensor([998])))
 
 
-def test_a_prior_trained_to_the_end_twice_gives_the_same(photos, tmp_path, monkeypatch):
+def test_a_resumed_training_on_a_prior_gives_the_same_base(photos, tmp_path, monkeypatch):
     first = train_base([photos], tmp_path / "a", CONFIG, tmp_path / "wa", build_base("nano", seed=5))
     with monkeypatch.context() as patch:
         at_call(patch, RestorerObjective, 2, interrupt)
@@ -294,7 +294,7 @@ def test_a_prior_trained_to_the_end_twice_gives_the_same(photos, tmp_path, monke
     assert first.fingerprint == second.fingerprint and same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
-def test_held_out_photographs_depend_on_their_names_alone(tmp_path):
+def test_held_out_photographs_depend_only_on_their_names(tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(400)]
     train, held = split_holdout(paths, 0.1)
     assert 20 < len(held) < 60 and sorted([*train, *held]) == sorted(paths)
@@ -309,7 +309,7 @@ def test_a_stage_that_cannot_start_is_refused_before_any_work(photos, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_wrapping_trains_the_fusion_layers_alone(whole, photos, tmp_path):
+def test_wrapping_trains_only_the_fusion_layers(whole, photos, tmp_path):
     base, folder = whole
     config = replace(CONFIG, restorer=replace(SETTINGS, iterations=6, learning_rate=1e-2))
     made = train_stage("wrapping", [photos], tmp_path / "a", config, tmp_path / "work", load_base(folder / "base"))
@@ -321,8 +321,8 @@ def test_wrapping_trains_the_fusion_layers_alone(whole, photos, tmp_path):
     assert all(float(fusion[f"fusion_layer_{level}.widen.weight"].abs().sum()) > 0 for level in (1, 2))
 
 
-def test_wrapping_comes_nearer_to_the_original(whole, photos, tmp_path):
-    """On pictures that were not degraded the LQ picture is the answer, so it has to be taken up."""
+def test_wrapping_reduces_the_error_of_the_decoder(whole, photos, tmp_path):
+    """On images that were not degraded the LQ image is the answer, so it has to be taken up."""
     _, folder = whole
     settings = replace(SETTINGS, iterations=60, batch=4, learning_rate=1e-2, ema=0.0)
     config = replace(CONFIG, restorer=settings, p_hq=1.0)

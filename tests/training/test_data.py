@@ -14,10 +14,10 @@ from pfstorer_rt.training.data import (
 
 
 @pytest.fixture
-def photos(tmp_path, make_picture):
+def photos(tmp_path, make_image):
     """Seven photographs of other sizes."""
     for i in range(7):
-        levels = (make_picture(30 + 5 * i, 60 - 4 * i, seed=i) * 255).astype(np.uint8)
+        levels = (make_image(30 + 5 * i, 60 - 4 * i, seed=i) * 255).astype(np.uint8)
         Image.fromarray(levels).save(tmp_path / f"{i}.png")
     return sorted(tmp_path.glob("*.png"))
 
@@ -51,7 +51,7 @@ def test_every_epoch_is_another_permutation(photos):
 
 @pytest.mark.parametrize("size", [1, 7, 16, 40])
 @pytest.mark.parametrize("shape", [(30, 60), (61, 31), (40, 40), (1, 1), (1, 50), (3, 2)])
-def test_crops_have_the_size_that_was_asked_for(shape, size):
+def test_crops_have_the_requested_size(shape, size):
     image = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
     for cut in (random_crop(image, size, np.random.default_rng(0), zoom=3.0), center_crop(image, size)):
         assert cut.shape == (3, size, size) and cut.is_contiguous()
@@ -74,14 +74,14 @@ def test_a_crop_without_zoom_is_a_square_of_the_short_side():
     assert len(found) == 12, "every place, mirrored and not"
 
 
-def test_flips_can_be_left_out():
+def test_flips_can_be_disabled():
     image = torch.arange(12, dtype=torch.float32).reshape(1, 1, 12).expand(3, 12, 12) / 12
     for seed in range(20):
         cut = random_crop(image, 6, np.random.default_rng(seed), flip=False)
         assert (cut.diff(dim=-1) >= 0).all()
 
 
-def test_zoom_bounds_what_is_cut():
+def test_zoom_limits_the_size_of_crops():
     ramp = torch.linspace(0, 1, 200).expand(3, 200, 200)
     spans = []
     for seed in range(80):
@@ -90,7 +90,7 @@ def test_zoom_bounds_what_is_cut():
     assert min(spans) > 0.45 and max(spans) <= 1 and max(spans) - min(spans) > 0.3
 
 
-def test_the_centre_is_the_centre():
+def test_a_centre_crop_is_centred():
     image = torch.zeros(3, 8, 20)
     image[:, :, 6:14] = 1
     assert torch.equal(center_crop(image, 8), torch.ones(3, 8, 8))
@@ -115,7 +115,7 @@ def test_a_photograph_is_read_as_planes_without_its_transparency(tmp_path):
     assert np.array_equal((read * 255).round().numpy(), levels[..., :3].transpose(2, 0, 1))
 
 
-def test_wide_squares_mirror_what_lies_beyond_the_photograph():
+def test_wide_crops_mirror_the_photograph_at_its_borders():
     image = torch.rand(3, 20, 30)
     mirrored = mirror_beyond_edges(image, 34)
     assert mirrored.shape == (3, 34, 34)
@@ -124,7 +124,7 @@ def test_wide_squares_mirror_what_lies_beyond_the_photograph():
     assert mirror_beyond_edges(image, 20) is image
 
 
-def test_wide_squares_show_more_of_a_photograph():
+def test_wide_crops_show_more_of_a_photograph():
     """A flat bright middle takes a smaller share of squares that reach beyond the edges."""
     image = torch.zeros(3, 40, 40)
     image[:, 10:30, 10:30] = 1

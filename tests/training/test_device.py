@@ -25,10 +25,10 @@ SINGLETONS = (PartialState, AcceleratorState, GradientState)
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory, make_picture):
+def photos(tmp_path_factory, make_image):
     folder = tmp_path_factory.mktemp("photos")
     for i in range(2):
-        Image.fromarray((make_picture(70, 66, seed=i) * 255).astype(np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray((make_image(70, 66, seed=i) * 255).astype(np.uint8)).save(folder / f"{i}.png")
     return sorted(folder.iterdir())
 
 
@@ -70,7 +70,7 @@ def test_auto_uses_bf16_where_the_machine_has_it(monkeypatch, native, expected):
 # ---- the caller's process
 
 
-def test_training_leaves_all_random_states_as_they_were(photos, tmp_path):
+def test_training_leaves_all_random_states_unchanged(photos, tmp_path):
     def states():
         return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
 
@@ -83,7 +83,7 @@ def test_training_leaves_all_random_states_as_they_were(photos, tmp_path):
     assert states() == before
 
 
-def test_training_is_seeded_whatever_the_callers_state_is(photos, tmp_path):
+def test_training_does_not_depend_on_the_callers_random_state(photos, tmp_path):
     def weights(folder, state):
         torch.manual_seed(state)
         return learn(photos, build_base("nano", seed=3), folder).tensors
@@ -101,7 +101,7 @@ def test_the_callers_accelerator_stays_valid(photos, tmp_path):
         assert dict(os.environ) == environment
 
 
-def test_a_process_without_accelerate_stays_without(photos, tmp_path):
+def test_training_leaves_no_accelerate_state(photos, tmp_path):
     with own_accelerate_state():
         learn(photos, build_base("nano", seed=3), tmp_path)
         assert not any(singleton._shared_state for singleton in SINGLETONS)
@@ -120,7 +120,7 @@ def state_of(base):
 
 
 @pytest.mark.parametrize("method", ["pfstorer", "dreambooth"])
-def test_personalizing_leaves_the_base_as_it_was(photos, tmp_path, method):
+def test_personalizing_leaves_the_base_unchanged(photos, tmp_path, method):
     base = build_base("nano", seed=3)
     base.set_attention("reference")
     before = state_of(base)
@@ -128,7 +128,7 @@ def test_personalizing_leaves_the_base_as_it_was(photos, tmp_path, method):
     assert state_of(base) == before
 
 
-def test_a_failed_training_leaves_the_base_as_it_was(photos, tmp_path, monkeypatch):
+def test_a_failed_training_leaves_the_base_unchanged(photos, tmp_path, monkeypatch):
     base = build_base("nano", seed=3)
     before, rng = state_of(base), torch.get_rng_state()
 
@@ -141,7 +141,7 @@ def test_a_failed_training_leaves_the_base_as_it_was(photos, tmp_path, monkeypat
     assert state_of(base) == before and torch.equal(torch.get_rng_state(), rng)
 
 
-def test_a_trained_base_is_frozen_with_the_kernels_that_it_had(photos, tmp_path):
+def test_a_trained_base_is_frozen_and_keeps_its_kernels(photos, tmp_path):
     base = build_base("nano", seed=3)
     base.set_attention("reference")
     attention = base.unet.kernels.attention

@@ -9,7 +9,7 @@ def maps(seed, batch=2):
     return [torch.randn(batch, 4, side, side, generator=generator) for side in (16, 8, 4, 4, 2)]
 
 
-def test_untrained_it_has_no_opinion():
+def test_an_untrained_discriminator_outputs_zero():
     judged = FeatureDiscriminator([4] * 5, width=6)(maps(0))
     assert [tuple(j.shape) for j in judged] == [(2, 1, s, s) for s in (8, 4, 4, 4, 2)]
     assert all(not j.any() for j in judged)
@@ -22,7 +22,7 @@ def test_the_hinge_losses():
     assert generator_loss([*made, torch.full((1, 1, 9, 9), 0.5)]).item() == pytest.approx(0.5), "heads count alike"
 
 
-def test_it_learns_to_tell_two_kinds_of_features_apart():
+def test_the_discriminator_learns_to_separate_two_kinds_of_features():
     torch.manual_seed(0)
     network = FeatureDiscriminator([4] * 5, width=8)
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)

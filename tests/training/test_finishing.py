@@ -14,8 +14,8 @@ from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.models.base import build_base, load_base
 from pfstorer_rt.training import finishing as module
 from pfstorer_rt.training.base import BaseTrainConfig
-from pfstorer_rt.training.finishing import FinishingObjective, finish_base, picture_pairs
-from pfstorer_rt.training.picture_loss import PictureLoss, face_maps, jitter
+from pfstorer_rt.training.finishing import FinishingObjective, finish_base, image_pairs
+from pfstorer_rt.training.image_loss import ImageSpaceLoss, face_maps, jitter
 from pfstorer_rt.training.wrapping import add_wrapping
 
 SETTINGS = TrainConfig(iterations=4, batch=2, learning_rate=1e-3, ema=0.5, device="cpu", precision="fp32")
@@ -25,18 +25,18 @@ CONFIG = BaseTrainConfig(
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory, make_picture):
-    """Five pictures of nothing and one of a face."""
+def photos(tmp_path_factory, make_image):
+    """Five images of nothing and one of a face."""
     folder = tmp_path_factory.mktemp("photos")
     for i in range(5):
-        Image.fromarray((make_picture(96, 96, seed=i) * 255).astype(np.uint8)).save(folder / f"{i:02d}.png")
+        Image.fromarray((make_image(96, 96, seed=i) * 255).astype(np.uint8)).save(folder / f"{i:02d}.png")
     Image.fromarray(astronaut()[40:200, 145:305]).save(folder / "face.png")
     return folder
 
 
 @pytest.fixture(scope="module")
 def wrapped(photos, tmp_path_factory):
-    """Folder of a base with feature wrapping, which predicts v: at timestep 999 an eps says nothing of the picture."""
+    """Folder of a base with feature wrapping, which predicts v: at timestep 999 an eps says nothing of the image."""
     folder = tmp_path_factory.mktemp("wrapped")
     nano = build_base(replace(PRESETS["nano"], prediction_type="v_prediction"))
     add_wrapping([photos], nano, folder / "base", CONFIG, folder / "work")
@@ -86,7 +86,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(photos, wrapped, f
     assert all(same(ours[name], theirs[name]) for name in theirs)
 
 
-def test_the_result_lies_between_the_prior_and_what_was_trained(photos, wrapped, finished, tmp_path):
+def test_the_result_is_between_the_prior_and_the_trained_weights(photos, wrapped, finished, tmp_path):
     whole = replace(CONFIG, share=1.0)
     finish_base([photos], load_base(wrapped), tmp_path / "base", whole, tmp_path / "work")
     start, end, half = (weights(f)["unet"] for f in (wrapped, tmp_path / "base", finished[1] / "base"))
@@ -97,7 +97,7 @@ def test_the_result_lies_between_the_prior_and_what_was_trained(photos, wrapped,
         torch.testing.assert_close(half[key].float(), middle, atol=3e-4, rtol=1e-3)
 
 
-def test_pictures_go_on_after_an_interruption(photos, wrapped, tmp_path, monkeypatch):
+def test_image_pairs_resume_after_an_interruption(photos, wrapped, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PAIR_CHUNK", 2)
     base, paths, real, made = load_base(wrapped), sorted(photos.iterdir()), module.pair_maker, []
     work = tmp_path / "work"
@@ -120,16 +120,16 @@ def test_pictures_go_on_after_an_interruption(photos, wrapped, tmp_path, monkeyp
     config = replace(CONFIG, restorer=replace(SETTINGS, workers=0))
     monkeypatch.setattr(module, "pair_maker", maker(0))
     with pytest.raises(SystemExit):
-        picture_pairs(paths, base, work, config)
+        image_pairs(paths, base, work, config)
     monkeypatch.setattr(module, "pair_maker", maker(2))
-    pictures, maps = picture_pairs(paths, base, work, config)
-    assert made == [0, 1, 2] and pictures.shape == (6, 2, 64, 64, 3) and pictures.any((1, 2, 3, 4)).all()
+    images, maps = image_pairs(paths, base, work, config)
+    assert made == [0, 1, 2] and images.shape == (6, 2, 64, 64, 3) and images.any((1, 2, 3, 4)).all()
     assert maps.shape == (6, 2, 3) and not np.isnan(maps).all((1, 2)).all() and np.isnan(maps).all((1, 2)).sum() == 5
 
 
-def test_pictures_without_a_face_do_not_count(wrapped):
+def test_images_without_a_face_have_no_identity_loss(wrapped):
     base = load_base(wrapped)
-    loss = PictureLoss(base, CONFIG)
+    loss = ImageSpaceLoss(base, CONFIG)
     pixels = np.asarray(Image.fromarray(astronaut()[:256, 96:352]).resize((128, 128)), np.float32) / 255
     face = torch.from_numpy(pixels).permute(2, 0, 1)[None] * 2 - 1
     found = torch.from_numpy(face_maps([pixels]))
@@ -142,8 +142,8 @@ def test_pictures_without_a_face_do_not_count(wrapped):
     assert loss.identity(dark, face, none) == 0
 
 
-def test_restoring_comes_nearer_to_the_original(photos, wrapped, tmp_path):
-    """On undegraded pictures the picture itself is the answer: what the logs measure has to fall."""
+def test_finishing_reduces_its_losses(photos, wrapped, tmp_path):
+    """On undegraded images the image itself is the answer: what the logs measure has to fall."""
     settings = replace(SETTINGS, iterations=100, batch=4, learning_rate=2e-3, ema=0.0)
     config = replace(CONFIG, restorer=settings, first_step=1.0, share=1.0)
     finish_base([photos], load_base(wrapped), tmp_path / "base", config, tmp_path / "work")
@@ -154,10 +154,10 @@ def test_restoring_comes_nearer_to_the_original(photos, wrapped, tmp_path):
 
 
 def finishing_losses(photos, folder, work):
-    """Losses of a base on the six pictures of `work`, all at timestep 999."""
-    base, pictures = load_base(folder), np.load(work / "work" / "pictures.npy")
+    """Losses of a base on the six images of `work`, all at timestep 999."""
+    base, images = load_base(folder), np.load(work / "work" / "images.npy")
     objective = FinishingObjective(base, CONFIG)
-    hq, lq = torch.from_numpy(pictures).permute(1, 0, 4, 2, 3).float() / 127.5 - 1
+    hq, lq = torch.from_numpy(images).permute(1, 0, 4, 2, 3).float() / 127.5 - 1
     noise = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     maps = torch.from_numpy(np.load(work / "work" / "maps.npy"))
     with torch.no_grad():
@@ -165,7 +165,7 @@ def finishing_losses(photos, folder, work):
         return objective({"hq": hq, "lq": lq, "noise": noise, "t": t, "maps": maps, "corner": corner})
 
 
-def test_jitter_is_a_small_similarity():
+def test_jitter_is_a_small_similarity_transform():
     matrices = jitter(500, np.random.default_rng(0))
     turn = matrices[:, :2, :2]
     scale = np.sqrt(np.linalg.det(turn))
@@ -174,9 +174,9 @@ def test_jitter_is_a_small_similarity():
     assert 0.04 < np.abs(matrices[:, :2, 2]).max() <= 0.06
 
 
-def test_what_finishing_needs(photos, wrapped, tmp_path, monkeypatch):
+def test_finishing_needs_feature_wrapping_and_the_metrics_extra(photos, wrapped, tmp_path, monkeypatch):
     with pytest.raises(BadFileError, match="no feature wrapping; train it first"):
         finish_base([photos], build_base("nano"), tmp_path / "a", CONFIG, tmp_path / "work")
-    monkeypatch.setattr("pfstorer_rt.training.picture_loss.face_models", lambda: None)
+    monkeypatch.setattr("pfstorer_rt.training.image_loss.face_models", lambda: None)
     with pytest.raises(MissingBackendError, match="pip install"):
         finish_base([photos], load_base(wrapped), tmp_path / "a", CONFIG, tmp_path / "work")

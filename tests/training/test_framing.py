@@ -23,8 +23,8 @@ def snapshot(*places, height=900, width=1400):
 
 @pytest.fixture
 def read(tmp_path):
-    def read(picture, **settings):
-        picture.save(tmp_path / "a.png")
+    def read(image, **settings):
+        image.save(tmp_path / "a.png")
         notes = []
         (photo,) = read_references([tmp_path / "a.png"], PersonalizeConfig(**settings), 192, notes.append)
         return photo, [note.removeprefix(f"{tmp_path / 'a.png'}: ") for note in notes]
@@ -32,7 +32,7 @@ def read(tmp_path):
     return read
 
 
-def test_a_snapshot_becomes_a_portrait_of_its_face(read):
+def test_a_snapshot_is_cropped_to_its_face(read):
     photo, notes = read(snapshot((500, 1050, 300)))
     (face,) = face_finder()(photo.permute(1, 2, 0).numpy())
     side = photo.shape[-1]
@@ -42,13 +42,13 @@ def test_a_snapshot_becomes_a_portrait_of_its_face(read):
     assert abs(face.top + face.side / 2 - 0.57 * side) < 0.1 * side
 
 
-def test_a_portrait_is_left_whole_and_so_is_every_photograph_on_demand(read):
+def test_portraits_and_photographs_with_framing_none_stay_whole(read):
     whole = torch.from_numpy(PORTRAIT / np.float32(255)).permute(2, 0, 1)
     assert torch.allclose(read(Image.fromarray(PORTRAIT))[0], whole, rtol=0, atol=1e-6)
     assert read(snapshot((500, 1050, 300)), framing="none")[0].shape == (3, 900, 1400)
 
 
-def test_of_several_faces_the_largest_is_used_and_its_position_is_reported(read):
+def test_the_largest_of_several_faces_is_used_and_reported(read):
     photo, notes = read(snapshot((80, 100, 260), (300, 700, 520)))
     (face,) = face_finder()(photo.permute(1, 2, 0).numpy())
     assert face.side > 150
@@ -60,7 +60,7 @@ def made_up(*numbers):
     return [Face(10.0 * i, 0.0, 50.0 - i, np.full(1, n)) for i, n in enumerate(numbers)]
 
 
-def test_of_several_faces_the_one_in_the_other_photographs_is_used():
+def test_the_face_that_appears_in_other_photographs_is_used():
     alone = [np.full(1, 1.0), np.full(1, 1.2)]
     assert choose_face(made_up(5.0, 1.1, 3.0), alone).embedding == 1.1
     assert choose_face(made_up(5.0, 1.1), []).embedding == 5.0 and choose_face([], alone) is None
@@ -77,7 +77,7 @@ def test_a_photograph_of_another_person_is_reported(tmp_path, monkeypatch):
     assert "2 faces found; using the one that is 49" in notes[0] and "may show another person" in notes[1]
 
 
-def test_a_wide_picture_of_a_large_face_is_cut_to_it(read):
+def test_a_wide_photograph_of_a_large_face_is_cropped(read):
     photo, _ = read(snapshot((0, 450, 500), height=500, width=1400))
     (face,) = face_finder()(photo.permute(1, 2, 0).numpy())
     assert photo.shape == (3, 500, 500) or photo.shape[1] == photo.shape[2] < 500
@@ -95,13 +95,13 @@ def test_a_small_or_missing_face_is_reported(read):
     assert photo.shape == (3, 900, 900) and notes == ["no face found; using the centre crop"]
 
 
-def test_without_a_face_model_photographs_are_left_whole(read, monkeypatch):
+def test_photographs_stay_whole_without_a_face_model(read, monkeypatch):
     monkeypatch.setattr("pfstorer_rt.training.framing.face_finder", lambda: None)
     photo, notes = read(snapshot((500, 1050, 300)))
     assert photo.shape == (3, 900, 1400) and "pfstorer-rt[metrics]" in notes[0]
 
 
-def test_squares_lie_in_the_photograph_and_hold_the_face():
+def test_crops_are_inside_the_photograph_and_contain_the_face():
     rng = np.random.default_rng(0)
     for _ in range(300):
         height, width = rng.integers(50, 400, 2)

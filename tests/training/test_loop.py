@@ -100,7 +100,7 @@ def test_progress_is_reported_at_the_start_and_after_every_iteration(tmp_path):
 
 
 @pytest.mark.parametrize("at", [4, 5])
-def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path, at):
+def test_a_killed_training_resumes_from_its_last_checkpoint(tmp_path, at):
     whole = fit(tmp_path / "whole", ema=0.5)
     with pytest.raises(SystemExit):
         fit(tmp_path / "parts", stopping(at, die), ema=0.5, checkpoint_every=2)
@@ -153,7 +153,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
         fit(tmp_path / "a")
 
 
-def test_a_second_interruption_is_not_held_back():
+def test_a_second_interruption_acts_at_once():
     before = signal.getsignal(signal.SIGINT)
     with Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGINT)
@@ -163,7 +163,7 @@ def test_a_second_interruption_is_not_held_back():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_signal_handlers_are_put_back_after_a_failure(tmp_path):
+def test_signal_handlers_are_restored_after_a_failure(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit):
         fit(tmp_path / "a", stopping(1, die))
@@ -173,12 +173,12 @@ def test_signal_handlers_are_put_back_after_a_failure(tmp_path):
 # ---- what is computed
 
 
-def test_a_seed_fixes_the_weights(tmp_path):
+def test_a_seed_determines_the_weights(tmp_path):
     first, again, other = (fit(tmp_path / str(i), seed=seed) for i, seed in enumerate((1, 1, 2)))
     assert equal(first, again) and not equal(first, other)
 
 
-def test_it_learns(tmp_path):
+def test_training_reduces_the_loss(tmp_path):
     losses = []
     weight, bias = fit(tmp_path / "a", iterations=200, on_log=lambda i, row: losses.append((i, row["loss"])))
     assert (weight - 1).abs().max() < 0.05 and bias.abs().max() < 0.05
@@ -191,7 +191,7 @@ def test_the_last_iteration_is_logged(tmp_path):
     assert rows == [3]
 
 
-def test_the_average_is_what_the_model_ends_with(tmp_path, monkeypatch):
+def test_the_model_ends_with_the_averaged_weights(tmp_path, monkeypatch):
     history = []
     real = torch.optim.AdamW.step
 
@@ -241,7 +241,7 @@ def test_learning_rate_warms_up_stays_and_falls():
     assert [Schedule(plain).factor(i) for i in range(7)] == [1.0] * 7
 
 
-def test_every_group_keeps_its_own_rate(tmp_path):
+def test_every_parameter_group_has_its_own_rate(tmp_path):
     """Adam's first step is its rate; the warm-up halves both."""
 
     def groups(objective):
@@ -255,20 +255,20 @@ def test_every_group_keeps_its_own_rate(tmp_path):
     assert moved == pytest.approx([0.05, 0.0005], rel=1e-3)
 
 
-def test_workers_prepare_the_same_batches():
+def test_workers_make_the_same_batches():
     alone = [b["x"] for b in prefetch(make_batch, 2, 7, 0)]
     helped = [b["x"] for b in prefetch(make_batch, 2, 7, 2)]
     assert len(alone) == 5 and equal(alone, helped) and torch.equal(alone[0], make_batch(2)["x"])
 
 
-def test_bf16_trains_on_a_cpu_and_near_fp32(tmp_path):
+def test_bf16_training_on_a_cpu_is_close_to_fp32(tmp_path):
     full, half = fit(tmp_path / "a"), fit(tmp_path / "b", precision="bf16")
     assert not equal(full, half)
     for a, b in zip(full, half, strict=True):
         assert b.dtype == torch.float32 and (a - b).abs().max() < 0.1  # six steps of 0.1, 8 bits of mantissa
 
 
-def test_a_training_of_minutes_ends_in_time_and_is_resumed_after_an_interruption(tmp_path, monkeypatch):
+def test_a_training_limited_by_time_ends_in_time_and_can_be_resumed(tmp_path, monkeypatch):
     """Each reading of the clock takes a second; the time of earlier runs counts."""
     from pfstorer_rt.training import schedule
 

@@ -54,7 +54,7 @@ def published(kind, file, a, b):
     return sum(((x - y) ** 2 * tensors[f"lin{i}"]).sum(1).mean((1, 2)) for i, (x, y) in enumerate(pairs))
 
 
-def test_it_is_the_published_distance(weights):
+def test_the_distance_equals_the_published_formula(weights):
     kind, path = weights
     found = Lpips(path)(images(), images(1))
     torch.testing.assert_close(
@@ -63,7 +63,7 @@ def test_it_is_the_published_distance(weights):
     assert Lpips(path)(images(), images()).abs().max() == 0
 
 
-def test_half_precision_stays_near(weights):
+def test_half_precision_is_close_to_full_precision(weights):
     distance = Lpips(weights[1])
     exact = distance(images(), images(1))
     with torch.autocast("cpu", torch.bfloat16):
@@ -71,18 +71,18 @@ def test_half_precision_stays_near(weights):
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=1e-3)
 
 
-def test_pictures_get_a_gradient_and_weights_none(weights):
+def test_only_images_have_a_gradient(weights):
     distance, image = Lpips(weights[1]), images().requires_grad_(True)
     distance(image, images(1)).sum().backward()
     assert image.grad.abs().sum() > 0
     assert all(p.grad is None for p in distance.parameters())
 
 
-def test_black_features_have_no_direction():
+def test_normalizing_zero_features_gives_zeros():
     assert torch.equal(normalize([torch.zeros(1, 4, 2, 2)])[0], torch.zeros(1, 4, 2, 2))
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_weight_files_are_refused(tmp_path):
     (tmp_path / "text.npz").write_text("no weights")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     good = {f"conv{i}.weight": np.zeros((2, 3, 3, 3)) for i in range(5)} | {

@@ -68,7 +68,7 @@ def assert_same(one, other, tolerance=0.0):
 
 
 @pytest.mark.parametrize("method", ["pfstorer", "dreambooth"])
-def test_frozen_weights_in_half_precision_are_what_autocast_makes_of_them(base, method):
+def test_frozen_weights_in_half_precision_equal_autocast(base, method):
     objective, batch = make_objective(base, method), make_batch(base)
     before = {n: p.detach().clone() for n, p in objective.named_parameters()}
     plain = step(objective, batch)
@@ -83,7 +83,7 @@ def test_frozen_weights_in_half_precision_are_what_autocast_makes_of_them(base, 
         assert parameter.dtype == torch.float32 and torch.equal(parameter, before[name]), name
 
 
-def test_frozen_weights_come_back_after_a_failure(base):
+def test_frozen_weights_are_restored_after_a_failure(base):
     before = base.unet.conv_in.weight.clone()
     with pytest.raises(RuntimeError, match="stop"), frozen_weights_in(base.unet, torch.bfloat16):
         raise RuntimeError("stop")
@@ -91,7 +91,7 @@ def test_frozen_weights_come_back_after_a_failure(base):
 
 
 @pytest.mark.parametrize("method", ["pfstorer", "dreambooth"])
-def test_recomputed_activations_leave_every_gradient_as_it_was(base, method):
+def test_recomputed_activations_give_the_same_gradients(base, method):
     objective, batch = make_objective(base, method), make_batch(base)
     kept = step(objective, batch, autocast=False)
     config = replace(CPU, precision="fp32", gradient_checkpointing=True)
@@ -139,7 +139,7 @@ def distance(one, other):
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "paged_adamw8bit"])
-def test_the_8_bit_optimizers_train_like_the_plain_one_and_go_on_where_they_stopped(tmp_path, optimizer):
+def test_the_8_bit_optimizers_train_like_adamw_and_can_be_resumed(tmp_path, optimizer):
     _, plain, _ = fit(tmp_path / "plain", "adamw")
     _, whole, state = fit(tmp_path / "whole", optimizer)
     with pytest.raises(SystemExit):
@@ -151,7 +151,7 @@ def test_the_8_bit_optimizers_train_like_the_plain_one_and_go_on_where_they_stop
     assert state[0]["__bnb_optimizer_quant_state__"]["state1"].dtype == torch.uint8
 
 
-def test_an_8_bit_optimizer_without_its_package_says_what_to_install(monkeypatch):
+def test_an_8_bit_optimizer_without_its_package_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(MissingBackendError, match=r"pip install 'pfstorer-rt\[gpu\]'"):
         make_adamw(Identity().parameters(), TrainConfig(optimizer="adamw8bit"))

@@ -67,7 +67,7 @@ def batches(base, pool, config, count=12):
     return [sampler(number) for number in range(count)]
 
 
-def test_windows_show_what_their_latents_stand_for(base, pool):
+def test_windows_show_the_image_of_their_latents(base, pool):
     """Encoded, the inner part of a window gives the latents that it is said to be of."""
     config = OneStepConfig(train=TRAIN, window=4, crop=7, cropped=0.5, on_faces=0.5)
     for batch in batches(base, pool, config):
@@ -106,7 +106,7 @@ def test_a_share_of_the_iterations_has_clean_inputs(base, pool):
     assert not any(any(clean(batch)) for batch in batches(base, pool, OneStepConfig(clean=0.0, **settings)))
 
 
-def test_whole_tiles_come_with_their_faces(base, pool):
+def test_whole_tiles_have_face_maps(base, pool):
     found = batches(base, pool, OneStepConfig(train=TRAIN, window=4, cropped=0.0), 20)
     assert all(b["hq_tile"].shape == (1, 3, 128, 128) and b["hq"].shape[-1] == 8 for b in found)
     sides = {round(float(b["maps"][0, 0, 2]) * 2) for b in found if b["maps"].isfinite().all()}
@@ -122,7 +122,7 @@ def objective(base, lpips, **settings):
     return made
 
 
-def test_the_adversary_and_the_restorer_do_not_train_each_other(base, pool, lpips):
+def test_discriminator_and_restorer_have_separate_gradients(base, pool, lpips):
     made = objective(base, lpips)
     (batch,) = batches(base, pool, made.config, 1)
     losses = made(batch)

@@ -23,7 +23,7 @@ def part(name, **values):
     return PartConfig(name, preset="nano", tiles=16, workers=0, train=TRAIN, **values)
 
 
-def test_each_part_goes_on_from_the_base_of_the_part_before(photos, tmp_path):
+def test_each_part_starts_from_the_base_of_the_previous_part(photos, tmp_path):
     first = train_part([photos], tmp_path / "first", part("autoencoder"), tmp_path / "w1")
     assert (tmp_path / "w1" / "autoencoder.csv").exists()
     prior = load_base(tmp_path / "first")
@@ -36,7 +36,7 @@ def test_each_part_goes_on_from_the_base_of_the_part_before(photos, tmp_path):
     assert all(torch.equal(value, encoder[name]) for name, value in second.vae.state_dict().items())
 
 
-def test_what_a_part_lacks_is_named(photos, tmp_path):
+def test_missing_inputs_of_a_part_are_named(photos, tmp_path):
     for name in ("restorer", "one-step"):
         with pytest.raises(BadFileError, match="a trained autoencoder"):
             train_part([photos], tmp_path / "out", part(name), tmp_path / "w")

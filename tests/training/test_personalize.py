@@ -18,9 +18,9 @@ from pfstorer_rt.models.base import build_base
 from pfstorer_rt.models.prompt import tokenize
 from pfstorer_rt.training import personalize as module
 from pfstorer_rt.training.data import center_crop, read_photo
+from pfstorer_rt.training.image_loss import ImageSpaceLoss
 from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
 from pfstorer_rt.training.personalize import parameter_groups, personalize
-from pfstorer_rt.training.picture_loss import PictureLoss
 from pfstorer_rt.training.pool import BatchMaker, make_pool
 
 METHODS = ("pfstorer", "vico", "dreambooth")
@@ -32,10 +32,10 @@ def base():
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory, make_picture):
+def photos(tmp_path_factory, make_image):
     folder = tmp_path_factory.mktemp("photos")
     for i in range(3):
-        Image.fromarray((make_picture(80, 72, seed=i) * 255).astype(np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray((make_image(80, 72, seed=i) * 255).astype(np.uint8)).save(folder / f"{i}.png")
     return sorted(folder.iterdir())
 
 
@@ -89,7 +89,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(learn, monkeypatch, tmp
     assert not list(tmp_path.glob("*.pt"))
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(learn, monkeypatch, tmp_path):
+def test_a_killed_run_resumes_from_its_last_checkpoint(learn, monkeypatch, tmp_path):
     whole = learn("whole", iterations=6, checkpoint_every=2)
     undo = at_iteration(monkeypatch, 5, die)
     with pytest.raises(SystemExit):
@@ -99,7 +99,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(learn, monkeypatch, tmp_p
     assert same(learn("parts", iterations=6, checkpoint_every=2), whole)
 
 
-def test_a_run_killed_before_its_identity_was_written_only_writes_it(learn, monkeypatch, tmp_path):
+def test_a_run_killed_before_writing_the_identity_is_not_trained_again(learn, monkeypatch, tmp_path):
     whole = learn("whole", iterations=3)
     with monkeypatch.context() as patch:
         patch.setattr(module, "make_identity", lambda *_: die())
@@ -128,13 +128,13 @@ def test_a_checkpoint_of_another_run_is_refused(learn, monkeypatch, tmp_path, ph
 # ---- what is learned
 
 
-def test_a_seed_fixes_the_identity(learn):
+def test_a_seed_determines_the_identity(learn):
     first, again, other = learn("a"), learn("b"), learn("c", seed=1)
     assert same(first, again) and first.fingerprint == again.fingerprint
     assert not same(first, other)
 
 
-def test_the_file_holds_what_the_call_returned(learn, base, photos, tmp_path):
+def test_the_saved_identity_equals_the_returned_identity(learn, base, photos, tmp_path):
     made = learn("a")
     read = Identity.load(tmp_path / "a.safetensors")
     assert same(made, read) and read.metadata() == made.metadata()
@@ -144,7 +144,7 @@ def test_the_file_holds_what_the_call_returned(learn, base, photos, tmp_path):
     assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o600
 
 
-def test_one_step_moves_every_part_at_its_own_rate(learn, base):
+def test_one_step_moves_every_group_by_its_rate(learn, base):
     """Adam's first step is the rate of each parameter; fp16 keeps three digits."""
     one = learn("a", iterations=1)
     config = PersonalizeConfig(train=TrainConfig(iterations=1))
@@ -156,7 +156,7 @@ def test_one_step_moves_every_part_at_its_own_rate(learn, base):
     assert moved == pytest.approx(config.token_learning_rate, rel=0.1)
 
 
-def test_gamma_and_token_have_rates_of_their_own_and_do_not_decay(base):
+def test_gamma_and_token_have_their_own_rates_and_no_weight_decay(base):
     config = replace(PersonalizeConfig(), gamma_learning_rate=0.25, token_learning_rate=0.5)
     objective = PersonalizationObjective(base, config)
     blocks, gammas, token = parameter_groups(objective, config)
@@ -168,7 +168,7 @@ def test_gamma_and_token_have_rates_of_their_own_and_do_not_decay(base):
     assert ours == {id(p) for p in [*objective.blocks.parameters(), objective.token]}, "the base is frozen"
 
 
-def test_pfstorer_starts_at_the_base_and_its_gamma_moves(learn):
+def test_training_pfstorer_changes_gamma(learn):
     made = learn("a", iterations=4)
     assert all(made.tensors[f"blocks.{i}.gamma"].abs().max() > 0 for i in range(4))
     assert set(made.gamma) == set(made.layers)
@@ -180,7 +180,7 @@ def test_vico_keeps_gamma_at_one(learn):
     assert all(bool((made.tensors[f"blocks.{i}.gamma"] == 1).all()) for i in range(4))
 
 
-def test_the_blocks_themselves_learn(learn):
+def test_training_changes_the_blocks(learn):
     few, more = learn("a", iterations=1), learn("b", iterations=5, learning_rate=1e-2)
     names = [k for k in few.tensors if k.startswith("blocks.") and not k.endswith(".gamma")]
     assert names and all(few.tensors[k].isfinite().all() for k in names)
@@ -188,7 +188,7 @@ def test_the_blocks_themselves_learn(learn):
         assert any(not torch.equal(few.tensors[k], more.tensors[k]) for k in names if k.startswith(f"blocks.{i}."))
 
 
-def test_dreambooth_tunes_the_unet_and_leaves_the_base(learn, base):
+def test_dreambooth_trains_a_copy_of_the_unet(learn, base):
     before = {k: v.clone() for k, v in base.unet.state_dict().items()}
     made = learn("a", "dreambooth", iterations=2, learning_rate=1e-2)
     assert made.layers == () and set(made.tensors) == {f"unet.{k}" for k in before}
@@ -198,14 +198,14 @@ def test_dreambooth_tunes_the_unet_and_leaves_the_base(learn, base):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_base_is_left_as_it_was(learn, base, method):
+def test_personalizing_leaves_the_weights_of_the_base_unchanged(learn, base, method):
     from pfstorer_rt.models.base import fingerprint_modules
 
     learn("a", method, learning_rate=0.1)
     assert fingerprint_modules(base.modules()) == base.fingerprint
 
 
-def test_bf16_learns_on_a_cpu(learn):
+def test_bf16_training_works_on_a_cpu(learn):
     full, half = learn("a", iterations=3), learn("b", iterations=3, precision="bf16")
     assert all(t.isfinite().all() for t in half.tensors.values() if t.is_floating_point())
     assert not same(full, half)
@@ -218,7 +218,7 @@ def test_fp16_on_a_cpu_is_refused_with_advice(learn, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_photograph_that_cannot_be_read_stops_it_before_training(learn, photos, base, tmp_path, monkeypatch):
+def test_an_unreadable_photograph_is_refused_before_training(learn, photos, base, tmp_path, monkeypatch):
     at_iteration(monkeypatch, 0, die)
     (tmp_path / "bad.png").write_bytes(b"")
     with pytest.raises(BadFileError, match=r"bad\.png"):
@@ -243,13 +243,13 @@ def maker(pool, rank=0, processes=1, seed=0, **settings):
 def test_a_pool_is_a_pure_function_of_its_seed(base, photos):
     one, same, other = pool(base, photos), pool(base, photos), pool(base, photos, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(one[:4], same[:4], strict=True))
-    assert one.pictures is one.maps is None
+    assert one.images is one.maps is None
     assert one.hq.shape == one.lq.shape == (12, 4, 8, 8) and one.references.shape == (3, 4, 8, 8)
     assert not torch.equal(one.hq, other.hq) and not torch.equal(one.lq, other.lq)
     assert torch.bincount(one.photo).tolist() == [4, 4, 4]
 
 
-def test_a_pool_holds_latents_of_the_photographs_and_of_their_degraded_squares(base, photos):
+def test_a_pool_contains_latents_of_clean_and_degraded_crops(base, photos):
     found = pool(base, photos, p_hq=1.0)  # nothing is degraded
     assert torch.equal(found.hq, found.lq)
     bad = pool(base, photos, p_hq=0.0)
@@ -258,23 +258,23 @@ def test_a_pool_holds_latents_of_the_photographs_and_of_their_degraded_squares(b
     assert torch.allclose(found.references[1], base.encode(middle)[0], rtol=0, atol=1e-5)
 
 
-def test_a_pool_keeps_pictures_where_a_loss_looks_at_them(base, photos):
+def test_a_pool_contains_images_for_image_space_losses(base, photos):
     found = pool(base, photos, lambda_pixel=1.0)
-    assert found.pictures.shape == (12, 2, 3, 64, 64) and np.isnan(found.maps).all(), "these show no face"
+    assert found.images.shape == (12, 2, 3, 64, 64) and np.isnan(found.maps).all(), "these show no face"
     batch = maker(found)(0)
-    for name in ("hq", "lq"):  # the pictures are those that the latents were made of
-        again = base.encode(batch[f"{name}_picture"])
+    for name in ("hq", "lq"):  # the images are those that the latents were made of
+        again = base.encode(batch[f"{name}_image"])
         torch.testing.assert_close(again, batch[name], rtol=0, atol=0.1)
     assert batch["maps"].shape == (3, 2, 3) and batch["corner"].tolist() == [0, 0]
-    assert not {"hq_picture", "maps"} & set(maker(pool(base, photos))(0))
+    assert not {"hq_image", "maps"} & set(maker(pool(base, photos))(0))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_losses_of_pictures_have_gradients_in_what_is_learned(base, photos, method):
+def test_image_space_losses_have_gradients_in_the_trained_parameters(base, photos, method):
     config = PersonalizeConfig(
         method=method, train=TrainConfig(batch=3), pool=12, first_step=1.0, lambda_pixel=1.0, lambda_perceptual=1.0
     )
-    looking = PictureLoss(base, config)
+    looking = ImageSpaceLoss(base, config)
     kind = DreamBoothObjective if method == "dreambooth" else PersonalizationObjective
     batch = maker(pool(base, photos, lambda_pixel=1.0), first_step=1.0)(0)
     objective = kind(base, config, looking)
@@ -282,23 +282,23 @@ def test_losses_of_pictures_have_gradients_in_what_is_learned(base, photos, meth
     losses["pixel"].backward()
     gradients = [p.grad for p in objective.parameters() if p.requires_grad and p.grad is not None]
     assert gradients and any(g.abs().sum() > 0 for g in gradients)
-    objective.pictures = None
+    objective.image_loss = None
     seen = losses["pixel"] + losses["perceptual"]
     torch.testing.assert_close(losses["loss"] - objective(batch)["loss"], seen, atol=1e-3, rtol=0)
-    objective.pictures = looking
+    objective.image_loss = looking
     batch["t"][:] = 500  # no row at which restoring starts: nothing to look at
     assert objective(batch)["pixel"] == 0
 
 
-def test_without_the_metrics_latents_alone_are_learned_from(base, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("pfstorer_rt.training.picture_loss.face_models", lambda: None)
+def test_image_space_losses_are_disabled_without_the_metrics_extra(base, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("pfstorer_rt.training.image_loss.face_models", lambda: None)
     train = TrainConfig(iterations=1, batch=1, device="cpu", precision="fp32")
     config, notes = PersonalizeConfig(train=train, lambda_id=1.0, first_step=1.0), []
     identity = personalize("a", photos, base, config, tmp_path / "a.safetensors", notes.append)
     assert identity.settings["lambda_id"] == 0 and any("without image-space losses" in note for note in notes)
 
 
-def test_no_more_squares_are_made_than_are_drawn(base, photos):
+def test_a_short_training_makes_only_the_needed_crops(base, photos):
     assert len(pool(base, photos, train=TrainConfig(iterations=2, batch=3)).hq) == 6
 
 
@@ -313,7 +313,7 @@ def test_batches_are_pure_functions_of_seed_and_iteration(base, photos):
         assert not torch.equal(first[k], next_one[k]) and not torch.equal(first[k], other[k])
 
 
-def test_processes_see_other_samples_but_the_same_graph(base, photos):
+def test_processes_draw_other_samples_but_run_the_same_graph(base, photos):
     squares = pool(base, photos)
     ranks = [maker(squares, rank, 2, p_self=0.5) for rank in (0, 1)]
     for i in range(20):
@@ -321,7 +321,7 @@ def test_processes_see_other_samples_but_the_same_graph(base, photos):
         assert torch.equal(first["self"], second["self"]) and not torch.equal(first["noise"], second["noise"])
 
 
-def test_the_reference_is_another_photograph(base, photos):
+def test_the_reference_is_a_different_photograph_than_the_target(base, photos):
     squares = pool(base, photos)
     marked = squares._replace(
         hq=squares.photo.float()[:, None, None, None].expand(-1, 4, 8, 8),  # the number can be read from the latent
@@ -337,12 +337,12 @@ def test_the_reference_is_another_photograph(base, photos):
 
 
 @pytest.mark.parametrize(("settings", "share"), [({"p_self": 0.0}, 0), ({"ref_source": "self"}, 1)])
-def test_the_share_without_reference(base, photos, settings, share):
+def test_p_self_is_the_share_of_batches_without_reference(base, photos, settings, share):
     batches = maker(pool(base, photos), **settings)
     assert {bool(batches(i)["self"]) for i in range(5)} == {bool(share)}
 
 
-def test_the_share_of_samples_where_restoring_starts(base, photos):
+def test_first_step_is_the_share_of_samples_at_the_last_timestep(base, photos):
     made = pool(base, photos)
     plain, half = (maker(made, first_step=share) for share in (0.0, 0.5))
     pairs = [(a, b) for i in range(100) for a, b in zip(plain(i)["t"].tolist(), half(i)["t"].tolist(), strict=True)]
@@ -389,7 +389,7 @@ def test_two_processes_train_together(base, photos, tmp_path):
 # ---- a base's own defaults
 
 
-def test_a_base_brings_defaults_and_the_caller_has_the_last_word():
+def test_arguments_override_the_defaults_of_a_base():
     wants = {"learning_rate": 2e-3, "batch": 2, "lambda_gen": 0.0}
     config = replace(build_base("nano").config, personalize=wants)
     own = PersonalizeConfig.for_base(config)

@@ -7,7 +7,7 @@ from pfstorer_rt.training.tiles import Source, TileComposer, draw_scale, rotate
 
 
 def photographs(folder, side, count=3, mode="checks"):
-    """Pictures of one-pixel checks, in which any enlargement shows, or of one colour each."""
+    """Images of one-pixel checks, in which any enlargement shows, or of one colour each."""
     folder.mkdir()
     for k in range(count):
         checks = np.indices((side, side)).sum(0) % 2 * 255
@@ -66,7 +66,7 @@ def test_a_pool_holds_tiles_and_degraded_versions(tmp_path):
     assert all(np.array_equal(again[name], made[name], equal_nan=name == "maps") for name in made)
 
 
-def test_what_the_mix_leaves_is_not_degraded(tmp_path):
+def test_the_rest_of_the_mix_is_not_degraded(tmp_path):
     source = photographs(tmp_path / "a", 100)
     config = PoolConfig(count=16, tile=64, versions=2, mix=(("heavy", 2.0, 0.5),))
     made = make_pool([source], config, tmp_path / "pool", workers=0)
@@ -74,7 +74,7 @@ def test_what_the_mix_leaves_is_not_degraded(tmp_path):
     assert 0.2 < same.mean() < 0.8
 
 
-def test_sources_are_folders_with_weights(tmp_path):
+def test_sources_are_read_as_folders_with_weights(tmp_path):
     photographs(tmp_path / "a", 20)
     assert parse_source(f"{tmp_path / 'a'}=0.25").weight == 0.25
     assert parse_source(str(tmp_path / "a")).weight == 1.0

@@ -118,7 +118,7 @@ class Reference(nn.Module):
         return [tran(tap, emb) for tran, tap in zip(self.fea_tran, taps, strict=True)]
 
 
-def test_structure_encoder_computes_what_stablesr_does_from_its_checkpoint():
+def test_an_imported_structure_encoder_agrees_with_stablesr():
     torch.manual_seed(0)
     reference = Reference().eval()
     for p in reference.parameters():  # norms too, which start at one and zero and would hide a mix-up
@@ -134,7 +134,7 @@ def test_structure_encoder_computes_what_stablesr_does_from_its_checkpoint():
         torch.testing.assert_close(maps[size], wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_spade_places_follow_the_table():
+def test_spades_follow_the_published_table():
     inputs = {1: (0, 0), 2: (0, 1), 4: (1, 0), 5: (1, 1), 7: (2, 0), 8: (2, 1), 10: (3, 0), 11: (3, 1)}
     for n, (i, j) in inputs.items():
         assert spade_name(f"input_blocks.{n}.0.spade.x") == f"down_blocks.{i}.resnets.{j}.spade.x"
@@ -188,7 +188,7 @@ def test_a_torchscript_program_is_refused_and_not_run(tmp_path):
     assert not written.exists()
 
 
-def test_lightning_objects_become_stubs_and_optimizer_state_is_left(tmp_path, monkeypatch):
+def test_lightning_objects_are_ignored_and_optimizer_state_is_not_read(tmp_path, monkeypatch):
     import sys
     import types
 
@@ -295,14 +295,14 @@ def test_a_wrong_shape_inside_the_structure_encoder_is_listed(tmp_path, monkeypa
         import_base(tmp_path / "stablesr.ckpt", tmp_path / "out")
 
 
-def test_a_file_of_another_model_is_told_from_stablesr(tmp_path):
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     torch.save({"state_dict": {"model.diffusion_model.out.2.bias": torch.ones(4)}}, tmp_path / "v2-1.ckpt")
     with pytest.raises(BadFileError, match=r"v2-1\.ckpt: no structcond_stage_model.*not SD 2\.1 itself"):
         import_base(tmp_path / "v2-1.ckpt", tmp_path / "out")
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e6])
-def test_values_that_halves_cannot_hold_are_refused(value):
+def test_values_beyond_the_range_of_fp16_are_refused(value):
     state = {"good": torch.ones(3), "bad": torch.tensor([1.0, value]), "count": torch.tensor(10**9)}
     with pytest.raises(BadFileError, match=r"fit, 1: bad has NaN or values beyond 65504"):
         check_finite(state, torch.float16, "x")
@@ -310,7 +310,7 @@ def test_values_that_halves_cannot_hold_are_refused(value):
         check_finite(state, torch.float32, "x")
 
 
-def test_a_checkpoint_without_feature_wrapping_is_named(tmp_path, monkeypatch):
+def test_a_checkpoint_without_feature_wrapping_is_refused(tmp_path, monkeypatch):
     torch.save({"decoder.conv_in.bias": torch.ones(1)}, tmp_path / "vqgan.ckpt")
     whole = whole_checkpoint()
     monkeypatch.setattr(importing, "read_checkpoint", lambda p: whole if p.stem == "stablesr" else read_checkpoint(p))
@@ -318,7 +318,7 @@ def test_a_checkpoint_without_feature_wrapping_is_named(tmp_path, monkeypatch):
         import_base(tmp_path / "stablesr.ckpt", tmp_path / "out", cfw=tmp_path / "vqgan.ckpt")
 
 
-def test_a_disk_without_room_is_told_before_the_tensors_are_read(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_before_tensors_are_read(tmp_path, monkeypatch):
     whole = whole_checkpoint()
     monkeypatch.setattr(importing, "read_checkpoint", lambda path: whole)
     monkeypatch.setattr(importing, "check_finite", None)
@@ -328,13 +328,13 @@ def test_a_disk_without_room_is_told_before_the_tensors_are_read(tmp_path, monke
         import_base(tmp_path / "stablesr.ckpt", tmp_path / "out")
 
 
-def test_the_folder_that_sd_is_read_from_is_not_written_to(tmp_path):
+def test_the_folder_of_sd_cannot_be_the_output(tmp_path):
     (tmp_path / "sd").mkdir()
     with pytest.raises(BadFileError, match=r"its SD 2\.1 source files"):
         import_base(tmp_path / "x.ckpt", tmp_path / "sd", sd=tmp_path / "sd")
 
 
-def test_what_training_leaves_in_a_checkpoint_is_passed_over(tmp_path, monkeypatch):
+def test_other_training_data_in_a_checkpoint_is_ignored(tmp_path, monkeypatch):
     import sys
     import types
 
@@ -359,7 +359,7 @@ def test_what_training_leaves_in_a_checkpoint_is_passed_over(tmp_path, monkeypat
     assert set(read_checkpoint(tmp_path / "lightning.ckpt")) == {"a"}
 
 
-def test_parts_without_sd_say_what_to_give(tmp_path):
+def test_a_checkpoint_of_parts_needs_sd(tmp_path):
     config = replace(PRESETS["nano"], structure=replace(PRESETS["nano"].structure, heads=HEADS))
     torch.save(ldm_names_of_parts(build_base(config), Reference()), tmp_path / "parts.ckpt")
     with pytest.raises(BadFileError, match=r"^parts\.ckpt: .*give SD 2\.1-base"):
@@ -378,7 +378,7 @@ def whole_checkpoint():
     return {key: tensor for part in parts for key, tensor in manifest(f"stablesr_{part}").items()}
 
 
-def test_every_tensor_of_the_published_files_has_its_place():
+def test_every_tensor_of_the_published_files_is_converted():
     states = convert(whole_checkpoint(), PRESETS["sd21"], None)
     with torch.device("meta"):
         modules = assemble(PRESETS["sd21"]).modules()
@@ -388,7 +388,7 @@ def test_every_tensor_of_the_published_files_has_its_place():
 
 
 @pytest.mark.parametrize("network", ["unet", "vae"])
-def test_places_are_those_of_the_published_map(network):
+def test_the_conversion_follows_the_published_map(network):
     table = json.loads((Path(__file__).parent / "manifests" / f"map_stablesr_{network}_to_diffusers.json").read_text())
     prefix = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}[network]
     tensors = {k: v for k, v in whole_checkpoint().items() if not k.startswith(prefix)}
@@ -404,7 +404,7 @@ def test_places_are_those_of_the_published_map(network):
         assert float(converted[place].flatten()[0]) == sizes[source], (source, place)
 
 
-def test_the_published_feature_wrapping_has_its_place():
+def test_the_published_feature_wrapping_is_converted():
     states = convert(whole_checkpoint(), PRESETS["sd21"], None)
     own = manifest("cfw_vqgan") | {"loss.discriminator.main.0.weight": torch.empty(1, device="meta")}
     fusion = {k: v for k, v in own.items() if "fusion_layer" in k}
@@ -431,7 +431,7 @@ def test_the_published_feature_wrapping_has_its_place():
         ("turbocharged.ckpt", "epsilon", 512, 200),
     ],
 )
-def test_published_files_are_known_by_the_words_of_their_names(name, kind, tile, steps):
+def test_settings_are_derived_from_the_names_of_published_files(name, kind, tile, steps):
     config = replace(PRESETS["sd21"], **name_kind(name))
     assert (config.prediction_type, config.tile, config.steps) == (kind, tile, steps)
 

@@ -27,7 +27,7 @@ PATCH = 96
 NO_FACE = np.full((2, 3), np.nan, np.float32)
 
 
-class PictureWeights(Protocol):
+class ImageLossWeights(Protocol):
     """A configuration with the weights of the image-space losses."""
 
     @property
@@ -43,7 +43,7 @@ class PictureWeights(Protocol):
         """Weight of the identity loss."""
 
 
-def looks_at_pictures(config: PictureWeights) -> bool:
+def has_image_losses(config: ImageLossWeights) -> bool:
     """Whether a configuration has image-space losses."""
     return bool(config.lambda_pixel or config.lambda_perceptual or config.lambda_id)
 
@@ -57,7 +57,7 @@ def refusal() -> str | None:
     return None if face_models() else INSTALL_METRICS
 
 
-class PictureLoss(nn.Module):
+class ImageSpaceLoss(nn.Module):
     """`lambda_pixel L_pixel + lambda_perceptual L_perceptual + lambda_id L_id` of restored latents, decoded.
 
     L_pixel: L1 + gradient L1. L_perceptual: ST-LPIPS of a square of `PATCH` pixels. L_id: squared distance between the
@@ -65,7 +65,7 @@ class PictureLoss(nn.Module):
     network), over the images with a face. Raises `MissingBackendError` without the `metrics` extra.
     """
 
-    def __init__(self, base: Base, config: PictureWeights) -> None:
+    def __init__(self, base: Base, config: ImageLossWeights) -> None:
         super().__init__()
         folder = face_models()
         if folder is None:
@@ -84,7 +84,7 @@ class PictureLoss(nn.Module):
         """Take restored latents (B, C, h, w), the features of the LQ images, and originals (B, 3, H, W) in [-1, 1].
 
         maps: (B, 2, 3), the position of each original's face (`face_map`), NaN without a face. corner: (2,), top and
-        left of the crop for the perceptual distance. Returns the weighted sum `pictures` and its terms.
+        left of the crop for the perceptual distance. Returns the weighted sum `image` and its terms.
         """
         output = self.base.decode(restored, features).float()
         pixel = F.l1_loss(output, hq) + gradient_loss(output, hq)
@@ -94,20 +94,20 @@ class PictureLoss(nn.Module):
         identity = self.identity(output, hq, maps)
         c = self.config
         total = c.lambda_pixel * pixel + c.lambda_perceptual * perceptual + c.lambda_id * identity
-        return {"pictures": total, "pixel": pixel, "perceptual": perceptual, "id": identity}
+        return {"image": total, "pixel": pixel, "perceptual": perceptual, "id": identity}
 
     def of_batch(self, restored: torch.Tensor, batch: Batch) -> Losses:
         """Return the losses of the samples at timestep 999, where restoration starts; all 0 without such samples.
 
-        restored: clean latents (B, C, h, w). batch: `hq_picture lq_picture` (B, 3, H, W) in [-1, 1], `t`, and the
+        restored: clean latents (B, C, h, w). batch: `hq_image lq_image` (B, 3, H, W) in [-1, 1], `t`, and the
         entries of `draw_views`.
         """
         first = batch["t"] == LAST
         if not first.any():
-            return dict.fromkeys(("pictures", "pixel", "perceptual", "id"), restored.new_zeros(()))
+            return dict.fromkeys(("image", "pixel", "perceptual", "id"), restored.new_zeros(()))
         with torch.no_grad():
-            features = None if self.base.cfw is None else self.base.features(batch["lq_picture"][first])
-        return self(restored[first], features, batch["hq_picture"][first], batch["maps"][first], batch["corner"])
+            features = None if self.base.cfw is None else self.base.features(batch["lq_image"][first])
+        return self(restored[first], features, batch["hq_image"][first], batch["maps"][first], batch["corner"])
 
     def identity(self, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
         """Return the mean squared distance of embeddings of (B, 3, H, W) in [-1, 1], over the images with a face."""
