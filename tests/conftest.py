@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import importlib.util
 import os
@@ -5,6 +6,7 @@ import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,6 +49,52 @@ def kept_graphs():
 def export_anew(monkeypatch):
     """`torch.onnx.export` itself, without the cache, in one test."""
     monkeypatch.setattr(torch.onnx, "export", torch.onnx.export.export)
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    """A machine without a GPU: PyTorch finds none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def without_dlib(monkeypatch):
+    """An installation without the package dlib of the extra `metrics`."""
+    for name in ("dlib", "_dlib_pybind11"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.fixture
+def full_disk():
+    """Every fsync fails as on a full disk, until `full_disk.undo()`."""
+
+    def fail(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        yield patch
+
+
+@pytest.fixture
+def set_free_space(monkeypatch):
+    """Function (bytes): every disk has this much free space."""
+
+    def set_bytes(free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+
+    return set_bytes
+
+
+@pytest.fixture
+def unprivileged():
+    """Run without root's permissions, so that files and folders of other users are refused."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)  # nobody
+    yield
+    if root:
+        os.seteuid(0)
 
 
 def sample_image(height, width, seed=0):

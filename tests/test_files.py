@@ -3,7 +3,6 @@ import hashlib
 import os
 import stat
 import zipfile
-from types import SimpleNamespace
 
 import pytest
 
@@ -41,46 +40,40 @@ def test_any_exception_keeps_the_old_file(tmp_path, error):
     assert names(tmp_path) == ["a.bin"]
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_a_full_disk_is_reported_in_one_line_and_leaves_no_file(tmp_path, monkeypatch, call):
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def fill_disk(handle):
+    """Connect an open file to Linux's /dev/full, where every write fails as on a full disk."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, handle.fileno())
+    os.close(full)
 
+
+@pytest.mark.parametrize("size", [1, 1 << 20], ids=["at the final flush", "during a write"])
+def test_a_full_disk_is_reported_in_one_line_and_leaves_no_file(tmp_path, size):
     target = tmp_path / "a.bin"
-    if call != "write":
-        monkeypatch.setattr(os, call, full)
     with pytest.raises(PFStorerError) as raised, files.atomic_write(target) as handle:
-        handle.write(b"x")
-        if call == "write":
-            full()
+        fill_disk(handle)
+        handle.write(bytes(size))
     text = one_line(raised)
     assert str(target) in text and "no space left" in text and "free some space" in text
     assert names(tmp_path) == []
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
-def test_a_failed_flush_is_reported(tmp_path, monkeypatch):
-    real_open = os.open
-
-    def open_full(path, flags, *rest):
-        if str(path).endswith(".tmp"):
-            os.close(real_open(path, flags, *rest))
-            return real_open("/dev/full", os.O_WRONLY)
-        return real_open(path, flags, *rest)
-
-    monkeypatch.setattr(os, "open", open_full)
-    # The bytes sit in the buffer, so that the flush at the end and the close after it both fail.
-    target = tmp_path / "a.bin"
-    with pytest.raises(PFStorerError, match="no space left"), files.atomic_write(target) as handle:
+def test_a_failed_fsync_is_reported(tmp_path, full_disk):
+    with pytest.raises(PFStorerError, match="no space left"), files.atomic_write(tmp_path / "a.bin") as handle:
         handle.write(b"x")
     assert names(tmp_path) == []
 
 
-def test_a_missing_permission_is_reported(tmp_path, monkeypatch):
-    def refuse(*args):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "somewhere")
+def test_a_failed_rename_is_reported(tmp_path):
+    target = tmp_path / "a.bin"
+    with pytest.raises(PFStorerError, match="it is a folder") as raised, files.atomic_write(target) as handle:
+        handle.write(b"x")
+        target.mkdir()  # by another process
+    assert str(target) in one_line(raised)
+    assert names(tmp_path) == ["a.bin"] and not names(target)
 
-    monkeypatch.setattr(os, "open", refuse)  # root may write anywhere, so the refusal is played
+
+def test_a_missing_permission_is_reported(tmp_path, unprivileged):
     with pytest.raises(PFStorerError) as raised, files.atomic_write(tmp_path / "a.bin"):
         pass
     assert "permission denied" in one_line(raised) and "may write to" in str(raised.value)
@@ -234,8 +227,8 @@ def test_entries_stay_when_moving_fails_midway(tmp_path, monkeypatch, good):
     assert read_entries(tmp_path) == {"mark/x": "1", "a/x": "1", "b/x": "1"}
 
 
-def test_too_little_disk_space_is_reported_before_writing(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
+def test_too_little_disk_space_is_reported_before_writing(tmp_path, set_free_space):
+    set_free_space(10**9)
     files.check_space(tmp_path / "no" / "such", 10**9)
     with pytest.raises(PFStorerError, match=r"1\.50 GB are needed, 1\.00 GB are free"):
         files.check_space(tmp_path / "no" / "such", 15 * 10**8)

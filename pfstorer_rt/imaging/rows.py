@@ -44,16 +44,19 @@ class Rows(Protocol):
 class Spool:
     """A (C, H, W) image that is written first and read later: float32 in [-1, 1], or uint8 levels of this range.
 
-    The temporary file (in TMPDIR) is deleted with the object. Not thread-safe.
+    in_memory: largest size in bytes that is stored in memory; a larger image is stored in a temporary file (in TMPDIR),
+    which is deleted with the object. Not thread-safe.
     """
 
-    def __init__(self, height: int, width: int, channels: int = 3, dtype: Any = np.float32) -> None:
+    def __init__(
+        self, height: int, width: int, channels: int = 3, dtype: Any = np.float32, in_memory: int = IN_MEMORY
+    ) -> None:
         """Raise `PFStorerError` if a temporary file is needed and cannot be created."""
         self.height, self.width, self.channels, self.dtype = height, width, channels, np.dtype(dtype)
         self._row = width * channels * self.dtype.itemsize
         self._array: Array | None = None
         self._file: Any = None
-        if height * self._row <= IN_MEMORY:
+        if height * self._row <= in_memory:
             self._array = np.zeros((channels, height, width), self.dtype)
             return
         try:

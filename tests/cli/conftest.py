@@ -1,7 +1,6 @@
 import io
 import sys
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,18 +92,3 @@ def tree():
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
     return read
-
-
-@pytest.fixture
-def full_disk(monkeypatch):
-    """Every fsync fails as on a full disk; call `.undo()` on the result for an empty one."""
-    import errno
-    import os
-
-    real = os.fsync
-
-    def fail(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    return SimpleNamespace(undo=lambda: monkeypatch.setattr(os, "fsync", real))

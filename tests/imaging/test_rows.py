@@ -1,27 +1,20 @@
-import errno
 import os
+import resource
 
 import numpy as np
 import pytest
 
 from pfstorer_rt.errors import PFStorerError
-from pfstorer_rt.imaging import rows as spools
-from pfstorer_rt.imaging.rows import Spool, bands, from_pixels, read_pixels, to_pixels
+from pfstorer_rt.imaging.rows import BAND_BYTES, Spool, bands, from_pixels, read_pixels, to_pixels
 
 
-@pytest.fixture(params=["memory", "file"])
-def place(request, monkeypatch):
-    if request.param == "file":
-        monkeypatch.setattr(spools, "IN_MEMORY", 0)
-    return request.param
-
-
+@pytest.mark.parametrize("in_memory", [1 << 20, 0], ids=["memory", "file"])
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
-def test_rows_come_back_in_any_order(place, dtype):
+def test_rows_come_back_in_any_order(in_memory, dtype):
     levels = np.random.default_rng(0).integers(0, 256, (3, 23, 7)).astype(np.uint8)
     expected = levels / np.float32(255) * 2 - 1
     image = levels if dtype is np.uint8 else expected
-    spool = Spool(23, 7, 3, dtype)
+    spool = Spool(23, 7, 3, dtype, in_memory)
     for start in (10, 0, 20):
         spool.write(start, image[:, start : start + 10])
     for start, stop in ((0, 23), (5, 6), (19, 22)):
@@ -46,9 +39,16 @@ def test_pixels_become_a_band_and_back():
     assert np.isnan(to_pixels(np.float32([[[np.nan]]]))).all()
 
 
-def test_a_large_image_is_not_in_memory(place):
-    spool = Spool(64, 64)
-    assert (spool._file is None) == (place == "memory") and (spool._array is None) == (place == "file")
+def test_a_large_image_is_stored_in_a_temporary_file():
+    before = open_files()
+    small, large = Spool(64, 64), Spool(64, 64, in_memory=1000)
+    assert open_files() == before + 1
+    del large
+    assert open_files() == before and small.height == 64
+
+
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
 
 
 def test_an_array_is_wrapped_without_a_copy():
@@ -58,19 +58,19 @@ def test_an_array_is_wrapped_without_a_copy():
     assert (spool.height, spool.width, spool.channels) == (2, 4, 3) and spool.read(1, 2)[0, 0, 2] == 5
 
 
-def test_a_full_disk_is_reported_with_advice(monkeypatch):
-    monkeypatch.setattr(spools, "IN_MEMORY", 0)
+@pytest.fixture
+def small_files():
+    """The system refuses files of more than 4 KB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    class Full:
-        def seek(self, _):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        def close(self):
-            pass
-
-    monkeypatch.setattr(spools.tempfile, "TemporaryFile", lambda **_: Full())
-    with pytest.raises(PFStorerError, match=r"no space left.*TMPDIR"):
-        Spool(4, 4).write(0, np.zeros((3, 1, 4)))
+def test_a_failed_write_is_reported_with_advice(small_files):
+    spool = Spool(64, 64, in_memory=0)
+    with pytest.raises(PFStorerError, match=r"temporary file of a large image.*too large.*TMPDIR"):
+        spool.write(0, np.zeros((3, 64, 64)))
 
 
 @pytest.mark.parametrize(("height", "width", "least"), [(1, 1, 1), (1000, 10_000, 1), (1000, 10_000, 256), (7, 9, 100)])
@@ -78,5 +78,5 @@ def test_bands_cover_all_rows_once(height, width, least):
     found = list(bands(height, width, 12, least))
     assert [row for start, stop in found for row in range(start, stop)] == list(range(height))
     largest = max(stop - start for start, stop in found)
-    assert largest <= least or largest * width * 12 <= spools.BAND_BYTES
+    assert largest <= least or largest * width * 12 <= BAND_BYTES
     assert all(stop - start >= min(least, height) for start, stop in found[:-1])

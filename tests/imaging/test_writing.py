@@ -1,6 +1,4 @@
-import errno
 import io
-import os
 import subprocess
 import sys
 
@@ -179,14 +177,9 @@ def test_existing_file_needs_overwrite(tmp_path):
     assert Image.open(path).size == (2, 2)
 
 
-def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_old_file(tmp_path, full_disk):
     path = tmp_path / "a.png"
     path.write_bytes(b"precious")
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(PFStorerError, match="no space left"):
         save_image(path, np.zeros((2, 2, 3)), overwrite=True)
     assert path.read_bytes() == b"precious" and len(list(tmp_path.iterdir())) == 1
