@@ -24,12 +24,13 @@ LARGEST = 16_000_000
 class References:
     """Embeddings of reference photographs, kept only in memory."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, embed: Callable[[Pixels], Embedding | None] | None = None) -> None:
         """Raise `MissingBackendError` without the `metrics` extra, `BadFileError` when no reference shows a face.
 
+        embed: returns the embedding of the largest face, or None without a face; None selects dlib's network.
         `notes` has a line for each file that could not be read.
         """
-        embed = face_embedder()
+        embed = embed or face_embedder()
         if embed is None:
             raise MissingBackendError(f"comparing with references needs the metrics extra: {INSTALL_METRICS}")
         self._embed: Callable[[Pixels], Embedding | None] = embed

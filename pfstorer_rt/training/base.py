@@ -130,12 +130,15 @@ def latent_pairs(
     config: BaseTrainConfig,
     accelerator: Accelerator,
     on_progress: OnProgress = ignore_progress,
+    size: int = PAIR_CHUNK,
 ) -> np.ndarray[Any, Any]:
     """Make (hq, lq) latents of degraded crops once; returns a memory map (pairs, 2, C, h, w) of fp16.
 
-    Pair k shows photograph `order(k)` and depends only on the seed and k.
+    Pair k shows photograph `order(k)` and depends only on the seed and k. size: pairs that are made and written at
+    once.
     """
     count, side = len(paths) * config.variations, base.config.latent_tile
+    size = min(size, count)
 
     def encode(chunk: Batch) -> Mapping[str, np.ndarray[Any, Any]]:
         with torch.no_grad(), accelerator.autocast():
@@ -146,9 +149,9 @@ def latent_pairs(
         "pairs",
         {"pairs": (np.float16, (2, base.config.latent_channels, side, side))},
         count,
-        PAIR_CHUNK,
+        size,
         pairs_signature(paths, base, config) + base.fingerprint,
-        pair_maker(paths, base, config, PAIR_CHUNK),
+        pair_maker(paths, base, config, size),
         encode,
         config.restorer.workers,
     )

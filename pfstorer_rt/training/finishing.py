@@ -141,11 +141,20 @@ def finishing_batches(
 
 
 def image_pairs(
-    paths: list[Path], base: Base, work: Path, config: BaseTrainConfig, on_progress: OnProgress = ignore_progress
+    paths: list[Path],
+    base: Base,
+    work: Path,
+    config: BaseTrainConfig,
+    on_progress: OnProgress = ignore_progress,
+    size: int = PAIR_CHUNK,
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Make degraded crops once; returns memory maps: images (pairs, 2, H, W, 3) uint8 and face maps (pairs, 2, 3)."""
-    side = base.config.tile
-    make_pair = pair_maker(paths, base, config, PAIR_CHUNK)
+    """Make degraded crops once; returns memory maps: images (pairs, 2, H, W, 3) uint8 and face maps (pairs, 2, 3).
+
+    size: pairs that are made and written at once.
+    """
+    side, count = base.config.tile, len(paths) * config.variations
+    size = min(size, count)
+    make_pair = pair_maker(paths, base, config, size)
 
     def make(chunk: int) -> Batch:
         pair = make_pair(chunk)
@@ -158,8 +167,8 @@ def image_pairs(
     samples = Samples(
         "images",
         {"images": (np.uint8, (2, side, side, 3)), "maps": (np.float32, (2, 3))},
-        len(paths) * config.variations,
-        PAIR_CHUNK,
+        count,
+        size,
         pairs_signature(paths, base, config),
         make,
         pack,

@@ -15,6 +15,7 @@ import torch
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding, identity_distance, mean_distance
 from pfstorer_rt.faces.finding import Face, face_finder
+from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.training.data import center_crop, read_photo
 
 SQUARE = 2.0
@@ -29,20 +30,28 @@ FEW = 4
 """A face whose side is smaller than the tile's side divided by this has too few pixels for a good likeness."""
 
 
+FindFaces = Callable[[Pixels], list[Face]]
+"""find(pixels): the faces of an image (H, W, 3) in [0, 1], the largest first."""
+
+
 def read_references(
-    paths: Sequence[Path], config: PersonalizeConfig, tile: int, note: Callable[[str], None]
+    paths: Sequence[Path],
+    config: PersonalizeConfig,
+    tile: int,
+    note: Callable[[str], None],
+    find: FindFaces | None = None,
 ) -> list[torch.Tensor]:
     """Read photographs, (3, H, W) in [0, 1] each, and crop them around the person's face.
 
     Among several faces, the person is the face most similar to the faces in the photographs with one face; without
     such photographs, the largest face. A photograph without a face gets a centre crop. With `config.framing` "none",
     or without the `metrics` extra, photographs stay whole. note: called with a line for each unsuitable photograph.
-    Raises `BadFileError`.
+    find: None selects dlib's detector. Raises `BadFileError`.
     """
     photos = [read_photo(path) for path in paths]  # all photographs, before the first note
     if config.framing == "none":
         return photos
-    if (find := face_finder()) is None:
+    if (find := find or face_finder()) is None:
         note(f"photographs are used without cropping to the face; to crop snapshots: {INSTALL_METRICS}")
         return photos
     found = [find(photo.permute(1, 2, 0).numpy()) for photo in photos]

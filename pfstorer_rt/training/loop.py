@@ -51,6 +51,8 @@ class Training:
     on_log: Callable[[int, dict[str, float]], None] | None = None
     """on_log(iteration, losses): called every 50 iterations and after the last one."""
     on_progress: OnProgress = ignore_progress
+    clock: Callable[[], float] = time.monotonic
+    """The time in seconds, for `settings.minutes` and for reports."""
 
 
 class Interruption:
@@ -183,7 +185,7 @@ def _iterate(training: Training, objective: nn.Module, state: TrainState, accele
     rates = [group["lr"] for group in state.optimizer.param_groups]
     done = state.load(training.checkpoint, training.mark) if training.checkpoint.exists() else 0
     rank, processes, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    schedule, started = Schedule(settings, state.seconds), time.monotonic()
+    schedule, started = Schedule(settings, state.seconds, training.clock), training.clock()
     if main:
         training.on_progress(StageProgress(title, done, total, time_share=schedule.share(done)))
     batches = prefetch(
@@ -198,15 +200,16 @@ def _iterate(training: Training, objective: nn.Module, state: TrainState, accele
             loss, share = losses["loss"].item(), schedule.share(done)
             if not math.isfinite(loss):
                 raise PFStorerError(f"{title}: the loss is not finite after {done} iterations; use a lower rate")
-            last = share >= 1 or interruption.requested
             if main:
-                seconds = time.monotonic() - started
+                seconds = training.clock() - started
                 training.on_progress(StageProgress(title, done, total, loss, seconds, share))
+            stop = interruption.requested  # read once: an interrupted training ends with a checkpoint
+            last = share >= 1 or stop
             if main and training.on_log and (done % LOG_EVERY == 0 or last):
                 training.on_log(done, {k: v.item() for k, v in losses.items()})
             if main and (done % settings.checkpoint_every == 0 or last):
                 state.save(training.checkpoint, done, training.mark, schedule.seconds)
-            if interruption.requested:
+            if stop:
                 of = f" of {total}" if total else f", {share:.0%} of the time"
                 raise KeyboardInterrupt(f"stopped after iteration {done}{of}")
             if last:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 from pfstorer_rt.config import TrainConfig
 
@@ -13,15 +14,16 @@ class Schedule:
 
     With `config.minutes` the training ends after that time, without the start-up time of its runs, and the decay of the
     learning rate follows the time; otherwise it ends after `config.iterations`. seconds: duration of earlier runs.
+    clock: returns the time in seconds.
     """
 
-    def __init__(self, config: TrainConfig, seconds: float = 0.0) -> None:
-        self.config, self.before, self.begun = config, seconds, time.monotonic()
+    def __init__(self, config: TrainConfig, seconds: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config, self.before, self.clock, self.begun = config, seconds, clock, clock()
 
     @property
     def seconds(self) -> float:
         """Duration of this training so far, earlier runs included."""
-        return self.before + time.monotonic() - self.begun
+        return self.before + self.clock() - self.begun
 
     def share(self, iteration: int) -> float:
         """Return the finished share of the training, 1 at its end."""

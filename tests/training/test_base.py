@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 from dataclasses import replace
@@ -11,13 +10,20 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from pfstorer_rt.config import PRESETS, TrainConfig
+from pfstorer_rt.degradation.degrade import degrade
 from pfstorer_rt.diffusion import Schedule, start_from_lq
 from pfstorer_rt.models.base import build_base, load_base
-from pfstorer_rt.training import base as module
-from pfstorer_rt.training.base import BaseTrainConfig, latent_pairs, split_holdout, train_base
-from pfstorer_rt.training.data import read_photo
+from pfstorer_rt.training.base import (
+    BaseTrainConfig,
+    latent_batches,
+    latent_pairs,
+    pair_maker,
+    split_holdout,
+    train_base,
+)
+from pfstorer_rt.training.data import Photographs, read_photo
 from pfstorer_rt.training.device import accelerated
-from pfstorer_rt.training.objectives import AutoencoderObjective, RestorerObjective
+from pfstorer_rt.training.objectives import RestorerObjective
 from pfstorer_rt.training.stages import train_stage
 from pfstorer_rt.training.wrapping import add_wrapping
 
@@ -33,19 +39,11 @@ def photos(tmp_path_factory, make_image):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """Chunks of five pairs, so that twelve photographs fill three, the last of them in part."""
-    monkeypatch.setattr(module, "PAIR_CHUNK", 5)
-
-
 @pytest.fixture(scope="module")
 def whole(photos, tmp_path_factory):
     """A base trained in one go, and its folder."""
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "PAIR_CHUNK", 5)
-        return train_base([photos], folder / "base", CONFIG, folder / "work"), folder
+    return train_base([photos], folder / "base", CONFIG, folder / "work"), folder
 
 
 def weights(folder):
@@ -56,21 +54,14 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[n][k], b[n][k]) for n in a for k in a[n])
 
 
-def at_call(patch, owner, number, action):
-    """Do `action` in the `number`-th call of a method `forward`, counted from 0."""
-    real, calls = owner.forward, []
+def interrupt_after(stage, iterations):
+    """A progress callback that interrupts a stage after the given number of iterations."""
 
-    def forward(self, *arguments):
-        if len(calls) == number:
-            action()
-        calls.append(1)
-        return real(self, *arguments)
+    def report(progress):
+        if (progress.stage, progress.done) == (stage, iterations):
+            os.kill(os.getpid(), signal.SIGINT)
 
-    patch.setattr(owner, "forward", forward)
-
-
-def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
+    return report
 
 
 def test_the_result_is_a_base_directory(whole):
@@ -105,114 +96,97 @@ def test_the_logs_have_a_row_for_the_end(whole):
         assert row.startswith("4,") and all(np.isfinite(float(v)) for v in row.split(","))
 
 
-@pytest.mark.parametrize("objective", [AutoencoderObjective, RestorerObjective])
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(photos, whole, tmp_path, monkeypatch, objective):
+@pytest.mark.parametrize("stage", ["autoencoder", "restorer"])
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(photos, whole, tmp_path, stage):
     _, folder = whole
-    with monkeypatch.context() as patch:
-        at_call(patch, objective, 1, interrupt)
-        with pytest.raises(KeyboardInterrupt, match="after iteration 2 of 4"):
-            train_base([photos], tmp_path / "base", CONFIG, tmp_path / "work")
+    with pytest.raises(KeyboardInterrupt, match="after iteration 2 of 4"):
+        train_base(
+            [photos], tmp_path / "base", CONFIG, tmp_path / "work", on_progress=interrupt_after(stage, iterations=2)
+        )
     assert not (tmp_path / "base").exists()
     train_base([photos], tmp_path / "base", CONFIG, tmp_path / "work")
     assert same(weights(tmp_path / "base"), weights(folder / "base"))
     assert load_base(tmp_path / "base").fingerprint == load_base(folder / "base").fingerprint
 
 
-def test_pairs_resume_after_an_interruption(photos, whole, tmp_path, monkeypatch):
-    _, folder = whole
-    expected = np.load(folder / "work" / "pairs.npy")
-    assert expected.shape == (12, 2, 4, 8, 8) and np.isfinite(expected).all() and expected.any((1, 2, 3, 4)).all()
-    base, paths = build_base("nano", 0), sorted(photos.iterdir())
-    made = []
-    real = module.pair_maker
+def test_pairs_resume_after_an_interruption(photos, tmp_path):
+    paths = sorted(photos.iterdir())
 
-    def maker(dying):
-        def pair_maker(*arguments):
-            make = real(*arguments)
+    def pairs(folder, seed=0, config=CONFIG, killed_at=None):
+        """Make pairs in chunks of 5; returns them and the numbers of finished pairs that were reported."""
+        reports = []
 
-            def chunk(number):
-                if dying and number == 2:
-                    raise SystemExit("power cut")
-                made.append(number)
-                return make(number)
+        def report(progress):
+            reports.append(progress.done)
+            if progress.done == killed_at:
+                raise SystemExit("power cut")
 
-            return chunk
-
-        return pair_maker
-
-    def pairs(paths, base, folder, config):
+        folder.mkdir(exist_ok=True)
         with accelerated(SETTINGS) as accelerator:
-            return latent_pairs(paths, base, folder, config, accelerator)
+            made = latent_pairs(paths, build_base("nano", seed), folder, config, accelerator, report, size=5)
+        return np.array(made), reports
 
-    monkeypatch.setattr(module, "pair_maker", maker(dying=False))
-    once = np.array(pairs(paths, base, whole_folder(tmp_path / "once"), CONFIG))
-    monkeypatch.setattr(module, "pair_maker", maker(dying=True))
+    once, reports = pairs(tmp_path / "once")
+    assert reports == [0, 5, 10, 12]
+    assert once.shape == (12, 2, 4, 8, 8) and np.isfinite(once).all() and once.any((1, 2, 3, 4)).all()
     with pytest.raises(SystemExit):
-        pairs(paths, base, whole_folder(tmp_path / "parts"), CONFIG)
-    assert json.loads((tmp_path / "parts" / "pairs.json").read_text())["done"] == 10
-    made.clear()
-    monkeypatch.setattr(module, "pair_maker", maker(dying=False))
-    parts = np.array(pairs(paths, base, tmp_path / "parts", CONFIG))
-    assert made == [2] and np.array_equal(once, parts)
-    # pairs of another base or of other settings are made anew
-    other = np.array(pairs(paths, build_base("nano", 1), tmp_path / "parts", CONFIG))
-    assert made == [2, 0, 1, 2] and not np.array_equal(other, parts)
-    pairs(paths, build_base("nano", 1), tmp_path / "parts", replace(CONFIG, level="light"))
-    assert len(made) == 7
-
-
-def whole_folder(path):
-    path.mkdir()
-    return path
+        pairs(tmp_path / "parts", killed_at=10)
+    parts, reports = pairs(tmp_path / "parts")
+    assert reports == [10, 12] and np.array_equal(once, parts)
+    # Pairs of another base or of other settings replace the old pairs.
+    other, reports = pairs(tmp_path / "parts", seed=1)
+    assert reports == [0, 5, 10, 12] and not np.array_equal(other, parts)
+    assert pairs(tmp_path / "parts", seed=1, config=replace(CONFIG, level="light"))[1] == [0, 5, 10, 12]
 
 
 def test_every_pair_shows_one_photograph_once(photos):
     base, paths = build_base("nano", 0), sorted(photos.iterdir())
-    chunks = [module.pair_maker(paths, base, replace(CONFIG, level="light"), 5)(i) for i in range(3)]
-    assert chunks[0]["hq"].shape == chunks[0]["lq"].shape == (5, 3, 64, 64)
-    assert not torch.equal(chunks[0]["hq"], chunks[0]["lq"])
-    order = [module.Photographs(paths, 0).order(k) for k in range(12)]
+    chunk = pair_maker(paths, base, replace(CONFIG, level="light"), 5)(0)
+    assert chunk["hq"].shape == chunk["lq"].shape == (5, 3, 64, 64)
+    assert not torch.equal(chunk["hq"], chunk["lq"])
+    order = [Photographs(paths, 0).order(k) for k in range(12)]
     assert sorted(order) == list(range(12))
 
 
-def test_mixed_pairs_are_of_both_levels(photos, monkeypatch):
-    base, paths, drawn = build_base("nano", 0), sorted(photos.iterdir()), []
-    monkeypatch.setattr(module, "degrade", lambda image, level, rng: drawn.append(level) or image)
-    for chunk in range(4):
-        module.pair_maker(paths, base, replace(CONFIG, level="mixed", p_hq=0.25), 5)(chunk)
-    light, heavy = (replace(module.LEVELS[name], p_hq=0.25) for name in ("light", "heavy"))
-    assert len(drawn) == 20 and all(level in (light, heavy) for level in drawn)
-    assert 4 <= drawn.count(light) <= 16
+def test_mixed_pairs_are_of_both_levels(photos):
+    """Every pair is degraded by one of the two levels, after one draw from its generator."""
+    base, paths = build_base("nano", 0), sorted(photos.iterdir())
+    pairs = pair_maker(paths, base, replace(CONFIG, level="mixed", p_hq=0.0), 12)(0)
+    drawn = []
+    for k, lq in enumerate(pairs["lq"]):
+        candidates = {}
+        for name in ("light", "heavy"):
+            image, rng = Photographs(paths, 0).crop(k, base.config.tile)
+            rng.integers(2)
+            candidates[name] = degrade(image, name, rng) * 2 - 1
+        drawn += [name for name, candidate in candidates.items() if torch.equal(candidate, lq)]
+    assert len(drawn) == 12 and 2 <= drawn.count("light") <= 10
+
+
+def restorer_batches(config, tile=64):
+    """The batches of latents that a training of the restorer draws from 12 pairs."""
+    base = build_base(replace(PRESETS["nano"], tile=tile))
+    pairs = np.random.default_rng(0).standard_normal((12, 2, 4, tile // 8, tile // 8)).astype(np.float16)
+    make = latent_batches(pairs, base, config)
+    return [make(i, i) for i in range(config.restorer.iterations)]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_first_step_is_the_share_of_samples_at_the_last_timestep(photos, tmp_path, monkeypatch, share):
-    seen, real = [], RestorerObjective.forward
-    monkeypatch.setattr(RestorerObjective, "forward", lambda self, batch: seen.append(batch["t"]) or real(self, batch))
-    train_base([photos], tmp_path / "base", replace(CONFIG, first_step=share), tmp_path / "work", build_base("nano"))
-    last = [bool(t == 999) for t in torch.cat(seen)]
-    assert all(last) if share else not any(last)
+def test_first_step_is_the_share_of_samples_at_the_last_timestep(share):
+    batches = restorer_batches(replace(CONFIG, first_step=share))
+    last = torch.cat([batch["t"] for batch in batches]) == 999
+    assert len(last) == 8 and (last.all() if share else not last.any())
 
 
-def test_the_restorer_trains_on_crops_and_then_on_whole_tiles(photos, tmp_path, monkeypatch):
-    def sides(folder, config):
-        seen, real = [], RestorerObjective.forward
-
-        def forward(self, batch):
-            assert batch["hq"].shape == batch["lq"].shape == batch["noise"].shape
-            seen.append(tuple(batch["hq"].shape[-2:]))
-            return real(self, batch)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(RestorerObjective, "forward", forward)
-            prior = build_base(replace(PRESETS["nano"], tile=128))
-            train_base([photos], folder / "base", config, folder / "work", prior)
-        return seen
+def test_the_restorer_trains_on_crops_and_then_on_whole_tiles():
+    def sides(config):
+        batches = restorer_batches(config, tile=128)
+        assert all(batch["hq"].shape == batch["lq"].shape == batch["noise"].shape for batch in batches)
+        return [tuple(batch["hq"].shape[-2:]) for batch in batches]
 
     config = replace(CONFIG, latent_crop=8, cropped=0.5)
-    assert sides(tmp_path / "a", config) == [(8, 8)] * 2 + [(16, 16)] * 2
-    # a square that is larger than the tile is the tile
-    assert sides(tmp_path / "b", replace(config, latent_crop=32)) == [(16, 16)] * 4
+    assert sides(config) == [(8, 8)] * 2 + [(16, 16)] * 2
+    assert sides(replace(config, latent_crop=32)) == [(16, 16)] * 4, "a crop is not larger than a tile"
 
 
 def test_training_on_a_prior_changes_only_the_spades_of_its_unet(photos, tmp_path):
@@ -244,18 +218,30 @@ def oracle(base):
     return DDPMScheduler.from_config(base.schedule.to_diffusers(base.config.prediction_type))
 
 
-def predicting(kind, monkeypatch):
-    """A base whose UNet predicts one fixed thing of a kind, a batch of three for it, and that prediction."""
-    base = build_base(replace(PRESETS["nano"], prediction_type=kind), seed=5)
+class Fixed(torch.nn.Module):
+    """A UNet with a fixed prediction, which keeps its inputs."""
+
+    def __init__(self, prediction):
+        super().__init__()
+        self.prediction, self.inputs = prediction, []
+
+    def forward(self, x, *_):
+        self.inputs.append(x)
+        return self.prediction
+
+
+def predicting(kind):
+    """A base whose UNet has a fixed prediction of a kind, a batch of three, and the prediction."""
     generator = torch.Generator().manual_seed(0)
     hq, lq, noise, prediction = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(4))
-    monkeypatch.setattr(type(base.unet), "forward", lambda *_: prediction)
+    base = build_base(replace(PRESETS["nano"], prediction_type=kind), seed=5)
+    base = replace(base, unet=Fixed(prediction))
     return base, {"hq": hq, "lq": lq, "noise": noise, "t": torch.tensor([1, 400, 950])}, prediction
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_x0_weighting_measures_the_clean_latent(kind, monkeypatch):
-    base, batch, prediction = predicting(kind, monkeypatch)
+def test_x0_weighting_measures_the_clean_latent(kind):
+    base, batch, prediction = predicting(kind)
     hq, noise, t = batch["hq"], batch["noise"], batch["t"]
     loss = RestorerObjective(base, "x0")(batch)["loss"]
     errors = []
@@ -267,29 +253,28 @@ def test_x0_weighting_measures_the_clean_latent(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_prediction_weighting_measures_what_the_network_predicts(kind, monkeypatch):
-    base, batch, prediction = predicting(kind, monkeypatch)
+def test_prediction_weighting_measures_what_the_network_predicts(kind):
+    base, batch, prediction = predicting(kind)
     hq, noise, t = batch["hq"], batch["noise"], batch["t"]
     loss = RestorerObjective(base)(batch)["loss"]
     target = noise if kind == "epsilon" else oracle(base).get_velocity(hq, noise, t)  # diffusers' own
     torch.testing.assert_close(loss, (prediction - target).square().mean(), rtol=1e-3, atol=0)
 
 
-def test_samples_at_the_last_timestep_start_as_in_a_restoration(monkeypatch):
-    base, seen = build_base("nano", seed=5), []
+def test_samples_at_the_last_timestep_start_as_in_a_restoration():
+    base = replace(build_base("nano", seed=5), unet=Fixed(torch.zeros(2, 4, 8, 8)))
     hq, lq, noise = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    monkeypatch.setattr(type(base.unet), "forward", lambda self, x, *_: seen.append(x) or torch.zeros_like(x))
     RestorerObjective(base)({"hq": hq, "lq": lq, "noise": noise, "t": torch.tensor([999, 998])})
-    torch.testing.assert_close(seen[0][0], start_from_lq(lq, noise, Schedule())[0])
-    torch.testing.assert_close(seen[0][1:], oracle(base).add_noise(hq[1:], noise[1:], torch.tensor([998])))
+    (x,) = base.unet.inputs
+    torch.testing.assert_close(x[0], start_from_lq(lq, noise, Schedule())[0])
+    torch.testing.assert_close(x[1:], oracle(base).add_noise(hq[1:], noise[1:], torch.tensor([998])))
 
 
-def test_a_resumed_training_on_a_prior_gives_the_same_base(photos, tmp_path, monkeypatch):
+def test_a_resumed_training_on_a_prior_gives_the_same_base(photos, tmp_path):
     first = train_base([photos], tmp_path / "a", CONFIG, tmp_path / "wa", build_base("nano", seed=5))
-    with monkeypatch.context() as patch:
-        at_call(patch, RestorerObjective, 2, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train_base([photos], tmp_path / "b", CONFIG, tmp_path / "wb", build_base("nano", seed=5))
+    with pytest.raises(KeyboardInterrupt):
+        stop = interrupt_after("restorer", iterations=3)
+        train_base([photos], tmp_path / "b", CONFIG, tmp_path / "wb", build_base("nano", seed=5), stop)
     second = train_base([photos], tmp_path / "b", CONFIG, tmp_path / "wb", build_base("nano", seed=5))
     assert first.fingerprint == second.fingerprint and same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 

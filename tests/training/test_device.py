@@ -14,7 +14,7 @@ from PIL import Image
 from pfstorer_rt.config import PersonalizeConfig, TrainConfig
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.models.base import build_base
-from pfstorer_rt.training import device
+from pfstorer_rt.progress import ignore_progress
 from pfstorer_rt.training.base import BaseTrainConfig, train_base
 from pfstorer_rt.training.device import accelerated, own_accelerate_state
 from pfstorer_rt.training.personalize import personalize
@@ -32,9 +32,9 @@ def photos(tmp_path_factory, make_image):
     return sorted(folder.iterdir())
 
 
-def learn(photos, base, folder: Path, method="pfstorer"):
+def learn(photos, base, folder: Path, method="pfstorer", on_progress=ignore_progress):
     config = PersonalizeConfig(method=method, train=CPU, pool=2)
-    return personalize("alice", photos, base, config, folder / f"{method}.safetensors")
+    return personalize("alice", photos, base, config, folder / f"{method}.safetensors", on_progress=on_progress)
 
 
 # ---- device and precision
@@ -48,8 +48,7 @@ def test_fp16_on_a_cpu_is_refused_with_advice():
         pass
 
 
-def test_a_missing_device_is_refused_with_advice(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_a_missing_device_is_refused_with_advice(without_gpu):
     with pytest.raises(MissingBackendError, match="use device cpu"), accelerated(TrainConfig(device="cuda")):
         pass
 
@@ -60,11 +59,11 @@ def test_precisions_can_change_within_one_process():
             assert accelerator.mixed_precision == expected
 
 
-@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "no")])
-def test_auto_uses_bf16_where_the_machine_has_it(monkeypatch, native, expected):
-    monkeypatch.setattr(device, "has_native_bf16", lambda cpu: native)
+def test_auto_uses_bf16_where_the_machine_has_it():
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     with accelerated(TrainConfig(precision="auto", device="cpu")) as accelerator:
-        assert accelerator.mixed_precision == expected
+        assert accelerator.mixed_precision == ("bf16" if native else "no")
 
 
 # ---- the caller's process
@@ -128,16 +127,16 @@ def test_personalizing_leaves_the_base_unchanged(photos, tmp_path, method):
     assert state_of(base) == before
 
 
-def test_a_failed_training_leaves_the_base_unchanged(photos, tmp_path, monkeypatch):
+def test_a_failed_training_leaves_the_base_unchanged(photos, tmp_path):
     base = build_base("nano", seed=3)
     before, rng = state_of(base), torch.get_rng_state()
 
-    def fail(*_):
-        raise RuntimeError("stop")
+    def fail(progress):
+        if progress.stage == "personalize alice" and progress.done == progress.total:
+            raise RuntimeError("stop")
 
-    monkeypatch.setattr("pfstorer_rt.training.personalize.make_identity", fail)
     with pytest.raises(RuntimeError, match="stop"):
-        learn(photos, base, tmp_path)
+        learn(photos, base, tmp_path, on_progress=fail)
     assert state_of(base) == before and torch.equal(torch.get_rng_state(), rng)
 
 

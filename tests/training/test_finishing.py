@@ -12,7 +12,6 @@ from skimage.data import astronaut
 from pfstorer_rt.config import PRESETS, TrainConfig
 from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.models.base import build_base, load_base
-from pfstorer_rt.training import finishing as module
 from pfstorer_rt.training.base import BaseTrainConfig
 from pfstorer_rt.training.finishing import FinishingObjective, finish_base, image_pairs
 from pfstorer_rt.training.image_loss import ImageSpaceLoss, face_maps, jitter
@@ -67,21 +66,15 @@ def test_all_but_the_autoencoder_is_trained(wrapped, finished):
     assert header == "iteration,loss,diff,pixel,perceptual,id" and rows[-1].startswith("4,")
 
 
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(photos, wrapped, finished, tmp_path, monkeypatch):
-    real, calls = FinishingObjective.forward, []
-
-    def forward(self, batch):
-        calls.append(1)
-        if len(calls) == 2:
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(photos, wrapped, finished, tmp_path):
+    def interrupt(progress):
+        if (progress.stage, progress.done) == ("finishing", 2):
             os.kill(os.getpid(), signal.SIGINT)
-        return real(self, batch)
 
-    arguments = [photos], load_base(wrapped), tmp_path / "base", CONFIG, tmp_path / "work"
-    with monkeypatch.context() as patch:
-        patch.setattr(FinishingObjective, "forward", forward)
-        with pytest.raises(KeyboardInterrupt, match="after iteration 2 of 4"):
-            finish_base(*arguments)
-    finish_base([photos], load_base(wrapped), *arguments[2:])
+    settings = tmp_path / "base", CONFIG, tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt, match="after iteration 2 of 4"):
+        finish_base([photos], load_base(wrapped), *settings, interrupt)
+    finish_base([photos], load_base(wrapped), *settings)
     ours, theirs = weights(tmp_path / "base"), weights(finished[1] / "base")
     assert all(same(ours[name], theirs[name]) for name in theirs)
 
@@ -97,33 +90,18 @@ def test_the_result_is_between_the_prior_and_the_trained_weights(photos, wrapped
         torch.testing.assert_close(half[key].float(), middle, atol=3e-4, rtol=1e-3)
 
 
-def test_image_pairs_resume_after_an_interruption(photos, wrapped, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PAIR_CHUNK", 2)
-    base, paths, real, made = load_base(wrapped), sorted(photos.iterdir()), module.pair_maker, []
-    work = tmp_path / "work"
-    work.mkdir()
+def test_image_pairs_resume_after_an_interruption(photos, wrapped, tmp_path):
+    base, paths, reports = load_base(wrapped), sorted(photos.iterdir()), []
 
-    def maker(last):
-        def pair_maker(*arguments):
-            make = real(*arguments)
+    def die(progress):
+        if progress.done == 2:
+            raise SystemExit("power cut")
 
-            def chunk(number):
-                if number > last:
-                    raise SystemExit("power cut")
-                made.append(number)
-                return make(number)
-
-            return chunk
-
-        return pair_maker
-
-    config = replace(CONFIG, restorer=replace(SETTINGS, workers=0))
-    monkeypatch.setattr(module, "pair_maker", maker(0))
     with pytest.raises(SystemExit):
-        image_pairs(paths, base, work, config)
-    monkeypatch.setattr(module, "pair_maker", maker(2))
-    images, maps = image_pairs(paths, base, work, config)
-    assert made == [0, 1, 2] and images.shape == (6, 2, 64, 64, 3) and images.any((1, 2, 3, 4)).all()
+        image_pairs(paths, base, tmp_path, CONFIG, die, size=2)
+    images, maps = image_pairs(paths, base, tmp_path, CONFIG, reports.append, size=2)
+    assert [report.done for report in reports] == [2, 4, 6]
+    assert images.shape == (6, 2, 64, 64, 3) and images.any((1, 2, 3, 4)).all()
     assert maps.shape == (6, 2, 3) and not np.isnan(maps).all((1, 2)).all() and np.isnan(maps).all((1, 2)).sum() == 5
 
 
@@ -174,9 +152,8 @@ def test_jitter_is_a_small_similarity_transform():
     assert 0.04 < np.abs(matrices[:, :2, 2]).max() <= 0.06
 
 
-def test_finishing_needs_feature_wrapping_and_the_metrics_extra(photos, wrapped, tmp_path, monkeypatch):
+def test_finishing_needs_feature_wrapping_and_the_metrics_extra(photos, wrapped, tmp_path, without_dlib):
     with pytest.raises(BadFileError, match="no feature wrapping; train it first"):
         finish_base([photos], build_base("nano"), tmp_path / "a", CONFIG, tmp_path / "work")
-    monkeypatch.setattr("pfstorer_rt.training.image_loss.face_models", lambda: None)
     with pytest.raises(MissingBackendError, match="pip install"):
         finish_base([photos], load_base(wrapped), tmp_path / "a", CONFIG, tmp_path / "work")

@@ -66,13 +66,12 @@ def test_the_face_that_appears_in_other_photographs_is_used():
     assert choose_face(made_up(5.0, 1.1), []).embedding == 5.0 and choose_face([], alone) is None
 
 
-def test_a_photograph_of_another_person_is_reported(tmp_path, monkeypatch):
+def test_a_photograph_of_another_person_is_reported(tmp_path):
     people = iter([made_up(0.0), made_up(0.1), made_up(0.9, 0.2), made_up(2.0)])
-    monkeypatch.setattr("pfstorer_rt.training.framing.face_finder", lambda: lambda pixels: next(people))
     paths, notes = [tmp_path / f"{i}.png" for i in range(4)], []
     for path in paths:
         snapshot(height=90, width=100).save(path)
-    read_references(paths, PersonalizeConfig(), 192, notes.append)
+    read_references(paths, PersonalizeConfig(), 192, notes.append, lambda pixels: next(people))
     assert [note.split(": ")[0] for note in notes] == [str(paths[2]), str(paths[3])]
     assert "2 faces found; using the one that is 49" in notes[0] and "may show another person" in notes[1]
 
@@ -95,8 +94,7 @@ def test_a_small_or_missing_face_is_reported(read):
     assert photo.shape == (3, 900, 900) and notes == ["no face found; using the centre crop"]
 
 
-def test_photographs_stay_whole_without_a_face_model(read, monkeypatch):
-    monkeypatch.setattr("pfstorer_rt.training.framing.face_finder", lambda: None)
+def test_photographs_stay_whole_without_a_face_model(read, without_dlib):
     photo, notes = read(snapshot((500, 1050, 300)))
     assert photo.shape == (3, 900, 1400) and "pfstorer-rt[metrics]" in notes[0]
 

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.errors import BadFileError, MismatchError
@@ -32,16 +33,15 @@ def make_batch(iteration, _number=0):
     return {"x": torch.randn(4, 3, generator=torch.Generator().manual_seed(iteration))}
 
 
-def fit(folder, batches=make_batch, mark="m", on_log=None, rate=0.1, groups=None, on_progress=None, **settings):
-    """Train a line; returns its parameters."""
+def fit(folder, batches=make_batch, mark="m", rate=0.1, groups=None, hooks=None, **settings):
+    """Train a line; returns its parameters. hooks: `on_log`, `on_progress` and `clock` of `Training`."""
     config = TrainConfig(**{"iterations": 6, "device": "cpu", "precision": "fp32", "learning_rate": rate, **settings})
     folder.mkdir(exist_ok=True)
     with accelerated(config) as accelerator:
         objective = Line()
-        more = {"on_log": on_log} | ({"on_progress": on_progress} if on_progress else {})
         wanted = groups(objective) if groups else None
         file = folder / "state.pt"
-        run_training(Training("line", objective, batches, config, file, mark, wanted, **more), accelerator)
+        run_training(Training("line", objective, batches, config, file, mark, wanted, **hooks or {}), accelerator)
     return [p.detach().clone() for p in objective.layer.parameters()]
 
 
@@ -91,11 +91,11 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, number, 
 def test_progress_is_reported_at_the_start_and_after_every_iteration(tmp_path):
     reports = []
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "a", stopping(1, signalled(signal.SIGINT)), on_progress=reports.append)
+        fit(tmp_path / "a", stopping(1, signalled(signal.SIGINT)), hooks={"on_progress": reports.append})
     assert [(r.stage, r.done, r.total) for r in reports] == [("line", done, 6) for done in (0, 1, 2)]
     assert math.isnan(reports[0].loss) and all(r.loss > 0 and r.seconds > 0 for r in reports[1:])
     reports.clear()
-    fit(tmp_path / "a", on_progress=reports.append)
+    fit(tmp_path / "a", hooks={"on_progress": reports.append})
     assert [r.done for r in reports] == [2, 3, 4, 5, 6]
 
 
@@ -180,29 +180,28 @@ def test_a_seed_determines_the_weights(tmp_path):
 
 def test_training_reduces_the_loss(tmp_path):
     losses = []
-    weight, bias = fit(tmp_path / "a", iterations=200, on_log=lambda i, row: losses.append((i, row["loss"])))
+    log = {"on_log": lambda i, row: losses.append((i, row["loss"]))}
+    weight, bias = fit(tmp_path / "a", iterations=200, hooks=log)
     assert (weight - 1).abs().max() < 0.05 and bias.abs().max() < 0.05
     assert [i for i, _ in losses] == [50, 100, 150, 200] and losses[-1][1] < losses[0][1]
 
 
 def test_the_last_iteration_is_logged(tmp_path):
     rows = []
-    fit(tmp_path / "a", iterations=3, on_log=lambda i, row: rows.append(i))
+    fit(tmp_path / "a", iterations=3, hooks={"on_log": lambda i, row: rows.append(i)})
     assert rows == [3]
 
 
-def test_the_model_ends_with_the_averaged_weights(tmp_path, monkeypatch):
+def test_the_model_ends_with_the_averaged_weights(tmp_path):
     history = []
-    real = torch.optim.AdamW.step
 
-    def step(self, closure=None):
-        result = real(self, closure)
-        history.append([p.detach().clone() for p in self.param_groups[0]["params"] if p.requires_grad])
-        return result
+    def remember(optimizer, *_):
+        history.append([p.detach().clone() for p in optimizer.param_groups[0]["params"] if p.requires_grad])
 
     plain = fit(tmp_path / "plain")
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    handle = register_optimizer_step_post_hook(remember)
     averaged = fit(tmp_path / "ema", ema=0.3)
+    handle.remove()
     assert equal(history[-1], plain), "the average is beside the training, not in it"
     torch.manual_seed(0)
     expected = [p.detach().clone() for p in Line().layer.parameters()]
@@ -214,19 +213,18 @@ def test_the_model_ends_with_the_averaged_weights(tmp_path, monkeypatch):
     assert not equal(averaged, plain)
 
 
-def test_large_gradients_are_clipped(tmp_path, monkeypatch):
+def test_large_gradients_are_clipped(tmp_path):
     norms = []
-    real = torch.optim.AdamW.step
 
-    def step(self, closure=None):
-        gradients = [p.grad.flatten() for p in self.param_groups[0]["params"] if p.grad is not None]
+    def measure(optimizer, *_):
+        gradients = [p.grad.flatten() for p in optimizer.param_groups[0]["params"] if p.grad is not None]
         norms.append(torch.cat(gradients).norm().item())
-        return real(self, closure)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    handle = register_optimizer_step_pre_hook(measure)
     fit(tmp_path / "a", clip=0.01)
     assert norms and max(norms) <= 0.01 * 1.001
     fit(tmp_path / "b", clip=1e9)
+    handle.remove()
     assert max(norms) > 0.1
 
 
@@ -268,16 +266,15 @@ def test_bf16_training_on_a_cpu_is_close_to_fp32(tmp_path):
         assert b.dtype == torch.float32 and (a - b).abs().max() < 0.1  # six steps of 0.1, 8 bits of mantissa
 
 
-def test_a_training_limited_by_time_ends_in_time_and_can_be_resumed(tmp_path, monkeypatch):
+def test_a_training_limited_by_time_ends_in_time_and_can_be_resumed(tmp_path):
     """Each reading of the clock takes a second; the time of earlier runs counts."""
-    from pfstorer_rt.training import schedule
-
-    clock, reports = iter(range(10_000)), []
-    monkeypatch.setattr(schedule.time, "monotonic", lambda: float(next(clock)))
+    times, reports = itertools.count(0.0), []
+    hooks = {"clock": lambda: next(times), "on_progress": reports.append}
     with pytest.raises(KeyboardInterrupt, match="of the time"):
-        fit(tmp_path, stopping(2, signalled(signal.SIGTERM)), minutes=0.5, decay=0.5)
+        fit(tmp_path, stopping(2, signalled(signal.SIGTERM)), hooks=hooks, minutes=0.5, decay=0.5)
     before = torch.load(tmp_path / "state.pt", weights_only=True)
-    fit(tmp_path, minutes=0.5, decay=0.5, on_progress=reports.append)
+    reports.clear()
+    fit(tmp_path, hooks=hooks, minutes=0.5, decay=0.5)
     after = torch.load(tmp_path / "state.pt", weights_only=True)
     assert 0 < before["seconds"] < 30 <= after["seconds"] < 40
     assert after["iteration"] > before["iteration"]

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from pfstorer_rt.config import PersonalizeConfig, TrainConfig
-from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
+from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError
 from pfstorer_rt.files import sha256_file
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import build_base
 from pfstorer_rt.models.prompt import tokenize
-from pfstorer_rt.training import personalize as module
+from pfstorer_rt.progress import ignore_progress
 from pfstorer_rt.training.data import center_crop, read_photo
 from pfstorer_rt.training.image_loss import ImageSpaceLoss
 from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
@@ -41,12 +41,13 @@ def photos(tmp_path_factory, make_image):
 
 @pytest.fixture
 def learn(base, photos, tmp_path):
-    """Function (file name, method="pfstorer", **TrainConfig fields) -> Identity, saved in tmp_path."""
+    """Function (file name, method="pfstorer", on_progress, **TrainConfig fields) -> Identity, saved in tmp_path."""
 
-    def call(name, method="pfstorer", **settings):
+    def call(name, method="pfstorer", on_progress=ignore_progress, **settings):
         train = TrainConfig(**{"iterations": 2, "batch": 1, "device": "cpu", "precision": "fp32", **settings})
         config = PersonalizeConfig(method=method, train=train, p_self=0.5)
-        return personalize("alice", photos, base, config, tmp_path / f"{name}.safetensors")
+        output = tmp_path / f"{name}.safetensors"
+        return personalize("alice", photos, base, config, output, on_progress=on_progress)
 
     return call
 
@@ -55,17 +56,18 @@ def same(a, b):
     return set(a.tensors) == set(b.tensors) and all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
 
 
-def at_iteration(monkeypatch, number, action):
-    """Call `action` when a batch is asked for; returns the function that takes it back."""
-    real = BatchMaker.__call__
+def after(iterations, action):
+    """A progress callback that calls `action` after the given number of iterations."""
 
-    def call(self, iteration, sample):
-        if iteration == number:
+    def report(progress):
+        if progress.stage == "personalize alice" and progress.done == iterations:
             action()
-        return real(self, iteration, sample)
 
-    monkeypatch.setattr(BatchMaker, "__call__", call)
-    return lambda: monkeypatch.setattr(BatchMaker, "__call__", real)
+    return report
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def die():
@@ -76,45 +78,38 @@ def die():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(learn, monkeypatch, tmp_path, method):
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(learn, tmp_path, method):
     whole = learn("whole", method, iterations=6)
-    undo = at_iteration(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt, match="after iteration 3 of 6"):
-        learn("parts", method, iterations=6)
+        learn("parts", method, after(3, interrupt), iterations=6)
     assert [p.name for p in tmp_path.glob("parts*")] == ["parts.training.pt"]
-    undo()
-    at_iteration(monkeypatch, 0, die)  # it does not begin anew
-    assert same(learn("parts", method, iterations=6), whole)
+    assert same(learn("parts", method, after(0, die), iterations=6), whole), "it resumes after iteration 3"
     assert (tmp_path / "parts.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert not list(tmp_path.glob("*.pt"))
 
 
-def test_a_killed_run_resumes_from_its_last_checkpoint(learn, monkeypatch, tmp_path):
+def test_a_killed_run_resumes_from_its_last_checkpoint(learn, tmp_path):
     whole = learn("whole", iterations=6, checkpoint_every=2)
-    undo = at_iteration(monkeypatch, 5, die)
     with pytest.raises(SystemExit):
-        learn("parts", iterations=6, checkpoint_every=2)
+        learn("parts", on_progress=after(5, die), iterations=6, checkpoint_every=2)
     assert torch.load(tmp_path / "parts.training.pt", weights_only=True)["iteration"] == 4
-    undo()
     assert same(learn("parts", iterations=6, checkpoint_every=2), whole)
 
 
-def test_a_run_killed_before_writing_the_identity_is_not_trained_again(learn, monkeypatch, tmp_path):
+def test_a_run_killed_before_writing_the_identity_is_not_trained_again(learn, tmp_path):
     whole = learn("whole", iterations=3)
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "make_identity", lambda *_: die())
-        with pytest.raises(SystemExit):
-            learn("parts", iterations=3)
-    assert not (tmp_path / "parts.safetensors").exists()
-    at_iteration(monkeypatch, 0, die)
-    assert same(learn("parts", iterations=3), whole)
+    (tmp_path / "parts.safetensors").mkdir()  # the identity cannot be written
+    with pytest.raises(PFStorerError, match="it is a folder"):
+        learn("parts", iterations=3)
+    (tmp_path / "parts.safetensors").rmdir()
+    reports = []
+    assert same(learn("parts", on_progress=reports.append, iterations=3), whole)
+    assert [r.done for r in reports if r.stage == "personalize alice"] == [3]
 
 
-def test_a_checkpoint_of_another_run_is_refused(learn, monkeypatch, tmp_path, photos):
-    undo = at_iteration(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+def test_a_checkpoint_of_another_run_is_refused(learn, tmp_path, photos):
     with pytest.raises(KeyboardInterrupt):
-        learn("a", iterations=6)
-    undo()
+        learn("a", on_progress=after(3, interrupt), iterations=6)
     before = (tmp_path / "a.training.pt").read_bytes()
     for change in ({"iterations": 7}, {"seed": 1}, {"learning_rate": 1e-3}, {"method": "vico"}):
         with pytest.raises(MismatchError, match="other settings or photographs"):
@@ -218,11 +213,11 @@ def test_fp16_on_a_cpu_is_refused_with_advice(learn, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unreadable_photograph_is_refused_before_training(learn, photos, base, tmp_path, monkeypatch):
-    at_iteration(monkeypatch, 0, die)
+def test_an_unreadable_photograph_is_refused_before_training(photos, base, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"")
     with pytest.raises(BadFileError, match=r"bad\.png"):
-        personalize("alice", [*photos, tmp_path / "bad.png"], base, None, tmp_path / "a.safetensors")
+        output = tmp_path / "a.safetensors"
+        personalize("alice", [*photos, tmp_path / "bad.png"], base, None, output, on_progress=lambda _: die())
     assert [p.name for p in tmp_path.iterdir()] == ["bad.png"]
 
 
@@ -290,8 +285,7 @@ def test_image_space_losses_have_gradients_in_the_trained_parameters(base, photo
     assert objective(batch)["pixel"] == 0
 
 
-def test_image_space_losses_are_disabled_without_the_metrics_extra(base, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("pfstorer_rt.training.image_loss.face_models", lambda: None)
+def test_image_space_losses_are_disabled_without_the_metrics_extra(base, photos, tmp_path, without_dlib):
     train = TrainConfig(iterations=1, batch=1, device="cpu", precision="fp32")
     config, notes = PersonalizeConfig(train=train, lambda_id=1.0, first_step=1.0), []
     identity = personalize("a", photos, base, config, tmp_path / "a.safetensors", notes.append)
