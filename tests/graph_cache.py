@@ -23,7 +23,7 @@ KEPT = 4
 
 
 def sources():
-    """The files on which an exported graph depends."""
+    """Yield the files on which an exported graph depends."""
     for folder in (ROOT / "pfstorer_rt", ROOT / "export", ROOT / "kernels" / "ops"):
         for path in sorted(folder.rglob("*.py")):
             if not NOT_EXPORTING & set(path.relative_to(folder).parts):
@@ -31,11 +31,12 @@ def sources():
     yield ROOT / "constraints.txt"
 
 
-def environment():
-    """A hash of the sources and versions."""
+def environment(files):
+    """Return a hash of source files and of the versions of Python and `EXPORTERS`."""
     digest = hashlib.sha256(repr([sys.version, *((name, version(name)) for name in EXPORTERS)]).encode())
-    for path in sources():
-        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in files:
+        name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+        digest.update(str(name).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -61,10 +62,13 @@ def fingerprint(*values):
 
 
 class GraphCache:
-    """`export`, whose graphs are kept in a folder."""
+    """`export` with a cache of its graphs in a folder.
 
-    def __init__(self, folder, export):
-        self.export, self.folder = export, folder / environment()
+    files: the sources on which a graph depends; None selects `sources()`.
+    """
+
+    def __init__(self, folder, export, files=None):
+        self.export, self.folder = export, folder / environment(files or sources())
         self.folder.mkdir(parents=True, exist_ok=True)
         os.utime(self.folder)
         for old in sorted(folder.iterdir(), key=os.path.getmtime)[:-KEPT]:

@@ -24,7 +24,7 @@ class Layer(nn.Module):
 
 @pytest.fixture
 def cache(kept_graphs, tmp_path):
-    """Function () -> a cache in one folder, whose exporter writes down its modules."""
+    """`open(files=None)` returns a cache in one folder; `exported` lists the modules that its exporter was given."""
     ports = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, [2])] for name in "xy"]
     node = helper.make_node("Identity", ["x"], ["y"])
     model = onnx_ir.from_proto(helper.make_model(helper.make_graph([node], "g", *ports)))
@@ -34,7 +34,9 @@ def cache(kept_graphs, tmp_path):
         exported.append(module)
         return SimpleNamespace(model=model)
 
-    return SimpleNamespace(open=lambda: kept_graphs.GraphCache(tmp_path / "graphs", export), exported=exported)
+    return SimpleNamespace(
+        open=lambda files=None: kept_graphs.GraphCache(tmp_path / "graphs", export, files), exported=exported
+    )
 
 
 def test_a_graph_is_exported_once_and_read_afterwards(cache):
@@ -67,17 +69,14 @@ def test_another_module_is_exported(cache, change):
     assert len(cache.exported) == 2
 
 
-def test_other_inputs_options_and_sources_are_exported(cache, kept_graphs, monkeypatch, tmp_path):
+def test_other_inputs_options_and_sources_are_exported(cache, tmp_path):
     cache.open()(Layer(), (torch.ones(1, 2),))
     cache.open()(Layer(), (torch.ones(2, 2),))
     cache.open()(Layer(), (torch.ones(1, 2),), opset_version=20)
     source = tmp_path / "source.py"
-    source.write_text("a = 1")
-    monkeypatch.setattr(kept_graphs, "sources", lambda: [source])
-    monkeypatch.setattr(kept_graphs, "ROOT", tmp_path)
-    cache.open()(Layer(), (torch.ones(1, 2),))
-    source.write_text("a = 2")
-    cache.open()(Layer(), (torch.ones(1, 2),))
+    for text in ("a = 1", "a = 2"):
+        source.write_text(text)
+        cache.open([source])(Layer(), (torch.ones(1, 2),))
     assert len(cache.exported) == 5
 
 

@@ -112,14 +112,12 @@ def test_a_plan_with_an_identity_is_private(plan, tmp_path):
     assert stat.S_IMODE(public.path.stat().st_mode) == 0o644
 
 
-def test_opening_does_not_read_payloads(plan, monkeypatch):
-    read = zipfile.ZipFile.read
-    names = []
-    monkeypatch.setattr(
-        zipfile.ZipFile, "read", lambda self, name, *more: names.append(name) or read(self, name, *more)
-    )
-    Plan.open(plan.path)
-    assert names == ["manifest.json"]
+def test_opening_does_not_read_payloads(plan):
+    raw = plan.path.read_bytes()
+    for payload in PAYLOADS.values():
+        raw = raw.replace(payload, bytes(len(payload)))  # reading one finds a wrong checksum
+    plan.path.write_bytes(raw)
+    assert Plan.open(plan.path).manifest == plan.manifest
 
 
 @pytest.mark.parametrize("component", COMPONENTS)

@@ -1,12 +1,17 @@
+import errno
+import fcntl
 import os
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pfstorer_rt import temporary
 from pfstorer_rt.files import atomic_entries, atomic_write, make_folder, work_folder
 from pfstorer_rt.temporary import sweep
 
@@ -76,10 +81,10 @@ def test_a_work_folder_is_on_the_file_system_of_the_results(tmp_path, monkeypatc
     near.mkdir()
     with work_folder(near) as folder:
         assert folder.is_relative_to(tmp_path / "home" / "cache")
-    monkeypatch.setattr("pfstorer_rt.files._device", lambda path: path.name)
-    with work_folder(near) as folder:
-        assert folder.parent == near
-    assert os.listdir(near) == []
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:  # another file system
+        with work_folder(Path(memory)) as folder:
+            assert folder.parent == Path(memory)
+        assert os.listdir(memory) == []
 
 
 def test_folders_with_a_users_own_files_are_never_removed(tmp_path):
@@ -134,10 +139,14 @@ def test_a_finished_file_is_not_removed_before_it_is_renamed(tmp_path, monkeypat
     assert (tmp_path / "a").read_bytes() == b"whole"
 
 
-def test_old_files_are_removed_where_files_cannot_be_locked(tmp_path, monkeypatch):
-    from pfstorer_rt import temporary
+def no_locks(descriptor, operation):
+    """flock on a file system without locks."""
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
-    monkeypatch.setattr(temporary, "fcntl", None)
+
+@pytest.mark.parametrize("locks", [None, SimpleNamespace(LOCK_EX=2, LOCK_NB=4, flock=no_locks)])
+def test_old_files_are_removed_where_files_cannot_be_locked(tmp_path, monkeypatch, locks):
+    monkeypatch.setattr(temporary, "fcntl", locks)  # None: Windows
     new, old = tmp_path / ".pfstorer-1.tmp", tmp_path / ".pfstorer-2.tmp"
     new.write_bytes(b"x")
     old.write_bytes(b"x")
@@ -147,35 +156,18 @@ def test_old_files_are_removed_where_files_cannot_be_locked(tmp_path, monkeypatc
 
 
 def test_files_moved_in_during_a_sweep_are_kept(tmp_path, monkeypatch):
-    """The process replaced the user's files and was killed between the sweep's first look and its lock."""
-    from pfstorer_rt import temporary
-
+    """A process moves a user's files into the folder and is killed before the sweep locks the folder."""
     folder = tmp_path / ".pfstorer-1.tmp"
     (folder / "old").mkdir(parents=True)
-    real = temporary._lock
+    real = fcntl.flock
 
-    def lock(descriptor):
+    def flock(descriptor, operation):
         (folder / "old" / "config.json").write_text("{}")
-        return real(descriptor)
+        return real(descriptor, operation)
 
-    monkeypatch.setattr(temporary, "_lock", lock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     assert sweep(tmp_path) == []
     assert (folder / "old" / "config.json").exists()
-
-
-def test_old_files_are_removed_on_a_file_system_without_locks(tmp_path, monkeypatch):
-    from pfstorer_rt import temporary
-
-    def refuse(descriptor, operation):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(temporary.fcntl, "flock", refuse)
-    new, old = tmp_path / ".pfstorer-1.tmp", tmp_path / ".pfstorer-2.tmp"
-    new.write_bytes(b"x")
-    old.write_bytes(b"x")
-    long_ago = time.time() - 30 * 24 * 3600
-    os.utime(old, (long_ago, long_ago))
-    assert sweep(tmp_path) == [old]
 
 
 @pytest.mark.parametrize("beside", [True, False])

@@ -139,7 +139,7 @@ def degrade(
 
     image: (3, H, W) float32 in [0, 1], RGB, of any size from 1 x 1. level: a name in `LEVELS` or a config. seed: a
     number, or a generator, which is advanced. Returns a new tensor of the same shape, dtype, and device, in [0, 1].
-    With probability `p_hq`, or if the result is not finite, the result is a copy of the image.
+    With probability `p_hq` the result is a copy of the image.
     Raises `ValueError` for another shape, dtype, or range, and for an unknown level.
     Source: PFStorer section 4; StableSR's released settings for the ranges and the order of steps.
     """
@@ -154,8 +154,7 @@ def degrade(
     x = _camera(hq, config, rng)
     x = _blur_resize_noise(x, config.second, small, rng)
     x = _finish(x, config, small, rng)
-    x = resize(x, (height, width), "bicubic").clamp(0, 1)
-    return x if bool(torch.isfinite(x).all()) else hq.clone()
+    return resize(x, (height, width), "bicubic").clamp(0, 1)
 
 
 def _camera(hq: torch.Tensor, config: DegradationConfig, rng: np.random.Generator) -> torch.Tensor:

@@ -1,7 +1,12 @@
 """How the command line shows errors: one line, the flag of the setting at fault, and an exit status."""
 
+import sys
+from types import SimpleNamespace
+
+import click
 import pytest
 
+from pfstorer_rt.cli import COMMANDS
 from pfstorer_rt.cli.options import explain
 from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError, one_line
 
@@ -22,11 +27,13 @@ from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError, one_li
     ],
 )
 def test_an_error_prints_one_line_and_sets_the_exit_status(refused, monkeypatch, error, status, line):
-    def fail(*_):
+    @click.command()
+    def command():
         raise error
 
-    monkeypatch.setattr("pfstorer_rt.runtime.describe.describe", fail)
-    assert refused(status, "inspect", "a.plan") == line
+    monkeypatch.setitem(COMMANDS, "fail", ("fail", ""))
+    monkeypatch.setitem(sys.modules, "pfstorer_rt.cli.fail", SimpleNamespace(command=command))
+    assert refused(status, "fail") == line
 
 
 def test_the_help_names_the_variable_for_tracebacks(run):

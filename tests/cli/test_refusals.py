@@ -3,6 +3,8 @@
 import math
 import os
 import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -21,13 +23,20 @@ def signals():
 
 
 def test_sigterm_removes_temporary_files(run, signals, monkeypatch, tmp_path, nano_base_dir):
-    from pfstorer_rt.export import build
+    monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "home"))
+    work, out = tmp_path / "home" / "cache" / "work", tmp_path / "out"
+    out.mkdir()
 
-    monkeypatch.setattr(build, "export_component", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
-    result = run("export", "--base", nano_base_dir, "-o", tmp_path / "a.plan")
+    def end_at_the_first_file():
+        while not list(work.glob(".pfstorer-*")):
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end_at_the_first_file, daemon=True).start()
+    result = run("export", "--base", nano_base_dir, "-o", out / "a.plan")
     assert result.status == 130
     assert result.errors == ["Error: Interrupted. Run the same command again to resume."]
-    assert not list(tmp_path.iterdir())
+    assert not list(work.iterdir()) and not list(out.iterdir())
 
 
 @pytest.mark.parametrize("rate", ["nan", "-1", "0", "inf"])
@@ -106,7 +115,7 @@ def test_tensorrt_options_need_a_tensorrt_target(refused, tmp_path):
         refused(2, "export", "--base", "tiny", "-o", tmp_path / "a.plan", *option, words=("--target tensorrt",))
 
 
-def test_an_untrusted_tensorrt_plan_is_refused(refused, base_plan, save, tmp_path, monkeypatch):
+def test_an_untrusted_tensorrt_plan_is_refused(refused, base_plan, save, tmp_path, monkeypatch, without_gpu):
     from dataclasses import replace
 
     from pfstorer_rt.plan import COMPONENTS, write_plan
@@ -114,7 +123,6 @@ def test_an_untrusted_tensorrt_plan_is_refused(refused, base_plan, save, tmp_pat
     manifest = replace(base_plan.manifest, target="tensorrt-rtx")
     plan = write_plan(tmp_path / "a.plan", manifest, {c: base_plan.read(c) for c in COMPONENTS}).path
     image = save(tmp_path / "old.png", 40, 40)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     refused(2, "restore", "--engine", plan, image, words=("NVIDIA GPU", "target onnx"))
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "stranger"))
     refused(2, "restore", "--engine", plan, image, words=("executable code", "--trust-plan"))
@@ -151,11 +159,10 @@ def test_a_plan_that_passes_its_check_is_written(run, tree, tmp_path, nano_base_
     assert list(tree(tmp_path)) == ["a.plan"]
 
 
-def test_engines_without_a_gpu_are_checked_by_their_onnx_graphs(run, tree, tmp_path, nano_base_dir, monkeypatch):
+def test_engines_without_a_gpu_are_checked_by_their_onnx_graphs(run, tree, tmp_path, nano_base_dir, without_gpu):
     pytest.importorskip("tensorrt_rtx")
     from pfstorer_rt.plan import Plan
 
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     done = run("export", "--base", nano_base_dir, "--target", "tensorrt-rtx", "--check", "-o", tmp_path / "a.plan")
     assert done.status == 0 and list(tree(tmp_path)) == ["a.plan"]
     assert "engines themselves were not run here (TensorRT needs an NVIDIA GPU" in done.out

@@ -1,5 +1,7 @@
+import contextlib
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,13 +107,10 @@ def test_existing_previews_and_comparisons_are_not_overwritten(restore, save, tm
     assert all(path.read_bytes() != old for path, old in zip(mine, before, strict=True))
 
 
-def test_a_report_that_cannot_be_written_is_a_failure(restore, save, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
+def test_a_report_that_cannot_be_written_is_a_failure(restore, save, tmp_path):
     save(tmp_path / "a.png")
-    monkeypatch.setattr("pfstorer_rt.cli.outcomes.show", full)
-    done = restore(tmp_path / "a.png", "--json")
+    with Path("/dev/full").open("w", buffering=1) as full, contextlib.redirect_stdout(full):
+        done = restore(tmp_path / "a.png", "--json")
     assert done.status == 1 and "No space left" in done.errors[-1]
     assert (tmp_path / "a_restored.png").exists()
 
@@ -192,28 +191,17 @@ def test_watch_and_named_inputs_exclude_each_other(restore, arguments):
     assert done.status == 2 and "--watch" in done.errors[0]
 
 
-def test_distances_to_references_are_reported_with_a_warning(restore, save, tmp_path, monkeypatch):
-    from pfstorer_rt.faces import references
-
-    # A "face" is the mean brightness: the references are bright, the input is, the result is not.
-    monkeypatch.setattr(references, "face_embedder", lambda: lambda pixels: np.array([pixels.mean()]))
-    monkeypatch.setattr("pfstorer_rt.imaging.bands.color_fix", lambda content, style, kind: content * 0 - 1)
-    Image.new("RGB", (40, 24), "white").save(tmp_path / "white.png")
-    Image.new("RGB", (40, 24), "white").save(tmp_path / "a.png")
+def test_distances_to_references_are_reported(restore, face, tmp_path):
     (tmp_path / "refs").mkdir()
-    (tmp_path / "white.png").rename(tmp_path / "refs" / "white.png")
+    for path in (tmp_path / "a.png", tmp_path / "refs" / "a.png"):
+        Image.fromarray((face * 255).round().astype(np.uint8)).save(path)
+    (tmp_path / "refs" / "damaged.png").write_bytes(b"no image")
     done = restore(tmp_path / "a.png", "--refs", tmp_path / "refs", "--json", "--color-fix", "none")
     report = json.loads(done.out)
-    assert report["id_distance"] == 1 and report["id_distance_input"] == 0
-    assert "farther from the references" in report["notes"][0]
-    (tmp_path / "refs" / "damaged.png").write_bytes(b"no image")
-    again = restore(tmp_path / "a.png", "--refs", tmp_path / "refs", "--json", "--color-fix", "none", "--overwrite")
-    assert json.loads(again.out)["id_distance"] == 1 and "damaged.png" in again.err
+    assert report["id_distance_input"] == 0 and "damaged.png" in done.err
+    assert report["id_distance"] is None and "no face found in the result" in report["notes"][0]
 
 
-def test_references_need_the_metrics_extra(restore, save, tmp_path, monkeypatch):
-    from pfstorer_rt.faces import references
-
-    monkeypatch.setattr(references, "face_embedder", lambda: None)
+def test_references_need_the_metrics_extra(restore, save, tmp_path, without_dlib):
     done = restore(save(tmp_path / "a.png"), "--refs", tmp_path)
     assert done.status == 2 and "pip install 'pfstorer-rt[metrics]'" in done.errors[0]

@@ -1,6 +1,8 @@
+import gc
 import importlib.util
 import os
 import sys
+import weakref
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -35,9 +37,10 @@ def scaled_payload(types=None):
     return fake.payload("scaled", inputs, outputs, LADDER, types)
 
 
-def open_scaled(cuda=None, types=None, graphs=True, **library):
+def open_scaled(cuda=None, types=None, graphs=True, **options):
+    """Open the engine `scaled`; returns (session, GPU, log). options: of `make_library`."""
     cuda = cuda or fake.FakeCuda()
-    module = fake.make_library(cuda, {"scaled": scaled}, **library)
+    module = fake.make_library(cuda, {"scaled": scaled}, **options)
     return TensorRTSession(Library("tensorrt-rtx", module), scaled_payload(types), cuda, graphs), cuda, module.log
 
 
@@ -125,9 +128,8 @@ def test_a_failed_capture_falls_back_to_plain_runs():
     assert len(runs(log)) == 3
 
 
-def test_a_stream_that_cannot_be_captured_is_not_captured(monkeypatch):
-    session, cuda, _ = open_scaled()
-    monkeypatch.setattr(session.library.module.IExecutionContext, "is_stream_capturable", lambda self, stream: False)
+def test_a_stream_that_cannot_be_captured_is_not_captured():
+    session, cuda, _ = open_scaled(capturable=False)
     for _ in range(2):
         session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
     assert cuda.captures == 0 and session.no_graph
@@ -151,7 +153,7 @@ def test_varying_shapes_are_bound_again_and_not_captured():
     assert two.flatten().tolist() == [16.0, 16.0]
 
 
-def test_a_graph_of_other_shapes_is_not_replayed(monkeypatch):
+def test_a_graph_of_other_shapes_is_not_replayed():
     profile = {"image": [[1, 1], [1, 1], [1, 8]]}
     data = fake.payload("sum", {"image": [-1, -1]}, {"y": lambda s: (s["image"][0], 1)}, [profile])
     cuda = fake.FakeCuda()
@@ -160,33 +162,31 @@ def test_a_graph_of_other_shapes_is_not_replayed(monkeypatch):
     for side in (4, 4, 4, 8, 4):
         assert session.run_tensors(image=torch.ones(1, side))["y"].item() == side
     assert (cuda.captures, cuda.replays) == (1, 2)  # of the second and the third run
-    empty = cuda.empty
-    monkeypatch.setattr(cuda, "empty", lambda shape, dtype: 1 / 0 if shape == (1, 1) else empty(shape, dtype))
-    with pytest.raises(ZeroDivisionError):
-        session.run_tensors(image=torch.ones(1, 5))  # no memory for the output
-    monkeypatch.undo()
+    cuda.full = (1, 1)  # no memory for the output
+    with pytest.raises(MemoryError):
+        session.run_tensors(image=torch.ones(1, 5))
+    cuda.full = None
     assert session.run_tensors(image=torch.ones(1, 4))["y"].item() == 4
 
 
-def test_a_failed_run_raises_an_error_with_the_reason(monkeypatch):
-    session, _, _ = open_scaled()
-
-    def refuse(context, stream):
-        session._messages.log("ERROR", "misaligned address")
-        return False
-
-    monkeypatch.setattr(session.library.module.IExecutionContext, "execute_async_v3", refuse)
+def test_a_failed_run_raises_an_error_with_the_reason():
+    session, _, _ = open_scaled(error="misaligned address")
     with pytest.raises(PFStorerError, match=r"TensorRT-RTX 1.* on Fake GPU 4090 failed \(misaligned address\)"):
         session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
+
+
+def kernel_cache(version):
+    """The file of the kernels that are compiled for the engine `scaled`."""
+    name = f"{sha256_bytes(scaled_payload())[:32]}_{version}_Fake-GPU-4090.cache"
+    return cache_home() / "tensorrt-rtx" / name
 
 
 def test_compiled_kernels_are_cached_for_the_next_start():
     with open_scaled()[0] as session:
         session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
-        path = session._cache.path
+        path = kernel_cache("1.7.1.116")
         assert not path.exists()
-    name = f"{sha256_bytes(scaled_payload())[:32]}_1.7.1.116_Fake-GPU-4090.cache"
-    assert path == cache_home() / "tensorrt-rtx" / name and path.stat().st_mode & 0o777 == 0o600
+    assert path.stat().st_mode & 0o777 == 0o600
     kept = path.read_bytes()
     os.utime(path, (1, 1))
     session, _, log = open_scaled()
@@ -220,24 +220,25 @@ def test_a_library_without_runtime_cache_and_validity_check_works():
     with session:
         for _ in range(3):
             assert session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))["y"].sum() == 6
-    assert ("context", None) in log and cuda.captures == 1 and not session._cache.path.exists()
+    assert ("context", None) in log and cuda.captures == 1 and not kernel_cache("10.16.1").exists()
 
 
-def test_a_failing_runtime_cache_is_ignored(monkeypatch):
-    session, _, _ = open_scaled()
-    config = session.library.module.IRuntimeConfig
-    monkeypatch.setattr(config, "create_runtime_cache", lambda self: 1 / 0)
-    with TensorRTSession(session.library, scaled_payload(), session.cuda) as session:
+def test_a_failing_runtime_cache_is_ignored():
+    with open_scaled(config=fake.FailingConfig)[0] as session:
         assert session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))["y"].sum() == 6
 
 
-def test_closing_frees_the_engine_after_an_error(monkeypatch):
-    session, cuda, _ = open_scaled()
-    monkeypatch.setattr(cuda, "synchronize", lambda: 1 / 0)
+def test_closing_frees_the_engine_after_an_error():
+    cuda = fake.FakeCuda(broken=RuntimeError("misaligned address"))
+    session, _, _ = open_scaled(cuda)
     session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
-    with pytest.raises(ZeroDivisionError), session:
+    buffers = [weakref.ref(tensor) for tensor in cuda.memory.values()]
+    cuda.memory.clear()
+    assert all(buffer() is not None for buffer in buffers)
+    with pytest.raises(RuntimeError, match="misaligned address"), session:
         pass
-    assert not session._lanes and session._engine is None and session._runtime is None
+    gc.collect()
+    assert all(buffer() is None for buffer in buffers)
 
 
 def test_payloads_that_are_no_engine_are_refused():
@@ -382,7 +383,7 @@ def test_a_flipped_byte_of_an_engine_is_refused_before_loading(base_plan, tmp_pa
 def test_an_engine_that_does_not_load_names_the_export_command(base_plan, tmp_path, fake_gpu, monkeypatch):
     plan, functions = tensorrt_plan(base_plan, tmp_path / "a.plan")
     fake_gpu(functions)
-    monkeypatch.delitem(fake.make_library.engines, "decoder")
+    monkeypatch.delitem(fake.ENGINES, "decoder")
     told = (
         r"a\.plan: the decoder cannot be loaded by TensorRT-RTX \(magic tag does not match\); build it with `.*export"
     )
@@ -390,8 +391,7 @@ def test_an_engine_that_does_not_load_names_the_export_command(base_plan, tmp_pa
         open_session(plan, "decoder", "tensorrt")
 
 
-def test_a_plan_without_a_gpu_is_refused(base_plan, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_a_plan_without_a_gpu_is_refused(base_plan, tmp_path, without_gpu):
     plan, _ = tensorrt_plan(base_plan, tmp_path / "a.plan")
     with pytest.raises(MissingBackendError, match=r"TensorRT needs an NVIDIA GPU: (this torch|torch sees)"):
         Restorer.from_plan(plan.path)
@@ -400,27 +400,25 @@ def test_a_plan_without_a_gpu_is_refused(base_plan, tmp_path, monkeypatch):
     assert choose_backend("auto", "onnx").name in ("openvino", "onnxruntime")
 
 
-def test_a_missing_library_names_its_extra(monkeypatch):
+def test_a_missing_library_names_its_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(MissingBackendError, match=r"pip install 'pfstorer-rt\[tensorrt-rtx\]'"):
         load_library("tensorrt-rtx")
 
-    def broken(name):
-        raise OSError("libnvinfer.so.10: cannot open shared object file")
-
-    monkeypatch.setattr(engine, "import_module", broken)
+    (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.10: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     with pytest.raises(MissingBackendError, match=r"libnvinfer.*: pip install 'pfstorer-rt\[tensorrt\]'"):
         load_library("tensorrt")
 
 
 @pytest.mark.parametrize("library", ["tensorrt", "tensorrt_rtx"])
-def test_the_backend_needs_a_gpu_and_one_of_the_libraries(library, monkeypatch):
+def test_the_backend_needs_a_gpu_and_one_of_the_libraries(library, monkeypatch, without_gpu, fake_gpu):
+    with pytest.raises(MissingBackendError, match="needs an NVIDIA GPU"):
+        engine.check()
+    fake_gpu({})
     for name in engine.MODULES.values():
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingBackendError, match="needs an NVIDIA GPU"):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        engine.check()
-    monkeypatch.setattr(engine, "Cuda", fake.FakeCuda)
     with pytest.raises(MissingBackendError, match=r"rt\[tensorrt\]'; .*rt\[tensorrt-rtx\]'"):
         engine.check()
     monkeypatch.setitem(sys.modules, library, fake.make_library(None, {}))

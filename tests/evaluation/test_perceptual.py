@@ -82,7 +82,8 @@ def test_missing_lpips_packages_are_named(alexnet, lpips_package, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     reason = load_metrics(["lpips"]).refused["lpips"]
     assert reason.startswith("not measured: ") and "AlexNet weights, alexnet-owt-7be5be79.pth" in reason
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("lpips", "stlpips_pytorch"):
+        monkeypatch.setitem(sys.modules, name, None)
     reasons = load_metrics(["lpips", "stlpips"], MetricFiles(alexnet=alexnet)).refused
     assert "pip install --no-deps lpips" in reasons["lpips"] and "pfstorer-rt[metrics]" in reasons["stlpips"]
 

@@ -76,8 +76,7 @@ def test_values_that_are_not_finite_are_refused(base_plan, nano_base, tmp_path, 
         check_rows(compare_plan(plan, None, nano_base))
 
 
-def test_a_plan_without_a_backend_is_refused(base_plan, nano_base, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+def test_a_plan_without_a_backend_is_refused(base_plan, nano_base, without_gpu):
     plan = Plan(base_plan.path, replace(base_plan.manifest, target="tensorrt-rtx"))
     with pytest.raises(MissingBackendError, match="nothing here runs this tensorrt-rtx plan: TensorRT needs an NVIDIA"):
         compare_plan(plan, None, nano_base)

@@ -7,6 +7,7 @@ from pfstorer_rt.export.graph import build_graph, fuse
 from pfstorer_rt.export.parity import probe_inputs, probe_tiles
 from pfstorer_rt.export.precision import TypedComponent, centred_attention
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.errors import ParityError
@@ -37,12 +38,16 @@ def test_centred_keys_keep_scores_of_flat_tokens_small():
     assert torch.isinf(halves[0] @ halves[1].transpose(-1, -2)).all()
     seen = {}
 
-    def naive(q, k, v, attn_mask=None):
-        seen["scores"] = q @ k.transpose(-1, -2)
-        return v
+    class Watch(TorchFunctionMode):
+        """Keeps the scores of an attention in fp16."""
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(precision.F, "scaled_dot_product_attention", naive)
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            if function is F.scaled_dot_product_attention:
+                q, k, _ = arguments
+                seen["scores"] = q @ k.transpose(-1, -2)
+            return function(*arguments, **options or {})
+
+    with Watch():
         centred_attention(*halves)
     assert torch.isfinite(seen["scores"]).all()
 

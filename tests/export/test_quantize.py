@@ -2,14 +2,12 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
-import onnx_ir
 import pytest
 import torch
 from onnxruntime.quantization.calibrate import HistogramCollector
 from pfstorer_rt.export import build, quantize
 from pfstorer_rt.export.build import export_plan
 from pfstorer_rt.export.compare import check_rows
-from pfstorer_rt.export.graph import Graph
 from pfstorer_rt.export.quantize import calibration_inputs, calibration_tiles
 
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
@@ -23,14 +21,8 @@ from pfstorer_rt.runtime.restorer import Restorer
 
 @pytest.fixture(scope="module")
 def int8_plan(nano_base, nano_identity, nano_plan, tmp_path_factory):
-    """Made of the graphs in the fp32 plan, for exporting them is what takes a minute."""
-
-    def graph(component, *_, **__):
-        return Graph(onnx_ir.from_proto(onnx.load_from_string(nano_plan.read(component.name))), {})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "build_graph", graph)
-        return export_plan(tmp_path_factory.mktemp("int8") / "int8.plan", nano_identity, nano_base, precision="int8")
+    """An int8 plan; its graphs are exported once for this plan and the fp32 plan."""
+    return export_plan(tmp_path_factory.mktemp("int8") / "int8.plan", nano_identity, nano_base, precision="int8")
 
 
 def test_int8_plans_agree_with_fp32_plans(int8_plan, nano_plan, make_image):

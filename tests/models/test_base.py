@@ -10,8 +10,7 @@ import safetensors.torch
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from pfstorer_rt import base_files
-from pfstorer_rt.base_files import find_base, fingerprint_directory
+from pfstorer_rt.base_files import BUILTIN, find_base, fingerprint_directory, shipped_bases
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.diffusion import Schedule
 from pfstorer_rt.errors import BadFileError, PFStorerError
@@ -144,12 +143,12 @@ def test_prompts_are_encoded_with_the_learned_token(nano_base):
         nano_base.encode_prompt("face " * 20)
 
 
-def test_bases_are_found_by_path_and_by_shipped_name(nano_base_dir, tmp_path, monkeypatch):
+def test_bases_are_found_by_path_and_by_shipped_name(nano_base_dir, tmp_path):
     assert find_base(nano_base_dir) == nano_base_dir
     assert find_base(str(nano_base_dir)) == nano_base_dir
-    monkeypatch.setattr(base_files, "BUILTIN", nano_base_dir.parent)
-    assert find_base(nano_base_dir.name) == nano_base_dir
-    with pytest.raises(BadFileError, match=f"one of: {nano_base_dir.name}"):
+    names = shipped_bases()
+    assert names and all(find_base(name) == BUILTIN / name for name in names)
+    with pytest.raises(BadFileError, match=f"one of: {', '.join(names)}"):
         find_base("no-such-base")
     for wrong in (tmp_path, nano_base_dir / "config.json", tmp_path / "missing"):
         with pytest.raises(BadFileError, match=r"no config\.json"):
@@ -303,13 +302,14 @@ def test_a_save_replaces_the_base_and_nothing_else(copied, nano_base_dir):
     assert (copied / "README.md").read_text() == "mine" and not (copied / "cfw").exists()
 
 
-def test_too_little_disk_space_is_reported_before_a_base_is_written(copied, monkeypatch):
+def test_too_little_disk_space_is_reported_before_a_base_is_written(copied, set_free_space):
     base = load_base(copied)
+    before = {f: f.read_bytes() for f in copied.rglob("*") if f.is_file()}
     size = sum(t.numel() * 2 for m in base.modules().values() for t in m.state_dict().values())
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=size - 1))
-    monkeypatch.setattr(safetensors.torch, "save_file", None)
+    set_free_space(size - 1)
     with pytest.raises(PFStorerError, match="are needed"):
         base.save(copied, torch.float16)
+    assert {f: f.read_bytes() for f in copied.rglob("*") if f.is_file()} == before
 
 
 def test_a_copy_shares_the_weights_but_neither_types_nor_kernels(nano_base):

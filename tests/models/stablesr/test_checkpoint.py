@@ -3,7 +3,6 @@ import pickle
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from pfstorer_rt.config import PRESETS
 from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.models.base import assemble, build_base, load_base
 from pfstorer_rt.models.cfw import ControllableFeatureWrapping
-from pfstorer_rt.models.stablesr import importing
 from pfstorer_rt.models.stablesr.checkpoint import read_checkpoint
 from pfstorer_rt.models.stablesr.conversion import convert_structure_encoder, spade_name
 from pfstorer_rt.models.stablesr.importing import (
@@ -278,19 +276,17 @@ def test_keys_that_do_not_fit_are_listed(tmp_path):
         "surplus.weight",
     ],
 )
-def test_tensors_that_no_network_has_are_refused_by_name(tmp_path, monkeypatch, key):
+def test_tensors_that_no_network_has_are_refused_by_name(tmp_path, key):
     # diffusers' converters leave out what they do not know
-    tensors = {**whole_checkpoint(), key: torch.ones(1)}
-    monkeypatch.setattr(importing, "read_checkpoint", lambda path: tensors)
+    write_published(tmp_path / "stablesr.ckpt", {key: torch.ones(1)})
     with pytest.raises(BadFileError, match=r"unexpected .*" + key.split("model.")[-1].split(".", 2)[-1]):
         import_base(tmp_path / "stablesr.ckpt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_wrong_shape_inside_the_structure_encoder_is_listed(tmp_path, monkeypatch):
-    tensors = whole_checkpoint()
-    tensors["structcond_stage_model.middle_block.1.qkv.weight"] = torch.empty(7, 512, 1, device="meta")
-    monkeypatch.setattr(importing, "read_checkpoint", lambda path: tensors)
+def test_a_wrong_shape_inside_the_structure_encoder_is_listed(tmp_path):
+    wrong = {"structcond_stage_model.middle_block.1.qkv.weight": torch.zeros(7, 512, 1)}
+    write_published(tmp_path / "stablesr.ckpt", wrong)
     with pytest.raises(BadFileError, match=r"mid_attention\.attn\.to_q\.weight is \[7, 512, 1\], expected"):
         import_base(tmp_path / "stablesr.ckpt", tmp_path / "out")
 
@@ -310,19 +306,17 @@ def test_values_beyond_the_range_of_fp16_are_refused(value):
         check_finite(state, torch.float32, "x")
 
 
-def test_a_checkpoint_without_feature_wrapping_is_refused(tmp_path, monkeypatch):
+def test_a_checkpoint_without_feature_wrapping_is_refused(tmp_path):
     torch.save({"decoder.conv_in.bias": torch.ones(1)}, tmp_path / "vqgan.ckpt")
-    whole = whole_checkpoint()
-    monkeypatch.setattr(importing, "read_checkpoint", lambda p: whole if p.stem == "stablesr" else read_checkpoint(p))
+    write_published(tmp_path / "stablesr.ckpt")
     with pytest.raises(BadFileError, match=r"^vqgan\.ckpt: no decoder\.fusion_layer"):
         import_base(tmp_path / "stablesr.ckpt", tmp_path / "out", cfw=tmp_path / "vqgan.ckpt")
 
 
-def test_too_little_disk_space_is_reported_before_tensors_are_read(tmp_path, monkeypatch):
-    whole = whole_checkpoint()
-    monkeypatch.setattr(importing, "read_checkpoint", lambda path: whole)
-    monkeypatch.setattr(importing, "check_finite", None)
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2 * 10**9))
+def test_too_little_disk_space_is_reported_before_tensors_are_read(tmp_path, set_free_space):
+    # Reading the tensors would find the value that is not finite.
+    write_published(tmp_path / "stablesr.ckpt", {"model.diffusion_model.out.2.bias": torch.full((4,), float("nan"))})
+    set_free_space(2 * 10**9)
     # 1.5e9 values of two bytes
     with pytest.raises(PFStorerError, match=r"out: 2\.[78]\d GB are needed, 2\.00 GB are free"):
         import_base(tmp_path / "stablesr.ckpt", tmp_path / "out")
@@ -371,6 +365,12 @@ def manifest(name, prefix=""):
     """Tensors without memory, under the names and with the shapes of a published file."""
     shapes = json.loads((Path(__file__).parent / "manifests" / f"{name}.json").read_text())
     return {prefix + key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def write_published(path, changes=None):
+    """Write the published StableSR checkpoint with all values zero: a small file, because each tensor is one value."""
+    zeros = {key: torch.zeros(()).expand(tensor.shape) for key, tensor in whole_checkpoint().items()}
+    torch.save({"state_dict": zeros | (changes or {})}, path)
 
 
 def whole_checkpoint():
