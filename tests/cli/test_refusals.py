@@ -117,7 +117,9 @@ def test_a_plan_of_executable_code_is_not_run_for_strangers(refused, base_plan, 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     refused(2, "restore", "--engine", plan, picture, words=("NVIDIA GPU", "target onnx"))
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "stranger"))
-    refused(2, "restore", "--engine", plan, picture, words=("executable code", "--trust-plan"))
+    refused(
+        2, "restore", "--engine", plan, picture, words=("executable code", "--trust-plan", "`pfstorer-rt export --base")
+    )
     refused(2, "restore", "--engine", plan, picture, "--trust-plan", words=("NVIDIA GPU",))
     refused(2, "bench", "--engine", plan, words=("--trust-plan",))
 
