@@ -171,11 +171,13 @@ def choose_precision(target: str, precision: str) -> str:
     """Return the precision of a plan's graphs, with `auto` resolved; raises `ValueError` for an unknown combination."""
     if target not in TARGETS or precision not in ("auto", *PRECISIONS):
         raise SettingError(
-            f"target {target!r}, precision {precision!r}: expected one of {TARGETS} and of {('auto', *PRECISIONS)}"
+            f"target {target!r}, precision {precision!r}: expected one of {TARGETS} and of {('auto', *PRECISIONS)}",
+            setting="target" if target not in TARGETS else "precision",
         )
     precision = DEFAULT_PRECISION[target] if precision == "auto" else precision
     if precision == "int8" and target != "onnx":
-        raise SettingError(f"precision int8 with target {target!r}: only ONNX plans, for CPUs, have 8-bit operators")
+        message = f"precision int8 with target {target!r}: only ONNX plans, for CPUs, have 8-bit operators"
+        raise SettingError(message, setting="precision")
     return precision
 
 
@@ -233,7 +235,7 @@ def export_component(
     if precision == "fp16" and not parity.fits_halves(expected.largest):
         reach = f"{component.name}: its values reach {expected.largest:.3g}, too near the largest half, 65504"
         if component.every_step:
-            raise ParityError(f"{reach}; export with precision fp32")
+            raise ParityError(f"{reach}; export with precision fp32", setting="precision")
         progress.line(f"{reach}; it stays in fp32")
         precision = "fp32"
     # TensorRT has no fused kernel for fp32 attention.

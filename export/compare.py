@@ -163,4 +163,4 @@ def check_rows(rows: list[Row], precision: str = "fp32") -> None:
         if r.get("psnr", least) < least
     ]
     if wrong:
-        raise ParityError("; ".join(wrong) + "; export with precision fp32")
+        raise ParityError("; ".join(wrong) + "; export with precision fp32", setting="precision")

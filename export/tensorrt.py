@@ -102,12 +102,14 @@ class EngineBuilder:
         if self.library.target == "tensorrt-rtx" and set(wanted) != {"current"}:
             raise MissingBackendError(
                 f"compute capability {', '.join(wanted)}: `current` is this machine's GPU alone; name it as X.Y "
-                "to build for it and for others"
+                "to build for it and for others",
+                setting="compute_capabilities",
             )
         if set(wanted) - {"current"}:
             raise MissingBackendError(
                 f"compute capability {', '.join(sorted(set(wanted) - {'current'}))}: the full TensorRT times kernels "
-                "on the GPU that it builds for; leave the compute capability out, or use the target tensorrt-rtx"
+                "on the GPU that it builds for; leave the compute capability out, or use the target tensorrt-rtx",
+                setting="compute_capabilities",
             )
         return [_current_capability(self.library.target)]
 
@@ -222,7 +224,8 @@ def _capability(library: Library, name: str) -> Any:
     if name.count(".") != 1 or digits not in known:
         shown = (f"{number // 10}.{number % 10}" for number in sorted(map(int, known)))
         raise MissingBackendError(
-            f"compute capability {name!r}: {library.target} {library.version} builds for {', '.join(shown)} or current"
+            f"compute capability {name!r}: {library.target} {library.version} builds for {', '.join(shown)} or current",
+            setting="compute_capabilities",
         )
     return getattr(library.module.ComputeCapability, f"SM{digits}")
 
@@ -232,8 +235,9 @@ def _current_capability(target: str) -> str:
 
     if not torch.cuda.is_available():
         raise MissingBackendError(
-            f"{target} builds for the GPU of this machine, and torch sees none; "
-            "use the target tensorrt-rtx without `current`; it builds without a GPU"
+            f"{target} builds for the GPU of this machine, and torch sees none; the target tensorrt-rtx builds without "
+            "a GPU if the compute capability is not `current`",
+            setting="target",
         )
     major, minor = torch.cuda.get_device_capability()
     return f"{major}.{minor}"

@@ -116,9 +116,13 @@ def _patch_vae(
     widths: tuple[int, ...], encoder: tuple[int, ...], decoder: tuple[int, ...], channels: int
 ) -> dict[str, Any]:
     return {
-        "class": "PatchAutoencoder", "patch": 4, "widths": widths, "encoder_blocks": encoder,
-        "decoder_blocks": decoder, "latent_channels": channels,
-    }  # fmt: skip
+        "class": "PatchAutoencoder",
+        "patch": 4,
+        "widths": widths,
+        "encoder_blocks": encoder,
+        "decoder_blocks": decoder,
+        "latent_channels": channels,
+    }
 
 
 def _byte_text(width: int) -> dict[str, Any]:

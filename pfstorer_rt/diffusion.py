@@ -106,7 +106,7 @@ def respace(steps: int) -> list[int]:
     One step gives [999]; StableSR requires at least two. Raises `ValueError` outside 1..1000.
     """
     if not 1 <= steps <= TRAIN_STEPS:
-        raise SettingError(f"{steps} steps: expected 1 to {TRAIN_STEPS}")
+        raise SettingError(f"{steps} steps: expected 1 to {TRAIN_STEPS}", setting="steps")
     if steps == 1:
         return [TRAIN_STEPS - 1]
     stride, position, chosen = (TRAIN_STEPS - 1) / (steps - 1), 0.0, set()
@@ -307,7 +307,7 @@ SAMPLERS: dict[str, Sampler] = {
 def check_sampler(name: str) -> None:
     """Raise `ValueError` for an unknown sampler, `MissingBackendError` if the sampler needs diffusers and lacks it."""
     if name not in SAMPLERS:
-        raise SettingError(f"sampler {name!r}: expected one of {', '.join(SAMPLERS)}")
+        raise SettingError(f"sampler {name!r}: expected one of {', '.join(SAMPLERS)}", setting="sampler")
     if name in ("dpmpp_2m", "unipc"):
         with needed_by(f"sampler {name}", "train"):
             import diffusers  # noqa: F401

@@ -5,16 +5,37 @@ A message states what was found, what was expected, and what to do.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 _LONGEST = 200  # characters of another library's message that are shown
 
 
-class PFStorerError(Exception):
-    """An error that the caller can correct; the command line prints it as one line."""
+@dataclass(frozen=True)
+class Rebuild:
+    """The export that makes a plan usable on this machine."""
 
-    def __init__(self, *arguments: object, setting: str | None = None) -> None:
-        """Keep the message, and the name of the setting at fault (`overwrite`, `backend`, ...) where there is one."""
+    identity: str | None
+    """Name of the identity; None for a plan without one."""
+    base: str | None
+    """Name of a shipped base; None for an imported base, whose folder a plan does not record."""
+    target: str
+    precision: str
+    compute_capabilities: tuple[str, ...]
+    """GPUs to build for; empty selects the target's default."""
+    file: str
+    """Name of the plan file."""
+
+
+class PFStorerError(Exception):
+    """An error that the caller can correct; the command line prints it as one line.
+
+    setting: name of the setting at fault (`overwrite`, `backend`, ...). rebuild: the export that replaces the plan at
+    fault. Both are None where they do not apply. The command line shows them as an option and as a command.
+    """
+
+    def __init__(self, *arguments: object, setting: str | None = None, rebuild: Rebuild | None = None) -> None:
         super().__init__(*arguments)
-        self.setting = setting
+        self.setting, self.rebuild = setting, rebuild
 
 
 class SettingError(PFStorerError, ValueError):

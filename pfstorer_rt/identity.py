@@ -160,18 +160,18 @@ def read_metadata(path: Path) -> dict[str, str]:
 
     name = show_path(path)
     if not path.is_file():
-        raise BadFileError(f"{name}: no such identity file; `pfstorer-rt identities list` shows the known ones")
+        raise BadFileError(f"{name}: no such identity file; {known_identities()}")
     try:
         with safe_open(path, "np") as handle:
             meta: dict[str, str] = handle.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise BadFileError(f"{name}: not a readable safetensors file ({error}); personalize again") from error
     if meta.get("kind") != KIND:
-        raise BadFileError(f"{name}: a safetensors file, but not an identity made by `pfstorer-rt personalize`")
+        raise BadFileError(f"{name}: a safetensors file, but not an identity; choose another file")
     if meta.get("schema") != SCHEMA:
         raise BadFileError(
             f"{name}: identity schema {meta.get('schema')}, this version reads {SCHEMA}; "
-            "update pfstorer-rt or personalize again"
+            "update this program or personalize again"
         )
     return meta
 
@@ -205,3 +205,11 @@ def named_identity(name: str) -> Path:
 def list_identities() -> list[Path]:
     """List the named identity files, sorted."""
     return sorted(identities_dir().glob("*.safetensors"))
+
+
+def known_identities() -> str:
+    """Return the names of the identities for an error message, at most ten of them."""
+    names = [path.stem for path in list_identities()]
+    if not names:
+        return f"there are none in {show_path(identities_dir())}; learn one first"
+    return f"expected one of {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"

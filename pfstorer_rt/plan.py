@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import mmap
 import re
-import shlex
 import shutil
 import struct
 import zipfile
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pfstorer_rt.diffusion import Schedule
-from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.errors import BadFileError, Rebuild
 from pfstorer_rt.files import (
     atomic_write,
     check_fingerprint,
@@ -166,7 +165,7 @@ class Plan:
         """
         path, name = Path(path), show_path(path)
         if not path.is_file():
-            raise BadFileError(f"{name}: no such plan; make one with `pfstorer-rt export`")
+            raise BadFileError(f"{name}: no such plan; check the path, or export a plan")
         try:
             with zipfile.ZipFile(path) as archive:
                 written = archive.read("manifest.json")
@@ -175,7 +174,7 @@ class Plan:
         except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError) as error:
             raise BadFileError(f"{name}: not a plan, or cut off ({error}); export it again") from error
         if not isinstance(data, dict) or data.get("kind") != KIND:
-            raise BadFileError(f"{name}: a zip file, but not a plan made by `pfstorer-rt export`")
+            raise BadFileError(f"{name}: a zip file, but not a plan; choose another file")
         if data.get("schema") not in range(1, SCHEMA + 1):
             raise BadFileError(
                 f"{name}: plan schema {data.get('schema')}, this version reads 1 to {SCHEMA}; export it again"
@@ -195,25 +194,19 @@ class Plan:
         if not self.trusted:
             raise BadFileError(
                 f"{show_path(self.path)}: a {self.manifest.target} plan is executable code, and this one was not built "
-                f"by you on this machine, or was changed; {self.rebuild()}, or trust this plan if you know its maker",
+                "by you on this machine, or was changed; export it again, or trust this plan if you know its maker",
                 setting="trust",
+                rebuild=self.rebuild(),
             )
 
-    def rebuild(self, current: bool = False) -> str:
-        """Return the instruction to rebuild this plan. current: build for the GPU of this machine."""
+    def rebuild(self, current: bool = False) -> Rebuild:
+        """Return the settings of an export that replaces this plan. current: build for the GPU of this machine."""
         m = self.manifest
-        base = m.base_name if m.base_name in SHIPPED else "DIR"  # a plan does not record the path of an imported base
-        source = f"--identity {m.identity_name}" if m.identity_name else f"--base {base}"
-        if m.identity_name and base == "DIR":
-            source += " --base DIR"
-        # Only the default set of capabilities, without the option, contains a `+`.
+        # Only the default set of capabilities, which is not given, contains a `+`.
         named = [] if any("+" in name for name in m.compute_capabilities) else m.compute_capabilities
         named = ["current"] if current else named if m.target == "tensorrt-rtx" else []
-        gpus = "".join(f"--compute-capability {name} " for name in named)
-        return (
-            f"build it with `pfstorer-rt export {source} --target {m.target} --precision {m.precision} {gpus}"
-            f"-o {shlex.quote(self.path.name)} --overwrite`"
-        )
+        base = m.base_name if m.base_name in SHIPPED else None
+        return Rebuild(m.identity_name, base, m.target, m.precision, tuple(named), self.path.name)
 
     def read(self, component: str) -> bytes:
         """Return the payload of a component, after checking the sha256 of the payload and its weights.

@@ -138,7 +138,7 @@ DAMAGES = {
     foreign: "not a readable safetensors file",
     truncated: "not a readable safetensors file",
     only_the_header: "not a readable safetensors file",
-    other_safetensors: "not an identity made by",
+    other_safetensors: "but not an identity",
     newer: "identity schema 2, this version reads 1",
     without_layers: "metadata are incomplete",
     broken_json: "metadata are incomplete",

@@ -49,8 +49,9 @@ MAY_IMPORT = {
     "runtime": NETWORKS | {"engine", "faces", "degradation"},
     "training": NETWORKS | {"faces", "degradation"},
     "export": NETWORKS | {"engine", "runtime"},  # runtime: a plan is compared with its original on whole images
-    "evaluation": PLAIN | {"imaging", "faces"},
-    "cli": NETWORKS | {"engine", "runtime", "training", "export", "faces", "degradation", "evaluation"},
+    "evaluation": PLAIN | {"imaging", "faces", "degradation"},
+    "demo": PLAIN | {"imaging", "faces", "degradation", "models", "training", "export", "runtime"},
+    "cli": NETWORKS | {"engine", "runtime", "training", "export", "faces", "degradation", "evaluation", "demo"},
     "": set(),  # pfstorer_rt/__init__.py: names only, resolved on first use
 }
 """Not here on purpose: anything -> cli, runtime -> training or export, pfstorer_rt -> kernels but by ops."""

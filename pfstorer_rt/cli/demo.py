@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import click
-import numpy as np
-import numpy.typing as npt
 
 from pfstorer_rt.cli.options import SEED
-from pfstorer_rt.extras import needed_by
 
-Pixels = npt.NDArray[np.float32]
-FACE = (20, 116, 216)
-"""Row, column and side in pixels of the portrait's head in scikit-image's astronaut."""
-NAME = "astronaut"
 WORDS = (
     "identity distance: dlib embedding to the undegraded portrait; under 0.6 counts as the same person,",
     "a dash: no face was found",
@@ -54,150 +46,27 @@ WORDS = (
 )
 @click.option("--seed", type=SEED, default=4, show_default=True, help="Random seed of the degradation.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object.")
-def command(output: Path, base: str, iterations: int, level: str, seed: int, as_json: bool) -> None:
+def command(
+    output: Path, base: str, iterations: int, level: Literal["light", "heavy"], seed: int, as_json: bool
+) -> None:
     """Degrade a portrait, learn it from other views, export, restore, and show all side by side.
 
     \b
     Example:
       pfstorer-rt demo -o demo
     """
-    say = (lambda text: click.echo(text, err=True)) if as_json else click.echo
-    started = time.perf_counter()
-    truth, lq, references = make_images(output, level, seed)
-    say(f"{output}: {len(references)} views of the portrait, and the {level} degraded input")
-    plan = output / f"{NAME}.plan"
-    learn_and_export(references, base, iterations, output, plan)
-    say(f"{plan}: learned and exported after {time.perf_counter() - started:.0f} s")
-    images = {"input": lq, **restore_both(lq, plan), "ground truth": truth}
-    figures = measure(images, references)
-    save(output, images, figures)
+    from pfstorer_rt.console import stage_bars
+    from pfstorer_rt.demo import DemoConfig, run_demo, show
+
+    config = DemoConfig(base, iterations, level, seed)
+    with stage_bars() as on_progress:
+        report = run_demo(output, config, lambda text: click.echo(text, err=as_json), on_progress)
     if as_json:
-        click.echo(json.dumps({"figures": figures, "seconds": round(time.perf_counter() - started, 1)}))
+        click.echo(json.dumps({"figures": report.figures, "seconds": round(report.seconds, 1)}))
         return
     click.echo(f"{'':<14}{'PSNR':>8}{'identity distance':>20}")
-    for name, row in figures.items():
-        click.echo(f"{name:<14}{show(row['psnr'], 'dB'):>8}{show(row['id_distance']):>20}")
+    for image in report.images:
+        click.echo(f"{image.name:<14}{show(image.psnr, 'dB'):>8}{show(image.id_distance):>20}")
     for line in WORDS:
         click.echo(line)
-    click.echo(f"{output / 'side_by_side.png'}: all images side by side, after {time.perf_counter() - started:.0f} s")
-
-
-def make_images(output: Path, level: str, seed: int) -> tuple[Pixels, Pixels, list[Path]]:
-    """Write the truth, the degraded input and the reference views; returns them and their paths."""
-    import torch
-
-    with needed_by("demo", "all"):  # before anything is written
-        from skimage.data import astronaut
-
-        import pfstorer_rt.export
-        import pfstorer_rt.training.personalize  # noqa: F401
-
-    from pfstorer_rt.degradation.degrade import degrade
-    from pfstorer_rt.imaging.files import save_image
-
-    portrait = (astronaut() / 255).astype(np.float32)
-    row, column, side = FACE
-    truth = resize(portrait[row : row + side, column : column + side], 192)
-    lq = degrade(torch.from_numpy(truth).permute(2, 0, 1).contiguous(), level, seed).permute(1, 2, 0).numpy()
-    folder = output / "references"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for i, view in enumerate(views(portrait)):
-        paths.append(folder / f"view_{i + 1}.png")
-        save_image(paths[-1], view, overwrite=True)
-    return truth, lq, paths
-
-
-def views(portrait: Pixels) -> list[Pixels]:
-    """Return five other views: shifted and scaled crops, mirrored, at other exposures and warmths."""
-    row, column, side = FACE
-    crops = ((-20, -20, 40), (-4, 10, -24), (6, -16, 4), (-20, 2, 20), (10, 4, -30))
-    gains = ((0.8, 0.8, 0.85), (1.15, 1.1, 1.0), (0.95, 1.0, 1.1), (1.0, 1.0, 1.0), (0.7, 0.72, 0.75))
-    result = []
-    for i, ((dy, dx, ds), gain) in enumerate(zip(crops, gains, strict=True)):
-        y, x, s = max(0, row + dy), max(0, column + dx), side + ds
-        view = np.clip(portrait[y : y + s, x : x + s] * np.array(gain, np.float32), 0, 1)
-        result.append(np.ascontiguousarray(view[:, ::-1] if i % 2 else view))
-    return result
-
-
-def resize(pixels: Pixels, size: int) -> Pixels:
-    """Resize a square image."""
-    from pfstorer_rt.imaging.files import from_tensor, resize_bicubic, to_tensor
-
-    return from_tensor(resize_bicubic(to_tensor(pixels), (size, size), antialias=True))
-
-
-def learn_and_export(references: list[Path], base: str, iterations: int, output: Path, plan: Path) -> None:
-    """Personalize on the views and write the plan."""
-    from pfstorer_rt.config import PersonalizeConfig
-    from pfstorer_rt.console import stage_bars
-    from pfstorer_rt.export import export_plan
-    from pfstorer_rt.models.base import load_base
-    from pfstorer_rt.training.personalize import personalize
-
-    loaded = load_base(base)
-    config = PersonalizeConfig.for_base(loaded.config, {"iterations": iterations})
-    with stage_bars() as on_progress:
-        file = output / f"{NAME}.safetensors"
-        identity = personalize(NAME, references, loaded, config, file, on_progress=on_progress)
-    export_plan(plan, identity, loaded)
-
-
-def restore_both(lq: Pixels, plan: Path) -> dict[str, Pixels]:
-    """Restore with the identity and, at strength 0, with the base alone."""
-    from pfstorer_rt.config import RestoreConfig
-    from pfstorer_rt.runtime.restorer import Restorer
-
-    with Restorer.from_plan(plan) as restorer:
-        return {
-            "base": restorer.restore(lq, RestoreConfig(strength=0.0)),
-            "personalized": restorer.restore(lq, RestoreConfig()),
-        }
-
-
-def measure(images: dict[str, Pixels], references: list[Path]) -> dict[str, dict[str, float | None]]:
-    """Return PSNR and identity distance of each image to the ground truth; None where there is no figure."""
-    from pfstorer_rt.faces.dlib import identity_distance
-    from pfstorer_rt.faces.finding import face_embedder
-    from pfstorer_rt.imaging.similarity import psnr
-
-    embed = face_embedder()
-    truth = images["ground truth"]
-    face = embed(truth) if embed else None
-    return {
-        name: {
-            "psnr": None if pixels is truth else round(psnr(pixels, truth), 2),
-            "id_distance": round(d, 3) if embed and (d := identity_distance(embed(pixels), face)) is not None else None,
-        }
-        for name, pixels in images.items()
-    }
-
-
-def show(value: float | None, unit: str = "") -> str:
-    """Format a figure, a dash where there is none."""
-    return "-" if value is None else f"{value:g} {unit}".strip()
-
-
-def save(output: Path, images: dict[str, Pixels], figures: dict[str, Any]) -> None:
-    """Write every image, the side-by-side and the figures."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    from pfstorer_rt.imaging.files import save_image
-
-    names = {"personalized": "restored", "ground truth": "truth"}
-    for name, pixels in images.items():
-        save_image(output / f"{names.get(name, name)}.png", pixels, overwrite=True)
-    side, gap, foot = 288, 8, 48
-    sheet = Image.new("RGB", (len(images) * (side + gap) + gap, side + gap + foot), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for i, (name, pixels) in enumerate(images.items()):
-        left = gap + i * (side + gap)
-        tile = Image.fromarray((pixels * 255 + 0.5).astype(np.uint8))
-        sheet.paste(tile.resize((side, side), Image.Resampling.LANCZOS), (left, gap))
-        row = figures[name]
-        text = f"PSNR {show(row['psnr'], 'dB')}, identity {show(row['id_distance'])}"
-        draw.text((left, side + gap + 4), name, fill="black", font=font)
-        draw.text((left, side + gap + 24), text if name != "ground truth" else "", fill="dimgray", font=font)
-    sheet.save(output / "side_by_side.png")
-    (output / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
+    click.echo(f"{report.side_by_side}: all images side by side, after {report.seconds:.0f} s")

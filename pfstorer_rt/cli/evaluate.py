@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from pfstorer_rt.cli.options import SEED
+from pfstorer_rt.cli.options import SEED, flag
 
 if TYPE_CHECKING:
     from pfstorer_rt.evaluation.report import Report
 
 PATH = click.Path(path_type=Path)
-FILES = {"id_arcface": "--arcface", "lpips": "--alexnet", "musiq": "--musiq"}
-"""Metric -> option with the file that it needs."""
 
 
 @click.command()
@@ -60,7 +57,7 @@ def command(
     hq: Path,
     outputs: tuple[str, ...],
     inputs: Path | None,
-    level: str | None,
+    level: Literal["light", "heavy"] | None,
     seed: int,
     save_inputs: Path | None,
     seconds: tuple[str, ...],
@@ -81,35 +78,26 @@ def command(
       pfstorer-rt evaluate --refs photos/alice --hq clean/ --inputs bad/ \\
           --outputs ours=restored/ --outputs theirs=other/ -o report/
     """
-    if inputs and level:
-        raise click.UsageError("give --inputs or --level, not both")
-    if not (outputs or inputs or level):
-        raise click.UsageError("nothing to measure; give --outputs DIR, --inputs DIR or --level")
-    if save_inputs and not level:
-        raise click.UsageError("--save-inputs needs --level")
-    if output and (output / "results.csv").exists() and not overwrite:
-        raise click.UsageError(f"{output}: contains a report already; choose another folder or pass --overwrite")
-    folders = name_folders(outputs)
-    times = dict(read_seconds(text, [*folders, "input"]) for text in seconds)
-    from pfstorer_rt.evaluation.folders import evaluate
-    from pfstorer_rt.evaluation.registry import MetricFiles, load_metrics
+    from pfstorer_rt.cli.progress import count_bar
+    from pfstorer_rt.evaluation.registry import MetricFiles
+    from pfstorer_rt.evaluation.run import EvaluateConfig, run_evaluation
 
-    metrics = load_metrics(keys.split(",") if keys else None, MetricFiles(arcface, alexnet, musiq))
-    with ExitStack() as stack:
-        if level:
-            from pfstorer_rt.degradation.folder import degrade_folder
-            from pfstorer_rt.files import work_folder
-
-            inputs = save_inputs or stack.enter_context(work_folder())
-            degrade_folder(hq, inputs, level, seed, overwrite)
-        from pfstorer_rt.cli.progress import count_bar
-
-        with count_bar("evaluate") as progress:
-            report = evaluate(refs, hq, folders, inputs, seconds=times, metrics=metrics, progress=progress)
-    if level:
-        report.settings.update({"folder of input": str(save_inputs or "not kept"), "level": level, "seed": seed})
-    if output:
-        report.write(output)
+    config = EvaluateConfig(
+        refs,
+        hq,
+        name_folders(outputs),
+        inputs,
+        level,
+        seed,
+        save_inputs,
+        dict(split_seconds(text) for text in seconds),
+        tuple(keys.split(",")) if keys else None,
+        MetricFiles(arcface, alexnet, musiq),
+        output,
+        overwrite,
+    )
+    with count_bar("evaluate") as progress:
+        report = run_evaluation(config, progress)
     show(report, as_json)
     sys.exit(1 if any(row.failed for row in report.rows) else 0)
 
@@ -127,27 +115,15 @@ def name_folders(outputs: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
-def read_seconds(text: str, methods: Sequence[str]) -> tuple[str, float | dict[str, float]]:
-    """Read `NAME=SECONDS`, or `NAME=FILE` of JSON lines as `restore --json` prints them."""
+def split_seconds(text: str) -> tuple[str, float | Path]:
+    """Read `NAME=SECONDS` or `NAME=FILE`; raises `click.UsageError` for any other text."""
     name, _, source = text.partition("=")
-    if name not in methods or not source:
-        raise click.UsageError(f"--seconds {text}: expected NAME=FILE or NAME=NUMBER with NAME of {', '.join(methods)}")
+    if not name or not source:
+        raise click.UsageError(f"--seconds {text}: expected NAME=FILE or NAME=NUMBER")
     try:
-        seconds = float(source)
+        return name, float(source)
     except ValueError:
-        pass
-    else:
-        if not 0 <= seconds < float("inf"):
-            raise click.UsageError(f"--seconds {text}: expected a number of seconds, 0 or more")
-        return name, seconds
-    try:
-        lines = [json.loads(line) for line in Path(source).read_text().splitlines() if line.strip()]
-        known = {Path(line["input"]).with_suffix("").as_posix(): line["seconds"] for line in lines if "seconds" in line}
-        return name, {path: float(second) for path, second in known.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise click.UsageError(
-            f"--seconds {text}: no number and no file of JSON lines as `restore --json` prints them ({error})"
-        ) from error
+        return name, Path(source)
 
 
 def show(report: Report, as_json: bool) -> None:
@@ -164,7 +140,7 @@ def show(report: Report, as_json: bool) -> None:
     print_table(report)
     for metric in report.metrics.columns:
         if metric.key in report.metrics.refused:
-            hint = f" ({FILES[metric.key]} FILE)" if metric.key in FILES else ""
+            hint = f" ({flag(metric.file)} FILE)" if metric.file else ""
             click.echo(f"{metric.title}: {report.metrics.refused[metric.key]}{hint}")
 
 

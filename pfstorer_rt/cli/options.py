@@ -1,16 +1,24 @@
-"""Option types that several commands share, and the flag of every setting."""
+"""Option types that several commands share, the flag of every setting, and the command of every export."""
 
+import shlex
 from typing import get_args
 
 import click
 
 from pfstorer_rt.config import Attention
-from pfstorer_rt.errors import one_line
+from pfstorer_rt.errors import Rebuild, one_line
 
 ATTENTION = click.Choice(get_args(Attention))
 SEED = click.IntRange(0, 2**32 - 1)
 """The range of NumPy's seeds; PyTorch accepts these seeds multiplied by a count too."""
-FLAGS = {"output": "-o", "trust": "--trust-plan", "extension": "--format", "references": "--refs", "mode": "--tiling"}
+FLAGS = {
+    "compute_capabilities": "--compute-capability",
+    "extension": "--format",
+    "mode": "--tiling",
+    "output": "-o",
+    "references": "--refs",
+    "trust": "--trust-plan",
+}
 """Setting of the library -> flag, where the flag is not the setting's own name."""
 
 
@@ -20,6 +28,19 @@ def flag(setting: str) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """Return an error's message on one line, with the flag of the setting at fault."""
-    setting = getattr(error, "setting", None)
-    return f"{one_line(error)} ({flag(setting)})" if setting else one_line(error)
+    """Return an error's message on one line, with the flag of the setting at fault and the command that helps."""
+    setting, rebuild = getattr(error, "setting", None), getattr(error, "rebuild", None)
+    hint = f" ({flag(setting)})" if setting else ""
+    return one_line(error) + hint + (f"; to export it: `{export_command(rebuild)}`" if rebuild else "")
+
+
+def export_command(rebuild: Rebuild) -> str:
+    """Return the command of an export; `DIR` stands for the folder of an imported base."""
+    words = ["pfstorer-rt", "export"]
+    words += ["--identity", rebuild.identity] if rebuild.identity else []
+    if not rebuild.identity or rebuild.base is None:
+        words += ["--base", rebuild.base or "DIR"]
+    words += ["--target", rebuild.target, "--precision", rebuild.precision]
+    for name in rebuild.compute_capabilities:
+        words += ["--compute-capability", name]
+    return shlex.join([*words, "-o", rebuild.file, "--overwrite"])

@@ -38,7 +38,8 @@ def providers(wanted: str | None = None) -> list[str]:
     if wanted.lower() not in names:
         hint = "; only the backend openvino takes a precision after a colon" if ":" in wanted else ""
         raise MissingBackendError(
-            f"ONNX Runtime provider {wanted}: not in this build; it has {', '.join(available)}{hint}"
+            f"ONNX Runtime provider {wanted}: not in this build; it has {', '.join(available)}{hint}",
+            setting="provider",
         )
     return list(dict.fromkeys([names[wanted.lower()], "CPUExecutionProvider"]))
 

@@ -52,9 +52,11 @@ class OpenVinoSession(HostSession):
             drop_unread_roundings(self._network)
         precision = precision or ("bf16" if self._computes(device, "bf16") else "f32")
         if precision not in PRECISIONS:
-            raise SettingError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+            message = f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}"
+            raise SettingError(message, setting="provider")
         if not self._computes(device, precision):  # OpenVINO would silently use f32
-            raise MissingBackendError(f"OpenVINO {device} does not compute in {precision} here; take {device}:f32")
+            message = f"OpenVINO {device} does not compute in {precision} here; take {device}:f32"
+            raise MissingBackendError(message, setting="provider")
         self._device = device.upper()
         self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         if cache:  # one folder per precision: OpenVINO 2026.4 loads a cached fp32 network for bf16 and returns NaN
@@ -133,7 +135,8 @@ def _readers(op: Any) -> Any:
 def _check_device(core: Any, device: str) -> None:
     available = core.available_devices
     if not any(name.split(".")[0] == device.upper().split(".")[0] for name in available):
-        raise MissingBackendError(f"OpenVINO device {device}: not here; it sees {', '.join(available)}")
+        message = f"OpenVINO device {device}: not here; it sees {', '.join(available)}"
+        raise MissingBackendError(message, setting="provider")
 
 
 def _fill(array: Array, batch: int) -> Array:

@@ -117,7 +117,7 @@ def choose_backend(name: str = "auto", target: str = "onnx") -> BackendChoice:
     `auto` if no backend can be used.
     """
     if name != "auto" and name not in BACKENDS:
-        raise SettingError(f"backend {name!r}: expected auto, torch or one of {', '.join(BACKENDS)}")
+        raise SettingError(f"backend {name!r}: expected auto, torch or one of {', '.join(BACKENDS)}", setting="backend")
     refused: dict[str, str] = {}
     for candidate in auto_order() if name == "auto" else (name,):
         try:

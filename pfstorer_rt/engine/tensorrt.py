@@ -103,7 +103,7 @@ def open_component(plan: Plan, component: str, provider: str | None = None) -> T
     another GPU or release.
     """
     if provider:
-        raise SettingError(f"provider {provider}: TensorRT has none to choose from; leave it out")
+        raise SettingError(f"provider {provider}: TensorRT has none to choose from; leave it out", setting="provider")
     plan.check_trusted()
     library, cuda = load_library(plan.manifest.target), Cuda()
     check_fits(plan, library, cuda)
@@ -111,7 +111,8 @@ def open_component(plan: Plan, component: str, provider: str | None = None) -> T
     try:
         return TensorRTSession(library, payload, cuda, graphs=component == "denoiser")
     except BadFileError as error:
-        raise BadFileError(f"{show_path(plan.path)}: the {component} {error}; {plan.rebuild()}") from error
+        message = f"{show_path(plan.path)}: the {component} {error}; export the plan again"
+        raise BadFileError(message, rebuild=plan.rebuild()) from error
 
 
 def check_fits(plan: Plan, library: Library, cuda: Cuda) -> None:
@@ -121,13 +122,15 @@ def check_fits(plan: Plan, library: Library, cuda: Cuda) -> None:
     if built_by.split(".")[0] != library.version.split(".")[0]:
         raise MismatchError(
             f"{show_path(plan.path)} was built by {title} {built_by}, this machine has {library.version}; "
-            f"{plan.rebuild()}"
+            "export the plan again",
+            rebuild=plan.rebuild(),
         )
     wanted, mine = plan.manifest.compute_capabilities, cuda.compute_capability()
     if not any(_covers(name, mine) for name in wanted):
         raise MismatchError(
             f"{show_path(plan.path)} was built for compute capability {', '.join(wanted) or 'none'}, the "
-            f"{cuda.name()} here has {mine[0]}.{mine[1]}; {plan.rebuild(current=True)}"
+            f"{cuda.name()} here has {mine[0]}.{mine[1]}; export the plan again",
+            rebuild=plan.rebuild(current=True),
         )
 
 

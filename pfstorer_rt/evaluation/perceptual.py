@@ -32,7 +32,7 @@ def lpips_measure(alexnet: Path | None) -> Measure:
     alexnet: file of torchvision's weights, for machines where torchvision cannot be imported.
     Raises `MissingBackendError` when the package or the backbone is missing, `BadFileError` for another file.
     """
-    advice = "pip install --no-deps lpips, and give the AlexNet weights unless torchvision loads"
+    advice = "install it without its dependencies, and give the AlexNet weights unless torchvision loads"
     linear = package_file("lpips", "weights/v0.1/alex.pth", advice)
     backbone = torchvision_alexnet() if alexnet is None else read_weights(alexnet)
     slices = alexnet_slices(backbone, alexnet or Path("alexnet"))
@@ -59,7 +59,7 @@ def musiq_measure(path: Path | None) -> Measure:
         network = pyiqa.create_metric("musiq", device="cpu", **options)
     except Exception as error:  # a failed download also raises many error types
         raise MissingBackendError(
-            f"MUSIQ's weights did not load; give the file of its weights ({one_line(error)})"
+            f"MUSIQ's weights did not load; give the file of its weights ({one_line(error)})", setting="musiq"
         ) from error
 
     def quality(pixels: Pixels) -> float:

@@ -19,6 +19,8 @@ from pfstorer_rt.files import atomic_write, make_folder
 INPUT, ORIGINAL = "input", "original"
 """Methods of the reference rows: degraded inputs and originals, measured like results."""
 SECONDS = "seconds"
+TABLE = "results.csv"
+"""File of the rows in the folder of a report."""
 ABOUT = ["metric", "meaning", "version", "licence", "state"]
 
 
@@ -88,7 +90,7 @@ class Report:
         """Write results.csv, summary.json, results.md and index.html into a folder; existing ones are replaced."""
         make_folder(folder)
         texts = {
-            "results.csv": self.csv(),
+            TABLE: self.csv(),
             "summary.json": self.json(),
             "results.md": self.markdown(),
             "index.html": self.html(),

@@ -68,7 +68,7 @@ def plan_canvas(height: int, width: int, tile: int, scale: float) -> Canvas:
 def check_scale(scale: float) -> None:
     """Raise `ValueError` unless the scale is valid."""
     if not 0 < scale <= MAX_SCALE:
-        raise SettingError(f"scale {scale}: expected above 0 and at most {MAX_SCALE:g}")
+        raise SettingError(f"scale {scale}: expected above 0 and at most {MAX_SCALE:g}", setting="scale")
 
 
 class Resized:

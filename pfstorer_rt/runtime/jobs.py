@@ -43,7 +43,8 @@ class Naming:
         if set(self.suffix) & set("/\\\0"):
             raise SettingError(f"suffix {self.suffix!r}: expected the end of a file name, not a path", setting="suffix")
         if self.extension and self.extension not in SAVE_FORMATS:
-            raise SettingError(f"extension {self.extension!r}: expected one of {' '.join(SAVE_FORMATS)}")
+            message = f"extension {self.extension!r}: expected one of {' '.join(SAVE_FORMATS)}"
+            raise SettingError(message, setting="extension")
 
     def name(self, relative: Path) -> Path:
         """Return the path of a result, relative to the folder of results."""

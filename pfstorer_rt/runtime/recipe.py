@@ -70,13 +70,13 @@ def _default_overlap(config: RestoreConfig, manifest: Manifest) -> int:
 
 
 def _check_choices(config: RestoreConfig) -> None:
-    for name, value, known in (
-        ("tiling", config.tile.mode, tuple(OVERLAP)),
-        ("colour fix", config.color_fix, COLOR_FIXES),
-        ("init", config.init, INITS),
+    for name, setting, value, known in (
+        ("tiling", "mode", config.tile.mode, tuple(OVERLAP)),
+        ("colour fix", "color_fix", config.color_fix, COLOR_FIXES),
+        ("init", "init", config.init, INITS),
     ):
         if value not in known:
-            raise SettingError(f"{name} {value!r}: expected one of {', '.join(known)}")
+            raise SettingError(f"{name} {value!r}: expected one of {', '.join(known)}", setting=setting)
 
 
 def _check_diffusion(recipe: Recipe) -> None:
@@ -84,23 +84,27 @@ def _check_diffusion(recipe: Recipe) -> None:
     check_scale(recipe.scale)
     check_sampler(recipe.sampler)
     if not 0 <= recipe.eta <= 1:
-        raise SettingError(f"eta {recipe.eta}: expected 0 to 1")
+        raise SettingError(f"eta {recipe.eta}: expected 0 to 1", setting="eta")
 
 
 def _check_networks(recipe: Recipe, manifest: Manifest) -> None:
     strength, weight = recipe.strength, recipe.cfw_weight
     if not math.isfinite(strength):
-        raise SettingError(f"strength {strength}: expected a finite number; 0 is the base, 1 is as trained")
+        message = f"strength {strength}: expected a finite number; 0 is the base, 1 is as trained"
+        raise SettingError(message, setting="strength")
     if strength != 1.0 and not manifest.strength and manifest.identity_name:
         raise SettingError(
-            f"strength {strength}: the identity of this engine has no gated blocks to scale; set strength to 1"
+            f"strength {strength}: the identity of this engine has no gated blocks to scale; set strength to 1",
+            setting="strength",
         )
     if not math.isfinite(weight):
-        raise SettingError(f"cfw_weight {weight}: expected a finite number; 0 is the plain decoder")
+        message = f"cfw_weight {weight}: expected a finite number; 0 is the plain decoder"
+        raise SettingError(message, setting="cfw_weight")
     if weight and not manifest.cfw:
         raise SettingError(
             f"cfw_weight {weight}: this engine has no controllable feature wrapping; set cfw_weight to 0, or import "
-            "the base with its feature wrapping and export it again"
+            "the base with its feature wrapping and export it again",
+            setting="cfw_weight",
         )
 
 
@@ -108,7 +112,8 @@ def _check_tiles(config: RestoreConfig, recipe: Recipe, manifest: Manifest) -> N
     if not 0 <= recipe.overlap < manifest.tile or recipe.overlap % manifest.factor:
         raise SettingError(
             f"overlap {recipe.overlap}: expected 0 to {manifest.tile - manifest.factor} in steps of "
-            f"{manifest.factor} pixels"
+            f"{manifest.factor} pixels",
+            setting="overlap",
         )
     if recipe.batch < 1:
         raise SettingError(f"tile batch {recipe.batch}: expected at least 1")

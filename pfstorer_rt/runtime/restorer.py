@@ -15,7 +15,8 @@ from pfstorer_rt.diffusion import SAMPLERS, denoise_by, respace, start_from_lq
 from pfstorer_rt.engine.session import Session, choose_backend
 from pfstorer_rt.errors import MismatchError
 from pfstorer_rt.extras import needed_by
-from pfstorer_rt.identity import Identity, identity_path, list_identities
+from pfstorer_rt.files import show_path
+from pfstorer_rt.identity import Identity, identities_dir, identity_path, list_identities
 from pfstorer_rt.imaging.bands import ColorFixed, Cropped, Padded, Resized, Result
 from pfstorer_rt.imaging.color import ColorFix
 from pfstorer_rt.imaging.rows import Band, Pixels, Rows, Spool, from_pixels, to_pixels
@@ -205,6 +206,7 @@ def _find_identity(manifest: Manifest) -> Identity | None:
         if identity.fingerprint == manifest.identity_fingerprint:
             return identity
     raise MismatchError(
-        f"the plan's identity {manifest.identity_name!r} is not among the identities here; backend torch needs it "
-        "(`pfstorer-rt identities list`), backend onnxruntime does not"
+        f"the plan's identity {manifest.identity_name!r} is not in {show_path(identities_dir())}; backend torch needs "
+        "it, other backends do not",
+        setting="backend",
     )

@@ -90,7 +90,7 @@ def finish_base(
     a base without feature wrapping, `MissingBackendError` without the `metrics` extra.
     """
     if base.cfw is None:
-        raise BadFileError(f"base {base.config.name!r} has no feature wrapping; train it first with `add_wrapping`")
+        raise BadFileError(f"base {base.config.name!r} has no feature wrapping; train its feature wrapping first")
     make_folder(work, private=True)
     paths, _ = split_holdout(find_images(sources), config.holdout)
     settings, mark = config.restorer, signature(["finishing", asdict(config)], paths) + base.fingerprint

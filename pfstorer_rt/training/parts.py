@@ -57,7 +57,8 @@ def train_part(
     """
     base = build_base(config.preset, config.train.get("seed") or 0) if prior is None else prior
     if prior is None and config.part != "autoencoder":
-        raise BadFileError(f"the part {config.part!r} goes on from a base with a trained autoencoder; give that base")
+        message = f"the part {config.part!r} continues from a base with a trained autoencoder; give that base"
+        raise BadFileError(message, setting="prior")
     make_folder(work)
     pool = pool_of(sources, base.config.tile, config, work / "pool", on_progress)
     if config.part == "autoencoder":
@@ -76,9 +77,12 @@ def pool_of(sources: Sequence[str], tile: int, config: PartConfig, work: Path, o
     """Make the pool of a part: the autoencoder needs no degraded tiles, the last part needs faces."""
     versions = 0 if config.part == "autoencoder" else 2
     settings = PoolConfig(
-        count=config.tiles, tile=tile, versions=versions, faces=config.part == "one-step" and config.identity,
+        count=config.tiles,
+        tile=tile,
+        versions=versions,
+        faces=config.part == "one-step" and config.identity,
         seed=config.train.get("seed") or 0,
-    )  # fmt: skip
+    )
     return make_pool([parse_source(source) for source in sources], settings, work, config.workers, on_progress)
 
 
@@ -93,7 +97,8 @@ def train_first(pool: Arrays, base: Base, work: Path, config: PartConfig, on_pro
 def train_last(pool: Arrays, base: Base, work: Path, config: PartConfig, on_progress: OnProgress) -> None:
     """Train the base with losses on its one-step results."""
     if config.lpips is None:
-        raise MissingBackendError("finishing in one step compares images by LPIPS; give the NPZ file of its weights")
+        message = "the part 'one-step' compares images by LPIPS; give the NPZ file of its weights"
+        raise MissingBackendError(message, setting="lpips")
     folder = face_models()
     if folder is None and config.identity:
         raise MissingBackendError(f"the identity loss needs dlib's recognizer; {INSTALL_METRICS}")

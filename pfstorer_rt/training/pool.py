@@ -55,6 +55,7 @@ def make_pool(
         return base.encode(image[None].to(base.device) * 2 - 1)[0].float().cpu()
 
     pairs, images, started = [], [], time.monotonic()
+    on_progress(StageProgress("photographs", 0, size))
     for i in range(size):
         rng = np.random.default_rng([config.train.seed, 4, i])
         hq = random_crop(photos[i % len(photos)], base.config.tile, rng, ZOOM)

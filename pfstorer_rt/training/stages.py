@@ -38,5 +38,5 @@ def train_stage(
     if stage not in stages:
         raise SettingError(f"stage {stage!r}: expected restorer, wrapping or finishing")
     if prior is None:
-        raise SettingError(f"stage {stage!r} needs a prior: the base that it trains further")
+        raise SettingError(f"stage {stage!r} needs a prior: the base that it trains further", setting="prior")
     return stages[stage](sources, prior, out, config, work, on_progress)

@@ -386,6 +386,7 @@ def test_personalize_leaves_only_a_private_identity_file(run, tree, photos, tmp_
     done = learn(run, nano_base_dir, photos, "--identity", "bob", "-o", tmp_path / "out" / "bob.safetensors")
     assert done.status == 0 and "bob" in done.out, done.err
     assert f"note: {photos[0]}: no face found" in done.err
+    assert "earlier run" not in done.err and "resuming" not in done.err
     assert list(tree(tmp_path / "out")) == ["bob.safetensors"]
     assert stat.S_IMODE((tmp_path / "out" / "bob.safetensors").stat().st_mode) == 0o600
 

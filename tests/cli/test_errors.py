@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import click
 import pytest
 
-from pfstorer_rt.cli import COMMANDS
-from pfstorer_rt.cli.options import explain
-from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError, one_line
+from pfstorer_rt.cli import COMMANDS, cli
+from pfstorer_rt.cli.options import explain, export_command
+from pfstorer_rt.errors import BadFileError, PFStorerError, Rebuild, SettingError, one_line
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,27 @@ def test_only_messages_of_other_libraries_are_shortened():
     assert len(one_line(RuntimeError(long))) == 200 and one_line(PFStorerError(long)) == long.strip()
     assert one_line(RuntimeError()) == "RuntimeError"
     assert explain(PFStorerError("message", setting="max_pixels")) == "message (--max-pixels)"
+
+
+@pytest.mark.parametrize(
+    ("identity", "base", "gpus", "words"),
+    [
+        (None, "tiny", (), "--base tiny --target onnx --precision fp32 -o a.plan --overwrite"),
+        (None, None, (), "--base DIR --target onnx"),
+        ("al", "tiny", (), "--identity al --target onnx"),
+        ("al", None, (), "--identity al --base DIR --target onnx"),
+        ("al", "tiny", ("8.6", "8.9"), "--precision fp32 --compute-capability 8.6 --compute-capability 8.9 -o"),
+    ],
+)
+def test_a_plan_that_must_be_exported_again_comes_with_the_command(identity, base, gpus, words):
+    rebuild = Rebuild(identity, base, "onnx", "fp32", gpus, "a.plan")
+    told = explain(BadFileError("a.plan: too old", setting="trust", rebuild=rebuild))
+    assert told.startswith("a.plan: too old (--trust-plan); to export it: `pfstorer-rt export ")
+    assert words in told
+    command = cli.get_command(click.Context(cli), "export")
+    assert command.make_context("export", export_command(rebuild).split()[2:]).params["output"].name == "a.plan"
+
+
+def test_a_command_to_copy_quotes_the_name_of_the_file():
+    rebuild = Rebuild(None, "tiny", "onnx", "fp32", (), "a;reboot;.plan")
+    assert "-o 'a;reboot;.plan' --overwrite" in export_command(rebuild)

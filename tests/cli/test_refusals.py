@@ -125,7 +125,9 @@ def test_an_untrusted_tensorrt_plan_is_refused(refused, base_plan, save, tmp_pat
     image = save(tmp_path / "old.png", 40, 40)
     refused(2, "restore", "--engine", plan, image, words=("NVIDIA GPU", "target onnx"))
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "stranger"))
-    refused(2, "restore", "--engine", plan, image, words=("executable code", "--trust-plan"))
+    refused(
+        2, "restore", "--engine", plan, image, words=("executable code", "--trust-plan", "`pfstorer-rt export --base")
+    )
     refused(2, "restore", "--engine", plan, image, "--trust-plan", words=("NVIDIA GPU",))
     refused(2, "bench", "--engine", plan, words=("--trust-plan",))
 

@@ -307,7 +307,7 @@ def test_plans_of_another_gpu_or_release_are_refused_before_loading(base_plan, t
     _, module = fake_gpu(functions, capability=(9, 0))
     with pytest.raises(MismatchError, match=r"8\.0, 8\.6, 8\.9, 12\.0\+, the Fake GPU 4090 here has 9\.0") as caught:
         open_session(plan, "encoder", "tensorrt")
-    assert "pfstorer-rt export --base DIR --target tensorrt-rtx" in str(caught.value)
+    assert caught.value.rebuild == plan.rebuild(current=True) and "export the plan again" in str(caught.value)
     other, _ = tensorrt_plan(base_plan, tmp_path / "b.plan", tools={"tensorrt-rtx": "2.0.0.1"})
     with pytest.raises(MismatchError, match=r"built by TensorRT-RTX 2\.0\.0\.1, this machine has 1\.7\.1\.116"):
         open_session(other, "encoder", "tensorrt")
@@ -384,11 +384,10 @@ def test_an_engine_that_does_not_load_names_the_export_command(base_plan, tmp_pa
     plan, functions = tensorrt_plan(base_plan, tmp_path / "a.plan")
     fake_gpu(functions)
     monkeypatch.delitem(fake.ENGINES, "decoder")
-    told = (
-        r"a\.plan: the decoder cannot be loaded by TensorRT-RTX \(magic tag does not match\); build it with `.*export"
-    )
-    with pytest.raises(BadFileError, match=told):
+    told = r"a\.plan: the decoder cannot be loaded by TensorRT-RTX \(magic tag does not match\); export the plan again"
+    with pytest.raises(BadFileError, match=told) as refusal:
         open_session(plan, "decoder", "tensorrt")
+    assert refusal.value.rebuild == plan.rebuild()
 
 
 def test_a_plan_without_a_gpu_is_refused(base_plan, tmp_path, without_gpu):

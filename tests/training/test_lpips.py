@@ -33,8 +33,8 @@ def published(kind, file, a, b):
     stages = {"vgg16": (2, 2, 3, 3, 3), "alexnet": (1, 1, 1, 1, 1)}[kind]
 
     def features(image):
-        shift, scale = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in
-                        ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))  # fmt: skip
+        shift = torch.tensor((-0.030, -0.088, -0.188), dtype=torch.float64)[:, None, None]
+        scale = torch.tensor((0.458, 0.448, 0.450), dtype=torch.float64)[:, None, None]
         h, number, maps = (image.double() - shift) / scale, 0, []
         for i, count in enumerate(stages):
             if kind == "vgg16" and i:

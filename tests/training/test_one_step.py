@@ -14,14 +14,32 @@ from pfstorer_rt.training.one_step import OneStepConfig, OneStepObjective, Windo
 from pfstorer_rt.training.restoring import RestoringConfig, train_restorer_on
 
 NANO = replace(
-    PRESETS["portrait"], name="nano-portrait", tile=128, head_size=8, spade_hidden=8,
-    unet={**PRESETS["portrait"].unet, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16, 16),
-          "attention_head_dim": (1, 2, 2), "cross_attention_dim": 32, "norm_num_groups": 4},
+    PRESETS["portrait"],
+    name="nano-portrait",
+    tile=128,
+    head_size=8,
+    spade_hidden=8,
+    unet={
+        **PRESETS["portrait"].unet,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16, 16),
+        "attention_head_dim": (1, 2, 2),
+        "cross_attention_dim": 32,
+        "norm_num_groups": 4,
+    },
     structure=StructureConfig(width=8, multipliers=(1, 1, 2), heads=1, out_channels=8, res_blocks=1, norm_groups=4),
-    vae={"class": "PatchAutoencoder", "patch": 4, "widths": (8, 8, 8), "encoder_blocks": (1, 1, 1),
-         "decoder_blocks": (1, 1, 1), "latent_channels": 4},
-    text=PRESETS["nano"].text, cfw={"levels": (2, 3), "widths": (8, 8), "growth": 4, "patch": 4},
-)  # fmt: skip
+    vae={
+        "class": "PatchAutoencoder",
+        "patch": 4,
+        "widths": (8, 8, 8),
+        "encoder_blocks": (1, 1, 1),
+        "decoder_blocks": (1, 1, 1),
+        "latent_channels": 4,
+    },
+    text=PRESETS["nano"].text,
+    cfw={"levels": (2, 3), "widths": (8, 8), "growth": 4, "patch": 4},
+)
 TRAIN = TrainConfig(iterations=3, batch=2, learning_rate=1e-3, precision="fp32")
 
 

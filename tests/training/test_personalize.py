@@ -229,6 +229,17 @@ def pool(base, photos, seed=0, **settings):
     return make_pool([read_photo(p) for p in photos], base, replace(config, **settings))
 
 
+def test_a_new_pool_starts_at_zero_and_counts_to_its_end(photos, nano_base):
+    """A first report with finished samples would be shown as the work of an earlier run."""
+    reports, config = [], PersonalizeConfig(train=TrainConfig(iterations=1, batch=2))
+    make_pool([read_photo(photos[0])], nano_base, config, reports.append)
+    assert [(report.stage, report.done, report.total) for report in reports] == [
+        ("photographs", 0, 2),
+        ("photographs", 1, 2),
+        ("photographs", 2, 2),
+    ]
+
+
 def maker(pool, rank=0, processes=1, seed=0, **settings):
     """Function iteration -> batch of one of several processes."""
     batches = BatchMaker(pool, PersonalizeConfig(train=TrainConfig(batch=3, seed=seed), **settings))

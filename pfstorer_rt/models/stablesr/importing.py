@@ -66,7 +66,7 @@ def import_base(
     `PFStorerError` when the disk has too little room.
     """
     if output.exists() and not output.is_dir():
-        raise BadFileError(f"{show_path(output)}: a file; a base is a folder, give -o another name")
+        raise BadFileError(f"{show_path(output)}: a file; a base is a folder, choose another name", setting="output")
     if sd is not None and Path(sd).is_dir() and output.resolve() == Path(sd).resolve():
         raise BadFileError(
             f"{show_path(output)}: the new base would replace its SD 2.1 source files; choose another folder"
