@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pfstorer_rt.cli.options import SEED
+from pfstorer_rt.console import say
 from pfstorer_rt.extras import needed_by
 
 Pixels = npt.NDArray[np.float32]
@@ -61,25 +63,25 @@ def command(output: Path, base: str, iterations: int, level: str, seed: int, as_
     Example:
       pfstorer-rt demo -o demo
     """
-    say = (lambda text: click.echo(text, err=True)) if as_json else click.echo
+    tell = partial(say, err=as_json)
     started = time.perf_counter()
     truth, lq, references = make_pictures(output, level, seed)
-    say(f"{output}: {len(references)} views of the portrait, and the {level} degraded input")
+    tell(f"{output}: {len(references)} views of the portrait, and the {level} degraded input")
     plan = output / f"{NAME}.plan"
     learn_and_export(references, base, iterations, output, plan)
-    say(f"{plan}: learned and exported after {time.perf_counter() - started:.0f} s")
+    tell(f"{plan}: learned and exported after {time.perf_counter() - started:.0f} s")
     pictures = {"input": lq, **restore_both(lq, plan), "ground truth": truth}
     figures = measure(pictures, references)
     save(output, pictures, figures)
     if as_json:
-        click.echo(json.dumps({"figures": figures, "seconds": round(time.perf_counter() - started, 1)}))
+        say(json.dumps({"figures": figures, "seconds": round(time.perf_counter() - started, 1)}))
         return
-    click.echo(f"{'':<14}{'PSNR':>8}{'identity distance':>20}")
+    say(f"{'':<14}{'PSNR':>8}{'identity distance':>20}")
     for name, row in figures.items():
-        click.echo(f"{name:<14}{show(row['psnr'], 'dB'):>8}{show(row['id_distance']):>20}")
+        say(f"{name:<14}{show(row['psnr'], 'dB'):>8}{show(row['id_distance']):>20}")
     for line in WORDS:
-        click.echo(line)
-    click.echo(f"{output / 'side_by_side.png'}: all images side by side, after {time.perf_counter() - started:.0f} s")
+        say(line)
+    say(f"{output / 'side_by_side.png'}: all images side by side, after {time.perf_counter() - started:.0f} s")
 
 
 def make_pictures(output: Path, level: str, seed: int) -> tuple[Pixels, Pixels, list[Path]]:
