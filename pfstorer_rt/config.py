@@ -435,6 +435,8 @@ class RestoreConfig:
     """Weight of the LQ image's features in the decoder: 0 is the plain decoder, 1 as trained."""
     color_fix: Literal["auto", "adain", "wavelet", "none"] = "auto"
     """`auto`: adain for one tile, wavelet for several."""
+    colorize: bool = False
+    """Whether the result of a grey image may have colours."""
     init: Literal["lq", "noise"] = "lq"
     eta: float = 0.0
     """Share of fresh noise in DDIM: 0 is deterministic, 1 is as noisy as DDPM."""

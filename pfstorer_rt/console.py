@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+import click
 
 from pfstorer_rt.progress import OnProgress, StageProgress
+
+if TYPE_CHECKING:  # rich is imported where bars are drawn, so that commands without bars start faster
+    from rich.console import Console
+    from rich.progress import Progress, TaskID, TextColumn
 
 LINES = 10
 """Number of progress lines per stage if stderr is not a terminal."""
 
 
+def escape_unencodable() -> None:
+    """Let stdout and stderr escape characters that their encoding does not have, instead of raising an error.
+
+    File names can contain characters outside the encoding of the terminal, and bytes that are no text.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure: Any = getattr(stream, "reconfigure", None)
+        if reconfigure:
+            reconfigure(errors="backslashreplace")
+
+
 def stderr() -> Console:
     """Return a console on the current stderr. Each call uses `sys.stderr` again, so that redirection works."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def say(line: str, err: bool = False) -> None:
+    """Print one line on stdout, or on stderr with `err`. Every command prints through this function."""
+    click.echo(printable(line), err=err)
+
+
+def note(text: str) -> None:
+    """Print a note on stderr."""
+    say(f"note: {text}", err=True)
 
 
 def printable(text: str) -> str:
@@ -28,12 +56,22 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
 
 
+def text_column(template: str) -> TextColumn:
+    """Return a column of a progress bar whose text is no markup: a name may contain square brackets."""
+    from rich.progress import TextColumn
+
+    return TextColumn(template, markup=False)
+
+
 @contextmanager
 def stage_bars() -> Iterator[OnProgress]:
     """Yield a callback that draws one progress bar per stage on a terminal, or else prints lines."""
+    from rich.progress import BarColumn, Progress, TimeRemainingColumn
+
     console = stderr()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=2) as bars:
+    columns = (text_column("{task.description}"), BarColumn(), text_column("{task.fields[state]}"))
+    quiet = not console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet, refresh_per_second=2) as bars:
         yield StageBars(bars)
 
 

@@ -89,10 +89,10 @@ def run_demo(
     note(f"{output}: {len(references)} views of the portrait, and the {config.level} degraded input")
     plan = learn_and_export(references, output, config, on_progress)
     note(f"{plan}: learned and exported after {time.perf_counter() - started:.0f} s")
-    pictures = {"input": lq, **restore_both(lq, plan), TRUTH: truth}
-    images = write_images(output, pictures)
+    results = {"input": lq, **restore_both(lq, plan), TRUTH: truth}
+    images = write_images(output, results)
     report = DemoReport(images, output / "side_by_side.png", plan, time.perf_counter() - started)
-    draw_sheet(report, pictures)
+    draw_sheet(report, results)
     (output / "results.json").write_text(json.dumps(report.figures, indent=2) + "\n")
     return report
 
@@ -173,17 +173,17 @@ def restore_both(lq: Pixels, plan: Path) -> dict[str, Pixels]:
         }
 
 
-def write_images(output: Path, pictures: dict[str, Pixels]) -> tuple[DemoImage, ...]:
+def write_images(output: Path, results: dict[str, Pixels]) -> tuple[DemoImage, ...]:
     """Write the images and measure each of them against the ground truth."""
     from pfstorer_rt.faces.dlib import identity_distance
     from pfstorer_rt.faces.finding import face_embedder
     from pfstorer_rt.imaging.files import save_image
     from pfstorer_rt.imaging.similarity import psnr
 
-    embed, truth = face_embedder(), pictures[TRUTH]
-    faces = {name: embed(pixels) if embed else None for name, pixels in pictures.items()}
+    embed, truth = face_embedder(), results[TRUTH]
+    faces = {name: embed(pixels) if embed else None for name, pixels in results.items()}
     images = []
-    for name, pixels in pictures.items():
+    for name, pixels in results.items():
         save_image(output / FILES[name], pixels, overwrite=True)
         distance = identity_distance(faces[name], faces[TRUTH])
         decibels = None if name == TRUTH else round(psnr(pixels, truth), 2)
@@ -191,17 +191,17 @@ def write_images(output: Path, pictures: dict[str, Pixels]) -> tuple[DemoImage, 
     return tuple(images)
 
 
-def draw_sheet(report: DemoReport, pictures: dict[str, Pixels]) -> None:
+def draw_sheet(report: DemoReport, results: dict[str, Pixels]) -> None:
     """Write all images side by side, with their names and measurements."""
     from PIL import Image, ImageDraw, ImageFont
 
     side, gap, foot = 288, 8, 48
-    sheet = Image.new("RGB", (len(pictures) * (side + gap) + gap, side + gap + foot), "white")
+    sheet = Image.new("RGB", (len(results) * (side + gap) + gap, side + gap + foot), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for i, image in enumerate(report.images):
         left = gap + i * (side + gap)
-        picture = Image.fromarray((pictures[image.name] * 255 + 0.5).astype(np.uint8))
-        sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, gap))
+        tile = Image.fromarray((results[image.name] * 255 + 0.5).astype(np.uint8))
+        sheet.paste(tile.resize((side, side), Image.Resampling.LANCZOS), (left, gap))
         draw.text((left, side + gap + 4), image.name, fill="black", font=font)
         if image.name != TRUTH:
             text = f"PSNR {show(image.psnr, 'dB')}, identity {show(image.id_distance)}"

@@ -11,6 +11,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "train": ("accelerate", "diffusers", "transformers"),
     "export": ("onnx", "onnx_ir", "onnxscript", "polygraphy"),
     "metrics": ("dlib", "face_recognition_models", "skimage", "stlpips_pytorch"),
+    "heif": ("pillow_heif",),
     "openvino": ("openvino",),
     "gpu": ("bitsandbytes", "triton", "xformers"),
     "tensorrt": ("tensorrt",),

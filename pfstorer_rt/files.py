@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -217,6 +218,19 @@ def check_space(path: Path, needed: int) -> None:
         )
 
 
+def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a plain file for reading.
+
+    Raises `BadFileError` for a pipe or a device, which could block for ever, and OSError as `open` does.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.fdopen(os.open(path, flags), "rb")  # raises IsADirectoryError for a folder
+    if stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        return handle
+    handle.close()
+    raise BadFileError(f"{show_path(path)}: a pipe or a device; expected a plain file: copy its content to a file")
+
+
 def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
     """Return the SHA-256 of bytes: 64 lower-case hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
@@ -229,7 +243,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as handle:
+        with open_plain(path) as handle:
             while chunk := handle.read(_CHUNK):
                 digest.update(chunk)
     except OSError as error:

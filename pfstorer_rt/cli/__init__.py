@@ -86,6 +86,9 @@ def main(arguments: list[str] | None = None) -> None:
     0: everything is done. 1: some inputs failed, the others are done; or an unexpected error. 2: the call was wrong.
     130: interrupted.
     """
+    from pfstorer_rt.console import escape_unencodable
+
+    escape_unencodable()
     if os.environ.get("PFSTORER_DEBUG"):
         cli.main(arguments, prog_name="pfstorer-rt")
     quiet_libraries()
@@ -116,9 +119,9 @@ def interrupted(error: BaseException) -> str:
 
 def fail(message: str, status: int) -> None:
     """Print one line on stderr and exit."""
-    from pfstorer_rt.console import printable
+    from pfstorer_rt.console import say
 
-    click.echo(printable(f"Error: {' '.join(message.split())}"), err=True)
+    say(f"Error: {' '.join(message.split())}", err=True)
     sys.exit(status)
 
 

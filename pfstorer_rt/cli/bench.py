@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from pfstorer_rt.console import say
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.runtime.bench import SIZES, BenchConfig, BenchReport, measure_plan
 
@@ -75,7 +76,8 @@ def command(
         from pfstorer_rt.cli.benchplot import draw
 
         draw(plot, report)
-    click.echo(json.dumps(asdict(report)) if as_json else "\n".join(lines(report)))
+    for line in [json.dumps(asdict(report))] if as_json else lines(report):
+        say(line)
 
 
 def lines(report: BenchReport) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import click
 
@@ -37,10 +38,10 @@ def command(inputs: tuple[str, ...], output: str, level: str, seed: int, overwri
     """
     from pfstorer_rt.cli.outcomes import exit_status, show
     from pfstorer_rt.cli.progress import batch_bars
+    from pfstorer_rt.console import note
     from pfstorer_rt.runtime.batch import Saving, degrade_files
 
+    report = partial(show, as_json=as_json)
     with batch_bars("degrade") as progress:
-        outcomes = degrade_files(
-            inputs, output, level, seed, Saving(overwrite), lambda outcome: show(outcome, as_json), progress
-        )
+        outcomes = degrade_files(inputs, output, level, seed, Saving(overwrite), report, progress, note)
     sys.exit(exit_status(outcomes))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import click
 
 from pfstorer_rt.cli.options import SEED
+from pfstorer_rt.console import say
 
 WORDS = (
     "identity distance: dlib embedding to the undegraded portrait; under 0.6 counts as the same person,",
@@ -60,13 +62,13 @@ def command(
 
     config = DemoConfig(base, iterations, level, seed)
     with stage_bars() as on_progress:
-        report = run_demo(output, config, lambda text: click.echo(text, err=as_json), on_progress)
+        report = run_demo(output, config, partial(say, err=as_json), on_progress)
     if as_json:
-        click.echo(json.dumps({"figures": report.figures, "seconds": round(report.seconds, 1)}))
+        say(json.dumps({"figures": report.figures, "seconds": round(report.seconds, 1)}))
         return
-    click.echo(f"{'':<14}{'PSNR':>8}{'identity distance':>20}")
+    say(f"{'':<14}{'PSNR':>8}{'identity distance':>20}")
     for image in report.images:
-        click.echo(f"{image.name:<14}{show(image.psnr, 'dB'):>8}{show(image.id_distance):>20}")
+        say(f"{image.name:<14}{show(image.psnr, 'dB'):>8}{show(image.id_distance):>20}")
     for line in WORDS:
-        click.echo(line)
-    click.echo(f"{report.side_by_side}: all images side by side, after {report.seconds:.0f} s")
+        say(line)
+    say(f"{report.side_by_side}: all images side by side, after {report.seconds:.0f} s")

@@ -7,6 +7,8 @@ from dataclasses import asdict
 
 import click
 
+from pfstorer_rt.console import say
+
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -21,18 +23,18 @@ def command(as_json: bool) -> None:
 
     report = asdict(diagnose())
     if as_json:
-        click.echo(json.dumps(report))
+        say(json.dumps(report))
         return
     machine = report["machine"]
-    click.echo(
+    say(
         f"machine   {machine['system']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
         f"Python {machine['python']}"
     )
-    click.echo(f"gpu       {machine['gpu'] or 'none visible to torch'}")
+    say(f"gpu       {machine['gpu'] or 'none visible to torch'}")
     for key in ("extras", "engines", "builders", "attention", "metrics"):
         for name, refusal in report[key].items():
             title = key.removesuffix("s") if key != "metrics" else key
-            click.echo(f"{title:<9} {name}: {'ready' if refusal is None else refusal}")
-    click.echo(f"bases     {', '.join(report['bases']) or 'none shipped'}")
-    click.echo(f"home      {report['home']} ({report['identities']} identities)")
-    click.echo("packages  " + ", ".join(f"{k} {v}" for k, v in report["packages"].items() if v))
+            say(f"{title:<9} {name}: {'ready' if refusal is None else refusal}")
+    say(f"bases     {', '.join(report['bases']) or 'none shipped'}")
+    say(f"home      {report['home']} ({report['identities']} identities)")
+    say("packages  " + ", ".join(f"{k} {v}" for k, v in report["packages"].items() if v))

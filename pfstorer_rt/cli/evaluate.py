@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from pfstorer_rt.cli.options import SEED, flag
+from pfstorer_rt.console import note, say
 
 if TYPE_CHECKING:
     from pfstorer_rt.evaluation.report import Report
@@ -128,20 +129,20 @@ def split_seconds(text: str) -> tuple[str, float | Path]:
 
 def show(report: Report, as_json: bool) -> None:
     """Print rows and means as JSON, or a table of the means; notes go to stderr."""
-    for note in report.notes:
-        click.echo(f"note: {note}", err=True)
+    for text in report.notes:
+        note(text)
     if as_json:
         for row in report.rows:
             figures = {k: ("inf" if v == float("inf") else v) for k, v in row.figures.items()}
             about = {"method": row.method, "image": row.image, "seconds": row.seconds, "note": row.note}
-            click.echo(json.dumps({**about, **figures}, allow_nan=False))
-        click.echo(json.dumps({"summary": json.loads(report.json())}))
+            say(json.dumps({**about, **figures}, allow_nan=False))
+        say(json.dumps({"summary": json.loads(report.json())}))
         return
     print_table(report)
     for metric in report.metrics.columns:
         if metric.key in report.metrics.refused:
             hint = f" ({flag(metric.file)} FILE)" if metric.file else ""
-            click.echo(f"{metric.title}: {report.metrics.refused[metric.key]}{hint}")
+            say(f"{metric.title}: {report.metrics.refused[metric.key]}{hint}")
 
 
 def print_table(report: Report) -> None:
@@ -154,6 +155,7 @@ def print_table(report: Report) -> None:
     next(lines)  # the names of the methods
     for heading, cells in zip(report.headings()[1:], lines, strict=True):
         table.add_row(heading, *("-" if cell == "not measured" else cell for cell in cells))
-    console = Console()
+    console = Console(markup=False)
     needed = console.measure(table).maximum
-    Console(width=console.width if console.is_terminal else max(console.width, needed)).print(table)
+    width = console.width if console.is_terminal else max(console.width, needed)
+    Console(width=width, markup=False).print(table)

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from pfstorer_rt.console import note, say
+
 
 @click.group()
 def command() -> None:
@@ -34,12 +36,12 @@ def list_command(as_json: bool) -> None:
 
     paths = list_identities()
     if not paths and not as_json:
-        click.echo(f"no identities in {identities_dir()}; make one with `pfstorer-rt personalize`", err=True)
+        say(f"no identities in {identities_dir()}; make one with `pfstorer-rt personalize`", err=True)
     for path in paths:
         try:
             identity = Identity.load(path, tensors=False)
         except BadFileError as error:
-            click.echo(
+            say(
                 json.dumps({"name": path.stem, "error": str(error)}) if as_json else f"{path.stem}  unreadable: {error}"
             )
             continue
@@ -50,7 +52,7 @@ def list_command(as_json: bool) -> None:
             "references": len(identity.references),
             "bytes": path.stat().st_size,
         }
-        click.echo(
+        say(
             json.dumps(report)
             if as_json
             else f"{path.stem}  {identity.method} on {identity.base_name}, {len(identity.references)} references, "
@@ -91,7 +93,7 @@ def verify_command(name: str, photos: tuple[Path, ...]) -> None:
 
     checks = verify_identity(name, photos)
     for check in checks:
-        click.echo(f"{'ok' if check.passed else 'FAILED':<8}{check.text}")
+        say(f"{'ok' if check.passed else 'FAILED':<8}{check.text}")
     sys.exit(0 if all(check.passed for check in checks) else 1)
 
 
@@ -108,12 +110,12 @@ def rm_command(names: tuple[str, ...], yes: bool) -> None:
     from pfstorer_rt.runtime.identities import delete_identity, find_kept
 
     for name in names:
-        for note in find_kept(name).notes:  # an unknown name is an error before anything is deleted
-            click.echo(f"note: {note}", err=True)
+        for text in find_kept(name).notes:  # an unknown name is an error before anything is deleted
+            note(text)
     for name in names:
         if yes or confirmed(name):
             delete_identity(name)
-            click.echo(f"{name}: deleted")
+            say(f"{name}: deleted")
 
 
 def confirmed(name: str) -> bool:

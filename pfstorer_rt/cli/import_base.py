@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from pfstorer_rt.console import say
+
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path), metavar="CKPT")
@@ -65,11 +67,11 @@ def command(
     )
     c = made.config
     decoder = "feature wrapping" if c.cfw else "no feature wrapping"
-    click.echo(
+    say(
         f"{output}: base {c.name}, {c.prediction_type}, tiles of {c.tile} pixels, {decoder}, fingerprint "
         f"{made.fingerprint[:12]}"
     )
     if made.from_name:
         told = ", ".join(f"{name} {value}" for name, value in made.from_name.items())
-        click.echo(f"from the file name {checkpoint.name}: {told}; change with --prediction-type and --tile")
-    click.echo(f"licence of the weights: {c.licence}")
+        say(f"from the file name {checkpoint.name}: {told}; change with --prediction-type and --tile")
+    say(f"licence of the weights: {c.licence}")

@@ -138,7 +138,7 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
       pfstorer-rt personalize --identity alice photos/alice/*.jpg
     """
     from pfstorer_rt.config import PersonalizeConfig
-    from pfstorer_rt.console import stage_bars
+    from pfstorer_rt.console import note, say, stage_bars
     from pfstorer_rt.errors import PFStorerError
     from pfstorer_rt.files import make_folder
     from pfstorer_rt.identity import identities_dir, identity_path
@@ -153,13 +153,13 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
         raise PFStorerError(f"{target}: exists already; choose another name or allow overwriting", setting="overwrite")
     import json
 
-    from pfstorer_rt.imaging.find import find_images
+    from pfstorer_rt.imaging.find import find_images, without_results
     from pfstorer_rt.models.base import load_base
     from pfstorer_rt.training.personalize import personalize
 
-    photos = find_images([Path(r) for r in references])
+    photos = without_results(find_images([Path(r) for r in references], note), note)
     if len(photos) < 3:
-        click.echo(f"note: {len(photos)} photograph(s); 3-5 photographs give a better likeness", err=True)
+        note(f"{len(photos)} photograph(s); 3-5 photographs give a better likeness")
     base = load_base(options.base)
     names = (
         "iterations",
@@ -180,12 +180,10 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
     config = PersonalizeConfig.for_base(base.config, train, **values)
     make_folder(target.parent)
     with stage_bars() as on_progress:
-        identity = personalize(
-            name, photos, base, config, target, lambda line: click.echo(f"note: {line}", err=True), on_progress
-        )
+        identity = personalize(name, photos, base, config, target, note, on_progress)
     if options.as_json:
-        click.echo(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))
+        say(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))
         return
-    click.echo(f"{name}: learned from {len(photos)} photographs on base {identity.base_name}, saved as {target}")
+    say(f"{name}: learned from {len(photos)} photographs on base {identity.base_name}, saved as {target}")
     source = shlex.quote(str(options.output or name))
-    click.echo(f"next: pfstorer-rt export --identity {source} -o {name}.plan")
+    say(f"next: pfstorer-rt export --identity {source} -o {name}.plan")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from pfstorer_rt.cli.options import ATTENTION, SEED, flag
+from pfstorer_rt.console import note, say
 from pfstorer_rt.imaging.files import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Options:
     strength: float
     cfw_weight: float | None
     scale: float
+    colorize: bool
     color_fix: Literal["auto", "adain", "wavelet", "none"]
     init: Literal["lq", "noise"]
     eta: float
@@ -61,6 +63,7 @@ class Options:
     trust_plan: bool
     max_pixels: int
     overwrite: bool
+    no_mark: bool
     as_json: bool
 
     @property
@@ -83,6 +86,7 @@ class Options:
             seed=self.seed,
             strength=self.strength,
             scale=self.scale,
+            colorize=self.colorize,
             cfw_weight=self.cfw_weight,
             color_fix=self.color_fix,
             init=self.init,
@@ -98,7 +102,7 @@ class Options:
         return BatchConfig(
             self.restore_config(),
             Naming(self.suffix, self.extension, label),
-            Saving(self.overwrite, self.quality, self.kind or "png"),
+            Saving(self.overwrite, self.quality, self.kind or "png", not self.no_mark),
             self.compare,
             self.preview,
             references,
@@ -158,6 +162,7 @@ class Options:
     "--cfw-weight", type=float, help="How strongly the decoder follows the input, 0-1. [default: the engine's]"
 )
 @click.option("--scale", type=float, default=1.0, show_default=True, help="Size of the result relative to the input.")
+@click.option("--colorize", is_flag=True, help="Let the result of a grey image have colours.")
 @click.option(
     "--color-fix",
     type=click.Choice(["auto", "adain", "wavelet", "none"]),
@@ -214,6 +219,7 @@ class Options:
     help="Largest accepted image, in pixels.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace existing results.")
+@click.option("--no-mark", is_flag=True, help="Leave out the metadata that mark a result as made with AI.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
 def command(**parameters: Any) -> None:
     """Restore images: files, folders (recursive), glob patterns, or - for stdin.
@@ -233,7 +239,8 @@ def command(**parameters: Any) -> None:
         check_file(file, options.extension, single=False)
     references = open_references(options.refs)
     batches = [options.batch_config(label, references) for label in options.labels]
-    plans = [plan_jobs(options.inputs, options.output, b.naming) if options.inputs else [] for b in batches]
+    once = cache(note)  # every engine has the same inputs
+    plans = [plan_jobs(options.inputs, options.output, b.naming, once) if options.inputs else [] for b in batches]
     quality_given = click.get_current_context().get_parameter_source("quality") is ParameterSource.COMMANDLINE
     jobs = [job for plan in plans for job in plan]
     if quality_given and jobs and not any(is_lossy(job, options.kind or "png") for job in jobs):
@@ -302,7 +309,7 @@ def run(restorer: Restorer, batch: BatchConfig, jobs: Sequence[Job], options: Op
     restorer.recipe(batch.restore)  # refuses settings that do not fit this engine
     for setting, value, reason in without_effect(restorer, batch):
         note(f"{flag(setting)}{'' if value is True else f' {value:g}'} changes nothing: {reason}")
-    click.echo(f"{restorer.backend} on {restorer.provider}", err=True)
+    say(f"{restorer.backend} on {restorer.provider}", err=True)
     report = partial(show, as_json=options.as_json)
     if options.dry_run:
         return exit_status(forecast_jobs(restorer, jobs, batch, report))
@@ -317,13 +324,8 @@ def restore(
     from pfstorer_rt.runtime.batch import restore_jobs, watch_folder
 
     if options.watch:
-        click.echo(f"watching {options.watch}; press Ctrl-C to stop", err=True)
+        say(f"watching {options.watch}; press Ctrl-C to stop", err=True)
         with batch_bars("restore") as progress:
             return watch_folder(restorer, options.watch, options.output, batch, options.idle, report, progress)
     with batch_bars("restore", len(jobs)) as progress:
         return restore_jobs(restorer, jobs, batch, report, progress)
-
-
-def note(text: str) -> None:
-    """Print a note on stderr."""
-    click.echo(f"note: {text}", err=True)

@@ -145,7 +145,7 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **paramet
     if part and not options.prior:
         raise click.UsageError(f"--train {part} needs --prior, the base to train")
     from pfstorer_rt.config import changed
-    from pfstorer_rt.console import stage_bars
+    from pfstorer_rt.console import say, stage_bars
     from pfstorer_rt.models.base import load_base
     from pfstorer_rt.training.base import BaseTrainConfig
     from pfstorer_rt.training.stages import train_stage
@@ -166,14 +166,14 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **paramet
     prior = load_base(options.prior) if options.prior else None
     with stage_bars() as on_progress:
         base = train_stage(part or "restorer", photos, output, config, work, prior, on_progress)
-    click.echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; {work} can be deleted")
+    say(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; {work} can be deleted")
 
 
 def train_on_tiles(photos: tuple[Path, ...], output: Path, work: Path, options: Options) -> None:
     """Train one part of a base on tiles."""
     if options.trained != "autoencoder" and not options.prior:
         raise click.UsageError(f"--train {options.trained} needs --prior, the base of the previous part")
-    from pfstorer_rt.console import stage_bars
+    from pfstorer_rt.console import say, stage_bars
     from pfstorer_rt.models.base import load_base
     from pfstorer_rt.training.parts import PartConfig, train_part
 
@@ -189,4 +189,4 @@ def train_on_tiles(photos: tuple[Path, ...], output: Path, work: Path, options: 
     prior = load_base(options.prior) if options.prior else None
     with stage_bars() as on_progress:
         base = train_part([str(photo) for photo in photos], output, config, work, prior, on_progress)
-    click.echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; {work} can be deleted")
+    say(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; {work} can be deleted")

@@ -26,6 +26,8 @@ from pfstorer_rt.tiling import Tile, pad_to_multiple
 
 PADDING = 32
 """The sides of a canvas are multiples of this many pixels."""
+GREY = 1.5 * 2 / 255
+"""Smallest difference between the channels of a coloured pixel, in the range of [-1, 1]."""
 MAX_SCALE = 16.0
 """Largest scale from the input image to the result."""
 MAX_ENLARGEMENT = 4.0
@@ -61,8 +63,13 @@ def plan_canvas(height: int, width: int, tile: int, scale: float) -> Canvas:
     s = max(scale, min(tile / min(height, width), max(MAX_ENLARGEMENT, scale)))
     h, w = max(1, round(height * s)), max(1, round(width * s))
     bottom, right = pad_to_multiple(max(h, tile), max(w, tile), PADDING)
-    out = max(1, round(height * scale)), max(1, round(width * scale))
+    out = result_size(height, width, scale)
     return Canvas(h, w, max(h, tile) + bottom - h, max(w, tile) + right - w, *out)
+
+
+def result_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """Return (height, width) of the result of an image."""
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def check_scale(scale: float) -> None:
@@ -134,6 +141,29 @@ class Padded:
         if stop > self.source.height:
             band = band[:, places - first]
         return np.pad(band, ((0, 0), (0, 0), (0, self.right)), "edge" if self.small else "reflect")
+
+
+class Grey:
+    """An image without its colours: every channel is the luma of the other image (ITU-R BT.601)."""
+
+    WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)
+
+    def __init__(self, source: Rows) -> None:
+        self.source, self.height, self.width = source, source.height, source.width
+
+    def read(self, start: int, stop: int) -> Band:
+        """Return rows start..stop-1."""
+        luma = np.tensordot(self.WEIGHTS, self.source.read(start, stop), 1)
+        return np.repeat(luma[None], 3, 0)
+
+
+def is_grey(source: Rows) -> bool:
+    """Whether the channels of every pixel differ by at most one level of 255; reads as far as the first colour."""
+    for start, stop in bands(source.height, source.width):
+        band = source.read(start, stop)
+        if np.abs(band - band[:1]).max() > GREY:
+            return False
+    return True
 
 
 class Cropped:

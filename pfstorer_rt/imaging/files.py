@@ -21,7 +21,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError, one_line
-from pfstorer_rt.files import atomic_write, show_path
+from pfstorer_rt.extras import install
+from pfstorer_rt.files import atomic_write, open_plain, show_path
+from pfstorer_rt.imaging.formats import SAVE_FORMATS, check_side, format_names, is_heif, readable
+from pfstorer_rt.imaging.metadata import Metadata, orientation, read_metadata, save_options
 from pfstorer_rt.imaging.profiles import srgb_profile, to_srgb, wide_to_srgb
 from pfstorer_rt.imaging.rows import TALL, Pixels, Rows, Spool, bands, from_pixels, read_pixels, to_pixels
 
@@ -29,37 +32,17 @@ if TYPE_CHECKING:
     import torch
 
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
-"""Lower-case suffixes of the image files that a folder search finds."""
-
-SAVE_FORMATS = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".webp": "WEBP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".bmp": "BMP",
-}
-"""Suffix of each supported output format -> Pillow's format name."""
-
 MAX_PIXELS = 200_000_000
+"""Default limit on the pixels of an input image and of a result."""
 
-# Other formats that Pillow reads are rarely photographs and often unsafe: EPS starts Ghostscript.
-_READ_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM")
-_READ_NAMES = "PNG, JPEG, WebP, TIFF, BMP, GIF or PPM"
-
-_MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383}  # limits of the formats, in pixels
-_JPEG_EXIF_MAX = 65_533  # one segment minus its length field
-
-_EXIF_ORIENTATION = 0x0112
-# Tags about the photograph. The other tags of a TIFF's first directory describe its strips.
-_EXIF_KEPT = (
-    *(0x010E, 0x010F, 0x0110, 0x011A, 0x011B, 0x0128, 0x0131, 0x0132, 0x013B, 0x8298),
-    *range(0x9C9B, 0x9CA0),
-)
-_EXIF_DIRECTORIES = (0x8769, 0x8825)  # camera and GPS
-_EXIF_STALE = (0xA001, 0xA002, 0xA003, 0xA005)  # colour space, width, height, interoperability
+_NO_METADATA = Metadata()
+_DEEP = "more than 8 bits a channel: results have 8"
+_MISSING = 0.1
+"""Largest share of missing rows with which a JPEG is read."""
+_JPEG_END = b"\xff\xd9"  # marker EOI
+# Preserve restored detail: no chroma subsampling, and keep colours under transparent alpha. TIFF stays uncompressed:
+# the compressed writer of Pillow fails on the EXIF directory of the camera.
+_QUALITY: dict[str, dict[str, Any]] = {"JPEG": {"subsampling": 0}, "WEBP": {"exact": True}}
 
 _guard_lock = threading.Lock()
 
@@ -72,10 +55,8 @@ class DecodedImage:
     """(H, W, 3) float32 in [0, 1]."""
     alpha: Pixels | None = None
     """(H, W) float32 in [0, 1]; None if the file has no transparency."""
-    icc: bytes | None = None
-    """sRGB profile to embed in the saved file; None if the source had no usable profile."""
-    exif: bytes | None = None
-    """EXIF data to embed in the saved file, with orientation 1."""
+    metadata: Metadata = _NO_METADATA
+    """Metadata to embed in the saved file."""
     frames: int = 1
     """Number of frames or pages in the file; only the first is decoded."""
     notes: tuple[str, ...] = ()
@@ -89,8 +70,7 @@ class Scan:
     pixels: Spool
     alpha: Spool | None = None
     """One channel: 1 is opaque, -1 is transparent."""
-    icc: bytes | None = None
-    exif: bytes | None = None
+    metadata: Metadata = _NO_METADATA
     frames: int = 1
     notes: tuple[str, ...] = ()
 
@@ -100,7 +80,7 @@ def load_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_
     scan = scan_image(source, max_pixels)
     height = scan.pixels.height
     alpha = None if scan.alpha is None else scan.alpha.pixels(0, height)[..., 0]
-    return DecodedImage(scan.pixels.pixels(0, height), alpha, scan.icc, scan.exif, scan.frames, scan.notes)
+    return DecodedImage(scan.pixels.pixels(0, height), alpha, scan.metadata, scan.frames, scan.notes)
 
 
 def scan_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS) -> Scan:
@@ -110,7 +90,8 @@ def scan_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_
     memory: it is stored in a temporary file.
 
     Applies the EXIF orientation and converts from the embedded colour profile to sRGB with perceptual
-    intent. 16-bit grey keeps its depth; 16-bit colour is reduced to 8 bits.
+    intent. 16-bit grey keeps its depth; 16-bit colour is reduced to 8 bits. A JPEG without its last bytes is read, with
+    a note, if at most a tenth of its rows is missing; these rows are grey.
     max_pixels: limit on width x height, checked before decoding.
     Raises BadFileError if the source is missing, empty, damaged, not an image, or too large.
     """
@@ -118,8 +99,9 @@ def scan_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_
         image = _identify(handle, name)
         _check_pixels(*image.size, name, max_pixels)
         width, height = image.size
+        notes: list[str] = []
         try:
-            return _decode(image, name)
+            return _decode(_load(image, handle, notes), name, notes)
         except PFStorerError:
             raise
         except MemoryError as error:
@@ -134,10 +116,7 @@ def image_size(source: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> 
     with _open(source) as (handle, name):
         image = _identify(handle, name)
         _check_pixels(*image.size, name, max_pixels)
-        turn = 1
-        with contextlib.suppress(Exception):
-            turn = image.getexif().get(_EXIF_ORIENTATION, 1)
-        return (image.height, image.width) if turn < 5 else image.size
+        return (image.height, image.width) if orientation(image) < 5 else image.size
 
 
 def _check_pixels(width: int, height: int, name: str, max_pixels: int) -> None:
@@ -154,8 +133,7 @@ def save_image(
     pixels: npt.NDArray[np.floating[Any]] | Rows,
     *,
     alpha: npt.NDArray[np.floating[Any]] | Rows | None = None,
-    icc: bytes | None = None,
-    exif: bytes | None = None,
+    metadata: Metadata = _NO_METADATA,
     quality: int = 95,
     overwrite: bool = False,
 ) -> None:
@@ -173,7 +151,7 @@ def save_image(
         raise PFStorerError(f"{name}: exists already; choose another name or allow overwriting", setting="overwrite")
     with atomic_write(path) as handle:
         try:
-            _encode(cast(BinaryIO, _Sink(handle)), SAVE_FORMATS[suffix], pixels, alpha, icc, exif, quality)
+            _encode(cast(BinaryIO, _Sink(handle)), SAVE_FORMATS[suffix], pixels, alpha, metadata, quality)
         except PFStorerError as error:
             raise PFStorerError(f"{name}: {error}") from error
 
@@ -183,15 +161,14 @@ def encode_image(
     format: str = "png",
     *,
     alpha: npt.NDArray[np.floating[Any]] | Rows | None = None,
-    icc: bytes | None = None,
-    exif: bytes | None = None,
+    metadata: Metadata = _NO_METADATA,
     quality: int = 95,
 ) -> bytes:
     """Encode an image with 8 bits per channel. The same arguments give the same bytes.
 
     pixels: (H, W, 3) float, or `Rows`, clamped to [0, 1]. format: a key of `SAVE_FORMATS`, with or without the dot.
     alpha: (H, W) float in [0, 1]. JPEG and BMP do not support alpha, so the image is composited over white.
-    icc, exif: embedded if the format supports them (BMP supports neither; JPEG supports EXIF up to 64 KB).
+    metadata: embedded as far as the format supports it (`metadata.save_options`; JPEG supports 64 KB of each kind).
     quality: 1 to 100, for JPEG and lossy WebP.
     Raises PFStorerError if a value is NaN or infinite or the format does not support the size, and
     ValueError for another shape, type, format or quality.
@@ -201,7 +178,7 @@ def encode_image(
         known = ", ".join(suffix[1:] for suffix in SAVE_FORMATS)
         raise SettingError(f"format {format!r} at quality {quality}; expected one of {known}, and 1 to 100")
     buffer = io.BytesIO()
-    _encode(buffer, kind, pixels, alpha, icc, exif, quality)
+    _encode(buffer, kind, pixels, alpha, metadata, quality)
     return buffer.getvalue()
 
 
@@ -212,15 +189,10 @@ class _Sink:
         self.write, self.seek, self.tell, self.flush = handle.write, handle.seek, handle.tell, handle.flush
 
 
-def _encode(
-    sink: BinaryIO, kind: str, pixels: Any, alpha: Any, icc: bytes | None, exif: bytes | None, quality: int
-) -> None:
+def _encode(sink: BinaryIO, kind: str, pixels: Any, alpha: Any, metadata: Metadata, quality: int) -> None:
     image = _to_pillow(pixels, alpha, kind)
-    if max(image.size) > _MAX_SIDE.get(kind, max(image.size)):
-        size = f"{image.width} x {image.height}"
-        raise PFStorerError(f"{size} is too large for {kind}, at most {_MAX_SIDE[kind]} a side; use png or tif")
     try:
-        image.save(sink, kind, **_save_options(kind, icc, exif, quality))
+        image.save(sink, kind, quality=quality, **_QUALITY.get(kind, {}), **save_options(kind, metadata))
     except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno:  # an error of the disk, not of the encoder
             raise
@@ -278,7 +250,7 @@ def _open(source: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[BinaryIO,
 
 def _open_path(path: str | os.PathLike[str], name: str) -> BinaryIO:
     try:
-        return open(path, "rb")
+        return open_plain(path)
     except FileNotFoundError as error:
         raise BadFileError(f"{name}: no such file; check the path") from error
     except IsADirectoryError as error:
@@ -290,9 +262,11 @@ def _open_path(path: str | os.PathLike[str], name: str) -> BinaryIO:
 def _identify(handle: BinaryIO, name: str) -> Image.Image:
     try:
         with _without_pillow_limit():
-            return Image.open(handle, formats=_READ_FORMATS)
+            return Image.open(handle, formats=tuple(readable()))
     except Exception as error:  # many exception types; UnidentifiedImageError is the usual one
-        message = f"{name}: not a readable image; expected {_READ_NAMES}: convert it first, or copy it again"
+        handle.seek(0)
+        advice = f"for HEIC: {install('heif')}; or " if is_heif(handle.read(12)) and "HEIF" not in readable() else ""
+        message = f"{name}: not a readable image; expected {format_names()}: {advice}convert it first, or copy it again"
         raise BadFileError(message) from error
 
 
@@ -307,24 +281,45 @@ def _without_pillow_limit() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _decode(image: Image.Image, name: str) -> Scan:
-    notes: list[str] = []
-    frames = _count_frames(image)
-    if frames > 1 and image.format != "MPO":  # phones store previews and depth maps in MPO files
+def _load(image: Image.Image, handle: BinaryIO, notes: list[str]) -> Image.Image:
+    """Decode the first frame of an image. A JPEG that is cut off gets an end marker, so that libjpeg fills the rest."""
+    if (frames := _count_frames(image)) > 1 and image.format != "MPO":  # phones store previews and depth maps in MPO
         notes.append(f"{frames} frames: the first was used")
-    deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))  # Pillow reads 16-bit colour as 8-bit
-    image.load()
-    exif = _clean_exif(image, notes)
+    if any("16" in str(tile[3]) for tile in getattr(image, "tile", ())):  # Pillow reads 16-bit colour as 8-bit
+        notes.append(_DEEP)
+    try:
+        image.load()
+        return image
+    except OSError as error:
+        if image.format not in ("JPEG", "MPO") or "truncated" not in str(error):
+            raise
+    handle.seek(0)
+    completed = _identify(io.BytesIO(handle.read() + _JPEG_END), "JPEG")
+    completed.load()
+    missing = _grey_rows(completed)
+    if missing > completed.height * _MISSING:
+        raise OSError(f"{missing} of {completed.height} rows are missing")
+    lost = f"; {missing} of {completed.height} rows are missing" if missing else ""
+    notes.append(f"cut off at its end: copy it again if a whole file exists{lost}")
+    return completed
+
+
+def _grey_rows(image: Image.Image) -> int:
+    """Count the rows at the bottom that libjpeg has filled with middle grey."""
+    values = np.asarray(image, np.int16)
+    farthest = np.abs(values - 128).reshape(len(values), -1).max(1)
+    other = np.flatnonzero(farthest > 1)
+    return len(values) - 1 - int(other[-1]) if len(other) else len(values)
+
+
+def _decode(image: Image.Image, name: str, notes: list[str]) -> Scan:
     profile = image.info.get("icc_profile") or None
-    turn = 1
-    with contextlib.suppress(Exception):  # _clean_exif already added a note about unreadable EXIF
-        turn = image.getexif().get(_EXIF_ORIENTATION, 1)
     wide = image.mode == "F" or image.mode.startswith("I")
     if wide:
         _check_range(image, name)
-    if wide or deep:
-        notes.append("more than 8 bits a channel: results have 8")
+        notes.append(_DEEP)
     levels, managed = to_srgb("L" if wide else image.mode, image, profile, notes)
+    metadata, turn = read_metadata(image, srgb_profile() if managed else None, notes), orientation(image)
     width, height = image.size if turn < 5 else image.size[::-1]
     pixels = Spool(height, width, 3, np.float32 if wide else np.uint8)
     opaque = isinstance(image.info.get("transparency"), int) if wide else image.has_transparency_data
@@ -338,7 +333,7 @@ def _decode(image: Image.Image, name: str) -> Scan:
             alpha.write(start, opacity[None].astype(np.uint8))
         elif alpha:
             alpha.write(start, np.asarray(strip.convert("RGBA").getchannel("A"))[None])
-    return Scan(pixels, alpha, srgb_profile() if managed else None, exif, frames, tuple(notes))
+    return Scan(pixels, alpha, metadata, _count_frames(image), tuple(dict.fromkeys(notes)))
 
 
 _TURNS = {
@@ -368,28 +363,6 @@ def _count_frames(image: Image.Image) -> int:
     return frames
 
 
-def _clean_exif(image: Image.Image, notes: list[str]) -> bytes | None:
-    try:
-        source = image.getexif()
-        clean = Image.Exif()
-        clean.endian = source.endian
-        for tag in _EXIF_KEPT:
-            if tag in source:
-                clean[tag] = source[tag]
-        for directory in _EXIF_DIRECTORIES:
-            entries = {k: v for k, v in source.get_ifd(directory).items() if k not in _EXIF_STALE}
-            if entries:
-                clean.get_ifd(directory).update(entries)
-                clean[directory] = clean.get_ifd(directory)
-        if not len(clean) and _EXIF_ORIENTATION not in source:
-            return None
-        clean[_EXIF_ORIENTATION] = 1
-        return clean.tobytes()
-    except Exception:
-        notes.append("EXIF unreadable: ignored")
-        return None
-
-
 def _check_range(image: Image.Image, name: str) -> None:
     """Reject grey images of more than 8 bits whose values do not define black and white."""
     top, values = _top(image), np.asarray(image)
@@ -406,6 +379,7 @@ def _top(image: Image.Image) -> int:
 def _to_pillow(pixels: Any, alpha: Any, kind: str) -> Image.Image:
     """Convert arrays or rows to a Pillow image, band by band: 4 bytes of memory per pixel."""
     (height, width), read = _reader(pixels, "pixels (H, W, 3)", 3)
+    check_side(kind, width, height)
     size, read_alpha = (None, None) if alpha is None else _reader(alpha, "alpha (H, W)", 1)
     if size not in (None, (height, width)):
         raise ValueError(f"alpha {size}; expected {(height, width)}")
@@ -434,17 +408,3 @@ def _to_uint8(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
     if not np.isfinite(values).all():
         raise PFStorerError("NaN or infinite values in the image; use fp32")
     return np.floor(values.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-def _save_options(kind: str, icc: bytes | None, exif: bytes | None, quality: int) -> dict[str, Any]:
-    # Preserve restored detail: no chroma subsampling, and keep colours under transparent alpha.
-    table: dict[str, dict[str, Any]] = {
-        "JPEG": {"quality": quality, "subsampling": 0},
-        "WEBP": {"quality": quality, "exact": True},
-    }  # TIFF stays uncompressed: the compressed writer of Pillow fails on the EXIF directory of the camera
-    options = table.get(kind, {})
-    if icc and kind != "BMP":
-        options["icc_profile"] = icc
-    if exif and kind != "BMP" and not (kind == "JPEG" and len(exif) > _JPEG_EXIF_MAX):
-        options["exif"] = exif
-    return options

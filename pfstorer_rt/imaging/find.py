@@ -2,35 +2,129 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.imaging.files import IMAGE_SUFFIXES
+from pfstorer_rt.files import show_path
+from pfstorer_rt.imaging.formats import describe_unread, image_suffixes, is_unread_image
+from pfstorer_rt.imaging.metadata import is_marked
+
+RESULT_SUFFIX = "_restored"
+"""End of the stem of a result's name, unless the caller chooses another one."""
+BESIDE = ("compare", "preview")
+"""Kinds of files that may be written beside a result; the stem of such a file ends with its kind."""
+_SYSTEM_FOLDERS = frozenset(
+    ("@eaDir", "@Recycle", "@Recently-Snapshot", "@tmp", "#recycle", "#snapshot", "$RECYCLE.BIN", "lost+found")
+) | {"System Volume Information", "__MACOSX"}
+"""Folders of network storages and operating systems. They hold thumbnails and deleted files."""
+
+Note = Callable[[str], None]
 
 
-def list_images(folder: Path, recursive: bool = True) -> list[Path]:
-    """List the image files of a folder, sorted by path; an empty list if there are none.
+@dataclass
+class Listing:
+    """The image files of a folder, and what was passed over."""
 
-    recursive: include sub-folders.
+    images: list[Path] = field(default_factory=list)
+    unread: list[Path] = field(default_factory=list)
+    """Images of formats that are not read on this machine."""
+    closed: list[Path] = field(default_factory=list)
+    """Folders that cannot be listed."""
+
+    def tell(self, note: Note) -> None:
+        """Report what was passed over, in a line for each reason."""
+        if self.unread:
+            note(describe_unread(self.unread))
+        for folder in self.closed:
+            note(f"{show_path(folder)}: this folder cannot be read and was passed over; check its permissions")
+
+
+def survey(folder: Path, recursive: bool = True) -> Listing:
+    """List the image files of a folder, sorted by path, and the images of formats that are not read.
+
+    Hidden files and folders are left out (macOS writes `._IMG.jpg` beside `IMG.jpg`), and so are folders of network
+    storages and operating systems. recursive: include sub-folders.
     """
-    found = folder.rglob("*") if recursive else folder.glob("*")
-    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    found, suffixes = Listing(), image_suffixes()
+
+    def closed(error: OSError) -> None:
+        found.closed.append(Path(error.filename or folder))
+
+    for place, folders, names in os.walk(folder, onerror=closed):
+        folders[:] = [n for n in folders if recursive and not n.startswith(".") and n not in _SYSTEM_FOLDERS]
+        paths = [path for path in (Path(place, n) for n in names if not n.startswith(".")) if path.is_file()]
+        found.images += [path for path in paths if path.suffix.lower() in suffixes]
+        found.unread += [path for path in paths if is_unread_image(path)]
+    found.images.sort()
+    found.unread.sort()
+    return found
 
 
-def find_images(sources: Sequence[Path]) -> list[Path]:
+def list_images(folder: Path, recursive: bool = True, note: Note | None = None) -> list[Path]:
+    """List the image files of a folder as `survey` does; an empty list if there are none.
+
+    note: receives a line for each reason why files were passed over.
+    """
+    found = survey(folder, recursive)
+    if note:
+        found.tell(note)
+    return found.images
+
+
+def find_images(sources: Sequence[Path], note: Note | None = None) -> list[Path]:
     """List the image files among `sources` (files, or folders searched recursively), sorted by path.
 
-    A source file may have any suffix. Raises `BadFileError` if a source is missing or no image is found.
+    A source file may have any suffix. note: as in `list_images`.
+    Raises `BadFileError` if a source is missing or no image is found.
     """
     found: set[Path] = set()
     for source in sources:
         if not source.exists():
-            raise BadFileError(f"{source}: no such file or folder")
-        found.update(list_images(source) if source.is_dir() else [source])
+            raise BadFileError(f"{show_path(source)}: no such file or folder")
+        found.update(list_images(source, note=note) if source.is_dir() else [source])
     if not found:
-        raise BadFileError(f"no images in {', '.join(map(str, sources))}; expected {' '.join(IMAGE_SUFFIXES)}")
+        raise BadFileError(f"no images in {', '.join(map(show_path, sources))}; expected {' '.join(image_suffixes())}")
     return sorted(found)
+
+
+def is_result_name(stem: str, suffix: str = RESULT_SUFFIX) -> bool:
+    """Whether the stem of a file has the suffix of a result, or of a file that is written beside a result."""
+    return bool(suffix) and stem.endswith((suffix, *(f"{suffix}_{word}" for word in BESIDE)))
+
+
+def is_result(path: Path, suffix: str = RESULT_SUFFIX) -> bool:
+    """Whether a file is a result of this program, by its name or by the mark in its metadata."""
+    if is_result_name(path.stem, suffix):
+        return True
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return _is_marked(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1 << 16)
+def _is_marked(path: Path, size: int, changed: int) -> bool:
+    """Read the mark of a file once; a watched folder is listed every second. size, changed: the state of the file."""
+    return is_marked(path)
+
+
+def without_results(paths: Sequence[Path], note: Note) -> list[Path]:
+    """Return the paths that are no results of this program, with a note for those left out.
+
+    Raises `BadFileError` if nothing is left.
+    """
+    results = [path for path in paths if is_result(path)]
+    if results and len(results) == len(paths):
+        raise BadFileError(f"{show_path(paths[0])}: a result of this program; expected the original photographs")
+    if results:
+        more = f" and {len(results) - 1} more" if len(results) > 1 else ""
+        note(f"{show_path(results[0])}{more}: left out, because it is a result of this program")
+    return [path for path in paths if path not in results]
 
 
 def images_of(folder: Path) -> list[Path]:

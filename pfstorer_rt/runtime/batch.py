@@ -21,8 +21,11 @@ import numpy as np
 
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.errors import PFStorerError, SettingError, one_line
-from pfstorer_rt.files import make_folder
+from pfstorer_rt.files import make_folder, show_path
+from pfstorer_rt.imaging.bands import result_size
 from pfstorer_rt.imaging.files import MAX_PIXELS, Scan, encode_image, image_size, save_image, scan_image
+from pfstorer_rt.imaging.formats import SAVE_FORMATS, check_side
+from pfstorer_rt.imaging.metadata import Metadata
 from pfstorer_rt.imaging.rows import Pixels, Rows, Spool, read_pixels
 from pfstorer_rt.imaging.sidebyside import SideBySide
 from pfstorer_rt.runtime.jobs import STREAM, Job, Naming, NoImagesError, check_file, output_file, plan_jobs
@@ -45,6 +48,8 @@ class Saving:
     """Quality of JPEG and WebP, 1-100."""
     stream: str = "png"
     """Format of a result on standard output."""
+    mark: bool = True
+    """Whether restored images carry IPTC's machine-readable mark that they were made with AI."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,10 @@ class Details(NamedTuple):
 class Work(Protocol):
     """The work on every image of a batch."""
 
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Return (height, width) of the result of an image."""
+        ...
+
     def process(self, number: int, job: Job, rows: Rows, step: Callable[[int, int], None]) -> Rows:
         """Compute the rows of a result. number: index of the job. step: called with (done, total)."""
         ...
@@ -165,22 +174,27 @@ def watch_folder(
 ) -> list[Outcome]:
     """Restore images as they arrive in a folder.
 
-    An image is restored once its size has not changed for a second. idle: return after this many seconds without a new
-    image; None watches until the call is interrupted.
+    An image is restored once its file has not changed for a second, and again when the file changes later: a file that
+    was read half-written is tried again, and the result of a replaced image is replaced. idle: return after this many
+    seconds without a new or changed image; None watches until the call is interrupted.
     """
     settings = settings or BatchConfig()
     if file := output_file(None if output is None else f"{output}"):
         check_file(file, settings.naming.extension, single=False)
+    replacing = replace(settings, saving=replace(settings.saving, overwrite=True))
     outcomes: list[Outcome] = []
     for jobs in _arrivals(folder, output, settings.naming, idle):
-        outcomes += restore_jobs(restorer, jobs, settings, on_outcome, on_step)
+        written = {outcome.job for outcome in outcomes if outcome.status == "done"}
+        fresh, changed = [job for job in jobs if job not in written], [job for job in jobs if job in written]
+        outcomes += restore_jobs(restorer, fresh, settings, on_outcome, on_step)
+        outcomes += restore_jobs(restorer, changed, replacing, on_outcome, on_step)
     return outcomes
 
 
 def _arrivals(folder: str | Path, output: str | Path | None, naming: Naming, idle: float | None) -> Iterator[list[Job]]:
-    """Yield the jobs of new images once their sizes are stable."""
-    sizes: dict[Path, int] = {}
-    done: set[Path] = set()
+    """Yield the jobs of new and changed images once their files are stable."""
+    seen: dict[Path, tuple[int, ...]] = {}
+    done: dict[Path, tuple[int, ...]] = {}
     latest = time.monotonic()
     while True:
         try:
@@ -188,17 +202,26 @@ def _arrivals(folder: str | Path, output: str | Path | None, naming: Naming, idl
         except NoImagesError:
             jobs = []
         found = {job.source: job for job in jobs if job.source is not None}
-        current = {path: path.stat().st_size if path.exists() else -1 for path in found}
-        stable = {path for path, size in current.items() if sizes.get(path) == size}
-        ready = [path for path in found if path in stable - done and current[path] > 0]
+        current = {path: state for path in found if (state := _file_state(path))}
+        stable = {path for path, state in current.items() if seen.get(path) == state}
+        ready = [path for path in current if path in stable and done.get(path) != current[path]]
         if ready:
-            done.update(ready)
+            done |= {path: current[path] for path in ready}
             yield [found[path] for path in ready]
             latest = time.monotonic()
-        elif idle is not None and len(stable) == len(found) and time.monotonic() - latest >= idle:
+        elif idle is not None and len(stable) == len(current) and time.monotonic() - latest >= idle:
             return
-        sizes |= current
+        seen = current
         time.sleep(1)
+
+
+def _file_state(path: Path) -> tuple[int, ...] | None:
+    """Return numbers that change whenever a file is written or replaced; None for an empty or vanished file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return (status.st_size, status.st_mtime_ns, status.st_ino) if status.st_size else None
 
 
 def forecast_jobs(
@@ -212,14 +235,16 @@ def forecast_jobs(
 
     if any(job.source is None for job in jobs):
         raise SettingError("standard input has no forecast: it can be read only once; name a file")
-    forecaster = Forecaster(restorer, settings.restore)
+    work, forecaster = _Restoring(restorer, settings), Forecaster(restorer, settings.restore)
 
     def forecast(job: Job) -> Outcome:
         if job.target is not None and job.target.exists() and not job.explicit and not settings.saving.overwrite:
             return Outcome(job, "skipped")
         assert job.source is not None
         try:
-            predicted = forecaster.predict(*image_size(job.source, settings.max_pixels))
+            size = image_size(job.source, settings.max_pixels)
+            check_result(job, *work.size(*size), settings.saving, settings.max_pixels)
+            predicted = forecaster.predict(*size)
         except PFStorerError as error:
             return Outcome(job, "failed", error=error)
         return Outcome(job, "planned", details=predicted.facts())
@@ -239,13 +264,15 @@ def degrade_files(
     saving: Saving | None = None,
     on_outcome: OnOutcome = _ignore,
     on_step: OnStep = _ignore,
+    note: Callable[[str], None] = _ignore,
 ) -> list[Outcome]:
     """Degrade files and folders like old and bad photographs; the size is kept.
 
     inputs, output: as in `plan_jobs`. level: `light` or `heavy`. seed: seed of the first image; the next has seed + 1.
     """
-    jobs = plan_jobs(inputs, output, Naming(suffix="_degraded"))
-    return run_jobs(jobs, _Degrading(level, seed), saving or Saving(), MAX_PIXELS, on_outcome, on_step)
+    jobs = plan_jobs(inputs, output, Naming(suffix="_degraded"), note)
+    saving = replace(saving or Saving(), mark=False)
+    return run_jobs(jobs, _Degrading(level, seed), saving, MAX_PIXELS, on_outcome, on_step)
 
 
 class NoEffect(NamedTuple):
@@ -274,6 +301,10 @@ class _Restoring:
     def __init__(self, restorer: Restorer, settings: BatchConfig) -> None:
         self.restorer, self.settings = restorer, settings
         self._left: dict[Job, list[str]] = {}  # notes on existing files that were kept
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Return (height, width) of the result of an image."""
+        return result_size(height, width, self.settings.restore.scale)
 
     def process(self, number: int, job: Job, rows: Rows, step: Callable[[int, int], None]) -> Rows:
         """Restore an image, after its preview."""
@@ -312,7 +343,13 @@ class _Restoring:
         if path.exists() and not saving.overwrite:
             self._left.setdefault(job, []).append(f"{path} exists already and was left as it is")
             return {}
-        save_image(path, rows, overwrite=saving.overwrite, quality=saving.quality)
+        try:
+            check_side(SAVE_FORMATS[path.suffix.lower()], rows.width, rows.height)
+        except PFStorerError as error:
+            self._left.setdefault(job, []).append(f"{path} was not written: {error}")
+            return {}
+        metadata = Metadata().marked() if saving.mark else Metadata()
+        save_image(path, rows, metadata=metadata, overwrite=saving.overwrite, quality=saving.quality)
         return {word: str(path)}
 
 
@@ -321,6 +358,10 @@ class _Degrading:
 
     def __init__(self, level: str, seed: int) -> None:
         self.level, self.seed = level, seed
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size of the image."""
+        return height, width
 
     def process(self, number: int, job: Job, rows: Rows, step: Callable[[int, int], None]) -> Rows:
         """Degrade an image."""
@@ -371,6 +412,8 @@ def run_jobs(
                 if scan is None:
                     reports.append(disk.submit(report, Outcome(job, "skipped")))
                     continue
+                height, width = work.size(scan.pixels.height, scan.pixels.width)
+                check_result(job, height, width, saving, max_pixels)
                 rows = work.process(number, job, scan.pixels, partial(on_step, job))
                 wait(reports[-1:])  # no more than one result waits to be written
                 reports.append(disk.submit(finish, job, started, scan, rows))
@@ -390,6 +433,21 @@ def read(job: Job, saving: Saving, max_pixels: int) -> Scan | None:
     return scan_image(io.BytesIO(sys.stdin.buffer.read()) if job.source is None else job.source, max_pixels)
 
 
+def check_result(job: Job, height: int, width: int, saving: Saving, max_pixels: int) -> None:
+    """Raise `PFStorerError` if a result of this size has too many pixels, or is too large for its format."""
+    name = show_path(job.target or STREAM)
+    if height * width > max_pixels:
+        raise SettingError(
+            f"{name}: {width} x {height} is {width * height} pixels; expected at most {max_pixels}; use a smaller "
+            "scale or raise the limit",
+            setting="max_pixels",
+        )
+    try:
+        check_side(SAVE_FORMATS[job.target.suffix.lower() if job.target else f".{saving.stream}"], width, height)
+    except PFStorerError as error:
+        raise PFStorerError(f"{name}: {error}") from error
+
+
 def _is_done(job: Job, saving: Saving) -> bool:
     """Whether a result exists; raises `PFStorerError` if it exists and the caller named this image."""
     if job.target is None or saving.overwrite or not job.target.exists():
@@ -401,8 +459,10 @@ def _is_done(job: Job, saving: Saving) -> bool:
 
 
 def write(job: Job, scan: Scan, rows: Rows, saving: Saving) -> None:
-    """Save a result with the alpha channel, colour profile and EXIF of its input."""
-    kept: dict[str, Any] = {"icc": scan.icc, "exif": scan.exif, "quality": saving.quality}
+    """Save a result with the alpha channel, colour profile and metadata of its input."""
+    metadata = scan.metadata.scaled(rows.width / scan.pixels.width, rows.height / scan.pixels.height)
+    metadata = metadata.marked() if saving.mark else metadata
+    kept: dict[str, Any] = {"metadata": metadata, "quality": saving.quality}
     if scan.alpha is not None:
         kept["alpha"] = resize_alpha(scan.alpha, rows.height, rows.width)
     if job.target is None:

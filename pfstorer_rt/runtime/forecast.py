@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,14 +44,15 @@ class Forecaster:
     """Predicts from the measured time of one batch of tiles through every network, after a warm-up."""
 
     def __init__(self, restorer: Restorer, config: RestoreConfig) -> None:
-        """Restore an image of one batch of tiles twice; the engine allocates its memory in the first run."""
+        """Restore one batch of tiles twice in one step; the engine allocates its memory in the first run."""
         self.restorer, self.config = restorer, config
-        tile, recipe = restorer.manifest.tile, restorer.recipe(config)
+        short = replace(config, scale=1.0, steps=1)
+        tile, recipe = restorer.manifest.tile, restorer.recipe(short)
         wide = Spool.of(np.zeros((3, tile, tile + (recipe.batch - 1) * (tile - recipe.overlap)), np.float32))
-        restorer.restore_rows(wide, config)
+        restorer.restore_rows(wide, short)
         self._moments = [time.perf_counter()]
-        restorer.restore_rows(wide, config, lambda done, total: self._moments.append(time.perf_counter()))
-        self._calibrated = restorer.layout(wide.height, wide.width, config)
+        restorer.restore_rows(wide, short, lambda done, total: self._moments.append(time.perf_counter()))
+        self._calibrated = restorer.layout(wide.height, wide.width, short)
         self._resident = psutil.Process().memory_info().rss
 
     def predict(self, height: int, width: int) -> Forecast:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pfstorer_rt.errors import SettingError
-from pfstorer_rt.imaging.files import IMAGE_SUFFIXES, SAVE_FORMATS
-from pfstorer_rt.imaging.find import list_images
+from pfstorer_rt.files import show_path
+from pfstorer_rt.imaging.find import RESULT_SUFFIX, Note, is_result, list_images
+from pfstorer_rt.imaging.formats import SAVE_FORMATS, image_suffixes
 
 STREAM = "-"
 """Standard input as an input, standard output as an output."""
-BESIDE = ("compare", "preview")
-"""Kinds of files that may be written beside a result; the stem of such a file ends with its kind."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Job:
     source: Path | None
     target: Path | None
     explicit: bool
-    """Whether the caller named this image. An existing result is then an error; in a folder it is skipped."""
+    """Whether the caller named this image alone. An existing result is then an error; otherwise it is skipped."""
 
 
 @dataclass(frozen=True)
 class Naming:
     """The pattern of result names: `{stem}{label}{suffix}{extension}`."""
 
-    suffix: str = "_restored"
+    suffix: str = RESULT_SUFFIX
     """End of the stem. Images of a folder with this suffix are earlier results and are left out."""
     extension: str | None = None
     """Extension of every result, such as `.webp`; None keeps the input's extension if its format can be written."""
@@ -57,25 +57,27 @@ class NoImagesError(SettingError):
 
 
 def plan_jobs(
-    inputs: Sequence[str | Path], output: str | Path | None = None, naming: Naming | None = None
+    inputs: Sequence[str | Path],
+    output: str | Path | None = None,
+    naming: Naming | None = None,
+    note: Note = lambda _: None,
 ) -> list[Job]:
     """Find all images and choose the file of every result.
 
     inputs: files, folders (searched recursively), glob patterns, or `-` for standard input.
     output: the file of the result, if one image is named and the output has an extension. Otherwise a folder, in which
     the sub-folders of the inputs are kept. `-` is standard output. None writes results beside their inputs, and the
-    result of standard input to standard output.
+    result of standard input to standard output. note: receives a line for each reason why files were passed over.
     Raises `NoImagesError` when there is no image. Raises `SettingError` when two results would have the same name, when
     a result would replace an input, and for an output that contradicts the inputs or the format.
     """
     naming, texts = naming or Naming(), [str(text) for text in inputs]
     output = None if output is None else f"{output}"
-    found = find_inputs(texts, naming.suffix)
+    found = find_inputs(texts, naming.suffix, note)
     single = len(found) == 1 and not any(Path(text).is_dir() for text in texts) and not naming.label
     file = output_file(output)
     if file:
         check_file(file, naming.extension, single)
-    explicit = {Path(text) for text in texts if not Path(text).is_dir()}
     jobs = []
     for source, relative in found:
         if _is_inside(source, output, texts):
@@ -88,42 +90,42 @@ def plan_jobs(
             target = source.with_name(naming.name(relative).name)
         else:
             target = file if single and file else Path(output) / naming.name(relative)
-        jobs.append(Job(source, target, source is None or source in explicit))
+        jobs.append(Job(source, target, source is None or (single and source == Path(texts[0]))))
     _check_targets(jobs, output)
     return jobs
 
 
-def find_inputs(inputs: Sequence[str], suffix: str) -> list[tuple[Path | None, Path]]:
+def find_inputs(inputs: Sequence[str], suffix: str, note: Note) -> list[tuple[Path | None, Path]]:
     """Expand files, folders, glob patterns and `-` to pairs: file (None for `-`), path relative to its folder.
 
-    Earlier results, named `*{suffix}.*`, and the files beside them are left out of folders. A missing file is kept, so
-    that its failure is reported like others. Raises `NoImagesError` when nothing is found.
+    Earlier results and the files beside them are left out. They have a name `*{suffix}.*`, or a mark in their metadata.
+    A file that is named alone is kept, whatever its name. A missing file is kept too, so that its failure is reported
+    like others. Raises `NoImagesError` when nothing is found.
     """
     found: list[tuple[Path | None, Path]] = []
-    results = 0
     for text in inputs:
         path = Path(text)
         if text == STREAM:
             found.append((None, Path("stdin.png")))
         elif path.is_dir():
-            inside = list_images(path)
-            fresh = [p for p in inside if not is_result(p.stem, suffix)]
-            found.extend((p, p.relative_to(path)) for p in fresh)
-            results += len(inside) - len(fresh)
+            found.extend((p, p.relative_to(path)) for p in list_images(path, note=note))
         elif not path.exists() and glob.has_magic(text):
             found.extend((Path(p), Path(Path(p).name)) for p in sorted(glob.glob(text, recursive=True)))
         else:
             found.append((path, Path(path.name)))
-    if not found:
-        skipped = f" except {results} earlier results, whose names end in {suffix}" if results else ""
-        message = f"no images in {' '.join(inputs)}{skipped}; expected {' '.join(IMAGE_SUFFIXES)}"
-        raise NoImagesError(message, setting="suffix" if results else None)
-    return list(dict.fromkeys(found))
-
-
-def is_result(stem: str, suffix: str) -> bool:
-    """Whether the stem of a file has the suffix of a result from an earlier run."""
-    return bool(suffix) and stem.endswith((suffix, *(f"{suffix}_{word}" for word in BESIDE)))
+    found = list(dict.fromkeys(found))
+    alone = len(found) == 1 and not Path(inputs[0]).is_dir()
+    fresh = found if alone else [pair for pair in found if pair[0] is None or not is_result(pair[0], suffix)]
+    results = [path for path, name in found if path is not None and (path, name) not in fresh]
+    if not fresh:
+        if results:
+            kept = f"{len(results)} earlier results of this program"
+            raise NoImagesError(f"no images in {' '.join(inputs)} except {kept}; name one alone to restore it again")
+        raise NoImagesError(f"no images in {' '.join(inputs)}; expected {' '.join(image_suffixes())}")
+    if results:
+        more = f" and {len(results) - 1} more" if len(results) > 1 else ""
+        note(f"{show_path(results[0])}{more}: left out, because it is a result of this program")
+    return fresh
 
 
 def output_file(output: str | None) -> Path | None:
@@ -152,10 +154,10 @@ def _is_inside(source: Path | None, output: str | None, inputs: Sequence[str]) -
     """Whether an image is in the folder of results and that folder is inside an input folder."""
     if source is None or output is None or output == STREAM:
         return False
-    results = Path(output).resolve()
+    results = Path(os.path.realpath(output))
     folders = [Path(text).resolve() for text in inputs if Path(text).is_dir()]
     below = results not in folders and any(results.is_relative_to(folder) for folder in folders)
-    return below and results in source.resolve().parents
+    return below and results in Path(os.path.realpath(source)).parents
 
 
 def _check_targets(jobs: Sequence[Job], output: str | None) -> None:
@@ -168,8 +170,9 @@ def _check_targets(jobs: Sequence[Job], output: str | None) -> None:
         twice = next(t for t in targets if targets.count(t) > 1)
         rivals = " and ".join(str(job.source or STREAM) for job in jobs if job.target == twice)
         raise SettingError(f"{rivals} would all be written to {twice or 'stdout'}; rename or leave out all but one")
-    sources = {job.source.resolve() for job in jobs if job.source is not None}  # several paths can name the same file
-    if same := [target for target in targets if target is not None and target.resolve() in sources]:
+    # Several paths can name the same file. `realpath` also accepts a link to itself.
+    sources = {os.path.realpath(job.source) for job in jobs if job.source is not None}
+    if same := [target for target in targets if target is not None and os.path.realpath(target) in sources]:
         raise SettingError(
             f"{same[0]} would be written over an input; use a suffix or another folder", setting="suffix"
         )

@@ -38,6 +38,7 @@ class Recipe:
     chop: int
     """Side of a square in parity mode, in pixels; at least one tile."""
     chop_stride: int
+    colorize: bool
 
     @classmethod
     def resolve(cls, config: RestoreConfig, manifest: Manifest) -> Recipe:
@@ -58,6 +59,7 @@ class Recipe:
             batch=config.tile.batch,
             chop=max(config.tile.chop, manifest.tile),
             chop_stride=config.tile.chop_stride,
+            colorize=config.colorize,
         )
         _check_diffusion(recipe)
         _check_networks(recipe, manifest)

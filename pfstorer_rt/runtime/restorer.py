@@ -17,7 +17,7 @@ from pfstorer_rt.errors import MismatchError
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.files import show_path
 from pfstorer_rt.identity import Identity, identities_dir, identity_path, list_identities
-from pfstorer_rt.imaging.bands import ColorFixed, Cropped, Padded, Resized, Result
+from pfstorer_rt.imaging.bands import ColorFixed, Cropped, Grey, Padded, Resized, Result, is_grey
 from pfstorer_rt.imaging.color import ColorFix
 from pfstorer_rt.imaging.rows import Band, Pixels, Rows, Spool, from_pixels, to_pixels
 from pfstorer_rt.plan import COMPONENTS, Manifest, Plan
@@ -116,7 +116,8 @@ class Restorer:
     def restore(self, pixels: Pixels, config: RestoreConfig | None = None, step: Step | None = None) -> Pixels:
         """Restore one image.
 
-        pixels: (H, W, 3) float32 in [0, 1], sRGB. Returns (round(H*scale), round(W*scale), 3) in [0, 1].
+        pixels: (H, W, 3) float32 in [0, 1], sRGB. Returns (round(H*scale), round(W*scale), 3) in [0, 1]; a grey image
+        gives a grey result unless `config.colorize` is set.
         Raises `ValueError` for a setting out of range, `PFStorerError` when the engine returns NaN.
         """
         with one_host_thread(self.backend != "torch"):
@@ -144,6 +145,8 @@ class Restorer:
         with one_host_thread(self.backend != "torch"):
             restore = self._restore_squares if len(layout.squares) > 1 else self._restore_square
             restored = restore(style, layout, done)
+        if not layout.recipe.colorize and is_grey(source):
+            restored = Grey(restored)
         return Result(restored, canvas, f"{self.backend} returned values that are not finite; use another backend")
 
     def recipe(self, config: RestoreConfig | None = None) -> Recipe:

@@ -17,7 +17,7 @@ from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.faces.finding import face_embedder
 from pfstorer_rt.files import make_folder, sha256_file
 from pfstorer_rt.identity import Identity, named_identity
-from pfstorer_rt.imaging.find import find_images
+from pfstorer_rt.imaging.find import find_images, without_results
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.models.reference import reference_features
 from pfstorer_rt.progress import OnProgress, ignore_progress
@@ -56,7 +56,7 @@ def personalize(
     target = output or named
     base = base if isinstance(base, Base) else load_base(base)
     config = available(config or PersonalizeConfig.for_base(base.config), note)
-    paths = find_images(references)
+    paths = without_results(find_images(references, note), note)
     photos = read_references(paths, config, base.config.tile, note)
     checkpoint = target.with_name(target.stem + ".training.pt")
     with accelerated(config.train, base) as accelerator:

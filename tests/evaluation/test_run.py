@@ -13,12 +13,12 @@ from pfstorer_rt.evaluation.run import EvaluateConfig, read_seconds, run_evaluat
 
 
 @pytest.fixture
-def config(tmp_path, make_picture):
+def config(tmp_path, make_image):
     """Settings for originals a and b and their results, measured by PSNR alone."""
     for seed, name in enumerate(("refs/r", "hq/a", "hq/b", "out/a", "out/b")):
         path = tmp_path / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray((make_picture(24, 20, seed) * 255).round().astype(np.uint8)).save(path)
+        Image.fromarray((make_image(24, 20, seed) * 255).round().astype(np.uint8)).save(path)
     return EvaluateConfig(tmp_path / "refs", tmp_path / "hq", {"ours": tmp_path / "out"}, metrics=("psnr",))
 
 
@@ -35,7 +35,7 @@ def test_the_report_is_written_with_the_degraded_inputs_and_the_times(config, tm
     )
     report = run_evaluation(config, lambda *step: done.append(step))
     rows = list(csv.DictReader((tmp_path / "report" / "results.csv").open()))
-    assert [(row["method"], row["seconds"]) for row in rows if row["picture"] == "a"] == [
+    assert [(row["method"], row["seconds"]) for row in rows if row["image"] == "a"] == [
         ("input", "0.5"),
         ("ours", "2.0"),
         ("original", ""),

@@ -116,3 +116,20 @@ def test_values_that_are_not_finite_are_refused_where_they_are_read():
     assert result.read(0, 6).shape == (3, 6, 4)
     with pytest.raises(PFStorerError, match="try another"):
         result.read(5, 8)
+
+
+def test_grey_is_found_within_a_level_and_kept_as_luma():
+    from pfstorer_rt.imaging.bands import Grey, is_grey
+    from pfstorer_rt.imaging.rows import Spool
+
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 250, (1, 300, 20), dtype=np.uint8).repeat(3, 0)
+    assert is_grey(Spool.of(levels))
+    levels[2, 250, 10] += 1
+    assert is_grey(Spool.of(levels)), "rounding of a JPEG"
+    levels[2, 250, 10] += 1
+    assert not is_grey(Spool.of(levels))
+    coloured = rng.uniform(-1, 1, (3, 8, 6)).astype(np.float32)
+    grey = Grey(Spool.of(coloured)).read(2, 7)
+    expected = np.asarray(0.299 * coloured[0] + 0.587 * coloured[1] + 0.114 * coloured[2])[2:7]
+    assert grey.shape == (3, 5, 6) and all(np.allclose(channel, expected, atol=1e-6) for channel in grey)

@@ -14,6 +14,7 @@ from skimage.color import lab2rgb
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.imaging import files as images
 from pfstorer_rt.imaging.files import load_image, save_image
+from pfstorer_rt.imaging.metadata import Metadata
 from pfstorer_rt.imaging.rows import bands
 
 
@@ -60,7 +61,7 @@ def test_lossless_rgb_is_read_exactly(tmp_path, size, kind):
     Image.fromarray(values).save(tmp_path / "a", kind)
     read = load_image(tmp_path / "a")
     assert np.array_equal(levels(read.pixels), values)
-    assert (read.alpha, read.icc, read.exif, read.frames, read.notes) == (None, None, None, 1, ())
+    assert (read.alpha, read.metadata, read.frames, read.notes) == (None, Metadata(dpi=read.metadata.dpi), 1, ())
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -88,7 +89,7 @@ def test_orientation_is_applied_once_and_reset(orientation, kind):
     centre = (slice(2, None, 4), slice(2, None, 4))  # away from the block borders that lossy codecs smear
     assert np.abs(levels(read.pixels)[centre].astype(int) - upright(stored)[centre].astype(int)).max() < 90
     kept = Image.Exif()
-    kept.load(read.exif)
+    kept.load(read.metadata.exif)
     assert kept[0x0112] == 1 and kept[0x013B] == "Dorothea"
 
 
@@ -102,7 +103,7 @@ def test_exif_keeps_camera_and_place_but_not_the_old_size_or_layout(kind):
         exif[directory] = exif.get_ifd(directory)
     read = load_image(stream(Image.fromarray(sample()), kind, exif=exif))
     kept = Image.Exif()
-    kept.load(read.exif)
+    kept.load(read.metadata.exif)
     assert kept.get_ifd(0x8769) == {0x9003: "1936:03:01 12:00:00"}
     assert kept.get_ifd(0x8825)[1] == "N"
     assert set(kept) == {0x0110, 0x0112, 0x8769, 0x8825}  # none of TIFF's strip offsets
@@ -112,7 +113,7 @@ def test_an_image_with_damaged_exif_is_read_with_a_note():
     values = sample()
     read = load_image(stream(Image.fromarray(values), "PNG", exif=b"Exif\0\0XX*\0nonsense"))
     assert np.array_equal(levels(read.pixels), values)
-    assert read.exif is None and "EXIF" in read.notes[0]
+    assert read.metadata.exif is None and "EXIF" in read.notes[0]
 
 
 def test_grey_and_grey_alpha():
@@ -197,7 +198,7 @@ def test_cmyk_without_a_profile_is_converted_by_formula_with_a_note():
     values = np.array([[[0, 0, 0, 0], [255, 0, 0, 0], [0, 0, 0, 255]]], np.uint8)
     read = load_image(stream(Image.fromarray(values, "CMYK"), "TIFF"))
     assert levels(read.pixels).tolist() == [[[255, 255, 255], [0, 255, 255], [0, 0, 0]]]
-    assert "CMYK" in read.notes[0] and read.icc is None
+    assert "CMYK" in read.notes[0] and read.metadata.icc is None
 
 
 def test_cmyk_jpeg_is_not_inverted():
@@ -271,7 +272,7 @@ def test_profile_is_converted_to_srgb_by_the_formula():
     read = load_image(stream(image, "PNG", icc_profile=matrix_profile(SRGB_XYZ, gamma_curve(1.0))))
     # lcms computes 8-bit curves with 8-bit results: half a level of rounding, one of its own.
     np.testing.assert_allclose(read.pixels, expected, atol=1.6 / 255)
-    assert read.icc == images.srgb_profile() and read.notes == ()
+    assert read.metadata.icc == images.srgb_profile() and read.notes == ()
 
 
 def test_wide_gamut_primaries_are_converted():
@@ -294,7 +295,7 @@ def test_srgb_profiles_change_nothing():
     values = sample(64, 64)
     for profile in (images.srgb_profile(), matrix_srgb_profile()):
         read = load_image(stream(Image.fromarray(values), "PNG", icc_profile=profile))
-        assert np.array_equal(levels(read.pixels), values) and read.icc == images.srgb_profile()
+        assert np.array_equal(levels(read.pixels), values) and read.metadata.icc == images.srgb_profile()
 
 
 def test_grey_with_a_grey_profile_at_8_and_16_bits():
@@ -305,7 +306,7 @@ def test_grey_with_a_grey_profile_at_8_and_16_bits():
     for image in (eight, Image.fromarray(ramp)):
         read = load_image(stream(image, "PNG", icc_profile=grey_profile(1.0)))
         np.testing.assert_allclose(read.pixels[0, :, 1], expected, atol=1.6 / 255)
-        assert read.icc is not None
+        assert read.metadata.icc is not None
     # Between two 8-bit levels a 16-bit file has values of its own.
     fine = Image.fromarray(np.array([[25700, 25800, 25900, 25957]], np.uint16))
     read = load_image(stream(fine, "PNG", icc_profile=grey_profile(1.0)))
@@ -318,7 +319,7 @@ def test_cmyk_with_a_profile_is_converted_by_it():
     expected = lab2rgb([[[lab[0] * 100 / 255, lab[1] - 128, lab[2] - 128]]])
     image = Image.new("CMYK", (3, 2), (10, 20, 30, 0))
     read = load_image(stream(image, "TIFF", icc_profile=cmyk_profile(lab)))
-    assert read.icc is not None and read.notes == ()
+    assert read.metadata.icc is not None and read.notes == ()
     # From D50 to D65, lcms adapts by Bradford, and skimage's relative Lab by XYZ scaling: close, not equal.
     np.testing.assert_allclose(read.pixels[0, 0], expected[0, 0], atol=0.03)
     assert np.ptp(read.pixels, axis=(0, 1)).max() == 0
@@ -329,7 +330,7 @@ def test_unusable_profiles_are_ignored_with_a_note(profile):
     values = sample()
     read = load_image(stream(Image.fromarray(values), "PNG", icc_profile=profile))
     assert np.array_equal(levels(read.pixels), values)
-    assert read.icc is None and "colour profile ignored" in read.notes[0] and "\n" not in read.notes[0]
+    assert read.metadata.icc is None and "colour profile ignored" in read.notes[0] and "\n" not in read.notes[0]
 
 
 def test_lab_tiff():
@@ -450,10 +451,10 @@ def test_read_and_write_again_changes_nothing(tmp_path):
     source = tmp_path / "a.png"
     Image.fromarray(sample(channels=4)).save(source, exif=exif, icc_profile=matrix_profile(SRGB_XYZ, gamma_curve(1.8)))
     once = load_image(source)
-    save_image(tmp_path / "b.png", once.pixels, alpha=once.alpha, icc=once.icc, exif=once.exif)
+    save_image(tmp_path / "b.png", once.pixels, alpha=once.alpha, metadata=once.metadata)
     twice = load_image(tmp_path / "b.png")
     assert np.array_equal(once.pixels, twice.pixels) and np.array_equal(once.alpha, twice.alpha)
-    assert (once.icc, once.exif) == (twice.icc, twice.exif)
+    assert once.metadata == twice.metadata
     assert Image.open(tmp_path / "b.png").size == ImageOps.exif_transpose(Image.open(source)).size
 
 
@@ -481,3 +482,68 @@ def test_the_size_is_known_without_decoding(tmp_path):
     with pytest.raises(BadFileError, match="raise the limit") as refusal:
         images.image_size(tmp_path / "a.png", 100)
     assert refusal.value.setting == "max_pixels"
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20])
+def test_a_jpeg_without_its_last_bytes_is_read_with_a_note(cut):
+    values = np.ascontiguousarray(
+        np.repeat(np.linspace(0, 255, 80, dtype=np.uint8)[:, None, None], 3, -1).repeat(64, 1)
+    )
+    data = stream(Image.fromarray(values), "JPEG", quality=95).getvalue()
+    read, whole = load_image(io.BytesIO(data[:-cut])), load_image(io.BytesIO(data))
+    assert len(read.notes) == 1 and "cut off at its end" in read.notes[0] and whole.notes == ()
+    assert np.array_equal(read.pixels[:60], whole.pixels[:60])
+
+
+def test_a_jpeg_with_a_missing_part_tells_how_much_and_half_of_one_is_refused():
+    values = sample(640, 64)
+    data = stream(Image.fromarray(values), "JPEG", quality=95).getvalue()
+    read = load_image(io.BytesIO(data[: int(len(data) * 0.96)]))
+    (missing,) = [int(word) for word in read.notes[0].split() if word.isdecimal()][:1]
+    assert 10 < missing < 40 and "of 640 rows are missing" in read.notes[0]
+    grey = np.rint(read.pixels[640 - missing :] * 255)
+    assert np.abs(grey - 128).max() <= 1
+    with pytest.raises(BadFileError, match=r"3\d\d of 640 rows"):
+        load_image(io.BytesIO(data[: len(data) // 2]))
+
+
+@pytest.mark.parametrize("value", [0, 9, 65535])
+def test_an_orientation_that_exif_does_not_know_is_ignored(tmp_path, value):
+    stored = Image.fromarray(sample(6, 9))
+    stored.save(tmp_path / "a.png")
+    plain = load_image(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = value
+    stored.save(tmp_path / "b.png", exif=exif)
+    turned = load_image(tmp_path / "b.png")
+    assert np.array_equal(plain.pixels, turned.pixels) and images.image_size(tmp_path / "b.png") == (6, 9)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "HEIF"])
+def test_formats_of_phones_and_archives_are_read(tmp_path, kind):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    values = np.ascontiguousarray(np.asarray(Image.linear_gradient("L").resize((48, 32)).convert("RGB")))
+    Image.fromarray(values).save(tmp_path / "a", kind, quality=95)
+    assert np.abs(levels(load_image(tmp_path / "a").pixels).astype(int) - values.astype(int)).mean() < 4
+
+
+def test_heic_without_its_extra_names_the_extra(tmp_path, monkeypatch):
+    from pfstorer_rt.imaging import formats
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    formats.readable.cache_clear()
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40)
+    with pytest.raises(BadFileError, match=r"pip install 'pfstorer-rt\[heif\]'"):
+        load_image(tmp_path / "a.heic")
+    assert ".heic" not in formats.image_suffixes() and formats.is_unread_image(tmp_path / "a.HEIC")
+    formats.readable.cache_clear()
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(BadFileError, match="a pipe or a device"):
+        load_image(tmp_path / "pipe.jpg")
+    with pytest.raises(BadFileError, match="a pipe or a device"):
+        load_image("/dev/zero")

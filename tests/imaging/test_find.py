@@ -1,14 +1,19 @@
 """Listing image files."""
 
+import os
+
+import numpy as np
 import pytest
 
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.imaging.find import find_images, list_images
+from pfstorer_rt.imaging.files import encode_image
+from pfstorer_rt.imaging.find import find_images, list_images, without_results
+from pfstorer_rt.imaging.metadata import Metadata
 
 
 def test_photographs_are_found_in_folders_below_and_sorted(tmp_path):
     names = ["b.JPG", "a.png", "sub/deeper/c.webp", "sub/d.tiff"]
-    for name in [*names, "notes.txt", "sub/e.heic", ".hidden.txt"]:
+    for name in [*names, "notes.txt", "sub/e.cr2", ".hidden.txt"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "folder.png").mkdir()
@@ -31,3 +36,69 @@ def test_sub_folders_can_be_left_out(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     assert [path.name for path in list_images(tmp_path, recursive=False)] == ["a.jpg", "b.png"]
     assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.png", "c.png"]
+
+
+def test_every_suffix_of_a_readable_format_is_found(tmp_path):
+    names = sorted(
+        f"a{suffix}" for suffix in (".jfif", ".jpe", ".avif", ".heic", ".HIF", ".jp2", ".pgm", ".dib", ".apng")
+    )
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    assert [path.name for path in list_images(tmp_path)] == names
+
+
+def test_hidden_files_and_folders_of_systems_are_left_out_without_a_word(tmp_path):
+    hidden = ["._a.jpg", ".b.png", ".Trashes/c.png", "@eaDir/a.jpg/thumb.jpg", "#recycle/d.png", "__MACOSX/e.png"]
+    for name in ["a.jpg", "sub/b.png", "#1/c.png", *hidden]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    notes = []
+    found = list_images(tmp_path, note=notes.append)
+    assert sorted(str(path.relative_to(tmp_path)) for path in found) == ["#1/c.png", "a.jpg", "sub/b.png"]
+    assert notes == []
+
+
+def test_images_that_are_not_read_are_named_in_one_line(tmp_path):
+    for name in ("a.jpg", "b.CR2", "c.psd", "d.nef", "e.svg", "notes.txt", "clip.mov"):
+        (tmp_path / name).write_bytes(b"x")
+    notes = []
+    assert [path.name for path in find_images([tmp_path], notes.append)] == ["a.jpg"]
+    (note,) = notes
+    assert note.startswith("4 image(s)") and "b.CR2, c.psd, d.nef and 1 more" in note and "convert" in note
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.png").write_bytes(b"x")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    notes = []
+    assert len(list_images(tmp_path, note=notes.append)) == 1
+    assert len(notes) == 1 and "locked" in notes[0] and "permissions" in notes[0]
+
+
+def test_a_link_to_itself_and_a_pipe_are_no_images(tmp_path):
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "up").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    assert list_images(tmp_path) == []
+
+
+def test_results_are_told_by_their_name_and_by_their_mark(tmp_path):
+    plain = encode_image(np.zeros((8, 8, 3)), "jpg")
+    marked = encode_image(np.zeros((8, 8, 3)), "jpg", metadata=Metadata().marked())
+    files = {"a.jpg": plain, "b.jpg": marked, "a_restored.jpg": plain, "a_restored_compare.jpg": plain, "d.jpg": b"x"}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    notes = []
+    left = without_results(find_images([tmp_path]), notes.append)
+    assert [path.name for path in left] == ["a.jpg", "d.jpg"]
+    assert len(notes) == 1 and "and 2 more" in notes[0]
+    with pytest.raises(BadFileError, match="original photographs"):
+        without_results([tmp_path / "b.jpg"], notes.append)

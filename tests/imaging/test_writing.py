@@ -11,6 +11,7 @@ from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.imaging import color
 from pfstorer_rt.imaging import files as images
 from pfstorer_rt.imaging.files import encode_image, load_image, save_image
+from pfstorer_rt.imaging.metadata import Metadata
 
 
 def sample(height=6, width=9, channels=3, seed=0):
@@ -109,7 +110,7 @@ def test_profile_and_exif_are_saved(format):
     exif = Image.Exif()
     exif[0x0112], exif[0x013B] = 1, "Dorothea"
     exif[0x8769], exif[0x8825] = {0x9003: "1936:03:01 12:00:00"}, {1: "N"}
-    data = encode_image(sample() / 255.0, format, icc=images.srgb_profile(), exif=exif.tobytes())
+    data = encode_image(sample() / 255.0, format, metadata=Metadata(images.srgb_profile(), exif.tobytes()))
     image = Image.open(io.BytesIO(data))
     assert image.info["icc_profile"] == images.srgb_profile()
     assert image.getexif()[0x013B] == "Dorothea" and image.getexif()[0x0112] == 1
@@ -126,7 +127,7 @@ def test_nothing_is_embedded_by_default():
 def test_exif_too_long_for_jpeg_is_left_out():
     exif = Image.Exif()
     exif[0x010E] = "x" * 70_000
-    data = encode_image(sample() / 255.0, "jpg", exif=exif.tobytes())
+    data = encode_image(sample() / 255.0, "jpg", metadata=Metadata(exif=exif.tobytes()))
     assert not Image.open(io.BytesIO(data)).getexif()
 
 
@@ -135,12 +136,12 @@ def test_bytes_are_the_same_in_another_process(format):
     code = (
         "import sys, numpy as np; from pfstorer_rt.imaging import files;"
         "pixels = np.linspace(0, 1, 540).reshape(12, 15, 3);"
-        f"data = files.encode_image(pixels, {format!r}, icc=files.srgb_profile());"
+        f"data = files.encode_image(pixels, {format!r}, metadata=files.Metadata(files.srgb_profile()));"
         "sys.stdout.buffer.write(data)"
     )
     pixels = np.linspace(0, 1, 540).reshape(12, 15, 3)
     other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
-    assert encode_image(pixels, format, icc=images.srgb_profile()) == other
+    assert encode_image(pixels, format, metadata=Metadata(images.srgb_profile())) == other
 
 
 def test_the_profile_contains_no_time():

@@ -34,8 +34,8 @@ class Copying:
     manifest = SimpleNamespace(identity_name=None)
 
     def recipe(self, config):
-        if config.scale != 1:
-            raise SettingError(f"scale {config.scale}: expected 1")
+        if config.scale not in (1, 8):
+            raise SettingError(f"scale {config.scale}: expected 1 or 8")
         return SimpleNamespace(steps=config.steps or self.steps, sampler=self.sampler)
 
     def layout(self, height, width, config):
@@ -132,6 +132,106 @@ def test_a_watched_folder_is_restored_as_it_fills(save, tmp_path):
     assert done.status == "done" and (tmp_path / "out" / "a_restored.png").is_file()
     with pytest.raises(SettingError, match="give a folder"):
         watch_folder(Copying(), tmp_path / "in", tmp_path / "one.png", idle=1)
+
+
+def test_a_file_that_was_read_half_written_is_tried_again_and_a_replaced_one_is_restored_again(save, tmp_path):
+    whole = save("a.png", 1).read_bytes()
+    other = save("b.png", 2).read_bytes()
+    (tmp_path / "in").mkdir()
+    arriving = tmp_path / "in" / "a.png"
+    arriving.write_bytes(whole[: len(whole) // 2])
+
+    def next_step(outcome):
+        if len(seen) < 2:
+            arriving.write_bytes([whole, other][len(seen)])
+        seen.append(outcome.status)
+
+    seen = []
+    done = watch_folder(Copying(), tmp_path / "in", tmp_path / "out", idle=1, on_outcome=next_step)
+    assert seen == ["failed", "done", "done"] and len(done) == 3
+    assert np.array_equal(pixels(tmp_path / "out" / "a_restored.png"), pixels(tmp_path / "b.png"))
+
+
+def test_a_watched_folder_keeps_a_result_that_it_did_not_write(save, tmp_path):
+    save("in/a.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a_restored.png").write_bytes(b"mine")
+    (done,) = watch_folder(Copying(), tmp_path / "in", tmp_path / "out", idle=0)
+    assert done.status == "skipped" and (tmp_path / "out" / "a_restored.png").read_bytes() == b"mine"
+
+
+# ---- limits
+
+
+class Idle(Copying):
+    """Fails if it has to restore: a limit has to be found before the work."""
+
+    def restore_rows(self, rows, config, step=None):
+        raise AssertionError("the work began")
+
+
+def wide(path, width):
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (width, 4), "teal").save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (BatchConfig(RestoreConfig(scale=8), Naming(extension=".webp")), "24000 x 32 is too large for WEBP"),
+        (BatchConfig(RestoreConfig(scale=8), max_pixels=100_000), "768000 pixels; expected at most 100000"),
+    ],
+)
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(tmp_path, settings, words):
+    wide(tmp_path / "in" / "a.png", 3000)
+    (refused,) = restore_files(Idle(), [tmp_path / "in"], tmp_path / "out", settings)
+    assert refused.status == "failed" and words in str(refused.error) and not list((tmp_path / "out").iterdir())
+
+
+def test_a_comparison_that_does_not_fit_is_a_note_beside_the_result(tmp_path):
+    wide(tmp_path / "a.png", 9000)
+    settings = BatchConfig(naming=Naming(extension=".webp"), compare=True)
+    (done,) = restore_files(Copying(), [tmp_path / "a.png"], tmp_path / "out", settings)
+    assert done.status == "done" and "18008 x 4 is too large for WEBP" in done.notes[0]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a_restored.webp"]
+
+
+# ---- results and metadata
+
+
+def test_results_are_marked_and_are_no_inputs_of_a_second_run(save, tmp_path):
+    save("in/a.png")
+    restore_files(Copying(), [tmp_path / "in" / "a.png"], tmp_path / "in" / "other.png")
+    notes = []
+    (again,) = plan_jobs([tmp_path / "in"], None, None, notes.append)
+    assert again.source == tmp_path / "in" / "a.png" and len(notes) == 1 and "other.png" in notes[0]
+    pattern = [str(tmp_path / "in" / "*.png")]
+    restore_files(Copying(), pattern)
+    assert [outcome.status for outcome in restore_files(Copying(), pattern)] == ["skipped"]
+    assert [job.source.name for job in plan_jobs([tmp_path / "in" / "other.png"])] == ["other.png"], "named alone"
+    unmarked = BatchConfig(saving=Saving(mark=False))
+    restore_files(Copying(), [tmp_path / "in" / "a.png"], tmp_path / "in" / "plain.png", unmarked)
+    assert [job.source.name for job in plan_jobs([tmp_path / "in"])] == ["a.png", "plain.png"]
+    assert b"DigitalSourceType" not in (tmp_path / "in" / "plain.png").read_bytes()
+
+
+def test_a_degraded_image_is_not_marked(save, tmp_path):
+    degrade_files([save("a.png")], tmp_path / "b.png")
+    assert b"DigitalSourceType" not in (tmp_path / "b.png").read_bytes()
+
+
+def test_the_resolution_of_a_result_grows_with_its_size(save, tmp_path):
+    from pfstorer_rt.imaging.files import load_image
+    from pfstorer_rt.imaging.metadata import Metadata
+    from pfstorer_rt.runtime.batch import read, write
+
+    path = save("a.jpg")
+    Image.open(path).save(path, dpi=(300, 300))
+    job = plan_jobs([path], tmp_path / "b.jpg")[0]
+    write(job, read(job, Saving(), 10**6), Spool(48, 80), Saving())
+    found = load_image(tmp_path / "b.jpg").metadata
+    assert found.dpi == (600, 600) and found.xmp == Metadata().marked().xmp
 
 
 def test_settings_without_effect_are_found():
