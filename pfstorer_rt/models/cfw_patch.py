@@ -6,6 +6,7 @@ import math
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
@@ -18,7 +19,9 @@ class PatchFeatureWrapping(ModelMixin, ConfigMixin):
     """Controllable feature wrapping for a `PatchAutoencoder`, which is not changed.
 
     levels: wrapped levels; level l has 1 / 2^l of the image's side. widths: channels of each level's map. patch: the
-    autoencoder's patch size.
+    autoencoder's patch size. Levels above the autoencoder's finest are wrapped too: their maps are the images in patches
+    of 2^l pixels, with 3 * 4^l channels. They pass on the detail that the autoencoder loses, and smooth the borders
+    between its patches.
     """
 
     config_name = "config.json"
@@ -48,8 +51,10 @@ class PatchFeatureWrapping(ModelMixin, ConfigMixin):
 
         Level l gives (B, G, H/2^l, W/2^l): the narrowed map after the blocks of the level.
         """
-        latent, maps = vae.encoder(image)
-        features = {level: self.layer(level).narrow_encoded(maps[level - self.finest]) for level in self.levels}
+        latent, coarse = vae.encoder(image)
+        maps = {level: self.patches(image, level) for level in self.levels if level < self.finest}
+        maps |= {self.finest + i: h for i, h in enumerate(coarse)}
+        features = {level: self.layer(level).narrow_encoded(maps[level]) for level in self.levels}
         return latent * vae.config.scaling_factor, None, features
 
     def features(self, vae: PatchAutoencoder, image: torch.Tensor) -> Features:
@@ -61,7 +66,7 @@ class PatchFeatureWrapping(ModelMixin, ConfigMixin):
     ) -> torch.Tensor:
         """Decode a scaled latent (B, C, h, w) with the LQ image's features; weight 0 gives the plain decoder.
 
-        Before the blocks of each level: `h + weight * Fuse(features, h)`.
+        Before the blocks of each level, and on the image in patches: `h + weight * Fuse(features, h)`.
         """
 
         def fuse(level: int, h: torch.Tensor) -> torch.Tensor:
@@ -69,6 +74,13 @@ class PatchFeatureWrapping(ModelMixin, ConfigMixin):
             fused: torch.Tensor = share * self.layer(level)(features[level], h)
             return fused
 
-        added = {level - self.finest: partial(fuse, level) for level in self.levels}
+        added = {level - self.finest: partial(fuse, level) for level in self.levels if level >= self.finest}
         image: torch.Tensor = vae.decoder(latent / vae.config.scaling_factor, added)
+        for level in sorted((level for level in self.levels if level < self.finest), reverse=True):
+            image = image + F.pixel_shuffle(fuse(level, self.patches(image, level)), 2**level)
         return image
+
+    @staticmethod
+    def patches(image: torch.Tensor, level: int) -> torch.Tensor:
+        """Rearrange (B, 3, H, W) to patches (B, 3 * 4^l, H/2^l, W/2^l)."""
+        return F.pixel_unshuffle(image, 2**level)

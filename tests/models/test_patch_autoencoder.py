@@ -97,3 +97,17 @@ def test_wrapping_adds_to_the_inputs_of_the_blocks_of_its_levels(vae):
     torch.testing.assert_close(wrapping(vae, latent, features, 0.7), expected)
     assert (expected - decode(vae, latent)).abs().max() > 1e-2
     assert torch.equal(wrapping(vae, latent, features, 0.0), decode(vae, latent))
+
+
+def test_wrapping_above_the_finest_level_adds_to_patches_of_the_image(vae):
+    wrapping = randomized(PatchFeatureWrapping(levels=(1, 2), widths=(12, 8), growth=4), seed=1)
+    image, latent = images(), encode_moments(vae, images(seed=1))[0]
+    features, fusion = wrapping.features(vae, image), wrapping.layer(1)
+    torch.testing.assert_close(features[1], conv(fusion.narrow_encoded, F.pixel_unshuffle(image, 2)))
+    coarse = PatchFeatureWrapping(levels=(2,), widths=(8,), growth=4)
+    coarse.fusion_layer_2 = wrapping.layer(2)
+    before = coarse(vae, latent, features, 0.7)
+    added = fusion(features[1], F.pixel_unshuffle(before, 2))
+    torch.testing.assert_close(wrapping(vae, latent, features, 0.7), before + 0.7 * F.pixel_shuffle(added, 2))
+    assert added.abs().max() > 1e-2
+    assert torch.equal(wrapping(vae, latent, features, 0.0), decode(vae, latent))
