@@ -6,6 +6,7 @@ find it.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
     from pfstorer_rt.runtime.batch import restore_files as restore_files
     from pfstorer_rt.runtime.restorer import Restorer as Restorer
     from pfstorer_rt.training.personalize import personalize as personalize
+
+# GNU OpenMP, which PyTorch uses on Linux, reads this when it is loaded. A thread that waits for another one spins for
+# this number of rounds before it sleeps. The default is millions of rounds: on a machine with another busy process, the
+# spinning threads take the processor time of the thread for which they wait (benchmarks/busy.py).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _MODULES = {
     "Base": "pfstorer_rt.models.base",
