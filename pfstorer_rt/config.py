@@ -239,7 +239,14 @@ PRESETS: dict[str, BaseConfig] = {
         ),
         vae=_patch_vae((64, 128, 256), (1, 1, 2), (2, 2, 2), 32),
         text=_byte_text(64),
-        personalize=_SMALL_BASE_TRAINING,
+        personalize={
+            **_SMALL_BASE_TRAINING,
+            "crop": 384,
+            "iterations": 500,
+            "first_step": 0.9,
+            "lambda_perceptual": 0.2,
+            "lambda_id": 0.3,
+        },
         cfw={"levels": (1, 2, 3), "widths": (12, 64, 128), "growth": 32, "patch": 4},
         cfw_weight=1.0,
         sampler="ddim",
@@ -358,6 +365,8 @@ class PersonalizeConfig:
     """Samples of a batch for L_gen."""
     pool: int = 256
     """Number of degraded crops that are made and encoded before the training, which draws its samples from them."""
+    crop: int = 0
+    """Side of these crops in pixels, at most the base's tile; 0 is the tile. Smaller crops make iterations faster."""
     lambda_pers: float = 5e-4
     lambda_pixel: float = 0.0
     """Weight of the pixel error of the decoded images; this loss and the next two use the samples at timestep 999."""

@@ -19,9 +19,9 @@ class PatchFeatureWrapping(ModelMixin, ConfigMixin):
     """Controllable feature wrapping for a `PatchAutoencoder`, which is not changed.
 
     levels: wrapped levels; level l has 1 / 2^l of the image's side. widths: channels of each level's map. patch: the
-    autoencoder's patch size. Levels above the autoencoder's finest are wrapped too: their maps are the images in patches
-    of 2^l pixels, with 3 * 4^l channels. They pass on the detail that the autoencoder loses, and smooth the borders
-    between its patches.
+    autoencoder's patch size. A level above the autoencoder's finest is possible: its maps are the images in patches of
+    2^l pixels, with 3 * 4^l channels. It passes on the detail that the autoencoder loses, and smooths the borders
+    between the autoencoder's patches.
     """
 
     config_name = "config.json"
