@@ -1,6 +1,5 @@
 import errno
 import hashlib
-import importlib.util
 import os
 import shutil
 import sys
@@ -8,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import graph_cache
 import numpy as np
 import pytest
 import torch
@@ -18,10 +18,6 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported: without a GPU they run in the interpreter
-
-spec = importlib.util.spec_from_file_location("graph_cache", Path(__file__).with_name("graph_cache.py"))
-graph_cache = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(graph_cache)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -92,3 +92,18 @@ def tree():
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
     return read
+
+
+@pytest.fixture
+def people(monkeypatch, tmp_path, nano_identity):
+    """A data directory with the identity `alice` in it; returns its folder of identities."""
+    monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "home"))
+    nano_identity.save(tmp_path / "home" / "identities" / "alice.safetensors")
+    return tmp_path / "home" / "identities"
+
+
+@pytest.fixture
+def other_base_dir(tmp_path):
+    from pfstorer_rt.models.base import build_base
+
+    return build_base("nano", seed=7).save(tmp_path / "other")

@@ -7,8 +7,8 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageOps
+from sample_images import levels, one_line, sample, stream
 from skimage.color import lab2rgb
 
 from pfstorer_rt.errors import BadFileError
@@ -16,35 +16,6 @@ from pfstorer_rt.imaging import files as images
 from pfstorer_rt.imaging.files import load_image, save_image
 from pfstorer_rt.imaging.metadata import Metadata
 from pfstorer_rt.imaging.rows import bands
-
-
-def sample(height=6, width=9, channels=3, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
-
-
-def smooth(height, width, seed=0):
-    coarse = torch.tensor(np.random.default_rng(seed).random((1, 3, 4, 5)), dtype=torch.float32) * 2 - 1
-    return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
-
-
-def stream(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    buffer.seek(0)
-    return buffer
-
-
-def levels(pixels):
-    """Back to 8 bits, for a comparison with what was written."""
-    assert pixels.dtype == np.float32 and pixels.min() >= 0 and pixels.max() <= 1
-    return np.rint(pixels * 255).astype(np.uint8)
-
-
-def one_line(raised, *words):
-    text = str(raised.value)
-    assert "\n" not in text and len(text) < 400
-    assert all(word in text for word in words), text
-
 
 # ---- reading
 
