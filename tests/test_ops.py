@@ -1,4 +1,4 @@
-"""The door: every backend computes the same, and one that is refused says why."""
+"""`pfstorer_rt.ops`: all backends agree, and a refused backend has a reason."""
 
 import sys
 from functools import partial
@@ -201,7 +201,7 @@ def make_dispatch(tmp_path, monkeypatch):
 
 
 def run_geglu(made):
-    """Which way a call took: a plain one that gives zeros would show."""
+    """Return the implementation that a call used; the plain one returns zeros."""
     x = normal(3, 8)
     out = made.geglu(lambda: torch.zeros(3, 4), x)
     return "torch" if not out.any() else "triton"

@@ -46,7 +46,7 @@ def run(capsysbinary, monkeypatch):
 
 @pytest.fixture
 def restore(run, nano_plan):
-    """`restore` with the nano plan in as few steps as there are."""
+    """`restore` with the nano plan in one step."""
     fixed = ("restore", "--engine", nano_plan.path, "--backend", "onnxruntime", "--steps", 1)
     return lambda *arguments, **more: run(*fixed, *arguments, **more)
 

@@ -119,7 +119,7 @@ def test_16_bit_colour_is_read_as_8_bits_with_a_note():
 def test_16_bit_grey_with_one_transparent_value():
     values = np.array([[0, 4660, 65535]], np.uint16)
     plain = stream(Image.fromarray(values), "PNG").getvalue()
-    # Pillow writes no tRNS for this mode: put one by hand before IDAT (PNG specification, 11.3.2.1).
+    # Pillow writes no tRNS for this mode: insert one before IDAT (PNG specification, 11.3.2.1).
     body = b"tRNS" + struct.pack(">H", 4660)
     chunk = struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body))
     at = plain.index(b"IDAT") - 4
@@ -180,7 +180,7 @@ def test_cmyk_jpeg_is_not_inverted():
 # ---- colour profiles
 
 
-# Small profiles by hand, in the layout of ICC.1:2001-04, so that the expected colours follow from a formula.
+# Small profiles in the layout of ICC.1:2001-04, so that the expected colours follow from a formula.
 
 D50 = (0.9642, 1, 0.8249)
 
@@ -466,7 +466,7 @@ def test_a_jpeg_without_its_last_bytes_is_read_with_a_note(cut):
     assert np.array_equal(read.pixels[:60], whole.pixels[:60])
 
 
-def test_a_jpeg_with_a_missing_part_tells_how_much_and_half_of_one_is_refused():
+def test_a_jpeg_with_a_missing_part_gets_a_note_and_half_a_jpeg_is_refused():
     values = sample(640, 64)
     data = stream(Image.fromarray(values), "JPEG", quality=95).getvalue()
     read = load_image(io.BytesIO(data[: int(len(data) * 0.96)]))

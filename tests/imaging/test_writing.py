@@ -220,7 +220,7 @@ def test_shrinking_agrees_with_pillow():
 def test_enlarging_is_the_cubic_convolution_and_is_clamped():
     row = torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0])
     out = images.resize_bicubic(row.expand(1, 3, 6, 6), (12, 12))
-    assert out.min() == -1 and out.max() == 1  # the kernel alone overshoots the step
+    assert out.min() == -1 and out.max() == 1  # the kernel without clamping overshoots the step
 
     def kernel(d, a=-0.75):  # Keys 1981
         d = abs(d)
