@@ -1,6 +1,5 @@
 import errno
 import hashlib
-import importlib.util
 import os
 import shutil
 import sys
@@ -8,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import graph_cache
 import numpy as np
 import pytest
 import torch
@@ -19,14 +19,10 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported: without a GPU they run in the interpreter
 
-spec = importlib.util.spec_from_file_location("graph_cache", Path(__file__).with_name("graph_cache.py"))
-graph_cache = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(graph_cache)
-
 
 @pytest.fixture(scope="session", autouse=True)
 def private_home(tmp_path_factory):
-    """A data directory of the tests' own; a user's identities are never seen."""
+    """A data directory for the tests, so that a user's identities are not used."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PFSTORER_HOME", str(home))
@@ -139,7 +135,7 @@ def nano_base():
 
 @pytest.fixture(scope="session")
 def nano_base_dir(nano_base, tmp_path_factory):
-    """The same base on disk; fp32, so that its fingerprint is that of `nano_base`."""
+    """The same base on disk, in fp32, so that it has the fingerprint of `nano_base`."""
     return nano_base.save(tmp_path_factory.mktemp("bases") / "nano")
 
 
@@ -175,7 +171,7 @@ def make_nano_identity(nano_base, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def nano_identity(make_nano_identity):
-    """Its second gamma is all zero, so that the plan made of it has a block less."""
+    """An identity whose second gamma is zero, so that its plan has one block less."""
     return make_nano_identity(gammas=(1.5, 0.0, 1.5, 1.5))
 
 

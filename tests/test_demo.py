@@ -33,7 +33,7 @@ def pixels(path):
         return np.asarray(image, np.float32) / 255
 
 
-def test_the_demo_makes_every_file_and_measures_the_images_that_it_wrote(tmp_path, quick_export, nano_base_dir):
+def test_the_demo_writes_every_file_and_measures_its_images(tmp_path, quick_export, nano_base_dir):
     notes, stages = [], []
     config = DemoConfig(nano_base_dir, iterations=2)
     report = run_demo(tmp_path / "demo", config, notes.append, stages.append)

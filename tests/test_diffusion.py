@@ -56,7 +56,7 @@ def toy_network(x, t):
 
 
 def oracle(x0, kind):
-    """The denoiser that knows the clean latent."""
+    """A perfect denoiser, which predicts from the clean latent."""
 
     def denoiser(x, t):
         abar = abar_by_hand(t)
@@ -183,7 +183,7 @@ def test_ddpm_equals_diffusers_ddpm_on_the_same_timesteps(kind, steps):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ddim_without_noise_equals_diffusers_ddim(kind):
-    # 1000 / 4 steps of "leading" spacing with offset 249 are not ours; set by hand, they are.
+    # diffusers' spacings do not give these four timesteps, so they are set directly.
     timesteps = [0, 333, 666, 999]
     scheduler = DDIMScheduler(**SCHEDULE, prediction_type=kind, set_alpha_to_one=True)
     scheduler.num_inference_steps = 3  # its previous timestep is t - 1000 // 3

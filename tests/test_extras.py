@@ -1,4 +1,4 @@
-"""The runtime alone, as `pip install pfstorer-rt` without extras installs it."""
+"""The runtime without extras, as `pip install pfstorer-rt` installs it."""
 
 import json
 import os
@@ -122,7 +122,7 @@ def test_commands_without_their_extra_name_the_extra(runtime_alone, tmp_path, na
 
 
 def requirements(extra):
-    """The names of an extra's requirements, with those of the extras that it includes."""
+    """The names of an extra's requirements, including the extras in it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     names = set()
     for text in project[extra]:

@@ -1,4 +1,4 @@
-"""The house: who may import whom, what is installed, and how long files and functions are."""
+"""The structure: allowed imports, installed packages, and the lengths of files and functions."""
 
 import ast
 import re

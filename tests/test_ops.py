@@ -1,4 +1,4 @@
-"""The door: every backend computes the same, and one that is refused says why."""
+"""`pfstorer_rt.ops`: all backends agree, and a refused backend has a reason."""
 
 import sys
 from functools import partial
@@ -188,22 +188,20 @@ def test_geglu_agrees_with_the_layer_of_diffusers(triton):
 
 @pytest.fixture
 def make_dispatch(tmp_path, monkeypatch):
-    """Function (*milliseconds) -> a dispatch as on a GPU where the ways of a call take that long, PyTorch's first."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    """Function (*milliseconds, gpu) -> a dispatch whose implementations take these times, PyTorch's first."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
-    def make(*milliseconds):
-        clock = iter(milliseconds)
-        monkeypatch.setattr(tuning, "milliseconds", lambda way: next(clock))
-        made = dispatch.Dispatch(tmp_path / "cache" / "kernels.json", atomic_write)
-        made.tuner = tuning.Tuner(tmp_path / "cache" / "kernels.json", atomic_write)
+    def make(*milliseconds, gpu="Some GPU"):
+        times, file = iter(milliseconds), tmp_path / "cache" / "kernels.json"
+        made = dispatch.Dispatch(file, atomic_write)
+        made.tuner = tuning.Tuner(file, atomic_write, lambda way: next(times), gpu)
         return made
 
     return make
 
 
 def run_geglu(made):
-    """Which way a call took: a plain one that gives zeros would show."""
+    """Return the implementation that a call used; the plain one returns zeros."""
     x = normal(3, 8)
     out = made.geglu(lambda: torch.zeros(3, 4), x)
     return "torch" if not out.any() else "triton"
@@ -217,11 +215,10 @@ def test_the_faster_implementation_is_chosen(times, taken, make_dispatch):
     assert key == "geglu float16 8 rows 4" and decision.startswith(f"{taken}: torch {times[0]:.4f} ms")
 
 
-def test_timings_are_saved_on_disk(make_dispatch, monkeypatch):
+def test_timings_are_saved_on_disk(make_dispatch):
     assert run_geglu(make_dispatch(0.1, 0.2)) == "torch"
     assert run_geglu(make_dispatch()) == "torch"
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Another GPU")
-    assert run_geglu(make_dispatch(0.2, 0.1)) == "triton"
+    assert run_geglu(make_dispatch(0.2, 0.1, gpu="Another GPU")) == "triton"
     assert len(make_dispatch().tuner.known) == 2
 
 

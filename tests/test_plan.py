@@ -13,7 +13,7 @@ from pfstorer_rt.plan import COMPONENTS, SCHEMA, SIGNATURE, Manifest, Payload, P
 
 
 def onnx_message(content):
-    """Bytes that are a protobuf message of ONNX: a model of which the producer's name alone is known."""
+    """Return the bytes of an ONNX model that contains only the name of its producer."""
     size = len(content)
     length = bytes([size & 0x7F | 0x80, size >> 7]) if size > 0x7F else bytes([size])
     return b"\x12" + length + content
@@ -54,7 +54,7 @@ def plan(tmp_path):
 
 
 def rewrite(path, change_manifest=lambda data: data, without=()):
-    """Write the zip anew with another manifest, CRCs and all."""
+    """Write the zip again with another manifest and valid CRCs."""
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     parts["manifest.json"] = json.dumps(change_manifest(json.loads(parts["manifest.json"]))).encode()
@@ -132,7 +132,7 @@ def test_a_flipped_byte_is_refused(plan, component):
 
 
 def test_an_exchanged_payload_is_refused(plan):
-    # The zip's own CRC is right here; only the manifest knows.
+    # The zip's CRC is valid; only the hash in the manifest differs.
     with zipfile.ZipFile(plan.path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     parts["denoiser.onnx"] = b"something else"
@@ -360,7 +360,7 @@ WEIGHTS = bytes(range(251)) * 400
 
 @pytest.fixture
 def large(tmp_path):
-    """A plan whose denoiser has its weights beside."""
+    """A plan whose denoiser has a separate file of weights."""
     (tmp_path / "weights").write_bytes(WEIGHTS)
     manifest = make_manifest()
     entry = replace(manifest.payloads["denoiser"], weights="denoiser.weights", weights_sha256=sha256_bytes(WEIGHTS))
@@ -422,7 +422,7 @@ def test_a_signature_holds_under_another_name(tmp_path):
         ("tensorrt", ["8.6"], ()),
     ],
 )
-def test_rebuilding_is_for_the_same_gpus(plan, target, built_for, wanted):
+def test_the_export_command_names_the_same_gpus(plan, target, built_for, wanted):
     manifest = make_manifest(target=target, compute_capabilities=built_for)
     assert Plan(plan.path, manifest).rebuild().compute_capabilities == wanted
     assert Plan(plan.path, manifest).rebuild(current=True).compute_capabilities == ("current",)

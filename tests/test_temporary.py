@@ -114,7 +114,7 @@ def test_replacing_a_folder_leaves_no_temporary_folder(tmp_path):
 
 
 def test_a_finished_file_is_not_removed_before_it_is_renamed(tmp_path, monkeypatch):
-    """The file is complete, closed by no one yet, and about to be renamed: another process sweeps now."""
+    """Another process sweeps when the file is complete, still open, and not yet renamed."""
     real = os.replace
 
     def replace(source, target):

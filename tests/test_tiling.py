@@ -80,7 +80,7 @@ def test_weights_of_rows_and_columns_are_independent():
     # The formula of the reference, with each axis' own side in the place of T.
     near = math.exp(-((5 - 24) ** 2) / 48**2 / 0.02) * math.exp(-((3 - 9.5) ** 2) / 20**2 / 0.02)
     assert tall[5, 3] == pytest.approx(near / (2 * math.pi * 0.01), rel=1e-12)
-    # Along x the profile is that of a 20-wide tile, whatever the height.
+    # Along x the profile equals the profile of a tile of width 20, for any height.
     np.testing.assert_allclose(tall[24] / tall[24, 9], square[10] / square[10, 9], rtol=1e-12)
     np.testing.assert_allclose(tall, tall[:, ::-1], rtol=1e-9)  # m = (T-1)/2 is symmetric
     assert np.argmax(tall[:, 0]) == 24  # m = T/2 is not

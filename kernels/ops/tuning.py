@@ -50,16 +50,21 @@ class Tuner:
     An unreadable file is treated as empty. Errors while writing the file are ignored.
     """
 
-    def __init__(self, file: Path, write: Write) -> None:
-        self.file, self.write = file, write
+    def __init__(
+        self, file: Path, write: Write, measure: Callable[[Callable[[], Any]], float] | None = None, gpu: str = ""
+    ) -> None:
+        """measure: returns the time of a call in ms; None is `milliseconds`. gpu: name; empty is the current GPU's."""
+        self.file, self.write, self.measure, self.gpu = file, write, measure or milliseconds, gpu
         self.known = self._read()
 
     def fastest(self, key: str, ways: Mapping[str, Callable[[], Any]]) -> Timing:
         """Return the timing of a key; runs `ways` only if the key is new or its fastest one is not in `ways`."""
-        full = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}: {key}"
+        full = (
+            f"{self.gpu or torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}: {key}"
+        )
         known = self.known.get(full)
         if known is None or known.fastest not in ways:
-            times = {name: milliseconds(way) for name, way in ways.items()}
+            times = {name: self.measure(way) for name, way in ways.items()}
             known = self.known[full] = Timing(min(times, key=lambda name: times[name]), times)
             self._save()
         return known

@@ -46,7 +46,7 @@ def run(capsysbinary, monkeypatch):
 
 @pytest.fixture
 def restore(run, nano_plan):
-    """`restore` with the nano plan in as few steps as there are."""
+    """`restore` with the nano plan in one step."""
     fixed = ("restore", "--engine", nano_plan.path, "--backend", "onnxruntime", "--steps", 1)
     return lambda *arguments, **more: run(*fixed, *arguments, **more)
 
@@ -92,3 +92,18 @@ def tree():
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
     return read
+
+
+@pytest.fixture
+def people(monkeypatch, tmp_path, nano_identity):
+    """A data directory with the identity `alice` in it; returns its folder of identities."""
+    monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "home"))
+    nano_identity.save(tmp_path / "home" / "identities" / "alice.safetensors")
+    return tmp_path / "home" / "identities"
+
+
+@pytest.fixture
+def other_base_dir(tmp_path):
+    from pfstorer_rt.models.base import build_base
+
+    return build_base("nano", seed=7).save(tmp_path / "other")

@@ -21,7 +21,7 @@ HEAVY = {
     "safetensors",
     "scipy",
 }
-OPTIONS = {  # those that scripts rely on
+OPTIONS = {  # options used by scripts
     "personalize": "--identity --base --method --iterations --rank --seed -o",
     "export": "--identity --base --target --precision -o",
     "restore": "--engine --base -o --steps --sampler --seed --strength --scale --backend --color-fix",

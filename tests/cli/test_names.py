@@ -68,7 +68,7 @@ def test_a_bar_shows_a_name_and_does_not_interpret_it(monkeypatch, name):
     assert name.replace("\x1b", "\\x1b") in screen.text
 
 
-def test_commands_print_through_the_console_alone():
+def test_commands_print_only_through_the_console():
     folder = Path(pfstorer_rt.cli.__file__).parent
     printing = {path.name for path in folder.glob("*.py") if re.search(r"click\.s?echo\(", path.read_text())}
     assert not printing

@@ -1,4 +1,4 @@
-"""Calls that are wrong are refused before any work, in one line that says what to do."""
+"""Invalid calls are refused before any work, in one line with advice."""
 
 import math
 import os

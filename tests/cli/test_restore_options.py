@@ -109,8 +109,10 @@ def test_existing_previews_and_comparisons_are_not_overwritten(restore, save, tm
 
 def test_a_report_that_cannot_be_written_is_a_failure(restore, save, tmp_path):
     save(tmp_path / "a.png")
-    with Path("/dev/full").open("w", buffering=1) as full, contextlib.redirect_stdout(full):
-        done = restore(tmp_path / "a.png", "--json")
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        screen = io.TextIOWrapper(full, write_through=True)
+        with contextlib.redirect_stdout(screen):
+            done = restore(tmp_path / "a.png", "--json")
     assert done.status == 1 and "No space left" in done.errors[-1]
     assert (tmp_path / "a_restored.png").exists()
 

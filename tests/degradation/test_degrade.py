@@ -13,7 +13,7 @@ MIDDLE = 10  # the centre of a 21 x 21 kernel
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """The images are too small to share out: threads that wait for one another cost more than they do."""
+    """One thread: for small images several threads are slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -86,7 +86,7 @@ def test_shape_dtype_and_range_are_kept(size):
 
 
 def test_overshoot_of_the_last_enlargement_is_cut():
-    # Bicubic interpolation overshoots beside a step between black and white.
+    # Bicubic interpolation overshoots next to a step between black and white.
     step = torch.zeros(3, 64, 64)
     step[:, :, 32:] = 1
     for seed in range(5):

@@ -1,4 +1,4 @@
-"""What the commands of the pages find: a folder of small images, a nano base named `tiny`, and one shared plan."""
+"""The files for the commands of the pages: small images, a nano base named `tiny`, and one shared plan."""
 
 import inspect
 import shutil

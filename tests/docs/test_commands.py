@@ -1,4 +1,4 @@
-"""Every command and snippet of the pages runs; what cannot run here is checked by the command line's own parser."""
+"""Every command and snippet of the pages runs; commands that cannot run here are only parsed."""
 
 import ast
 import contextlib
@@ -18,11 +18,11 @@ from pfstorer_rt.cli import cli, main
 ROOT = Path(__file__).resolve().parents[2]
 FAILURE = re.compile(r"^(Error|failed):", re.MULTILINE)
 ELSEWHERE = {"--arcface", "--alexnet", "--musiq", "--provider", "--attention", "--device", "--cfw-weight"}
-"""Options for files, packages or devices that this machine may lack, and for what the nano base lacks."""
+"""Options that need files, packages, devices or networks that may be missing here."""
 
 
 def is_only_parsed(words):
-    """Whether a command takes hours, never ends, or needs weights or devices that are not here."""
+    """Whether a command takes hours, never ends, or needs weights or devices that may be missing."""
     endless = "--watch" in words and "--idle" not in words
     foreign = "stablesr" in words or any(word.startswith("tensorrt") or word == "alice_rtx.plan" for word in words)
     return words[0] in ("train-base", "import-base", "demo", "bench") or endless or foreign or ELSEWHERE & set(words)
@@ -131,7 +131,7 @@ def missing_lines(shown, printed):
 
 def test_commands_and_snippets_run_and_print_the_shown_output(blocks, user):
     shell = "".join(block.text for block in blocks if block.language == "bash")
-    if "personalize --identity alice" in shell:  # what the page makes is not there before
+    if "personalize --identity alice" in shell:  # the page itself makes this file
         (user.parent / "home" / "identities" / "alice.safetensors").unlink()
     if "-o alice.plan" in shell:
         (user / "alice.plan").unlink()

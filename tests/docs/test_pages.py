@@ -1,4 +1,4 @@
-"""What the pages refer to exists: files, headings, options, public names; and their tables come from the results."""
+"""The files, headings, options and public names in the pages exist, and their tables equal the results."""
 
 import ast
 import csv
@@ -20,7 +20,7 @@ FOLDERS = ("benchmarks", "docs", "export", "kernels", "pfstorer_rt", "tests")
 
 
 def tokens(path):
-    """All tokens of a page, those inside paragraphs too."""
+    """All tokens of a page, including the tokens of paragraphs."""
     for token in MarkdownIt("commonmark").enable("table").parse(path.read_text()):
         yield token
         yield from token.children or ()

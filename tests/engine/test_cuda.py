@@ -1,4 +1,4 @@
-"""The device layer without a device: what it asks of PyTorch, and in which order."""
+"""The calls of `Cuda` to PyTorch and their order, without a GPU."""
 
 import inspect
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ class Stream:
 
 @pytest.fixture
 def traced(monkeypatch):
-    """(a Cuda whose memory is the host's, what it did)."""
+    """(a `Cuda` in host memory, the log of its calls)."""
     log, current = [], []
 
     @contextmanager

@@ -1,12 +1,11 @@
 import gc
-import importlib.util
 import os
 import sys
 import weakref
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
+import fake_tensorrt as fake
 import numpy as np
 import pytest
 import torch
@@ -20,10 +19,6 @@ from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError,
 from pfstorer_rt.files import cache_home, sha256_bytes
 from pfstorer_rt.plan import COMPONENTS, Plan, write_plan
 from pfstorer_rt.runtime.restorer import Restorer
-
-spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).with_name("fake_tensorrt.py"))
-fake = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fake)
 
 LADDER = [{"x": [[b, 3]] * 3} for b in (1, 2, 4)]
 

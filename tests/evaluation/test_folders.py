@@ -1,4 +1,4 @@
-"""Which result belongs to which original, and what happens to those that cannot be measured."""
+"""Matching results to originals, and results that cannot be measured."""
 
 import numpy as np
 import pytest
@@ -187,7 +187,7 @@ def test_each_person_has_references(put, tmp_path, metrics):
     put("hq/cyd/0.png", face)
     with pytest.raises(BadFileError, match="no references of cyd/0; expected a folder cyd"):
         evaluate(tmp_path / "refs", tmp_path / "hq", {}, metrics=ids)
-    put("refs/r.png", face)  # of those who have no folder
+    put("refs/r.png", face)  # for people without a folder
     rows = evaluate(tmp_path / "refs", tmp_path / "hq", {}, metrics=ids).rows
     figures = {row.image: row.figures["id_dlib"] for row in rows}
     assert figures["bob/0"] is None and figures["cyd/0"] == pytest.approx(0, abs=1e-6)

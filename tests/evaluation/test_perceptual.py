@@ -109,7 +109,7 @@ def test_pickled_code_is_not_run(lpips_package, tmp_path):
 
 @pytest.mark.parametrize("size", [(32, 32), (45, 64)])
 def test_stlpips_equals_its_package(monkeypatch, make_image, noisy, size):
-    for name in ("torchvision", "IPython", "torchsummary"):  # what the package imports and does not need here
+    for name in ("torchvision", "IPython", "torchsummary"):  # the package imports them without using them here
         module = ModuleType(name)
         module.models = module.embed = module.summary = None
         monkeypatch.setitem(sys.modules, name, module)
@@ -125,7 +125,7 @@ def test_stlpips_equals_its_package(monkeypatch, make_image, noisy, size):
 
 
 class FakeMusiq(ModuleType):
-    """Stands for pyiqa: gives 100 x the mean of what it is shown."""
+    """A replacement of pyiqa whose metric is 100 x the mean of the image."""
 
     def __init__(self, error=None):
         super().__init__("pyiqa")

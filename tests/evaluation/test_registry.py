@@ -99,8 +99,8 @@ def test_verification_counts_matching_faces(metrics, face, make_image):
         figures = metrics.measure(result, original, refs)
         return figures["verification_dlib"], figures["id_dlib"]
 
-    assert verified(nobody, nobody, person) == (0.0, None)  # no face is not accepted
-    assert verified(person, person, nobody) == (None, None)  # nobody to compare with
+    assert verified(nobody, nobody, person) == (0.0, None)  # an image without a face is not accepted
+    assert verified(person, person, nobody) == (None, None)  # no reference with a face
     assert verified(person, person) == (None, None)
     assert verified(person, person, nobody, person) == (1.0, pytest.approx(0, abs=1e-6))
 

@@ -1,4 +1,4 @@
-"""Means by hand, and files that parse and hold what was measured."""
+"""Means, and the contents of the report files."""
 
 import base64
 import csv
@@ -33,7 +33,7 @@ def report(simple, make_image):
 
 
 class Page(HTMLParser):
-    """Checks that elements are closed in order and collects what is in them."""
+    """Checks that elements are closed in order and collects their contents."""
 
     def __init__(self, text):
         super().__init__()
@@ -73,7 +73,7 @@ def test_means_over_common_images(report):
     common = report.summary(common=True)
     assert report.uneven()
     assert common["input"].means["psnr"] == 10.0 and common["input"].counts["psnr"] == 1
-    assert common[NASTY].means["seconds"] == 2.0  # times are known of one method alone
+    assert common[NASTY].means["seconds"] == 2.0  # only one method has times
     whole = Report([row for row in report.rows if row.image == "a"], report.metrics)
     assert not whole.uneven() and whole.summary(common=True) == whole.summary()
 

@@ -79,7 +79,7 @@ def test_a_fused_dreambooth_identity_agrees_with_the_unfused(nano_base, make_nan
     fused, arrays = fuse(nano_base, identity), inputs(nano_base, identity)
     assert "strength" not in arrays
     assert torch.allclose(run(fused, arrays), run(Denoiser(nano_base, identity), arrays), rtol=0, atol=2e-5)
-    # The weights are stored in fp16; what is left of the difference is the bias.
+    # The weights are stored in fp16; the remaining difference is the bias.
     assert torch.allclose(run(fused, arrays), run(Denoiser(nano_base), arrays) + 1, rtol=0, atol=2e-2)
 
 
@@ -311,7 +311,7 @@ def test_an_identity_on_an_unshipped_base_needs_the_base(nano_identity, tmp_path
 
 @pytest.fixture(scope="module")
 def large_plan(nano_base, nano_identity, tmp_path_factory):
-    """The nano plan as a large model's is written: weights beside the graphs."""
+    """The nano plan with separate files of weights, as for a large model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "SELF_CONTAINED", 0)
         patch.setattr(graph.Graph, "to_bytes", None)  # would hold the model twice
@@ -324,7 +324,7 @@ def test_large_graphs_store_their_weights_in_separate_files(large_plan, nano_pla
     assert not any(p.weights for p in nano_plan.manifest.payloads.values())
     with zipfile.ZipFile(large_plan.path) as archive:
         archive.extractall(tmp_path)
-    for component in COMPONENTS:  # what is unpacked is a model as it is
+    for component in COMPONENTS:  # an unpacked payload is a valid model
         model = onnx.load(tmp_path / f"{component}.onnx")
         whole = onnx.load_from_string(nano_plan.read(component))
         found, expected = ({i.name: onnx.numpy_helper.to_array(i) for i in m.graph.initializer} for m in (model, whole))

@@ -45,7 +45,7 @@ def test_all_convolutions_and_products_with_weights_use_8_bits(int8_plan, compon
             counted += 1
     assert counted > 4
     floats = {i.name for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT and len(i.dims) == 4}
-    assert not floats  # no kernel is kept beside its integers
+    assert not floats  # no kernel is stored in fp32 too
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
@@ -102,7 +102,7 @@ def test_ranges_are_measured_on_clean_and_degraded_photographs():
 
 def test_the_denoiser_is_measured_at_every_noise_level(nano_base, nano_identity):
     inputs = list(calibration_inputs(denoiser(nano_base, nano_identity)))
-    for level in (inputs[::2], inputs[1::2]):  # good images and bad ones
+    for level in (inputs[::2], inputs[1::2]):  # clean and degraded images
         assert {float(one["t"][0]) for one in level} == set(quantize.TIMESTEPS)
     for one in inputs:
         assert set(one) == {"x", "t", "z_lq", "strength"}
@@ -148,7 +148,7 @@ def test_a_large_graph_is_measured_image_by_image_with_separate_weights(nano_bas
     assert {file.name for file in large.model.parent.iterdir()} == {"model.onnx", "decoder.weights"}
     integers = [i for i in onnx.load(large.model).graph.initializer if i.data_type == onnx.TensorProto.INT8]
     kernels = sum(int(np.prod(i.dims)) for i in integers if len(i.dims) > 1)
-    assert kernels // 2 < large.weights.stat().st_size < 2 * kernels  # in bytes, but for those of a few values
+    assert kernels // 2 < large.weights.stat().st_size < 2 * kernels  # bytes; small tensors are stored in the graph
     inputs = {name: tensor.numpy() for name, tensor in expected.inputs[0].items()}
     with OnnxRuntimeSession(small.message) as one, OnnxRuntimeSession(large.model) as other:
         np.testing.assert_array_equal(one.run(**inputs)["image"], other.run(**inputs)["image"])

@@ -1,4 +1,4 @@
-"""Engines are built for real by TensorRT-RTX, which needs no GPU for that; running them is tested elsewhere."""
+"""TensorRT-RTX builds real engines, which needs no GPU; tests/engine runs engines."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_a_plan_of_engines_is_signed(rtx_plan, tmp_path, monkeypatch):
     assert is_signed(data, sign(data)) and not is_signed(data + b" ", sign(data))
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path))
     assert not Plan.open(rtx_plan.path).trusted
-    assert not key_path().exists()  # looking makes no key
+    assert not key_path().exists()  # reading makes no key
     assert Plan.open(rtx_plan.path, trust=True).trusted
     key_path().write_bytes(b"short")
     with pytest.raises(BadFileError, match="32 bytes, this has 5"):

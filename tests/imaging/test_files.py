@@ -7,8 +7,8 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageOps
+from sample_images import levels, one_line, sample, stream
 from skimage.color import lab2rgb
 
 from pfstorer_rt.errors import BadFileError
@@ -16,35 +16,6 @@ from pfstorer_rt.imaging import files as images
 from pfstorer_rt.imaging.files import load_image, save_image
 from pfstorer_rt.imaging.metadata import Metadata
 from pfstorer_rt.imaging.rows import bands
-
-
-def sample(height=6, width=9, channels=3, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
-
-
-def smooth(height, width, seed=0):
-    coarse = torch.tensor(np.random.default_rng(seed).random((1, 3, 4, 5)), dtype=torch.float32) * 2 - 1
-    return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
-
-
-def stream(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    buffer.seek(0)
-    return buffer
-
-
-def levels(pixels):
-    """Back to 8 bits, for a comparison with what was written."""
-    assert pixels.dtype == np.float32 and pixels.min() >= 0 and pixels.max() <= 1
-    return np.rint(pixels * 255).astype(np.uint8)
-
-
-def one_line(raised, *words):
-    text = str(raised.value)
-    assert "\n" not in text and len(text) < 400
-    assert all(word in text for word in words), text
-
 
 # ---- reading
 
@@ -148,7 +119,7 @@ def test_16_bit_colour_is_read_as_8_bits_with_a_note():
 def test_16_bit_grey_with_one_transparent_value():
     values = np.array([[0, 4660, 65535]], np.uint16)
     plain = stream(Image.fromarray(values), "PNG").getvalue()
-    # Pillow writes no tRNS for this mode: put one by hand before IDAT (PNG specification, 11.3.2.1).
+    # Pillow writes no tRNS for this mode: insert one before IDAT (PNG specification, 11.3.2.1).
     body = b"tRNS" + struct.pack(">H", 4660)
     chunk = struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body))
     at = plain.index(b"IDAT") - 4
@@ -209,7 +180,7 @@ def test_cmyk_jpeg_is_not_inverted():
 # ---- colour profiles
 
 
-# Small profiles by hand, in the layout of ICC.1:2001-04, so that the expected colours follow from a formula.
+# Small profiles in the layout of ICC.1:2001-04, so that the expected colours follow from a formula.
 
 D50 = (0.9642, 1, 0.8249)
 
@@ -495,7 +466,7 @@ def test_a_jpeg_without_its_last_bytes_is_read_with_a_note(cut):
     assert np.array_equal(read.pixels[:60], whole.pixels[:60])
 
 
-def test_a_jpeg_with_a_missing_part_tells_how_much_and_half_of_one_is_refused():
+def test_a_jpeg_with_a_missing_part_gets_a_note_and_half_a_jpeg_is_refused():
     values = sample(640, 64)
     data = stream(Image.fromarray(values), "JPEG", quality=95).getvalue()
     read = load_image(io.BytesIO(data[: int(len(data) * 0.96)]))

@@ -47,7 +47,7 @@ def test_every_suffix_of_a_readable_format_is_found(tmp_path):
     assert [path.name for path in list_images(tmp_path)] == names
 
 
-def test_hidden_files_and_folders_of_systems_are_left_out_without_a_word(tmp_path):
+def test_hidden_and_system_files_are_skipped_silently(tmp_path):
     hidden = ["._a.jpg", ".b.png", ".Trashes/c.png", "@eaDir/a.jpg/thumb.jpg", "#recycle/d.png", "__MACOSX/e.png"]
     for name in ["a.jpg", "sub/b.png", "#1/c.png", *hidden]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def test_a_link_to_itself_and_a_pipe_are_no_images(tmp_path):
     assert list_images(tmp_path) == []
 
 
-def test_results_are_told_by_their_name_and_by_their_mark(tmp_path):
+def test_results_are_recognized_by_their_name_and_their_mark(tmp_path):
     plain = encode_image(np.zeros((8, 8, 3)), "jpg")
     marked = encode_image(np.zeros((8, 8, 3)), "jpg", metadata=Metadata().marked())
     files = {"a.jpg": plain, "b.jpg": marked, "a_restored.jpg": plain, "a_restored_compare.jpg": plain, "d.jpg": b"x"}

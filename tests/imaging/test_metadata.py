@@ -4,6 +4,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from PIL import Image, IptcImagePlugin
+from sample_images import stream
 
 from pfstorer_rt.imaging.files import encode_image, load_image
 from pfstorer_rt.imaging.metadata import AI_SOURCE, Metadata, is_marked
@@ -29,13 +30,6 @@ def written(format, metadata):
     return Image.open(io.BytesIO(encode_image(pixels(), format, metadata=metadata)))
 
 
-def stream(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    buffer.seek(0)
-    return buffer
-
-
 def properties(xmp):
     """{expanded name: value} of the attributes of all descriptions, by a parser of XML."""
     root = ElementTree.fromstring(xmp.decode())
@@ -59,13 +53,13 @@ def test_metadata_survive_a_file_of_every_format(format):
         assert found.dpi == pytest.approx((300, 200), abs=0.02)  # PNG stores whole pixels per metre
 
 
-def test_iptc_is_read_by_pillow_where_it_belongs():
+def test_pillow_reads_the_written_iptc():
     for format in ("jpg", "tif"):
         assert IptcImagePlugin.getiptcinfo(written(format, Metadata(iptc=IPTC)))[2, 105] == b"Title"
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_mark_is_iptcs_and_is_valid_xml(format, tmp_path):
+def test_the_mark_follows_iptc_and_is_valid_xml(format, tmp_path):
     image = written(format, Metadata().marked())
     assert properties(image.info["xmp"])[EXT + "DigitalSourceType"] == AI_SOURCE
     (tmp_path / "a").write_bytes(encode_image(pixels(), format, metadata=Metadata().marked()))
@@ -90,7 +84,7 @@ def test_the_mark_replaces_an_earlier_source_type_and_keeps_the_rest(element):
     assert marked.marked() == marked
 
 
-def test_an_upright_result_has_no_turned_xmp_and_a_turned_resolution():
+def test_an_upright_result_has_an_upright_xmp_and_a_swapped_resolution():
     exif = Image.Exif()
     exif[0x0112] = 6
     found = load_image(stream(Image.new("RGB", (24, 16)), "JPEG", exif=exif, xmp=XMP, dpi=(300, 150))).metadata

@@ -6,41 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms, JpegImagePlugin
+from sample_images import levels, one_line, sample, smooth
 
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.imaging import color
 from pfstorer_rt.imaging import files as images
 from pfstorer_rt.imaging.files import encode_image, load_image, save_image
 from pfstorer_rt.imaging.metadata import Metadata
-
-
-def sample(height=6, width=9, channels=3, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
-
-
-def smooth(height, width, seed=0):
-    coarse = torch.tensor(np.random.default_rng(seed).random((1, 3, 4, 5)), dtype=torch.float32) * 2 - 1
-    return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
-
-
-def stream(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    buffer.seek(0)
-    return buffer
-
-
-def levels(pixels):
-    """Back to 8 bits, for a comparison with what was written."""
-    assert pixels.dtype == np.float32 and pixels.min() >= 0 and pixels.max() <= 1
-    return np.rint(pixels * 255).astype(np.uint8)
-
-
-def one_line(raised, *words):
-    text = str(raised.value)
-    assert "\n" not in text and len(text) < 400
-    assert all(word in text for word in words), text
-
 
 # ---- writing
 
@@ -248,7 +220,7 @@ def test_shrinking_agrees_with_pillow():
 def test_enlarging_is_the_cubic_convolution_and_is_clamped():
     row = torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0])
     out = images.resize_bicubic(row.expand(1, 3, 6, 6), (12, 12))
-    assert out.min() == -1 and out.max() == 1  # the kernel alone overshoots the step
+    assert out.min() == -1 and out.max() == 1  # the kernel without clamping overshoots the step
 
     def kernel(d, a=-0.75):  # Keys 1981
         d = abs(d)

@@ -1,4 +1,4 @@
-"""A kernel has one name at every storey, and its benchmark compares like with like."""
+"""A kernel has the same name in every folder, and the implementations of its benchmark agree."""
 
 import importlib.util
 import re

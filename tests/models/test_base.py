@@ -258,7 +258,7 @@ def test_damaged_bases_are_refused(copied, damage):
 
 @pytest.fixture
 def third_write_fails(monkeypatch):
-    """Writing a network fails at the third one; with what, is `.error`."""
+    """Writing the third network fails with the exception `.error`."""
     real, state = safetensors.torch.save_file, SimpleNamespace(error=None, count=0)
 
     def save_file(tensors, file, metadata):

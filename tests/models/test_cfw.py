@@ -67,7 +67,7 @@ class Reference:
             for i in range(2):
                 h = self.residual(f"encoder.down.{level}.block.{i}", h, width)
             features[level] = h
-            if level < 3:  # padded on the right and at the bottom alone
+            if level < 3:  # padded only on the right and at the bottom
                 h = F.pad(h, (0, 1, 0, 1))
                 h = self.conv(f"encoder.down.{level}.downsample.conv", h, width, padding=0, stride=2)
         h = self.conv("encoder.conv_out", F.silu(self.norm("encoder.norm_out", self.middle("encoder", h))), 8)
@@ -114,7 +114,7 @@ def drawn(seed):
 
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory):
-    """A base that stands for SD 2.1 with the autoencoder of `drawn(1)`, and a checkpoint of StableSR's parts."""
+    """A base in place of SD 2.1, on disk."""
     folder = tmp_path_factory.mktemp("sd")
     base = build_base(replace(CONFIG, cfw=None), seed=3)
     return base.save(folder / "sd", torch.float32)

@@ -30,7 +30,7 @@ def conv(layer, x, padding=0):
 
 
 def levels_of_encoder(vae, image):
-    """Maps after each level's blocks, told apart by their size."""
+    """Maps after each level's blocks, by their size."""
     h, maps = image.add(1).div(2), {}
     for layer in vae.encoder.layers[:-1]:
         h = layer(h)

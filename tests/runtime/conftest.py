@@ -20,7 +20,7 @@ def personal(nano_base, nano_identity):
 
 
 class Counting(HostSession):
-    """A session that writes down what goes through it."""
+    """A session that records its inputs."""
 
     def __init__(self, session):
         self.session, self.calls = session, []
@@ -33,7 +33,7 @@ class Counting(HostSession):
 
 @pytest.fixture(scope="session")
 def counting():
-    """The class of sessions that write down what goes through them."""
+    """The class of sessions that record their inputs."""
     return Counting
 
 
@@ -45,7 +45,7 @@ def counted(restorer):
 
 
 class Perfect(HostSession):
-    """Networks that lose nothing: pixels are shuffled into channels, and the denoiser knows the clean latent."""
+    """Lossless networks: the encoder moves pixels to channels, and the denoiser predicts the clean latent."""
 
     def __init__(self, component):
         self.component, self.provider = component, "test"

@@ -189,7 +189,7 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(tmp_path, se
     assert refused.status == "failed" and words in str(refused.error) and not list((tmp_path / "out").iterdir())
 
 
-def test_a_comparison_that_does_not_fit_is_a_note_beside_the_result(tmp_path):
+def test_a_comparison_that_is_too_large_is_replaced_by_a_note(tmp_path):
     wide(tmp_path / "a.png", 9000)
     settings = BatchConfig(naming=Naming(extension=".webp"), compare=True)
     (done,) = restore_files(Copying(), [tmp_path / "a.png"], tmp_path / "out", settings)

@@ -41,7 +41,7 @@ def test_the_global_generator_stays_unchanged(restorer, make_image):
 
 @torch.no_grad()
 def untiled(base, pixels, seed, kind, init="lq"):
-    """The pipeline of one tile, from the networks alone."""
+    """Restore one tile by calling the networks directly."""
     image = to_tensor(pixels)
     generator = torch.Generator().manual_seed(seed)
     z_lq = base.encode(image)
@@ -200,7 +200,7 @@ def test_strength_reaches_the_engine_as_a_float(personal, counting, make_image):
 
 
 class Elsewhere(TensorSession):
-    """A network that computes shapes alone, the encoder on the host; what comes from another device is refused."""
+    """A network that computes only shapes; its encoder is on the host. It accepts tensors only from its own device."""
 
     inputs, outputs, provider = ("x", "t", "z_lq", "strength"), ("mean", "std"), "elsewhere"
 

@@ -164,7 +164,7 @@ def test_a_large_image_is_restored_in_squares(counted, make_image):
     planes = to_tensor(pixels).numpy()
     assert np.array_equal(encoded[0], planes[..., :128])
     assert np.array_equal(encoded[1], planes[..., 96:])
-    # Outside the other square's reach each square is what it is alone, from the same seed.
+    # Outside the overlap each square equals the square restored alone with the same seed.
     alone = restorer.restore(pixels[:, :128], chopped)
     assert np.allclose(found[:, :90], alone[:, :90], rtol=0, atol=1e-5)
     alone = restorer.restore(np.ascontiguousarray(pixels[:, 96:]), chopped)

@@ -307,7 +307,7 @@ def test_wrapping_trains_only_the_fusion_layers(whole, photos, tmp_path):
 
 
 def test_wrapping_reduces_the_error_of_the_decoder(whole, photos, tmp_path):
-    """On images that were not degraded the LQ image is the answer, so it has to be taken up."""
+    """For inputs without degradation the input is the target, so the wrapped decoder must use it."""
     _, folder = whole
     settings = replace(SETTINGS, iterations=60, batch=4, learning_rate=1e-2, ema=0.0)
     config = replace(CONFIG, restorer=settings, p_hq=1.0)

@@ -1,4 +1,4 @@
-"""Where a training runs, and that it leaves the caller's process and base as they were."""
+"""The device of a training, and the state of the caller's process and base afterwards."""
 
 import os
 import random

@@ -25,7 +25,7 @@ CONFIG = BaseTrainConfig(
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory, make_image):
-    """Five images of nothing and one of a face."""
+    """Five images without a face and one with a face."""
     folder = tmp_path_factory.mktemp("photos")
     for i in range(5):
         Image.fromarray((make_image(96, 96, seed=i) * 255).astype(np.uint8)).save(folder / f"{i:02d}.png")
@@ -35,7 +35,7 @@ def photos(tmp_path_factory, make_image):
 
 @pytest.fixture(scope="module")
 def wrapped(photos, tmp_path_factory):
-    """Folder of a base with feature wrapping, which predicts v: at timestep 999 an eps says nothing of the image."""
+    """Folder of a base with feature wrapping and v prediction; eps at timestep 999 hardly depends on the image."""
     folder = tmp_path_factory.mktemp("wrapped")
     nano = build_base(replace(PRESETS["nano"], prediction_type="v_prediction"))
     add_wrapping([photos], nano, folder / "base", CONFIG, folder / "work")
@@ -121,7 +121,7 @@ def test_images_without_a_face_have_no_identity_loss(wrapped):
 
 
 def test_finishing_reduces_its_losses(photos, wrapped, tmp_path):
-    """On undegraded images the image itself is the answer: what the logs measure has to fall."""
+    """For inputs without degradation the target is the input, so the losses must decrease."""
     settings = replace(SETTINGS, iterations=100, batch=4, learning_rate=2e-3, ema=0.0)
     config = replace(CONFIG, restorer=settings, first_step=1.0, share=1.0)
     finish_base([photos], load_base(wrapped), tmp_path / "base", config, tmp_path / "work")
@@ -132,7 +132,7 @@ def test_finishing_reduces_its_losses(photos, wrapped, tmp_path):
 
 
 def finishing_losses(photos, folder, work):
-    """Losses of a base on the six images of `work`, all at timestep 999."""
+    """Return the losses of a base on the six images of `work`, at timestep 999."""
     base, images = load_base(folder), np.load(work / "work" / "images.npy")
     objective = FinishingObjective(base, CONFIG)
     hq, lq = torch.from_numpy(images).permute(1, 0, 4, 2, 3).float() / 127.5 - 1

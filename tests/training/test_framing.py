@@ -56,7 +56,7 @@ def test_the_largest_of_several_faces_is_used_and_reported(read):
 
 
 def made_up(*numbers):
-    """Faces of people that are told apart by one number, the largest first."""
+    """Faces with embeddings of one number, the largest first."""
     return [Face(10.0 * i, 0.0, 50.0 - i, np.full(1, n)) for i, n in enumerate(numbers)]
 
 

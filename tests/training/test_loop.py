@@ -50,7 +50,7 @@ def equal(a, b):
 
 
 def stopping(at, how):
-    """Batches that call `how` when iteration `at` is asked for."""
+    """Return a batch function that calls `how` at iteration `at`."""
 
     def batches(iteration, _number):
         if iteration == at:
@@ -68,7 +68,7 @@ def die():
     raise SystemExit("power cut")
 
 
-# ---- going on
+# ---- resuming
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -170,7 +170,7 @@ def test_signal_handlers_are_restored_after_a_failure(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-# ---- what is computed
+# ---- results
 
 
 def test_a_seed_determines_the_weights(tmp_path):

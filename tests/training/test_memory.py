@@ -104,7 +104,7 @@ def test_recomputed_activations_give_the_same_gradients(base, method):
 
 
 class Identity(nn.Module):
-    """Learns y = x with a matrix that is large enough for 8-bit state."""
+    """Fits y = x with a matrix that is large enough for 8-bit optimizer state."""
 
     def __init__(self):
         super().__init__()

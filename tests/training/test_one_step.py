@@ -86,7 +86,7 @@ def batches(base, pool, config, count=12):
 
 
 def test_windows_show_the_image_of_their_latents(base, pool):
-    """Encoded, the inner part of a window gives the latents that it is said to be of."""
+    """The encoded window equals its latents away from the border."""
     config = OneStepConfig(train=TRAIN, window=4, crop=7, cropped=0.5, on_faces=0.5)
     for batch in batches(base, pool, config):
         y, x = batch["corner"].tolist()

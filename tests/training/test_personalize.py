@@ -74,7 +74,7 @@ def die():
     raise SystemExit("power cut")
 
 
-# ---- going on
+# ---- resuming
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_another_run_is_refused(learn, tmp_path, photos):
         learn("a", iterations=6)
 
 
-# ---- what is learned
+# ---- trained parameters
 
 
 def test_a_seed_determines_the_identity(learn):
@@ -284,7 +284,7 @@ def test_a_pool_contains_images_for_image_space_losses(base, photos):
     found = pool(base, photos, lambda_pixel=1.0)
     assert found.images.shape == (12, 2, 3, 64, 64) and np.isnan(found.maps).all(), "these show no face"
     batch = maker(found)(0)
-    for name in ("hq", "lq"):  # the images are those that the latents were made of
+    for name in ("hq", "lq"):  # the encoded images equal the latents
         again = base.encode(batch[f"{name}_image"])
         torch.testing.assert_close(again, batch[name], rtol=0, atol=0.1)
     assert batch["maps"].shape == (3, 2, 3) and batch["corner"].tolist() == [0, 0]
@@ -308,7 +308,7 @@ def test_image_space_losses_have_gradients_in_the_trained_parameters(base, photo
     seen = losses["pixel"] + losses["perceptual"]
     torch.testing.assert_close(losses["loss"] - objective(batch)["loss"], seen, atol=1e-3, rtol=0)
     objective.image_loss = looking
-    batch["t"][:] = 500  # no row at which restoring starts: nothing to look at
+    batch["t"][:] = 500  # without a sample at timestep 999 there is no image-space loss
     assert objective(batch)["pixel"] == 0
 
 

@@ -7,7 +7,7 @@ from pfstorer_rt.training.tiles import Source, TileComposer, draw_scale, rotate
 
 
 def photographs(folder, side, count=3, mode="checks"):
-    """Images of one-pixel checks, in which any enlargement shows, or of one colour each."""
+    """Images with a pattern of single pixels, which any enlargement changes, or of one colour."""
     folder.mkdir()
     for k in range(count):
         checks = np.indices((side, side)).sum(0) % 2 * 255

@@ -277,7 +277,7 @@ def test_keys_that_do_not_fit_are_listed(tmp_path):
     ],
 )
 def test_tensors_that_no_network_has_are_refused_by_name(tmp_path, key):
-    # diffusers' converters leave out what they do not know
+    # diffusers' converters ignore unknown tensors
     write_published(tmp_path / "stablesr.ckpt", {key: torch.ones(1)})
     with pytest.raises(BadFileError, match=r"unexpected .*" + key.split("model.")[-1].split(".", 2)[-1]):
         import_base(tmp_path / "stablesr.ckpt", tmp_path / "out")
@@ -394,7 +394,7 @@ def test_the_conversion_follows_the_published_map(network):
     tensors = {k: v for k, v in whole_checkpoint().items() if not k.startswith(prefix)}
     marked = manifest({"unet": "stablesr_unet", "vae": "stablesr_first_stage"}[network])
     sizes = {}
-    for number, key in enumerate(marked):  # every tensor is told by a number of its own, in a first axis
+    for number, key in enumerate(marked):  # every tensor has its own number as values
         source = key if key.startswith(prefix) else prefix + key
         sizes[source.removeprefix(prefix)] = number + 1
         tensors[source] = torch.full((2, 2, 1, 1) if "attn_1" in source else (2,), float(number + 1))

@@ -68,7 +68,7 @@ class FakeCuda:
 
 @dataclass
 class State:
-    """What the classes of one library share."""
+    """State that the classes of one library share."""
 
     cuda: FakeCuda | None
     functions: dict

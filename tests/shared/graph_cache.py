@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from filelock import FileLock
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NOT_EXPORTING = {"cli", "degradation", "demo.py", "evaluation", "faces", "runtime", "training"}
 """The packages and modules that exporting does not import; tests/test_layering.py checks it."""
 EXPORTERS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")

@@ -1,0 +1,53 @@
+"""`bench`."""
+
+import json
+
+import pytest
+from PIL import Image
+
+
+def test_bench_writes_csv_plot_and_json(run, nano_plan, tmp_path):
+    import csv
+
+    done = run(
+        "bench",
+        "--engine",
+        nano_plan.path,
+        "--backend",
+        "onnxruntime",
+        "--steps",
+        1,
+        "--runs",
+        2,
+        "--size",
+        64,
+        "--size",
+        100,
+        "--csv",
+        tmp_path / "b.csv",
+        "--plot",
+        tmp_path / "b.png",
+        "--json",
+    )
+    report = json.loads(done.out)
+    assert report["provider"] == "CPUExecutionProvider" and report["method"].startswith("wall clock")
+    assert set(report["clock"]) == {"mhz", "governor", "load_before", "load_after"}
+    sizes, parts = report["images_ms"], report["components_ms"]
+    assert list(sizes) == ["image 64x64", "image 100x100"] and set(parts) > {"encoder", "denoiser", "decoder"}
+    for figures in {**sizes, **parts}.values():
+        assert 0 < figures["p50"] <= figures["p90"] <= figures["p99"] and figures["runs"] == 2
+    large = sizes["image 100x100"]
+    assert large["tiles_per_s"] == pytest.approx(9 / large["p50"] * 1e3)  # 128 pixels, tiles 48 apart: 3 x 3
+    assert large["megapixels_per_s"] == pytest.approx(0.01 / large["p50"] * 1e3)
+    rows = list(csv.DictReader((tmp_path / "b.csv").open()))
+    assert [row["measured"] for row in rows] == [*parts, *sizes]
+    assert float(rows[-1]["p50"]) == large["p50"] and rows[0]["processor"]
+    with Image.open(tmp_path / "b.png") as plot:
+        assert plot.format == "PNG" and plot.getcolors(1 << 20)
+
+
+@pytest.mark.parametrize("option", ["--csv", "--plot"])
+def test_bench_overwrites_no_file(refused, nano_plan, tmp_path, option):
+    (tmp_path / "notes").write_text("precious")
+    refused(1, "bench", "--engine", nano_plan.path, option, tmp_path / "notes", words=("--overwrite",))
+    assert (tmp_path / "notes").read_text() == "precious"

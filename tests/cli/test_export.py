@@ -1,0 +1,27 @@
+"""Calls of `export` that are refused before any work; tests/export checks its plans."""
+
+import pytest
+
+
+def test_export_refuses_an_existing_output(run, tree, tmp_path, nano_base_dir):
+    (tmp_path / "a.plan").write_bytes(b"precious")
+    before = tree(tmp_path)
+    done = run("export", "--base", nano_base_dir, "-o", tmp_path / "a.plan")
+    assert done.status and len(done.errors) == 1 and "--overwrite" in done.errors[0] and tree(tmp_path) == before
+
+
+def test_export_refuses_an_identity_of_another_base(refused, people, tmp_path, other_base_dir):
+    wrong = ("export", "--identity", "alice", "--base", other_base_dir, "-o", tmp_path / "a.plan")
+    refused(2, *wrong, words=["alice", "learned on base"])
+    assert not (tmp_path / "a.plan").exists()
+
+
+@pytest.mark.parametrize("arguments", [("--identity", "nobody"), ("--base", "no-base"), ("--identity", "?"), ()])
+def test_export_of_a_missing_identity_or_base_exits_with_2(run, people, tmp_path, arguments):
+    done = run("export", *arguments, "-o", tmp_path / "a.plan")
+    assert done.status == 2 and len(done.errors) == 1 and not (tmp_path / "a.plan").exists()
+
+
+def test_export_into_a_missing_folder_is_refused(run, tmp_path, nano_base_dir):
+    done = run("export", "--base", nano_base_dir, "-o", tmp_path / "no" / "a.plan")
+    assert done.status and len(done.errors) == 1 and "folder" in done.errors[0]

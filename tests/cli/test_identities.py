@@ -1,0 +1,179 @@
+"""`identities`: list, show, verify and rm."""
+
+import json
+
+import numpy as np
+import pytest
+
+
+def test_list_includes_unreadable_identities(run, people):
+    (people / "broken.safetensors").write_bytes(b"")
+    (people / "notes.txt").write_text("not an identity")
+    rows = [json.loads(line) for line in run("identities", "list", "--json").out.splitlines()]
+    assert [row["name"] for row in rows] == ["alice", "broken"]
+    assert rows[0]["method"] == "pfstorer" and rows[0]["references"] == 1 and "error" in rows[1]
+    text = run("identities", "list")
+    assert text.status == 0 and "alice  pfstorer on nano" in text.out and "broken  unreadable" in text.out
+
+
+def test_listing_no_identities_succeeds(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "nowhere"))
+    assert (run("identities", "list", "--json").out, run("identities", "list").status) == ("", 0)
+    assert "personalize" in run("identities", "list").err and not (tmp_path / "nowhere").exists()
+
+
+def test_show_prints_an_identity_as_json(run, people, nano_identity):
+    report = json.loads(run("identities", "show", "alice", "--json").out)
+    assert report["base_fingerprint"] == nano_identity.base_fingerprint and set(report["gamma"]) == set(
+        nano_identity.layers
+    )
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "rm"])
+@pytest.mark.parametrize("name", ["bob", "no such/bob.safetensors", "?", ""])
+def test_unknown_identities_are_refused(refused, people, tree, command, name):
+    before = tree(people)
+    refused(2, "identities", command, name)
+    assert tree(people) == before
+
+
+def test_verify_checks_file_permissions_base_and_references(run, people, save, monkeypatch, nano_base_dir):
+    monkeypatch.chdir(nano_base_dir.parent)  # the base is found by its name there
+    good = run("identities", "verify", "alice")
+    assert good.status == 0 and "FAILED" not in good.out and good.out.count("ok ") == 3
+    stranger = run("identities", "verify", "alice", save(people / "x.png"))
+    assert stranger.status == 1 and "FAILED  learned from" in stranger.out
+    assert f"learned from {people / 'x.png'}" in run("identities", "verify", "alice", people).out, "folders too"
+    (people / "alice.safetensors").chmod(0o644)
+    assert "FAILED  readable by its owner only" in run("identities", "verify", "alice").out
+
+
+def test_verify_fails_without_the_base_or_with_another_base(run, people, monkeypatch, other_base_dir):
+    missing = run("identities", "verify", "alice")
+    assert missing.status == 1 and "no base there" in missing.out
+    other_base_dir.rename(other_base_dir.with_name("nano"))
+    monkeypatch.chdir(other_base_dir.parent)
+    assert "FAILED  base nano" in run("identities", "verify", "alice").out
+
+
+def test_rm_deletes_an_identity_and_its_training_checkpoint(run, people, tree):
+    (people / "alice.training.pt").write_bytes(b"weights")
+    (people / "notes.txt").write_text("kept")
+    assert run("identities", "rm", "alice", stdin=b"n\n").status == 0
+    unanswered = run("identities", "rm", "alice")
+    assert (
+        unanswered.status == 2
+        and "alice was not deleted: the question was not answered; pass --yes" in unanswered.errors[0]
+    )
+    assert len(tree(people)) == 3
+    assert run("identities", "rm", "alice", "--yes").out == "alice: deleted\n"
+    assert list(tree(people)) == ["notes.txt"]
+
+
+def test_rm_deletes_nothing_when_one_name_is_unknown(refused, people, tree):
+    before = tree(people)
+    refused(2, "identities", "rm", "alice", "bob", "--yes", words=["bob"])
+    assert tree(people) == before
+
+
+def test_rm_deletes_a_damaged_identity_but_no_other_file(run, refused, people, tmp_path):
+    (people / "broken.safetensors").write_bytes(b"cut off")
+    assert run("identities", "rm", "broken", "--yes").status == 0
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("years of work")
+    refused(2, "identities", "rm", thesis, "--yes", words=["thesis.txt"])
+    assert thesis.read_text() == "years of work"
+
+
+def hostile_identity(path, fingerprint, source=None):
+    """An identity file with the fingerprint of another one, or with a path in its place."""
+    import safetensors.numpy
+    from safetensors import safe_open
+
+    tensors, meta = {}, {"kind": "pfstorer-identity", "schema": "1"}
+    if source:
+        with safe_open(source, "np") as handle:
+            meta = handle.metadata()
+        tensors = {"token": np.zeros(4, np.float32)}
+    safetensors.numpy.save_file(tensors, path, {**meta, "fingerprint": fingerprint})
+    return path
+
+
+@pytest.mark.parametrize("form", ["{folder}", "..", "", "../../{name}", "."])
+@pytest.mark.parametrize("whole", [True, False])
+def test_rm_deletes_no_folder_named_in_an_identity_file(run, people, tree, tmp_path, form, whole):
+    folder = tmp_path / "photographs"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "a.jpg").write_bytes(b"a memory")
+    cache = people.parent / "cache" / "openvino" / "0123456789abcdef"
+    cache.mkdir(parents=True)
+    (cache / "a.blob").write_bytes(b"somebody else's")
+    source = people / "alice.safetensors" if whole else None
+    named = form.format(folder=folder, name=folder.name)
+    gift = hostile_identity(tmp_path / "gift.safetensors", named, source)
+    hostile_identity(people / "mallory.safetensors", named, source)
+    run("identities", "rm", gift, "--yes")
+    assert run("identities", "rm", "mallory", "--yes").status == 0
+    assert tree(folder) == {"deep/a.jpg": b"a memory"}
+    assert tree(cache) == {"a.blob": b"somebody else's"}
+
+
+def test_rm_deletes_only_the_compiled_networks_of_this_identity(run, people, nano_identity):
+    own = people.parent / "cache" / "openvino" / nano_identity.fingerprint[:16]
+    own.mkdir(parents=True)
+    (own / "a.blob").write_bytes(b"weights")
+    hostile_identity(people / "mallory.safetensors", nano_identity.fingerprint, people / "alice.safetensors")
+    assert run("identities", "rm", "mallory", "--yes").status == 0
+    assert own.is_dir(), "the tensors of that file do not have this fingerprint"
+    assert run("identities", "rm", "alice", "--yes").status == 0
+    assert not own.exists()
+
+
+def test_rm_by_path_deletes_no_file_of_another_program(run, refused, tmp_path):
+    import torch
+
+    folder = tmp_path / "photos.training.pt"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(b"a memory")
+    thesis, own = tmp_path / "model.training.pt", tmp_path / "alice.training.pt"
+    torch.save({"weights": torch.zeros(3)}, thesis)
+    torch.save({"iteration": 1, "signature": "", "parameters": {}}, own)
+    for name in ("photos", "model"):
+        refused(2, "identities", "rm", tmp_path / f"{name}.safetensors", "--yes", words=("no such identity",))
+    assert (folder / "a.jpg").exists() and thesis.exists()
+    assert run("identities", "rm", tmp_path / "alice.safetensors", "--yes").status == 0
+    assert not own.exists()
+
+
+def test_rm_deletes_the_networks_before_the_identity(run, people, nano_identity, monkeypatch):
+    """Without the identity, nothing could tell which networks are its own."""
+    own = people.parent / "cache" / "openvino" / nano_identity.fingerprint[:16]
+    own.mkdir(parents=True)
+
+    def fails(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", fails)
+        assert run("identities", "rm", "alice", "--yes").status == 1
+    assert (people / "alice.safetensors").exists()
+    assert run("identities", "rm", "alice", "--yes").status == 0
+    assert not own.exists()
+
+
+def test_rm_removes_temporary_files_of_killed_processes(run, people):
+    left = [people / ".pfstorer-1.tmp", people.parent / "cache" / "work" / ".pfstorer-2.tmp"]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"a person")
+    assert run("identities", "rm", "alice", "--yes").status == 0
+    assert not any(path.exists() for path in left)
+
+
+def test_rm_warns_about_networks_outside_the_cache(run, people, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (people.parent / "cache").mkdir(exist_ok=True)
+    (people.parent / "cache" / "openvino").symlink_to(elsewhere)
+    made = run("identities", "rm", "alice", "--yes")
+    assert made.status == 0 and "may be left in" in made.err

@@ -1,0 +1,101 @@
+"""`inspect`."""
+
+import json
+
+import numpy as np
+import pytest
+
+
+def test_inspect_shows_a_base(run, nano_base_dir, nano_base):
+    report = json.loads(run("inspect", nano_base_dir, "--json").out)
+    assert report["artefact"] == "base" and report["fingerprint"] == nano_base.fingerprint
+    assert report["config"]["name"] == "nano"
+    assert report["parameters"]["unet"] == sum(p.numel() for p in nano_base.unet.parameters())
+    assert f"fingerprint: {nano_base.fingerprint}" in run("inspect", nano_base_dir).out
+
+
+def test_inspect_shows_an_identity_by_file_and_by_name(run, people, nano_identity):
+    by_file = json.loads(run("inspect", people / "alice.safetensors", "--json").out)
+    assert by_file == json.loads(run("inspect", "alice", "--json").out)
+    assert by_file["artefact"] == "identity" and by_file["fingerprint"] == nano_identity.fingerprint
+    assert by_file["tensors"]["token"] == ["float16", *nano_identity.tensors["token"].shape]
+    text = run("inspect", "alice").out
+    assert "method: pfstorer" in text and f"tensors: {len(nano_identity.tensors)}" in text
+
+
+def test_inspect_shows_a_plan(run, nano_plan):
+    report = json.loads(run("inspect", nano_plan.path, "--json").out)
+    assert report["artefact"] == "plan" and report["identity_name"] == "alice"
+    sizes = {name: payload["bytes"] for name, payload in report["payloads"].items()}
+    assert sizes == {name: len(nano_plan.read(name)) for name in ("encoder", "denoiser", "decoder")}
+    assert "identity_name: alice" in run("inspect", nano_plan.path).out
+
+
+def cut_plan(path, plan, base):
+    path.write_bytes(plan.path.read_bytes()[:-100])
+
+
+def changed_plan(path, plan, base):
+    data = bytearray(plan.path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def base_without_unet(path, plan, base):
+    import shutil
+
+    shutil.copytree(base, path)
+    shutil.rmtree(path / "unet")
+
+
+def base_with_cut_weights(path, plan, base):
+    import shutil
+
+    shutil.copytree(base, path)
+    weights = next((path / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("missing", lambda path, plan, base: None),
+        ("empty.plan", lambda path, plan, base: path.write_bytes(b"")),
+        ("text", lambda path, plan, base: path.write_text("{}")),
+        ("cut.plan", cut_plan),
+        ("changed.plan", changed_plan),
+        ("folder", lambda path, plan, base: path.mkdir()),
+        ("no-unet", base_without_unet),
+        ("cut-weights", base_with_cut_weights),
+        ("missing.safetensors", lambda path, plan, base: None),
+        ("text.safetensors", lambda path, plan, base: path.write_text("{}")),
+        ("other.safetensors", lambda path, plan, base: safetensors_file(path)),
+        ("cut.safetensors", lambda path, plan, base: safetensors_file(path, cut=4)),
+    ],
+)
+def test_inspect_refuses_damaged_files_in_one_line(refused, tmp_path, nano_plan, nano_base_dir, name, make):
+    make(tmp_path / name, nano_plan, nano_base_dir)
+    refused(2, "inspect", tmp_path / name, "--json", words=[name])
+
+
+def safetensors_file(path, cut=0):
+    import safetensors.numpy
+
+    data = safetensors.numpy.save({"x": np.zeros(8, np.float32)})
+    path.write_bytes(data[: len(data) - cut])
+
+
+def test_terminal_escapes_in_files_are_printed_as_text(run, refused, people, tmp_path):
+    import safetensors.numpy
+    from safetensors import safe_open
+
+    source = people / "alice.safetensors"
+    with safe_open(source, "np") as handle:
+        meta = handle.metadata()
+    clear = "\x1b[2J"
+    meta["gamma"] = json.dumps({clear: clear})
+    gift = tmp_path / "gift.safetensors"
+    safetensors.numpy.save_file(safetensors.numpy.load_file(source), gift, meta)
+    shown = run("inspect", gift).out
+    assert "\x1b" not in shown and r"\x1b[2J: \x1b[2J" in shown
+    assert r"\x1b[2J" in refused(2, "inspect", f"{clear}.safetensors")

@@ -1,0 +1,71 @@
+"""`personalize`."""
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+
+def learn(run, base, photos, *more):
+    return run("personalize", "--base", base, "--iterations", 2, "--batch", 1, *photos, *more)
+
+
+def test_personalize_leaves_only_a_private_identity_file(run, tree, photos, tmp_path, nano_base_dir):
+    done = learn(run, nano_base_dir, photos, "--identity", "bob", "-o", tmp_path / "out" / "bob.safetensors")
+    assert done.status == 0 and "bob" in done.out, done.err
+    assert f"note: {photos[0]}: no face found" in done.err
+    assert "earlier run" not in done.err and "resuming" not in done.err
+    assert list(tree(tmp_path / "out")) == ["bob.safetensors"]
+    assert stat.S_IMODE((tmp_path / "out" / "bob.safetensors").stat().st_mode) == 0o600
+
+
+def test_personalize_by_name_saves_to_the_list_and_prints_json(run, people, photos, nano_base_dir):
+    done = learn(run, nano_base_dir, photos, "--identity", "bob", "--json")
+    report = json.loads(done.out)
+    assert report["identity"] == "bob" and Path(report["file"]) == people / "bob.safetensors"
+    assert [json.loads(x)["name"] for x in run("identities", "list", "--json").out.splitlines()] == ["alice", "bob"]
+
+
+def test_personalize_replaces_an_identity_only_with_overwrite(run, people, tree, photos, nano_base_dir):
+    before = tree(people)
+    done = learn(run, nano_base_dir, photos, "--identity", "alice")
+    assert done.status and len(done.errors) == 1 and "--overwrite" in done.errors[0] and tree(people) == before
+    assert learn(run, nano_base_dir, photos, "--identity", "alice", "--overwrite").status == 0
+    assert list(tree(people)) == ["alice.safetensors"] and tree(people) != before
+
+
+@pytest.mark.parametrize("bad", [b"", b"\x89PNG\r\n", b"text"])
+def test_an_unreadable_photograph_stops_personalize_before_training(refused, people, tree, photos, nano_base_dir, bad):
+    photos[1].write_bytes(bad)
+    before = tree(people)
+    refused(2, "personalize", "--identity", "bob", "--base", nano_base_dir, *photos, words=["1.png"])
+    assert tree(people) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "extra"),
+    [
+        ("../bob", None, None),
+        ("bob.safetensors", None, None),
+        ("a b", None, None),
+        ("bob", "no-base", None),
+        ("bob", None, "no-photograph"),
+    ],
+)
+def test_invalid_personalize_calls_print_one_line(
+    refused, people, tree, photos, nano_base_dir, tmp_path, monkeypatch, name, base, extra
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    before = tree(tmp_path)
+    more = [tmp_path / extra] if extra else []
+    refused(2, "personalize", "--identity", name, "--base", base or nano_base_dir, *photos, *more)
+    assert tree(tmp_path) == before
+
+
+def test_a_full_disk_prints_one_line(run, people, tree, photos, nano_base_dir, full_disk):
+    before = tree(people)
+    done = learn(run, nano_base_dir, photos, "--identity", "bob")
+    assert done.status == 1 and len(done.errors) == 1 and "no space left" in done.errors[0]
+    assert tree(people) == before
