@@ -29,7 +29,7 @@ from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.imaging.similarity import psnr, ssim
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.runtime.restorer import Restorer
-from pfstorer_rt.training.base import BaseTrainConfig, split_holdout
+from pfstorer_rt.training.crops import CropConfig, split_holdout
 from pfstorer_rt.training.data import center_crop, read_photo
 
 LEVELS = ("light", "heavy", "clean")
@@ -45,7 +45,7 @@ SETTINGS = [("ddim", 1), ("ddim", 2), ("ddim", 4), ("ddim", 8), ("ddim", 50)]
 @click.option("--level", type=click.Choice(LEVELS), multiple=True, default=LEVELS, show_default=True)
 def main(photos: tuple[Path, ...], output: Path, name: str, count: int, level: tuple[str, ...]) -> None:
     base = load_base(name)
-    _, held = split_holdout(find_images(photos), BaseTrainConfig().holdout)
+    _, held = split_holdout(find_images(photos), CropConfig().holdout)
     chosen = held[:: max(1, len(held) // count)][:count]
     originals = [center_crop(read_photo(path), base.config.tile) for path in chosen]
     rows = [row for one in level for row in measure(base, originals, one)]

@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 from common import machine, write
 from scipy.ndimage import gaussian_filter, zoom
+from seam_ratio import seam_ratio
 
 from pfstorer_rt.config import RestoreConfig, TileConfig
 from pfstorer_rt.imaging.similarity import psnr
 from pfstorer_rt.runtime.restorer import Restorer
-from pfstorer_rt.tiling import Tile, seam_ratio
+from pfstorer_rt.tiling import Tile
 
 Pixels = npt.NDArray[np.float32]
 

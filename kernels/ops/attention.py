@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .interpreter import dot
+from .layout import dense, strides
 from .tuning import Tile
 
 HEAD_SIZES = range(32, 129)
@@ -325,16 +326,12 @@ def _attention_backward_queries_kernel(
     _store_rows(grad_q + bh * L * D, i, D, i < L, acc, D, BLOCK_D)
 
 
-def _rowwise(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor with a dense last axis; the other strides are arbitrary."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _indices(keys: Keys | None, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (q, q) if keys is None else (keys.positions.contiguous(), keys.lengths)  # not read without keys
 
 
-def _sizes(q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
+def _options(q: torch.Tensor, k: torch.Tensor, keys: Keys | None, tile: Tile) -> dict[str, Any]:
+    """Return the arguments that all three kernels take by name."""
     head = q.shape[-1]
     return {
         "H": q.shape[1],
@@ -343,6 +340,9 @@ def _sizes(q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
         "scale": math.log2(math.e) / math.sqrt(head),
         "D": head,
         "BLOCK_D": triton.next_power_of_2(head),
+        "INDEXED": keys is not None,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
     }
 
 
@@ -360,27 +360,14 @@ def attention_forward(
     logarithm of the softmax denominators, (B, H, L) fp32. The memory layout of the output is (B, L, H, D), so that
     merging the heads needs no copy.
     """
-    q, k, v = _rowwise(q), _rowwise(k), _rowwise(v)
+    q, k, v = dense(q), dense(k), dense(v)
     batch, heads, length, head = q.shape
     tile = tile or default_tile(head)
     out = q.new_empty(batch, length, heads, head).transpose(1, 2)
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
-    strides = [stride for tensor in (q, k, v, out) for stride in tensor.stride()[:3]]
-    _attention_forward_kernel[triton.cdiv(length, tile.rows), batch * heads](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        *_indices(keys, q),
-        *strides,
-        **_sizes(q, k),
-        INDEXED=keys is not None,
-        BLOCK_L=tile.rows,
-        BLOCK_S=tile.columns,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    arguments = *_indices(keys, q), *strides(q, k, v, out)
+    options = {**_options(q, k, keys, tile), "BLOCK_L": tile.rows, "BLOCK_S": tile.columns}
+    _attention_forward_kernel[triton.cdiv(length, tile.rows), batch * heads](q, k, v, out, lse, *arguments, **options)
     return out, lse
 
 
@@ -397,44 +384,20 @@ def attention_backward(
 
     The kernels recompute the softmax from `lse`. The gradients of keys that are not attended are zero.
     """
-    q, k, v, grad = _rowwise(q), _rowwise(k), _rowwise(v), _rowwise(grad)
+    q, k, v, grad = dense(q), dense(k), dense(v), dense(grad)
     delta = (grad.float() * out.float()).sum(-1)
     grad_q, empty = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like
     if keys is not None:
         empty = torch.zeros_like
     grad_k, grad_v = (empty(tensor, memory_format=torch.contiguous_format) for tensor in (k, v))
-    sizes, strides = _sizes(q, k), [stride for tensor in (q, k, v, grad) for stride in tensor.stride()[:3]]
-    tile = BACKWARD_TILES[sizes["BLOCK_D"]]
-    options = {**sizes, "INDEXED": keys is not None, "num_warps": tile.warps, "num_stages": tile.stages}
-    pairs = q.shape[0] * q.shape[1]
+    tile = BACKWARD_TILES[triton.next_power_of_2(q.shape[-1])]
+    inputs, arguments = (q, k, v, grad, lse, delta), (*_indices(keys, q), *strides(q, k, v, grad))
+    options, pairs = _options(q, k, keys, tile), q.shape[0] * q.shape[1]
     _attention_backward_keys_kernel[triton.cdiv(k.shape[2], tile.columns), pairs](
-        q,
-        k,
-        v,
-        grad,
-        lse,
-        delta,
-        grad_k,
-        grad_v,
-        *_indices(keys, q),
-        *strides,
-        **options,
-        BLOCK_L=tile.rows,
-        BLOCK_S=tile.columns,
+        *inputs, grad_k, grad_v, *arguments, **options, BLOCK_L=tile.rows, BLOCK_S=tile.columns
     )
     _attention_backward_queries_kernel[triton.cdiv(q.shape[2], tile.columns), pairs](
-        q,
-        k,
-        v,
-        grad,
-        lse,
-        delta,
-        grad_q,
-        *_indices(keys, q),
-        *strides,
-        **options,
-        BLOCK_L=tile.columns,
-        BLOCK_S=tile.rows,
+        *inputs, grad_q, *arguments, **options, BLOCK_L=tile.columns, BLOCK_S=tile.rows
     )
     return grad_q, grad_k, grad_v
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .interpreter import dot
+from .layout import as_matrix
 from .tuning import Tile
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -82,12 +83,6 @@ def _gated_projection_kernel(
     tl.store(out + rows * o_m + n[None, :], gated, mask=inside)
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(..., C) -> (rows, C) with a dense last axis."""
-    flat = tensor.flatten(0, -2)
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
-
-
 def gated_projection_forward(
     h: torch.Tensor,
     weight: torch.Tensor,
@@ -100,7 +95,7 @@ def gated_projection_forward(
 ) -> torch.Tensor:
     """Launch the kernel with the arguments of `gated_projection`, strength as a tensor."""
     tile = tile or TILES[0]
-    a, w, s, r = _rows(h), _rows(weight), _rows(stream), _rows(x)
+    a, w, s, r = as_matrix(h), as_matrix(weight), as_matrix(stream), as_matrix(x)
     out = torch.empty(r.shape, dtype=r.dtype, device=r.device)
     (m, k), n = a.shape, w.shape[0]
     strength = strength.reshape(-1).contiguous()

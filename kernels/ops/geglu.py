@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .layout import as_matrix
+
 BLOCK = 1024
 
 
@@ -51,14 +53,9 @@ def _geglu_backward_kernel(
     tl.store(place + inner, (g * value * (phi + gate * density)).to(grad_x.dtype.element_ty), mask=n < inner)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    flat = x.flatten(0, -2)
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
-
-
 def geglu_forward(x: torch.Tensor) -> torch.Tensor:
     """Launch the forward kernel: (..., 2 I) -> (..., I)."""
-    flat, inner = _rows(x), x.shape[-1] // 2
+    flat, inner = as_matrix(x), x.shape[-1] // 2
     out = flat.new_empty(len(flat), inner)
     _geglu_forward_kernel[len(flat), triton.cdiv(inner, BLOCK)](flat, out, inner, flat.stride(0), BLOCK_N=BLOCK)
     return out.view(*x.shape[:-1], inner)
@@ -66,10 +63,11 @@ def geglu_forward(x: torch.Tensor) -> torch.Tensor:
 
 def geglu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Launch the backward kernel: gradient (..., I) and input (..., 2 I) -> (..., 2 I)."""
-    flat, inner = _rows(x), x.shape[-1] // 2
+    flat, inner = as_matrix(x), x.shape[-1] // 2
     out = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
     rows = grad.flatten(0, -2).contiguous()
-    _geglu_backward_kernel[len(flat), triton.cdiv(inner, BLOCK)](rows, flat, out, inner, flat.stride(0), BLOCK_N=BLOCK)
+    grid = len(flat), triton.cdiv(inner, BLOCK)
+    _geglu_backward_kernel[grid](rows, flat, out, inner, flat.stride(0), BLOCK_N=BLOCK)
     return out.view(x.shape)
 
 

@@ -13,8 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .layout import strides
+
 PIXELS, CHANNELS = 64, 64
 """Size of a tile, and of the unit of the statistics."""
+TILE = {"BLOCK_P": PIXELS, "BLOCK_C": CHANNELS}
 CHUNKS = 32
 """Number of tiles whose statistics are combined at a time."""
 
@@ -248,14 +251,25 @@ def _grid(x: torch.Tensor) -> tuple[int, int, int]:
     return triton.cdiv(x.shape[2], PIXELS), triton.cdiv(x.shape[1], CHANNELS), x.shape[0]
 
 
+def _sizes(x: torch.Tensor, mean: torch.Tensor) -> tuple[int, int, int]:
+    """Return channels, pixels and channels in a group."""
+    return x.shape[1], x.shape[2], x.shape[1] // mean.shape[1]
+
+
+def _modulation(
+    x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and shift, or x in their places where the kernel does not read them."""
+    return x if scale is None else scale, x if shift is None else shift
+
+
 def statistics(x: torch.Tensor, groups: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and 1 / sqrt(variance + eps) of each group of x (B, C, P), both (B, groups) fp32."""
     batch, channels, pixels = x.shape
     grid, size = _grid(x), channels // groups
     means, squares = x.new_empty(2, batch, grid[0], channels, dtype=torch.float32)
     mean, rstd = x.new_empty(2, batch, groups, dtype=torch.float32)
-    tile = {"BLOCK_P": PIXELS, "BLOCK_C": CHANNELS}
-    _statistics_kernel[grid](x, channels, pixels, *x.stride(), means, squares, **tile)
+    _statistics_kernel[grid](x, channels, pixels, *strides(x), means, squares, **TILE)
     _combine_kernel[groups, batch](
         means,
         squares,
@@ -284,27 +298,15 @@ def spade_norm_forward(
 ) -> torch.Tensor:
     """Launch the forward kernel on (B, C, P) tensors and the statistics of x."""
     out = torch.empty_like(x)
-    a, h = (x if t is None else t for t in (scale, shift))
+    a, h = _modulation(x, scale, shift)
     _spade_norm_kernel[_grid(x)](
-        x,
-        a,
-        h,
-        weight,
-        bias,
-        mean,
-        rstd,
-        x.shape[1],
-        x.shape[2],
-        x.shape[1] // mean.shape[1],
-        *x.stride(),
-        *a.stride(),
-        *h.stride(),
-        *out.stride(),
+        *(x, a, h, weight, bias, mean, rstd),
+        *_sizes(x, mean),
+        *strides(x, a, h, out),
         out,
         MODULATED=scale is not None,
         SILU=silu,
-        BLOCK_P=PIXELS,
-        BLOCK_C=CHANNELS,
+        **TILE,
     )
     return out
 
@@ -321,41 +323,21 @@ def spade_norm_backward(
     silu: bool,
 ) -> tuple[torch.Tensor | None, ...]:
     """Launch the backward kernel twice; returns the gradients of x, weight, bias, scale and shift."""
-    (batch, channels, pixels), groups, grid = x.shape, mean.shape[1], _grid(x)
-    size = channels // groups
+    (channels, pixels, size), groups, grid = _sizes(x, mean), mean.shape[1], _grid(x)
     grad_x = torch.empty_like(x)
     grad_scale, grad_shift = (grad_x if t is None else torch.empty_like(grad_x) for t in (scale, shift))
-    sums, products = x.new_empty(2, batch, grid[0], channels, dtype=torch.float32)
-    a, h = (x if t is None else t for t in (scale, shift))
+    sums, products = x.new_empty(2, len(x), grid[0], channels, dtype=torch.float32)
+    a, h = _modulation(x, scale, shift)
 
     def launch(sums: torch.Tensor, products: torch.Tensor, first: bool) -> None:
         _spade_norm_backward_kernel[grid](
-            grad,
-            x,
-            a,
-            h,
-            weight,
-            bias,
-            mean,
-            rstd,
-            grad_x,
-            grad_scale,
-            grad_shift,
-            sums,
-            products,
-            channels,
-            pixels,
-            size,
-            *grad.stride(),
-            *x.stride(),
-            *a.stride(),
-            *h.stride(),
-            *grad_x.stride(),
+            *(grad, x, a, h, weight, bias, mean, rstd, grad_x, grad_scale, grad_shift, sums, products),
+            *_sizes(x, mean),
+            *strides(grad, x, a, h, grad_x),
             MODULATED=scale is not None,
             SILU=silu,
             FIRST=first,
-            BLOCK_P=PIXELS,
-            BLOCK_C=CHANNELS,
+            **TILE,
         )
 
     launch(sums, products, True)

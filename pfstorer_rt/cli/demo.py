@@ -47,7 +47,7 @@ WORDS = (
     help="Strength of the degradation.",
 )
 @click.option("--seed", type=SEED, default=4, show_default=True, help="Random seed of the degradation.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print the measurements as one JSON object.")
 def command(
     output: Path, base: str, iterations: int, level: Literal["light", "heavy"], seed: int, as_json: bool
 ) -> None:

@@ -30,8 +30,12 @@ PATH = click.Path(path_type=Path)
     metavar="[NAME=]DIR",
     help="Folder of restored images; repeat the option for several methods.",
 )
-@click.option("--inputs", type=PATH, help="Folder of the degraded images; adds a row for them.")
-@click.option("--level", type=click.Choice(["light", "heavy"]), help="Degrade the originals, instead of --inputs.")
+@click.option("--inputs", type=PATH, help="Folder of the degraded images; adds `input` to the report.")
+@click.option(
+    "--level",
+    type=click.Choice(["light", "heavy"]),
+    help="Make the degraded images from the originals, with this strength.",
+)
 @click.option(
     "--seed",
     type=SEED,

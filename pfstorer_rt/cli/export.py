@@ -46,7 +46,7 @@ Row = dict[str, Any]
     metavar="X.Y",
     help="GPU to build for, such as 8.9, or current; repeat it for several. [default: the library's portable set]",
 )
-@click.option("--workspace", type=click.IntRange(1), metavar="MB", help="Scratch memory of TensorRT layers.")
+@click.option("--workspace", type=click.IntRange(1), metavar="MB", help="Largest scratch memory of a TensorRT layer.")
 @click.option(
     "--timing-cache",
     type=click.Path(path_type=Path),

@@ -1,16 +1,20 @@
 """Option types that several commands share, the flag of every setting, and the command of every export."""
 
 import shlex
-from typing import get_args
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args
 
 import click
 
-from pfstorer_rt.config import Attention
+from pfstorer_rt.config import Attention, Optimizer, Precision
 from pfstorer_rt.errors import Rebuild, one_line
 
 ATTENTION = click.Choice(get_args(Attention))
 SEED = click.IntRange(0, 2**32 - 1)
 """The range of NumPy's seeds; PyTorch accepts these seeds multiplied by a count too."""
+Command = TypeVar("Command", bound=Callable[..., Any])
+TRAINING = ("seed", "precision", "device", "attention", "gradient_checkpointing", "optimizer")
+"""Parameters of `training_options`, which are fields of `TrainConfig`."""
 FLAGS = {
     "compute_capabilities": "--compute-capability",
     "extension": "--format",
@@ -20,6 +24,43 @@ FLAGS = {
     "trust": "--trust-plan",
 }
 """Setting of the library -> flag, where the flag is not the setting's own name."""
+
+
+def training_options(command: Command) -> Command:
+    """Add the options that every training has: how it computes, not what."""
+    options = (
+        click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed."),
+        click.option(
+            "--precision",
+            type=click.Choice(get_args(Precision)),
+            default="auto",
+            show_default=True,
+            help="Precision of the training; auto: bf16 where the device computes it natively, else fp32.",
+        ),
+        click.option("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:N."),
+        click.option(
+            "--attention",
+            type=ATTENTION,
+            default="auto",
+            show_default=True,
+            help="Kernels for attention, gates and norms; triton needs an NVIDIA GPU.",
+        ),
+        click.option(
+            "--gradient-checkpointing",
+            is_flag=True,
+            help="Recompute activations in the backward pass: less memory, more time.",
+        ),
+        click.option(
+            "--optimizer",
+            type=click.Choice(get_args(Optimizer)),
+            default="adamw",
+            show_default=True,
+            help="Optimizer; the 8-bit ones need bitsandbytes.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def flag(setting: str) -> str:

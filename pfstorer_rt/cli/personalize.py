@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pfstorer_rt.cli.options import ATTENTION, SEED
+from pfstorer_rt.cli.options import TRAINING, training_options
 from pfstorer_rt.errors import SettingError
 
 
@@ -56,8 +56,14 @@ class Options:
     "--iterations", type=click.IntRange(1), help="Number of training iterations. [default: the base's; tiny: 1000]"
 )
 @click.option("--batch", type=click.IntRange(1), help="Samples per iteration. [default: the base's, else 4]")
-@click.option("--learning-rate", type=float, help="Learning rate of the blocks. [default: the base's, else 5e-5]")
-@click.option("--lambda-gen", type=click.FloatRange(0), help="Weight of L_gen. [default: the base's, else 0.1]")
+@click.option(
+    "--learning-rate", type=float, help="Learning rate of the personalization blocks. [default: the base's, else 5e-5]"
+)
+@click.option(
+    "--lambda-gen",
+    type=click.FloatRange(0),
+    help="Weight of the loss L_gen of the paper. [default: the base's, else 0.1]",
+)
 @click.option(
     "--first-step",
     type=click.FloatRange(0, 1),
@@ -78,47 +84,28 @@ class Options:
     type=click.FloatRange(0),
     help="Weight of the identity loss of decoded images. [default: the base's, else 0]",
 )
-@click.option("--rank", type=click.IntRange(0), default=0, help="Rank of the blocks' matrices; 0 keeps full matrices.")
+@click.option(
+    "--rank",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Rank of the matrices of the personalization blocks; a low rank gives a small file. 0: full matrices.",
+)
 @click.option(
     "--ref-source",
     type=click.Choice(["cached", "self"]),
     default="cached",
     show_default=True,
-    help="Source of the reference features when restoring: the photographs, or the input image itself.",
+    help="Source of the reference features when restoring: cached from a photograph, or the input image itself.",
 )
 @click.option(
     "--framing",
     type=click.Choice(["face", "none"]),
     default="face",
     show_default=True,
-    help="face: crop around small or off-centre faces; none: centre crop.",
+    help="How the photographs are cropped. face: around small or off-centre faces; none: at the centre.",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    default="auto",
-    show_default=True,
-    help="Precision of the training; auto: bf16 where the device computes it natively, else fp32.",
-)
-@click.option("--device", default="auto", show_default=True, help="Device: auto, cpu or cuda.")
-@click.option(
-    "--attention",
-    type=ATTENTION,
-    default="auto",
-    show_default=True,
-    help="Kernels for attention, gates and norms; triton needs an NVIDIA GPU.",
-)
-@click.option(
-    "--gradient-checkpointing", is_flag=True, help="Recompute activations in the backward pass: less memory, more time."
-)
-@click.option(
-    "--optimizer",
-    type=click.Choice(["adamw", "adamw8bit", "paged_adamw8bit"]),
-    default="adamw",
-    show_default=True,
-    help="Optimizer; the 8-bit ones need bitsandbytes.",
-)
+@training_options
 @click.option(
     "-o",
     "--output",
@@ -161,17 +148,7 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
     if len(photos) < 3:
         note(f"{len(photos)} photograph(s); 3-5 photographs give a better likeness")
     base = load_base(options.base)
-    names = (
-        "iterations",
-        "batch",
-        "learning_rate",
-        "precision",
-        "device",
-        "seed",
-        "optimizer",
-        "gradient_checkpointing",
-        "attention",
-    )
+    names = ("iterations", "batch", "learning_rate", *TRAINING)
     losses = ("lambda_gen", "lambda_pixel", "lambda_perceptual", "lambda_id")
     own = ("method", *losses, "first_step", "rank", "ref_source", "framing")
     train, values = (

@@ -146,7 +146,9 @@ class Options:
 @click.option("--dry-run", is_flag=True, help="Print tiles, steps, memory and time; restore nothing.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Number of diffusion steps. [default: the engine's]")
 @click.option(
-    "--sampler", type=click.Choice(["ddpm", "ddim", "dpmpp_2m", "unipc"]), help="Sampler. [default: the engine's]"
+    "--sampler",
+    type=click.Choice(["ddpm", "ddim", "dpmpp_2m", "unipc"]),
+    help="Diffusion sampler. [default: the engine's]",
 )
 @click.option(
     "--seed", type=SEED, default=0, show_default=True, help="Random seed; the same seed gives the same bytes."
@@ -185,7 +187,7 @@ class Options:
     type=click.Choice(["fast", "parity"]),
     default="fast",
     show_default=True,
-    help="How an image is cut; parity cuts as StableSR does.",
+    help="How an image is divided into tiles; parity: as StableSR does.",
 )
 @click.option(
     "--overlap",
@@ -255,10 +257,9 @@ def command(**parameters: Any) -> None:
 def check_options(options: Options) -> None:
     """Raise `click.UsageError` for options that contradict each other."""
     engines, watch = options.engines, options.watch
-    if bool(engines) == (options.base is not None) and options.backend != "torch":
+    both, neither = bool(engines and options.base), not engines and options.base is None
+    if neither or (both and options.backend != "torch"):  # with backend torch, a plan may name its base's folder
         raise click.UsageError("give either --engine FILE.plan or --base tiny|DIR")
-    if not engines and options.base is None:
-        raise click.UsageError("give --engine FILE.plan or --base tiny|DIR")
     if options.identity and engines:
         raise click.UsageError("--identity goes with --base; a plan already contains its identity")
     if len(set(options.labels)) < len(engines):

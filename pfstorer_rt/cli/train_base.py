@@ -4,27 +4,43 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
+from click.core import ParameterSource
 
-from pfstorer_rt.cli.options import SEED
+from pfstorer_rt.cli.options import TRAINING, flag, training_options
 
-PARTS = ("autoencoder", "restorer", "one-step")
-"""Parts of a training on tiles."""
+if TYPE_CHECKING:
+    from pfstorer_rt.training.stages import StageConfig
+
+CROPS = {"wide", "variations", "level", "p_hq"}
+LENGTH = {"iterations", "batch", "learning_rate"}
+STAGES = {
+    "base": {"preset", "weights", "weighting", "autoencoder_iterations", "crop", "first_step", *CROPS, *LENGTH},
+    "wrapping": {*CROPS, *LENGTH},
+    "finishing": {"first_step", "lambda_id", "lambda_perceptual", "lambda_pixel", "share", *CROPS, *LENGTH},
+    "autoencoder": {"preset", "minutes", "tiles", "lpips", *LENGTH},
+    "restorer": {"minutes", "tiles", *LENGTH},
+    "one-step": {"minutes", "tiles", "lpips", *LENGTH},
+}
+"""Stage -> parameters that only some stages have. The first three stages use crops, the others tiles."""
 
 
 @dataclass(frozen=True)
 class Options:
     """The parsed options, under the names of the command's parameters."""
 
+    stage: str
     preset: str
     prior: str | None
-    trained: Any  # a stage, or a group of weights
+    weights: Literal["all", "conditions"] | None
     weighting: Literal["prediction", "x0"]
     autoencoder_iterations: int | None
     iterations: int | None
+    minutes: float | None
     batch: int | None
+    learning_rate: float | None
     crop: int | None
     wide: float | None
     variations: int | None
@@ -35,14 +51,50 @@ class Options:
     lambda_perceptual: float | None
     lambda_pixel: float | None
     share: float | None
-    learning_rate: float | None
-    minutes: float | None
     tiles: int
     lpips: Path | None
+    workers: int
     seed: int
     precision: str
     device: str
-    workers: int
+    attention: str
+    gradient_checkpointing: bool
+    optimizer: str
+
+    def values(self, *names: str) -> dict[str, Any]:
+        """Return the options that replace defaults of a configuration: None keeps a default."""
+        return {name: getattr(self, name) for name in names}
+
+    def stage_config(self) -> StageConfig:
+        """Return the settings of the stage."""
+        from pfstorer_rt.config import changed
+        from pfstorer_rt.training.base import BaseTrainConfig
+        from pfstorer_rt.training.crops import CropConfig
+        from pfstorer_rt.training.finishing import FinishingConfig
+        from pfstorer_rt.training.parts import PartConfig
+        from pfstorer_rt.training.wrapping import WrappingConfig
+
+        common = self.values("batch", *TRAINING)
+        length = self.values("iterations", "learning_rate")
+        crops = changed(CropConfig(), **self.values("wide", "variations", "level", "p_hq"))
+        if self.stage == "base":
+            base = BaseTrainConfig(self.preset, crops=crops, weighting=self.weighting, weights=self.weights)
+            return changed(
+                base,
+                autoencoder=changed(
+                    base.autoencoder, iterations=self.autoencoder_iterations, workers=self.workers, **common
+                ),
+                restorer=changed(base.restorer, workers=self.workers, **length, **common),
+                **self.values("crop", "first_step"),
+            )
+        if self.stage in ("wrapping", "finishing"):
+            config = WrappingConfig(crops=crops) if self.stage == "wrapping" else FinishingConfig(crops=crops)
+            train = changed(config.train, workers=self.workers, **length, **common)
+            losses = ("first_step", "lambda_id", "lambda_perceptual", "lambda_pixel", "share")
+            return changed(config, train=train, **(self.values(*losses) if self.stage == "finishing" else {}))
+        part = cast(Literal["autoencoder", "restorer", "one-step"], self.stage)
+        values = {**common, **length, "minutes": self.minutes}
+        return PartConfig(part, self.preset, self.tiles, self.lpips, workers=self.workers, train=values)
 
 
 @click.command()
@@ -56,137 +108,134 @@ class Options:
     show_default=True,
     help="Architecture of the base.",
 )
-@click.option("--prior", help="Base to start from; its autoencoder is not trained.")
 @click.option(
-    "--train",
-    "trained",
-    type=click.Choice(["auto", "all", "conditions", "wrapping", "finishing", *PARTS]),
-    default="auto",
+    "--stage",
+    type=click.Choice(list(STAGES)),
+    default="base",
     show_default=True,
-    help="What is trained. all: the whole restorer. conditions: SPADEs and structure encoder only. auto: conditions "
-    "with --prior, else all. wrapping: feature wrapping of the decoder only. finishing: everything, with image-space "
-    "losses. autoencoder, restorer, one-step: the three parts of a training on tiles (docs/training.md).",
+    help="What is trained. On crops of the photographs: base (the autoencoder, then the restorer; with --prior the "
+    "restorer alone), wrapping (feature wrapping of the decoder), finishing (everything except the autoencoder, with "
+    "losses on decoded images). On tiles composed of the photographs, one after the other: autoencoder, restorer, "
+    "one-step.",
+)
+@click.option("--prior", help="Base to train further. Required by every stage except base and autoencoder.")
+@click.option(
+    "--weights",
+    type=click.Choice(["all", "conditions"]),
+    help="Stage base: trained weights of the restorer. conditions: SPADEs and structure encoder only. "
+    "[default: conditions with --prior, else all]",
 )
 @click.option(
     "--weighting",
     type=click.Choice(["prediction", "x0"]),
     default="prediction",
     show_default=True,
-    help="Space of the loss: the prediction, or the clean latent (x0), which favours few steps.",
+    help="Stage base: space of the loss. x0 is the clean latent, which favours few steps.",
 )
 @click.option(
     "--autoencoder-iterations",
     type=click.IntRange(1),
-    help="Iterations of the autoencoder. [default: the shipped base's]",
+    help="Stage base: iterations of the autoencoder. [default: 6000]",
 )
-@click.option("--iterations", type=click.IntRange(1), help="Iterations of the restorer. [default: the shipped base's]")
-@click.option("--batch", type=click.IntRange(2), help="Samples per iteration. [default: 16]")
-@click.option("--crop", type=click.IntRange(16), help="Side of the autoencoder's crops in pixels. [default: 128]")
 @click.option(
-    "--wide", type=click.FloatRange(1, 2), help="Crop up to N times the short side, with mirrored padding. [default: 1]"
+    "--iterations",
+    type=click.IntRange(1),
+    help="Iterations of the stage; of the restorer in stage base. [default: 8000 on crops; on tiles the stage's]",
 )
-@click.option("--variations", type=click.IntRange(1), help="Degraded pairs per photograph. [default: 2]")
+@click.option(
+    "--minutes", type=click.FloatRange(0.1), help="Stages on tiles: length in minutes, instead of iterations."
+)
+@click.option("--batch", type=click.IntRange(2), help="Samples per iteration. [default: 16 on crops; on tiles 8 or 4]")
+@click.option(
+    "--learning-rate",
+    type=float,
+    help="Learning rate of the stage; of the restorer in stage base. [default: 5e-4 on crops; on tiles 6e-4, in "
+    "one-step 3e-4]",
+)
+@click.option(
+    "--crop", type=click.IntRange(16), help="Stage base: side of the autoencoder's crops in pixels. [default: 128]"
+)
+@click.option(
+    "--wide",
+    type=click.FloatRange(1, 2),
+    help="Stages on crops: crop up to N times the short side, with mirrored padding. [default: 1]",
+)
+@click.option(
+    "--variations", type=click.IntRange(1), help="Stages on crops: degraded pairs per photograph. [default: 1]"
+)
 @click.option(
     "--level",
     type=click.Choice(["light", "heavy", "mixed"]),
     default="heavy",
     show_default=True,
-    help="Strength of the degradation.",
+    help="Stages on crops: strength of the degradation.",
 )
-@click.option("--p-hq", type=click.FloatRange(0, 1), help="Share of pairs without degradation. [default: 0.03]")
-@click.option("--first-step", type=click.FloatRange(0, 1), help="Share of samples at timestep 999. [default: 0]")
-@click.option("--lambda-id", type=click.FloatRange(0), help="Weight of the identity loss in finishing. [default: 0.3]")
-@click.option("--lambda-perceptual", type=click.FloatRange(0), help="Weight of ST-LPIPS in finishing. [default: 0.2]")
-@click.option("--lambda-pixel", type=click.FloatRange(0), help="Weight of the pixel error in finishing. [default: 0.5]")
+@click.option(
+    "--p-hq",
+    type=click.FloatRange(0, 1),
+    help="Stages on crops: share of pairs without degradation. [default: 0.03]",
+)
+@click.option(
+    "--first-step",
+    type=click.FloatRange(0, 1),
+    help="Stages base and finishing: share of samples at timestep 999, where restoring starts. [default: 0]",
+)
+@click.option(
+    "--lambda-id", type=click.FloatRange(0), help="Stage finishing: weight of the identity loss. [default: 0.3]"
+)
+@click.option(
+    "--lambda-perceptual", type=click.FloatRange(0), help="Stage finishing: weight of ST-LPIPS. [default: 0.2]"
+)
+@click.option(
+    "--lambda-pixel", type=click.FloatRange(0), help="Stage finishing: weight of the pixel error. [default: 0.5]"
+)
 @click.option(
     "--share",
     type=click.FloatRange(0, 1),
-    help="Interpolation of the result between the weights of the prior (0) and the finished ones (1). [default: 0.5]",
-)
-@click.option("--learning-rate", type=float, help="Learning rate of the restorer. [default: 5e-4]")
-@click.option(
-    "--minutes", type=click.FloatRange(0.1), help="Length of a part on tiles in minutes, instead of iterations."
+    help="Stage finishing: interpolation of the result between the weights of the prior (0) and the trained ones (1). "
+    "[default: 0.5]",
 )
 @click.option(
-    "--tiles",
-    type=click.IntRange(16),
-    default=2000,
-    show_default=True,
-    help="Number of tiles that a part on tiles prepares.",
+    "--tiles", type=click.IntRange(16), default=2000, show_default=True, help="Stages on tiles: number of tiles."
 )
-@click.option("--lpips", type=click.Path(exists=True, path_type=Path), help="NPZ file with the LPIPS weights.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
 @click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    default="auto",
-    show_default=True,
-    help="Precision of the training; auto: bf16 where the device computes it natively, else fp32.",
+    "--lpips",
+    type=click.Path(exists=True, path_type=Path),
+    help="Stages autoencoder and one-step: NPZ file with the LPIPS weights.",
 )
-@click.option("--device", default="auto", show_default=True, help="Device: auto, cpu or cuda.")
 @click.option("--workers", type=click.IntRange(0), default=1, show_default=True, help="Processes that prepare batches.")
+@training_options
 def command(photos: tuple[Path, ...], output: Path, work: Path | None, **parameters: Any) -> None:
-    """Train a base on photographs: an autoencoder, then the restorer on degraded pairs.
+    """Train a base on photographs. One call trains one stage; the default stage makes a new base.
 
+    On tiles, a folder of photographs may have a weight: FOLDER=WEIGHT is its share of the tiles.
     Run the same command again to resume an interrupted training. `accelerate launch -m pfstorer_rt.cli train-base ...`
     trains on several devices.
 
     \b
-    Example:
+    Examples:
       pfstorer-rt train-base photos/ -o my-base
+      pfstorer-rt train-base photos/ -o wrapped --prior my-base --stage wrapping
     """
     options = Options(**parameters)
-    if options.trained in PARTS:
-        train_on_tiles(photos, output, work or output.with_name(output.name + ".training"), options)
-        return
-    from dataclasses import replace
-
-    part: Any = options.trained if options.trained in ("wrapping", "finishing") else None
-    if part and not options.prior:
-        raise click.UsageError(f"--train {part} needs --prior, the base to train")
-    from pfstorer_rt.config import changed
+    check_options(options, click.get_current_context())
     from pfstorer_rt.console import say, stage_bars
     from pfstorer_rt.models.base import load_base
-    from pfstorer_rt.training.base import BaseTrainConfig
     from pfstorer_rt.training.stages import train_stage
 
-    common = {k: getattr(options, k) for k in ("batch", "seed", "precision", "device", "workers")}
-    squares = ("preset", "crop", "wide", "variations", "p_hq", "first_step")
-    weights = ("lambda_id", "lambda_perceptual", "lambda_pixel", "share")
-    config = BaseTrainConfig()
-    config = replace(
-        changed(config, **{k: getattr(options, k) for k in squares + weights}),
-        level=options.level,
-        trained="auto" if part else options.trained,
-        weighting=options.weighting,
-        autoencoder=changed(config.autoencoder, iterations=options.autoencoder_iterations, **common),
-        restorer=changed(config.restorer, iterations=options.iterations, learning_rate=options.learning_rate, **common),
-    )
     work = work or output.with_name(output.name + ".training")
     prior = load_base(options.prior) if options.prior else None
     with stage_bars() as on_progress:
-        base = train_stage(part or "restorer", photos, output, config, work, prior, on_progress)
+        base = train_stage(photos, output, options.stage_config(), work, prior, on_progress)
     say(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; {work} can be deleted")
 
 
-def train_on_tiles(photos: tuple[Path, ...], output: Path, work: Path, options: Options) -> None:
-    """Train one part of a base on tiles."""
-    if options.trained != "autoencoder" and not options.prior:
-        raise click.UsageError(f"--train {options.trained} needs --prior, the base of the previous part")
-    from pfstorer_rt.console import say, stage_bars
-    from pfstorer_rt.models.base import load_base
-    from pfstorer_rt.training.parts import PartConfig, train_part
-
-    names = ("iterations", "minutes", "batch", "learning_rate", "seed", "precision", "device")
-    config = PartConfig(
-        options.trained,
-        preset=options.preset,
-        tiles=options.tiles,
-        lpips=options.lpips,
-        workers=options.workers,
-        train={name: getattr(options, name) for name in names},
-    )
-    prior = load_base(options.prior) if options.prior else None
-    with stage_bars() as on_progress:
-        base = train_part([str(photo) for photo in photos], output, config, work, prior, on_progress)
-    say(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; {work} can be deleted")
+def check_options(options: Options, context: click.Context) -> None:
+    """Raise `click.UsageError` for a missing prior, and for an option that the stage does not have."""
+    if options.stage not in ("base", "autoencoder") and not options.prior:
+        raise click.UsageError(f"--stage {options.stage} needs --prior, the base that it trains further")
+    foreign = {name for own in STAGES.values() for name in own} - STAGES[options.stage]
+    for name in sorted(foreign):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            stages = ", ".join(stage for stage, own in STAGES.items() if name in own)
+            raise click.UsageError(f"{flag(name)} is not an option of the stage {options.stage}, but of: {stages}")

@@ -155,7 +155,7 @@ class People:
 
     def notes(self, metrics: Metrics) -> list[str]:
         """Return a line for each person whose references show no face."""
-        from pfstorer_rt.evaluation.registry import known_faces
+        from pfstorer_rt.evaluation.loaders import known_faces
         from pfstorer_rt.faces.finding import face_embedder
 
         embed = face_embedder()

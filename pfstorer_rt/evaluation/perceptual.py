@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from pfstorer_rt.errors import MissingBackendError, one_line
+from pfstorer_rt.evaluation.sample import Measure, MetricFiles, Sample
 from pfstorer_rt.imaging.perceptual import (
     SMALLEST,
     PerceptualDistance,
@@ -22,30 +22,27 @@ from pfstorer_rt.imaging.perceptual import (
 )
 from pfstorer_rt.imaging.rows import Pixels
 
-if TYPE_CHECKING:
-    from pfstorer_rt.evaluation.sample import Measure, Sample
 
+def load_lpips(files: MetricFiles) -> Measure:
+    """Load LPIPS 0.1 with AlexNet (Zhang 2018, eq. 1): the linear weights come from the package `lpips`.
 
-def lpips_measure(alexnet: Path | None) -> Measure:
-    """LPIPS 0.1 with AlexNet (Zhang 2018, eq. 1): the linear weights come from the package `lpips`.
-
-    alexnet: file of torchvision's weights, for machines where torchvision cannot be imported.
+    Without `files.alexnet`, torchvision provides the backbone.
     Raises `MissingBackendError` when the package or the backbone is missing, `BadFileError` for another file.
     """
     advice = "install it without its dependencies, and give the AlexNet weights unless torchvision loads"
     linear = package_file("lpips", "weights/v0.1/alex.pth", advice)
-    backbone = torchvision_alexnet() if alexnet is None else read_weights(alexnet)
-    slices = alexnet_slices(backbone, alexnet or Path("alexnet"))
+    backbone = torchvision_alexnet() if files.alexnet is None else read_weights(files.alexnet)
+    slices = alexnet_slices(backbone, files.alexnet or Path("alexnet"))
     return measure_by(PerceptualDistance(slices, linear_weights(read_weights(linear))))
 
 
-def stlpips_measure() -> Measure:
-    """Shift-tolerant LPIPS as a metric; raises `MissingBackendError` when its package is missing."""
+def load_stlpips(_: MetricFiles) -> Measure:
+    """Load shift-tolerant LPIPS; raises `MissingBackendError` when its package is missing."""
     return measure_by(shift_tolerant_distance())
 
 
-def musiq_measure(path: Path | None) -> Measure:
-    """MUSIQ of `pyiqa` with KonIQ-10k weights, 0 to 100; it does not use the original.
+def load_musiq(files: MetricFiles) -> Measure:
+    """Load MUSIQ of `pyiqa` with KonIQ-10k weights, 0 to 100; it does not use the original.
 
     Raises `MissingBackendError` when pyiqa cannot be imported or its weights are not available.
     """
@@ -54,7 +51,7 @@ def musiq_measure(path: Path | None) -> Measure:
         import pyiqa
     except Exception as error:  # an incompatible torchvision raises many error types
         raise MissingBackendError(f"{advice} ({one_line(error)})") from error
-    options = {"pretrained_model_path": str(path)} if path else {}
+    options = {"pretrained_model_path": str(files.musiq)} if files.musiq else {}
     try:
         network = pyiqa.create_metric("musiq", device="cpu", **options)
     except Exception as error:  # a failed download also raises many error types

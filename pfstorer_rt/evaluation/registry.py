@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from pfstorer_rt.errors import MissingBackendError, SettingError
-from pfstorer_rt.evaluation.sample import Measure, Sample
-from pfstorer_rt.extras import needed_by
-from pfstorer_rt.faces import dlib, finding
-from pfstorer_rt.faces.arcface import arcface_embedder
-from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding
+from pfstorer_rt.evaluation import loaders, perceptual
+from pfstorer_rt.evaluation.sample import Load, Measure, MetricFiles, Sample
+from pfstorer_rt.faces.dlib import SAME_PERSON
 from pfstorer_rt.files import sha256_file
-from pfstorer_rt.imaging import similarity
 from pfstorer_rt.imaging.rows import Pixels
-from pfstorer_rt.imaging.similarity import SSIM_WINDOW
-
-if TYPE_CHECKING:
-    from pfstorer_rt.evaluation.sample import Measure, Sample
-
 
 __all__ = ["METRICS", "Measure", "Metric", "MetricFiles", "Metrics", "Sample", "load_metrics"]
-
-
-@dataclass(frozen=True)
-class MetricFiles:
-    """Weight files that the user provides; None for a missing file."""
-
-    arcface: Path | None = None
-    """A face recognizer of the ArcFace family as ONNX: (1, 3, 112, 112) in, an embedding out."""
-    alexnet: Path | None = None
-    """torchvision's AlexNet weights (alexnet-owt-7be5be79.pth), the backbone of LPIPS."""
-    musiq: Path | None = None
-    """pyiqa's MUSIQ weights (musiq_koniq_ckpt-e95806b9.pth); without the file pyiqa downloads them."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +33,7 @@ class Metric:
     """Licence of the code and of the weights."""
     packages: tuple[str, ...]
     """Distributions whose versions a report lists."""
-    load: Callable[[MetricFiles], Measure]
-    """Loads the metric; raises `MissingBackendError` that names the package to install or the file to provide."""
+    load: Load
     counts_failures: bool = False
     """Count a missing result as a black image, so that failures do not improve a method's mean."""
     file: str | None = None
@@ -141,111 +119,6 @@ def size(pixels: Pixels) -> str:
     return f"{pixels.shape[1]}x{pixels.shape[0]}"
 
 
-def known_faces(references: Sequence[Sample], embed: Callable[[Pixels], Embedding | None]) -> list[Embedding]:
-    """Return the embeddings of the references that show a face."""
-    return [face for reference in references if (face := reference.once(embed)) is not None]
-
-
-def load_psnr(_: MetricFiles) -> Measure:
-    """Load PSNR in dB."""
-    return lambda result, original, _: similarity.psnr(result.pixels, original.pixels)
-
-
-def load_ssim(_: MetricFiles) -> Measure:
-    """Load SSIM; None for images smaller than its window of 11 pixels."""
-    with needed_by("SSIM"):
-        import skimage.metrics  # noqa: F401
-
-    def measure(result: Sample, original: Sample, _: Sequence[Sample]) -> float | None:
-        fits = min(original.pixels.shape[:2]) >= SSIM_WINDOW
-        return similarity.ssim(result.pixels, original.pixels) if fits else None
-
-    return measure
-
-
-def dlib_embedder() -> Callable[[Pixels], Embedding | None]:
-    """Return dlib's embedding function; raises `MissingBackendError` without the `metrics` extra."""
-    embed = finding.face_embedder()
-    if embed is None:
-        raise MissingBackendError(f"dlib and its weights are not installed; {INSTALL_METRICS}")
-    return embed
-
-
-def load_id(_: MetricFiles) -> Measure:
-    """Load the mean distance between dlib's embeddings of the result and of the references."""
-    embed = dlib_embedder()
-    return lambda result, _, references: dlib.mean_distance(result.once(embed), known_faces(references, embed))
-
-
-def load_id_original(_: MetricFiles) -> Measure:
-    """Load the distance between dlib's embeddings of the result and of the original."""
-    embed = dlib_embedder()
-    return lambda result, original, _: dlib.identity_distance(result.once(embed), original.once(embed))
-
-
-def load_verification(_: MetricFiles) -> Measure:
-    """Load verification: 1.0 if the result is accepted as the references' person, else 0.0 (also without a face)."""
-    embed = dlib_embedder()
-
-    def measure(result: Sample, _: Sample, references: Sequence[Sample]) -> float | None:
-        known = known_faces(references, embed)
-        if not known:
-            return None
-        distance = dlib.mean_distance(result.once(embed), known)
-        return float(distance is not None and distance < SAME_PERSON)
-
-    return measure
-
-
-def load_lmse(_: MetricFiles) -> Measure:
-    """Load the squared error of dlib's landmarks; both images use the box of the original's face."""
-    dlib.load_dlib()
-
-    def measure(result: Sample, original: Sample, _: Sequence[Sample]) -> float | None:
-        box = original.once(finding.find_largest)
-        if box is None:
-            return None
-        truth = finding.landmarks_at_side(original.pixels, box)
-        return dlib.landmark_error(finding.landmarks_at_side(result.pixels, box), truth)
-
-    return measure
-
-
-def load_lpips(files: MetricFiles) -> Measure:
-    """Load LPIPS 0.1, AlexNet."""
-    from pfstorer_rt.evaluation.perceptual import lpips_measure
-
-    return lpips_measure(files.alexnet)
-
-
-def load_stlpips(_: MetricFiles) -> Measure:
-    """Load ST-LPIPS, AlexNet."""
-    from pfstorer_rt.evaluation.perceptual import stlpips_measure
-
-    return stlpips_measure()
-
-
-def load_musiq(files: MetricFiles) -> Measure:
-    """Load MUSIQ with KonIQ-10k weights."""
-    from pfstorer_rt.evaluation.perceptual import musiq_measure
-
-    return musiq_measure(files.musiq)
-
-
-def load_arcface(files: MetricFiles) -> Measure:
-    """Load 100 x the mean cosine similarity between the embeddings of result and references; None without a face."""
-    if files.arcface is None:
-        raise MissingBackendError("give a recognizer of the ArcFace family as an ONNX file", setting="arcface")
-    embed = arcface_embedder(files.arcface)
-
-    def measure(result: Sample, _: Sample, references: Sequence[Sample]) -> float | None:
-        face = result.once(embed)
-        known = [other for reference in references if (other := reference.once(embed)) is not None]
-        return None if face is None or not known else 100 * float(np.mean([face @ other for other in known]))
-
-    return measure
-
-
 DLIB = ("dlib-bin", "face_recognition_models")
 DLIB_LICENCE = "BSL-1.0 (dlib), weights CC0"
 
@@ -258,7 +131,7 @@ METRICS: tuple[Metric, ...] = (
         meaning="peak signal-to-noise ratio over all pixels and channels",
         licence="Apache-2.0",
         packages=("pfstorer-rt",),
-        load=load_psnr,
+        load=loaders.load_psnr,
         digits=2,
     ),
     Metric(
@@ -269,7 +142,7 @@ METRICS: tuple[Metric, ...] = (
         meaning="structural similarity, gaussian window, mean of the three channels",
         licence="BSD-3-Clause",
         packages=("scikit-image",),
-        load=load_ssim,
+        load=loaders.load_ssim,
     ),
     Metric(
         key="lpips",
@@ -279,7 +152,7 @@ METRICS: tuple[Metric, ...] = (
         meaning="learned perceptual distance, version 0.1 (Zhang 2018), AlexNet",
         licence="BSD-2-Clause (lpips), weights BSD-3-Clause (torchvision)",
         packages=("lpips",),
-        load=load_lpips,
+        load=perceptual.load_lpips,
         file="alexnet",
     ),
     Metric(
@@ -290,7 +163,7 @@ METRICS: tuple[Metric, ...] = (
         meaning="shift-tolerant LPIPS (Ghildyal and Liu 2022), AlexNet; not LPIPS",
         licence="BSD-2-Clause (weights in stlpips_pytorch)",
         packages=("stlpips_pytorch",),
-        load=load_stlpips,
+        load=perceptual.load_stlpips,
     ),
     Metric(
         key="musiq",
@@ -300,7 +173,7 @@ METRICS: tuple[Metric, ...] = (
         meaning="quality without reference (Ke 2021), KonIQ-10k weights",
         licence="PolyForm-Noncommercial-1.0.0 (pyiqa), weights Apache-2.0",
         packages=("pyiqa",),
-        load=load_musiq,
+        load=perceptual.load_musiq,
         file="musiq",
         digits=1,
     ),
@@ -315,7 +188,7 @@ METRICS: tuple[Metric, ...] = (
         ),
         licence="BSL-1.0 (dlib), landmark weights for non-commercial use (iBUG 300-W)",
         packages=DLIB,
-        load=load_lmse,
+        load=loaders.load_lmse,
         digits=1,
     ),
     Metric(
@@ -326,7 +199,7 @@ METRICS: tuple[Metric, ...] = (
         meaning="mean Euclidean distance between dlib's embeddings of result and references",
         licence=DLIB_LICENCE,
         packages=DLIB,
-        load=load_id,
+        load=loaders.load_id,
     ),
     Metric(
         key="id_original_dlib",
@@ -336,7 +209,7 @@ METRICS: tuple[Metric, ...] = (
         meaning="Euclidean distance between dlib's embeddings of result and original",
         licence=DLIB_LICENCE,
         packages=DLIB,
-        load=load_id_original,
+        load=loaders.load_id_original,
     ),
     Metric(
         key="verification_dlib",
@@ -348,7 +221,7 @@ METRICS: tuple[Metric, ...] = (
         ),
         licence=DLIB_LICENCE,
         packages=DLIB,
-        load=load_verification,
+        load=loaders.load_verification,
         counts_failures=True,
         digits=1,
     ),
@@ -360,7 +233,7 @@ METRICS: tuple[Metric, ...] = (
         meaning="100 x mean cosine similarity between the given recognizer's embeddings of result and references",
         licence="MIT (onnxruntime), weights: licence of the file",
         packages=("onnxruntime",),
-        load=load_arcface,
+        load=loaders.load_arcface,
         file="arcface",
         digits=1,
     ),

@@ -1,8 +1,10 @@
-"""An image to be measured, and the type of measuring functions."""
+"""What metrics take: images, weight files, and the types of their functions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -35,3 +37,19 @@ class Sample:
 
 Measure = Callable[[Sample, Sample, Sequence[Sample]], "float | None"]
 """measure(result, original, references) -> value, or None if the metric is not defined for these images."""
+
+
+@dataclass(frozen=True)
+class MetricFiles:
+    """Weight files that the user provides; None for a missing file."""
+
+    arcface: Path | None = None
+    """A face recognizer of the ArcFace family as ONNX: (1, 3, 112, 112) in, an embedding out."""
+    alexnet: Path | None = None
+    """torchvision's AlexNet weights (alexnet-owt-7be5be79.pth), the backbone of LPIPS."""
+    musiq: Path | None = None
+    """pyiqa's MUSIQ weights (musiq_koniq_ckpt-e95806b9.pth); without the file pyiqa downloads them."""
+
+
+Load = Callable[[MetricFiles], Measure]
+"""load(files) -> measure; raises `MissingBackendError` that names the package to install or the file to provide."""

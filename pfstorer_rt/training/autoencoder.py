@@ -15,10 +15,9 @@ from pfstorer_rt.config import PRESETS, TrainConfig
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.vae import Autoencoder, build_vae, decode, encode_moments
 from pfstorer_rt.progress import OnProgress, ignore_progress
-from pfstorer_rt.training.base import log_to, signature
 from pfstorer_rt.training.data import Batch
 from pfstorer_rt.training.device import accelerated
-from pfstorer_rt.training.loop import Training, run_training
+from pfstorer_rt.training.loop import Training, log_to, run_training, signature
 from pfstorer_rt.training.losses import Losses, gradient_loss, moment_loss
 from pfstorer_rt.training.lpips import Lpips
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,82 +12,47 @@ import torch
 from accelerate import Accelerator
 
 from pfstorer_rt.config import PRESETS, TrainConfig, Weighting
-from pfstorer_rt.degradation.degrade import LEVELS, degrade
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.models.base import Base, build_base, fingerprint_modules
 from pfstorer_rt.models.vae import Autoencoder, build_vae
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.chunks import Samples, make_arrays
+from pfstorer_rt.training.crops import PAIR_CHUNK, CropConfig, pair_maker, pairs_signature, split_holdout
 from pfstorer_rt.training.data import Batch, Photographs, draw_timesteps
 from pfstorer_rt.training.device import accelerated
-from pfstorer_rt.training.loop import MakeBatch, Training, run_training
+from pfstorer_rt.training.loop import MakeBatch, Training, log_to, run_training, signature
 from pfstorer_rt.training.objectives import AutoencoderObjective, RestorerObjective
 
-PAIR_CHUNK = 64
-"""Latent pairs that are made and written at once."""
+AUTOENCODER = TrainConfig(iterations=6000, batch=16, learning_rate=1e-3, warmup=100, decay=0.5, ema=0.998)
+RESTORER = TrainConfig(iterations=8000, batch=16, learning_rate=5e-4, warmup=200, decay=0.4, ema=0.999)
 
 
 @dataclass(frozen=True)
 class BaseTrainConfig:
-    """Settings of a base's training; the shipped `tiny` base started from the defaults."""
+    """Settings of the stage `base`: the autoencoder, then the restorer; the shipped `tiny` started from the defaults.
+
+    With a prior, the restorer alone is trained.
+    """
 
     preset: str = "tiny"
-    autoencoder: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            iterations=6000, batch=16, learning_rate=1e-3, warmup=100, decay=0.5, ema=0.998
-        )
-    )
-    restorer: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            iterations=8000, batch=16, learning_rate=5e-4, warmup=200, decay=0.4, ema=0.999
-        )
-    )
+    autoencoder: TrainConfig = AUTOENCODER
+    restorer: TrainConfig = RESTORER
+    crops: CropConfig = field(default_factory=CropConfig)
     crop: int = 128
     """Side in pixels of the autoencoder's training crops (it is convolutional, so any size works)."""
-    zoom: float = 1.5
-    """Largest magnification of a crop."""
-    wide: float = 1.0
-    """Largest crop, in short sides of the photograph (mirror-padded): above 1, faces become smaller."""
     latent_crop: int = 16
     """Side of the latent crops in the first part of the restorer's training, at a third of the cost of tiles of 24."""
     cropped: float = 0.8
     """Share of the iterations on latent crops; the others use whole tiles."""
-    variations: int = 1
-    """Degraded pairs per photograph."""
-    level: Literal["light", "heavy", "mixed"] = "heavy"
-    """Degradation level of the pairs; `mixed` draws light or heavy for each."""
-    p_hq: float = 0.03
-    """Share of the pairs that are not degraded."""
     first_step: float = 0.0
     """Share of the samples at timestep 999, where sampling starts: it matters most for few-step sampling."""
-    lambda_pixel: float = 0.5
-    """Weight of the decoded image's error in the stage `finishing`."""
-    lambda_perceptual: float = 0.2
-    """Weight of ST-LPIPS in the stage `finishing`."""
-    lambda_id: float = 0.3
-    """Weight of the identity loss in the stage `finishing`."""
-    share: float = 0.5
-    """Interpolation between the prior's weights (0) and the trained weights (1) in the stage `finishing`."""
     weighting: Weighting = "prediction"
     """Measure the restorer's error in the network's prediction, or in the clean latent that follows from it."""
-    trained: Literal["auto", "all", "conditions"] = "auto"
-    """`conditions` trains only SPADEs and structure encoder; `auto` is `conditions` with a prior and `all` without."""
-    holdout: float = 0.02
-    """Share of the photographs, chosen by name, that is not used for training."""
+    weights: Literal["all", "conditions"] | None = None
+    """Weights of the restorer that are trained: all, or only SPADEs and structure encoder (`conditions`).
 
-
-def split_holdout(paths: list[Path], share: float) -> tuple[list[Path], list[Path]]:
-    """Split into (training, held out) by a hash of each file name, independently of the other files."""
-    held = [p for p in paths if int(hashlib.sha256(p.name.encode()).hexdigest()[:8], 16) < share * 2**32]
-    return [p for p in paths if p not in set(held)], held
-
-
-def signature(settings: Any, paths: list[Path]) -> str:
-    """Return a hash of settings (JSON values) and of the names and sizes of photographs."""
-    names = [(p.name, p.stat().st_size) for p in paths]
-    text = json.dumps([settings, names], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    None is `conditions` with a prior and `all` without."""
 
 
 def train_autoencoder(
@@ -102,7 +65,8 @@ def train_autoencoder(
 
     def make_batch(_: int, number: int) -> Batch:
         first = number * settings.batch
-        crops = [photos.crop(first + i, config.crop, config.zoom, config.wide)[0] for i in range(settings.batch)]
+        numbers = range(first, first + settings.batch)
+        crops = [photos.crop(k, config.crop, config.crops.zoom, config.crops.wide)[0] for k in numbers]
         noise = torch.Generator().manual_seed(settings.seed * 1_000_003 + first)
         shape = (settings.batch, preset.latent_channels, side, side)
         return {"image": torch.stack(crops) * 2 - 1, "noise": torch.randn(shape, generator=noise)}
@@ -115,7 +79,7 @@ def train_autoencoder(
             make_batch,
             settings,
             work / "autoencoder.pt",
-            signature([asdict(settings), config.preset, config.crop, config.zoom, config.wide], paths),
+            signature([asdict(settings), config.preset, config.crop, config.crops.zoom, config.crops.wide], paths),
             on_log=log_to(work / "autoencoder.csv"),
             on_progress=on_progress,
         )
@@ -137,7 +101,8 @@ def latent_pairs(
     Pair k shows photograph `order(k)` and depends only on the seed and k. size: pairs that are made and written at
     once.
     """
-    count, side = len(paths) * config.variations, base.config.latent_tile
+    settings, tile, side = config.restorer, base.config.tile, base.config.latent_tile
+    count = len(paths) * config.crops.variations
     size = min(size, count)
 
     def encode(chunk: Batch) -> Mapping[str, np.ndarray[Any, Any]]:
@@ -150,34 +115,12 @@ def latent_pairs(
         {"pairs": (np.float16, (2, base.config.latent_channels, side, side))},
         count,
         size,
-        pairs_signature(paths, base, config) + base.fingerprint,
-        pair_maker(paths, base, config, size),
+        pairs_signature(paths, tile, config.crops, settings.seed) + base.fingerprint,
+        pair_maker(paths, tile, config.crops, settings.seed, size),
         encode,
-        config.restorer.workers,
+        settings.workers,
     )
     return make_arrays(samples, work, on_progress)["pairs"]
-
-
-def pairs_signature(paths: list[Path], base: Base, config: BaseTrainConfig) -> str:
-    """Return a hash of the degraded crops that `pair_maker` makes."""
-    squares = [config.zoom, config.wide, config.level, config.p_hq, base.config.tile]
-    return signature([config.variations, config.restorer.seed, *squares], paths)
-
-
-def pair_maker(paths: list[Path], base: Base, config: BaseTrainConfig, size: int) -> Callable[[int], Batch]:
-    """Return a function chunk number -> `hq` and `lq` images (size, 3, tile, tile) in [-1, 1]."""
-    photos = Photographs(paths, config.restorer.seed)
-    names = ("light", "heavy") if config.level == "mixed" else (config.level,)
-    levels = [replace(LEVELS[name], p_hq=config.p_hq) for name in names]
-
-    def make(chunk: int) -> Batch:
-        numbers = range(chunk * size, (chunk + 1) * size)
-        samples = [photos.crop(k, base.config.tile, config.zoom, config.wide) for k in numbers]
-        hq = torch.stack([image for image, _ in samples])
-        lq = torch.stack([degrade(image, levels[int(rng.integers(len(levels)))], rng) for image, rng in samples])
-        return {"hq": hq * 2 - 1, "lq": lq * 2 - 1}
-
-    return make
 
 
 def train_restorer(
@@ -185,10 +128,10 @@ def train_restorer(
 ) -> None:
     """Train UNet, structure encoder and prompt encoder on latent pairs; resumes from `work/restorer.pt`.
 
-    With `trained="conditions"` the UNet, a diffusion prior already, stays frozen except for its SPADEs (StableSR
+    With `weights="conditions"` the UNet, a diffusion prior already, stays frozen except for its SPADEs (StableSR
     section 3.1).
     """
-    settings, everything = config.restorer, config.trained != "conditions"
+    settings, everything = config.restorer, config.weights != "conditions"
     with accelerated(settings, base) as accelerator:
         pairs = latent_pairs(paths, base, work, config, accelerator, on_progress)
         objective = RestorerObjective(base, config.weighting)
@@ -241,33 +184,20 @@ def train_base(
 ) -> Base:
     """Train a base on photographs and write it to `out` in fp16.
 
-    sources: photographs, or folders of them; the share `config.holdout` of them is left out. work: folder of the
+    sources: photographs, or folders of them; the share `config.crops.holdout` of them is left out. work: folder of the
     checkpoints; the same call resumes from them. prior: a base whose autoencoder and UNet are kept or trained
-    further, according to `config.trained`; it is changed in place.
+    further, according to `config.weights`; it is changed in place.
     """
     make_folder(work, private=True)
-    paths, _ = split_holdout(find_images(sources), config.holdout)
+    paths, _ = split_holdout(find_images(sources), config.crops.holdout)
     if prior is None:
         base = build_base(config.preset, config.restorer.seed)
         base.vae = train_autoencoder(paths, work, config, on_progress)
         base.fingerprint = fingerprint_modules(base.modules())
     else:
         base = prior
-    if config.trained == "auto":
-        config = replace(config, trained="all" if prior is None else "conditions")
+    if config.weights is None:
+        config = replace(config, weights="all" if prior is None else "conditions")
     train_restorer(paths, base, work, config, on_progress)
     base.save(out, torch.float16)
     return base
-
-
-def log_to(path: Path) -> Callable[[int, dict[str, float]], None]:
-    """Return a function that appends (iteration, losses) to a CSV file."""
-
-    def log(iteration: int, losses: dict[str, float]) -> None:
-        new = not path.exists()
-        with path.open("a") as file:
-            if new:
-                file.write("iteration," + ",".join(losses) + "\n")
-            file.write(f"{iteration}," + ",".join(f"{v:.6f}" for v in losses.values()) + "\n")
-
-    return log

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.diffusion import LAST, noisy_latent, x0_from_prediction
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import make_folder
@@ -18,22 +19,33 @@ from pfstorer_rt.imaging.files import from_tensor
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.progress import OnProgress, ignore_progress
-from pfstorer_rt.training.base import (
-    PAIR_CHUNK,
-    BaseTrainConfig,
-    log_to,
-    pair_maker,
-    pairs_signature,
-    signature,
-    split_holdout,
-)
+from pfstorer_rt.training.base import RESTORER
 from pfstorer_rt.training.chunks import Samples, make_arrays
+from pfstorer_rt.training.crops import PAIR_CHUNK, CropConfig, pair_maker, pairs_signature, split_holdout
 from pfstorer_rt.training.data import Batch, draw_timesteps
 from pfstorer_rt.training.device import accelerated, to_channels_last
 from pfstorer_rt.training.image_loss import ImageSpaceLoss, draw_views, face_maps
-from pfstorer_rt.training.loop import MakeBatch, Training, run_training
+from pfstorer_rt.training.loop import MakeBatch, Training, log_to, run_training, signature
 from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.objectives import RestorerObjective
+
+
+@dataclass(frozen=True)
+class FinishingConfig:
+    """Settings of the stage `finishing`."""
+
+    train: TrainConfig = RESTORER
+    crops: CropConfig = field(default_factory=CropConfig)
+    first_step: float = 0.0
+    """Share of the samples at timestep 999, where sampling starts; only these have losses on the decoded image."""
+    lambda_pixel: float = 0.5
+    """Weight of the decoded image's error."""
+    lambda_perceptual: float = 0.2
+    """Weight of ST-LPIPS."""
+    lambda_id: float = 0.3
+    """Weight of the identity loss."""
+    share: float = 0.5
+    """Interpolation between the prior's weights (0) and the trained weights (1)."""
 
 
 class FinishingObjective(RestorerObjective):
@@ -43,7 +55,7 @@ class FinishingObjective(RestorerObjective):
     feature wrapping are trained; the autoencoder stays frozen.
     """
 
-    def __init__(self, base: Base, config: BaseTrainConfig) -> None:
+    def __init__(self, base: Base, config: FinishingConfig) -> None:
         super().__init__(base, "x0")
         self.base, self.cfw, self.image_loss = base, base.cfw, ImageSpaceLoss(base, config)
 
@@ -77,7 +89,7 @@ def finish_base(
     sources: Sequence[Path],
     base: Base,
     out: Path,
-    config: BaseTrainConfig,
+    config: FinishingConfig,
     work: Path,
     on_progress: OnProgress = ignore_progress,
 ) -> Base:
@@ -86,14 +98,14 @@ def finish_base(
     The result's weights are interpolated by `config.share` between the prior's (0) and the trained weights (1)
     (WiSE-FT, Wortsman 2022, section 3). Share 1 gives sharper images with ragged eyes.
 
-    sources, config, work: as for `train_base`, with the settings `config.restorer`. Raises `BadFileError` for
-    a base without feature wrapping, `MissingBackendError` without the `metrics` extra.
+    sources, work: as for `train_base`. Raises `BadFileError` for a base without feature wrapping,
+    `MissingBackendError` without the `metrics` extra.
     """
     if base.cfw is None:
-        raise BadFileError(f"base {base.config.name!r} has no feature wrapping; train its feature wrapping first")
+        raise BadFileError(f"base {base.config.name!r} has no feature wrapping; train it first")
     make_folder(work, private=True)
-    paths, _ = split_holdout(find_images(sources), config.holdout)
-    settings, mark = config.restorer, signature(["finishing", asdict(config)], paths) + base.fingerprint
+    paths, _ = split_holdout(find_images(sources), config.crops.holdout)
+    settings, mark = config.train, signature(["finishing", asdict(config)], paths) + base.fingerprint
     with accelerated(settings, base) as accelerator:
         objective = FinishingObjective(base, config)
         images, maps = image_pairs(paths, base, work, config, on_progress)
@@ -121,10 +133,10 @@ def finish_base(
 
 
 def finishing_batches(
-    images: np.ndarray[Any, Any], maps: np.ndarray[Any, Any], base: Base, config: BaseTrainConfig
+    images: np.ndarray[Any, Any], maps: np.ndarray[Any, Any], base: Base, config: FinishingConfig
 ) -> MakeBatch:
     """Return the function that draws batches of `FinishingObjective` from `image_pairs`."""
-    settings, side, channels = config.restorer, base.config.latent_tile, base.config.latent_channels
+    settings, side, channels = config.train, base.config.latent_tile, base.config.latent_channels
 
     def make_batch(_: int, number: int) -> Batch:
         rng = np.random.default_rng([settings.seed, 11, number])
@@ -144,7 +156,7 @@ def image_pairs(
     paths: list[Path],
     base: Base,
     work: Path,
-    config: BaseTrainConfig,
+    config: FinishingConfig,
     on_progress: OnProgress = ignore_progress,
     size: int = PAIR_CHUNK,
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -152,9 +164,9 @@ def image_pairs(
 
     size: pairs that are made and written at once.
     """
-    side, count = base.config.tile, len(paths) * config.variations
+    side, seed, count = base.config.tile, config.train.seed, len(paths) * config.crops.variations
     size = min(size, count)
-    make_pair = pair_maker(paths, base, config, size)
+    make_pair = pair_maker(paths, side, config.crops, seed, size)
 
     def make(chunk: int) -> Batch:
         pair = make_pair(chunk)
@@ -169,10 +181,10 @@ def image_pairs(
         {"images": (np.uint8, (2, side, side, 3)), "maps": (np.float32, (2, 3))},
         count,
         size,
-        pairs_signature(paths, base, config),
+        pairs_signature(paths, side, config.crops, seed),
         make,
         pack,
-        config.restorer.workers,
+        config.train.workers,
     )
     arrays = make_arrays(samples, work, on_progress)
     return arrays["images"], arrays["maps"]

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 
 from pfstorer_rt.models.base import Base, fingerprint_modules
 from pfstorer_rt.progress import OnProgress, ignore_progress
-from pfstorer_rt.training.base import signature
 from pfstorer_rt.training.chunks import Arrays, Samples, make_arrays
 from pfstorer_rt.training.data import Batch
+from pfstorer_rt.training.loop import signature
 
 CHUNK = 8
 """Tiles that are encoded at once."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import signal
 import sys
@@ -53,6 +55,26 @@ class Training:
     on_progress: OnProgress = ignore_progress
     clock: Callable[[], float] = time.monotonic
     """The time in seconds, for `settings.minutes` and for reports."""
+
+
+def signature(settings: Any, paths: list[Path]) -> str:
+    """Return a hash of settings (JSON values) and of the names and sizes of photographs."""
+    names = [(p.name, p.stat().st_size) for p in paths]
+    text = json.dumps([settings, names], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def log_to(path: Path) -> Callable[[int, dict[str, float]], None]:
+    """Return a function that appends (iteration, losses) to a CSV file."""
+
+    def log(iteration: int, losses: dict[str, float]) -> None:
+        new = not path.exists()
+        with path.open("a") as file:
+            if new:
+                file.write("iteration," + ",".join(losses) + "\n")
+            file.write(f"{iteration}," + ",".join(f"{v:.6f}" for v in losses.values()) + "\n")
+
+    return log
 
 
 class Interruption:

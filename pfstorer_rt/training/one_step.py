@@ -24,14 +24,13 @@ from pfstorer_rt.faces.recognizer import FaceRecognizer, cut_faces
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, fingerprint_modules
 from pfstorer_rt.progress import OnProgress, ignore_progress
-from pfstorer_rt.training.base import log_to, signature
 from pfstorer_rt.training.chunks import Arrays
 from pfstorer_rt.training.data import Batch, draw_timesteps
 from pfstorer_rt.training.device import accelerated, to_channels_last
 from pfstorer_rt.training.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
 from pfstorer_rt.training.image_loss import jitter
 from pfstorer_rt.training.latents import encode_pool, flip, is_flipped, to_pixels
-from pfstorer_rt.training.loop import Training, run_training
+from pfstorer_rt.training.loop import Training, log_to, run_training, signature
 from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.lpips import Lpips, normalize
 from pfstorer_rt.training.memory import ParameterGroup

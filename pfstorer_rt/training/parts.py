@@ -57,7 +57,7 @@ def train_part(
     """
     base = build_base(config.preset, config.train.get("seed") or 0) if prior is None else prior
     if prior is None and config.part != "autoencoder":
-        message = f"the part {config.part!r} continues from a base with a trained autoencoder; give that base"
+        message = f"the stage {config.part!r} continues from a base with a trained autoencoder; give that base"
         raise BadFileError(message, setting="prior")
     make_folder(work)
     pool = pool_of(sources, base.config.tile, config, work / "pool", on_progress)
@@ -97,7 +97,7 @@ def train_first(pool: Arrays, base: Base, work: Path, config: PartConfig, on_pro
 def train_last(pool: Arrays, base: Base, work: Path, config: PartConfig, on_progress: OnProgress) -> None:
     """Train the base with losses on its one-step results."""
     if config.lpips is None:
-        message = "the part 'one-step' compares images by LPIPS; give the NPZ file of its weights"
+        message = "the stage 'one-step' compares images by LPIPS; give the NPZ file of its weights"
         raise MissingBackendError(message, setting="lpips")
     folder = face_models()
     if folder is None and config.identity:

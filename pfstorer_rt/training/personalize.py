@@ -21,12 +21,11 @@ from pfstorer_rt.imaging.find import find_images, without_results
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.models.reference import reference_features
 from pfstorer_rt.progress import OnProgress, ignore_progress
-from pfstorer_rt.training.base import signature
 from pfstorer_rt.training.data import center_crop
 from pfstorer_rt.training.device import accelerated, kernels_for
 from pfstorer_rt.training.framing import read_references
 from pfstorer_rt.training.image_loss import ImageSpaceLoss, has_image_losses, refusal
-from pfstorer_rt.training.loop import Training, run_training
+from pfstorer_rt.training.loop import Training, run_training, signature
 from pfstorer_rt.training.memory import ParameterGroup
 from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
 from pfstorer_rt.training.pool import BatchMaker, make_pool

@@ -14,12 +14,11 @@ from pfstorer_rt.config import TrainConfig, Weighting
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, fingerprint_modules
 from pfstorer_rt.progress import OnProgress, ignore_progress
-from pfstorer_rt.training.base import log_to, signature
 from pfstorer_rt.training.chunks import Arrays
 from pfstorer_rt.training.data import Batch, draw_timesteps
 from pfstorer_rt.training.device import accelerated, to_channels_last
 from pfstorer_rt.training.latents import encode_pool
-from pfstorer_rt.training.loop import MakeBatch, Training, run_training
+from pfstorer_rt.training.loop import MakeBatch, Training, log_to, run_training, signature
 from pfstorer_rt.training.objectives import RestorerObjective
 
 

@@ -16,10 +16,10 @@ from pfstorer_rt.degradation.degrade import LEVELS, DegradationConfig, degrade
 from pfstorer_rt.errors import BadFileError, SettingError
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.progress import OnProgress, ignore_progress
-from pfstorer_rt.training.base import signature
 from pfstorer_rt.training.chunks import Arrays, Samples, make_arrays
 from pfstorer_rt.training.data import Batch
 from pfstorer_rt.training.image_loss import face_maps
+from pfstorer_rt.training.loop import signature
 from pfstorer_rt.training.tiles import Bytes, Source, TileComposer
 
 CHUNK = 16

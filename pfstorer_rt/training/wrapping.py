@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.diffusion import SAMPLERS, denoise_by, respace, start_from_lq
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import make_folder
@@ -19,14 +20,23 @@ from pfstorer_rt.models.base import Base, build_cfw, fingerprint_modules
 from pfstorer_rt.models.cfw import LEVELS
 from pfstorer_rt.models.denoiser import Denoiser
 from pfstorer_rt.progress import OnProgress, ignore_progress
-from pfstorer_rt.training.base import BaseTrainConfig, log_to, pair_maker, signature, split_holdout
+from pfstorer_rt.training.base import RESTORER
+from pfstorer_rt.training.crops import CropConfig, pair_maker, split_holdout
 from pfstorer_rt.training.data import Batch
 from pfstorer_rt.training.device import accelerated, to_channels_last
-from pfstorer_rt.training.loop import MakeBatch, Training, run_training
+from pfstorer_rt.training.loop import MakeBatch, Training, log_to, run_training, signature
 from pfstorer_rt.training.losses import Losses, gradient_loss
 
 GROWTH = 16
 """Channels of a new fusion layer: more channels improve a restored tile little and enlarge a small base."""
+
+
+@dataclass(frozen=True)
+class WrappingConfig:
+    """Settings of the stage `wrapping`."""
+
+    train: TrainConfig = RESTORER
+    crops: CropConfig = field(default_factory=CropConfig)
 
 
 class WrappingObjective(nn.Module):
@@ -74,13 +84,13 @@ def add_wrapping(
     sources: Sequence[Path],
     base: Base,
     out: Path,
-    config: BaseTrainConfig,
+    config: WrappingConfig,
     work: Path,
     on_progress: OnProgress = ignore_progress,
 ) -> Base:
     """Give a base feature wrapping, train it on photographs, and write the base to `out` in fp16.
 
-    sources, config, work: as for `train_base`, with the settings `config.restorer`. Existing feature wrapping is
+    sources, work: as for `train_base`. Existing feature wrapping is
     trained further. Raises `BadFileError` when the autoencoder is not an AutoencoderTiny: StableSR's feature wrapping
     for other autoencoders is imported with the base.
     """
@@ -90,17 +100,17 @@ def add_wrapping(
             "for an AutoencoderTiny only, otherwise import it with the base"
         )
     make_folder(work, private=True)
-    paths, _ = split_holdout(find_images(sources), config.holdout)
+    paths, _ = split_holdout(find_images(sources), config.crops.holdout)
     train_wrapping(paths, base, work, config, on_progress)
     base.save(out, torch.float16)
     return base
 
 
 def train_wrapping(
-    paths: list[Path], base: Base, work: Path, config: BaseTrainConfig, on_progress: OnProgress = ignore_progress
+    paths: list[Path], base: Base, work: Path, config: WrappingConfig, on_progress: OnProgress = ignore_progress
 ) -> None:
     """Train the fusion layers, everything else frozen; resumes from `work/wrapping.pt`."""
-    settings = config.restorer
+    settings = config.train
     if base.cfw is None:
         widths = tuple(base.config.vae["encoder_block_out_channels"][level] for level in LEVELS)
         base.config = replace(base.config, cfw={"widths": widths, "growth": GROWTH}, cfw_weight=1.0)
@@ -127,10 +137,10 @@ def train_wrapping(
     base.fingerprint = fingerprint_modules(base.modules())
 
 
-def wrapping_batches(paths: list[Path], base: Base, config: BaseTrainConfig) -> MakeBatch:
+def wrapping_batches(paths: list[Path], base: Base, config: WrappingConfig) -> MakeBatch:
     """Return the function that makes the batches of `WrappingObjective` from photographs."""
-    settings = config.restorer
-    make_pair = pair_maker(paths, base, config, settings.batch)
+    settings = config.train
+    make_pair = pair_maker(paths, base.config.tile, config.crops, settings.seed, settings.batch)
     side, channels = base.config.latent_tile, base.config.latent_channels
 
     def make_batch(_: int, number: int) -> Batch:

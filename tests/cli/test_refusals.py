@@ -192,7 +192,3 @@ def test_int8_is_refused_for_tensorrt_before_loading_a_base(refused, tmp_path, t
         tmp_path / "a.plan",
         words=["int8", "ONNX", "fp16"],
     )
-
-
-def test_wrapping_needs_a_prior(refused, photos, tmp_path):
-    refused(2, "train-base", *photos, "-o", tmp_path / "a", "--train", "wrapping", words=["--prior"])

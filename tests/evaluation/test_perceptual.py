@@ -159,4 +159,4 @@ def test_musiq_names_missing_weights_and_package(monkeypatch):
     assert "give the file of its weights (no network)" in load_metrics(["musiq"]).refused["musiq"]
     monkeypatch.setitem(sys.modules, "pyiqa", None)
     with pytest.raises(MissingBackendError, match="pip install pyiqa"):
-        perceptual.musiq_measure(None)
+        perceptual.load_musiq(MetricFiles())

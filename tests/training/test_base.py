@@ -12,23 +12,20 @@ from PIL import Image
 from pfstorer_rt.config import PRESETS, TrainConfig
 from pfstorer_rt.degradation.degrade import degrade
 from pfstorer_rt.diffusion import Schedule, start_from_lq
+from pfstorer_rt.errors import SettingError
 from pfstorer_rt.models.base import build_base, load_base
-from pfstorer_rt.training.base import (
-    BaseTrainConfig,
-    latent_batches,
-    latent_pairs,
-    pair_maker,
-    split_holdout,
-    train_base,
-)
+from pfstorer_rt.training.base import BaseTrainConfig, latent_batches, latent_pairs, train_base
+from pfstorer_rt.training.crops import CropConfig, pair_maker, split_holdout
 from pfstorer_rt.training.data import Photographs, read_photo
 from pfstorer_rt.training.device import accelerated
+from pfstorer_rt.training.finishing import FinishingConfig
 from pfstorer_rt.training.objectives import RestorerObjective
 from pfstorer_rt.training.stages import train_stage
-from pfstorer_rt.training.wrapping import add_wrapping
+from pfstorer_rt.training.wrapping import WrappingConfig, add_wrapping
 
 SETTINGS = TrainConfig(iterations=4, batch=2, learning_rate=1e-3, ema=0.5, device="cpu", precision="fp32")
-CONFIG = BaseTrainConfig(preset="nano", autoencoder=SETTINGS, restorer=SETTINGS, crop=32, variations=1, holdout=0.0)
+CROPS = CropConfig(holdout=0.0)
+CONFIG = BaseTrainConfig("nano", SETTINGS, SETTINGS, CROPS, crop=32)
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +133,17 @@ def test_pairs_resume_after_an_interruption(photos, tmp_path):
     # Pairs of another base or of other settings replace the old pairs.
     other, reports = pairs(tmp_path / "parts", seed=1)
     assert reports == [0, 5, 10, 12] and not np.array_equal(other, parts)
-    assert pairs(tmp_path / "parts", seed=1, config=replace(CONFIG, level="light"))[1] == [0, 5, 10, 12]
+    assert pairs(tmp_path / "parts", seed=1, config=replace(CONFIG, crops=replace(CROPS, level="light")))[1] == [
+        0,
+        5,
+        10,
+        12,
+    ]
 
 
 def test_every_pair_shows_one_photograph_once(photos):
-    base, paths = build_base("nano", 0), sorted(photos.iterdir())
-    chunk = pair_maker(paths, base, replace(CONFIG, level="light"), 5)(0)
+    paths = sorted(photos.iterdir())
+    chunk = pair_maker(paths, 64, replace(CROPS, level="light"), 0, 5)(0)
     assert chunk["hq"].shape == chunk["lq"].shape == (5, 3, 64, 64)
     assert not torch.equal(chunk["hq"], chunk["lq"])
     order = [Photographs(paths, 0).order(k) for k in range(12)]
@@ -150,13 +152,13 @@ def test_every_pair_shows_one_photograph_once(photos):
 
 def test_mixed_pairs_are_of_both_levels(photos):
     """Every pair is degraded by one of the two levels, after one draw from its generator."""
-    base, paths = build_base("nano", 0), sorted(photos.iterdir())
-    pairs = pair_maker(paths, base, replace(CONFIG, level="mixed", p_hq=0.0), 12)(0)
+    paths = sorted(photos.iterdir())
+    pairs = pair_maker(paths, 64, replace(CROPS, level="mixed", p_hq=0.0), 0, 12)(0)
     drawn = []
     for k, lq in enumerate(pairs["lq"]):
         candidates = {}
         for name in ("light", "heavy"):
-            image, rng = Photographs(paths, 0).crop(k, base.config.tile)
+            image, rng = Photographs(paths, 0).crop(k, 64)
             rng.integers(2)
             candidates[name] = degrade(image, name, rng) * 2 - 1
         drawn += [name for name, candidate in candidates.items() if torch.equal(candidate, lq)]
@@ -206,7 +208,7 @@ def test_a_prior_can_be_trained_as_a_whole(photos, tmp_path):
     prior = build_base("nano", seed=5)
     before = {k: v.clone().half() for k, v in prior.unet.state_dict().items()}
     vae = {k: v.clone().half() for k, v in prior.vae.state_dict().items()}
-    train_base([photos], tmp_path / "base", replace(CONFIG, trained="all"), tmp_path / "work", prior)
+    train_base([photos], tmp_path / "base", replace(CONFIG, weights="all"), tmp_path / "work", prior)
     after = weights(tmp_path / "base")
     moved = [k for k in before if not torch.equal(before[k], after["unet"][k])]
     assert any(".spade." in k for k in moved) and any(".attn1." in k for k in moved)
@@ -287,17 +289,17 @@ def test_held_out_photographs_depend_only_on_their_names(tmp_path):
     assert split_holdout(paths, 0.0)[1] == []
 
 
-@pytest.mark.parametrize("stage", ["wrapping", "finishing", "polishing"])
-def test_a_stage_that_cannot_start_is_refused_before_any_work(photos, tmp_path, stage):
-    with pytest.raises(ValueError, match="needs a prior" if stage != "polishing" else "expected restorer, wrapping"):
-        train_stage(stage, [photos], tmp_path / "base", CONFIG, tmp_path / "work")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(("stage", "config"), [("wrapping", WrappingConfig()), ("finishing", FinishingConfig())])
+def test_a_stage_without_its_prior_is_refused_before_any_work(photos, tmp_path, stage, config):
+    with pytest.raises(SettingError, match=f"'{stage}' needs a prior") as refusal:
+        train_stage([photos], tmp_path / "base", config, tmp_path / "work")
+    assert refusal.value.setting == "prior" and not list(tmp_path.iterdir())
 
 
 def test_wrapping_trains_only_the_fusion_layers(whole, photos, tmp_path):
     base, folder = whole
-    config = replace(CONFIG, restorer=replace(SETTINGS, iterations=6, learning_rate=1e-2))
-    made = train_stage("wrapping", [photos], tmp_path / "a", config, tmp_path / "work", load_base(folder / "base"))
+    config = WrappingConfig(replace(SETTINGS, iterations=6, learning_rate=1e-2), CROPS)
+    made = train_stage([photos], tmp_path / "a", config, tmp_path / "work", load_base(folder / "base"))
     again = load_base(tmp_path / "a")
     assert again.fingerprint == made.fingerprint != base.fingerprint and again.config.cfw_weight == 1.0
     before, after = weights(folder / "base"), weights(tmp_path / "a")
@@ -310,7 +312,7 @@ def test_wrapping_reduces_the_error_of_the_decoder(whole, photos, tmp_path):
     """For inputs without degradation the input is the target, so the wrapped decoder must use it."""
     _, folder = whole
     settings = replace(SETTINGS, iterations=60, batch=4, learning_rate=1e-2, ema=0.0)
-    config = replace(CONFIG, restorer=settings, p_hq=1.0)
+    config = WrappingConfig(settings, replace(CROPS, p_hq=1.0))
     base = add_wrapping([photos], load_base(folder / "base"), tmp_path / "a", config, tmp_path / "work")
     image = read_photo(photos / "00.png")[None, :, :64, :64] * 2 - 1
     with torch.no_grad():

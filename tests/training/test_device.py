@@ -16,9 +16,10 @@ from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.models.base import build_base
 from pfstorer_rt.progress import ignore_progress
 from pfstorer_rt.training.base import BaseTrainConfig, train_base
+from pfstorer_rt.training.crops import CropConfig
 from pfstorer_rt.training.device import accelerated, own_accelerate_state
 from pfstorer_rt.training.personalize import personalize
-from pfstorer_rt.training.wrapping import add_wrapping
+from pfstorer_rt.training.wrapping import WrappingConfig, add_wrapping
 
 CPU = TrainConfig(iterations=1, batch=1, device="cpu", precision="fp32")
 SINGLETONS = (PartialState, AcceleratorState, GradientState)
@@ -76,9 +77,8 @@ def test_training_leaves_all_random_states_unchanged(photos, tmp_path):
     torch.manual_seed(11)
     before, base = states(), build_base("nano", seed=3)
     learn(photos, base, tmp_path)
-    train_base(
-        photos, tmp_path / "base", BaseTrainConfig("nano", CPU, CPU, crop=32, holdout=0.0), tmp_path / "work", base
-    )
+    config = BaseTrainConfig("nano", CPU, CPU, CropConfig(holdout=0.0), crop=32)
+    train_base(photos, tmp_path / "base", config, tmp_path / "work", base)
     assert states() == before
 
 
@@ -144,7 +144,7 @@ def test_a_trained_base_is_frozen_and_keeps_its_kernels(photos, tmp_path):
     base = build_base("nano", seed=3)
     base.set_attention("reference")
     attention = base.unet.kernels.attention
-    config = BaseTrainConfig("nano", CPU, CPU, crop=32, holdout=0.0)
+    config = WrappingConfig(CPU, CropConfig(holdout=0.0))
     add_wrapping(photos, base, tmp_path / "base", config, tmp_path / "work")
     _, _, training, layout = state_of(base)
     assert base.unet.kernels.attention is attention and not any(training)

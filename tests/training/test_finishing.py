@@ -12,15 +12,14 @@ from skimage.data import astronaut
 from pfstorer_rt.config import PRESETS, TrainConfig
 from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.models.base import build_base, load_base
-from pfstorer_rt.training.base import BaseTrainConfig
-from pfstorer_rt.training.finishing import FinishingObjective, finish_base, image_pairs
+from pfstorer_rt.training.crops import CropConfig
+from pfstorer_rt.training.finishing import FinishingConfig, FinishingObjective, finish_base, image_pairs
 from pfstorer_rt.training.image_loss import ImageSpaceLoss, face_maps, jitter
-from pfstorer_rt.training.wrapping import add_wrapping
+from pfstorer_rt.training.wrapping import WrappingConfig, add_wrapping
 
 SETTINGS = TrainConfig(iterations=4, batch=2, learning_rate=1e-3, ema=0.5, device="cpu", precision="fp32")
-CONFIG = BaseTrainConfig(
-    preset="nano", restorer=SETTINGS, variations=1, holdout=0.0, zoom=1.0, wide=1.01, first_step=0.5, p_hq=1.0
-)
+CROPS = CropConfig(zoom=1.0, wide=1.01, p_hq=1.0, holdout=0.0)
+CONFIG = FinishingConfig(SETTINGS, CROPS, first_step=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def wrapped(photos, tmp_path_factory):
     """Folder of a base with feature wrapping and v prediction; eps at timestep 999 hardly depends on the image."""
     folder = tmp_path_factory.mktemp("wrapped")
     nano = build_base(replace(PRESETS["nano"], prediction_type="v_prediction"))
-    add_wrapping([photos], nano, folder / "base", CONFIG, folder / "work")
+    add_wrapping([photos], nano, folder / "base", WrappingConfig(SETTINGS, CROPS), folder / "work")
     return folder / "base"
 
 
@@ -123,7 +122,7 @@ def test_images_without_a_face_have_no_identity_loss(wrapped):
 def test_finishing_reduces_its_losses(photos, wrapped, tmp_path):
     """For inputs without degradation the target is the input, so the losses must decrease."""
     settings = replace(SETTINGS, iterations=100, batch=4, learning_rate=2e-3, ema=0.0)
-    config = replace(CONFIG, restorer=settings, first_step=1.0, share=1.0)
+    config = replace(CONFIG, train=settings, first_step=1.0, share=1.0)
     finish_base([photos], load_base(wrapped), tmp_path / "base", config, tmp_path / "work")
     rows = np.loadtxt(tmp_path / "work" / "finishing.csv", delimiter=",", skiprows=1)
     first, last = finishing_losses(photos, wrapped, tmp_path), finishing_losses(photos, tmp_path / "base", tmp_path)

@@ -1,0 +1,70 @@
+"""`pfstorer-rt train-base`: what its options ask the library for."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from pfstorer_rt.training.base import AUTOENCODER, RESTORER, BaseTrainConfig
+from pfstorer_rt.training.finishing import FinishingConfig
+from pfstorer_rt.training.parts import PartConfig
+from pfstorer_rt.training.wrapping import WrappingConfig
+
+
+@pytest.fixture
+def asked(run, monkeypatch, tmp_path):
+    """Function (*options) -> settings with which the library is called, without any training."""
+    calls = []
+
+    def train_stage(sources, out, config, work, prior, on_progress):
+        calls.append((config, prior, work))
+        return SimpleNamespace(config=SimpleNamespace(name="nano"), fingerprint="0" * 64)
+
+    monkeypatch.setattr("pfstorer_rt.training.stages.train_stage", train_stage)
+    monkeypatch.setattr("pfstorer_rt.models.base.load_base", lambda name: f"base {name}")
+
+    def call(*options):
+        done = run("train-base", tmp_path, "-o", tmp_path / "out", *options)
+        assert done.status == 0, done.err
+        return calls[-1]
+
+    return call
+
+
+def test_the_default_stage_makes_a_new_base_with_the_defaults_of_the_library(asked, tmp_path):
+    config, prior, work = asked("--workers", 0)
+    assert config == BaseTrainConfig() and prior is None and work == tmp_path / "out.training"
+
+
+def test_stage_base_has_settings_of_both_networks(asked):
+    options = ("--iterations", 5, "--autoencoder-iterations", 7, "--batch", 3, "--learning-rate", 1e-4, "--seed", 2)
+    config, prior, _ = asked("--prior", "tiny", "--weights", "all", "--weighting", "x0", "--wide", 1.5, *options)
+    assert prior == "base tiny" and (config.weights, config.weighting, config.crops.wide) == ("all", "x0", 1.5)
+    assert (config.autoencoder.iterations, config.restorer.iterations) == (7, 5)
+    rates = config.autoencoder.learning_rate, config.restorer.learning_rate
+    assert rates == (AUTOENCODER.learning_rate, 1e-4)
+    assert {(t.batch, t.seed, t.workers) for t in (config.autoencoder, config.restorer)} == {(3, 2, 1)}
+
+
+def test_the_stage_selects_the_settings(asked):
+    wrapping, *_ = asked("--prior", "tiny", "--stage", "wrapping", "--level", "mixed", "--optimizer", "adamw8bit")
+    assert isinstance(wrapping, WrappingConfig) and wrapping.crops.level == "mixed"
+    assert (wrapping.train.optimizer, wrapping.train.iterations) == ("adamw8bit", RESTORER.iterations)
+    finishing, *_ = asked("--prior", "tiny", "--stage", "finishing", "--share", 1, "--lambda-id", 0, "--p-hq", 0.5)
+    assert isinstance(finishing, FinishingConfig) and finishing.crops.p_hq == 0.5
+    assert (finishing.share, finishing.lambda_id, finishing.lambda_pixel) == (1, 0, 0.5)
+    part, *_ = asked("--prior", "tiny", "--stage", "restorer", "--minutes", 2, "--tiles", 20)
+    assert isinstance(part, PartConfig) and (part.part, part.tiles, part.train["minutes"]) == ("restorer", 20, 2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "option"),
+    [("wrapping", "--crop=64"), ("base", "--minutes=1"), ("one-step", "--wide=1.5"), ("restorer", "--level=light")],
+)
+def test_an_option_of_another_stage_is_refused(refused, tmp_path, stage, option):
+    words = (f"{option.partition('=')[0]} is not an option of the stage {stage}",)
+    refused(2, "train-base", tmp_path, "-o", tmp_path / "out", "--prior", "tiny", "--stage", stage, option, words=words)
+
+
+@pytest.mark.parametrize("stage", ["wrapping", "finishing", "restorer", "one-step"])
+def test_a_stage_that_continues_a_base_needs_it(refused, tmp_path, stage):
+    refused(2, "train-base", tmp_path, "-o", tmp_path / "out", "--stage", stage, words=("--prior",))
