@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pfstorer_rt.cli.options import ATTENTION, SEED
+from pfstorer_rt.cli.options import ATTENTION, SEED, Number
 from pfstorer_rt.errors import SettingError
 
 
@@ -56,29 +56,31 @@ class Options:
     "--iterations", type=click.IntRange(1), help="Number of training iterations. [default: the base's; tiny: 1000]"
 )
 @click.option("--batch", type=click.IntRange(1), help="Samples per iteration. [default: the base's, else 4]")
-@click.option("--learning-rate", type=float, help="Learning rate of the blocks. [default: the base's, else 5e-5]")
-@click.option("--lambda-gen", type=click.FloatRange(0), help="Weight of L_gen. [default: the base's, else 0.1]")
+@click.option("--learning-rate", type=Number(), help="Learning rate of the blocks. [default: the base's, else 5e-5]")
+@click.option("--lambda-gen", type=Number(0), help="Weight of L_gen. [default: the base's, else 0.1]")
 @click.option(
     "--first-step",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     help="Share of samples at timestep 999, where restoring starts. [default: the base's, else 0]",
 )
 @click.option(
     "--lambda-pixel",
-    type=click.FloatRange(0),
+    type=Number(0),
     help="Weight of the pixel error of decoded images. [default: the base's, else 0]",
 )
 @click.option(
     "--lambda-perceptual",
-    type=click.FloatRange(0),
+    type=Number(0),
     help="Weight of the ST-LPIPS of decoded images. [default: the base's, else 0]",
 )
 @click.option(
     "--lambda-id",
-    type=click.FloatRange(0),
+    type=Number(0),
     help="Weight of the identity loss of decoded images. [default: the base's, else 0]",
 )
-@click.option("--rank", type=click.IntRange(0), default=0, help="Rank of the blocks' matrices; 0 keeps full matrices.")
+@click.option(
+    "--rank", type=click.IntRange(0, 4096), default=0, help="Rank of the blocks' matrices; 0 keeps full matrices."
+)
 @click.option(
     "--ref-source",
     type=click.Choice(["cached", "self"]),

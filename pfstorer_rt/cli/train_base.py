@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from pfstorer_rt.cli.options import SEED
+from pfstorer_rt.cli.options import SEED, Number
 
 PARTS = ("autoencoder", "restorer", "one-step")
 """Parts of a training on tiles."""
@@ -83,7 +83,7 @@ class Options:
 @click.option("--batch", type=click.IntRange(2), help="Samples per iteration. [default: 16]")
 @click.option("--crop", type=click.IntRange(16), help="Side of the autoencoder's crops in pixels. [default: 128]")
 @click.option(
-    "--wide", type=click.FloatRange(1, 2), help="Crop up to N times the short side, with mirrored padding. [default: 1]"
+    "--wide", type=Number(1, 2), help="Crop up to N times the short side, with mirrored padding. [default: 1]"
 )
 @click.option("--variations", type=click.IntRange(1), help="Degraded pairs per photograph. [default: 2]")
 @click.option(
@@ -93,20 +93,18 @@ class Options:
     show_default=True,
     help="Strength of the degradation.",
 )
-@click.option("--p-hq", type=click.FloatRange(0, 1), help="Share of pairs without degradation. [default: 0.03]")
-@click.option("--first-step", type=click.FloatRange(0, 1), help="Share of samples at timestep 999. [default: 0]")
-@click.option("--lambda-id", type=click.FloatRange(0), help="Weight of the identity loss in finishing. [default: 0.3]")
-@click.option("--lambda-perceptual", type=click.FloatRange(0), help="Weight of ST-LPIPS in finishing. [default: 0.2]")
-@click.option("--lambda-pixel", type=click.FloatRange(0), help="Weight of the pixel error in finishing. [default: 0.5]")
+@click.option("--p-hq", type=Number(0, 1), help="Share of pairs without degradation. [default: 0.03]")
+@click.option("--first-step", type=Number(0, 1), help="Share of samples at timestep 999. [default: 0]")
+@click.option("--lambda-id", type=Number(0), help="Weight of the identity loss in finishing. [default: 0.3]")
+@click.option("--lambda-perceptual", type=Number(0), help="Weight of ST-LPIPS in finishing. [default: 0.2]")
+@click.option("--lambda-pixel", type=Number(0), help="Weight of the pixel error in finishing. [default: 0.5]")
 @click.option(
     "--share",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     help="Interpolation of the result between the weights of the prior (0) and the finished ones (1). [default: 0.5]",
 )
-@click.option("--learning-rate", type=float, help="Learning rate of the restorer. [default: 5e-4]")
-@click.option(
-    "--minutes", type=click.FloatRange(0.1), help="Length of a part on tiles in minutes, instead of iterations."
-)
+@click.option("--learning-rate", type=Number(), help="Learning rate of the restorer. [default: 5e-4]")
+@click.option("--minutes", type=Number(0.1), help="Length of a part on tiles in minutes, instead of iterations.")
 @click.option(
     "--tiles",
     type=click.IntRange(16),
