@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -13,9 +12,11 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from pfstorer_rt.config import BaseConfig, base_config_from_dict
+from pfstorer_rt.base_config import LARGEST, base_config_from_dict
+from pfstorer_rt.checks import read_json
+from pfstorer_rt.config import BaseConfig
 from pfstorer_rt.errors import BadFileError, one_line
-from pfstorer_rt.files import fingerprint_tensors, show_path
+from pfstorer_rt.files import fingerprint_tensors, open_plain, show_path
 
 BUILTIN = Path(__file__).parent / "bases"
 """Folder of the bases in the package, one folder per base."""
@@ -53,7 +54,8 @@ def reading_base(path: Path) -> Iterator[None]:
 
 def read_config(path: Path) -> BaseConfig:
     """Read the configuration of a base directory."""
-    return base_config_from_dict(json.loads((path / "config.json").read_text()))
+    with open_plain(path / "config.json") as file:
+        return base_config_from_dict(read_json(file.read(LARGEST + 1), LARGEST))
 
 
 def network_files(folder: Path) -> list[Path]:
@@ -63,7 +65,7 @@ def network_files(folder: Path) -> list[Path]:
     there are no other weights. Raises `BadFileError` if the folder has no safetensors file.
     """
     variants: dict[str, list[Path]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(file for file in folder.glob("*.safetensors") if file.is_file()):
         variants.setdefault(re.sub(r"-\d+-of-\d+", "", file.stem), []).append(file)
     if not variants:
         raise BadFileError(f"{show_path(folder)}: no safetensors file; expected a network in diffusers' layout")

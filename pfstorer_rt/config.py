@@ -11,7 +11,6 @@ from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, get_args
 
 from pfstorer_rt.errors import SettingError
-from pfstorer_rt.files import is_name
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
@@ -272,9 +271,14 @@ Range = tuple[Callable[[Any], bool], str]
 """Test of a value, and the expected range for the error message."""
 
 
-def _whole(least: int) -> Range:
-    expected = f"a whole number of {least} or more"
-    return lambda v: isinstance(v, Integral) and not isinstance(v, bool) and int(v) >= least, expected
+def _whole(least: int, most: int | None = None) -> Range:
+    expected = f"a whole number of {least} or more" if most is None else f"a whole number from {least} to {most}"
+
+    def valid(value: Any) -> bool:
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        return whole and least <= int(value) <= (int(value) if most is None else most)
+
+    return valid, expected
 
 
 def _number(valid: Callable[[float], bool], expected: str) -> Range:
@@ -338,10 +342,29 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for the first field with a value out of range."""
-        for name, (valid, expected) in TRAIN_RANGES.items():
-            value = getattr(self, name)
-            if not valid(value):
-                raise SettingError(f"{name.replace('_', ' ')} {value!r}: expected {expected}")
+        _check_ranges(self, TRAIN_RANGES)
+
+
+_SHARE = _number(lambda v: 0 <= v <= 1, "a share from 0 to 1")
+_WEIGHT = _number(lambda v: v >= 0, "0 or more")
+_RATE = _number(lambda v: 0 <= v < 1, "0 or more and below 1")
+
+PERSONALIZE_RANGES: dict[str, Range] = {
+    **dict.fromkeys(("first_step", "p_self", "p_hq"), _SHARE),
+    **dict.fromkeys(("lambda_gen", "lambda_pers", "lambda_pixel", "lambda_perceptual", "lambda_id"), _WEIGHT),
+    **dict.fromkeys(("gamma_learning_rate", "token_learning_rate"), _RATE),
+    "gen_rows": _whole(1),
+    "pool": _whole(1),
+    "rank": _whole(0, 4096),
+}
+"""Valid values of the numbers of `PersonalizeConfig`."""
+
+
+def _check_ranges(config: Any, ranges: Mapping[str, Range]) -> None:
+    """Raise `SettingError` for the first field with a value out of range."""
+    for name, (valid, expected) in ranges.items():
+        if not valid(value := getattr(config, name)):
+            raise SettingError(f"{name.replace('_', ' ')} {value!r}: expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -384,6 +407,10 @@ class PersonalizeConfig:
     """face: crop around small or off-centre faces (needs the `metrics` extra); none: centre crop."""
     rank: int = 0
     """Rank of the matrices of the blocks; 0 for full matrices."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for the first number out of range."""
+        _check_ranges(self, PERSONALIZE_RANGES)
 
     @classmethod
     def for_base(cls, base: BaseConfig, train: Mapping[str, Any] | None = None, **values: Any) -> PersonalizeConfig:
@@ -455,49 +482,6 @@ class RestoreConfig:
 def to_json(config: Any) -> str:
     """Write a configuration as stable, indented JSON."""
     return json.dumps(asdict(config), indent=2, sort_keys=True)
-
-
-def base_config_from_dict(data: Mapping[str, Any]) -> BaseConfig:
-    """Read a `BaseConfig` from its JSON form; raises `ValueError` for unknown or missing fields."""
-    known = {f.name for f in fields(BaseConfig)}
-    unknown = sorted(set(data) - known)
-    missing = sorted({"name", "tile", "unet", "structure", "vae", "text", "layers"} - set(data))
-    if unknown or missing:
-        raise SettingError(f"base configuration: unknown fields {unknown}, missing fields {missing}")
-    check_parts(data)
-    structure = dict(data["structure"])
-    structure["multipliers"] = tuple(structure["multipliers"])
-    values = {**data, "layers": tuple(data["layers"]), "structure": StructureConfig(**structure)}
-    for part in ("unet", "vae", "cfw"):
-        values[part] = _with_tuples(data.get(part))
-    return BaseConfig(**values)
-
-
-def check_parts(data: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for an invalid name, and for a network argument that no preset has.
-
-    The arguments are passed to constructors of diffusers and transformers. Some other arguments of these constructors
-    name code to download and run (`attn_implementation`).
-    """
-    if not is_name(data["name"]):
-        raise SettingError(f"base configuration: name {str(data['name'])[:80]!r}, expected letters, digits, '_', '-'")
-    given = {part: data.get(part) or {} for part in ("unet", "vae", "text", "cfw")}
-    for part, values in (*given.items(), ("vae", given["cfw"].get("vae") or {})):  # cfw can contain an autoencoder
-        if unknown := sorted(set(values) - known_arguments(part)):
-            raise SettingError(f"base configuration: {part} has unknown arguments {unknown}")
-
-
-def known_arguments(part: str) -> set[str]:
-    """Return the arguments of a network that a base's configuration may contain."""
-    more = {"cfw": {"widths", "growth", "vae", "norm_groups"}, "vae": {"norm_num_groups", "scaling_factor"}}
-    return {key for preset in PRESETS.values() for key in getattr(preset, part) or {}} | more.get(part, set())
-
-
-def _with_tuples(value: Any) -> Any:
-    """Convert lists to tuples at any depth, because JSON has only lists."""
-    if isinstance(value, Mapping):
-        return {k: _with_tuples(v) for k, v in value.items()}
-    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def changed(config: ConfigT, **values: Any) -> ConfigT:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pfstorer_rt import checks
 from pfstorer_rt.config import unsupported_setting
-from pfstorer_rt.errors import BadFileError, MismatchError, SettingError
+from pfstorer_rt.errors import BadFileError, MismatchError, SettingError, one_line
 from pfstorer_rt.files import (
     atomic_write,
     check_fingerprint,
@@ -19,6 +20,7 @@ from pfstorer_rt.files import (
     home,
     is_name,
     make_folder,
+    open_plain,
     show_path,
 )
 
@@ -28,7 +30,27 @@ if TYPE_CHECKING:
 SCHEMA = "1"
 KIND = "pfstorer-identity"
 METHODS = ("pfstorer", "vico", "dreambooth")
-_LAYER = re.compile(r"(?:(?:down|up)_blocks\.\d{1,2}|mid_block)\.attentions\.\d{1,2}")
+_LAYER = r"(?:(?:down|up)_blocks\.\d{1,2}|mid_block)\.attentions\.\d{1,2}"
+_LARGEST_HEADER = 16 << 20
+"""Bytes of the header of an identity file. The header of a full-size base has about 100 KB."""
+
+
+def _settings(value: Any, name: str) -> None:
+    """Check the settings that restoring uses; the others are for the reader only."""
+    checks.table_of(lambda value, name: None, 200)(value, name)
+    used: dict[str, checks.Check] = {"rank": checks.whole(0, 4096), "subject_prompt": checks.text(1000)}
+    for key, check in used.items():
+        if key in value:
+            check(value[key], key)
+
+
+_VALUES: dict[str, checks.Check] = {
+    "layers": checks.list_of(checks.text(64, _LAYER, "such as up_blocks.1.attentions.0"), 64),
+    "settings": _settings,
+    "references": checks.list_of(checks.text(64), 10_000, least=1),
+    "gamma": checks.table_of(checks.table_of(checks.number(0, 1e6), 8), 64),
+}
+"""Check of every entry of the metadata that is JSON."""
 
 
 @dataclass(eq=False)
@@ -100,8 +122,8 @@ class Identity:
         """
         meta = read_metadata(path)
         try:
-            values = {key: json.loads(meta[key]) for key in ("layers", "settings", "references", "gamma")}
-            check_values(meta, values["layers"], values["references"])
+            values = {key: checks.read_json(meta[key], _LARGEST_HEADER) for key in _VALUES}
+            check_values(meta, values)
             identity = cls(
                 meta["name"],
                 meta["base_fingerprint"],
@@ -124,26 +146,62 @@ class Identity:
             identity.tensors = safetensors.torch.load_file(path)
             if identity.fingerprint != meta["fingerprint"]:
                 raise BadFileError(f"{show_path(path)}: its tensors do not match its fingerprint; personalize again")
+            try:
+                check_tensors(identity)
+            except ValueError as error:
+                raise BadFileError(f"{show_path(path)}: {error}; personalize again") from error
         return identity
 
 
-def check_values(meta: Mapping[str, str], layers: Sequence[str], references: Sequence[str]) -> None:
-    """Raise `ValueError` unless every name in the metadata is valid.
+def check_values(meta: Mapping[str, str], values: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless every name and value in the metadata is valid.
 
     An identity file may come from another person, and its names become paths, network modules and commands that a user
     copies.
     """
     check_fingerprint(meta["fingerprint"], "identity")
     check_fingerprint(meta["base_fingerprint"], "base")
-    for digest in references:
+    for key, check in _VALUES.items():
+        check(values[key], key)
+    for digest in values["references"]:
         check_fingerprint(digest, "reference photograph")
     for key in ("name", "base_name"):
         if not is_name(meta[key]):
             raise SettingError(f"{key} {meta[key][:80]!r}, expected letters a-z, digits, '_', '-' or '.', at most 64")
     if meta["method"] not in METHODS:
         raise SettingError(f"method {meta['method'][:80]!r}, expected one of {', '.join(METHODS)}")
-    if odd := [layer for layer in layers if not isinstance(layer, str) or not _LAYER.fullmatch(layer)]:
-        raise SettingError(f"layers {str(odd)[:80]}, expected such as up_blocks.1.attentions.0")
+    layers = values["layers"]
+    if len(set(layers)) < len(layers) or bool(layers) != (meta["method"] != "dreambooth"):
+        raise SettingError(f"{len(layers)} layers, expected different ones for the method {meta['method']}")
+
+
+def check_tensors(identity: Identity) -> None:
+    """Raise `ValueError` unless the tensors are those that the method stores: names, types, shapes, finite values."""
+    import torch
+
+    tensors, count = identity.tensors, len(identity.layers)
+    if identity.method == "dreambooth":
+        wanted, pattern = {"unet.conv_in.weight"}, r"unet\..+"
+    else:
+        wanted = {"token", *(f"blocks.{i}.gamma" for i in range(count))}
+        pattern = r"token|(?:blocks\.(\d{1,2})\..+|(?:reference|mask)\.(\d{1,2}))"
+        if identity.settings.get("ref_source", "cached") == "cached":
+            wanted |= {f"{kind}.{i}" for kind in ("reference", "mask") for i in range(count)}
+    if missing := sorted(wanted - set(tensors)):
+        raise SettingError(f"its tensors lack {', '.join(missing[:3])}")
+    for name, tensor in tensors.items():
+        found = re.fullmatch(pattern, name)
+        if not found or any(group and int(group) >= count for group in found.groups()):
+            raise SettingError(f"its tensor {name[:80]!r} belongs to no identity")
+        kind = torch.bool if name.startswith("mask.") else torch.float16
+        axes = {"token": 1, "mask": 1, "reference": 2}.get(name.split(".")[0])
+        shape = tuple(tensor.shape)
+        if tensor.dtype != kind or not tensor.numel() or (axes and len(shape) != axes):
+            raise SettingError(f"its tensor {name[:80]!r} is {tensor.dtype} {shape}, expected {kind}")
+        if kind is torch.float16 and not bool(torch.isfinite(tensor).all()):
+            raise SettingError(f"its tensor {name[:80]!r} has values that are not finite")
+        if name.startswith("mask.") and shape != tuple(tensors["reference" + name[4:]].shape[:1]):
+            raise SettingError(f"its tensor {name!r} is {shape}, expected a value for every token of the reference")
 
 
 def _with_sorted_header(data: bytes) -> bytes:
@@ -156,24 +214,42 @@ def _with_sorted_header(data: bytes) -> bytes:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Read the metadata of an identity file; raises `BadFileError` if the file is not an identity."""
-    from safetensors import SafetensorError, safe_open
-
     name = show_path(path)
     if not path.is_file():
         raise BadFileError(f"{name}: no such identity file; {known_identities()}")
     try:
-        with safe_open(path, "np") as handle:
-            meta: dict[str, str] = handle.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise BadFileError(f"{name}: not a readable safetensors file ({error}); personalize again") from error
+        header = _read_header(path)
+        meta: dict[str, str] = header.pop("__metadata__", {})
+        checks.table_of(checks.text(_LARGEST_HEADER), 64)(meta, "__metadata__")
+    except (ValueError, OSError) as error:
+        raise BadFileError(f"{name}: not a readable safetensors file ({one_line(error)}); personalize again") from error
     if meta.get("kind") != KIND:
         raise BadFileError(f"{name}: a safetensors file, but not an identity; choose another file")
     if meta.get("schema") != SCHEMA:
         raise BadFileError(
-            f"{name}: identity schema {meta.get('schema')}, this version reads {SCHEMA}; "
+            f"{name}: identity schema {str(meta.get('schema'))[:80]}, this version reads {SCHEMA}; "
             "update this program or personalize again"
         )
-    return meta
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np"):  # checks that the tensors fill the file
+            return meta
+    except (SafetensorError, OSError) as error:
+        reason = one_line(error)
+        raise BadFileError(f"{name}: not a readable safetensors file ({reason}); personalize again") from error
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Read the JSON header of a safetensors file; raises `ValueError` for another file."""
+    with open_plain(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 2 <= size <= _LARGEST_HEADER:
+            raise ValueError(f"a header of {size} bytes, expected at most {_LARGEST_HEADER}")
+        header = checks.read_json(file.read(size), _LARGEST_HEADER)
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+        raise ValueError("a header that is no object")
+    return header
 
 
 def identities_dir() -> Path:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import mmap
-import re
 import shutil
-import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from io import SEEK_END, BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
-from pfstorer_rt.diffusion import Schedule
-from pfstorer_rt.errors import BadFileError, Rebuild
+from pfstorer_rt import checks
+from pfstorer_rt.archive import check_entries, place, read_entries
+from pfstorer_rt.config import Method
+from pfstorer_rt.diffusion import SAMPLERS, Schedule
+from pfstorer_rt.errors import BadFileError, Rebuild, one_line
 from pfstorer_rt.files import (
     atomic_write,
-    check_fingerprint,
     is_name,
     move_file,
+    open_plain,
     sha256_bytes,
     show_path,
     work_folder,
@@ -41,8 +42,64 @@ DATA_TARGETS = ("onnx",)
 SIGNATURE = "signature"
 SHIPPED = ("tiny",)
 """Names of the bases in the package."""
-_CAPABILITY = re.compile(r"[0-9]+\.[0-9]+\+?")
+_DAMAGES = (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError, NotImplementedError, RuntimeError)
+"""Errors of reading a damaged zip. RuntimeError: an encrypted entry; NotImplementedError: an unknown method."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed time, so that the same content gives the same bytes
+
+
+_LARGEST_MANIFEST = 4 << 20
+"""Bytes of a manifest. A manifest of Stable Diffusion has about 10 KB."""
+_FINGERPRINT = checks.text(64, r"[0-9a-f]{64}", "64 hexadecimal digits")
+_FIGURE = checks.number(-1e30, 1e30)
+_PORT = checks.record(
+    {"shape": checks.list_of(checks.either(checks.whole(1, 1 << 31), checks.text(80)), 8), "type": checks.text(20)},
+    ("shape", "type"),
+)
+_PAYLOAD = checks.record(
+    {
+        "file": checks.text(),
+        "sha256": _FINGERPRINT,
+        "inputs": checks.table_of(_PORT, 64),
+        "outputs": checks.table_of(_PORT, 64),
+        "parity": checks.table_of(_FIGURE, 16),
+        "precision": checks.one_of(*PRECISIONS),
+        "profiles": checks.list_of(
+            checks.table_of(checks.list_of(checks.list_of(checks.whole(1, 1 << 31), 8), 3, 3), 64), 64
+        ),
+        "layers": checks.table_of(checks.whole(0, 1 << 31), 1000),
+        "weights": checks.text(),
+        "weights_sha256": checks.either(checks.one_of(""), _FINGERPRINT),
+    },
+    ("file", "sha256", "inputs", "outputs"),
+)
+_MANIFEST: dict[str, checks.Check] = {
+    "target": checks.one_of(*TARGETS),
+    "precision": checks.one_of(*PRECISIONS),
+    "tile": checks.whole(16, 8192),
+    "factor": checks.whole(1, 64),
+    "latent_channels": checks.whole(1, 1024),
+    "prediction_type": checks.one_of("epsilon", "v_prediction"),
+    "sampler": checks.one_of(*SAMPLERS),
+    "steps": checks.whole(1, 1000),
+    "base_name": checks.text(),
+    "base_fingerprint": _FINGERPRINT,
+    "identity_name": checks.optional(checks.text()),
+    "identity_fingerprint": checks.optional(_FINGERPRINT),
+    "method": checks.one_of(None, *get_args(Method)),
+    "strength": checks.boolean,
+    "cfw": checks.boolean,
+    "cfw_weight": checks.number(-10, 10),
+    "schedule": checks.record(
+        {"kind": checks.text(), "beta_start": _FIGURE, "beta_end": _FIGURE, "steps": checks.whole(1, 10_000)}
+    ),
+    "licence": checks.text(),
+    "compute_capabilities": checks.list_of(checks.text(8, r"[0-9]+\.[0-9]+\+?", "such as '8.9' or '12.0+'"), 32),
+    "tools": checks.table_of(checks.text(), 32),
+    "payloads": checks.table_of(_PAYLOAD, len(COMPONENTS)),
+    "kind": checks.one_of(KIND),
+    "schema": checks.whole(1, SCHEMA),
+}
+"""Check of every field of `Manifest` in a file."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +166,12 @@ class Manifest:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
         """Read the JSON form; raises `ValueError` for invalid content."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(data) - known):
-            raise ValueError(f"unknown fields {unknown}")
+        needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+        checks.record(_MANIFEST, [*needed, "payloads"])(data, "manifest")
         payloads = {name: Payload(**payload) for name, payload in data["payloads"].items()}
-        try:
-            schedule = Schedule(**data.get("schedule", {}))
-            manifest = cls(**{**data, "payloads": payloads, "schedule": schedule})
-        except TypeError as error:
-            raise ValueError(str(error)) from error
+        manifest = cls(**{**data, "payloads": payloads, "schedule": Schedule(**data.get("schedule", {}))})
         manifest.check_names()
+        manifest.check_networks()
         return manifest
 
     def check_names(self) -> None:
@@ -126,25 +179,24 @@ class Manifest:
 
         A plan may come from another person, and its names become paths, modules and commands that a user copies.
         """
-        check_fingerprint(self.base_fingerprint, "base")
-        if self.identity_fingerprint is not None:
-            check_fingerprint(self.identity_fingerprint, "identity")
         for name in (self.base_name, self.identity_name or "none"):
             if not is_name(name):
                 raise ValueError(f"name {name!r}, expected letters a-z, digits, '_', '-' or '.', at most 64")
-        if self.target not in TARGETS or self.precision not in PRECISIONS:
-            raise ValueError(
-                f"target {self.target!r}, precision {self.precision!r}, expected one of {TARGETS} and of {PRECISIONS}"
-            )
-        capabilities, tools = self.compute_capabilities, self.tools
-        if not isinstance(capabilities, list) or not all(_CAPABILITY.fullmatch(str(name)) for name in capabilities):
-            raise ValueError(f"compute_capabilities {capabilities!r}, expected such as ['8.9', '12.0+']")
-        if not isinstance(tools, dict) or not all(isinstance(value, str) for value in tools.values()):
-            raise ValueError(f"tools {tools!r}, expected names and versions")
         for component, payload in self.payloads.items():
             files = {f"{component}.onnx", f"{component}.engine"}, {"", f"{component}.weights"}
             if payload.file not in files[0] or payload.weights not in files[1]:
                 raise ValueError(f"payload {payload.file!r} with weights {payload.weights!r} for the {component}")
+            if bool(payload.weights) != bool(payload.weights_sha256):
+                raise ValueError(f"weights and weights_sha256 of the {component}: expected both or none")
+
+    def check_networks(self) -> None:
+        """Raise `ValueError` for a tile that is not divided by the factor, and for inputs that the networks lack."""
+        if self.tile % self.factor:
+            raise ValueError(f"tile {self.tile}, expected a multiple of the factor {self.factor}")
+        for name, wanted, component in (("cfw", "cfw_weight", "decoder"), ("strength", "strength", "denoiser")):
+            payload = self.payloads.get(component)
+            if getattr(self, name) and payload and wanted not in payload.inputs:
+                raise ValueError(f"{name} true, but the {component} has no input {wanted!r}")
 
 
 @dataclass(frozen=True)
@@ -167,17 +219,16 @@ class Plan:
         if not path.is_file():
             raise BadFileError(f"{name}: no such plan; check the path, or export a plan")
         try:
-            with zipfile.ZipFile(path) as archive:
-                written = archive.read("manifest.json")
-                data, present = json.loads(written), set(archive.namelist())
-                signature = archive.read(SIGNATURE).decode("ascii", "replace") if SIGNATURE in present else ""
-        except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError) as error:
-            raise BadFileError(f"{name}: not a plan, or cut off ({error}); export it again") from error
+            read, present = read_entries(path, {"manifest.json": _LARGEST_MANIFEST, SIGNATURE: 64})
+            written, signature = read["manifest.json"], read.get(SIGNATURE, b"").decode("ascii", "replace")
+            data = checks.read_json(written, _LARGEST_MANIFEST)
+        except _DAMAGES as error:
+            raise BadFileError(f"{name}: not a plan, or cut off ({one_line(error)}); export it again") from error
         if not isinstance(data, dict) or data.get("kind") != KIND:
             raise BadFileError(f"{name}: a zip file, but not a plan; choose another file")
-        if data.get("schema") not in range(1, SCHEMA + 1):
+        if data.get("schema") not in [*range(1, SCHEMA + 1)]:
             raise BadFileError(
-                f"{name}: plan schema {data.get('schema')}, this version reads 1 to {SCHEMA}; export it again"
+                f"{name}: plan schema {str(data.get('schema'))[:80]}, this version reads 1 to {SCHEMA}; export it again"
             )
         try:
             manifest = Manifest.from_dict(data)
@@ -186,6 +237,9 @@ class Plan:
         missing = [c for c in COMPONENTS if not _files(manifest.payloads.get(c)) <= present]
         if missing:
             raise BadFileError(f"{name}: lacks {', '.join(missing)}; export it again")
+        wanted = {"manifest.json", SIGNATURE}.union(*(_files(manifest.payloads[c]) for c in COMPONENTS))
+        if foreign := sorted(present - wanted):
+            raise BadFileError(f"{name}: its entry {foreign[0][:80]!r} belongs to no plan; export it again")
         plain = manifest.target in DATA_TARGETS
         return cls(path, manifest, plain or trust or is_signed(written, signature))
 
@@ -215,9 +269,10 @@ class Plan:
         """
         payload = self.manifest.payloads[component]
         try:
-            with zipfile.ZipFile(self.path) as archive:
+            with open_plain(self.path) as file, zipfile.ZipFile(file) as archive:
+                check_entries(archive, file)  # the file may have changed since it was opened
                 data = archive.read(payload.file)
-        except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
+        except _DAMAGES as error:
             raise BadFileError(f"{show_path(self.path)}: {component} is damaged ({error}); export it again") from error
         with self.map_weights(component) as weights:
             digests = [sha256_bytes(data), *map(sha256_bytes, weights.values())]
@@ -268,7 +323,7 @@ class Plan:
                 mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
                 whole = stack.enter_context(memoryview(mapped))
                 view = stack.enter_context(whole[start : start + size])
-            except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError, struct.error) as error:
+            except _DAMAGES as error:
                 raise BadFileError(
                     f"{show_path(self.path)}: the weights of the {component} are damaged ({error}); export it again"
                 ) from error
@@ -295,14 +350,11 @@ def _files(payload: Payload | None) -> set[str]:
 
 
 def _place(file: BinaryIO, name: str) -> tuple[int, int]:
-    """Return (offset, size) of the bytes of an uncompressed zip member."""
+    """Return (offset, size) of the bytes of a zip entry."""
     with zipfile.ZipFile(file) as archive:
+        check_entries(archive, file)
         info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{name} is compressed")
-    file.seek(info.header_offset)
-    header = file.read(30)
-    return info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30])), info.file_size
+        return place(file, info), info.file_size
 
 
 def write_plan(

@@ -22,14 +22,17 @@ FOLDERS = {
 
 # A part and the parts below it that it may import; a part is a module or package of pfstorer_rt.
 PLAIN = {"errors", "extras", "config", "files", "progress", "console"}
-FORMATS = {"imaging", "tiling", "diffusion", "identity", "plan", "base_files", "onnx_message"}
+FORMATS = {"checks", "base_config", "imaging", "tiling", "diffusion", "identity", "plan", "base_files", "onnx_message"}
 NETWORKS = PLAIN | FORMATS | {"ops", "models"}
 MAY_IMPORT = {
     "errors": set(),
     "temporary": set(),
     "extras": {"errors"},
     "onnx_message": set(),
-    "base_files": {"errors", "config", "files"},
+    "checks": set(),
+    "archive": {"files"},
+    "base_config": {"errors", "config", "files", "checks", "diffusion"},
+    "base_files": {"errors", "config", "files", "checks", "base_config"},
     "config": {"errors", "files"},
     "progress": set(),
     "console": {"errors", "progress"},
@@ -37,8 +40,8 @@ MAY_IMPORT = {
     "signing": {"errors", "files"},
     "tiling": {"errors", "config"},
     "diffusion": {"errors", "extras", "config"},
-    "identity": {"errors", "config", "files"},
-    "plan": {"errors", "config", "diffusion", "onnx_message", "files", "signing"},
+    "identity": {"errors", "config", "files", "checks"},
+    "plan": {"errors", "config", "diffusion", "onnx_message", "files", "signing", "checks", "archive"},
     "imaging": {"errors", "extras", "config", "files", "tiling"},
     "faces": {"errors", "extras", "config", "files", "imaging"},
     "degradation": {"errors", "config", "files", "imaging"},

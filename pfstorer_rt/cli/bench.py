@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from pfstorer_rt.cli.options import Number
 from pfstorer_rt.console import say
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.runtime.bench import SIZES, BenchConfig, BenchReport, measure_plan
@@ -29,9 +30,7 @@ from pfstorer_rt.runtime.bench import SIZES, BenchConfig, BenchReport, measure_p
 @click.option(
     "--runs", type=click.IntRange(2), default=20, show_default=True, help="Largest number of runs of each measurement."
 )
-@click.option(
-    "--seconds", type=click.FloatRange(0), default=30.0, show_default=True, help="Time limit of each measurement."
-)
+@click.option("--seconds", type=Number(0), default=30.0, show_default=True, help="Time limit of each measurement.")
 @click.option(
     "--size",
     "sizes",

@@ -1,5 +1,6 @@
 """Option types that several commands share, the flag of every setting, and the command of every export."""
 
+import math
 import shlex
 from collections.abc import Callable
 from typing import Any, TypeVar, get_args
@@ -8,6 +9,18 @@ import click
 
 from pfstorer_rt.config import Attention, Optimizer, Precision
 from pfstorer_rt.errors import Rebuild, one_line
+
+
+class Number(click.FloatRange):
+    """A finite number in a range; `click.FloatRange` accepts NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse a number; fails for NaN and infinities."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
 
 ATTENTION = click.Choice(get_args(Attention))
 SEED = click.IntRange(0, 2**32 - 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pfstorer_rt.cli.options import TRAINING, training_options
+from pfstorer_rt.cli.options import TRAINING, Number, training_options
 from pfstorer_rt.errors import SettingError
 
 
@@ -57,36 +57,38 @@ class Options:
 )
 @click.option("--batch", type=click.IntRange(1), help="Samples per iteration. [default: the base's, else 4]")
 @click.option(
-    "--learning-rate", type=float, help="Learning rate of the personalization blocks. [default: the base's, else 5e-5]"
+    "--learning-rate",
+    type=Number(),
+    help="Learning rate of the personalization blocks. [default: the base's, else 5e-5]",
 )
 @click.option(
     "--lambda-gen",
-    type=click.FloatRange(0),
+    type=Number(0),
     help="Weight of the loss L_gen of the paper. [default: the base's, else 0.1]",
 )
 @click.option(
     "--first-step",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     help="Share of samples at timestep 999, where restoring starts. [default: the base's, else 0]",
 )
 @click.option(
     "--lambda-pixel",
-    type=click.FloatRange(0),
+    type=Number(0),
     help="Weight of the pixel error of decoded images. [default: the base's, else 0]",
 )
 @click.option(
     "--lambda-perceptual",
-    type=click.FloatRange(0),
+    type=Number(0),
     help="Weight of the ST-LPIPS of decoded images. [default: the base's, else 0]",
 )
 @click.option(
     "--lambda-id",
-    type=click.FloatRange(0),
+    type=Number(0),
     help="Weight of the identity loss of decoded images. [default: the base's, else 0]",
 )
 @click.option(
     "--rank",
-    type=click.IntRange(0),
+    type=click.IntRange(0, 4096),
     default=0,
     show_default=True,
     help="Rank of the matrices of the personalization blocks; a low rank gives a small file. 0: full matrices.",

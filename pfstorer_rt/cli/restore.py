@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from click.core import ParameterSource
 
-from pfstorer_rt.cli.options import ATTENTION, SEED, flag
+from pfstorer_rt.cli.options import ATTENTION, SEED, Number, flag
 from pfstorer_rt.console import note, say
 from pfstorer_rt.imaging.files import MAX_PIXELS
 
@@ -140,9 +140,7 @@ class Options:
 @click.option(
     "--watch", type=click.Path(exists=True, file_okay=False), help="Restore images as they arrive in this folder."
 )
-@click.option(
-    "--idle", type=click.FloatRange(0), help="With --watch: stop after this many seconds without a new image."
-)
+@click.option("--idle", type=Number(0), help="With --watch: stop after this many seconds without a new image.")
 @click.option("--dry-run", is_flag=True, help="Print tiles, steps, memory and time; restore nothing.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Number of diffusion steps. [default: the engine's]")
 @click.option(
@@ -155,15 +153,17 @@ class Options:
 )
 @click.option(
     "--strength",
-    type=float,
+    type=Number(),
     default=1.0,
     show_default=True,
     help="Strength of the identity: 0 is the base alone, 1 is as trained.",
 )
 @click.option(
-    "--cfw-weight", type=float, help="How strongly the decoder follows the input, 0-1. [default: the engine's]"
+    "--cfw-weight", type=Number(), help="How strongly the decoder follows the input, 0-1. [default: the engine's]"
 )
-@click.option("--scale", type=float, default=1.0, show_default=True, help="Size of the result relative to the input.")
+@click.option(
+    "--scale", type=Number(), default=1.0, show_default=True, help="Size of the result relative to the input."
+)
 @click.option("--colorize", is_flag=True, help="Let the result of a grey image have colours.")
 @click.option(
     "--color-fix",
@@ -179,9 +179,7 @@ class Options:
     show_default=True,
     help="Start of the sampling: the noised input, or pure noise.",
 )
-@click.option(
-    "--eta", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Share of fresh noise in DDIM steps."
-)
+@click.option("--eta", type=Number(0, 1), default=0.0, show_default=True, help="Share of fresh noise in DDIM steps.")
 @click.option(
     "--tiling",
     type=click.Choice(["fast", "parity"]),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import click
 from click.core import ParameterSource
 
-from pfstorer_rt.cli.options import TRAINING, flag, training_options
+from pfstorer_rt.cli.options import TRAINING, Number, flag, training_options
 
 if TYPE_CHECKING:
     from pfstorer_rt.training.stages import StageConfig
@@ -142,13 +142,11 @@ class Options:
     type=click.IntRange(1),
     help="Iterations of the stage; of the restorer in stage base. [default: 8000 on crops; on tiles the stage's]",
 )
-@click.option(
-    "--minutes", type=click.FloatRange(0.1), help="Stages on tiles: length in minutes, instead of iterations."
-)
+@click.option("--minutes", type=Number(0.1), help="Stages on tiles: length in minutes, instead of iterations.")
 @click.option("--batch", type=click.IntRange(2), help="Samples per iteration. [default: 16 on crops; on tiles 8 or 4]")
 @click.option(
     "--learning-rate",
-    type=float,
+    type=Number(),
     help="Learning rate of the stage; of the restorer in stage base. [default: 5e-4 on crops; on tiles 6e-4, in "
     "one-step 3e-4]",
 )
@@ -157,7 +155,7 @@ class Options:
 )
 @click.option(
     "--wide",
-    type=click.FloatRange(1, 2),
+    type=Number(1, 2),
     help="Stages on crops: crop up to N times the short side, with mirrored padding. [default: 1]",
 )
 @click.option(
@@ -172,26 +170,20 @@ class Options:
 )
 @click.option(
     "--p-hq",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     help="Stages on crops: share of pairs without degradation. [default: 0.03]",
 )
 @click.option(
     "--first-step",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     help="Stages base and finishing: share of samples at timestep 999, where restoring starts. [default: 0]",
 )
-@click.option(
-    "--lambda-id", type=click.FloatRange(0), help="Stage finishing: weight of the identity loss. [default: 0.3]"
-)
-@click.option(
-    "--lambda-perceptual", type=click.FloatRange(0), help="Stage finishing: weight of ST-LPIPS. [default: 0.2]"
-)
-@click.option(
-    "--lambda-pixel", type=click.FloatRange(0), help="Stage finishing: weight of the pixel error. [default: 0.5]"
-)
+@click.option("--lambda-id", type=Number(0), help="Stage finishing: weight of the identity loss. [default: 0.3]")
+@click.option("--lambda-perceptual", type=Number(0), help="Stage finishing: weight of ST-LPIPS. [default: 0.2]")
+@click.option("--lambda-pixel", type=Number(0), help="Stage finishing: weight of the pixel error. [default: 0.5]")
 @click.option(
     "--share",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     help="Stage finishing: interpolation of the result between the weights of the prior (0) and the trained ones (1). "
     "[default: 0.5]",
 )

@@ -16,11 +16,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel
 
+from pfstorer_rt.base_config import LARGEST
 from pfstorer_rt.base_files import NETWORKS, find_base, fingerprint_directory, read_config, read_network, reading_base
+from pfstorer_rt.checks import read_json
 from pfstorer_rt.config import PRESETS, BaseConfig, to_json
 from pfstorer_rt.diffusion import Schedule
 from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError
-from pfstorer_rt.files import atomic_entries, check_space, fingerprint_tensors
+from pfstorer_rt.files import atomic_entries, check_space, fingerprint_tensors, open_plain
 from pfstorer_rt.models.cfw import ControllableFeatureWrapping, Features
 from pfstorer_rt.models.cfw_patch import PatchFeatureWrapping
 from pfstorer_rt.models.cfw_tiny import TinyFeatureWrapping
@@ -218,7 +220,8 @@ def read_schedule(folder: Path, prediction_type: str) -> Schedule:
     file = folder / "scheduler_config.json"
     if not file.is_file():
         raise BadFileError(f"{folder.name}/{file.name} is missing")
-    return Schedule.from_diffusers(json.loads(file.read_text()), prediction_type)
+    with open_plain(file) as text:
+        return Schedule.from_diffusers(read_json(text.read(LARGEST + 1), LARGEST), prediction_type)
 
 
 def write_base(

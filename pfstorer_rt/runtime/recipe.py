@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +15,8 @@ OVERLAP = {"parity": 2, "fast": 4}
 """Default overlap of neighbouring tiles: 1/n of a tile."""
 COLOR_FIXES = ("auto", "adain", "wavelet", "none")
 INITS = ("lq", "noise")
+LARGEST_WEIGHT = 10.0
+"""Largest absolute value of `strength` and `cfw_weight`; larger values only overflow."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +92,17 @@ def _check_diffusion(recipe: Recipe) -> None:
 
 def _check_networks(recipe: Recipe, manifest: Manifest) -> None:
     strength, weight = recipe.strength, recipe.cfw_weight
-    if not math.isfinite(strength):
-        message = f"strength {strength}: expected a finite number; 0 is the base, 1 is as trained"
+    most = f"expected -{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
+    if not abs(strength) <= LARGEST_WEIGHT:
+        message = f"strength {strength}: {most}; 0 is the base, 1 is as trained"
         raise SettingError(message, setting="strength")
     if strength != 1.0 and not manifest.strength and manifest.identity_name:
         raise SettingError(
             f"strength {strength}: the identity of this engine has no gated blocks to scale; set strength to 1",
             setting="strength",
         )
-    if not math.isfinite(weight):
-        message = f"cfw_weight {weight}: expected a finite number; 0 is the plain decoder"
-        raise SettingError(message, setting="cfw_weight")
+    if not abs(weight) <= LARGEST_WEIGHT:
+        raise SettingError(f"cfw_weight {weight}: {most}; 0 is the plain decoder", setting="cfw_weight")
     if weight and not manifest.cfw:
         raise SettingError(
             f"cfw_weight {weight}: this engine has no controllable feature wrapping; set cfw_weight to 0, or import "

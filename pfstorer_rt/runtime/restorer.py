@@ -88,14 +88,14 @@ class Restorer:
         `pfstorer_rt.ops`; raises `MissingBackendError` when it cannot run here.
         Raises `MismatchError` when the identity or the expected manifest belongs to another base.
         """
+        if identity is not None and not isinstance(identity, Identity):
+            identity = Identity.load(identity_path(identity))  # a foreign file is refused before the slow imports
         with needed_by("a base in PyTorch"):
             from pfstorer_rt.engine.torch import open_sessions
             from pfstorer_rt.models.base import Base, load_base
             from pfstorer_rt.models.components import manifest
 
         loaded = base if isinstance(base, Base) else load_base(base)
-        if identity is not None and not isinstance(identity, Identity):
-            identity = Identity.load(identity_path(identity))
         if expected is not None and loaded.fingerprint != expected.base_fingerprint:
             raise MismatchError(
                 f"the plan was made of base {expected.base_name!r} ({expected.base_fingerprint[:12]}), got base "

@@ -18,6 +18,18 @@ def test_the_report_of_a_forecast_has_the_layout_of_the_restoration(forecaster):
     assert (facts["tiles"], facts["batch"], facts["steps"], facts["squares"]) == (7 * 5, 2, 2, 1)
 
 
+def test_a_forecast_costs_one_step_at_scale_1_whatever_it_predicts(nano_base, monkeypatch):
+    with Restorer.from_base(nano_base, device="cpu") as restorer:
+        seen, restore = [], restorer.restore_rows
+        monkeypatch.setattr(
+            restorer, "restore_rows", lambda rows, config, *more: seen.append(config) or restore(rows, config, *more)
+        )
+        made = Forecaster(restorer, RestoreConfig(steps=50, scale=8, tile=TileConfig(batch=1)))
+        assert {(config.steps, config.scale) for config in seen} == {(1, 1.0)}
+        large, one = made.predict(64, 64), Forecaster(restorer, RestoreConfig(steps=1)).predict(64, 64)
+    assert large.layout.canvas.height == 512 and large.seconds > 50 * one.seconds
+
+
 def test_time_grows_with_the_tiles(forecaster):
     small, large = forecaster.predict(512, 512), forecaster.predict(5120, 5120)
     ratio = large.layout.denoiser_tiles / small.layout.denoiser_tiles

@@ -33,6 +33,14 @@ def test_a_seed_determines_the_image(restorer, make_image):
     assert first.shape == pixels.shape
 
 
+def test_a_grey_image_gives_a_grey_result_unless_colours_are_wanted(restorer, make_image):
+    grey = np.repeat(make_image(64, 70)[..., :1], 3, -1)
+    plain, coloured = restorer.restore(grey, CONFIG), restorer.restore(grey, replace(CONFIG, colorize=True))
+    assert np.ptp(plain, axis=-1).max() == 0 and np.ptp(coloured, axis=-1).max() > 1e-3
+    luma = coloured @ np.array([0.299, 0.587, 0.114], np.float32)
+    assert np.abs(plain[..., 0] - luma).max() < 0.02, "clamped colours alone differ"
+
+
 def test_the_global_generator_stays_unchanged(restorer, make_image):
     state = torch.random.get_rng_state()
     restorer.restore(make_image(64, 64), CONFIG)
