@@ -40,7 +40,7 @@ SETTINGS = [("ddim", 1), ("ddim", 2), ("ddim", 4), ("ddim", 8), ("ddim", 50)]
 @click.command()
 @click.argument("photos", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-@click.option("--base", "name", default="tiny", show_default=True)
+@click.option("--base", "name", default="portrait", show_default=True)
 @click.option("--count", default=48, show_default=True, help="Number of held-out images, evenly spaced.")
 @click.option("--level", type=click.Choice(LEVELS), multiple=True, default=LEVELS, show_default=True)
 def main(photos: tuple[Path, ...], output: Path, name: str, count: int, level: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
 """Find the fastest settings of ONNX Runtime and OpenVINO on this CPU.
 
-    python benchmarks/engine_options.py --engine tiny.plan -o benchmarks/results/engine_options.csv [--runs 9]
+    python benchmarks/engine_options.py --engine portrait.plan -o benchmarks/results/engine_options.csv [--runs 9]
 
 Times every component of a plan at the given batch sizes with every setting. The settings alternate in rounds, so that
 other load on the machine affects all of them. `p50` and `best` are milliseconds. `ratio` is the median over the rounds

@@ -1,6 +1,6 @@
 """Measure size and build time of TensorRT-RTX engines of the denoiser, by layout of batch sizes.
 
-    python benchmarks/engines.py -o benchmarks/results/engines.csv [--base tiny|DIR|sd21]
+    python benchmarks/engines.py -o benchmarks/results/engines.csv [--base portrait|DIR|sd21]
 
 Needs no GPU. Rows: one batch size, several profiles in one engine, one engine per batch size, one profile over all
 batch sizes. `fused_attention` counts attention layers with a fused kernel, once per profile, from the kernel sources in
@@ -36,10 +36,10 @@ LADDER = (1, 2, 4, 8)
 
 @click.command()
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-@click.option("--base", "name", default="tiny", show_default=True, help="A base, or a preset with random weights.")
+@click.option("--base", "name", default="portrait", show_default=True, help="A base, or a preset with random weights.")
 @click.option("--layout", "layouts", multiple=True, help="one, ladder, each, range. [default: all]")
 def main(output: Path, name: str, layouts: tuple[str, ...]) -> None:
-    base = build_base(name) if name in PRESETS and name != "tiny" else load_base(name)
+    base = build_base(name) if name in PRESETS and name != "portrait" else load_base(name)
     halve_weights(base)
     rows = []
     with TemporaryDirectory() as folder:

@@ -39,7 +39,7 @@ Metric = Callable[[Pixels, Pixels], float | None]
 @click.command()
 @click.argument("sets", nargs=-1, required=True, metavar="NAME=FOLDER...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-@click.option("--base", "bases", multiple=True, default=("tiny",), show_default=True)
+@click.option("--base", "bases", multiple=True, default=("portrait",), show_default=True)
 @click.option(
     "--level",
     "levels",

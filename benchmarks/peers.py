@@ -1,6 +1,6 @@
 """Compare the restoration time of plans with plain PyTorch in one run.
 
-    python benchmarks/peers.py --engine tiny.plan --int8 tiny8.plan -o benchmarks/results/peers.csv
+    python benchmarks/peers.py --engine portrait.plan --int8 portrait8.plan -o benchmarks/results/peers.csv
 
 PyTorch: diffusers' modules, eager in fp32 and bf16, and compiled with `torch.compile`. Plans: in ONNX Runtime, in
 OpenVINO fp32 and bf16, and a plan exported with `--precision int8` in both. All restore the same tiles with the same
@@ -52,7 +52,7 @@ EAGER = "eager fp32"
 @click.command()
 @click.option("--engine", required=True)
 @click.option("--int8", required=True, help="The same plan, exported with --precision int8.")
-@click.option("--base", default="tiny", show_default=True)
+@click.option("--base", default="portrait", show_default=True)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 @click.option("--size", "sizes", multiple=True, default=(192, 576), show_default=True)
 @click.option("--runs", default=5, show_default=True)

@@ -1,6 +1,6 @@
 """Measure visible tile borders, number of tiles and time, by tiling mode and overlap.
 
-    python benchmarks/seams.py --engine tiny.plan -o benchmarks/results/seams.csv [--steps 2] [--size 768]
+    python benchmarks/seams.py --engine portrait.plan -o benchmarks/results/seams.csv [--steps 2] [--size 768]
 
 Images: a sky (a flat gradient), skin (a smooth cheek of scikit-image's public-domain portrait, enlarged) and texture
 (stationary pink noise), each degraded by blur and noise. `seam` is the mean gradient across tile borders divided by the

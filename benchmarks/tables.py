@@ -164,7 +164,7 @@ def write(path: Path, rows: list[Row]) -> None:
 @click.argument("people", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("-o", "--output", default="benchmarks/results/tables.csv", type=click.Path(path_type=Path))
 @click.option("--document", type=click.Path(path_type=Path), help="Markdown page to write from the rows.")
-@click.option("--base", "base_name", default="tiny", show_default=True)
+@click.option("--base", "base_name", default="portrait", show_default=True)
 @click.option(
     "--method", "names", multiple=True, type=click.Choice(["Input", *METHODS]), help="Measure only these methods."
 )

@@ -46,7 +46,8 @@ HEADER = """# Results on held-out people
   photographs. {count} other photographs of each person are degraded and restored.
 - **Images**: centre crops of {tile} x {tile} pixels. The levels are the levels of `pfstorer-rt degrade`, and the number
   of the photograph is the seed. "Input" is the degraded image, resized bicubically to its original size.
-- **Base**: `tiny`, fingerprint `{base}`, one step unless the row states another number.
+- **Base**: `tiny` (fingerprint `{base}`), which was shipped before `portrait`; one step unless the row states another
+  number.
 - **Personalization**: {iterations} iterations unless the row states another number.
 - **Hardware**: {machine}. The rows were measured on several machines of this type: do not compare close times.
 - **Command**: `python benchmarks/tables.py PEOPLE`, where `PEOPLE` has one folder of photographs for each person.

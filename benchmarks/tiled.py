@@ -1,6 +1,6 @@
 """Compare the time of a large image with the time of its tiles.
 
-    python benchmarks/tiled.py --engine tiny.plan -o benchmarks/results/tiled.csv [--runs 7]
+    python benchmarks/tiled.py --engine portrait.plan -o benchmarks/results/tiled.csv [--runs 7]
 
 `tile_s` is the median time of an image of one tile, `picture_s` of the large image, both from pixels to pixels. `ratio`
 is the median over the rounds of (time of the large image / its number of tiles) divided by the time of one tile in the

@@ -21,7 +21,7 @@ from pfstorer_rt.files import sha256_bytes, sha256_file, work_folder
 from pfstorer_rt.identity import Identity, identity_path
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.models.components import Component, components, manifest
-from pfstorer_rt.plan import SHIPPED, Manifest, Payload, Plan, move_plan, write_plan
+from pfstorer_rt.plan import DEFAULT_BASE, SHIPPED, Manifest, Payload, Plan, move_plan, write_plan
 
 from . import parity
 from .graph import OPSET, SELF_CONTAINED, Graph, build_graph, fuse
@@ -101,7 +101,7 @@ def resolve(identity: str | Path | Identity | None, base: str | Path | Base | No
     """
     if identity is not None and not isinstance(identity, Identity):
         identity = Identity.load(identity_path(identity))
-    named = base if base is not None else (identity.base_name if identity else "tiny")
+    named = base if base is not None else (identity.base_name if identity else DEFAULT_BASE)
     if base is None and identity is not None and identity.base_name not in SHIPPED:
         raise MismatchError(
             f"identity {identity.name!r} was learned on base {identity.base_name!r} "

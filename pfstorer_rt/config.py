@@ -194,7 +194,7 @@ PRESETS: dict[str, BaseConfig] = {
         steps=4,
         licence="none",
     ),
-    # The shipped base: three levels; all weights take less than 24 MB in fp16.
+    # For training on crops of small photographs: three levels; all weights take less than 24 MB in fp16.
     "tiny": BaseConfig(
         name="tiny",
         tile=192,
@@ -215,7 +215,7 @@ PRESETS: dict[str, BaseConfig] = {
         steps=1,
         licence="research, non-commercial",
     ),
-    # Faces in images of 512 pixels: an autoencoder of factor 16 gives 32x32 latents; all weights take 38 MB in fp16.
+    # The shipped base, for images of 512 pixels: an autoencoder of factor 16 gives 32x32 latents. All weights take 38 MB.
     # The encoder's first level has no attention: on 1024 tokens it takes more time than all convolutions of the level.
     "portrait": BaseConfig(
         name="portrait",

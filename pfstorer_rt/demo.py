@@ -1,10 +1,10 @@
-"""The demo: degrade a public-domain portrait, learn it from other views, export, restore, and measure the result."""
+"""The demo: learn a person who does not exist from five images, restore a degraded sixth image, and measure it."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,13 +16,12 @@ from pfstorer_rt.config import PersonalizeConfig, RestoreConfig
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.imaging.rows import Pixels
+from pfstorer_rt.plan import DEFAULT_BASE
 from pfstorer_rt.progress import OnProgress, ignore_progress
 
-FACE = (20, 116, 216)
-"""Row, column and side in pixels of the head in scikit-image's portrait `astronaut`."""
-NAME = "astronaut"
-SIDE = 192
-"""Side of the degraded image and of the results, in pixels."""
+IMAGES = Path(__file__).parent / "demo_images"
+"""The generated images of the person; the folder's README.md states their source and licence."""
+NAME = "nobody"
 TRUTH = "ground truth"
 FILES = {"input": "input.png", "base": "base.png", "personalized": "restored.png", TRUTH: "truth.png"}
 """Name of an image -> its file."""
@@ -32,9 +31,9 @@ FILES = {"input": "input.png", "base": "base.png", "personalized": "restored.png
 class DemoConfig:
     """Settings of the demo."""
 
-    base: str | Path = "tiny"
+    base: str | Path = DEFAULT_BASE
     """Name of a shipped base, or a base directory."""
-    iterations: int = 300
+    iterations: int = 200
     """Iterations of the personalization."""
     level: Literal["light", "heavy"] = "heavy"
     """Strength of the degradation."""
@@ -76,17 +75,17 @@ def run_demo(
     note: Callable[[str], None] = lambda _: None,
     on_progress: OnProgress = ignore_progress,
 ) -> DemoReport:
-    """Run every step on scikit-image's portrait and write all files to the folder `output`; files there are replaced.
+    """Run every step on generated images of one person, and write all files to the folder `output`; it replaces files.
 
-    The references are other crops, mirrorings and exposures of the same photograph, so the result is optimistic.
     note: called with a line after each part. Raises `MissingBackendError` when a package of the extra `all` is missing,
     before anything is written.
     """
     config, started = config or DemoConfig(), time.perf_counter()
-    portrait = load_portrait()
-    truth, lq = degraded_face(portrait, config)
-    references = write_views(portrait, output / "references")
-    note(f"{output}: {len(references)} views of the portrait, and the {config.level} degraded input")
+    check_installed()
+    truth, lq = degraded_image(config)
+    make_folder(output)
+    references = reference_files()
+    note(f"{output}: {len(references)} references, and the input image with {config.level} degradation")
     plan = learn_and_export(references, output, config, on_progress)
     note(f"{plan}: learned and exported after {time.perf_counter() - started:.0f} s")
     results = {"input": lq, **restore_both(lq, plan), TRUTH: truth}
@@ -97,59 +96,31 @@ def run_demo(
     return report
 
 
-def load_portrait() -> Pixels:
-    """Return scikit-image's portrait (H, W, 3) in [0, 1], after checking that every step of the demo is installed."""
+def check_installed() -> None:
+    """Raise `MissingBackendError` unless every step of the demo is installed."""
     with needed_by("demo", "all"):
-        from skimage.data import astronaut
-
         import pfstorer_rt.export
+        import pfstorer_rt.faces.dlib
         import pfstorer_rt.training.personalize  # noqa: F401
 
-    return (astronaut() / 255).astype(np.float32)
+
+def reference_files() -> list[Path]:
+    """Return the files of the five references."""
+    return sorted(IMAGES.glob("reference_*.jpg"))
 
 
-def degraded_face(portrait: Pixels, config: DemoConfig) -> tuple[Pixels, Pixels]:
-    """Return the face of the portrait and its degraded image, both (192, 192, 3) in [0, 1]."""
+def degraded_image(config: DemoConfig) -> tuple[Pixels, Pixels]:
+    """Return the original and its degraded image, both (512, 512, 3) in [0, 1]."""
     from pfstorer_rt.degradation.degrade import degrade
+    from pfstorer_rt.imaging.files import load_image
 
-    row, column, side = FACE
-    truth = resize_square(portrait[row : row + side, column : column + side], SIDE)
+    truth = load_image(IMAGES / "original.jpg").pixels
     image = torch.from_numpy(truth).permute(2, 0, 1).contiguous()
     return truth, degrade(image, config.level, config.seed).permute(1, 2, 0).numpy()
 
 
-def write_views(portrait: Pixels, folder: Path) -> list[Path]:
-    """Write the reference views to a folder and return their files."""
-    from pfstorer_rt.imaging.files import save_image
-
-    make_folder(folder)
-    paths = []
-    for number, view in enumerate(views(portrait), start=1):
-        paths.append(folder / f"view_{number}.png")
-        save_image(paths[-1], view, overwrite=True)
-    return paths
-
-
-def views(portrait: Pixels) -> Iterator[Pixels]:
-    """Yield five other views of the face: shifted and scaled crops, mirrored, at other exposures and warmths."""
-    row, column, side = FACE
-    crops = ((-20, -20, 40), (-4, 10, -24), (6, -16, 4), (-20, 2, 20), (10, 4, -30))
-    gains = ((0.8, 0.8, 0.85), (1.15, 1.1, 1.0), (0.95, 1.0, 1.1), (1.0, 1.0, 1.0), (0.7, 0.72, 0.75))
-    for i, ((dy, dx, ds), gain) in enumerate(zip(crops, gains, strict=True)):
-        y, x, s = max(0, row + dy), max(0, column + dx), side + ds
-        view = np.clip(portrait[y : y + s, x : x + s] * np.array(gain, np.float32), 0, 1)
-        yield np.ascontiguousarray(view[:, ::-1] if i % 2 else view)
-
-
-def resize_square(pixels: Pixels, side: int) -> Pixels:
-    """Resize a square image (s, s, 3) in [0, 1] to (side, side, 3)."""
-    from pfstorer_rt.imaging.files import from_tensor, resize_bicubic, to_tensor
-
-    return from_tensor(resize_bicubic(to_tensor(pixels), (side, side), antialias=True))
-
-
 def learn_and_export(references: list[Path], output: Path, config: DemoConfig, on_progress: OnProgress) -> Path:
-    """Learn an identity from the views, export it, and return the file of the plan."""
+    """Learn an identity from the references, export it, and return the file of the plan."""
     from pfstorer_rt.export import export_plan
     from pfstorer_rt.models.base import load_base
     from pfstorer_rt.training.personalize import personalize

@@ -40,8 +40,9 @@ PRECISIONS = ("fp32", "fp16", "int8")
 DATA_TARGETS = ("onnx",)
 """Targets whose payloads are plain data. The payloads of other targets are executable code and are signed."""
 SIGNATURE = "signature"
-SHIPPED = ("tiny",)
+SHIPPED = ("portrait",)
 """Names of the bases in the package."""
+DEFAULT_BASE = SHIPPED[0]
 _DAMAGES = (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError, NotImplementedError, RuntimeError)
 """Errors of reading a damaged zip. RuntimeError: an encrypted entry; NotImplementedError: an unknown method."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed time, so that the same content gives the same bytes

@@ -92,7 +92,7 @@ def test_commands_without_their_extra_name_the_extra(runtime_alone, tmp_path, na
         (*restore, "-o", out / "restored.png"),
         ("bench", "--engine", nano_plan.path, "--steps", 1, "--runs", 2, "--seconds", 0, "--size", 64),
         ("inspect", nano_plan.path),
-        ("inspect", "tiny"),
+        ("inspect", "portrait"),
         ("identities", "list"),
         ("identities", "show", "alice"),
         ("degrade", image, "-o", out / "bad.png"),
@@ -102,9 +102,9 @@ def test_commands_without_their_extra_name_the_extra(runtime_alone, tmp_path, na
         "personalize needs the train extra": ("personalize", "--identity", "bob", image),
         "train-base needs the train extra": ("train-base", image, "-o", out / "base"),
         "import-base needs the train extra": ("import-base", image, "-o", out / "base"),
-        "a base in PyTorch needs the train extra": ("restore", "--base", "tiny", image, "-o", out / "no.png"),
+        "a base in PyTorch needs the train extra": ("restore", "--base", "portrait", image, "-o", out / "no.png"),
         "sampler unipc needs the train extra": (*restore, "--sampler", "unipc", "-o", out / "no.png"),
-        "export needs the export extra": ("export", "--base", "tiny", "-o", out / "no.plan"),
+        "export needs the export extra": ("export", "--base", "portrait", "-o", out / "no.plan"),
         "demo needs the all extra": ("demo", "-o", out / "demo"),
     }
     report = runtime_alone([*works, *needs.values()], home)

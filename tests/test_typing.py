@@ -30,7 +30,7 @@ import numpy.typing as npt
 from pfstorer_rt import Base, Identity, Plan, RestoreConfig, Restorer, load_base, personalize
 from pfstorer_rt.export import export_plan
 
-base = load_base("tiny")
+base = load_base("portrait")
 assert_type(base, Base)
 identity = personalize("alice", [Path("alice.jpg")], base)
 assert_type(identity, Identity)
@@ -41,7 +41,7 @@ with Restorer.from_plan(plan.path) as restorer:
     assert_type(restorer, Restorer)
     result = restorer.restore(np.zeros((8, 8, 3), np.float32), RestoreConfig(steps=1))
     assert_type(result, npt.NDArray[np.float32])
-for source in (base, "tiny", Path("tiny")):
+for source in (base, "portrait", Path("portrait")):
     assert_type(Restorer.from_base(source, identity), Restorer)
 reveal_type(Restorer.restore)
 reveal_type(personalize)

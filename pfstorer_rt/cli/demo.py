@@ -1,4 +1,4 @@
-"""`pfstorer-rt demo`: the whole path on scikit-image's public-domain portrait."""
+"""`pfstorer-rt demo`: every step on images of a person who does not exist."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from pfstorer_rt.cli.options import SEED
 from pfstorer_rt.console import say
 
 WORDS = (
-    "identity distance: dlib embedding to the undegraded portrait; under 0.6 counts as the same person,",
-    "a dash: no face was found",
-    "What this shows: every step works, and what the identity adds to the base here.",
-    "What this does not show: a fair test. There is one public-domain portrait, so the references are other crops,",
-    "mirrorings and exposures of the same photograph. Expect less with other photographs. With the default seed a",
-    "face is found in the results; with another --seed the base alone may fail to restore one.",
+    "identity distance: distance of dlib's embeddings to the original; below 0.6 counts as the same person; a dash: no",
+    "face was found. It was a loss of the training, so it is optimistic.",
+    "The person does not exist: a network generated the original and the five references.",
 )
 
 
@@ -31,13 +28,13 @@ WORDS = (
     show_default=True,
     help="Folder of the results.",
 )
-@click.option("--base", default="tiny", show_default=True, help="Base: tiny, or a base directory.")
+@click.option("--base", default="portrait", show_default=True, help="Base: portrait, or a base directory.")
 @click.option(
     "--iterations",
     type=click.IntRange(1),
-    default=300,
+    default=200,
     show_default=True,
-    help="Iterations of the personalization; `personalize` uses 1000.",
+    help="Iterations of the personalization; `personalize` uses 500.",
 )
 @click.option(
     "--level",
@@ -51,7 +48,7 @@ WORDS = (
 def command(
     output: Path, base: str, iterations: int, level: Literal["light", "heavy"], seed: int, as_json: bool
 ) -> None:
-    """Degrade a portrait, learn it from other views, export, restore, and show all side by side.
+    """Learn a person from five images, export, restore a degraded sixth image, and show all side by side.
 
     \b
     Example:

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 @click.command()
 @click.option("--identity", help="Identity to include, by name or file.")
-@click.option("--base", help="Base: tiny, or a base directory. [default: the identity's]")
+@click.option("--base", help="Base: portrait, or a base directory. [default: the identity's]")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The plan file to write.")
 @click.option(
     "--target",
@@ -76,10 +76,10 @@ def command(
     Examples:
       pfstorer-rt export --identity alice -o alice.plan
       pfstorer-rt export --identity alice --target tensorrt-rtx -o alice.plan
-      pfstorer-rt export --base tiny -o base.plan
+      pfstorer-rt export --base portrait -o base.plan
     """
     if identity is None and base is None:
-        raise click.UsageError("give --identity NAME|FILE, or --base tiny|DIR for a plan without one")
+        raise click.UsageError("give --identity NAME|FILE, or --base portrait|DIR for a plan without one")
     target = "onnx" if target == "auto" else target
     if target == "onnx" and (capabilities or workspace or timing_cache or verbose_engine):
         raise click.UsageError(

@@ -19,7 +19,7 @@ def command(path: str, as_json: bool) -> None:
     \b
     Examples:
       pfstorer-rt inspect alice.plan
-      pfstorer-rt inspect tiny --json
+      pfstorer-rt inspect portrait --json
     """
     from pfstorer_rt.runtime.describe import describe
 

@@ -44,7 +44,7 @@ class Options:
 @click.command()
 @click.argument("references", nargs=-1, required=True, metavar="REFS...")
 @click.option("--identity", "name", required=True, help="Name of the person, and of the identity file.")
-@click.option("--base", default="tiny", show_default=True, help="Base to learn on: tiny, or a base directory.")
+@click.option("--base", default="portrait", show_default=True, help="Base to learn on: portrait, or a base directory.")
 @click.option(
     "--method",
     type=click.Choice(["pfstorer", "vico", "dreambooth"]),
@@ -53,7 +53,7 @@ class Options:
     help="Method of personalization; vico and dreambooth are for comparison.",
 )
 @click.option(
-    "--iterations", type=click.IntRange(1), help="Number of training iterations. [default: the base's; tiny: 1000]"
+    "--iterations", type=click.IntRange(1), help="Number of training iterations. [default: the base's; portrait: 500]"
 )
 @click.option("--batch", type=click.IntRange(1), help="Samples per iteration. [default: the base's, else 4]")
 @click.option(

@@ -115,7 +115,7 @@ class Options:
 @click.option(
     "--engine", "engines", type=click.Path(), multiple=True, help="Plan file; repeat the option for several people."
 )
-@click.option("--base", help="Run a base in PyTorch: tiny, or a base directory.")
+@click.option("--base", help="Run a base in PyTorch: portrait, or a base directory.")
 @click.option("--identity", help="With --base: identity, by name or file.")
 @click.option("-o", "--output", help="File for one image, folder for several, - for stdout.")
 @click.option(
@@ -229,7 +229,7 @@ def command(**parameters: Any) -> None:
       pfstorer-rt restore --engine alice.plan old.jpg -o restored.png
       pfstorer-rt restore --engine alice.plan scans/ -o restored/ --json
       pfstorer-rt restore --engine alice.plan huge.tif --dry-run
-      pfstorer-rt restore --base tiny old.jpg --steps 4
+      pfstorer-rt restore --base portrait old.jpg --steps 4
     """
     options = Options(**parameters)
     check_options(options)
@@ -257,7 +257,7 @@ def check_options(options: Options) -> None:
     engines, watch = options.engines, options.watch
     both, neither = bool(engines and options.base), not engines and options.base is None
     if neither or (both and options.backend != "torch"):  # with backend torch, a plan may name its base's folder
-        raise click.UsageError("give either --engine FILE.plan or --base tiny|DIR")
+        raise click.UsageError("give either --engine FILE.plan or --base portrait|DIR")
     if options.identity and engines:
         raise click.UsageError("--identity goes with --base; a plan already contains its identity")
     if len(set(options.labels)) < len(engines):

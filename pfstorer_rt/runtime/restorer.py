@@ -20,7 +20,7 @@ from pfstorer_rt.identity import Identity, identities_dir, identity_path, list_i
 from pfstorer_rt.imaging.bands import ColorFixed, Cropped, Grey, Padded, Resized, Result, is_grey
 from pfstorer_rt.imaging.color import ColorFix
 from pfstorer_rt.imaging.rows import Band, Pixels, Rows, Spool, from_pixels, to_pixels
-from pfstorer_rt.plan import COMPONENTS, Manifest, Plan
+from pfstorer_rt.plan import COMPONENTS, DEFAULT_BASE, Manifest, Plan
 from pfstorer_rt.runtime.host_threads import one_host_thread
 from pfstorer_rt.runtime.layout import Layout
 from pfstorer_rt.runtime.recipe import Recipe
@@ -76,7 +76,7 @@ class Restorer:
     @classmethod
     def from_base(
         cls,
-        base: Base | str | Path = "tiny",
+        base: Base | str | Path = DEFAULT_BASE,
         identity: str | Path | Identity | None = None,
         expected: Manifest | None = None,
         device: str = "auto",

@@ -20,6 +20,7 @@ from pfstorer_rt.identity import Identity, named_identity
 from pfstorer_rt.imaging.find import find_images, without_results
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.models.reference import reference_features
+from pfstorer_rt.plan import DEFAULT_BASE
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.data import center_crop
 from pfstorer_rt.training.device import accelerated, kernels_for
@@ -37,7 +38,7 @@ TUNING_RATE = 0.1
 def personalize(
     name: str,
     references: Sequence[Path],
-    base: Base | str | Path = "tiny",
+    base: Base | str | Path = DEFAULT_BASE,
     config: PersonalizeConfig | None = None,
     output: Path | None = None,
     note: Callable[[str], None] = lambda _: None,

@@ -50,11 +50,11 @@ def test_only_messages_of_other_libraries_are_shortened():
 @pytest.mark.parametrize(
     ("identity", "base", "gpus", "words"),
     [
-        (None, "tiny", (), "--base tiny --target onnx --precision fp32 -o a.plan --overwrite"),
+        (None, "portrait", (), "--base portrait --target onnx --precision fp32 -o a.plan --overwrite"),
         (None, None, (), "--base DIR --target onnx"),
-        ("al", "tiny", (), "--identity al --target onnx"),
+        ("al", "portrait", (), "--identity al --target onnx"),
         ("al", None, (), "--identity al --base DIR --target onnx"),
-        ("al", "tiny", ("8.6", "8.9"), "--precision fp32 --compute-capability 8.6 --compute-capability 8.9 -o"),
+        ("al", "portrait", ("8.6", "8.9"), "--precision fp32 --compute-capability 8.6 --compute-capability 8.9 -o"),
     ],
 )
 def test_a_plan_that_must_be_exported_again_comes_with_the_command(identity, base, gpus, words):
@@ -67,5 +67,5 @@ def test_a_plan_that_must_be_exported_again_comes_with_the_command(identity, bas
 
 
 def test_a_command_to_copy_quotes_the_name_of_the_file():
-    rebuild = Rebuild(None, "tiny", "onnx", "fp32", (), "a;reboot;.plan")
+    rebuild = Rebuild(None, "portrait", "onnx", "fp32", (), "a;reboot;.plan")
     assert "-o 'a;reboot;.plan' --overwrite" in export_command(rebuild)

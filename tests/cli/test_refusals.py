@@ -112,7 +112,7 @@ def test_an_old_checkpoint_format_is_read_and_a_text_file_is_refused(tmp_path, r
 
 def test_tensorrt_options_need_a_tensorrt_target(refused, tmp_path):
     for option in (["--compute-capability", "8.9"], ["--verbose-engine"], ["--workspace", "64"]):
-        refused(2, "export", "--base", "tiny", "-o", tmp_path / "a.plan", *option, words=("--target tensorrt",))
+        refused(2, "export", "--base", "portrait", "-o", tmp_path / "a.plan", *option, words=("--target tensorrt",))
 
 
 def test_an_untrusted_tensorrt_plan_is_refused(refused, base_plan, save, tmp_path, monkeypatch, without_gpu):
@@ -183,7 +183,7 @@ def test_int8_is_refused_for_tensorrt_before_loading_a_base(refused, tmp_path, t
         2,
         "export",
         "--base",
-        "tiny",
+        "portrait",
         "--precision",
         "int8",
         "--target",

@@ -110,7 +110,7 @@ def test_a_base_and_an_identity_run_without_a_plan(run, save, tmp_path, nano_bas
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("--engine", "a.plan", "--base", "tiny"), ("--engine", "a.plan", "--identity", "bob")]
+    "arguments", [(), ("--engine", "a.plan", "--base", "portrait"), ("--engine", "a.plan", "--identity", "bob")]
 )
 def test_contradictory_options_are_refused(run, save, tmp_path, arguments):
     done = run("restore", *arguments, save(tmp_path / "a.png"))

@@ -37,8 +37,8 @@ def test_the_default_stage_makes_a_new_base_with_the_defaults_of_the_library(ask
 
 def test_stage_base_has_settings_of_both_networks(asked):
     options = ("--iterations", 5, "--autoencoder-iterations", 7, "--batch", 3, "--learning-rate", 1e-4, "--seed", 2)
-    config, prior, _ = asked("--prior", "tiny", "--weights", "all", "--weighting", "x0", "--wide", 1.5, *options)
-    assert prior == "base tiny" and (config.weights, config.weighting, config.crops.wide) == ("all", "x0", 1.5)
+    config, prior, _ = asked("--prior", "portrait", "--weights", "all", "--weighting", "x0", "--wide", 1.5, *options)
+    assert prior == "base portrait" and (config.weights, config.weighting, config.crops.wide) == ("all", "x0", 1.5)
     assert (config.autoencoder.iterations, config.restorer.iterations) == (7, 5)
     rates = config.autoencoder.learning_rate, config.restorer.learning_rate
     assert rates == (AUTOENCODER.learning_rate, 1e-4)
@@ -46,13 +46,13 @@ def test_stage_base_has_settings_of_both_networks(asked):
 
 
 def test_the_stage_selects_the_settings(asked):
-    wrapping, *_ = asked("--prior", "tiny", "--stage", "wrapping", "--level", "mixed", "--optimizer", "adamw8bit")
+    wrapping, *_ = asked("--prior", "portrait", "--stage", "wrapping", "--level", "mixed", "--optimizer", "adamw8bit")
     assert isinstance(wrapping, WrappingConfig) and wrapping.crops.level == "mixed"
     assert (wrapping.train.optimizer, wrapping.train.iterations) == ("adamw8bit", RESTORER.iterations)
-    finishing, *_ = asked("--prior", "tiny", "--stage", "finishing", "--share", 1, "--lambda-id", 0, "--p-hq", 0.5)
+    finishing, *_ = asked("--prior", "portrait", "--stage", "finishing", "--share", 1, "--lambda-id", 0, "--p-hq", 0.5)
     assert isinstance(finishing, FinishingConfig) and finishing.crops.p_hq == 0.5
     assert (finishing.share, finishing.lambda_id, finishing.lambda_pixel) == (1, 0, 0.5)
-    part, *_ = asked("--prior", "tiny", "--stage", "restorer", "--minutes", 2, "--tiles", 20)
+    part, *_ = asked("--prior", "portrait", "--stage", "restorer", "--minutes", 2, "--tiles", 20)
     assert isinstance(part, PartConfig) and (part.part, part.tiles, part.train["minutes"]) == ("restorer", 20, 2)
 
 
@@ -62,7 +62,8 @@ def test_the_stage_selects_the_settings(asked):
 )
 def test_an_option_of_another_stage_is_refused(refused, tmp_path, stage, option):
     words = (f"{option.partition('=')[0]} is not an option of the stage {stage}",)
-    refused(2, "train-base", tmp_path, "-o", tmp_path / "out", "--prior", "tiny", "--stage", stage, option, words=words)
+    arguments = ("-o", tmp_path / "out", "--prior", "portrait", "--stage", stage, option)
+    refused(2, "train-base", tmp_path, *arguments, words=words)
 
 
 @pytest.mark.parametrize("stage", ["wrapping", "finishing", "restorer", "one-step"])

@@ -1,4 +1,4 @@
-"""The files for the commands of the pages: small images, a nano base named `tiny`, and one shared plan."""
+"""The files for the commands of the pages: small images, a nano base named `portrait`, and one shared plan."""
 
 import inspect
 import shutil
@@ -12,7 +12,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
-PAGES += ["kernels/README.md", "pfstorer_rt/bases/tiny/README.md", "CHANGELOG.md", "MODEL_LICENSE.md"]
+PAGES += ["kernels/README.md", "pfstorer_rt/bases/portrait/README.md", "CHANGELOG.md", "MODEL_LICENSE.md"]
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ def read_blocks():
 
 @pytest.fixture(scope="session")
 def shipped(nano_base, tmp_path_factory):
-    """A folder of shipped bases: `tiny` is the nano base, and learns a person in one iteration."""
+    """A folder of shipped bases: `portrait` is the nano base, and learns a person in one iteration."""
     from pfstorer_rt.models.base import build_base
 
     quick = {"iterations": 1, "batch": 1, "pool": 2}
     folder = tmp_path_factory.mktemp("shipped")
-    build_base(replace(nano_base.config, name="tiny", steps=1, personalize=quick)).save(folder / "tiny")
+    build_base(replace(nano_base.config, name="portrait", steps=1, personalize=quick)).save(folder / "portrait")
     return folder
 
 
@@ -94,7 +94,7 @@ def user(tmp_path, monkeypatch, shipped, nano_plan, nano_identity, face):
     monkeypatch.setattr("pfstorer_rt.engine.session.auto_order", lambda: ["onnxruntime"])  # the quickest to start
     make_files(folder, nano_plan.path, face)
     references = tuple(sha256_file(photo) for photo in sorted((folder / "photos" / "alice").iterdir()))
-    alice = replace(nano_identity, base_name="tiny", references=references)
+    alice = replace(nano_identity, base_name="portrait", references=references)
     alice.save(home / "identities" / "alice.safetensors")
     return folder
 

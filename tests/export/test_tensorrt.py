@@ -113,7 +113,7 @@ def test_one_engine_with_a_ladder_is_smaller_than_an_engine_for_each_batch(half_
 
 
 def test_the_shipped_base_is_built_with_fused_attention(tmp_path):
-    plan = export_plan(tmp_path / "tiny.plan", None, "tiny", "tensorrt-rtx", options=BuildOptions(batches=(1,)))
+    plan = export_plan(tmp_path / "portrait.plan", None, "portrait", "tensorrt-rtx", options=BuildOptions(batches=(1,)))
     engine = plan.read("denoiser")
     # The engine keeps the source of the kernels that are compiled where it runs; a fused attention names its traits.
     fused = len(re.findall(rb"using Kernel_traits = fmha::", engine))

@@ -1,0 +1,152 @@
+"""Measure the shipped base with and without identities, on people who are in no training.
+
+    python benchmarks/people.py real=FOLDER generated=FOLDER --lpips FILE --recognizer FILE -o people.csv
+
+Each FOLDER has one folder of photographs per person. The first five by name are the references. `--tests` further
+photographs are cropped to the centre, reduced to `--side` pixels if they are larger, heavily degraded, each with its
+own seed, and restored. One row per person, method and image; `heldout.py` describes the columns. `learn_cpu_s` is the
+processor time of the personalization. People in the CSV file are not measured again, so the same command resumes an
+interrupted run. `--readme` writes the table of means to README.md and measures nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import click
+import torch
+from common import hwc, machine, write
+from heldout import cosine_to, gradient_ratio, lpips_distance, save_sheet
+
+from pfstorer_rt.config import PersonalizeConfig
+from pfstorer_rt.degradation.degrade import degrade
+from pfstorer_rt.imaging.find import find_images
+from pfstorer_rt.imaging.similarity import psnr
+from pfstorer_rt.models.base import Base, load_base
+from pfstorer_rt.runtime.restorer import Restorer
+from pfstorer_rt.training.data import center_crop, read_photo
+from pfstorer_rt.training.personalize import personalize
+
+REFERENCES = 5
+SEED = 500
+METHODS = {"input": "Input", "base": "Base", "pfstorer": "PFStorer"}
+COLUMNS = {"psnr": ("PSNR dB ↑", 2), "lpips": ("LPIPS ↓", 3), "gradient": ("sharpness", 2), "cosine": ("identity ↑", 3)}
+TABLE = re.compile(r"(<!-- table: [^\n]*people\.py[^\n]*-->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+@click.command()
+@click.argument("sets", nargs=-1, metavar="NAME=FOLDER...")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option("--base", default="portrait", show_default=True)
+@click.option("--people", default=3, show_default=True, help="Number of people of each set, the first by name.")
+@click.option("--tests", default=6, show_default=True, help="Number of images of each person.")
+@click.option("--side", default=512, show_default=True)
+@click.option("--lpips", type=click.Path(exists=True, path_type=Path))
+@click.option("--recognizer", type=click.Path(exists=True, path_type=Path))
+@click.option("--sheet", type=click.Path(path_type=Path), help="Folder for a sheet of images of each person.")
+@click.option("--readme", type=click.Path(exists=True, path_type=Path), help="Page whose table to replace.")
+def main(
+    sets: tuple[str, ...],
+    output: Path,
+    base: str,
+    people: int,
+    tests: int,
+    side: int,
+    lpips: Path | None,
+    recognizer: Path | None,
+    sheet: Path | None,
+    readme: Path | None,
+) -> None:
+    rows = read(output)
+    if readme:
+        readme.write_text(with_table(readme.read_text(), rows))
+        return
+    if not lpips or not recognizer:
+        raise click.UsageError("give --lpips FILE and --recognizer FILE")
+    metrics = {
+        "psnr": psnr,
+        "lpips": lpips_distance(lpips),
+        "gradient": gradient_ratio,
+        "cosine": cosine_to(recognizer),
+    }
+    loaded = load_base(base)
+    for text in sets:
+        name, folder = text.split("=", 1)
+        for person in sorted(path for path in Path(folder).iterdir() if path.is_dir())[:people]:
+            if any((row["set"], row["person"]) == (name, person.name) for row in rows):
+                continue
+            shown = []
+            for number, results, seconds in restored(person, loaded, tests, side):
+                truth = results.pop("truth")
+                for method, result in results.items():
+                    values = {key: metric(result, truth) for key, metric in metrics.items()}
+                    about = {"set": name, "person": person.name, "image": number, "method": METHODS[method]}
+                    values = {key: "" if value is None else round(value, 4) for key, value in values.items()}
+                    rows.append({**about, **values, "learn_cpu_s": seconds, "side": len(truth), **machine()})
+                shown.append([*results.values(), truth])
+            if sheet is not None:
+                save_sheet(sheet / f"{name}_{person.name}.jpg", shown[:4])
+            write(output, rows)
+            click.echo(f"{name} {person.name}: learned in {seconds} s of processor time")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of an earlier run."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def restored(person: Path, base: Base, tests: int, side: int) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """Learn a person, and yield the number of each image, its versions, and the seconds of learning."""
+    paths = find_images([person])
+    references, others = paths[:REFERENCES], paths[REFERENCES : REFERENCES + tests]
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.process_time()
+        file = Path(folder) / "person.safetensors"
+        personalize("person", references, base, PersonalizeConfig.for_base(base.config), file)
+        seconds = round(time.process_time() - started)
+        plain, personal = Restorer.from_base(base), Restorer.from_base(base, file)
+    for number, path in enumerate(others):
+        photo = read_photo(path)
+        truth = center_crop(photo, min(side, *photo.shape[-2:]))
+        lq = hwc(degrade(truth, "heavy", SEED + number))
+        images = {"input": lq, "base": plain.restore(lq), "pfstorer": personal.restore(lq), "truth": hwc(truth)}
+        yield number, images, seconds
+
+
+def with_table(text: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Replace the table of a page between its two comments; raises `ClickException` without them."""
+    if not TABLE.search(text):
+        raise click.ClickException("no '<!-- table: ... -->' and '<!-- end of table -->' in the page; add them")
+    return TABLE.sub(lambda found: found[1] + table(rows) + found[2], text)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the means over people and images, by set and method."""
+    lines = [line(["images", "", *(head for head, _ in COLUMNS.values())]), line(["---"] * (2 + len(COLUMNS)))]
+    for name in dict.fromkeys(row["set"] for row in rows):
+        for method in METHODS.values():
+            mine = [row for row in rows if (row["set"], row["method"]) == (name, method)]
+            means = [fmean(float(row[key]) for row in mine if row[key] != "") for key in COLUMNS]
+            figures = [f"{mean:.{digits}f}" for mean, (_, digits) in zip(means, COLUMNS.values(), strict=True)]
+            lines.append(line([name, method, *figures]))
+    return "\n".join(lines) + "\n"
+
+
+def line(cells: Sequence[str]) -> str:
+    """Return a row of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
