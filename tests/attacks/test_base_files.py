@@ -66,7 +66,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("path", "value"), WRONG, ids=lambda v: str(v)[:40])
-def test_a_value_that_no_base_has(path, value):
+def test_unknown_values_of_a_base_are_refused(path, value):
     changed, started = config(), time.monotonic()
     place = changed
     for key in path[:-1]:
@@ -78,19 +78,19 @@ def test_a_value_that_no_base_has(path, value):
 
 
 @pytest.mark.parametrize("data", [None, [], "nano", 7, {}])
-def test_json_that_is_no_configuration(data):
+def test_json_without_a_configuration_is_refused(data):
     with pytest.raises(ValueError, match="base configuration"):
         base_config_from_dict(data)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{" * 10, " " * (2 << 20), '{"name": 1, "name": 2}', "\x00"])
-def test_a_file_that_is_no_configuration(tmp_path, text):
+def test_a_file_without_a_configuration_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r".+"):
         read_config(tmp_path)
 
 
-def test_a_pipe_in_the_place_of_weights_is_not_opened(tmp_path):
+def test_a_pipe_instead_of_weights_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(BadFileError, match="no safetensors file"):
         network_files(tmp_path)
@@ -111,7 +111,7 @@ PATHS = [(key,) for key in config()] + [
 
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(PATHS), JSON)
-def test_any_value_in_any_field_is_a_configuration_or_a_value_error(path, value):
+def test_any_value_of_any_field_is_accepted_or_raises_value_error(path, value):
     changed = copy.deepcopy(config())
     place = changed
     for key in path[:-1]:

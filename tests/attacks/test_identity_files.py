@@ -66,7 +66,7 @@ def refused(write):
     return call
 
 
-def test_an_identity_as_it_is_trained_is_loaded(write):
+def test_a_trained_identity_is_loaded(write):
     assert Identity.load(write(tensors())).layers == tuple(LAYERS)
     dreambooth = {"unet.conv_in.weight": torch.zeros(2, 2).half()}
     assert Identity.load(write(dreambooth, method="dreambooth", layers="[]")).tensors.keys() == dreambooth.keys()
@@ -93,7 +93,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_tensors_that_no_identity_has(refused, change):
+def test_unknown_tensors_of_an_identity_are_refused(refused, change):
     values = tensors()
     CHANGES[change](values)
     assert "tensor" in refused(values)
@@ -127,7 +127,7 @@ def test_tensors_that_no_identity_has(refused, change):
     ],
 )
 @pytest.mark.parametrize("loaded", [True, False])
-def test_metadata_that_no_identity_has(refused, key, value, loaded):
+def test_invalid_metadata_of_an_identity_are_refused(refused, key, value, loaded):
     refused(None, loaded, **{key: value})
 
 
@@ -144,13 +144,13 @@ def test_metadata_that_no_identity_has(refused, key, value, loaded):
     ],
     ids=["huge header", "no header", "nested", "null", "list", "number", "zip"],
 )
-def test_a_header_of_another_form(tmp_path, data):
+def test_a_header_of_another_form_is_refused(tmp_path, data):
     (tmp_path / "a.safetensors").write_bytes(data)
     with pytest.raises(BadFileError, match="not a readable safetensors file"):
         Identity.load(tmp_path / "a.safetensors")
 
 
-def test_a_pipe_and_a_loop_are_no_identities(tmp_path):
+def test_a_pipe_and_a_link_loop_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "loop.safetensors").symlink_to(tmp_path / "loop.safetensors")
     for name in ("pipe", "loop"):

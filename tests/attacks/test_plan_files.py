@@ -65,14 +65,14 @@ def flags(data, name, position, value):
     return bytes(raw)
 
 
-def test_a_plan_as_the_exporter_writes_it_is_opened(tmp_path):
+def test_an_exported_plan_is_opened(tmp_path):
     (tmp_path / "a.plan").write_bytes(whole())
     assert Plan.open(tmp_path / "a.plan").read("encoder") == PAYLOADS["encoder"]
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "encoder.onnx"])
 @pytest.mark.parametrize(("position", "value"), [(6, 1), (8, 99), (8, 8)], ids=["encrypted", "unknown", "deflated"])
-def test_an_entry_that_is_not_plain_data(refused, name, position, value):
+def test_an_entry_that_is_not_stored_as_plain_data_is_refused(refused, name, position, value):
     assert "expected plain data" in refused(flags(whole(), name, position, value))
 
 
@@ -97,18 +97,18 @@ def test_an_entry_that_inflates_is_refused_before_it_is_read(refused):
     ],
     ids=["behind", "in front", "comment", "between", "overlap"],
 )
-def test_bytes_that_belong_to_no_entry(refused, change):
+def test_bytes_outside_all_entries_are_refused(refused, change):
     refused(change(whole()))
 
 
-def test_more_entries_than_a_plan_has(refused):
+def test_unknown_entries_of_a_plan_are_refused(refused):
     extra = {f"{c}.onnx": data for c, data in PAYLOADS.items()}
     assert "belongs to no plan" in refused(archive({**extra, "run.py": b"import os"}))
     assert "entries" in refused(archive({f"{i}.bin": b"" for i in range(5000)}))
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_two_entries_of_one_name(refused):
+def test_two_entries_of_one_name_are_refused(refused):
     buffer = io.BytesIO(whole())
     with zipfile.ZipFile(buffer, "a") as file:
         file.writestr("encoder.onnx", b"other")
@@ -130,7 +130,7 @@ def test_two_entries_of_one_name(refused):
     ],
     ids=["nested lists", "nested objects", "repeated key", "NaN", "digits", "BOM", "no UTF-8", "large", "null"],
 )
-def test_json_that_is_no_manifest(refused, text):
+def test_json_without_a_manifest_is_refused(refused, text):
     refused(archive({}, text))
 
 
@@ -156,7 +156,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
-def test_a_field_of_another_type_or_out_of_range(refused, field, value):
+def test_a_field_of_another_type_or_out_of_range_is_refused(refused, field, value):
     entries = {f"{c}.onnx": data for c, data in PAYLOADS.items()}
     refused(archive(entries, json.dumps({**manifest(), field: value})))
 
@@ -178,14 +178,14 @@ def test_a_field_of_another_type_or_out_of_range(refused, field, value):
         ("code", "import os"),
     ],
 )
-def test_a_payload_of_another_form(refused, field, value):
+def test_a_payload_of_another_form_is_refused(refused, field, value):
     changed = manifest()
     changed["payloads"]["encoder"][field] = value
     entries = {f"{c}.onnx": data for c, data in PAYLOADS.items()}
     refused(archive({**entries, "encoder.weights": b""}, json.dumps(changed)))
 
 
-def test_a_pipe_a_loop_and_a_folder_are_no_plans(tmp_path):
+def test_a_pipe_a_link_loop_and_a_folder_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.plan")
     (tmp_path / "loop.plan").symlink_to(tmp_path / "loop.plan")
     for path in (tmp_path / "pipe.plan", tmp_path / "loop.plan", tmp_path, "/dev/zero"):
@@ -213,7 +213,7 @@ PATHS = [(key,) for key in manifest()] + [("payloads", "encoder", key) for key i
 
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(PATHS), JSON)
-def test_any_value_in_any_field_is_a_valid_manifest_or_a_value_error(path, value):
+def test_any_value_of_any_field_of_a_manifest_is_accepted_or_raises_value_error(path, value):
     changed = copy.deepcopy(manifest())
     place = changed
     for key in path[:-1]:
@@ -230,7 +230,7 @@ def test_any_value_in_any_field_is_a_valid_manifest_or_a_value_error(path, value
 
 @settings(max_examples=100, deadline=None)
 @given(JSON)
-def test_any_json_is_a_manifest_or_a_value_error(value):
+def test_any_json_is_a_manifest_or_raises_value_error(value):
     with pytest.raises(ValueError, match=r".+"):
         Manifest.from_dict(value)
 
@@ -251,6 +251,6 @@ def test_any_damage_of_a_plan_is_harmless_or_refused(tmp_path_factory, data):
     assert contents == PAYLOADS
 
 
-def test_what_the_writer_writes_is_accepted(tmp_path):
+def test_every_written_plan_is_accepted(tmp_path):
     written = write_plan(tmp_path / "a.plan", Manifest.from_dict(manifest()), PAYLOADS)
     assert written.manifest.to_json() == json.dumps(manifest(), indent=2, sort_keys=True)

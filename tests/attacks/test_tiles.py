@@ -47,7 +47,7 @@ def test_every_pixel_of_a_canvas_is_in_a_tile(axis, more, even):
 
 @settings(deadline=None, max_examples=300)
 @given(st.integers(1, 20_000), st.integers(1, 20_000), st.sampled_from([64, 192, 512]), st.floats(0.01, MAX_SCALE))
-def test_a_canvas_holds_the_image_and_a_tile_and_is_padded_least(height, width, tile, scale):
+def test_a_canvas_contains_the_image_and_a_tile_with_minimal_padding(height, width, tile, scale):
     canvas = plan_canvas(height, width, tile, scale)
     for side, inner in zip(canvas.padded, (canvas.height, canvas.width), strict=True):
         assert side % PADDING == 0 and side >= max(tile, inner) and side - max(tile, inner) < PADDING
@@ -56,7 +56,7 @@ def test_a_canvas_holds_the_image_and_a_tile_and_is_padded_least(height, width, 
 
 
 @given(st.floats(allow_nan=True, allow_infinity=True))
-def test_a_scale_is_accepted_in_its_range_alone(scale):
+def test_a_scale_is_accepted_only_in_its_range(scale):
     if 0 < scale <= MAX_SCALE:
         plan_canvas(10, 10, 64, scale)
     else:

@@ -34,7 +34,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize(("command", "option", "value"), VALUES)
-def test_an_option_out_of_range(command, option, value):
+def test_an_option_out_of_range_is_refused(command, option, value):
     found = cli.get_command(click.Context(cli), command)
     with pytest.raises(click.BadParameter) as caught:
         found.make_context(command, [option, value])
@@ -43,14 +43,14 @@ def test_an_option_out_of_range(command, option, value):
 
 @pytest.mark.parametrize("value", [1e308, -1e308, 11.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["strength", "cfw_weight"])
-def test_a_weight_that_overflows(name, value):
+def test_a_weight_above_its_range_is_refused(name, value):
     with pytest.raises(ValueError, match=rf"{name} .*expected -10 to 10"):
         Recipe.resolve(RestoreConfig(**{name: value}), MANIFEST)
     assert getattr(Recipe.resolve(RestoreConfig(**{name: 10.0}), MANIFEST), name) == 10
 
 
 @pytest.mark.parametrize("device", ["evil", "cuda:x", "cpu; rm", "meta", "", "cuda:0\n", None, 7])
-def test_a_device_that_does_not_exist(device):
+def test_a_device_that_does_not_exist_is_refused(device):
     with pytest.raises(ValueError, match="device"):
         TrainConfig(device=device)
 
@@ -71,6 +71,6 @@ def test_a_device_that_does_not_exist(device):
         ("p_hq", "0.1"),
     ],
 )
-def test_a_setting_of_personalize_out_of_range(name, value):
+def test_a_setting_of_personalize_out_of_range_is_refused(name, value):
     with pytest.raises(ValueError, match=name.replace("_", " ")):
         PersonalizeConfig(**{name: value})
