@@ -38,14 +38,14 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
-def say(line: str, err: bool = False) -> None:
+def echo(line: str, err: bool = False) -> None:
     """Print one line on stdout, or on stderr with `err`. Every command prints through this function."""
     click.echo(printable(line), err=err)
 
 
 def note(text: str) -> None:
     """Print a note on stderr."""
-    say(f"note: {text}", err=True)
+    echo(f"note: {text}", err=True)
 
 
 def printable(text: str) -> str:

@@ -119,9 +119,9 @@ def interrupted(error: BaseException) -> str:
 
 def fail(message: str, status: int) -> None:
     """Print one line on stderr and exit."""
-    from pfstorer_rt.console import say
+    from pfstorer_rt.console import echo
 
-    say(f"Error: {' '.join(message.split())}", err=True)
+    echo(f"Error: {' '.join(message.split())}", err=True)
     sys.exit(status)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from pfstorer_rt.cli.options import Number
-from pfstorer_rt.console import say
+from pfstorer_rt.console import echo
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.runtime.bench import SIZES, BenchConfig, BenchReport, measure_plan
 
@@ -78,7 +78,7 @@ def command(
 
         draw(plot, report)
     for line in [json.dumps(asdict(report))] if as_json else lines(report):
-        say(line)
+        echo(line)
 
 
 def lines(report: BenchReport) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Literal
 import click
 
 from pfstorer_rt.cli.options import SEED
-from pfstorer_rt.console import say
+from pfstorer_rt.console import echo
 
 WORDS = (
     "identity distance: distance of dlib's embeddings to the original; below 0.6 counts as the same person; a dash: no",
@@ -59,13 +59,13 @@ def command(
 
     config = DemoConfig(base, iterations, level, seed)
     with stage_bars() as on_progress:
-        report = run_demo(output, config, partial(say, err=as_json), on_progress)
+        report = run_demo(output, config, partial(echo, err=as_json), on_progress)
     if as_json:
-        say(json.dumps({"figures": report.figures, "seconds": round(report.seconds, 1)}))
+        echo(json.dumps({"figures": report.figures, "seconds": round(report.seconds, 1)}))
         return
-    say(f"{'':<14}{'PSNR':>8}{'identity distance':>20}")
+    echo(f"{'':<14}{'PSNR':>8}{'identity distance':>20}")
     for image in report.images:
-        say(f"{image.name:<14}{show(image.psnr, 'dB'):>8}{show(image.id_distance):>20}")
+        echo(f"{image.name:<14}{show(image.psnr, 'dB'):>8}{show(image.id_distance):>20}")
     for line in WORDS:
-        say(line)
-    say(f"{report.side_by_side}: all images side by side, after {report.seconds:.0f} s")
+        echo(line)
+    echo(f"{report.side_by_side}: all images side by side, after {report.seconds:.0f} s")

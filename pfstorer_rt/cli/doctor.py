@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from pfstorer_rt.console import say
+from pfstorer_rt.console import echo
 
 
 @click.command()
@@ -23,18 +23,18 @@ def command(as_json: bool) -> None:
 
     report = asdict(diagnose())
     if as_json:
-        say(json.dumps(report))
+        echo(json.dumps(report))
         return
     machine = report["machine"]
-    say(
+    echo(
         f"machine   {machine['system']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
         f"Python {machine['python']}"
     )
-    say(f"gpu       {machine['gpu'] or 'none visible to torch'}")
+    echo(f"gpu       {machine['gpu'] or 'none visible to torch'}")
     for key in ("extras", "engines", "builders", "attention", "metrics"):
         for name, refusal in report[key].items():
             title = key.removesuffix("s") if key != "metrics" else key
-            say(f"{title:<9} {name}: {'ready' if refusal is None else refusal}")
-    say(f"bases     {', '.join(report['bases']) or 'none shipped'}")
-    say(f"home      {report['home']} ({report['identities']} identities)")
-    say("packages  " + ", ".join(f"{k} {v}" for k, v in report["packages"].items() if v))
+            echo(f"{title:<9} {name}: {'ready' if refusal is None else refusal}")
+    echo(f"bases     {', '.join(report['bases']) or 'none shipped'}")
+    echo(f"home      {report['home']} ({report['identities']} identities)")
+    echo("packages  " + ", ".join(f"{k} {v}" for k, v in report["packages"].items() if v))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from pfstorer_rt.cli.options import SEED, flag
-from pfstorer_rt.console import note, say
+from pfstorer_rt.console import echo, note
 
 if TYPE_CHECKING:
     from pfstorer_rt.evaluation.report import Report
@@ -139,14 +139,14 @@ def show(report: Report, as_json: bool) -> None:
         for row in report.rows:
             figures = {k: ("inf" if v == float("inf") else v) for k, v in row.figures.items()}
             about = {"method": row.method, "image": row.image, "seconds": row.seconds, "note": row.note}
-            say(json.dumps({**about, **figures}, allow_nan=False))
-        say(json.dumps({"summary": json.loads(report.json())}))
+            echo(json.dumps({**about, **figures}, allow_nan=False))
+        echo(json.dumps({"summary": json.loads(report.json())}))
         return
     print_table(report)
     for metric in report.metrics.columns:
         if metric.key in report.metrics.refused:
             hint = f" ({flag(metric.file)} FILE)" if metric.file else ""
-            say(f"{metric.title}: {report.metrics.refused[metric.key]}{hint}")
+            echo(f"{metric.title}: {report.metrics.refused[metric.key]}{hint}")
 
 
 def print_table(report: Report) -> None:

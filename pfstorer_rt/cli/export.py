@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pfstorer_rt.console import say
+from pfstorer_rt.console import echo
 
 if TYPE_CHECKING:
     from pfstorer_rt.export.build import Progress
@@ -170,18 +170,18 @@ def report(plan: Plan, comparison: list[Row] | None, verbose_engine: bool, as_js
         extra: dict[str, Any] = {"layers": layers} if layers else {}
         if comparison is not None:
             extra |= {"comparison": comparison, "engine_not_run": unchecked}
-        say(json.dumps({**facts, **extra}))
+        echo(json.dumps({**facts, **extra}))
         return
     mixed = [f"{name} in {kind}" for name, kind in precisions.items() if kind != manifest.precision]
     built_for = f" for {', '.join(manifest.compute_capabilities)}" if manifest.compute_capabilities else ""
-    say(
+    echo(
         f"{plan.path}: {manifest.target}{built_for}, {manifest.precision}{''.join(f' ({m})' for m in mixed)}, "
         f"{plan.path.stat().st_size / 1e6:.1f} MB, the graph differs from PyTorch by {max(parity.values()):.1e} of "
         "the output's deviation"
     )
     for name, kinds in layers.items():
-        say(f"{name}: {sum(kinds.values())} layers: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
+        echo(f"{name}: {sum(kinds.values())} layers: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
     if unchecked:
-        say(f"the engines themselves were not run here ({unchecked}); comparison of their graphs:")
+        echo(f"the engines themselves were not run here ({unchecked}); comparison of their graphs:")
     for row in comparison or ():
-        say("  ".join(f"{key} {value}" for key, value in row.items()))
+        echo("  ".join(f"{key} {value}" for key, value in row.items()))

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pfstorer_rt.console import note, say
+from pfstorer_rt.console import echo, note
 
 
 @click.group()
@@ -36,12 +36,12 @@ def list_command(as_json: bool) -> None:
 
     paths = list_identities()
     if not paths and not as_json:
-        say(f"no identities in {identities_dir()}; make one with `pfstorer-rt personalize`", err=True)
+        echo(f"no identities in {identities_dir()}; make one with `pfstorer-rt personalize`", err=True)
     for path in paths:
         try:
             identity = Identity.load(path, tensors=False)
         except BadFileError as error:
-            say(
+            echo(
                 json.dumps({"name": path.stem, "error": str(error)}) if as_json else f"{path.stem}  unreadable: {error}"
             )
             continue
@@ -52,7 +52,7 @@ def list_command(as_json: bool) -> None:
             "references": len(identity.references),
             "bytes": path.stat().st_size,
         }
-        say(
+        echo(
             json.dumps(report)
             if as_json
             else f"{path.stem}  {identity.method} on {identity.base_name}, {len(identity.references)} references, "
@@ -93,7 +93,7 @@ def verify_command(name: str, photos: tuple[Path, ...]) -> None:
 
     checks = verify_identity(name, photos)
     for check in checks:
-        say(f"{'ok' if check.passed else 'FAILED':<8}{check.text}")
+        echo(f"{'ok' if check.passed else 'FAILED':<8}{check.text}")
     sys.exit(0 if all(check.passed for check in checks) else 1)
 
 
@@ -115,7 +115,7 @@ def rm_command(names: tuple[str, ...], yes: bool) -> None:
     for name in names:
         if yes or confirmed(name):
             delete_identity(name)
-            say(f"{name}: deleted")
+            echo(f"{name}: deleted")
 
 
 def confirmed(name: str) -> bool:

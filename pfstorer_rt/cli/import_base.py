@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pfstorer_rt.console import say
+from pfstorer_rt.console import echo
 
 
 @click.command()
@@ -67,11 +67,11 @@ def command(
     )
     c = made.config
     decoder = "feature wrapping" if c.cfw else "no feature wrapping"
-    say(
+    echo(
         f"{output}: base {c.name}, {c.prediction_type}, tiles of {c.tile} pixels, {decoder}, fingerprint "
         f"{made.fingerprint[:12]}"
     )
     if made.from_name:
         told = ", ".join(f"{name} {value}" for name, value in made.from_name.items())
-        say(f"from the file name {checkpoint.name}: {told}; change with --prediction-type and --tile")
-    say(f"licence of the weights: {c.licence}")
+        echo(f"from the file name {checkpoint.name}: {told}; change with --prediction-type and --tile")
+    echo(f"licence of the weights: {c.licence}")

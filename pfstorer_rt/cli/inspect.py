@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pfstorer_rt.console import say
+from pfstorer_rt.console import echo
 
 
 @click.command()
@@ -29,21 +29,21 @@ def command(path: str, as_json: bool) -> None:
 def print_report(report: dict[str, Any], as_json: bool) -> None:
     """Print a description as JSON, or as indented text without long lists."""
     if as_json:
-        say(json.dumps(report))
+        echo(json.dumps(report))
         return
     _print_level({k: v for k, v in report.items() if k not in ("tensors", "settings", "config")}, "")
     if "tensors" in report:
-        say(f"tensors: {len(report['tensors'])} (--json lists them and the settings)")
+        echo(f"tensors: {len(report['tensors'])} (--json lists them and the settings)")
 
 
 def _print_level(values: dict[str, Any], indent: str) -> None:
     for key, value in values.items():
         if key == "layers" and isinstance(value, dict) and value:
             kinds = ", ".join(f"{n} {k}" for k, n in value.items())
-            say(f"{indent}layers: {sum(value.values())}: {kinds}")
+            echo(f"{indent}layers: {sum(value.values())}: {kinds}")
         elif isinstance(value, dict):
-            say(f"{indent}{key}:")
+            echo(f"{indent}{key}:")
             _print_level(value, indent + "  ")
         else:
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            say(f"{indent}{key}: {text}")
+            echo(f"{indent}{key}: {text}")

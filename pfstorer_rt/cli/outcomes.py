@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pfstorer_rt.cli.options import explain
-from pfstorer_rt.console import say
+from pfstorer_rt.console import echo
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.runtime.batch import Outcome
 
@@ -17,13 +17,13 @@ def show(outcome: Outcome, as_json: bool) -> None:
     to_stderr = outcome.job.target is None and outcome.status == "done"
     if as_json:
         explained = outcome.error and PFStorerError(explain(outcome.error))
-        say(json.dumps(replace(outcome, error=explained).report()), err=outcome.job.target is None)
+        echo(json.dumps(replace(outcome, error=explained).report()), err=outcome.job.target is None)
     elif outcome.status == "failed" and outcome.error:
         text, source = explain(outcome.error), str(outcome.job.source or "-")
         about = "" if text.startswith(source) else f"{source}: "
-        say(f"failed: {about}{text}", err=True)
+        echo(f"failed: {about}{text}", err=True)
     else:
-        say(line(outcome), err=to_stderr)
+        echo(line(outcome), err=to_stderr)
 
 
 def line(outcome: Outcome) -> str:

@@ -127,7 +127,7 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
       pfstorer-rt personalize --identity alice photos/alice/*.jpg
     """
     from pfstorer_rt.config import PersonalizeConfig
-    from pfstorer_rt.console import note, say, stage_bars
+    from pfstorer_rt.console import echo, note, stage_bars
     from pfstorer_rt.errors import PFStorerError
     from pfstorer_rt.files import make_folder
     from pfstorer_rt.identity import identities_dir, identity_path
@@ -161,8 +161,8 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
     with stage_bars() as on_progress:
         identity = personalize(name, photos, base, config, target, note, on_progress)
     if options.as_json:
-        say(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))
+        echo(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))
         return
-    say(f"{name}: learned from {len(photos)} photographs on base {identity.base_name}, saved as {target}")
+    echo(f"{name}: learned from {len(photos)} photographs on base {identity.base_name}, saved as {target}")
     source = shlex.quote(str(options.output or name))
-    say(f"next: pfstorer-rt export --identity {source} -o {name}.plan")
+    echo(f"next: pfstorer-rt export --identity {source} -o {name}.plan")

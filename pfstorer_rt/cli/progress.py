@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from pfstorer_rt.console import printable, say, stderr, text_column
+from pfstorer_rt.console import echo, printable, stderr, text_column
 from pfstorer_rt.runtime.batch import OnStep
 from pfstorer_rt.runtime.jobs import Job
 
@@ -68,7 +68,7 @@ class LogLines:
             self.latest = now
             left = (now - self.started) * (steps - done) / done
             state = f"{done} of {steps} tiles, about {left:.0f} s left"
-            say(f"{image_name(job)}: {state if done < steps else 'correcting colours, writing'}", err=True)
+            echo(f"{image_name(job)}: {state if done < steps else 'correcting colours, writing'}", err=True)
 
 
 @contextmanager

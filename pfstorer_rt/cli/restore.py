@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from pfstorer_rt.cli.options import ATTENTION, SEED, Number, flag
-from pfstorer_rt.console import note, say
+from pfstorer_rt.console import echo, note
 from pfstorer_rt.imaging.files import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ def run(restorer: Restorer, batch: BatchConfig, jobs: Sequence[Job], options: Op
     restorer.recipe(batch.restore)  # refuses settings that do not fit this engine
     for setting, value, reason in without_effect(restorer, batch):
         note(f"{flag(setting)}{'' if value is True else f' {value:g}'} changes nothing: {reason}")
-    say(f"{restorer.backend} on {restorer.provider}", err=True)
+    echo(f"{restorer.backend} on {restorer.provider}", err=True)
     report = partial(show, as_json=options.as_json)
     if options.dry_run:
         return exit_status(forecast_jobs(restorer, jobs, batch, report))
@@ -323,7 +323,7 @@ def restore(
     from pfstorer_rt.runtime.batch import restore_jobs, watch_folder
 
     if options.watch:
-        say(f"watching {options.watch}; press Ctrl-C to stop", err=True)
+        echo(f"watching {options.watch}; press Ctrl-C to stop", err=True)
         with batch_bars("restore") as progress:
             return watch_folder(restorer, options.watch, options.output, batch, options.idle, report, progress)
     with batch_bars("restore", len(jobs)) as progress:

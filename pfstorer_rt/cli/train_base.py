@@ -211,7 +211,7 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **paramet
     """
     options = Options(**parameters)
     check_options(options, click.get_current_context())
-    from pfstorer_rt.console import say, stage_bars
+    from pfstorer_rt.console import echo, stage_bars
     from pfstorer_rt.models.base import load_base
     from pfstorer_rt.training.stages import train_stage
 
@@ -219,7 +219,7 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **paramet
     prior = load_base(options.prior) if options.prior else None
     with stage_bars() as on_progress:
         base = train_stage(photos, output, options.stage_config(), work, prior, on_progress)
-    say(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; {work} can be deleted")
+    echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; {work} can be deleted")
 
 
 def check_options(options: Options, context: click.Context) -> None:

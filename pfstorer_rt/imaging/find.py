@@ -35,7 +35,7 @@ class Listing:
     closed: list[Path] = field(default_factory=list)
     """Folders that cannot be listed."""
 
-    def tell(self, note: Note) -> None:
+    def report(self, note: Note) -> None:
         """Report what was passed over, in a line for each reason."""
         if self.unread:
             note(describe_unread(self.unread))
@@ -71,7 +71,7 @@ def list_images(folder: Path, recursive: bool = True, note: Note | None = None) 
     """
     found = survey(folder, recursive)
     if note:
-        found.tell(note)
+        found.report(note)
     return found.images
 
 
