@@ -215,7 +215,7 @@ PRESETS: dict[str, BaseConfig] = {
         steps=1,
         licence="research, non-commercial",
     ),
-    # The shipped base, for images of 512 pixels: an autoencoder of factor 16 gives 32x32 latents. All weights take 38 MB.
+    # The shipped base, for images of 512 pixels: an autoencoder of factor 16 gives 32x32 latents. The weights take 38 MB.
     # The encoder's first level has no attention: on 1024 tokens it takes more time than all convolutions of the level.
     "portrait": BaseConfig(
         name="portrait",
@@ -240,8 +240,7 @@ PRESETS: dict[str, BaseConfig] = {
         text=_byte_text(64),
         personalize={
             **_SMALL_BASE_TRAINING,
-            "crop": 384,
-            "iterations": 500,
+            "iterations": 300,
             "first_step": 0.9,
             "lambda_perceptual": 0.2,
             "lambda_id": 0.3,
@@ -388,8 +387,6 @@ class PersonalizeConfig:
     """Samples of a batch for L_gen."""
     pool: int = 256
     """Number of degraded crops that are made and encoded before the training, which draws its samples from them."""
-    crop: int = 0
-    """Side of these crops in pixels, at most the base's tile; 0 is the tile. Smaller crops make iterations faster."""
     lambda_pers: float = 5e-4
     lambda_pixel: float = 0.0
     """Weight of the pixel error of the decoded images; this loss and the next two use the samples at timestep 999."""

@@ -34,7 +34,7 @@ WORDS = (
     type=click.IntRange(1),
     default=200,
     show_default=True,
-    help="Iterations of the personalization; `personalize` uses 500.",
+    help="Iterations of the personalization; `personalize` uses 300.",
 )
 @click.option(
     "--level",

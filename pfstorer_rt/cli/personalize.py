@@ -53,7 +53,7 @@ class Options:
     help="Method of personalization; vico and dreambooth are for comparison.",
 )
 @click.option(
-    "--iterations", type=click.IntRange(1), help="Number of training iterations. [default: the base's; portrait: 500]"
+    "--iterations", type=click.IntRange(1), help="Number of training iterations. [default: the base's; portrait: 300]"
 )
 @click.option("--batch", type=click.IntRange(1), help="Samples per iteration. [default: the base's, else 4]")
 @click.option(

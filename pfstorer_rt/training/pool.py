@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pfstorer_rt.config import BaseConfig, PersonalizeConfig
+from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.degradation.degrade import LEVELS, degrade
-from pfstorer_rt.errors import SettingError
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
 from pfstorer_rt.training.data import Batch, center_crop, draw_timesteps, random_crop
@@ -51,7 +50,6 @@ def make_pool(
     """
     level = replace(LEVELS[config.level], p_hq=config.p_hq)
     size = min(config.pool, config.train.iterations * config.train.batch)
-    side = crop_side(config, base.config)
 
     def encode(image: torch.Tensor) -> torch.Tensor:
         return base.encode(image[None].to(base.device) * 2 - 1)[0].float().cpu()
@@ -60,7 +58,7 @@ def make_pool(
     on_progress(StageProgress("photographs", 0, size))
     for i in range(size):
         rng = np.random.default_rng([config.train.seed, 4, i])
-        hq = random_crop(photos[i % len(photos)], side, rng, ZOOM)
+        hq = random_crop(photos[i % len(photos)], base.config.tile, rng, ZOOM)
         lq = degrade(hq, level, rng)
         pairs.append((encode(hq), encode(lq)))
         images += [torch.stack([hq, lq]).mul(255).round().byte()] if has_image_losses(config) else []
@@ -72,16 +70,6 @@ def make_pool(
         return pool
     maps = face_maps([image[0].permute(1, 2, 0).numpy() / np.float32(255) for image in images])
     return pool._replace(images=torch.stack(images), maps=maps)
-
-
-def crop_side(config: PersonalizeConfig, base: BaseConfig) -> int:
-    """Return the side of the crops in pixels; raises `SettingError` where the UNet cannot halve them at each level."""
-    step = base.factor * 2 ** (len(base.unet["block_out_channels"]) - 1)
-    if not config.crop:
-        return base.tile
-    if not 0 < config.crop <= base.tile or config.crop % step:
-        raise SettingError(f"crop {config.crop}: expected a multiple of {step} up to {base.tile}")
-    return config.crop
 
 
 class BatchMaker:

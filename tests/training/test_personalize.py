@@ -229,22 +229,6 @@ def pool(base, photos, seed=0, **settings):
     return make_pool([read_photo(p) for p in photos], base, replace(config, **settings))
 
 
-def test_crops_smaller_than_the_tile_give_smaller_latents(base, photos):
-    large = base.copy()
-    large.config = replace(large.config, tile=128)
-    full, small = pool(large, photos), pool(large, photos, crop=64)
-    side = full.hq.shape[-1]
-    assert small.hq.shape == (12, full.hq.shape[1], side // 2, side // 2) == small.lq.shape
-    assert torch.equal(small.references, full.references)  # references keep the size that restoration uses
-    assert maker(small)(0)["hq"].shape[-1] == side // 2
-
-
-@pytest.mark.parametrize("crop", [-64, 33, 128])
-def test_crops_that_the_network_cannot_process_are_refused(base, photos, crop):
-    with pytest.raises(ValueError, match=rf"crop {crop}: expected a multiple of \d+ up to 64"):
-        pool(base, photos, crop=crop)
-
-
 def test_a_new_pool_starts_at_zero_and_counts_to_its_end(photos, nano_base):
     """A first report with finished samples would be shown as the work of an earlier run."""
     reports, config = [], PersonalizeConfig(train=TrainConfig(iterations=1, batch=2))
