@@ -1,6 +1,6 @@
-"""Write docs/results.md, and the table in README.md, from the rows of `tables.py`.
+"""Write docs/results.md from the rows of `tables.py`.
 
-    python benchmarks/tables_document.py benchmarks/results/tables.csv --document docs/results.md --readme README.md
+    python benchmarks/tables_document.py benchmarks/results/tables.csv --document docs/results.md
 
 Methods can be measured on different sets of people. All rows of a table cover the same people: there is one table for
 each set of people, with all methods that were measured on at least these people.
@@ -9,7 +9,6 @@ each set of people, with all methods that were measured on at least these people
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -27,8 +26,6 @@ COLUMNS = {
     "id_original_dlib": ("ID to original ↓ †", 3),
 }
 """Key in the CSV -> title and digits. A dagger marks a training loss."""
-README_COLUMNS = ("psnr", "lmse_dlib", "stlpips", "id_dlib")
-README_TABLE = re.compile(r"(<!-- table: .*? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 FEW = 3
 """Smallest number of people for a table of differences, because a standard error needs several people."""
 TITLES = {
@@ -98,28 +95,6 @@ def write_document(path: Path, rows: list[Row], source: Path) -> None:
             text += f"\n## {title}\n"
             text += "".join(section(group) for group in same_people(chosen))
     path.write_text(text)
-
-
-def write_readme(path: Path, rows: list[Row]) -> None:
-    """Replace the table between the two comments in README.md; raises `ClickException` without these comments."""
-    text = path.read_text()
-    if not README_TABLE.search(text):
-        raise click.ClickException(f"{path}: no '<!-- table: ... -->' and '<!-- end of table -->' in it; add them")
-    new = readme_table(rows)
-    path.write_text(README_TABLE.sub(lambda found: found[1] + new + found[2], text))
-
-
-def readme_table(rows: Sequence[Row]) -> str:
-    """Return the table of methods on heavily degraded images, over the people common to the main methods."""
-    heavy = [r for r in rows if r["level"] == "heavy"]
-    light = {r["method"] for r in rows if r["level"] == "light"}  # ablations have only heavy images
-    (group,) = list(same_people([r for r in heavy if r["method"] in light]))[-1:]
-    heads = ["", *(COLUMNS[key][0] for key in README_COLUMNS), "verified †"]
-    lines = [line(heads), line(["---"] * len(heads))]
-    for method, mine in by(group, "method").items():
-        figures = [number(values(mine, key), COLUMNS[key][1]) for key in README_COLUMNS]
-        lines.append(line([method, *figures, f"{fmean(values(mine, 'verification_dlib')):.0%}"]))
-    return "\n".join(lines) + "\n"
 
 
 def same_people(rows: Sequence[Row]) -> Iterator[list[Row]]:
@@ -210,14 +185,11 @@ def line(cells: Sequence[str]) -> str:
 @click.command()
 @click.argument("rows", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--document", type=click.Path(path_type=Path), help="Page to write.")
-@click.option("--readme", type=click.Path(exists=True, path_type=Path), help="Page whose table to replace.")
-def main(rows: Path, document: Path | None, readme: Path | None) -> None:
+def main(rows: Path, document: Path | None) -> None:
     with rows.open(newline="") as file:
         found = list(csv.DictReader(file))
     if document:
         write_document(document, found, rows)
-    if readme:
-        write_readme(readme, found)
 
 
 if __name__ == "__main__":
