@@ -3,9 +3,9 @@
     python benchmarks/people.py real=FOLDER generated=FOLDER --lpips FILE --recognizer FILE -o people.csv
 
 Each FOLDER has one folder of photographs per person. The first five by name are the references. `--tests` further
-photographs are cropped to the centre, reduced to `--side` pixels if they are larger, heavily degraded, each with its
-own seed, and restored. One row per person, method and image; `heldout.py` describes the columns. `learn_cpu_s` is the
-processor time of the personalization. People in the CSV file are not measured again, so the same command resumes an
+photographs are cropped to the centre, reduced to `--side` pixels or to the smallest of them, heavily degraded, each with
+its own seed, and restored. One row per person, method and image; `heldout.py` describes the columns. `learn_cpu_s` is
+the processor time of the personalization. People in the CSV file are not measured again, so the same command resumes an
 interrupted run. `--readme` writes the table of means to README.md and measures nothing.
 """
 
@@ -91,9 +91,9 @@ def main(
                     values = {key: "" if value is None else round(value, 4) for key, value in values.items()}
                     rows.append({**about, **values, "learn_cpu_s": seconds, "side": len(truth), **machine()})
                 shown.append([*results.values(), truth])
+            write(output, rows)
             if sheet is not None:
                 save_sheet(sheet / f"{name}_{person.name}.jpg", shown[:4])
-            write(output, rows)
             click.echo(f"{name} {person.name}: learned in {seconds} s of processor time")
 
 
@@ -115,9 +115,10 @@ def restored(person: Path, base: Base, tests: int, side: int) -> Iterator[tuple[
         personalize("person", references, base, PersonalizeConfig.for_base(base.config), file)
         seconds = round(time.process_time() - started)
         plain, personal = Restorer.from_base(base), Restorer.from_base(base, file)
-    for number, path in enumerate(others):
-        photo = read_photo(path)
-        truth = center_crop(photo, min(side, *photo.shape[-2:]))
+    photos = [read_photo(path) for path in others]
+    side = min(side, *(min(photo.shape[-2:]) for photo in photos))
+    for number, photo in enumerate(photos):
+        truth = center_crop(photo, side)
         lq = hwc(degrade(truth, "heavy", SEED + number))
         images = {"input": lq, "base": plain.restore(lq), "pfstorer": personal.restore(lq), "truth": hwc(truth)}
         yield number, images, seconds
