@@ -4,9 +4,9 @@
 
 Each FOLDER has one folder of photographs per person. The first five by name are the references. `--tests` further
 photographs are cropped to the centre, reduced to `--side` pixels or to the smallest of them, heavily degraded, each
-with its own seed, and restored. One row per person, method and image; `heldout.py` describes the columns. `learn_cpu_s` is
-the processor time of the personalization. People in the CSV file are not measured again, so the same command resumes an
-interrupted run. `--readme` writes the table of means to README.md and measures nothing.
+with its own seed, and restored. One row per person, method and image; `heldout.py` describes the columns. `learn_cpu_s`
+is the processor time of the personalization. People in the CSV file are not measured again, so the same command resumes
+an interrupted run. `--readme` writes the table of means to README.md and measures nothing.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "training": NETWORKS | {"faces", "degradation"},
     "export": NETWORKS | {"engine", "runtime"},  # runtime: a plan is compared with its original on whole images
     "evaluation": PLAIN | {"imaging", "faces", "degradation"},
-    "demo": PLAIN | {"imaging", "faces", "degradation", "models", "training", "export", "runtime"},
+    "demo": PLAIN | {"plan", "imaging", "faces", "degradation", "models", "training", "export", "runtime"},
     "cli": NETWORKS | {"engine", "runtime", "training", "export", "faces", "degradation", "evaluation", "demo"},
     "": set(),  # pfstorer_rt/__init__.py: names only, resolved on first use
 }

@@ -240,7 +240,10 @@ def command(**parameters: Any) -> None:
     references = open_references(options.refs)
     batches = [options.batch_config(label, references) for label in options.labels]
     once = cache(note)  # every engine has the same inputs
-    plans = [plan_jobs(options.inputs, options.output, b.naming, once) if options.inputs else [] for b in batches]
+    plans = [
+        plan_jobs(options.inputs, options.output, b.naming, once, options.overwrite) if options.inputs else []
+        for b in batches
+    ]
     quality_given = click.get_current_context().get_parameter_source("quality") is ParameterSource.COMMANDLINE
     jobs = [job for plan in plans for job in plan]
     if quality_given and jobs and not any(is_lossy(job, options.kind or "png") for job in jobs):

@@ -146,7 +146,7 @@ def restore_files(
     engine, before any work.
     """
     settings = settings or BatchConfig()
-    jobs = plan_jobs(inputs, output, settings.naming)
+    jobs = plan_jobs(inputs, output, settings.naming, overwrite=settings.saving.overwrite)
     return restore_jobs(restorer, jobs, settings, on_outcome, on_step)
 
 

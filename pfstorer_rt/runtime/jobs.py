@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from pfstorer_rt.errors import SettingError
 from pfstorer_rt.files import show_path
 from pfstorer_rt.imaging.find import RESULT_SUFFIX, Note, is_result, list_images
 from pfstorer_rt.imaging.formats import SAVE_FORMATS, image_suffixes
+from pfstorer_rt.imaging.metadata import is_marked
 
 STREAM = "-"
 """Standard input as an input, standard output as an output."""
@@ -61,6 +62,7 @@ def plan_jobs(
     output: str | Path | None = None,
     naming: Naming | None = None,
     note: Note = lambda _: None,
+    overwrite: bool = False,
 ) -> list[Job]:
     """Find all images and choose the file of every result.
 
@@ -68,6 +70,7 @@ def plan_jobs(
     output: the file of the result, if one image is named and the output has an extension. Otherwise a folder, in which
     the sub-folders of the inputs are kept. `-` is standard output. None writes results beside their inputs, and the
     result of standard input to standard output. note: receives a line for each reason why files were passed over.
+    overwrite: whether results replace existing files; a named file is replaced only if it has the mark of a result.
     Raises `NoImagesError` when there is no image. Raises `SettingError` when two results would have the same name, when
     a result would replace an input, and for an output that contradicts the inputs or the format.
     """
@@ -91,7 +94,8 @@ def plan_jobs(
         else:
             target = file if single and file else Path(output) / naming.name(relative)
         jobs.append(Job(source, target, source is None or (single and source == Path(texts[0]))))
-    _check_targets(jobs, output)
+    named = {Path(text) for text in texts if Path(text).is_file()} if overwrite else set()
+    _check_targets(jobs, output, {path for path in named if not is_marked(path)})
     return jobs
 
 
@@ -160,8 +164,8 @@ def _is_inside(source: Path | None, output: str | None, inputs: Sequence[str]) -
     return below and results in Path(os.path.realpath(source)).parents
 
 
-def _check_targets(jobs: Sequence[Job], output: str | None) -> None:
-    """Raise `SettingError` when a result cannot be written, or would replace an input or another result."""
+def _check_targets(jobs: Sequence[Job], output: str | None, kept: Collection[Path]) -> None:
+    """Raise `SettingError` when a result cannot be written, or would replace an input, kept file or other result."""
     if any(job.target and job.target.suffix.lower() not in SAVE_FORMATS for job in jobs):
         known = " ".join(SAVE_FORMATS)
         raise SettingError(f"output {output}: images of this format cannot be written; use one of {known}")
@@ -171,7 +175,7 @@ def _check_targets(jobs: Sequence[Job], output: str | None) -> None:
         rivals = " and ".join(str(job.source or STREAM) for job in jobs if job.target == twice)
         raise SettingError(f"{rivals} would all be written to {twice or 'stdout'}; rename or leave out all but one")
     # Several paths can name the same file. `realpath` also accepts a link to itself.
-    sources = {os.path.realpath(job.source) for job in jobs if job.source is not None}
+    sources = {os.path.realpath(path) for path in (*kept, *(job.source for job in jobs)) if path is not None}
     if same := [target for target in targets if target is not None and os.path.realpath(target) in sources]:
         raise SettingError(
             f"{same[0]} would be written over an input; use a suffix or another folder", setting="suffix"

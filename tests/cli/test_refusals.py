@@ -54,7 +54,7 @@ def test_invalid_learning_rates_are_refused(refused, tree, photos, tmp_path, nan
         "-o",
         target,
         *photos,
-        words=["learning rate"],
+        words=["learning", "rate"],
     )
     assert not target.exists()
 

@@ -168,7 +168,7 @@ def test_sessions_take_tensors_and_arrays_alike(base_plan, nano_base):
 def test_torch_backend_finds_base_and_identity(nano_plan, nano_base_dir, nano_identity, make_image):
     from pfstorer_rt.identity import identity_path
 
-    with pytest.raises(MismatchError, match="is not among the identities here"):
+    with pytest.raises(MismatchError, match=r"identity '.*' is not in .*identities"):
         Restorer.from_plan(nano_plan.path, "torch", nano_base_dir)
     file = nano_identity.save(identity_path("kept-under-another-name"))
     try:

@@ -171,7 +171,7 @@ def test_the_autoencoder_of_feature_wrapping_cannot_name_code_to_run(copied):
     config = json.loads((copied / "config.json").read_text())
     config["cfw"] = {"vae": {"class": "AutoencoderKL", "quantization_config": {}}}
     (copied / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadFileError, match=r"vae has unknown arguments \['quantization_config'\]"):
+    with pytest.raises(BadFileError, match="cfw vae quantization_config"):
         load_base(copied)
 
 
