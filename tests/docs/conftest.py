@@ -12,7 +12,13 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
-PAGES += ["kernels/README.md", "pfstorer_rt/bases/portrait/README.md", "CHANGELOG.md", "MODEL_LICENSE.md"]
+PAGES += [
+    "kernels/README.md",
+    "pfstorer_rt/bases/portrait/README.md",
+    "checkpoints/README.md",
+    "CHANGELOG.md",
+    "MODEL_LICENSE.md",
+]
 
 
 @dataclass(frozen=True)
