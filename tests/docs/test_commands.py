@@ -7,6 +7,7 @@ import importlib.util
 import io
 import re
 import shlex
+import shutil
 import traceback
 from pathlib import Path
 
@@ -80,12 +81,22 @@ def check_accelerate(words):
     parse(words[3:])
 
 
+def unpack(words):
+    """`tar -xJf ARCHIVE`: the archive is part of the repository; the small base takes the place of its content."""
+    from pfstorer_rt import base_files
+
+    (option, archive), (shipped,) = words, base_files.BUILTIN.iterdir()
+    assert option == "-xJf" and (ROOT / archive).exists(), f"no archive {archive}"
+    shutil.copytree(shipped, Path(archive).name.split(".")[0])
+
+
 PROGRAMS = {
     "pfstorer-rt": run,
     "python": check_python,
     "python3": check_python,
     "pip": check_pip,
     "make": check_make,
+    "tar": unpack,
     "accelerate": check_accelerate,
 }
 
