@@ -46,7 +46,7 @@ class BaseConfig:
     """Keyword arguments of diffusers' UNet2DConditionModel."""
     structure: StructureConfig
     vae: dict[str, Any]
-    """`class`: AutoencoderTiny or AutoencoderKL, and its keyword arguments."""
+    """`class`: AutoencoderTiny, PatchAutoencoder or AutoencoderKL, and its keyword arguments."""
     text: dict[str, Any]
     """Keyword arguments of transformers' CLIPTextConfig."""
     layers: tuple[str, ...]

@@ -14,6 +14,10 @@ from pfstorer_rt.errors import Rebuild, one_line
 class Number(click.FloatRange):
     """A finite number in a range; `click.FloatRange` accepts NaN."""
 
+    def _describe_range(self) -> str:
+        """Return the range for the help; click writes `x<=None` for a number without bounds."""
+        return "" if self.min is None and self.max is None else super()._describe_range()
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Parse a number; fails for NaN and infinities."""
         number: float = super().convert(value, param, ctx)

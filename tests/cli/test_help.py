@@ -87,3 +87,16 @@ def test_unknown_command_and_version(run):
     wrong = run("restrore")
     assert wrong.status == 2 and "restrore" in wrong.err
     assert run("--version").out.startswith("pfstorer-rt, version ")
+
+
+@pytest.mark.parametrize("arguments", [(), ("identities",)])
+def test_a_group_without_a_command_prints_its_help(run, arguments):
+    done = run(*arguments)
+    assert done.status == 2
+    lines = done.err.splitlines()
+    assert lines[0].startswith("Usage: pfstorer-rt") and len(lines) > 8, "not an error on one line"
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_the_help_shows_no_missing_bounds(run, name):
+    assert "None]" not in run(name, "--help").stdout.decode()
