@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = {
     "dlib": "dlib-bin",
     "onnx_ir": "onnxscript",
+    "pillow_heif": "pillow-heif",
     "skimage": "scikit-image",
     "tensorrt_rtx": "tensorrt-rtx-cu13",
 }

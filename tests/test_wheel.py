@@ -74,7 +74,8 @@ def test_the_wheel_holds_every_file_under_its_installed_name(wheel):
         f"{target}/{path.relative_to(ROOT / folder)}"
         for folder, target in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and (path.suffix == ".py" or path.name == "py.typed" or "bases" in path.parts)
+        if path.is_file()
+        and (path.suffix == ".py" or path.name == "py.typed" or {"bases", "demo_images"} & set(path.parts))
     }
     assert "pfstorer_rt/py.typed" in expected and "pfstorer_rt/export/build.py" in expected
     assert "pfstorer_rt/kernels/reference.py" in expected
