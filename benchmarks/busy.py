@@ -140,11 +140,15 @@ def learning(base: str) -> Callable[[], object]:
 
     loaded = load_base(base)
     config = replace(
-        PersonalizeConfig.for_base(loaded.config, {"iterations": 2}), pool=2, lambda_perceptual=0.0, lambda_id=0.0
+        PersonalizeConfig.for_base(loaded.config, {"iterations": 2}),
+        pool=2,
+        lambda_pixel=0.0,
+        lambda_perceptual=0.0,
+        lambda_id=0.0,
     )
     photos = [torch.rand(3, loaded.config.tile, loaded.config.tile) for _ in range(2)]
-    objective = make_objective(loaded, replace(config, lambda_pixel=0.0), torch.device("cpu"))
-    batches = BatchMaker(make_pool(photos, loaded, replace(config, lambda_pixel=0.0)), config)
+    objective = make_objective(loaded, config, torch.device("cpu"))
+    batches = BatchMaker(make_pool(photos, loaded, config), config)
 
     def iteration() -> None:
         objective(batches(0, 0))["loss"].backward()

@@ -121,10 +121,15 @@ def without_results(paths: Sequence[Path], note: Note) -> list[Path]:
     results = [path for path in paths if is_result(path)]
     if results and len(results) == len(paths):
         raise BadFileError(f"{show_path(paths[0])}: a result of this program; expected the original photographs")
+    note_left_out(results, note)
+    return [path for path in paths if path not in results]
+
+
+def note_left_out(results: Sequence[Path], note: Note) -> None:
+    """Report results of this program that are not used as inputs; no line without any."""
     if results:
         more = f" and {len(results) - 1} more" if len(results) > 1 else ""
         note(f"{show_path(results[0])}{more}: left out, because it is a result of this program")
-    return [path for path in paths if path not in results]
 
 
 def images_of(folder: Path) -> list[Path]:

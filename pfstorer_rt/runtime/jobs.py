@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfstorer_rt.errors import SettingError
-from pfstorer_rt.files import show_path
-from pfstorer_rt.imaging.find import RESULT_SUFFIX, Note, is_result, list_images
+from pfstorer_rt.imaging.find import RESULT_SUFFIX, Note, is_result, list_images, note_left_out
 from pfstorer_rt.imaging.formats import SAVE_FORMATS, image_suffixes
 from pfstorer_rt.imaging.metadata import is_marked
 
@@ -94,8 +93,8 @@ def plan_jobs(
         else:
             target = file if single and file else Path(output) / naming.name(relative)
         jobs.append(Job(source, target, source is None or (single and source == Path(texts[0]))))
-    named = {Path(text) for text in texts if Path(text).is_file()} if overwrite else set()
-    _check_targets(jobs, output, {path for path in named if not is_marked(path)})
+    passed_over = {Path(text) for text in texts if overwrite and Path(text).is_file()} - {job.source for job in jobs}
+    _check_targets(jobs, output, {path for path in passed_over if not is_marked(path)})
     return jobs
 
 
@@ -126,9 +125,7 @@ def find_inputs(inputs: Sequence[str], suffix: str, note: Note) -> list[tuple[Pa
             kept = f"{len(results)} earlier results of this program"
             raise NoImagesError(f"no images in {' '.join(inputs)} except {kept}; name one alone to restore it again")
         raise NoImagesError(f"no images in {' '.join(inputs)}; expected {' '.join(image_suffixes())}")
-    if results:
-        more = f" and {len(results) - 1} more" if len(results) > 1 else ""
-        note(f"{show_path(results[0])}{more}: left out, because it is a result of this program")
+    note_left_out(results, note)
     return fresh
 
 

@@ -1,6 +1,5 @@
 """Hostile configurations of bases: each is refused before a network is built."""
 
-import copy
 import json
 import os
 import time
@@ -8,6 +7,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from json_values import JSON, with_value
 
 from pfstorer_rt.base_config import base_config_from_dict
 from pfstorer_rt.base_files import network_files, read_config
@@ -99,11 +99,6 @@ def test_a_pipe_instead_of_weights_is_not_opened(tmp_path):
         read_config(tmp_path)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=8,
-)
 PATHS = [(key,) for key in config()] + [
     (part, key) for part in ("unet", "vae", "text", "structure") for key in config()[part]
 ]
@@ -112,11 +107,7 @@ PATHS = [(key,) for key in config()] + [
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(PATHS), JSON)
 def test_any_value_of_any_field_is_accepted_or_raises_value_error(path, value):
-    changed = copy.deepcopy(config())
-    place = changed
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+    changed = with_value(config(), path, value)
     try:
         found = base_config_from_dict(changed)
     except ValueError as error:

@@ -1,6 +1,5 @@
 """Hostile plan files: every one is refused when it is opened, in one line, without reading a payload."""
 
-import copy
 import io
 import json
 import os
@@ -10,6 +9,7 @@ import zipfile
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from json_values import JSON, with_value
 
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import sha256_bytes
@@ -203,22 +203,13 @@ def test_a_plan_that_changes_after_it_was_opened_is_checked_again(tmp_path):
 
 # ---- properties
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=8,
-)
 PATHS = [(key,) for key in manifest()] + [("payloads", "encoder", key) for key in manifest()["payloads"]["encoder"]]
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(PATHS), JSON)
 def test_any_value_of_any_field_of_a_manifest_is_accepted_or_raises_value_error(path, value):
-    changed = copy.deepcopy(manifest())
-    place = changed
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+    changed = with_value(manifest(), path, value)
     try:
         found = Manifest.from_dict(changed)
     except ValueError as error:
