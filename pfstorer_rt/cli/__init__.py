@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     0: everything is done. 1: some inputs failed, the others are done; or an unexpected error. 2: the call was wrong.
     130: interrupted.
     """
-    from pfstorer_rt.console import escape_unencodable
+    from pfstorer_rt.console import echo, escape_unencodable
 
     escape_unencodable()
     if os.environ.get("PFSTORER_DEBUG"):
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:  # a group without a command; the message is the help
-        click.echo(error.format_message(), err=True)
+        echo(error.format_message(), err=True)
         sys.exit(error.exit_code)
     except click.Abort as error:  # click raises it for Ctrl-C, and where a question has no answer
         fail(interrupted(error.__cause__) if isinstance(error.__cause__, KeyboardInterrupt) else "Aborted.", 130)
