@@ -99,7 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:  # a group without a command; the message is the help
-        echo(error.format_message(), err=True)
+        for line in error.format_message().splitlines():
+            echo(line, err=True)
         sys.exit(error.exit_code)
     except click.Abort as error:  # click raises it for Ctrl-C, and where a question has no answer
         fail(interrupted(error.__cause__) if isinstance(error.__cause__, KeyboardInterrupt) else "Aborted.", 130)
