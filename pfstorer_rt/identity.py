@@ -216,7 +216,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     """Read the metadata of an identity file; raises `BadFileError` if the file is not an identity."""
     name = show_path(path)
     if not path.is_file():
-        raise BadFileError(f"{name}: no such identity file; {known_identities()}")
+        raise BadFileError(no_such_identity(path))
     try:
         header = _read_header(path)
         meta: dict[str, str] = header.pop("__metadata__", {})
@@ -281,6 +281,12 @@ def named_identity(name: str) -> Path:
 def list_identities() -> list[Path]:
     """List the named identity files, sorted."""
     return sorted(identities_dir().glob("*.safetensors"))
+
+
+def no_such_identity(path: Path) -> str:
+    """Return the message for an identity file that does not exist; a named identity appears under its name."""
+    name = path.stem if path.parent == identities_dir() else show_path(path)
+    return f"{name}: no such identity; {known_identities()}"
 
 
 def known_identities() -> str:

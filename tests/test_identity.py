@@ -185,7 +185,7 @@ def test_identities_trained_with_a_removed_setting_are_refused(nano_identity, sa
 
 def test_missing_files_are_refused(tmp_path):
     for path in (tmp_path / "none.safetensors", tmp_path):
-        with pytest.raises(BadFileError, match="no such identity file"):
+        with pytest.raises(BadFileError, match="no such identity"):
             Identity.load(path)
 
 

@@ -84,19 +84,18 @@ def command(
 def lines(report: BenchReport) -> list[str]:
     """Return the table as text."""
     rows = [
-        f"{report.backend} on {report.provider}, {report.steps} steps of {report.sampler}",
+        f"{report.backend} on {report.provider}, sampler {report.sampler}, steps: {report.steps}",
         f"cold start {report.cold_start_s:.2f} s, peak memory {report.peak_memory_mb:.0f} MB",
     ]
     for name, figures in {**report.components_ms, **report.images_ms}.items():
         rates = "".join(f"  {figures[key]:.3f} {unit}" for key, unit in RATES.items() if key in figures)
-        rows.append(
-            f"{name:<18} p50 {figures['p50']:9.1f}  p90 {figures['p90']:9.1f}  p99 {figures['p99']:9.1f} ms  "
-            f"{figures['runs']} runs{rates}"
-        )
+        percentiles = "  ".join(f"{key} {value:9.1f}" for key, value in figures.items() if key in PERCENTILES)
+        rows.append(f"{name:<18} {percentiles} ms  {figures['runs']} runs{rates}")
     facts = ", ".join(f"{k} {v}" for k, v in {**report.machine, **report.clock}.items())
     return [*rows, facts, f"method: {report.method}"]
 
 
+PERCENTILES = ("p50", "p90", "p99")
 RATES = {"megapixels_per_s": "MP/s", "tiles_per_s": "tiles/s"}
 
 
@@ -109,7 +108,7 @@ def write_table(path: Path, report: BenchReport) -> None:
     parts = {**report.components_ms, **report.images_ms}
     with atomic_write(path) as file:
         text = io.TextIOWrapper(file, newline="", write_through=True)
-        writer = csv.DictWriter(text, ["measured", "p50", "p90", "p99", "runs", *RATES, *fixed], restval="")
+        writer = csv.DictWriter(text, ["measured", *PERCENTILES, "runs", *RATES, *fixed], restval="")
         writer.writeheader()
         writer.writerows({"measured": name, **figures, **fixed} for name, figures in parts.items())
         text.detach()

@@ -14,30 +14,36 @@ WIDTH, ROW, LABEL, ROOM = 900, 28, 190, 210
 
 
 def draw(path: Path, report: BenchReport) -> None:
-    """Write a PNG of the medians on a logarithmic axis, with a whisker from p50 to p99."""
+    """Write a PNG of the medians on a logarithmic axis, with a line from p50 to the highest percentile of each row."""
     from math import log10
 
     rows = {**report.components_ms, **report.images_ms}
     low = 10 ** (int(log10(max(1e-3, min(r["p50"] for r in rows.values())))) - 1)
-    span = log10(max(r["p99"] for r in rows.values()) * 1.2 / low)
+    span = log10(max(highest(r) for r in rows.values()) * 1.2 / low)
     image = Image.new("RGB", (WIDTH, ROW * (len(rows) + 3)), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
 
     def x(milliseconds: float) -> float:
         return LABEL + log10(max(milliseconds, low) / low) / span * (WIDTH - LABEL - ROOM)
 
-    pen.text((8, 6), f"{report.backend} on {report.provider}, {report.steps} steps", fill="black", font=font)
+    pen.text((8, 6), f"{report.backend} on {report.provider}, steps: {report.steps}", fill="black", font=font)
     for i, (name, figures) in enumerate(rows.items()):
         top = ROW * (i + 1) + 6
         pen.text((8, top), name, fill="black", font=font)
         pen.rectangle((LABEL, top, x(figures["p50"]), top + ROW - 10), fill="steelblue")
         middle = top + (ROW - 10) / 2
-        pen.line((x(figures["p50"]), middle, x(figures["p99"]), middle), fill="black", width=2)
+        end = x(highest(figures))
+        pen.line((x(figures["p50"]), middle, end, middle), fill="black", width=2)
         rate = f", {figures['megapixels_per_s']:.2f} MP/s" if "megapixels_per_s" in figures else ""
-        pen.text((x(figures["p99"]) + 8, top), f"{figures['p50']:.1f} ms{rate}", fill="black", font=font)
-    foot = f"bars: p50, logarithmic from {low:g} ms; lines: to p99. {report.machine['processor']}, "
+        pen.text((end + 8, top), f"{figures['p50']:.1f} ms{rate}", fill="black", font=font)
+    foot = f"bars: p50, logarithmic from {low:g} ms; lines: to p90 or p99. {report.machine['processor']}, "
     load = report.clock
     foot += f"{report.machine['cores']} cores, load {load['load_before']} to {load['load_after']}"
     pen.text((8, ROW * (len(rows) + 1) + 14), foot, fill="dimgray", font=font)
     with atomic_write(path) as file:
         image.save(file, "PNG")
+
+
+def highest(figures: dict[str, float]) -> float:
+    """Return the highest percentile of a measurement, in milliseconds."""
+    return next(figures[key] for key in ("p99", "p90", "p50") if key in figures)

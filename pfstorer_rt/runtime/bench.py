@@ -18,11 +18,10 @@ if TYPE_CHECKING:
     from pfstorer_rt.runtime.restorer import Restorer
 
 
-METHOD = (
-    "wall clock. cold start: from opening the plan to the first result; the start of Python is not counted. "
-    "percentiles: of the runs after one warm-up; at least three runs, then until the number of runs or the time limit "
-    "is reached. images: random noise. peak memory: of the whole process so far. tiles: of the denoiser, per step"
-)
+RUNS_NEEDED = {50: 1, 90: 10, 99: 100}
+"""Percentile -> number of runs from which it is reported. With fewer runs it would equal the slowest run."""
+LEAST_RUNS = 3
+"""Runs of each measurement that the time limit does not prevent."""
 SIZES = (512, 1024, 2048, 4096)
 """Sides of the square images, in pixels."""
 
@@ -57,13 +56,14 @@ class BenchReport:
     """Side of a tile in pixels."""
     cold_start_s: float
     components_ms: dict[str, dict[str, float]]
-    """Name of a component -> p50, p90 and p99 in milliseconds, and the number of runs."""
+    """Name of a component -> p50 in milliseconds, p90 and p99 where `RUNS_NEEDED` are reached, and the number of runs."""
     images_ms: dict[str, dict[str, float]]
     """Name of an image size -> the same values, with megapixels and tiles per second."""
     peak_memory_mb: float
     machine: dict[str, Any]
     clock: dict[str, Any]
-    method: str = METHOD
+    method: str
+    """How the values were measured."""
 
 
 def measure_plan(
@@ -107,7 +107,22 @@ def measure_plan(
             peak_memory_mb(),
             machine(),
             clock(load),
+            describe_method(config),
         )
+
+
+def describe_method(config: BenchConfig) -> str:
+    """Return one line on how the values of a report were measured."""
+    end = (
+        f"after {config.runs} runs"
+        if config.runs <= LEAST_RUNS
+        else (f"after {config.runs} runs, or after {LEAST_RUNS} or more runs that take {config.seconds:g} s")
+    )
+    return (
+        "wall clock. cold start: from opening the plan to the first result, without the start of Python. "
+        f"each measurement: one warm-up run, then it ends {end}. p90 needs 10 runs, p99 needs 100. "
+        "images: random noise. peak memory: of the whole process. tiles: passes through the denoiser"
+    )
 
 
 def time_image(restorer: Restorer, side: int, restoring: RestoreConfig, config: BenchConfig) -> dict[str, float]:
@@ -149,16 +164,20 @@ def component_calls(restorer: Restorer) -> dict[str, Callable[[], Any]]:
 
 
 def percentiles(call: Callable[[], Any], runs: int, seconds: float) -> dict[str, float]:
-    """Call once to warm up, then at most `runs` times; returns p50, p90 and p99 in milliseconds, and `runs`."""
+    """Call once to warm up, then at most `runs` times.
+
+    Returns the percentiles in milliseconds that the number of runs supports (`RUNS_NEEDED`), and `runs`.
+    """
     import numpy as np
 
     call()
     times: list[float] = []
-    while len(times) < runs and (len(times) < 3 or sum(times) < seconds * 1e3):
+    while len(times) < runs and (len(times) < LEAST_RUNS or sum(times) < seconds * 1e3):
         started = time.perf_counter()
         call()
         times.append((time.perf_counter() - started) * 1e3)
-    return {**{f"p{p}": float(np.percentile(times, p)) for p in (50, 90, 99)}, "runs": len(times)}
+    supported = [p for p, needed in RUNS_NEEDED.items() if len(times) >= needed]
+    return {**{f"p{p}": float(np.percentile(times, p)) for p in supported}, "runs": len(times)}
 
 
 def clock(load_before: float) -> dict[str, Any]:

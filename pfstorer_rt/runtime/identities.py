@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.files import cache_home, remove_leftovers, sha256_file, show_path
-from pfstorer_rt.identity import Identity, identities_dir, identity_path, known_identities, read_metadata
+from pfstorer_rt.identity import Identity, identities_dir, identity_path, no_such_identity, read_metadata
 from pfstorer_rt.imaging.find import find_images
 
 
@@ -73,7 +73,7 @@ def find_kept(name: str | Path) -> Kept:
     present = [checkpoint] if checkpoint.is_file() and (named or _is_checkpoint(checkpoint)) else []
     present += [path] if path.is_file() else []
     if not present:
-        raise BadFileError(f"{name}: no such identity; {known_identities()}")
+        raise BadFileError(no_such_identity(path))
     networks, notes = _compiled_networks(path)
     return Kept((*networks, *present), notes)
 

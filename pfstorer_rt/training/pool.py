@@ -55,14 +55,14 @@ def make_pool(
         return base.encode(image[None].to(base.device) * 2 - 1)[0].float().cpu()
 
     pairs, images, started = [], [], time.monotonic()
-    on_progress(StageProgress("photographs", 0, size))
+    on_progress(StageProgress("crops", 0, size))
     for i in range(size):
         rng = np.random.default_rng([config.train.seed, 4, i])
         hq = random_crop(photos[i % len(photos)], base.config.tile, rng, ZOOM)
         lq = degrade(hq, level, rng)
         pairs.append((encode(hq), encode(lq)))
         images += [torch.stack([hq, lq]).mul(255).round().byte()] if has_image_losses(config) else []
-        on_progress(StageProgress("photographs", i + 1, size, seconds=time.monotonic() - started))
+        on_progress(StageProgress("crops", i + 1, size, seconds=time.monotonic() - started))
     references = torch.stack([encode(center_crop(photo, base.config.tile)) for photo in photos])
     hq_latents, lq_latents = (torch.stack(latents) for latents in zip(*pairs, strict=True))
     pool = LatentPool(hq_latents, lq_latents, torch.arange(size) % len(photos), references)

@@ -177,3 +177,13 @@ def test_rm_warns_about_networks_outside_the_cache(run, people, tmp_path):
     (people.parent / "cache" / "openvino").symlink_to(elsewhere)
     made = run("identities", "rm", "alice", "--yes")
     assert made.status == 0 and "may be left in" in made.err
+
+
+def test_all_commands_name_a_missing_identity_in_the_same_words(refused, people, nano_base_dir):
+    calls = [
+        ("identities", "show", "carol"),
+        ("identities", "verify", "carol"),
+        ("identities", "rm", "carol", "--yes"),
+        ("export", "--base", nano_base_dir, "--identity", "carol", "-o", "carol.plan"),
+    ]
+    assert {refused(2, *call) for call in calls} == {"Error: carol: no such identity; expected one of alice"}

@@ -234,9 +234,9 @@ def test_a_new_pool_starts_at_zero_and_counts_to_its_end(photos, nano_base):
     reports, config = [], PersonalizeConfig(train=TrainConfig(iterations=1, batch=2))
     make_pool([read_photo(photos[0])], nano_base, config, reports.append)
     assert [(report.stage, report.done, report.total) for report in reports] == [
-        ("photographs", 0, 2),
-        ("photographs", 1, 2),
-        ("photographs", 2, 2),
+        ("crops", 0, 2),
+        ("crops", 1, 2),
+        ("crops", 2, 2),
     ]
 
 
