@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from pfstorer_rt.cli.options import TRAINING, Number, flag, training_options
 
 if TYPE_CHECKING:
-    from pfstorer_rt.training.stages import StageConfig
+    from pfstorer_rt.training.train_stage import StageConfig
 
 CROPS = {"wide", "variations", "level", "p_hq"}
 LENGTH = {"iterations", "batch", "learning_rate"}
@@ -71,7 +71,7 @@ class Options:
         from pfstorer_rt.training.base import BaseTrainConfig
         from pfstorer_rt.training.crops import CropConfig
         from pfstorer_rt.training.finishing import FinishingConfig
-        from pfstorer_rt.training.parts import PartConfig
+        from pfstorer_rt.training.tile_stages import TileStageConfig
         from pfstorer_rt.training.wrapping import WrappingConfig
 
         common = self.values("batch", *TRAINING)
@@ -92,9 +92,9 @@ class Options:
             train = changed(config.train, workers=self.workers, **length, **common)
             losses = ("first_step", "lambda_id", "lambda_perceptual", "lambda_pixel", "share")
             return changed(config, train=train, **(self.values(*losses) if self.stage == "finishing" else {}))
-        part = cast(Literal["autoencoder", "restorer", "one-step"], self.stage)
+        stage = cast(Literal["autoencoder", "restorer", "one-step"], self.stage)
         values = {**common, **length, "minutes": self.minutes}
-        return PartConfig(part, self.preset, self.tiles, self.lpips, workers=self.workers, train=values)
+        return TileStageConfig(stage, self.preset, self.tiles, self.lpips, workers=self.workers, train=values)
 
 
 @click.command()
@@ -104,9 +104,9 @@ class Options:
 @click.option(
     "--preset",
     type=click.Choice(["nano", "tiny", "portrait", "sd21"]),
-    default="tiny",
+    default="portrait",
     show_default=True,
-    help="Architecture of the base.",
+    help="Architecture of a new base; with --prior, the prior's.",
 )
 @click.option(
     "--stage",
@@ -211,15 +211,16 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **paramet
     """
     options = Options(**parameters)
     check_options(options, click.get_current_context())
-    from pfstorer_rt.console import echo, stage_bars
+    from pfstorer_rt.console import echo, note, stage_bars
     from pfstorer_rt.models.base import load_base
-    from pfstorer_rt.training.stages import train_stage
+    from pfstorer_rt.training.train_stage import train_stage
 
     work = work or output.with_name(output.name + ".training")
     prior = load_base(options.prior) if options.prior else None
     with stage_bars() as on_progress:
-        base = train_stage(photos, output, options.stage_config(), work, prior, on_progress)
-    echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}; {work} can be deleted")
+        base = train_stage(photos, output, options.stage_config(), work, prior, on_progress, note)
+    echo(f"{output}: base {base.config.name}, fingerprint {base.fingerprint[:12]}")
+    echo(f"{work} contains checkpoints and samples of this training; delete it if you do not need them", err=True)
 
 
 def check_options(options: Options, context: click.Context) -> None:

@@ -56,7 +56,7 @@ class BenchReport:
     """Side of a tile in pixels."""
     cold_start_s: float
     components_ms: dict[str, dict[str, float]]
-    """Name of a component -> p50 in milliseconds, p90 and p99 where `RUNS_NEEDED` are reached, and the number of runs."""
+    """Name of a component -> percentiles in milliseconds (`percentiles`), and the number of runs."""
     images_ms: dict[str, dict[str, float]]
     """Name of an image size -> the same values, with megapixels and tiles per second."""
     peak_memory_mb: float

@@ -24,7 +24,7 @@ from pfstorer_rt.plan import COMPONENTS, DEFAULT_BASE, Manifest, Plan
 from pfstorer_rt.runtime.host_threads import one_host_thread
 from pfstorer_rt.runtime.layout import Layout
 from pfstorer_rt.runtime.recipe import Recipe
-from pfstorer_rt.runtime.stages import Codec, Done, TiledDenoiser
+from pfstorer_rt.runtime.tiled_networks import Codec, Done, TiledDenoiser
 from pfstorer_rt.tiling import blend_by_rows, ramp_weights
 
 if TYPE_CHECKING:

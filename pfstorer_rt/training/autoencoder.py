@@ -1,4 +1,4 @@
-"""The first part of training a base: the autoencoder, on a pool of tiles."""
+"""The first stage of training a base on tiles: the autoencoder."""
 
 from __future__ import annotations
 

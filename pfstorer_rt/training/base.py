@@ -30,12 +30,12 @@ RESTORER = TrainConfig(iterations=8000, batch=16, learning_rate=5e-4, warmup=200
 
 @dataclass(frozen=True)
 class BaseTrainConfig:
-    """Settings of the stage `base`: the autoencoder, then the restorer; the shipped `tiny` started from the defaults.
+    """Settings of the stage `base`: the autoencoder, then the restorer. The base `tiny` started from these defaults.
 
     With a prior, the restorer alone is trained.
     """
 
-    preset: str = "tiny"
+    preset: str = "portrait"
     autoencoder: TrainConfig = AUTOENCODER
     restorer: TrainConfig = RESTORER
     crops: CropConfig = field(default_factory=CropConfig)

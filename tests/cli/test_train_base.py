@@ -6,7 +6,7 @@ import pytest
 
 from pfstorer_rt.training.base import AUTOENCODER, RESTORER, BaseTrainConfig
 from pfstorer_rt.training.finishing import FinishingConfig
-from pfstorer_rt.training.parts import PartConfig
+from pfstorer_rt.training.tile_stages import TileStageConfig
 from pfstorer_rt.training.wrapping import WrappingConfig
 
 
@@ -15,11 +15,11 @@ def asked(run, monkeypatch, tmp_path):
     """Function (*options) -> settings with which the library is called, without any training."""
     calls = []
 
-    def train_stage(sources, out, config, work, prior, on_progress):
+    def train_stage(sources, out, config, work, prior, on_progress, note):
         calls.append((config, prior, work))
         return SimpleNamespace(config=SimpleNamespace(name="nano"), fingerprint="0" * 64)
 
-    monkeypatch.setattr("pfstorer_rt.training.stages.train_stage", train_stage)
+    monkeypatch.setattr("pfstorer_rt.training.train_stage.train_stage", train_stage)
     monkeypatch.setattr("pfstorer_rt.models.base.load_base", lambda name: f"base {name}")
 
     def call(*options):
@@ -32,7 +32,12 @@ def asked(run, monkeypatch, tmp_path):
 
 def test_the_default_stage_makes_a_new_base_with_the_defaults_of_the_library(asked, tmp_path):
     config, prior, work = asked("--workers", 0)
-    assert config == BaseTrainConfig() and prior is None and work == tmp_path / "out.training"
+    assert (
+        config == BaseTrainConfig()
+        and config.preset == "portrait"
+        and prior is None
+        and work == tmp_path / "out.training"
+    )
 
 
 def test_stage_base_has_settings_of_both_networks(asked):
@@ -52,8 +57,9 @@ def test_the_stage_selects_the_settings(asked):
     finishing, *_ = asked("--prior", "portrait", "--stage", "finishing", "--share", 1, "--lambda-id", 0, "--p-hq", 0.5)
     assert isinstance(finishing, FinishingConfig) and finishing.crops.p_hq == 0.5
     assert (finishing.share, finishing.lambda_id, finishing.lambda_pixel) == (1, 0, 0.5)
-    part, *_ = asked("--prior", "portrait", "--stage", "restorer", "--minutes", 2, "--tiles", 20)
-    assert isinstance(part, PartConfig) and (part.part, part.tiles, part.train["minutes"]) == ("restorer", 20, 2)
+    restorer, *_ = asked("--prior", "portrait", "--stage", "restorer", "--minutes", 2, "--tiles", 20)
+    assert isinstance(restorer, TileStageConfig)
+    assert (restorer.stage, restorer.tiles, restorer.train["minutes"]) == ("restorer", 20, 2)
 
 
 @pytest.mark.parametrize(
@@ -69,3 +75,9 @@ def test_an_option_of_another_stage_is_refused(refused, tmp_path, stage, option)
 @pytest.mark.parametrize("stage", ["wrapping", "finishing", "restorer", "one-step"])
 def test_a_stage_that_continues_a_base_needs_it(refused, tmp_path, stage):
     refused(2, "train-base", tmp_path, "-o", tmp_path / "out", "--stage", stage, words=("--prior",))
+
+
+def test_a_weight_in_a_stage_on_crops_is_refused(refused, tmp_path):
+    (tmp_path / "faces").mkdir()
+    words = ("the weight 0.5 belongs to the stages on tiles", f"give {tmp_path}/faces")
+    refused(2, "train-base", f"{tmp_path}/faces=0.5", "-o", tmp_path / "out", words=words)

@@ -10,7 +10,7 @@ from pfstorer_rt.imaging.files import to_tensor
 from pfstorer_rt.imaging.rows import Spool, from_pixels, read_pixels
 from pfstorer_rt.runtime.layout import CodecTiles
 from pfstorer_rt.runtime.restorer import Restorer
-from pfstorer_rt.runtime.stages import Codec
+from pfstorer_rt.runtime.tiled_networks import Codec
 
 CONFIG = RestoreConfig(steps=2, sampler="ddpm")
 CHOPPED = TileConfig("parity", chop=128, chop_stride=96)

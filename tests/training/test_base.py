@@ -20,7 +20,7 @@ from pfstorer_rt.training.data import Photographs, read_photo
 from pfstorer_rt.training.device import accelerated
 from pfstorer_rt.training.finishing import FinishingConfig
 from pfstorer_rt.training.objectives import RestorerObjective
-from pfstorer_rt.training.stages import train_stage
+from pfstorer_rt.training.train_stage import train_stage
 from pfstorer_rt.training.wrapping import WrappingConfig, add_wrapping
 
 SETTINGS = TrainConfig(iterations=4, batch=2, learning_rate=1e-3, ema=0.5, device="cpu", precision="fp32")

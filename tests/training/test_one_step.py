@@ -11,7 +11,7 @@ from pfstorer_rt.models.base import build_base, load_base
 from pfstorer_rt.training.latents import flip
 from pfstorer_rt.training.lpips import VGG16, Lpips
 from pfstorer_rt.training.one_step import OneStepConfig, OneStepObjective, WindowSampler, finish_in_one_step
-from pfstorer_rt.training.restoring import RestoringConfig, train_restorer_on
+from pfstorer_rt.training.tile_restorer import TileRestorerConfig, train_tile_restorer
 
 NANO = replace(
     PRESETS["portrait"],
@@ -164,7 +164,7 @@ def test_the_loss_is_the_weighted_sum(base, pool, lpips):
 def test_a_base_is_trained_in_three_parts_and_shipped(base, pool, lpips, tmp_path):
     encoder = {name: value.clone() for name, value in base.vae.encoder.state_dict().items()}
     before = base.vae.decoder.conv_out.weight.clone()
-    train_restorer_on(pool, base, tmp_path / "restorer", RestoringConfig(train=TRAIN, crop=4))
+    train_tile_restorer(pool, base, tmp_path / "restorer", TileRestorerConfig(train=TRAIN, crop=4))
     config = OneStepConfig(train=TRAIN, window=4, crop=8)
     finish_in_one_step(pool, base, tmp_path / "one", config, lpips, None)
     assert all(torch.equal(value, encoder[name]) for name, value in base.vae.encoder.state_dict().items())

@@ -1,4 +1,4 @@
-"""The second part of training a base: the restorer, on latents of a pool of tiles (StableSR section 3.1)."""
+"""The second stage of training a base on tiles: the restorer, on latents of a pool of tiles (StableSR section 3.1)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pfstorer_rt.training.objectives import RestorerObjective
 
 
 @dataclass(frozen=True)
-class RestoringConfig:
+class TileRestorerConfig:
     """Settings of the restorer's training on a pool of tiles."""
 
     train: TrainConfig = field(
@@ -41,8 +41,8 @@ class RestoringConfig:
     """Measure the error in the network's prediction, or in the clean latent that follows from it."""
 
 
-def train_restorer_on(
-    pool: Arrays, base: Base, work: Path, config: RestoringConfig, on_progress: OnProgress = ignore_progress
+def train_tile_restorer(
+    pool: Arrays, base: Base, work: Path, config: TileRestorerConfig, on_progress: OnProgress = ignore_progress
 ) -> None:
     """Train UNet, structure encoder and prompt encoder of a base in place; resumes from `work/restorer.pt`.
 
@@ -68,7 +68,7 @@ def train_restorer_on(
     base.fingerprint = fingerprint_modules(base.modules())
 
 
-def latent_sampler(latents: npt.NDArray[Any], config: RestoringConfig) -> MakeBatch:
+def latent_sampler(latents: npt.NDArray[Any], config: TileRestorerConfig) -> MakeBatch:
     """Return the function that draws batches from latents (N, versions, 2, C, h, w)."""
     settings, (tiles, versions) = config.train, latents.shape[:2]
 

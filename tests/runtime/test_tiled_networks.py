@@ -3,7 +3,7 @@ import torch
 
 from pfstorer_rt.engine.session import HostSession
 from pfstorer_rt.runtime.layout import CodecTiles
-from pfstorer_rt.runtime.stages import Codec
+from pfstorer_rt.runtime.tiled_networks import Codec
 
 
 class Shuffle(HostSession):
