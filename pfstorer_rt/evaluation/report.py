@@ -79,12 +79,25 @@ class Report:
     def summary(self, common: bool = False) -> dict[str, Summary]:
         """Return the means of each method.
 
-        common: for each metric, use only the images for which every method has a value, so that the means of all
-        methods cover the same images; dlib, for example, finds no face in some degraded images.
+        common: use only `common_images`, so that all values of all methods cover the same images.
         """
-        keys = [*(metric.key for metric in self.metrics.columns), SECONDS]
-        shared = {key: self._shared(key) if common else set(self.images) for key in keys}
-        return {method: self._summary(method, keys, shared) for method in self.methods}
+        images = self.common_images() if common else set(self.images)
+        return {method: self._summary(method, images) for method in self.methods}
+
+    def common_images(self) -> set[str]:
+        """Return the images for which every method has a value of every metric.
+
+        dlib, for example, finds no face in some degraded images. A method without any value of a metric does not
+        restrict the images, and neither do times, which few methods have.
+        """
+        images = set(self.images)
+        for metric in self.metrics.columns:
+            found: dict[str, set[str]] = {}
+            for row in self.rows:
+                if row.figures.get(metric.key) is not None:
+                    found.setdefault(row.method, set()).add(row.image)
+            images = images.intersection(*found.values())
+        return images
 
     def write(self, folder: Path) -> None:
         """Write results.csv, summary.json, results.md and index.html into a folder; existing ones are replaced."""
@@ -117,7 +130,7 @@ class Report:
             name: {"images": s.images, "failed": s.failed, "means": finite(s.means), "counts": s.counts}
             for name, s in self.summary().items()
         }
-        common = {name: {"means": finite(s.means), "counts": s.counts} for name, s in self.summary(True).items()}
+        common = {name: {"images": s.images, "means": finite(s.means)} for name, s in self.summary(True).items()}
         document = {
             "settings": self.settings,
             "methods": methods,
@@ -144,7 +157,7 @@ class Report:
         lines = ["# Results", "", *(f"- {key}: {value}" for key, value in self.settings.items()), ""]
         lines += markdown_table(self.headings(), self.cells())
         if self.uneven():
-            lines += ["", "Over the images for which every method has a value:", ""]
+            lines += ["", f"{self.common_title()}:", ""]
             lines += markdown_table(self.headings(), self.cells(common=True))
         lines += ["", "## Metrics", ""]
         lines += markdown_table(ABOUT, self.about())
@@ -155,8 +168,7 @@ class Report:
         """Return one self-contained page: means, a plot per metric, images, metrics and notes."""
         tables = [Table("Means", self.headings(), self.cells())]
         if self.uneven():
-            same = "Means over the images for which every method has a value"
-            tables.append(Table(same, self.headings(), self.cells(common=True)))
+            tables.append(Table(self.common_title(), self.headings(), self.cells(common=True)))
         about = Table("Metrics", ABOUT, self.about())
         return page(self.settings, tables, self.charts(), self.gallery(), about, self.notes)
 
@@ -198,32 +210,27 @@ class Report:
         return ["method", *columns, "s/image"]
 
     def cells(self, common: bool = False) -> list[list[str]]:
-        """Return the table of means as text; a mean over fewer images than the method has shows their number."""
+        """Return the table of means as text; a mean over fewer images than the row shows their number."""
         return [
             [method, *(figure(metric, s) for metric in self.metrics.columns), seconds(s)]
             for method, s in self.summary(common).items()
         ]
 
     def uneven(self) -> bool:
-        """Whether the methods have values for different images."""
-        keys = [metric.key for metric in self.metrics.columns]
-        every, common = self.summary(), self.summary(common=True)
-        return any(every[m].counts[key] != common[m].counts[key] for m in every for key in keys)
+        """Whether values are missing for some images but not for all."""
+        return 0 < len(self.common_images()) < len(self.images)
 
-    def _shared(self, key: str) -> set[str]:
-        """Return the images with a value for every method; methods without any value are ignored (few have times)."""
-        found: dict[str, set[str]] = {}
-        for row in self.rows:
-            if value(row, key) is not None:
-                found.setdefault(row.method, set()).add(row.image)
-        return set.intersection(*found.values()) if found else set()
+    def common_title(self) -> str:
+        """Return the title of the table over `common_images`."""
+        count = f"{len(self.common_images())} of {len(self.images)} images"
+        return f"Means over the {count} for which every method has a value of every metric"
 
-    def _summary(self, method: str, keys: Sequence[str], shared: Mapping[str, set[str]]) -> Summary:
-        rows = [row for row in self.rows if row.method == method]
+    def _summary(self, method: str, images: set[str]) -> Summary:
+        rows = [row for row in self.rows if row.method == method and row.image in images]
         means: dict[str, float | None] = {}
         counts: dict[str, int] = {}
-        for key in keys:
-            known = [v for row in rows if row.image in shared[key] and (v := value(row, key)) is not None]
+        for key in [*(metric.key for metric in self.metrics.columns), SECONDS]:
+            known = [v for row in rows if (v := value(row, key)) is not None]
             means[key], counts[key] = fmean(known) if known else None, len(known)
         return Summary(len(rows), sum(row.failed for row in rows), means, counts)
 

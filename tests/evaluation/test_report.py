@@ -71,11 +71,12 @@ def test_means_and_counts_skip_missing_figures(report):
 
 def test_means_over_common_images(report):
     common = report.summary(common=True)
-    assert report.uneven()
-    assert common["input"].means["psnr"] == 10.0 and common["input"].counts["psnr"] == 1
+    assert report.uneven() and report.common_images() == {"a"}, "SSIM has no value for b"
+    assert common["input"].means["psnr"] == 10.0
+    assert {(s.images, s.counts["psnr"], s.counts["ssim"]) for s in common.values()} == {(1, 1, 1)}
     assert common[NASTY].means["seconds"] == 2.0  # only one method has times
     whole = Report([row for row in report.rows if row.image == "a"], report.metrics)
-    assert not whole.uneven() and whole.summary(common=True) == whole.summary()
+    assert not whole.uneven() and whole.common_images() == {"a"} and whole.summary(common=True) == whole.summary()
 
 
 def test_csv_has_a_row_for_each_result(report):
@@ -94,6 +95,7 @@ def test_json_is_strict_and_names_licence_version_and_refusal(report):
     document = json.loads(report.json(), parse_constant=refuse)
     assert document["methods"]["input"]["means"]["psnr"] == 12.0 and document["settings"]["seed"] == 7
     assert document["methods"]["original"]["means"]["psnr"] == "inf"
+    assert document["common_images"]["input"]["images"] == 1
     assert document["common_images"]["input"]["means"]["psnr"] == 10.0
     metrics = document["metrics"]
     assert list(metrics) == ["psnr", "ssim", "musiq"] and all(m["licence"] and m["version"] for m in metrics.values())
@@ -107,6 +109,9 @@ def test_markdown_tables_are_regular(report):
     assert widths == {6}  # method, three metrics and seconds; the table of metrics has five columns, too
     row = next(line for line in tables if line.startswith("| <b>ours"))
     assert row == "| <b>ours</b> & \\| co | 20.00 (1 of 2) | 0.500 (1 of 2) | not measured | 2.00 |"
+    assert "Means over the 1 of 2 images for which every method has a value of every metric:" in lines
+    same = [line for line in lines if line.startswith("| <b>ours")][1]
+    assert same == "| <b>ours</b> & \\| co | 20.00 | 0.500 | not measured | 2.00 |", "one population in a row"
     assert "- a note <i>" in lines and "- level: heavy" in lines
     assert any(line.startswith("| MUSIQ") and "not measured: " in line for line in tables)
 
