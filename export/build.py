@@ -276,8 +276,7 @@ def checked(exported: Exported, progress: Progress) -> Exported:
     """Return a component if its figures are within the limit; raises `ParityError` otherwise."""
     parity.check(exported.component, exported.figures, exported.precision)
     off = parity.judged(exported.figures, exported.precision)
-    what = "" if exported.precision == "fp32" else f"in {exported.precision} it "
-    progress.line(f"{exported.component}: {what}differs from PyTorch by {off:.1e} of the output's deviation")
+    progress.line(f"{exported.component}: {exported.precision}, {parity.MEASURE[exported.precision]} {off:.1e}")
     return exported
 
 

@@ -72,6 +72,8 @@ In fp32 a full-size decoder differs by 2e-4 at its worst pixel, because librarie
 network with an error of 1 % in one of its constants differs by 4e-4. int8 differs at single pixels, and the network is
 trained to tolerate noise, so its limit is on the root mean square.
 """
+MEASURE = {"fp32": "largest error", "fp16": "largest error", "int8": "root mean square error"}
+"""Precision -> name of the difference from PyTorch that `judged` returns, in standard deviations of the output."""
 LARGEST_HALF = 65504.0
 HEADROOM = 4.0
 """fp16 is used for a component if its largest value times this factor fits."""
@@ -120,8 +122,8 @@ def within(figures: dict[str, float], precision: str) -> bool:
 def describe(figures: dict[str, float], precision: str) -> str:
     """Describe the difference of a graph from its original."""
     return (
-        f"the exported graph differs from PyTorch by {judged(figures, precision):.2e} of the output's deviation; at "
-        f"most {LIMIT[precision]:.0e} is allowed at {precision}"
+        f"the {MEASURE[precision]} of the exported graph against PyTorch is {judged(figures, precision):.2e} standard "
+        f"deviations of the output; at most {LIMIT[precision]:.0e} is allowed in {precision}"
     )
 
 

@@ -29,10 +29,9 @@ def find_base(path_or_name: str | Path) -> Path:
     for path in (Path(path_or_name), BUILTIN / str(path_or_name)):
         if (path / "config.json").is_file():
             return path
-    raise BadFileError(
-        f"{path_or_name}: no base there (no config.json); expected a base directory or one of: "
-        f"{', '.join(shipped_bases()) or 'none shipped'}"
-    )
+    found = "not a base directory (no config.json)" if Path(path_or_name).exists() else "no such base"
+    names = ", ".join(shipped_bases())
+    raise BadFileError(f"{path_or_name}: {found}; expected a base directory or the name of a shipped base ({names})")
 
 
 def shipped_bases() -> list[str]:

@@ -47,7 +47,7 @@ class BadFileError(PFStorerError):
 
 
 class MismatchError(PFStorerError):
-    """Two artefacts that do not belong together, such as an identity and another base."""
+    """Two files that do not belong together, such as an identity and another base."""
 
 
 class MissingBackendError(PFStorerError):

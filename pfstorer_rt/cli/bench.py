@@ -84,7 +84,7 @@ def command(
 def lines(report: BenchReport) -> list[str]:
     """Return the table as text."""
     rows = [
-        f"{report.backend} on {report.provider}, sampler {report.sampler}, steps: {report.steps}",
+        f"engine: {report.backend} ({report.provider}); sampler {report.sampler}, steps: {report.steps}",
         f"cold start {report.cold_start_s:.2f} s, peak memory {report.peak_memory_mb:.0f} MB",
     ]
     for name, figures in {**report.components_ms, **report.images_ms}.items():

@@ -26,7 +26,7 @@ def draw(path: Path, report: BenchReport) -> None:
     def x(milliseconds: float) -> float:
         return LABEL + log10(max(milliseconds, low) / low) / span * (WIDTH - LABEL - ROOM)
 
-    pen.text((8, 6), f"{report.backend} on {report.provider}, steps: {report.steps}", fill="black", font=font)
+    pen.text((8, 6), f"{report.backend} ({report.provider}), steps: {report.steps}", fill="black", font=font)
     for i, (name, figures) in enumerate(rows.items()):
         top = ROW * (i + 1) + 6
         pen.text((8, top), name, fill="black", font=font)

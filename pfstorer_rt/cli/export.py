@@ -176,8 +176,8 @@ def report(plan: Plan, comparison: list[Row] | None, verbose_engine: bool, as_js
     built_for = f" for {', '.join(manifest.compute_capabilities)}" if manifest.compute_capabilities else ""
     echo(
         f"{plan.path}: {manifest.target}{built_for}, {manifest.precision}{''.join(f' ({m})' for m in mixed)}, "
-        f"{plan.path.stat().st_size / 1e6:.1f} MB, the graph differs from PyTorch by {max(parity.values()):.1e} of "
-        "the output's deviation"
+        f"{plan.path.stat().st_size / 1e6:.1f} MB; difference from PyTorch at most "
+        f"{max(parity.values()):.1e} standard deviations of the output"
     )
     for name, kinds in layers.items():
         echo(f"{name}: {sum(kinds.values())} layers: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))

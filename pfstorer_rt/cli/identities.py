@@ -62,8 +62,9 @@ def list_command(as_json: bool) -> None:
 
 @command.command("show")
 @click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def show_command(name: str, as_json: bool) -> None:
+@click.option("-v", "--verbose", is_flag=True, help="Print all values except tensors and settings.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+def show_command(name: str, verbose: bool, as_json: bool) -> None:
     """Show one identity.
 
     \b
@@ -74,7 +75,7 @@ def show_command(name: str, as_json: bool) -> None:
     from pfstorer_rt.identity import identity_path
     from pfstorer_rt.runtime.describe import describe_identity
 
-    print_report(describe_identity(identity_path(name)), as_json)
+    print_report(describe_identity(identity_path(name)), verbose, as_json)
 
 
 @command.command("verify")

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from pfstorer_rt.console import echo
 
+NETWORKS = {
+    "unet": "UNet",
+    "vae": "autoencoder",
+    "structure_encoder": "structure encoder",
+    "text_encoder": "prompt encoder",
+    "cfw": "feature wrapping",
+}
+LOSSES = {
+    "lambda_gen": "L_gen",
+    "lambda_pers": "L_pers",
+    "lambda_pixel": "pixel error",
+    "lambda_perceptual": "ST-LPIPS",
+    "lambda_id": "identity",
+}
+"""Weight of a loss -> name of the loss. The weight of L_diff is always 1."""
+
 
 @click.command()
 @click.argument("path", metavar="FILE")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(path: str, as_json: bool) -> None:
-    """Show the contents of a base directory, an identity file or a plan, and check that it is complete.
+@click.option("-v", "--verbose", is_flag=True, help="Print all values except tensors and settings.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+def command(path: str, verbose: bool, as_json: bool) -> None:
+    """Show a summary of a base directory, an identity file or a plan, and check that it is complete.
 
     \b
     Examples:
@@ -23,17 +41,95 @@ def command(path: str, as_json: bool) -> None:
     """
     from pfstorer_rt.runtime.describe import describe
 
-    print_report(describe(path), as_json)
+    print_report(describe(path), verbose, as_json)
 
 
-def print_report(report: dict[str, Any], as_json: bool) -> None:
-    """Print a description as JSON, or as indented text without long lists."""
+def print_report(report: dict[str, Any], verbose: bool = False, as_json: bool = False) -> None:
+    """Print a description as a summary, as all values without long lists, or as JSON."""
     if as_json:
         echo(json.dumps(report))
-        return
-    _print_level({k: v for k, v in report.items() if k not in ("tensors", "settings", "config")}, "")
-    if "tensors" in report:
-        echo(f"tensors: {len(report['tensors'])} (--json lists them and the settings)")
+    elif verbose:
+        _print_level({k: v for k, v in report.items() if k not in ("tensors", "settings", "config")}, "")
+        if "tensors" in report:
+            echo(f"tensors: {len(report['tensors'])} (--json lists them and the settings)")
+    else:
+        lines = {"base": base_lines, "identity": identity_lines, "plan": plan_lines}[report["type"]](report)
+        width = max(map(len, lines)) + 1
+        for key, value in lines.items():
+            echo(f"{key + ':':<{width}} {value}")
+
+
+def base_lines(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the summary of a base: name -> text."""
+    config, parameters, training = report["config"], report["parameters"], report["personalization"]
+    tile, factor = config["tile"], config["factor"]
+    side, networks = tile // factor, sorted(parameters, key=parameters.get, reverse=True)
+    losses = [f"{name} {training[key]:g}" for key, name in LOSSES.items() if training[key]]
+    share = training["first_step"]
+    return {
+        "base": config["name"],
+        "folder": report["folder"],
+        "licence": config["licence"],
+        "size on disk": megabytes(report["bytes"]),
+        "parameters": f"{millions(sum(parameters.values()))} million: "
+        + ", ".join(f"{NETWORKS.get(name, name)} {millions(parameters[name])}" for name in networks),
+        "tile": f"{tile} x {tile} pixels, in latent space {side} x {side} (factor {factor})",
+        "sampler": f"{config['sampler']}, steps: {config['steps']}",
+        "personalization": f"{training['train']['iterations']} iterations of {training['train']['batch']} samples, "
+        f"learning rate {training['train']['learning_rate']:g}, after {len(config['layers'])} attention layers",
+        "loss weights": f"L_diff 1, {', '.join(losses)}" + (f"; {share:.0%} of the samples at timestep 999" if share else ""),
+        "fingerprint": report["fingerprint"],
+    }
+
+
+def identity_lines(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the summary of an identity: name -> text."""
+    training = report["settings"].get("train", {})
+    gammas = [values["mean"] for values in report["gamma"].values() if "mean" in values]
+    strongest = {"gamma": f"mean {min(gammas):.3g} to {max(gammas):.3g} in {len(gammas)} layers"} if gammas else {}
+    return {
+        "identity": report["name"],
+        "file": report["file"],
+        "size": megabytes(report["bytes"]),
+        "base": f"{report['base']} (fingerprint {report['base_fingerprint'][:12]})",
+        "method": report["method"],
+        "photographs": str(len(report["references"])),
+        "training": f"{training.get('iterations', 'unknown')} iterations of {training.get('batch', 'unknown')} samples",
+        **strongest,
+        "fingerprint": report["fingerprint"],
+    }
+
+
+def plan_lines(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the summary of a plan: name -> text."""
+    identity = f"{report['identity_name']} (method {report['method']})" if report["identity_name"] else "none"
+    built_for = f" for {', '.join(report['compute_capabilities'])}" if report["compute_capabilities"] else ""
+    runs = "ONNX Runtime, OpenVINO" if report["target"] == "onnx" else report["target"] + built_for
+    errors = [payload["parity"]["relative"] for payload in report["payloads"].values() if payload["parity"]]
+    return {
+        "plan": report["file"],
+        "base": f"{report['base_name']} (fingerprint {report['base_fingerprint'][:12]})",
+        "identity": identity,
+        "licence": report["licence"],
+        "size": megabytes(report["bytes"]),
+        "runs in": runs,
+        "precision": report["precision"],
+        "largest error": f"{max(errors):.1e} standard deviations of PyTorch's output" if errors else "not measured",
+        "tile": f"{report['tile']} x {report['tile']} pixels",
+        "sampler": f"{report['sampler']}, steps: {report['steps']}",
+        "strength": "adjustable" if report["strength"] else "fixed",
+        "trusted": "yes" if report["trusted"] else "no: it contains code, and was not built by you on this machine",
+    }
+
+
+def megabytes(count: int) -> str:
+    """Return a number of bytes in megabytes, or kilobytes."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
+def millions(count: int) -> str:
+    """Return a number in millions with two digits after the point."""
+    return f"{count / 1e6:.2f}"
 
 
 def _print_level(values: dict[str, Any], indent: str) -> None:

@@ -311,7 +311,7 @@ def run(restorer: Restorer, batch: BatchConfig, jobs: Sequence[Job], options: Op
     restorer.recipe(batch.restore)  # refuses settings that do not fit this engine
     for setting, value, reason in without_effect(restorer, batch):
         note(f"{flag(setting)}{'' if value is True else f' {value:g}'} changes nothing: {reason}")
-    echo(f"{restorer.backend} on {restorer.provider}", err=True)
+    echo(f"engine: {restorer.backend} ({restorer.provider})", err=True)
     report = partial(show, as_json=options.as_json)
     if options.dry_run:
         return exit_status(forecast_jobs(restorer, jobs, batch, report))

@@ -16,7 +16,7 @@ class TorchSession(TensorSession):
     def __init__(self, component: Component, device: torch.device) -> None:
         self.module, self.device = component.module.eval(), device
         self.inputs, self.outputs = component.inputs, component.outputs
-        self.provider = f"PyTorch {torch.__version__} {device}"
+        self.provider = f"PyTorch {torch.__version__}, {device}"
 
     @torch.no_grad()
     def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -85,7 +85,9 @@ def load_metrics(keys: Sequence[str] | None = None, files: MetricFiles | None = 
     known = {metric.key: metric for metric in METRICS}
     unknown = sorted(set(keys or ()) - set(known))
     if unknown:
-        raise SettingError(f"no metric {', '.join(unknown)}; expected some of {', '.join(known)}", setting="metrics")
+        raise SettingError(
+            f"unknown metric {', '.join(unknown)}; expected names from this list: {', '.join(known)}", setting="metrics"
+        )
     columns = tuple(metric for metric in METRICS if keys is None or metric.key in keys)
     loaded = Metrics(columns, {})
     for metric in columns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
@@ -48,7 +49,7 @@ def describe_plan(path: Path) -> dict[str, Any]:
     for name in COMPONENTS:
         report["payloads"][name] |= describe_payload(plan, name)
     report["trusted"] = plan.trusted
-    return {"artefact": "plan", "file": str(path), "bytes": path.stat().st_size, **report}
+    return {"type": "plan", "file": str(path), "bytes": path.stat().st_size, **report}
 
 
 def describe_payload(plan: Plan, component: str) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def describe_identity(path: Path) -> dict[str, Any]:
 
     identity = Identity.load(path)
     return {
-        "artefact": "identity",
+        "type": "identity",
         "file": str(path),
         "bytes": path.stat().st_size,
         "name": identity.name,
@@ -98,14 +99,17 @@ def describe_base(path: str) -> dict[str, Any]:
         read_config,
         reading_base,
     )
-    from pfstorer_rt.config import to_json
+    from pfstorer_rt.config import PersonalizeConfig, to_json
 
     folder = find_base(path)
     with reading_base(folder):
+        config = read_config(folder)
         return {
-            "artefact": "base",
+            "type": "base",
             "folder": str(folder),
             "fingerprint": fingerprint_directory(folder),
+            "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
             "parameters": count_parameters(folder),
-            "config": json.loads(to_json(read_config(folder))),
+            "personalization": json.loads(json.dumps(asdict(PersonalizeConfig.for_base(config)))),
+            "config": json.loads(to_json(config)),
         }

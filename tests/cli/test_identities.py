@@ -50,7 +50,7 @@ def test_verify_checks_file_permissions_base_and_references(run, people, save, m
 
 def test_verify_fails_without_the_base_or_with_another_base(run, people, monkeypatch, other_base_dir):
     missing = run("identities", "verify", "alice")
-    assert missing.status == 1 and "no base there" in missing.out
+    assert missing.status == 1 and "no such base" in missing.out
     other_base_dir.rename(other_base_dir.with_name("nano"))
     monkeypatch.chdir(other_base_dir.parent)
     assert "FAILED  base nano" in run("identities", "verify", "alice").out

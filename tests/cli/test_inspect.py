@@ -8,27 +8,47 @@ import pytest
 
 def test_inspect_shows_a_base(run, nano_base_dir, nano_base):
     report = json.loads(run("inspect", nano_base_dir, "--json").out)
-    assert report["artefact"] == "base" and report["fingerprint"] == nano_base.fingerprint
+    assert report["type"] == "base" and report["fingerprint"] == nano_base.fingerprint
     assert report["config"]["name"] == "nano"
     assert report["parameters"]["unet"] == sum(p.numel() for p in nano_base.unet.parameters())
-    assert f"fingerprint: {nano_base.fingerprint}" in run("inspect", nano_base_dir).out
+    assert report["bytes"] == sum(path.stat().st_size for path in nano_base_dir.rglob("*.*"))
+    assert report["personalization"]["train"]["iterations"] == 500, "nano has the defaults of the paper"
+    assert f"fingerprint: {nano_base.fingerprint}" in run("inspect", nano_base_dir, "--verbose").out
+    words = dict(line.split(":", 1) for line in run("inspect", nano_base_dir).out.splitlines())
+    assert {name: text.strip() for name, text in words.items() if name != "parameters"} == {
+        "base": "nano",
+        "folder": str(nano_base_dir),
+        "licence": "none",
+        "size on disk": f"{report['bytes'] / 1e6:.1f} MB",
+        "tile": "64 x 64 pixels, in latent space 8 x 8 (factor 8)",
+        "sampler": "ddpm, steps: 4",
+        "personalization": "500 iterations of 4 samples, learning rate 5e-05, after 4 attention layers",
+        "loss weights": "L_diff 1, L_gen 0.1, L_pers 0.0005",
+        "fingerprint": nano_base.fingerprint,
+    }
 
 
 def test_inspect_shows_an_identity_by_file_and_by_name(run, people, nano_identity):
     by_file = json.loads(run("inspect", people / "alice.safetensors", "--json").out)
     assert by_file == json.loads(run("inspect", "alice", "--json").out)
-    assert by_file["artefact"] == "identity" and by_file["fingerprint"] == nano_identity.fingerprint
+    assert by_file["type"] == "identity" and by_file["fingerprint"] == nano_identity.fingerprint
     assert by_file["tensors"]["token"] == ["float16", *nano_identity.tensors["token"].shape]
-    text = run("inspect", "alice").out
+    text = run("inspect", "alice", "--verbose").out
     assert "method: pfstorer" in text and f"tensors: {len(nano_identity.tensors)}" in text
+    text = run("inspect", "alice").out
+    assert text == run("identities", "show", "alice").out
+    assert "photographs: 1\n" in text and "4 layers" in text
 
 
 def test_inspect_shows_a_plan(run, nano_plan):
     report = json.loads(run("inspect", nano_plan.path, "--json").out)
-    assert report["artefact"] == "plan" and report["identity_name"] == "alice"
+    assert report["type"] == "plan" and report["identity_name"] == "alice"
     sizes = {name: payload["bytes"] for name, payload in report["payloads"].items()}
     assert sizes == {name: len(nano_plan.read(name)) for name in ("encoder", "denoiser", "decoder")}
-    assert "identity_name: alice" in run("inspect", nano_plan.path).out
+    assert "identity_name: alice" in run("inspect", nano_plan.path, "--verbose").out
+    lines = run("inspect", nano_plan.path).out.splitlines()
+    assert len(lines) == 12 and "identity:      alice (method pfstorer)" in lines, "a summary"
+    assert "strength:      adjustable" in lines
 
 
 def cut_plan(path, plan, base):
