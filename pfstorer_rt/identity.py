@@ -278,6 +278,11 @@ def named_identity(name: str) -> Path:
     return identities_dir() / f"{name}.safetensors"
 
 
+def training_files(identity: Path) -> tuple[Path, Path]:
+    """Return the checkpoint and the folder of crops of a training, beside the file of its identity."""
+    return identity.with_name(identity.stem + ".training.pt"), identity.with_name(identity.stem + ".crops")
+
+
 def list_identities() -> list[Path]:
     """List the named identity files, sorted."""
     return sorted(identities_dir().glob("*.safetensors"))

@@ -77,7 +77,8 @@ def base_lines(report: Mapping[str, Any]) -> dict[str, str]:
         "sampler": f"{config['sampler']}, steps: {config['steps']}",
         "personalization": f"{training['train']['iterations']} iterations of {training['train']['batch']} samples, "
         f"learning rate {training['train']['learning_rate']:g}, after {len(config['layers'])} attention layers",
-        "loss weights": f"L_diff 1, {', '.join(losses)}" + (f"; {share:.0%} of the samples at timestep 999" if share else ""),
+        "loss weights": f"L_diff 1, {', '.join(losses)}"
+        + (f"; {share:.0%} of the samples at timestep 999" if share else ""),
         "fingerprint": report["fingerprint"],
     }
 

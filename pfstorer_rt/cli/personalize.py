@@ -38,6 +38,7 @@ class Options:
     optimizer: str
     output: Path | None
     overwrite: bool
+    finish: bool
     as_json: bool
 
 
@@ -115,12 +116,18 @@ class Options:
     help="Identity file. [default: NAME in the user's data directory]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing identity.")
+@click.option(
+    "--finish",
+    is_flag=True,
+    help="Make the identity from the last checkpoint of an interrupted training. Repeat the other options.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
     """Learn a person from 3-5 photographs (files or folders) on a frozen base.
 
     The identity is biometric data: its file is readable by you alone, and
-    `pfstorer-rt identities rm NAME` deletes it. Run the same command again to resume an interrupted training.
+    `pfstorer-rt identities rm NAME` deletes it. Run the same command again to resume an interrupted training;
+    --iterations may differ.
 
     \b
     Example:
@@ -159,7 +166,7 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
     config = PersonalizeConfig.for_base(base.config, train, **values)
     make_folder(target.parent)
     with stage_bars() as on_progress:
-        identity = personalize(name, photos, base, config, target, note, on_progress)
+        identity = personalize(name, photos, base, config, target, note, on_progress, options.finish)
     if options.as_json:
         echo(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))
         return

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from pfstorer_rt.errors import BadFileError, PFStorerError
 from pfstorer_rt.files import cache_home, remove_leftovers, sha256_file, show_path
-from pfstorer_rt.identity import Identity, identities_dir, identity_path, no_such_identity, read_metadata
+from pfstorer_rt.identity import (
+    Identity,
+    identities_dir,
+    identity_path,
+    no_such_identity,
+    read_metadata,
+    training_files,
+)
 from pfstorer_rt.imaging.find import find_images
 
 
@@ -61,16 +68,17 @@ class Kept:
 
 
 def find_kept(name: str | Path) -> Kept:
-    """Find the file of an identity, the state of an interrupted training, and compiled networks.
+    """Find the file of an identity, the checkpoint and crops of an interrupted training, and compiled networks.
 
     Raises `BadFileError` when there are no files, and for a file outside the data directory that is not an identity.
     """
     path = identity_path(name)
-    checkpoint = path.with_name(path.stem + ".training.pt")
+    checkpoint, crops = training_files(path)
     named = path.parent == identities_dir()  # other folders can contain files of other programs
     if path.is_file() and not named:
         read_metadata(path)
     present = [checkpoint] if checkpoint.is_file() and (named or _is_checkpoint(checkpoint)) else []
+    present += [crops] if crops.is_dir() and (named or _is_crops(crops)) else []
     present += [path] if path.is_file() else []
     if not present:
         raise BadFileError(no_such_identity(path))
@@ -96,6 +104,12 @@ def _is_checkpoint(path: Path) -> bool:
     except Exception:  # torch.load raises many types for other files
         return False
     return isinstance(state, dict) and {"iteration", "signature", "parameters"} <= state.keys()
+
+
+def _is_crops(folder: Path) -> bool:
+    """Whether a folder contains the crops of an interrupted training and nothing else."""
+    names = {file.name for file in folder.iterdir()}
+    return names <= {"crops.json", "latents.npy", "images.npy", "maps.npy"}
 
 
 def _compiled_networks(path: Path) -> tuple[list[Path], tuple[str, ...]]:

@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from pfstorer_rt.config import TrainConfig
-from pfstorer_rt.errors import BadFileError, MismatchError, PFStorerError
-from pfstorer_rt.files import atomic_write
+from pfstorer_rt.errors import BadFileError, MismatchError, PFStorerError, one_line
+from pfstorer_rt.files import atomic_write, show_path
 from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
 from pfstorer_rt.training.data import Batch, prefetch
 from pfstorer_rt.training.device import to_channels_last
@@ -139,6 +139,7 @@ class TrainState:
         scaler = self.accelerator.scaler
         state = {
             "iteration": iteration,
+            "iterations": self.config.iterations,
             "signature": signature,
             "seconds": seconds,
             "parameters": {n: p.detach().cpu() for n, p in self.parameters.items()},
@@ -151,22 +152,8 @@ class TrainState:
 
     @torch.no_grad()
     def load(self, path: Path, signature: str) -> int:
-        """Load the state in `path` and return its iteration.
-
-        Raises `BadFileError` for a damaged file, `MismatchError` for a checkpoint of other settings.
-        """
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            found = state["signature"]
-        except Exception as error:  # torch.load raises many error types for a damaged file
-            raise BadFileError(
-                f"{path}: not a readable training checkpoint ({error}); delete it to start again"
-            ) from error
-        if found != signature:
-            raise MismatchError(
-                f"{path}: made with other settings or photographs; repeat the original call to resume it, or delete "
-                "the file to start again"
-            )
+        """Load the state in `path` and return its iteration; raises the errors of `read_checkpoint`."""
+        state = read_checkpoint(path, signature)
         for name, parameter in self.parameters.items():
             parameter.copy_(state["parameters"][name])
             if self.average:
@@ -176,6 +163,27 @@ class TrainState:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.seconds = float(state.get("seconds", 0.0))
         return int(state["iteration"])
+
+
+def read_checkpoint(path: Path, signature: str) -> dict[str, Any]:
+    """Read the state that `TrainState.save` wrote.
+
+    Raises `BadFileError` for a damaged file, `MismatchError` for a checkpoint of other settings.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["signature"]
+    except Exception as error:  # torch.load raises many error types for a damaged file
+        reason = one_line(error)
+        raise BadFileError(
+            f"{show_path(path)}: not a readable training checkpoint ({reason}); delete it to start again"
+        ) from error
+    if found != signature:
+        raise MismatchError(
+            f"{show_path(path)}: made with other settings or photographs; repeat the original call to resume it, or "
+            "delete the file to start again"
+        )
+    return state
 
 
 def run_training(training: Training, accelerator: Accelerator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,20 +17,21 @@ from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.faces.finding import face_embedder
 from pfstorer_rt.files import make_folder, sha256_file
-from pfstorer_rt.identity import Identity, named_identity
+from pfstorer_rt.identity import Identity, named_identity, training_files
 from pfstorer_rt.imaging.find import find_images, without_results
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.models.reference import reference_features
 from pfstorer_rt.plan import DEFAULT_BASE
 from pfstorer_rt.progress import OnProgress, ignore_progress
-from pfstorer_rt.training.data import center_crop
+from pfstorer_rt.training.data import Batch, center_crop
 from pfstorer_rt.training.device import accelerated, kernels_for
 from pfstorer_rt.training.framing import read_references
 from pfstorer_rt.training.image_loss import ImageSpaceLoss, has_image_losses, refusal
-from pfstorer_rt.training.loop import Training, run_training, signature
+from pfstorer_rt.training.loop import Training, run_training
 from pfstorer_rt.training.memory import ParameterGroup
 from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
 from pfstorer_rt.training.pool import BatchMaker, make_pool
+from pfstorer_rt.training.resume import resumed_config, training_mark
 
 TUNING_RATE = 0.1
 """Learning rate of pretrained weights, relative to the rate of new blocks."""
@@ -43,33 +45,39 @@ def personalize(
     output: Path | None = None,
     note: Callable[[str], None] = lambda _: None,
     on_progress: OnProgress = ignore_progress,
+    finish: bool = False,
 ) -> Identity:
     """Train an identity and write its file.
 
     name: name of the identity. references: 3-5 photographs of one person, or folders of them. base: a loaded base, a
     shipped name or a directory. config: None selects the base's defaults. output: the file; None is NAME.safetensors in
     the user's data directory. note: called with a line for each unsuitable photograph.
-    The same call resumes an interrupted training. Raises `ValueError` for a name that cannot be a file name, and
-    `BadFileError` when a photograph cannot be read, both before any training.
+    finish: make the identity from the checkpoint of an interrupted training, without further training.
+    The same call resumes an interrupted training, also with another number of iterations. Before any training, raises
+    `ValueError` for a name that cannot be a file name, `BadFileError` when a photograph or the checkpoint cannot be
+    read, and `MismatchError` when the checkpoint belongs to other settings or photographs.
     """
     named = named_identity(name)
     target = output or named
     base = base if isinstance(base, Base) else load_base(base)
     config = available(config or PersonalizeConfig.for_base(base.config), note)
     paths = without_results(find_images(references, note), note)
+    checkpoint, crops = training_files(target)
+    mark = training_mark(config, base.fingerprint, paths)
+    config, done = resumed_config(config, checkpoint, mark, finish, note)
     photos = read_references(paths, config, base.config.tile, note)
-    checkpoint = target.with_name(target.stem + ".training.pt")
     with accelerated(config.train, base) as accelerator:
-        pool = make_pool(photos, base, config, on_progress)
+        make_folder(crops, private=True)
+        with accelerator.main_process_first():  # the other processes use the samples of the first one
+            pool = None if done else make_pool(photos, base, config, on_progress, crops, mark)
         objective = make_objective(base, config, accelerator.device)
-        make_folder(checkpoint.parent)
         training = Training(
             f"personalize {name}",
             objective,
-            BatchMaker(pool, config),
+            BatchMaker(pool, config) if pool else no_batch,
             config.train,
             checkpoint,
-            signature([asdict(config), base.fingerprint], paths),
+            mark,
             parameter_groups(objective, config),
             on_progress=on_progress,
         )
@@ -82,7 +90,13 @@ def personalize(
     if main:
         identity.save(target)
         checkpoint.unlink(missing_ok=True)
+        shutil.rmtree(crops)
     return identity
+
+
+def no_batch(iteration: int, _: int) -> Batch:
+    """Stand for the batches of a training without further iterations."""
+    raise AssertionError(f"batch of iteration {iteration} after the last one")
 
 
 def available(config: PersonalizeConfig, note: Callable[[str], None]) -> PersonalizeConfig:

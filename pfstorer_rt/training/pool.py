@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +14,13 @@ import torch
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.degradation.degrade import LEVELS, degrade
 from pfstorer_rt.models.base import Base
-from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
+from pfstorer_rt.progress import OnProgress, ignore_progress
+from pfstorer_rt.training.chunks import Samples, make_arrays
 from pfstorer_rt.training.data import Batch, center_crop, draw_timesteps, random_crop
 from pfstorer_rt.training.image_loss import draw_views, face_maps, has_image_losses
 
+CHUNK = 8
+"""Samples that are made and written at once."""
 ZOOM = 1.25
 """Largest magnification of a training crop: most of the face stays inside."""
 
@@ -41,35 +44,56 @@ class LatentPool(NamedTuple):
 
 @torch.no_grad()
 def make_pool(
-    photos: Sequence[torch.Tensor], base: Base, config: PersonalizeConfig, on_progress: OnProgress = ignore_progress
+    photos: Sequence[torch.Tensor],
+    base: Base,
+    config: PersonalizeConfig,
+    on_progress: OnProgress = ignore_progress,
+    work: Path | None = None,
+    mark: str = "",
 ) -> LatentPool:
-    """Crop, degrade and encode `config.pool` samples, taking the photographs in turn.
+    """Crop, degrade and encode `pool_size` samples, taking the photographs in turn.
 
-    photos: (3, H, W) in [0, 1]. The same seed gives the same pool. A short training makes only the samples that it
-    uses.
+    photos: (3, H, W) in [0, 1]. The same seed gives the same pool. work: folder that keeps the samples; the next call
+    with the same `mark` uses or completes them. None keeps them in memory.
     """
-    level = replace(LEVELS[config.level], p_hq=config.p_hq)
-    size = min(config.pool, config.train.iterations * config.train.batch)
+    level, size, tile = replace(LEVELS[config.level], p_hq=config.p_hq), pool_size(config), base.config.tile
+    latent = (2, base.config.latent_channels, base.config.latent_tile, base.config.latent_tile)
+    arrays: dict[str, tuple[type, tuple[int, ...]]] = {"latents": (np.float32, latent)}
+    if has_image_losses(config):
+        arrays |= {"images": (np.uint8, (2, 3, tile, tile)), "maps": (np.float32, (2, 3))}
 
     def encode(image: torch.Tensor) -> torch.Tensor:
         return base.encode(image[None].to(base.device) * 2 - 1)[0].float().cpu()
 
-    pairs, images, started = [], [], time.monotonic()
-    on_progress(StageProgress("crops", 0, size))
-    for i in range(size):
-        rng = np.random.default_rng([config.train.seed, 4, i])
-        hq = random_crop(photos[i % len(photos)], base.config.tile, rng, ZOOM)
-        lq = degrade(hq, level, rng)
-        pairs.append((encode(hq), encode(lq)))
-        images += [torch.stack([hq, lq]).mul(255).round().byte()] if has_image_losses(config) else []
-        on_progress(StageProgress("crops", i + 1, size, seconds=time.monotonic() - started))
-    references = torch.stack([encode(center_crop(photo, base.config.tile)) for photo in photos])
-    hq_latents, lq_latents = (torch.stack(latents) for latents in zip(*pairs, strict=True))
-    pool = LatentPool(hq_latents, lq_latents, torch.arange(size) % len(photos), references)
-    if not images:
+    def make(chunk: int) -> Batch:
+        pairs = []
+        for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, size)):
+            rng = np.random.default_rng([config.train.seed, 4, i])
+            hq = random_crop(photos[i % len(photos)], tile, rng, ZOOM)
+            pairs.append(torch.stack([hq, degrade(hq, level, rng)]))
+        return {"pairs": torch.stack(pairs)}
+
+    def finish(chunk: Batch) -> dict[str, npt.NDArray[Any]]:
+        pairs = chunk["pairs"]
+        made = {"latents": torch.stack([torch.stack([encode(image) for image in pair]) for pair in pairs]).numpy()}
+        if "images" in arrays:
+            made["images"] = pairs.mul(255).round().byte().numpy()
+            made["maps"] = face_maps([hq.transpose(1, 2, 0) / np.float32(255) for hq in made["images"][:, 0]])
+        return made
+
+    samples = Samples("crops", arrays, size, min(CHUNK, size), f"{mark} {size}", make, finish)
+    found = make_arrays(samples, work, on_progress)
+    hq, lq = torch.from_numpy(found["latents"]).unbind(1)
+    references = torch.stack([encode(center_crop(photo, tile)) for photo in photos])
+    pool = LatentPool(hq, lq, torch.arange(size) % len(photos), references)
+    if "images" not in found:
         return pool
-    maps = face_maps([image[0].permute(1, 2, 0).numpy() / np.float32(255) for image in images])
-    return pool._replace(images=torch.stack(images), maps=maps)
+    return pool._replace(images=torch.from_numpy(found["images"]), maps=np.asarray(found["maps"]))
+
+
+def pool_size(config: PersonalizeConfig) -> int:
+    """Return the number of samples in the pool: a short training makes only the samples that it uses."""
+    return min(config.pool, config.train.iterations * config.train.batch)
 
 
 class BatchMaker:

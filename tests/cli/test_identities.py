@@ -129,18 +129,30 @@ def test_rm_deletes_only_the_compiled_networks_of_this_identity(run, people, nan
     assert not own.exists()
 
 
+def test_rm_deletes_the_crops_of_an_interrupted_training(run, people, tmp_path):
+    for folder in (people / "alice.crops", people / "bob.crops", tmp_path / "carol.crops"):
+        folder.mkdir()
+        (folder / "latents.npy").write_bytes(b"a face")
+    for name in ("alice", "bob", tmp_path / "carol.safetensors"):
+        assert run("identities", "rm", name, "--yes").status == 0
+    assert not list(people.glob("*.crops")) and not list(tmp_path.glob("*.crops"))
+
+
 def test_rm_by_path_deletes_no_file_of_another_program(run, refused, tmp_path):
     import torch
 
     folder = tmp_path / "photos.training.pt"
     folder.mkdir()
     (folder / "a.jpg").write_bytes(b"a memory")
+    harvest = tmp_path / "farm.crops"
+    harvest.mkdir()
+    (harvest / "wheat.csv").touch()
     thesis, own = tmp_path / "model.training.pt", tmp_path / "alice.training.pt"
     torch.save({"weights": torch.zeros(3)}, thesis)
     torch.save({"iteration": 1, "signature": "", "parameters": {}}, own)
-    for name in ("photos", "model"):
+    for name in ("photos", "model", "farm"):
         refused(2, "identities", "rm", tmp_path / f"{name}.safetensors", "--yes", words=("no such identity",))
-    assert (folder / "a.jpg").exists() and thesis.exists()
+    assert (folder / "a.jpg").exists() and thesis.exists() and (harvest / "wheat.csv").exists()
     assert run("identities", "rm", tmp_path / "alice.safetensors", "--yes").status == 0
     assert not own.exists()
 

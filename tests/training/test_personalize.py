@@ -41,13 +41,13 @@ def photos(tmp_path_factory, make_image):
 
 @pytest.fixture
 def learn(base, photos, tmp_path):
-    """Function (file name, method="pfstorer", on_progress, **TrainConfig fields) -> Identity, saved in tmp_path."""
+    """Function (file name, method, on_progress, note, finish, **TrainConfig fields) -> Identity, saved in tmp_path."""
 
-    def call(name, method="pfstorer", on_progress=ignore_progress, **settings):
+    def call(name, method="pfstorer", on_progress=ignore_progress, note=lambda _: None, finish=False, **settings):
         train = TrainConfig(**{"iterations": 2, "batch": 1, "device": "cpu", "precision": "fp32", **settings})
-        config = PersonalizeConfig(method=method, train=train, p_self=0.5)
+        config = PersonalizeConfig(method=method, train=train, p_self=0.5, pool=3)
         output = tmp_path / f"{name}.safetensors"
-        return personalize("alice", photos, base, config, output, on_progress=on_progress)
+        return personalize("alice", photos, base, config, output, note, on_progress, finish)
 
     return call
 
@@ -82,10 +82,10 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(learn, tmp_path, method
     whole = learn("whole", method, iterations=6)
     with pytest.raises(KeyboardInterrupt, match="after iteration 3 of 6"):
         learn("parts", method, after(3, interrupt), iterations=6)
-    assert [p.name for p in tmp_path.glob("parts*")] == ["parts.training.pt"]
+    assert sorted(p.name for p in tmp_path.glob("parts*")) == ["parts.crops", "parts.training.pt"]
     assert same(learn("parts", method, after(0, die), iterations=6), whole), "it resumes after iteration 3"
     assert (tmp_path / "parts.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
-    assert not list(tmp_path.glob("*.pt"))
+    assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob("*.crops"))
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint(learn, tmp_path):
@@ -107,17 +107,71 @@ def test_a_run_killed_before_writing_the_identity_is_not_trained_again(learn, tm
     assert [r.done for r in reports if r.stage == "personalize alice"] == [3]
 
 
-def test_a_checkpoint_of_another_run_is_refused(learn, tmp_path, photos):
-    with pytest.raises(KeyboardInterrupt):
-        learn("a", on_progress=after(3, interrupt), iterations=6)
+@pytest.fixture
+def interrupted(learn):
+    """Function (file name, **TrainConfig fields): a training that is interrupted after 3 iterations of 6."""
+
+    def call(name, **settings):
+        with pytest.raises(KeyboardInterrupt):
+            learn(name, on_progress=after(3, interrupt), **{"iterations": 6, **settings})
+
+    return call
+
+
+def test_a_checkpoint_of_another_run_is_refused_before_crops_are_made(learn, interrupted, tmp_path):
+    interrupted("a")
     before = (tmp_path / "a.training.pt").read_bytes()
-    for change in ({"iterations": 7}, {"seed": 1}, {"learning_rate": 1e-3}, {"method": "vico"}):
+    for change in ({"seed": 1}, {"learning_rate": 1e-3}, {"method": "vico"}):
         with pytest.raises(MismatchError, match="other settings or photographs"):
-            learn("a", **{"iterations": 6, **change})
+            learn("a", on_progress=lambda _: die(), **{"iterations": 6, **change})
     assert (tmp_path / "a.training.pt").read_bytes() == before
     (tmp_path / "a.training.pt").write_bytes(before[:-1000])
     with pytest.raises(BadFileError, match="delete it"):
-        learn("a", iterations=6)
+        learn("a", on_progress=lambda _: die(), iterations=6)
+
+
+def test_crops_are_made_once_and_deleted_with_the_training(learn, interrupted, tmp_path):
+    interrupted("a")
+    folder = tmp_path / "a.crops"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and (folder / "latents.npy").exists()
+    reports = []
+    learn("a", on_progress=reports.append, iterations=6)
+    assert [(r.done, r.total) for r in reports if r.stage == "crops"] == [(3, 3)]
+    assert not folder.exists()
+
+
+def test_another_number_of_iterations_resumes_exactly_while_the_rate_is_constant(learn, interrupted):
+    for iterations in (5, 9):
+        notes = []
+        interrupted("parts", decay=0.4)  # the rate falls after iteration 3 of 5, 3.6 of 6 and 5.4 of 9
+        resumed = learn("parts", note=notes.append, iterations=iterations, decay=0.4)
+        assert same(resumed, learn("whole", iterations=iterations, decay=0.4))
+        assert not any("iterations" in note for note in notes)
+
+
+def test_another_number_of_iterations_is_noted_where_the_rate_has_fallen(learn, interrupted):
+    notes = []
+    interrupted("a", decay=1.0)
+    longer = learn("a", note=notes.append, iterations=9, decay=1.0)
+    assert "planned for 6 iterations" in notes[0]
+    assert longer.settings["train"]["iterations"] == 9
+
+
+@pytest.mark.parametrize("call", [{"finish": True, "iterations": 6}, {"iterations": 2}])
+def test_a_training_can_end_at_its_last_checkpoint(learn, interrupted, tmp_path, call):
+    interrupted("a")
+    reports, notes = [], []
+    made = learn("a", on_progress=reports.append, note=notes.append, **call)
+    assert same(made, learn("whole", iterations=3)), "the weights of three iterations"
+    assert made.settings["train"]["iterations"] == 3 and "3 iterations are done" in notes[0]
+    assert {r.done for r in reports if r.stage == "personalize alice"} == {3}
+    assert [p.name for p in tmp_path.glob("a.*")] == ["a.safetensors"]
+
+
+def test_only_an_interrupted_training_can_be_finished(learn, tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint of an interrupted training"):
+        learn("a", finish=True)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- trained parameters
@@ -235,7 +289,6 @@ def test_a_new_pool_starts_at_zero_and_counts_to_its_end(photos, nano_base):
     make_pool([read_photo(photos[0])], nano_base, config, reports.append)
     assert [(report.stage, report.done, report.total) for report in reports] == [
         ("crops", 0, 2),
-        ("crops", 1, 2),
         ("crops", 2, 2),
     ]
 
@@ -374,7 +427,7 @@ def launch(launcher, base, photos, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert not list(tmp_path.glob("*.pt"))
+    assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob("*.crops"))
     return Identity.load(tmp_path / "bob.safetensors")
 
 
