@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "identities": ("identities", "List, show, verify or remove learned identities."),
     "import-base": ("import_base", "Convert StableSR / SD 2.1 checkpoints to a base."),
     "train-base": ("train_base", "Train a base on photographs."),
-    "doctor": ("doctor", "Report what this machine can run and what to install for more."),
+    "doctor": ("doctor", "Show what this machine can run, and which packages add more."),
     "demo": ("demo", "Run every step on images of a person who does not exist."),
 }
 """Command -> (module, one-line help): the table keeps `--help` free of every heavy import."""

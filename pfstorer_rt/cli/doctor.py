@@ -13,7 +13,7 @@ from pfstorer_rt.console import echo
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(as_json: bool) -> None:
-    """Report what this machine can run and what to install for more.
+    """Show what this machine can run, and which packages add more.
 
     \b
     Example:

@@ -21,7 +21,7 @@ PATH = click.Path(path_type=Path)
 
 @click.command()
 @click.option(
-    "--refs", required=True, type=PATH, help="Folder of reference photographs, or with a sub-folder per person."
+    "--refs", required=True, type=PATH, help="Folder of reference photographs, or of one sub-folder per person."
 )
 @click.option("--hq", required=True, type=PATH, help="Folder of original images.")
 @click.option(

@@ -82,9 +82,10 @@ def show_command(name: str, verbose: bool, as_json: bool) -> None:
 @click.argument("name")
 @click.argument("photos", nargs=-1, type=click.Path(path_type=Path))
 def verify_command(name: str, photos: tuple[Path, ...]) -> None:
-    """Check that an identity file is complete and private, and that its base is present.
+    """Check an identity file.
 
-    With PHOTOS (files or folders), also check that the identity was learned from them.
+    It must be complete and private, and its base must be present. With PHOTOS (files or folders), also check that the
+    identity was learned from them.
 
     \b
     Example:
@@ -102,7 +103,9 @@ def verify_command(name: str, photos: tuple[Path, ...]) -> None:
 @click.argument("names", nargs=-1, required=True)
 @click.option("--yes", is_flag=True, help="Delete without a question.")
 def rm_command(names: tuple[str, ...], yes: bool) -> None:
-    """Delete identities permanently, with the state of interrupted trainings and with compiled networks.
+    """Delete identities permanently.
+
+    Also deletes checkpoints and crops of interrupted trainings, and compiled networks.
 
     \b
     Example:

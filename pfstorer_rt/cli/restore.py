@@ -122,7 +122,7 @@ class Options:
     "--suffix",
     default="_restored",
     show_default=True,
-    help="End of the result names; images of a folder that end so are earlier results and are skipped.",
+    help="End of the names of results. Images of a folder with this end are earlier results and are skipped.",
 )
 @click.option(
     "--format", "kind", type=click.Choice(list(FORMATS)), help="File format of all results. [default: the input's]"

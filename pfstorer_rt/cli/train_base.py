@@ -106,7 +106,7 @@ class Options:
     type=click.Choice(["nano", "tiny", "portrait", "sd21"]),
     default="portrait",
     show_default=True,
-    help="Architecture of a new base; with --prior, the prior's.",
+    help="Architecture of a new base. A base given with --prior keeps its own.",
 )
 @click.option(
     "--stage",
@@ -207,7 +207,7 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **paramet
     \b
     Examples:
       pfstorer-rt train-base photos/ -o my-base
-      pfstorer-rt train-base photos/ -o wrapped --prior my-base --stage wrapping
+      pfstorer-rt train-base photos/ -o better --prior portrait --stage one-step --lpips lpips_vgg16.npz
     """
     options = Options(**parameters)
     check_options(options, click.get_current_context())
