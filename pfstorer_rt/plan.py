@@ -217,6 +217,8 @@ class Plan:
         Raises `BadFileError` if the file is missing, empty, damaged, not a plan, or from a newer version.
         """
         path, name = Path(path), show_path(path)
+        if path.is_dir():
+            raise BadFileError(f"{name}: a folder; expected a plan file")
         if not path.is_file():
             raise BadFileError(f"{name}: no such plan; check the path, or export a plan")
         try:

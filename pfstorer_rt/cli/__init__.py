@@ -105,7 +105,9 @@ def main(arguments: list[str] | None = None) -> None:
     except click.Abort as error:  # click raises it for Ctrl-C, and where a question has no answer
         fail(interrupted(error.__cause__) if isinstance(error.__cause__, KeyboardInterrupt) else "Aborted.", 130)
     except click.ClickException as error:
-        fail(f"{error.format_message()} (pfstorer-rt --help)", error.exit_code)
+        context = getattr(error, "ctx", None)  # only errors of usage have one
+        command = context.command_path if context else "pfstorer-rt"
+        fail(f"{error.format_message()} ({command} --help)", error.exit_code)
     except KeyboardInterrupt as error:
         fail(interrupted(error), 130)
     except (SettingError, BadFileError, MismatchError, MissingBackendError) as error:

@@ -158,6 +158,8 @@ def print_table(report: Report) -> None:
     lines = zip(*report.cells(), strict=True)
     next(lines)  # the names of the methods
     for heading, cells in zip(report.headings()[1:], lines, strict=True):
+        if not any(cells):
+            continue  # no method has times
         table.add_row(heading, *("-" if cell == "not measured" else cell for cell in cells))
     console = Console(markup=False)
     needed = console.measure(table).maximum

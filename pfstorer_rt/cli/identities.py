@@ -31,6 +31,7 @@ def list_command(as_json: bool) -> None:
     Example:
       pfstorer-rt identities list --json
     """
+    from pfstorer_rt.cli.inspect import megabytes
     from pfstorer_rt.errors import BadFileError
     from pfstorer_rt.identity import Identity, identities_dir, list_identities
 
@@ -56,7 +57,7 @@ def list_command(as_json: bool) -> None:
             json.dumps(report)
             if as_json
             else f"{path.stem}  {identity.method} on {identity.base_name}, {len(identity.references)} references, "
-            f"{report['bytes'] / 1e6:.1f} MB"
+            f"{megabytes(report['bytes'])}"
         )
 
 

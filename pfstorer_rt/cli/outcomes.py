@@ -33,9 +33,9 @@ def line(outcome: Outcome) -> str:
     if outcome.status == "planned":
         d = outcome.details
         return (
-            f"{outcome.job.source}: canvas {d['width']}x{d['height']}, {d['tiles']} tiles in batches of {d['batch']}, "
-            f"{d['steps']} steps, {d['codec_tiles']} tiles of encoder and decoder; about {d['predicted_peak_mb']} MB "
-            f"of memory and {d['predicted_seconds']:.0f} s"
+            f"{outcome.job.source}: canvas {d['width']}x{d['height']}; tiles: {d['tiles']} in batches of {d['batch']}; "
+            f"steps: {d['steps']}; tiles of encoder and decoder: {d['codec_tiles']}; about "
+            f"{d['predicted_peak_mb']} MB of memory and {d['predicted_seconds']:.1f} s"
         )
     notes = "".join(f" ({note})" for note in outcome.notes)
     return f"{outcome.job.target or '-'}: {outcome.width}x{outcome.height}, {outcome.seconds:.1f} s{notes}"

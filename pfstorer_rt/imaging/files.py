@@ -266,7 +266,7 @@ def _identify(handle: BinaryIO, name: str) -> Image.Image:
     except Exception as error:  # many exception types; UnidentifiedImageError is the usual one
         handle.seek(0)
         advice = f"for HEIC: {install('heif')}; or " if is_heif(handle.read(12)) and "HEIF" not in readable() else ""
-        message = f"{name}: not a readable image; expected {format_names()}: {advice}convert it first, or copy it again"
+        message = f"{name}: not a readable image; expected {format_names()}; {advice}convert it first, or copy it again"
         raise BadFileError(message) from error
 
 

@@ -24,7 +24,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     path: a file, a directory, or the name of an identity or of a shipped base. Raises `BadFileError` for any other
     path and for a damaged file.
     """
-    from pfstorer_rt.identity import identity_path
+    from pfstorer_rt.base_files import shipped_bases
+    from pfstorer_rt.identity import identity_path, known_identities
 
     path, file = f"{path}", Path(path)
     if path.endswith(".safetensors"):
@@ -35,8 +36,9 @@ def describe(path: str | Path) -> dict[str, Any]:
         return describe_plan(file)
     if not file.exists() and os.sep not in path and identity_path(path).is_file():
         return describe_identity(identity_path(path))
-    if file.suffix == ".plan" and not file.exists():
-        raise BadFileError(f"{path}: no such file")
+    if not file.exists() and path not in shipped_bases():
+        known = f"expected a file, a base directory, the name of a shipped base, or an identity; {known_identities()}"
+        raise BadFileError(f"{path}: no such file" if file.suffix == ".plan" else f"{path}: not found; {known}")
     return describe_base(path)
 
 

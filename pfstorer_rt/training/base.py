@@ -188,8 +188,8 @@ def train_base(
     checkpoints; the same call resumes from them. prior: a base whose autoencoder and UNet are kept or trained
     further, according to `config.weights`; it is changed in place.
     """
-    make_folder(work, private=True)
     paths, _ = split_holdout(find_images(sources), config.crops.holdout)
+    make_folder(work, private=True)
     if prior is None:
         base = build_base(config.preset, config.restorer.seed)
         base.vae = train_autoencoder(paths, work, config, on_progress)

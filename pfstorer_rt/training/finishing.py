@@ -103,8 +103,8 @@ def finish_base(
     """
     if base.cfw is None:
         raise BadFileError(f"base {base.config.name!r} has no feature wrapping; train it first")
-    make_folder(work, private=True)
     paths, _ = split_holdout(find_images(sources), config.crops.holdout)
+    make_folder(work, private=True)
     settings, mark = config.train, signature(["finishing", asdict(config)], paths) + base.fingerprint
     with accelerated(settings, base) as accelerator:
         objective = FinishingObjective(base, config)

@@ -33,7 +33,8 @@ def resumed_config(
     if not checkpoint.exists():
         if finish:
             raise SettingError(
-                f"{show_path(checkpoint)}: no checkpoint of an interrupted training; train from the start"
+                f"{show_path(checkpoint)}: no checkpoint of an interrupted training; train from the start",
+                setting="finish",
             )
         return config, False
     state = read_checkpoint(checkpoint, mark)

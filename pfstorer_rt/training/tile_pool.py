@@ -14,6 +14,7 @@ import torch
 
 from pfstorer_rt.degradation.degrade import LEVELS, DegradationConfig, degrade
 from pfstorer_rt.errors import BadFileError, SettingError
+from pfstorer_rt.files import make_folder
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.chunks import Arrays, Samples, make_arrays
@@ -75,7 +76,7 @@ def make_pool(
     `hq` (N, S, S, 3) and `lq` (N, versions, S, S, 3) are uint8. `maps` (N, 2, 3) are the positions of each tile's
     largest face (`face_map`), NaN without a face.
     """
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work, private=True)
     composer, side = TileComposer(sources, config.tile, config.seed), config.tile
     items: dict[str, tuple[type, tuple[int, ...]]] = {"hq": (np.uint8, (side, side, 3)), "maps": (np.float32, (2, 3))}
     if config.versions:

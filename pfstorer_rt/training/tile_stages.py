@@ -12,7 +12,6 @@ import torch
 from pfstorer_rt.config import changed
 from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, RECOGNIZER, face_models
-from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, build_base, fingerprint_modules
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.autoencoder import AutoencoderConfig, train_patch_autoencoder
@@ -59,7 +58,6 @@ def train_tile_stage(
     """
     check_stage(config, prior, note)
     base = build_base(config.preset, config.train.get("seed") or 0) if prior is None else prior
-    make_folder(work)
     pool = pool_of(sources, base.config.tile, config, work / "pool", on_progress)
     if config.stage == "autoencoder":
         train_first(pool, base, work, config, on_progress)

@@ -99,8 +99,8 @@ def add_wrapping(
             f"base {base.config.name!r}: its autoencoder is {base.config.vae['class']}; feature wrapping is trained "
             "for an AutoencoderTiny only, otherwise import it with the base"
         )
-    make_folder(work, private=True)
     paths, _ = split_holdout(find_images(sources), config.crops.holdout)
+    make_folder(work, private=True)
     train_wrapping(paths, base, work, config, on_progress)
     base.save(out, torch.float16)
     return base

@@ -173,6 +173,20 @@ def test_engines_without_a_gpu_are_checked_by_their_onnx_graphs(run, tree, tmp_p
     assert plan.trusted and plan.read("denoiser")[:4] == b"vtrt"
 
 
+def test_inspecting_a_name_that_does_not_exist_lists_what_it_may_be(refused, people):
+    refused(2, "inspect", "carol", words=["carol: not found", "a base directory", "expected one of alice"])
+
+
+def test_restoring_with_a_folder_as_the_plan_names_it(refused, nano_base_dir, save, tmp_path):
+    words = ["a folder; expected a plan file"]
+    refused(2, "restore", "--engine", nano_base_dir, save(tmp_path / "a.png"), words=words)
+
+
+def test_a_wrong_option_refers_to_the_help_of_its_command(refused):
+    refused(2, "restore", "--stepz", "a.png", words=["(pfstorer-rt restore --help)"])
+    refused(2, "identities", "sow", words=["(pfstorer-rt identities --help)"])
+
+
 def test_inspecting_a_missing_plan_reports_a_missing_file(refused, tmp_path):
     refused(2, "inspect", tmp_path / "alice.plan", words=["alice.plan: no such file"])
 

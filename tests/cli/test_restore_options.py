@@ -17,7 +17,7 @@ def test_a_dry_run_predicts_the_run_and_writes_nothing(restore, save, tree, tmp_
     assert said["status"] == "planned" and (said["width"], said["height"], said["steps"]) == (160, 128, 1)
     assert said["predicted_peak_mb"] > 50 and said["predicted_seconds"] > 0
     assert json.loads(restore(tmp_path / "a.png", "--json").out)["tiles"] == said["tiles"] == 3 * 3
-    assert "9 tiles in batches of 4, 1 steps" in restore(tmp_path / "a.png", "--dry-run").out
+    assert "tiles: 9 in batches of 4; steps: 1;" in restore(tmp_path / "a.png", "--dry-run").out
 
 
 def test_a_dry_run_skips_existing_results(restore, save, tmp_path):

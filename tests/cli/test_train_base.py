@@ -81,3 +81,12 @@ def test_a_weight_in_a_stage_on_crops_is_refused(refused, tmp_path):
     (tmp_path / "faces").mkdir()
     words = ("the weight 0.5 belongs to the stages on tiles", f"give {tmp_path}/faces")
     refused(2, "train-base", f"{tmp_path}/faces=0.5", "-o", tmp_path / "out", words=words)
+
+
+@pytest.mark.parametrize("stage", ["base", "autoencoder"])
+def test_a_folder_without_photographs_leaves_no_files(refused, tmp_path, monkeypatch, stage):
+    (tmp_path / "empty").mkdir()
+    arguments = ("--preset", "nano", "--stage", stage)
+    monkeypatch.setattr("pfstorer_rt.console.note", lambda text: None)  # about LPIPS
+    refused(2, "train-base", tmp_path / "empty", "-o", tmp_path / "out", *arguments, words=("no images in",))
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]

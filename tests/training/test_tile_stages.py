@@ -1,3 +1,5 @@
+import stat
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,7 @@ def test_each_stage_starts_from_the_base_of_the_previous_stage(photos, tmp_path)
     first = train_tile_stage([photos], tmp_path / "first", stage("autoencoder"), tmp_path / "w1", note=notes.append)
     assert len(notes) == 1 and "without the LPIPS loss" in notes[0]
     assert (tmp_path / "w1" / "autoencoder.csv").exists()
+    assert stat.S_IMODE((tmp_path / "w1").stat().st_mode) == 0o700, "the tiles show faces"
     prior = load_base(tmp_path / "first")
     assert prior.fingerprint == first.fingerprint
     encoder = {name: value.clone() for name, value in prior.vae.state_dict().items()}

@@ -87,7 +87,7 @@ def read_checkpoint(path: Path) -> Tensors:
     if path.is_dir():
         raise BadFileError(f"{show_path(path)}: a folder; give the .ckpt or .safetensors file itself")
     if not path.is_file():
-        raise BadFileError(f"{show_path(path)}: no such checkpoint")
+        raise BadFileError(f"{show_path(path)}: no such checkpoint; check the path")
     try:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
@@ -98,7 +98,9 @@ def read_checkpoint(path: Path) -> Tensors:
         raise BadFileError(f"{show_path(path)}: {error}") from error
     except Exception as error:  # torch and safetensors raise many error types for a damaged file
         reason = one_line(error)
-        raise BadFileError(f"{show_path(path)}: not a readable .ckpt or .safetensors file ({reason})") from error
+        raise BadFileError(
+            f"{show_path(path)}: not a readable .ckpt or .safetensors file ({reason}); copy it again"
+        ) from error
     state = data.get("state_dict", data) if isinstance(data, Mapping) else {}
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and isinstance(k, str)}
     if not tensors:
