@@ -470,6 +470,8 @@ class RestoreConfig:
     """`auto`: adain for one tile, wavelet for several."""
     colorize: bool = False
     """Whether the result of a grey image may have colours."""
+    coarse: Literal["auto", "on", "off"] = "auto"
+    """Whether the image is restored at a reduced scale first; `auto`: if a face is larger than 0.8 of a tile."""
     init: Literal["lq", "noise"] = "lq"
     eta: float = 0.0
     """Share of fresh noise in DDIM: 0 is deterministic, 1 is as noisy as DDPM."""

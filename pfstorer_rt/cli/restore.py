@@ -52,6 +52,7 @@ class Options:
     scale: float
     colorize: bool
     color_fix: Literal["auto", "adain", "wavelet", "none"]
+    coarse: Literal["auto", "on", "off"]
     init: Literal["lq", "noise"]
     eta: float
     tiling: Literal["fast", "parity"]
@@ -89,6 +90,7 @@ class Options:
             colorize=self.colorize,
             cfw_weight=self.cfw_weight,
             color_fix=self.color_fix,
+            coarse=self.coarse,
             init=self.init,
             eta=self.eta,
             tile=TileConfig(self.tiling, overlap=self.overlap, batch=self.tile_batch),
@@ -171,6 +173,13 @@ class Options:
     default="auto",
     show_default=True,
     help="Colour correction towards the input; auto: adain for one tile, wavelet for several.",
+)
+@click.option(
+    "--coarse",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Restore a reduced image first, and then its tiles; auto: if a face is larger than 0.8 of a tile.",
 )
 @click.option(
     "--init",

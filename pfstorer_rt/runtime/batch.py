@@ -32,6 +32,7 @@ from pfstorer_rt.runtime.jobs import STREAM, Job, Naming, NoImagesError, check_f
 
 if TYPE_CHECKING:
     from pfstorer_rt.faces.references import References
+    from pfstorer_rt.runtime.coarse import Passes
     from pfstorer_rt.runtime.restorer import Restorer
 
 FAILURES = (PFStorerError, OSError, MemoryError)
@@ -244,10 +245,13 @@ def forecast_jobs(
         try:
             size = image_size(job.source, settings.max_pixels)
             check_result(job, *work.size(*size), settings.saving, settings.max_pixels)
-            predicted = forecaster.predict(*size)
+            passes = None
+            if restorer.needs_content(*size, settings.restore):
+                passes = restorer.passes(scan_image(job.source, settings.max_pixels).pixels, settings.restore)
+            predicted = forecaster.predict(*size, passes)
         except PFStorerError as error:
             return Outcome(job, "failed", error=error)
-        return Outcome(job, "planned", details=predicted.facts())
+        return Outcome(job, "planned", notes=predicted.passes.notes, details=predicted.facts())
 
     outcomes = []
     for job in jobs:
@@ -300,6 +304,7 @@ class _Restoring:
 
     def __init__(self, restorer: Restorer, settings: BatchConfig) -> None:
         self.restorer, self.settings = restorer, settings
+        self._passes: dict[Job, Passes] = {}
         self._left: dict[Job, list[str]] = {}  # notes on existing files that were kept
 
     def size(self, height: int, width: int) -> tuple[int, int]:
@@ -311,22 +316,24 @@ class _Restoring:
         config = self.settings.restore
         if self.settings.preview and self.restorer.recipe(config).steps > 1:
             self._write_beside(job, "preview", self.restorer.restore_rows(rows, replace(config, steps=1)))
-        return self.restorer.restore_rows(rows, config, step)
+        self._passes[job] = passes = self.restorer.passes(rows, config)
+        return self.restorer.restore_rows(rows, config, step, passes)
 
     def details(self, job: Job, source: Rows, result: Rows) -> Details:
         """Return the settings in use, the number of tiles, and the distances to the references."""
         config, restorer = self.settings.restore, self.restorer
-        layout = restorer.layout(source.height, source.width, config)
+        passes = self._passes.pop(job)
+        facts, recipe = passes.facts(), passes.fine.recipe
         entries: dict[str, object] = {
             "seed": config.seed,
-            "steps": layout.recipe.steps,
-            "sampler": layout.recipe.sampler,
+            "steps": recipe.steps,
+            "sampler": recipe.sampler,
             "strength": config.strength,
             "backend": restorer.backend,
             "provider": restorer.provider,
-            "tiles": layout.denoiser_tiles,
+            **{name: facts[name] for name in ("tiles", "coarse_scale") if name in facts},
         }
-        notes: list[str] = []
+        notes = list(passes.notes)
         if self.settings.compare:
             entries |= self._write_beside(job, "compare", SideBySide(source, result))
         if self.settings.references:

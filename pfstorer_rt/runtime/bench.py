@@ -79,7 +79,7 @@ def measure_plan(
     from pfstorer_rt.runtime.restorer import Restorer
 
     config = config or BenchConfig()
-    restoring, rng, load = RestoreConfig(steps=config.steps), np.random.default_rng(0), os.getloadavg()[0]
+    restoring, rng, load = RestoreConfig(steps=config.steps, coarse="off"), np.random.default_rng(0), os.getloadavg()[0]
     on_start("cold start")
     started = time.perf_counter()
     with Restorer.from_plan(engine, config.backend, trust=config.trust, provider=config.provider) as restorer:

@@ -12,6 +12,7 @@ import psutil
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.imaging.color import WAVELET_REACH
 from pfstorer_rt.imaging.rows import IN_MEMORY, TALL, Spool
+from pfstorer_rt.runtime.coarse import Passes
 from pfstorer_rt.runtime.layout import Layout
 from pfstorer_rt.runtime.restorer import Restorer
 
@@ -27,14 +28,14 @@ LATENT_COPIES = 8
 class Forecast:
     """A prediction with the same entries as the report of the finished restoration."""
 
-    layout: Layout
+    passes: Passes
     seconds: float
     peak_bytes: int
 
     def facts(self) -> dict[str, Any]:
         """Return the entries of a report."""
         return {
-            **self.layout.facts(),
+            **self.passes.facts(),
             "predicted_seconds": round(self.seconds, 3),
             "predicted_peak_mb": round(self.peak_bytes / 1e6),
         }
@@ -46,7 +47,7 @@ class Forecaster:
     def __init__(self, restorer: Restorer, config: RestoreConfig) -> None:
         """Restore one batch of tiles twice in one step; the engine allocates its memory in the first run."""
         self.restorer, self.config = restorer, config
-        short = replace(config, scale=1.0, steps=1)
+        short = replace(config, scale=1.0, steps=1, coarse="off")
         tile, recipe = restorer.manifest.tile, restorer.recipe(short)
         wide = Spool.of(np.zeros((3, tile, tile + (recipe.batch - 1) * (tile - recipe.overlap)), np.float32))
         restorer.restore_rows(wide, short)
@@ -55,25 +56,31 @@ class Forecaster:
         self._calibrated = restorer.layout(wide.height, wide.width, short)
         self._resident = psutil.Process().memory_info().rss
 
-    def predict(self, height: int, width: int) -> Forecast:
-        """Predict the restoration of an image of height x width pixels."""
-        layout, known = self.restorer.layout(height, width, self.config), self._calibrated
+    def predict(self, height: int, width: int, passes: Passes | None = None) -> Forecast:
+        """Predict the restoration of an image of height x width pixels; passes: default is one pass of tiles."""
+        passes = passes or Passes(self.restorer.layout(height, width, self.config))
+        layouts = [layout for layout in (passes.fine, passes.coarse) if layout is not None]
+        peak = max(self._peak(layout, height * width) for layout in layouts)
+        return Forecast(passes, sum(self._seconds(layout) for layout in layouts), peak)
+
+    def _seconds(self, layout: Layout) -> float:
+        """Return the time of one pass."""
+        known = self._calibrated
         took = np.diff(self._moments)
         codec_scale = self._codec_pixels(layout) / self._codec_pixels(known)
         codec = (took[0] + took[-1]) * codec_scale
         denoise = took[1:-1].sum() / (known.denoiser_tiles * known.recipe.steps)
-        seconds = layout.codec_tiles * codec + layout.denoiser_tiles * layout.recipe.steps * denoise
-        return Forecast(layout, float(seconds), self._peak(layout, height * width, codec_scale))
+        return float(layout.codec_tiles * codec + layout.denoiser_tiles * layout.recipe.steps * denoise)
 
     def _codec_pixels(self, layout: Layout) -> int:
         """Return the pixels of one tile of the encoder and decoder."""
         height, width = layout.codec.sides
         return height * width * self.restorer.manifest.factor**2
 
-    def _peak(self, layout: Layout, pixels: int, codec_scale: float) -> int:
+    def _peak(self, layout: Layout, pixels: int) -> int:
         """Return bytes: the present process, larger tiles of the decoder, latents, bands, and one image in Pillow."""
         m, (height, width) = self.restorer.manifest, layout.canvas.padded
-        canvas = height * width
+        canvas, codec_scale = height * width, self._codec_pixels(layout) / self._codec_pixels(self._calibrated)
         activations = 3 * 64 * 4 * self._codec_pixels(layout) * max(0.0, 1 - 1 / codec_scale)
         latents = LATENT_COPIES * 4 * m.latent_channels * canvas // m.factor**2
         rows = 3 * 4 * 12 * width * (TALL + 2 * WAVELET_REACH)

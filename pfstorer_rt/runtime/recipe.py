@@ -14,6 +14,7 @@ from pfstorer_rt.plan import Manifest
 OVERLAP = {"parity": 2, "fast": 4}
 """Default overlap of neighbouring tiles: 1/n of a tile."""
 COLOR_FIXES = ("auto", "adain", "wavelet", "none")
+COARSE = ("auto", "on", "off")
 INITS = ("lq", "noise")
 LARGEST_WEIGHT = 10.0
 """Largest absolute value of `strength` and `cfw_weight`; larger values only overflow."""
@@ -30,6 +31,7 @@ class Recipe:
     scale: float
     cfw_weight: float
     color_fix: Literal["auto", "adain", "wavelet", "none"]
+    coarse: Literal["auto", "on", "off"]
     init: Literal["lq", "noise"]
     eta: float
     mode: Literal["fast", "parity"]
@@ -53,6 +55,7 @@ class Recipe:
             scale=config.scale,
             cfw_weight=manifest.cfw_weight if config.cfw_weight is None else config.cfw_weight,
             color_fix=config.color_fix,
+            coarse=config.coarse,
             init=config.init,
             eta=config.eta,
             mode=config.tile.mode,
@@ -76,6 +79,7 @@ def _check_choices(config: RestoreConfig) -> None:
     for name, setting, value, known in (
         ("tiling", "mode", config.tile.mode, tuple(OVERLAP)),
         ("colour fix", "color_fix", config.color_fix, COLOR_FIXES),
+        ("coarse", "coarse", config.coarse, COARSE),
         ("init", "init", config.init, INITS),
     ):
         if value not in known:

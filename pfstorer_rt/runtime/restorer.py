@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -17,10 +18,11 @@ from pfstorer_rt.errors import MismatchError
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.files import show_path
 from pfstorer_rt.identity import Identity, identities_dir, identity_path, list_identities
-from pfstorer_rt.imaging.bands import ColorFixed, Cropped, Grey, Padded, Resized, Result, is_grey
+from pfstorer_rt.imaging.bands import ColorFixed, Cropped, Grey, Padded, Result, is_grey
 from pfstorer_rt.imaging.color import ColorFix
 from pfstorer_rt.imaging.rows import Band, Pixels, Rows, Spool, from_pixels, to_pixels
 from pfstorer_rt.plan import COMPONENTS, DEFAULT_BASE, Manifest, Plan
+from pfstorer_rt.runtime.coarse import Guided, Passes, choose_scale, may_be_coarse, on_canvas, reduced_to
 from pfstorer_rt.runtime.host_threads import one_host_thread
 from pfstorer_rt.runtime.layout import Layout
 from pfstorer_rt.runtime.recipe import Recipe
@@ -124,30 +126,49 @@ class Restorer:
             result = self.restore_rows(Spool.of(from_pixels(pixels)), config, step)
             return to_pixels(result.read(0, result.height))
 
-    def restore_rows(self, source: Rows, config: RestoreConfig | None = None, step: Step | None = None) -> Rows:
+    def restore_rows(
+        self,
+        source: Rows,
+        config: RestoreConfig | None = None,
+        step: Step | None = None,
+        passes: Passes | None = None,
+    ) -> Rows:
         """Restore an image by rows, so that memory depends on the size of a tile and not of the image.
 
+        passes: the result of `passes` for the same image and settings; None computes it.
         The networks have finished when this returns. Colour fix and resizing run while rows are read from the result,
         which raises `PFStorerError` for values that are not finite.
         Latents stay in memory: about 32 * channels / factor^2 bytes per pixel.
         """
-        layout = self.layout(source.height, source.width, config)
-        canvas, passed = layout.canvas, 0
-        shrinking = canvas.height < source.height
-        style = Padded(Resized(source, canvas.height, canvas.width, shrinking), canvas)
+        plan = passes or self.passes(source, config)
+        grey, passed = not plan.fine.recipe.colorize and is_grey(source), 0
 
         def done(n: int) -> None:
             nonlocal passed
             passed += n
             if step:
-                step(passed, layout.total)
+                step(passed, plan.total)
 
         with one_host_thread(self.backend != "torch"):
-            restore = self._restore_squares if len(layout.squares) > 1 else self._restore_square
-            restored = restore(style, layout, done)
-        if not layout.recipe.colorize and is_grey(source):
-            restored = Grey(restored)
-        return Result(restored, canvas, f"{self.backend} returned values that are not finite; use another backend")
+            image: Rows = on_canvas(source, plan.fine.canvas)
+            if plan.coarse is not None:
+                canvas = plan.coarse.canvas
+                coarse = self._restore_pass(on_canvas(source, canvas), plan.coarse, grey, done)
+                image = Guided(image, coarse, reduced_to(source, canvas))
+            return self._restore_pass(image, plan.fine, grey, done)
+
+    def passes(self, source: Rows, config: RestoreConfig | None = None) -> Passes:
+        """Return the passes of an image; with coarse to fine, the scale of the first depends on the largest face."""
+        fine = self.layout(source.height, source.width, config)
+        choice = choose_scale(source, fine, self.manifest.tile)
+        if choice.scale is None:
+            return Passes(fine)
+        first = replace(config or RestoreConfig(), scale=choice.scale)
+        return Passes(fine, self.layout(source.height, source.width, first), choice.notes)
+
+    def needs_content(self, height: int, width: int, config: RestoreConfig | None = None) -> bool:
+        """Whether `passes` depends on the content of an image of height x width pixels."""
+        return may_be_coarse(self.layout(height, width, config), self.manifest.tile)
 
     def recipe(self, config: RestoreConfig | None = None) -> Recipe:
         """Return all settings with this engine's defaults; raises `ValueError` for a setting that does not fit it."""
@@ -157,6 +178,14 @@ class Restorer:
         """Return the canvas and the tiles of an image of height x width pixels; raises the errors of `recipe`."""
         variational = "std" in self.sessions["encoder"].outputs
         return Layout.of(height, width, self.recipe(config), self.manifest, variational)
+
+    def _restore_pass(self, image: Rows, layout: Layout, grey: bool, done: Done) -> Rows:
+        """Restore the image of a canvas without its padding."""
+        style = Padded(image, layout.canvas)
+        restore = self._restore_squares if len(layout.squares) > 1 else self._restore_square
+        restored = restore(style, layout, done)
+        complaint = f"{self.backend} returned values that are not finite; use another backend"
+        return Result(Grey(restored) if grey else restored, layout.canvas, complaint)
 
     def _restore_squares(self, style: Rows, layout: Layout, done: Done) -> Rows:
         """Restore all squares, each from the same seed, and blend them (StableSR's tiled inference script)."""
