@@ -7,8 +7,8 @@ reduced by the scale, degraded, and restored at this scale. `heavy` and `light` 
 `scan` is `heavy` at half the size, enlarged, like a scan with more pixels than the print has detail.
 
 One row per scene and method: `input` is the degraded image, enlarged by bicubic interpolation; `tiles` has coarse to
-fine off; `coarse` is the default. Columns: PSNR in dB; LPIPS (AlexNet, ONNX: `in0`, `in1` in [-1, 1]); `lpips_face`, the
-same after a reduction to a largest face of 256 pixels; `sharpness`, the mean gradient divided by the original's;
+fine off; `coarse` is the default. Columns: PSNR in dB; LPIPS (AlexNet, ONNX: `in0`, `in1` in [-1, 1]); `lpips_face`,
+LPIPS after a reduction to a largest face of 256 pixels; `sharpness`, the mean gradient divided by the original's;
 `faces_original` and `faces`, the numbers of faces that dlib finds in the original and in the result.
 """
 

@@ -469,7 +469,7 @@ class RestoreConfig:
     color_fix: Literal["auto", "adain", "wavelet", "none"] = "auto"
     """`auto`: adain for one tile, wavelet for several."""
     colorize: bool = False
-    """Whether the result of a grey image may have colours."""
+    """Whether the result of a grey or sepia image may have other colours."""
     coarse: Literal["auto", "on", "off"] = "auto"
     """Whether the image is restored at a reduced scale first; `auto`: if a face is larger than 0.8 of a tile."""
     init: Literal["lq", "noise"] = "lq"

@@ -166,7 +166,7 @@ class Options:
 @click.option(
     "--scale", type=Number(), default=1.0, show_default=True, help="Size of the result relative to the input."
 )
-@click.option("--colorize", is_flag=True, help="Let the result of a grey image have colours.")
+@click.option("--colorize", is_flag=True, help="Let the result of a grey or sepia image have other colours.")
 @click.option(
     "--color-fix",
     type=click.Choice(["auto", "adain", "wavelet", "none"]),

@@ -18,9 +18,10 @@ from pfstorer_rt.errors import MismatchError
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.files import show_path
 from pfstorer_rt.identity import Identity, identities_dir, identity_path, list_identities
-from pfstorer_rt.imaging.bands import ColorFixed, Cropped, Grey, Padded, Result, is_grey
+from pfstorer_rt.imaging.bands import ColorFixed, Cropped, Padded, Result
 from pfstorer_rt.imaging.color import ColorFix
 from pfstorer_rt.imaging.rows import Band, Pixels, Rows, Spool, from_pixels, to_pixels
+from pfstorer_rt.imaging.tone import keep_hue
 from pfstorer_rt.plan import COMPONENTS, DEFAULT_BASE, Manifest, Plan
 from pfstorer_rt.runtime.coarse import Guided, Passes, choose_scale, may_be_coarse, on_canvas, reduced_to
 from pfstorer_rt.runtime.host_threads import one_host_thread
@@ -119,7 +120,7 @@ class Restorer:
         """Restore one image.
 
         pixels: (H, W, 3) float32 in [0, 1], sRGB. Returns (round(H*scale), round(W*scale), 3) in [0, 1]; a grey image
-        gives a grey result unless `config.colorize` is set.
+        gives a grey result, and a sepia image a sepia result, unless `config.colorize` is set.
         Raises `ValueError` for a setting out of range, `PFStorerError` when the engine returns NaN.
         """
         with one_host_thread(self.backend != "torch"):
@@ -141,7 +142,7 @@ class Restorer:
         Latents stay in memory: about 32 * channels / factor^2 bytes per pixel.
         """
         plan = passes or self.passes(source, config)
-        grey, passed = not plan.fine.recipe.colorize and is_grey(source), 0
+        toned, passed = None if plan.fine.recipe.colorize else keep_hue(source), 0
 
         def done(n: int) -> None:
             nonlocal passed
@@ -153,9 +154,9 @@ class Restorer:
             image: Rows = on_canvas(source, plan.fine.canvas)
             if plan.coarse is not None:
                 canvas = plan.coarse.canvas
-                coarse = self._restore_pass(on_canvas(source, canvas), plan.coarse, grey, done)
+                coarse = self._restore_pass(on_canvas(source, canvas), plan.coarse, toned, done)
                 image = Guided(image, coarse, reduced_to(source, canvas))
-            return self._restore_pass(image, plan.fine, grey, done)
+            return self._restore_pass(image, plan.fine, toned, done)
 
     def passes(self, source: Rows, config: RestoreConfig | None = None) -> Passes:
         """Return the passes of an image; with coarse to fine, the scale of the first depends on the largest face."""
@@ -179,13 +180,13 @@ class Restorer:
         variational = "std" in self.sessions["encoder"].outputs
         return Layout.of(height, width, self.recipe(config), self.manifest, variational)
 
-    def _restore_pass(self, image: Rows, layout: Layout, grey: bool, done: Done) -> Rows:
-        """Restore the image of a canvas without its padding."""
+    def _restore_pass(self, image: Rows, layout: Layout, toned: Callable[[Rows], Rows] | None, done: Done) -> Rows:
+        """Restore an image of the size of a canvas without its padding; toned: gives the result its hue."""
         style = Padded(image, layout.canvas)
         restore = self._restore_squares if len(layout.squares) > 1 else self._restore_square
         restored = restore(style, layout, done)
         complaint = f"{self.backend} returned values that are not finite; use another backend"
-        return Result(Grey(restored) if grey else restored, layout.canvas, complaint)
+        return Result(toned(restored) if toned else restored, layout.canvas, complaint)
 
     def _restore_squares(self, style: Rows, layout: Layout, done: Done) -> Rows:
         """Restore all squares, each from the same seed, and blend them (StableSR's tiled inference script)."""

@@ -38,10 +38,10 @@ class Copying:
             raise SettingError(f"scale {config.scale}: expected 1 or 8")
         return SimpleNamespace(steps=config.steps or self.steps, sampler=self.sampler)
 
-    def layout(self, height, width, config):
-        return SimpleNamespace(recipe=self.recipe(config), denoiser_tiles=1)
+    def passes(self, rows, config):
+        return SimpleNamespace(fine=SimpleNamespace(recipe=self.recipe(config)), facts=lambda: {"tiles": 1}, notes=())
 
-    def restore_rows(self, rows, config, step=None):
+    def restore_rows(self, rows, config, step=None, passes=None):
         for done in (1, 2) if step else ():
             step(done, 2)
         return Spool.of(rows.read(0, rows.height))

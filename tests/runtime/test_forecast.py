@@ -27,12 +27,12 @@ def test_a_forecast_costs_one_step_at_scale_1_whatever_it_predicts(nano_base, mo
         made = Forecaster(restorer, RestoreConfig(steps=50, scale=8, tile=TileConfig(batch=1)))
         assert {(config.steps, config.scale) for config in seen} == {(1, 1.0)}
         large, one = made.predict(64, 64), Forecaster(restorer, RestoreConfig(steps=1)).predict(64, 64)
-    assert large.layout.canvas.height == 512 and large.seconds > 50 * one.seconds
+    assert large.passes.fine.canvas.height == 512 and large.seconds > 50 * one.seconds
 
 
 def test_time_grows_with_the_tiles(forecaster):
     small, large = forecaster.predict(512, 512), forecaster.predict(5120, 5120)
-    ratio = large.layout.denoiser_tiles / small.layout.denoiser_tiles
+    ratio = large.passes.fine.denoiser_tiles / small.passes.fine.denoiser_tiles
     assert small.seconds > 0 and large.seconds / small.seconds == pytest.approx(ratio, rel=0.5)
 
 
