@@ -43,10 +43,11 @@ SINGLE = (60, 90, 130, 200, 300, 420, 520, 600, 680, 760, 860, 1000, 1200)
 """Sides of the faces of scenes with one face."""
 
 
-def single(side: int, number: int) -> Scene:
-    """Return a scene with one face."""
+def single(side: int, number: int, scale: int = 1) -> Scene:
+    """Return a scene with one face; its sides are multiples of the scale."""
     width = max(400, round((1.45 if side < 1000 else 1.25) * side))
-    return Scene(f"one_{side}", width, round(1.2 * width), materials(number), (Spot(0.5, 0.47, side),))
+    width, height = (n - n % scale for n in (width, round(1.2 * width)))
+    return Scene(f"one_{side}", width, height, materials(number), (Spot(0.5, 0.47, side),))
 
 
 def group(sides: tuple[int, ...], width: int, height: int, number: int) -> Scene:
@@ -75,9 +76,9 @@ SCENES: list[tuple[Scene, int]] = [
     (group((760, 90), 1400, 1300, 3), 1),
     (Scene("portrait_900", 1500, 2000, "wall", (Spot(0.5, 0.45, 900),)), 1),
     *((Scene(name, 900, 900, name, ()), 1) for name in MATERIALS),
-    *((single(side, n), 2) for n, side in enumerate((200, 300, 420, 640, 860))),
+    *((single(side, n, 2), 2) for n, side in enumerate((200, 300, 420, 640, 860))),
     (group((300, 340), 1200, 800, 2), 2),
-    *((single(side, n), 4) for n, side in enumerate((360, 560, 760))),
+    *((single(side, n, 4), 4) for n, side in enumerate((360, 560, 760))),
     (group((260, 300, 240), 1400, 800, 3), 4),
 ]
 
@@ -88,13 +89,16 @@ SCENES: list[tuple[Scene, int]] = [
 @click.option("--lpips", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--base", default="portrait", show_default=True)
 @click.option("--only", help="Restore only the scenes whose name contains this text.")
+@click.option("--first", default=0, show_default=True, help="Number of the first scene that is restored.")
 @click.option("--images", type=click.Path(path_type=Path), help="Folder for all images.")
-def main(folders: tuple[str, ...], output: Path, lpips: Path, base: str, only: str | None, images: Path | None) -> None:
+def main(
+    folders: tuple[str, ...], output: Path, lpips: Path, base: str, only: str | None, first: int, images: Path | None
+) -> None:
     portraits = list(read_portraits(folders))
     restorer, distance = Restorer.from_base(base), lpips_distance(lpips)
     rows: list[dict[str, Any]] = []
     for number, (scene, scale) in enumerate(SCENES):
-        if only and only not in scene.name:
+        if number < first or (only and only not in scene.name):
             continue
         original = compose(scene, chosen(portraits, scene, number), number)
         level = LEVELS[number % len(LEVELS)]
