@@ -7,6 +7,7 @@ for the identity loss alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.faces.recognizer import FaceRecognizer, cut_faces
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, fingerprint_modules
+from pfstorer_rt.models.unet import Tap
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.chunks import Arrays
 from pfstorer_rt.training.data import Batch, draw_timesteps
@@ -120,11 +122,21 @@ class OneStepObjective(RestorerObjective):
         missing = {name: latent.new_zeros(()) for name in weights if name not in losses}
         return {"loss": loss, "latent": latent, **{n: {**losses, **missing}[n] for n in weights}}
 
-    def restore(self, x0: torch.Tensor, z_lq: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Return the network's estimate (B, C, h, w) of the clean latents, from noisy latents of timestep t."""
+    def restore(
+        self,
+        x0: torch.Tensor,
+        z_lq: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        taps: Mapping[str, Tap] | None = None,
+    ) -> torch.Tensor:
+        """Return the network's estimate (B, C, h, w) of the clean latents, from noisy latents of timestep t.
+
+        taps: changes of the features after spatial transformers of the UNet.
+        """
         x = noisy_latent(x0, z_lq, noise, t, self.alphas_cumprod)
         context = self.text_encoder(self.ids).expand(len(x), -1, -1)
-        prediction = self.unet(x, t, context, self.structure_encoder(z_lq, t)).float()
+        prediction = self.unet(x, t, context, self.structure_encoder(z_lq, t), taps).float()
         return x0_from_prediction(x, prediction, t, self.alphas_cumprod, self.prediction_type)
 
     def decode(self, latent: torch.Tensor, lq: torch.Tensor) -> torch.Tensor:
