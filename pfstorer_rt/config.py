@@ -285,7 +285,7 @@ def _number(valid: Callable[[float], bool], expected: str) -> Range:
 
 
 TRAIN_RANGES: dict[str, Range] = {
-    "iterations": _whole(1),
+    "iterations": _whole(0),
     "minutes": _number(lambda v: v >= 0, "0 or more"),
     "batch": _whole(1),
     "learning_rate": _number(lambda v: 0 < v < 1, "above 0 and below 1"),
@@ -353,6 +353,7 @@ PERSONALIZE_RANGES: dict[str, Range] = {
     **dict.fromkeys(("lambda_gen", "lambda_pers", "lambda_pixel", "lambda_perceptual", "lambda_id"), _WEIGHT),
     **dict.fromkeys(("gamma_learning_rate", "token_learning_rate"), _RATE),
     "gen_rows": _whole(1),
+    "references": _whole(1, 100),
     "pool": _whole(1),
     "rank": _whole(0, 4096),
 }
@@ -376,6 +377,13 @@ class PersonalizeConfig:
     """Spatial transformers of the UNet that a block follows; empty selects the base's list."""
     ref_source: Literal["cached", "self"] = "cached"
     """Input of a block's attention at inference: features of a reference, stored in the identity, or its own input."""
+    start: Literal["prior", "closed"] = "closed"
+    """Start of the training. prior: the blocks of the base's prior, where it has one; closed: untrained blocks with
+    gamma = 0 (PFStorer section 3.2)."""
+    references: int = 1
+    """Largest number of photographs whose features a block attends to at once; the paper uses one."""
+    masked: bool = True
+    """Whether a block attends only to the tokens of a reference that show the subject (ViCo section 3.2)."""
     first_step: float = 0.0
     """Share of the samples at timestep 999, where every restoration starts; the others are uniform."""
     p_self: float = 0.1

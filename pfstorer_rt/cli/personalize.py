@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from pfstorer_rt.cli.options import TRAINING, Number, training_options
 from pfstorer_rt.errors import SettingError
+
+if TYPE_CHECKING:
+    from pfstorer_rt.config import BaseConfig, PersonalizeConfig
+
+THOROUGH = 5
+"""Length of a thorough training, relative to the base's default."""
+TRAIN = ("iterations", "batch", "learning_rate", *TRAINING)
+OWN = (
+    *("method", "lambda_gen", "lambda_pixel", "lambda_perceptual", "lambda_id"),
+    *("first_step", "rank", "ref_source", "framing"),
+)
+"""Parameters that are fields of `PersonalizeConfig`."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +32,9 @@ class Options:
 
     base: str
     method: str
+    instant: bool
+    thorough: bool
+    recipe: Literal["base", "paper"]
     iterations: int | None
     batch: int | None
     learning_rate: float | None
@@ -41,6 +57,27 @@ class Options:
     finish: bool
     as_json: bool
 
+    def given(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the options that replace defaults of a configuration."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def config(self, base: BaseConfig) -> PersonalizeConfig:
+        """Return the settings of the training on a base."""
+        from pfstorer_rt.config import PersonalizeConfig, TrainConfig
+
+        train, own = self.given(TRAIN), self.given(OWN)
+        if self.recipe == "paper":
+            config = PersonalizeConfig(train=TrainConfig(**train), **own)
+        else:
+            config = PersonalizeConfig.for_base(base, train, **own)
+        length = 0 if self.instant else config.train.iterations * (THOROUGH if self.thorough else 1)
+        return replace(config, train=replace(config.train, iterations=length))
+
+    def check(self) -> None:
+        """Raise `click.UsageError` for options that contradict each other."""
+        if self.instant + self.thorough + (self.iterations is not None) > 1:
+            raise click.UsageError("give one of --instant, --thorough and --iterations")
+
 
 @click.command()
 @click.argument("references", nargs=-1, required=True, metavar="REFS...")
@@ -52,6 +89,17 @@ class Options:
     default="pfstorer",
     show_default=True,
     help="Method of personalization; vico and dreambooth are for comparison.",
+)
+@click.option(
+    "--instant", is_flag=True, help="Learn without training, from the prior of the base: seconds, with less likeness."
+)
+@click.option("--thorough", is_flag=True, help="Train five times as long as by default, for more likeness.")
+@click.option(
+    "--recipe",
+    type=click.Choice(["base", "paper"]),
+    default="base",
+    show_default=True,
+    help="Defaults of the training: the base's, or those of the PFStorer paper.",
 )
 @click.option(
     "--iterations", type=click.IntRange(1), help="Number of training iterations. [default: the base's; portrait: 300]"
@@ -133,13 +181,13 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
     Example:
       pfstorer-rt personalize --identity alice photos/alice/*.jpg
     """
-    from pfstorer_rt.config import PersonalizeConfig
     from pfstorer_rt.console import echo, note, stage_bars
     from pfstorer_rt.errors import PFStorerError
     from pfstorer_rt.files import make_folder
     from pfstorer_rt.identity import identities_dir, identity_path
 
     options, named = Options(**parameters), identity_path(name)
+    options.check()
     if named.parent != identities_dir():
         raise SettingError(
             f"identity name {name!r}: expected a name, not a path; give a file as the output", setting="output"
@@ -157,13 +205,7 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
     if len(photos) < 3:
         note(f"{len(photos)} photograph(s); 3-5 photographs give a better likeness")
     base = load_base(options.base)
-    names = ("iterations", "batch", "learning_rate", *TRAINING)
-    losses = ("lambda_gen", "lambda_pixel", "lambda_perceptual", "lambda_id")
-    own = ("method", *losses, "first_step", "rank", "ref_source", "framing")
-    train, values = (
-        {n: getattr(options, n) for n in group if getattr(options, n) is not None} for group in (names, own)
-    )
-    config = PersonalizeConfig.for_base(base.config, train, **values)
+    config = options.config(base.config)
     make_folder(target.parent)
     with stage_bars() as on_progress:
         identity = personalize(name, photos, base, config, target, note, on_progress, options.finish)

@@ -27,6 +27,7 @@ from pfstorer_rt.models.cfw import ControllableFeatureWrapping, Features
 from pfstorer_rt.models.cfw_patch import PatchFeatureWrapping
 from pfstorer_rt.models.cfw_tiny import TinyFeatureWrapping
 from pfstorer_rt.models.personalization import PersonalizationBlock
+from pfstorer_rt.models.prior import FOLDER, Prior
 from pfstorer_rt.models.prompt import PromptEncoder, tokenize
 from pfstorer_rt.models.sharing import share_weights
 from pfstorer_rt.models.structure import StructureEncoder
@@ -58,6 +59,9 @@ class Base:
     """sha256 over the sorted names and bytes of all tensors on disk."""
     cfw: FeatureWrapping | None = None
     """Controllable feature wrapping (StableSR section 3.3), for `features` and `decode`; None without one."""
+    prior: Prior | None = None
+    """Start of the training of identities; None starts with untrained blocks. It is not part of the fingerprint,
+    because an identity contains its own blocks."""
     path: Path | None = field(default=None, compare=False)
 
     @property
@@ -117,7 +121,7 @@ class Base:
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Base:
         """Move every network in place; returns self."""
-        for module in self.modules().values():
+        for module in (*self.modules().values(), *((self.prior,) if self.prior else ())):
             nn.Module.to(module, device=device, dtype=dtype)
         return self
 
@@ -134,11 +138,12 @@ class Base:
             vae=share_weights(self.vae, memo),
             text_encoder=share_weights(self.text_encoder, memo),
             cfw=None if self.cfw is None else share_weights(self.cfw, memo),
+            prior=None if self.prior is None else share_weights(self.prior, memo),
         )
 
     def freeze(self) -> Base:
         """Switch every network to evaluation without gradients; returns self."""
-        for module in self.modules().values():
+        for module in (*self.modules().values(), *((self.prior,) if self.prior else ())):
             module.eval().requires_grad_(False)
         return self
 
@@ -161,7 +166,8 @@ class Base:
         The weights in memory are rounded to the same values. An existing base is replaced when the new one is complete.
         """
         modules = self.modules()
-        write_base(path, self.config, modules, {n: m.state_dict() for n, m in modules.items()}, dtype, self.schedule)
+        states = {n: m.state_dict() for n, m in modules.items()}
+        write_base(path, self.config, modules, states, dtype, self.schedule, self.prior)
         for module in modules.values():
             kept = next(module.parameters()).dtype
             nn.Module.to(nn.Module.to(module, dtype), kept)
@@ -208,6 +214,7 @@ def load_base(path_or_name: str | Path, device: str | torch.device = "cpu") -> B
         base.schedule = read_schedule(path / "scheduler", base.config.prediction_type)
         for name, module in base.modules().items():
             module.load_state_dict({k: in_fp32(v) for k, v in read_network(path / name).items()}, assign=True)
+        base.prior = Prior.load(path / FOLDER, base.unet, base.config)
         base.fingerprint, base.path = fingerprint_directory(path), path
     return base.freeze().to(device)
 
@@ -231,6 +238,7 @@ def write_base(
     states: Mapping[str, Tensors],
     dtype: torch.dtype,
     schedule: Schedule = Schedule(),  # noqa: B008 (immutable)
+    prior: Prior | None = None,
 ) -> None:
     """Write a base directory from its networks' configurations and tensors, one network in memory at a time.
 
@@ -238,7 +246,9 @@ def write_base(
     in place. Raises `PFStorerError` before anything is written when the disk has too little room.
     """
     check_room(path, modules, dtype)
-    with atomic_entries(path, ("config.json", "scheduler", *NETWORKS)) as folder:
+    with atomic_entries(path, ("config.json", "scheduler", FOLDER, *NETWORKS)) as folder:
+        if prior is not None:
+            prior.save(folder / FOLDER)
         for name, module in modules.items():
             write_network(folder / name, module, states[name], dtype)
         (folder / "scheduler").mkdir()

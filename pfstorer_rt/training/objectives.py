@@ -109,23 +109,33 @@ class PersonalizationObjective(ImageObjective):
         self.unet, self.structure_encoder, self.text_encoder = base.unet, base.structure_encoder, base.text_encoder
         layers = config.layers or base.config.layers
         self.blocks = build_blocks(base.unet, layers, base.config.head_size, config.rank)
-        for block in self.blocks if config.method == "vico" else ():
-            block.gamma.requires_grad_(False).fill_(1.0)
         ids, self.positions = subject_ids(base, config.subject_prompt)
         self.token = nn.Parameter(self.text_encoder.word_embedding(tokenize(config.init_word, base.config)))
+        if starts_from_prior(base, config):
+            assert base.prior is not None
+            self.blocks.load_state_dict(base.prior.blocks.state_dict())
+            self.token.data.copy_(base.prior.token)
+        for block in self.blocks if config.method == "vico" else ():
+            block.gamma.requires_grad_(False).fill_(1.0)
         self.register_buffer("ids", ids, persistent=False)
         with torch.no_grad():
             self.register_buffer("base_context", base.encode_prompt(), persistent=False)
         self.register_buffer("alphas_cumprod", base.schedule.alphas_cumprod_tensor(), persistent=False)
 
     def forward(self, batch: Batch) -> Losses:
-        """Take scaled latents `hq lq noise` (B, C, h, w), `reference` (1, C, h, w), `t` (B,), `self` bool ()."""
+        """Take scaled latents `hq lq noise` (B, C, h, w), `reference` (R, C, h, w), `t` (B,), `self` bool ().
+
+        The blocks attend to the features of all R references side by side.
+        """
         x0, z_lq, t, noise, n = batch["hq"], batch["lq"], batch["t"], batch["noise"], len(batch["hq"])
         k = min(self.config.gen_rows, n) if self.config.lambda_gen else 0
         subject = self.text_encoder(self.ids, self.token)
         # The paper puts the reference into the batch of the restored rows. A separate pass gives the same result, and
         # the restored rows need no gradients before the first personalized layer.
-        reference = reference_pass(self.unet, self.structure_encoder, batch["reference"], subject, self.blocks.layers)
+        references = batch["reference"]
+        reference = reference_pass(
+            self.unet, self.structure_encoder, references, subject.expand(len(references), -1, -1), self.blocks.layers
+        )
         rows = torch.cat([torch.arange(n), torch.arange(k)]).to(x0.device)
         x = torch.cat(
             [noisy_latent(x0, z_lq, noise, t, self.alphas_cumprod), add_noise(x0, noise, t, self.alphas_cumprod)[:k]]
@@ -160,8 +170,20 @@ class PersonalizationObjective(ImageObjective):
         if reference is None:
             return {block.layer: block for block in self.blocks}
         subject = self.positions.subject
-        seen = {layer: {"reference": r.features, "mask": r.mask(subject)} for layer, r in reference.items()}
+        seen = {layer: side_by_side(r, subject if self.config.masked else None) for layer, r in reference.items()}
         return {block.layer: partial(block, **seen[block.layer]) for block in self.blocks}
+
+
+def side_by_side(reference: LayerReference, subject: int | None) -> dict[str, torch.Tensor]:
+    """Return features (1, R * S, C) of R references as one, with the mask of the subject token, or without a mask."""
+    seen = {"reference": reference.features.flatten(0, 1)[None]}
+    return seen if subject is None else {**seen, "mask": reference.mask(subject).flatten()[None]}
+
+
+def starts_from_prior(base: Base, config: PersonalizeConfig) -> bool:
+    """Whether a training starts with the base's prior. The prior has full matrices at the base's own layers."""
+    fits = config.rank == 0 and config.layers in ((), base.config.layers) and config.method == "pfstorer"
+    return config.start == "prior" and base.prior is not None and fits
 
 
 class DreamBoothObjective(ImageObjective):

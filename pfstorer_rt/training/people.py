@@ -18,9 +18,9 @@ from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.chunks import Arrays, Samples, make_arrays
 from pfstorer_rt.training.data import Batch
 from pfstorer_rt.training.image_loss import face_maps
+from pfstorer_rt.training.loop import signature
 from pfstorer_rt.training.tile_pool import PoolConfig, degrade_bytes, draw_degradation
 from pfstorer_rt.training.tiles import Bytes
-from pfstorer_rt.training.loop import signature
 
 CHUNK = 8
 """Tiles that are made and written at once."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pfstorer_rt.config import PersonalizeConfig
-from pfstorer_rt.errors import PFStorerError
+from pfstorer_rt.errors import PFStorerError, SettingError
 from pfstorer_rt.faces.finding import face_embedder
 from pfstorer_rt.files import make_folder, sha256_file
 from pfstorer_rt.identity import Identity, named_identity, training_files
@@ -29,7 +29,7 @@ from pfstorer_rt.training.framing import read_references
 from pfstorer_rt.training.image_loss import ImageSpaceLoss, has_image_losses, refusal
 from pfstorer_rt.training.loop import Training, run_training
 from pfstorer_rt.training.memory import ParameterGroup
-from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
+from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective, starts_from_prior
 from pfstorer_rt.training.pool import BatchMaker, make_pool
 from pfstorer_rt.training.resume import resumed_config, training_mark
 
@@ -51,7 +51,8 @@ def personalize(
 
     name: name of the identity. references: 3-5 photographs of one person, or folders of them. base: a loaded base, a
     shipped name or a directory. config: None selects the base's defaults. output: the file; None is NAME.safetensors in
-    the user's data directory. note: called with a line for each unsuitable photograph.
+    the user's data directory. note: called with a line for each unsuitable photograph. With 0 iterations, the identity
+    has the blocks of the base's prior.
     finish: make the identity from the checkpoint of an interrupted training, without further training.
     The same call resumes an interrupted training, also with another number of iterations. Before any training, raises
     `ValueError` for a name that cannot be a file name, `BadFileError` when a photograph or the checkpoint cannot be
@@ -61,6 +62,10 @@ def personalize(
     target = output or named
     base = base if isinstance(base, Base) else load_base(base)
     config = available(config or PersonalizeConfig.for_base(base.config), note)
+    if not config.train.iterations:
+        identity = instant_identity(name, references, base, config, note)
+        identity.save(target)
+        return identity
     paths = without_results(find_images(references, note), note)
     checkpoint, crops = training_files(target)
     mark = training_mark(config, base.fingerprint, paths)
@@ -97,6 +102,28 @@ def personalize(
 def no_batch(iteration: int, _: int) -> Batch:
     """Stand for the batches of a training without further iterations."""
     raise AssertionError(f"batch of iteration {iteration} after the last one")
+
+
+def instant_identity(
+    name: str,
+    references: Sequence[Path],
+    base: Base,
+    config: PersonalizeConfig | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> Identity:
+    """Return an identity without training: the blocks of the base's prior, and the features of the references.
+
+    Raises `ValueError` for a base without a prior, and for settings that the prior does not have.
+    """
+    config = config or PersonalizeConfig.for_base(base.config)
+    config = replace(config, train=replace(config.train, iterations=0))
+    if not starts_from_prior(base, config):
+        reason = f"base {base.config.name!r} with these settings has no prior for an identity without training"
+        raise SettingError(f"{reason}; expected at least one iteration", setting="iterations")
+    paths = without_results(find_images(references, note), note)
+    photos = read_references(paths, config, base.config.tile, note)
+    objective = PersonalizationObjective(base, config)
+    return make_identity(name, objective, base, config, paths, photos)
 
 
 def available(config: PersonalizeConfig, note: Callable[[str], None]) -> PersonalizeConfig:
@@ -163,35 +190,41 @@ def make_identity(
     tensors = {f"blocks.{k}": v.half().cpu() for k, v in objective.blocks.state_dict().items()}
     tensors["token"] = objective.token.half().cpu()
     if config.ref_source != "self":
-        tensors |= cache_reference(photos[choose_reference(photos)], tensors["token"], base, identity)
+        chosen = [photos[i] for i in rank_references(photos)[: config.references]]
+        tensors |= cache_references(chosen, tensors["token"], base, identity)
     identity.tensors = tensors
     identity.gamma = gamma_summary(tensors, layers)
     return identity
 
 
-def cache_reference(
-    photo: torch.Tensor, token: torch.Tensor, base: Base, identity: Identity
+def cache_references(
+    photos: Sequence[torch.Tensor], token: torch.Tensor, base: Base, identity: Identity
 ) -> dict[str, torch.Tensor]:
-    """Return `reference.{i}` (S, C) fp16 and `mask.{i}` (S,) of one photograph (3, H, W) in [0, 1]."""
-    image = (center_crop(photo, base.config.tile) * 2 - 1)[None].to(base.device)
-    prompt = identity.settings["subject_prompt"]
-    found = reference_features(base, base.encode(image), token.float().to(base.device), prompt, identity.layers)
+    """Return `reference.{i}` (S, C) fp16 and `mask.{i}` (S,) of photographs (3, H, W) in [0, 1], side by side."""
+    images = torch.stack([center_crop(photo, base.config.tile) * 2 - 1 for photo in photos]).to(base.device)
+    latents = torch.cat([base.encode(image[None]) for image in images])
+    settings = identity.settings
+    found = reference_features(
+        base, latents, token.float().to(base.device), settings["subject_prompt"], identity.layers
+    )
     tensors = {}
     for i, layer in enumerate(identity.layers):
-        features, mask = found[layer]
-        tensors[f"reference.{i}"], tensors[f"mask.{i}"] = features[0].half().cpu(), mask[0].cpu()
+        features, mask = (part.flatten(0, 1) for part in found[layer])
+        tensors[f"reference.{i}"] = features.half().cpu()
+        tensors[f"mask.{i}"] = mask.cpu() if settings["masked"] else torch.ones(len(features), dtype=torch.bool)
     return tensors
 
 
-def choose_reference(photos: Sequence[torch.Tensor]) -> int:
-    """Return the number of the photograph whose face is most similar to the others; 0 without a face model."""
+def rank_references(photos: Sequence[torch.Tensor]) -> list[int]:
+    """Return the numbers of the photographs, the face most similar to the others first.
+
+    Photographs without a face are last. Without a face model, the order does not change.
+    """
     embed = face_embedder()
     found = [embed(photo.permute(1, 2, 0).numpy()) for photo in photos] if embed else []
     faces: list[tuple[int, Any]] = [(i, e) for i, e in enumerate(found) if e is not None]
-    if len(faces) < 2:
-        return faces[0][0] if faces else 0
-    distance = [sum(float(np.linalg.norm(a - b)) for _, b in faces) for _, a in faces]
-    return faces[int(np.argmin(distance))][0]
+    distance = {i: sum(float(np.linalg.norm(e - other)) for _, other in faces) for i, e in faces}
+    return sorted(range(len(photos)), key=lambda i: distance.get(i, np.inf))
 
 
 def gamma_summary(tensors: dict[str, torch.Tensor], layers: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -97,17 +97,20 @@ def pool_size(config: PersonalizeConfig) -> int:
 
 
 class BatchMaker:
-    """Makes batches: a random photograph is the reference (PFStorer section 3.3), the samples come from the others."""
+    """Makes batches: random photographs are the references, and the samples come from the others.
+
+    PFStorer section 3.3 has one reference.
+    """
 
     def __init__(self, pool: LatentPool, config: PersonalizeConfig) -> None:
         self.pool, self.config = pool, config
 
     def __call__(self, iteration: int, number: int) -> Batch:
-        """Return latents `hq lq noise` (B, C, h, w) and `reference` (1, C, h, w), `t` (B,), `self` bool ()."""
+        """Return latents `hq lq noise` (B, C, h, w) and `reference` (R, C, h, w), `t` (B,), `self` bool ()."""
         seed, batch, pool = self.config.train.seed, self.config.train.batch, self.pool
         rng = np.random.default_rng([seed, 6, number])
-        reference = int(rng.integers(len(pool.references)))
-        chosen = torch.from_numpy(rng.choice(self.squares_without(reference), batch))
+        references = self.draw_references(rng)
+        chosen = torch.from_numpy(rng.choice(self.squares_without(references), batch))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         noise = torch.randn(pool.hq[chosen].shape, generator=generator)
         t = draw_timesteps(batch, self.config.first_step, generator)
@@ -116,7 +119,7 @@ class BatchMaker:
         return {
             "hq": pool.hq[chosen],
             "lq": pool.lq[chosen],
-            "reference": pool.references[reference][None],
+            "reference": pool.references[torch.from_numpy(references)],
             "noise": noise,
             "t": t,
             "self": torch.tensor(use_self),
@@ -134,7 +137,14 @@ class BatchMaker:
         """Return the share of the iterations without a reference."""
         return 1.0 if self.config.ref_source == "self" else self.config.p_self
 
-    def squares_without(self, photo: int) -> npt.NDArray[np.int64]:
-        """Return the numbers of the samples of other photographs, or of all samples if there is only one photograph."""
-        others = np.flatnonzero(self.pool.photo.numpy() != photo)
+    def draw_references(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Draw the numbers of 1 to `references` photographs; one photograph at least is left for the samples."""
+        photos = len(self.pool.references)
+        most = max(1, min(self.config.references, photos - 1))
+        count = int(rng.integers(1, most + 1)) if most > 1 else 1
+        return rng.choice(photos, count, replace=False)
+
+    def squares_without(self, photos: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the numbers of the samples of other photographs, or of all samples if there are no others."""
+        others = np.flatnonzero(~np.isin(self.pool.photo.numpy(), photos))
         return others if len(others) else np.arange(len(self.pool.hq))

@@ -24,6 +24,7 @@ from pfstorer_rt.faces.recognizer import FaceRecognizer, cut_faces
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, fingerprint_modules
 from pfstorer_rt.models.personalization import PersonalizationBlocks, build_blocks
+from pfstorer_rt.models.prior import Prior
 from pfstorer_rt.models.prompt import tokenize
 from pfstorer_rt.models.reference import reference_pass, subject_ids
 from pfstorer_rt.models.unet import RestorationUNet, Tap
@@ -289,11 +290,12 @@ def train_prior(
     lpips: Path,
     recognizer: Path | None,
     on_progress: OnProgress = ignore_progress,
-) -> PersonalizationBlocks:
-    """Train blocks on people and the base on people and tiles, in place; resumes from `work/prior.pt`.
+) -> None:
+    """Train the base and its prior in place, on people and on tiles without references; resumes from `work/prior.pt`.
 
     people: from `make_people_pool`. tiles: from `tile_pool.make_pool`, with degraded versions. lpips: NPZ file of the
-    weights. recognizer: dlib's network for the identity loss. Raises `BadFileError` for a base without feature wrapping.
+    weights. recognizer: dlib's network, for the identity loss. Raises `BadFileError` for a base without feature
+    wrapping.
     """
     if base.cfw is None:
         raise BadFileError(f"base {base.config.name!r} has no feature wrapping; expected a base with `cfw`")
@@ -326,9 +328,11 @@ def train_prior(
             on_progress=on_progress,
         )
         run_training(training, accelerator)
+    base.prior = Prior(base.unet, base.config)
+    base.prior.blocks.load_state_dict(objective.blocks.state_dict())
+    base.prior.token.data.copy_(objective.token.data)
     base.freeze()
     base.fingerprint = fingerprint_modules(base.modules())
-    return objective.blocks
 
 
 def parameter_groups(objective: PriorObjective, base: Base, config: PriorConfig) -> list[ParameterGroup]:

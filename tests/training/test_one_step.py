@@ -9,7 +9,7 @@ from pfstorer_rt.config import PRESETS, StructureConfig, TrainConfig
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.models.base import build_base, load_base
 from pfstorer_rt.training.latents import flip
-from pfstorer_rt.training.lpips import VGG16, Lpips
+from pfstorer_rt.training.lpips import Lpips
 from pfstorer_rt.training.one_step import OneStepConfig, OneStepObjective, WindowSampler, finish_in_one_step
 from pfstorer_rt.training.tile_restorer import TileRestorerConfig, train_tile_restorer
 
@@ -48,17 +48,9 @@ def base():
     return build_base(NANO, seed=1)
 
 
-@pytest.fixture(scope="module")
-def lpips(tmp_path_factory):
-    """Random weights of VGG16 in the published layout."""
-    generator, tensors = np.random.default_rng(0), {}
-    for i, (entry, width, side, *_) in enumerate(layer for stage in VGG16 for layer in stage):
-        tensors[f"conv{i}.weight"] = generator.normal(0, (2 / entry / side**2) ** 0.5, (width, entry, side, side))
-        tensors[f"conv{i}.bias"] = np.zeros(width)
-    tensors |= {f"lin{i}": np.ones((1, stage[-1][1], 1, 1)) for i, stage in enumerate(VGG16)}
-    path = tmp_path_factory.mktemp("lpips") / "vgg.npz"
-    np.savez(path, **{name: value.astype(np.float16) for name, value in tensors.items()})
-    return path
+@pytest.fixture
+def lpips(random_lpips):
+    return random_lpips
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from pfstorer_rt.config import PersonalizeConfig, TrainConfig
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError
@@ -29,14 +28,6 @@ METHODS = ("pfstorer", "vico", "dreambooth")
 @pytest.fixture(scope="module")
 def base():
     return build_base("nano", seed=3)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory, make_image):
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(3):
-        Image.fromarray((make_image(80, 72, seed=i) * 255).astype(np.uint8)).save(folder / f"{i}.png")
-    return sorted(folder.iterdir())
 
 
 @pytest.fixture

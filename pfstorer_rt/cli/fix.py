@@ -1,0 +1,58 @@
+"""`pfstorer-rt fix`."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import click
+
+from pfstorer_rt.cli.options import Number
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUTS...")
+@click.option(
+    "--person",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of good photographs of the person.",
+)
+@click.option("-o", "--output", help="File for one image, folder for several. [default: beside the input]")
+@click.option("--base", default="portrait", show_default=True, help="Base: portrait, or a base directory.")
+@click.option(
+    "--strength", type=Number(), default=1.0, show_default=True, help="Strength of the identity: 0 is the base alone."
+)
+@click.option("--overwrite", is_flag=True, help="Replace existing results.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
+def command(
+    inputs: tuple[str, ...],
+    person: Path,
+    output: str | None,
+    base: str,
+    strength: float,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Restore images of a person in one command, and write {result}_compare: input and result side by side.
+
+    The person is learned without training, and nothing is stored. An identity that `personalize` made from the same
+    photographs is used instead, if there is one.
+
+    \b
+    Example:
+      pfstorer-rt fix old.jpg --person photos/alice/
+    """
+    from pfstorer_rt.cli.outcomes import exit_status, show
+    from pfstorer_rt.cli.progress import batch_bars
+    from pfstorer_rt.config import RestoreConfig
+    from pfstorer_rt.console import note
+    from pfstorer_rt.fix import FixConfig, fix
+    from pfstorer_rt.runtime.batch import BatchConfig, Saving
+
+    batch = BatchConfig(RestoreConfig(strength=strength), saving=Saving(overwrite), compare=True)
+    with batch_bars("restore") as progress:
+        report = partial(show, as_json=as_json)
+        outcomes = fix(inputs, person, output, FixConfig(base, batch), note, report, progress)
+    sys.exit(exit_status(outcomes))
