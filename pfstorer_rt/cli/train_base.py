@@ -23,6 +23,7 @@ STAGES = {
     "autoencoder": {"preset", "minutes", "tiles", "lpips", *LENGTH},
     "restorer": {"minutes", "tiles", *LENGTH},
     "one-step": {"minutes", "tiles", "lpips", *LENGTH},
+    "people": {"people", "minutes", "tiles", "lpips", *LENGTH},
 }
 """Stage -> parameters that only some stages have. The first three stages use crops, the others tiles."""
 
@@ -53,6 +54,7 @@ class Options:
     share: float | None
     tiles: int
     lpips: Path | None
+    people: tuple[Path, ...]
     workers: int
     seed: int
     precision: str
@@ -92,9 +94,11 @@ class Options:
             train = changed(config.train, workers=self.workers, **length, **common)
             losses = ("first_step", "lambda_id", "lambda_perceptual", "lambda_pixel", "share")
             return changed(config, train=train, **(self.values(*losses) if self.stage == "finishing" else {}))
-        stage = cast(Literal["autoencoder", "restorer", "one-step"], self.stage)
+        stage = cast(Literal["autoencoder", "restorer", "one-step", "people"], self.stage)
         values = {**common, **length, "minutes": self.minutes}
-        return TileStageConfig(stage, self.preset, self.tiles, self.lpips, workers=self.workers, train=values)
+        return TileStageConfig(
+            stage, self.preset, self.tiles, self.lpips, people=self.people, workers=self.workers, train=values
+        )
 
 
 @click.command()
@@ -116,7 +120,7 @@ class Options:
     help="What is trained. On crops of the photographs: base (the autoencoder, then the restorer; with --prior the "
     "restorer alone), wrapping (feature wrapping of the decoder), finishing (everything except the autoencoder, with "
     "losses on decoded images). On tiles composed of the photographs, one after the other: autoencoder, restorer, "
-    "one-step.",
+    "one-step, people (the base and its prior of the personalization).",
 )
 @click.option("--prior", help="Base to train further. Required by every stage except base and autoencoder.")
 @click.option(
@@ -143,12 +147,12 @@ class Options:
     help="Iterations of the stage; of the restorer in stage base. [default: 8000 on crops; on tiles the stage's]",
 )
 @click.option("--minutes", type=Number(0.1), help="Stages on tiles: length in minutes, instead of iterations.")
-@click.option("--batch", type=click.IntRange(2), help="Samples per iteration. [default: 16 on crops; on tiles 8 or 4]")
+@click.option("--batch", type=click.IntRange(2), help="Samples per iteration. [default: 16 on crops; on tiles 2 to 8]")
 @click.option(
     "--learning-rate",
     type=Number(),
     help="Learning rate of the stage; of the restorer in stage base. [default: 5e-4 on crops; on tiles 6e-4, in "
-    "one-step 3e-4]",
+    "one-step 3e-4, in people 1.5e-4]",
 )
 @click.option(
     "--crop", type=click.IntRange(16), help="Stage base: side of the autoencoder's crops in pixels. [default: 128]"
@@ -193,7 +197,13 @@ class Options:
 @click.option(
     "--lpips",
     type=click.Path(exists=True, path_type=Path),
-    help="Stages autoencoder and one-step: NPZ file with the LPIPS weights.",
+    help="Stages autoencoder, one-step and people: NPZ file with the LPIPS weights.",
+)
+@click.option(
+    "--people",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Stage people: folder with one folder of photographs for each person. Several such folders are possible.",
 )
 @click.option("--workers", type=click.IntRange(0), default=1, show_default=True, help="Processes that prepare batches.")
 @training_options

@@ -62,7 +62,7 @@ def make_people_pool(
     workers: int = 1,
     on_progress: OnProgress = ignore_progress,
 ) -> Arrays:
-    """Make a tile of every photograph `views` times, or resume an interrupted call; returns memory maps.
+    """Make tiles of the photographs of people, or resume an interrupted call; returns memory maps.
 
     `config.count` is the number of tiles; the photographs are used in turn. Arrays as in `tile_pool.make_pool`, and
     `person`, `photo` (N,), numbers of the person and of the photograph of a tile.

@@ -7,7 +7,7 @@ alone, so its decoder expects nothing in the latents that is not in the degraded
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -299,6 +299,8 @@ def train_prior(
     """
     if base.cfw is None:
         raise BadFileError(f"base {base.config.name!r} has no feature wrapping; expected a base with `cfw`")
+    crop = min(config.crop, base.config.latent_tile - 2 * MARGIN)
+    config = replace(config, crop=crop, window=min(config.window, crop))
     settings = config.base.train
     with accelerated(settings, base) as accelerator:
         to_channels_last(base.vae)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pfstorer_rt.errors import BadFileError, MissingBackendError
-from pfstorer_rt.models.base import load_base
+from pfstorer_rt.errors import BadFileError, MissingBackendError, SettingError
+from pfstorer_rt.models.base import build_base, load_base
 from pfstorer_rt.training.tile_stages import TileStageConfig, train_tile_stage
+from tests.training.test_one_step import NANO
 
 TRAIN = {"iterations": 2, "batch": 2, "precision": "fp32", "minutes": None}
 
@@ -45,10 +46,26 @@ def test_missing_inputs_of_a_stage_are_named_before_tiles_are_made(photos, tmp_p
     for name in ("restorer", "one-step"):
         with pytest.raises(BadFileError, match="a trained autoencoder"):
             train_tile_stage([photos], tmp_path / "out", stage(name), tmp_path / "w")
-    from pfstorer_rt.models.base import build_base
-
     with pytest.raises(MissingBackendError, match="LPIPS"):
         train_tile_stage(
             [photos], tmp_path / "out", stage("one-step", identity=False), tmp_path / "w", build_base("nano")
         )
     assert not (tmp_path / "w").exists()
+
+
+def test_the_stage_people_trains_the_base_and_its_prior(photos, tmp_path, random_lpips):
+    rng = np.random.default_rng(1)
+    for person in "ab":
+        (tmp_path / "people" / person).mkdir(parents=True)
+        for k in range(2):
+            pixels = rng.integers(0, 256, (80, 80, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "people" / person / f"{k}.png")
+    base = build_base(NANO, seed=1)
+    before = base.unet.conv_in.weight.clone()
+    settings = {"lpips": random_lpips, "identity": False}
+    with pytest.raises(SettingError, match="folders of people"):
+        train_tile_stage([photos], tmp_path / "out", stage("people", **settings), tmp_path / "w", base)
+    config = stage("people", people=(tmp_path / "people",), **settings)
+    train_tile_stage([photos], tmp_path / "out", config, tmp_path / "w", base)
+    trained = load_base(tmp_path / "out")
+    assert trained.prior is not None and not torch.equal(trained.unet.conv_in.weight, before)
