@@ -1,0 +1,111 @@
+"""`fix`, and the speeds of `personalize` on a base with a prior."""
+
+import json
+from dataclasses import replace
+from shutil import copy
+
+import pytest
+import torch
+
+from pfstorer_rt.demo import reference_files
+from pfstorer_rt.identity import Identity, identity_path
+from pfstorer_rt.models.prior import Prior
+
+PRIOR = {"start": "prior", "masked": False, "references": 3, "p_self": 0.0, "iterations": 2, "batch": 1}
+
+
+@pytest.fixture
+def known(nano_base, tmp_path):
+    """Directory of a nano base with an open prior."""
+    config = replace(nano_base.config, personalize=PRIOR)
+    base = replace(nano_base.copy(), config=config)
+    torch.manual_seed(0)
+    base.prior = Prior(base.unet, config)
+    for block in base.prior.blocks:
+        block.gamma.data.fill_(1.0)
+    return base.save(tmp_path / "known")
+
+
+@pytest.fixture
+def alice(photos):
+    """Folder of the photographs of a person."""
+    return photos[0].parent
+
+
+def test_fix_writes_the_result_and_a_comparison(run, known, alice, save, tmp_path):
+    old = save(tmp_path / "old" / "old.png")
+    done = run("fix", old, "--person", alice, "--base", known)
+    assert done.status == 0, done.err
+    assert sorted(path.name for path in old.parent.iterdir()) == [
+        "old.png",
+        "old_restored.png",
+        "old_restored_compare.png",
+    ]
+    plain = run("restore", "--base", known, old, "-o", tmp_path / "plain.png")
+    assert plain.status == 0
+    assert (tmp_path / "plain.png").read_bytes() != (old.parent / "old_restored.png").read_bytes()
+
+
+def test_fix_stores_no_identity(run, known, alice, save, tmp_path, people, tree):
+    before = tree(people)
+    assert run("fix", save(tmp_path / "old.png"), "--person", alice, "--base", known).status == 0
+    assert tree(people) == before
+
+
+def test_fix_uses_the_identity_of_the_same_photographs(run, known, alice, photos, save, tmp_path, people):
+    learned = run("personalize", "--identity", "bob", "--base", known, *photos)
+    assert learned.status == 0, learned.err
+    done = run("fix", save(tmp_path / "old.png"), "--person", alice, "--base", known)
+    assert "identity bob" in done.err
+    photos[0].unlink()
+    other = run("fix", save(tmp_path / "old.png"), "--person", alice, "--base", known, "--overwrite")
+    assert other.status == 0 and "identity bob" not in other.err
+
+
+def test_fix_needs_a_prior(refused, nano_base_dir, alice, save, tmp_path):
+    refused(2, "fix", save(tmp_path / "old.png"), "--person", alice, "--base", nano_base_dir, words=["no prior"])
+    assert not (tmp_path / "old_restored.png").exists()
+
+
+def test_restore_with_references_alone_learns_the_person(run, known, nano_base_dir, save, tmp_path):
+    (tmp_path / "refs").mkdir()
+    for path in reference_files()[:2]:  # with faces, because `restore` measures the distance to them
+        copy(path, tmp_path / "refs")
+    old = save(tmp_path / "old.png")
+    assert run("restore", "--base", known, "--refs", tmp_path / "refs", old, "-o", tmp_path / "with.png").status == 0
+    assert run("fix", old, "--person", tmp_path / "refs", "--base", known).status == 0
+    assert (tmp_path / "with.png").read_bytes() == (tmp_path / "old_restored.png").read_bytes()
+    plain = run("restore", "--base", nano_base_dir, "--refs", tmp_path / "refs", old, "-o", tmp_path / "without.png")
+    assert plain.status == 0, "a base without a prior restores without an identity"
+
+
+def test_speeds_have_different_lengths(run, known, photos, people):
+    for flag, iterations in (("--instant", 0), ("--thorough", 10), (None, 2)):
+        done = run(
+            "personalize", "--identity", "bob", "--base", known, *photos, "--overwrite", *([flag] if flag else [])
+        )
+        assert done.status == 0, done.err
+        assert Identity.load(identity_path("bob")).settings["train"]["iterations"] == iterations
+
+
+def test_speeds_exclude_each_other(refused, known, photos):
+    refused(
+        2, "personalize", "--identity", "bob", "--base", known, *photos, "--instant", "--thorough", words=["one of"]
+    )
+
+
+def test_the_papers_recipe_starts_closed(run, known, photos, people):
+    call = ("personalize", "--identity", "bob", "--base", known, "--recipe", "paper", "--iterations", 1, "--batch", 1)
+    assert run(*call, *photos).status == 0
+    settings = Identity.load(identity_path("bob")).settings
+    wanted = {"start": "closed", "references": 1, "lambda_gen": 0.1, "lambda_id": 0.0, "masked": True}
+    assert {name: settings[name] for name in wanted} == wanted
+
+
+def test_instant_reports_a_base_without_a_prior(refused, nano_base_dir, photos):
+    refused(2, "personalize", "--identity", "bob", "--base", nano_base_dir, *photos, "--instant", words=["no prior"])
+
+
+def test_fix_prints_json(run, known, alice, save, tmp_path):
+    done = run("fix", save(tmp_path / "old.png"), "--person", alice, "--base", known, "--json")
+    assert json.loads(done.out)["status"] == "done"
