@@ -354,6 +354,7 @@ PERSONALIZE_RANGES: dict[str, Range] = {
     **dict.fromkeys(("gamma_learning_rate", "token_learning_rate"), _RATE),
     "gen_rows": _whole(1),
     "references": _whole(1, 100),
+    "reference_timestep": _whole(0, 999),
     "pool": _whole(1),
     "rank": _whole(0, 4096),
 }
@@ -382,6 +383,8 @@ class PersonalizeConfig:
     gamma = 0 (PFStorer section 3.2)."""
     references: int = 1
     """Largest number of photographs whose features a block attends to at once; the paper uses one."""
+    reference_timestep: int = 0
+    """Timestep of the references in the base: 0 as in ViCo, or 999, where restoring starts."""
     masked: bool = True
     """Whether a block attends only to the tokens of a reference that show the subject (ViCo section 3.2)."""
     first_step: float = 0.0

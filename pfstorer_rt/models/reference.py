@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from pfstorer_rt.diffusion import noisy_latent
 from pfstorer_rt.errors import SettingError
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.personalization import reference_mask
@@ -95,25 +96,34 @@ def reference_pass(
     latent: torch.Tensor,
     context: torch.Tensor,
     layers: Sequence[str],
+    timestep: int = 0,
+    alphas_cumprod: torch.Tensor | None = None,
 ) -> dict[str, LayerReference]:
-    """Run clean reference latents (B, C, h, w) through the base at timestep 0; returns the features by layer.
+    """Run clean reference latents (B, C, h, w) through the base; returns the features by layer.
 
-    context: the subject prompt, (B, L, D). Gradients flow to the context.
+    context: the subject prompt, (B, L, D). timestep: 0 leaves the latents clean, as ViCo does. Another timestep adds
+    fixed noise by `alphas_cumprod` (1000,): features of one timestep resemble each other more. Gradients flow to the
+    context.
     """
     features: dict[str, torch.Tensor] = {}
 
     def keep(layer: str) -> Tap:
         return lambda tokens: features.setdefault(layer, tokens)
 
-    t = torch.zeros(len(latent), dtype=torch.long, device=latent.device)
+    t = torch.full((len(latent),), timestep, dtype=torch.long, device=latent.device)
+    x = latent
+    if timestep:
+        assert alphas_cumprod is not None
+        noise = torch.randn(latent.shape[1:], generator=torch.Generator().manual_seed(0)).to(latent)
+        x = noisy_latent(latent, latent, noise.expand_as(latent), t, alphas_cumprod)
     with record_text_attention(unet, layers) as recording:
-        unet(latent, t, context, structure_encoder(latent, t), {layer: keep(layer) for layer in layers})
+        unet(x, t, context, structure_encoder(latent, t), {layer: keep(layer) for layer in layers})
     return {layer: LayerReference(features[layer], recording[layer].probabilities) for layer in layers}
 
 
 @torch.no_grad()
 def reference_features(
-    base: Base, latent: torch.Tensor, token: torch.Tensor, prompt: str, layers: Sequence[str]
+    base: Base, latent: torch.Tensor, token: torch.Tensor, prompt: str, layers: Sequence[str], timestep: int = 0
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Run the base once on a clean reference latent (B, C, h, w), in the same way as in training.
 
@@ -121,5 +131,6 @@ def reference_features(
     """
     ids, positions = subject_ids(base, prompt)
     context = base.text_encoder(ids, token).expand(len(latent), -1, -1)
-    found = reference_pass(base.unet, base.structure_encoder, latent, context, layers)
+    alphas = base.schedule.alphas_cumprod_tensor().to(latent.device)
+    found = reference_pass(base.unet, base.structure_encoder, latent, context, layers, timestep, alphas)
     return {layer: (seen.features, seen.mask(positions.subject)) for layer, seen in found.items()}

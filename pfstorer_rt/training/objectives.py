@@ -134,7 +134,13 @@ class PersonalizationObjective(ImageObjective):
         # the restored rows need no gradients before the first personalized layer.
         references = batch["reference"]
         reference = reference_pass(
-            self.unet, self.structure_encoder, references, subject.expand(len(references), -1, -1), self.blocks.layers
+            self.unet,
+            self.structure_encoder,
+            references,
+            subject.expand(len(references), -1, -1),
+            self.blocks.layers,
+            self.config.reference_timestep,
+            self.alphas_cumprod,
         )
         rows = torch.cat([torch.arange(n), torch.arange(k)]).to(x0.device)
         x = torch.cat(

@@ -205,7 +205,12 @@ def cache_references(
     latents = torch.cat([base.encode(image[None]) for image in images])
     settings = identity.settings
     found = reference_features(
-        base, latents, token.float().to(base.device), settings["subject_prompt"], identity.layers
+        base,
+        latents,
+        token.float().to(base.device),
+        settings["subject_prompt"],
+        identity.layers,
+        settings["reference_timestep"],
     )
     tensors = {}
     for i, layer in enumerate(identity.layers):

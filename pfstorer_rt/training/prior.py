@@ -1,7 +1,9 @@
 """The prior of the personalization blocks: they learn from many people how to use the references of an unknown one.
 
-Blocks and base are trained together. The base without a prior has learned to restore an image from its degraded version
-alone, so its decoder expects nothing in the latents that is not in the degraded image as well.
+1. The blocks alone are trained on latents. They start as a search for the most similar feature of the references.
+   Blocks with random weights ignored the references after 500 iterations.
+2. Blocks and base are trained together with losses on images. The base without a prior has learned to restore an image
+   from its degraded version alone, so its decoder expects nothing in the latents that the degraded image lacks.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pfstorer_rt.config import PersonalizeConfig, TrainConfig
+from pfstorer_rt.diffusion import LAST, noisy_latent, x0_from_prediction
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.faces.recognizer import FaceRecognizer, cut_faces
 from pfstorer_rt.files import make_folder
@@ -27,28 +30,39 @@ from pfstorer_rt.models.personalization import PersonalizationBlocks, build_bloc
 from pfstorer_rt.models.prior import Prior
 from pfstorer_rt.models.prompt import tokenize
 from pfstorer_rt.models.reference import reference_pass, subject_ids
-from pfstorer_rt.models.unet import RestorationUNet, Tap
+from pfstorer_rt.models.unet import Tap
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.chunks import Arrays
 from pfstorer_rt.training.data import Batch, draw_timesteps
-from pfstorer_rt.training.device import accelerated, to_channels_last
+from pfstorer_rt.training.device import accelerated, kernels_for, to_channels_last
 from pfstorer_rt.training.image_loss import jitter
 from pfstorer_rt.training.latents import encode_pool, flip, is_flipped, to_pixels
 from pfstorer_rt.training.loop import Training, log_to, run_training, signature
 from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.lpips import Lpips
 from pfstorer_rt.training.memory import ParameterGroup
+from pfstorer_rt.training.objectives import RestorerObjective
 from pfstorer_rt.training.one_step import MARGIN, OneStepConfig, OneStepObjective, WindowSampler
 from pfstorer_rt.training.tiles import Bytes
 
-INITIAL_GAMMA = 0.1
-"""Initial gate of the blocks. They start as copies of trained layers, so they need not start closed."""
+GAMMA, SHARPNESS = 0.3, 2.5
+"""Initial gate of the blocks, and initial scale of queries and keys."""
+TIMESTEP = LAST
+"""Timestep of the references: their features resemble those of the degraded image most at the same timestep."""
 
 
 @dataclass(frozen=True)
 class PriorConfig:
     """Settings of the training of a prior."""
 
+    matching: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            iterations=500, batch=8, learning_rate=1e-3, warmup=30, decay=0.5, ema=0.99, weight_decay=0.0
+        )
+    )
+    """Training of the blocks on latents."""
+    same_photo: float = 0.35
+    """Share of the samples on latents whose references are views of the sample's own photograph."""
     base: OneStepConfig = field(
         default_factory=lambda: OneStepConfig(
             TrainConfig(
@@ -60,7 +74,7 @@ class PriorConfig:
             window=8,
         )
     )
-    """Losses of the samples without references, and the length of the training."""
+    """Losses of the samples without references, and the length of the training on images."""
     people: int = 2
     """Samples with references in a batch."""
     references: int = 4
@@ -78,13 +92,49 @@ class PriorConfig:
     lambda_id: float = 0.6
 
 
+class ReferenceObjective(RestorerObjective):
+    """The squared error of the clean latents, restored with references in one step; trains the blocks alone.
+
+    It is much cheaper than the losses on images, so it sees many more samples, and it teaches the blocks to find the
+    features of a reference that correspond to those of the degraded image.
+    """
+
+    def __init__(self, base: Base, scales: Mapping[str, float]) -> None:
+        super().__init__(base, "x0")
+        settings = PersonalizeConfig.for_base(base.config)
+        self.blocks = build_blocks(base.unet, base.config.layers, base.config.head_size)
+        match_features(self.blocks, scales)
+        ids, _ = subject_ids(base, settings.subject_prompt)
+        self.token = nn.Parameter(self.text_encoder.word_embedding(tokenize(settings.init_word, base.config)))
+        self.register_buffer("subject_ids", ids, persistent=False)
+
+    def forward(self, batch: Batch) -> Losses:
+        """Take latents `hq lq noise` (B, C, h, w), `t` (B,), and `references` (B, R, C, h, w)."""
+        x = noisy_latent(batch["hq"], batch["lq"], batch["noise"], batch["t"], self.alphas_cumprod)
+        context = self.text_encoder(self.ids).expand(len(x), -1, -1)
+        structure = self.structure_encoder(batch["lq"], batch["t"])
+        prediction = self.unet(x, batch["t"], context, structure, reference_taps(self, batch["references"])).float()
+        restored = x0_from_prediction(x, prediction, batch["t"], self.alphas_cumprod, self.prediction_type)
+        return {"loss": F.mse_loss(restored, batch["hq"])}
+
+
+def reference_taps(known: ReferenceObjective, references: torch.Tensor) -> dict[str, Tap]:
+    """Return the blocks on the features of references (B, R, C, h, w), which are side by side."""
+    b, r = references.shape[:2]
+    with torch.no_grad():
+        subject = known.text_encoder(known.subject_ids, known.token).expand(b * r, -1, -1)
+        parts = known.unet, known.structure_encoder, references.flatten(0, 1), subject, known.blocks.layers
+        seen = reference_pass(*parts, TIMESTEP, known.alphas_cumprod)
+    torch.clear_autocast_cache()  # weights that were cast without gradients must not be used with gradients
+    features = {layer: s.features.unflatten(0, (b, r)).flatten(1, 2) for layer, s in seen.items()}
+    return {block.layer: partial(block, reference=features[block.layer]) for block in known.blocks}
+
+
 class PriorObjective(OneStepObjective):
     """The losses of `OneStepObjective` on samples without references, plus the same losses with references.
 
     With references, every sample is decoded around its face, because the face counts.
     """
-
-    base_ids: torch.Tensor
 
     def __init__(
         self,
@@ -92,16 +142,13 @@ class PriorObjective(OneStepObjective):
         config: PriorConfig,
         lpips: Lpips,
         recognizer: FaceRecognizer | None,
-        scales: Mapping[str, float],
+        known: ReferenceObjective,
     ) -> None:
+        """Take the blocks and the token of `known`, which has trained them on latents."""
         super().__init__(base, config.base, lpips, recognizer)
-        self.prior = config
-        settings = PersonalizeConfig.for_base(base.config)
-        self.blocks = build_blocks(base.unet, base.config.layers, base.config.head_size)
-        copy_layers(base.unet, self.blocks, scales)
-        ids, _ = subject_ids(base, settings.subject_prompt)
-        self.token = nn.Parameter(self.text_encoder.word_embedding(tokenize(settings.init_word, base.config)))
-        self.register_buffer("subject_ids", ids, persistent=False)
+        self.prior, self.blocks, self.token = config, known.blocks, known.token
+        self.taps = partial(reference_taps, known)
+        nn.Module.requires_grad_(self.blocks, True)
 
     def forward(self, batch: Batch) -> Losses:
         """Take the batch of `OneStepObjective`, and the batch of `PeopleSampler` with `person_` before each name."""
@@ -139,18 +186,6 @@ class PriorObjective(OneStepObjective):
         loss = p.lambda_latent * latent + sum(weights[name] * value for name, value in losses.items())
         return {"loss": loss, "latent": latent, **losses}
 
-    def taps(self, references: torch.Tensor) -> dict[str, Tap]:
-        """Return the blocks on the features of references (B, R, C, h, w), which are side by side."""
-        b, r = references.shape[:2]
-        with torch.no_grad():
-            subject = self.text_encoder(self.subject_ids, self.token).expand(b * r, -1, -1)
-            seen = reference_pass(
-                self.unet, self.structure_encoder, references.flatten(0, 1), subject, self.blocks.layers
-            )
-        torch.clear_autocast_cache()  # weights that were cast without gradients must not be used with gradients
-        features = {layer: s.features.unflatten(0, (b, r)).flatten(1, 2) for layer, s in seen.items()}
-        return {block.layer: partial(block, reference=features[block.layer]) for block in self.blocks}
-
     def identity(self, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
         """Squared distance of embeddings over the images with a face (B, 2, 3); 0 without any."""
         seen = maps.isfinite().all(2).all(1)
@@ -168,38 +203,35 @@ def cut(maps: torch.Tensor, corners: torch.Tensor, side: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def copy_layers(unet: RestorationUNet, blocks: PersonalizationBlocks, scales: Mapping[str, float]) -> None:
-    """Initialise the blocks with the UNet's own layers and open their gates a little.
+def match_features(blocks: PersonalizationBlocks, scales: Mapping[str, float]) -> None:
+    """Initialise the blocks so that they move every feature towards the most similar features of the references.
 
-    Both attentions start as the self-attention of the layer that the block follows: it compares features of an image
-    with each other, so it compares them with a reference as well. The block works on the features outside of that
-    layer, so its matrices are products with the layer's projections. scales: standard deviation of the features by
-    layer, because the features of a reference are not normalised.
+    Queries, keys and values are one random rotation of the features, so each head compares another part of them. The
+    self-attention subtracts half of the feature itself. This does not change the normalized queries of the attention
+    to the references. scales: standard deviation of the features by layer, because the features of a reference are not
+    normalised. The rotation comes from torch's global generator.
     """
     for block in blocks:
-        layer: Any = unet.get_submodule(block.layer)
-        new: Any = block.block
-        own = layer.transformer_blocks[-1]
-        entry, last = layer.proj_in.weight, layer.proj_out.weight
-        for attention, scale in ((new.attn1, 1.0), (new.attn2, scales[block.layer])):
-            attention.to_q.weight.copy_(own.attn1.to_q.weight @ entry)
-            attention.to_k.weight.copy_(own.attn1.to_k.weight @ entry / scale)
-            attention.to_v.weight.copy_(own.attn1.to_v.weight @ entry / scale)
-            attention.to_out[0].weight.copy_(last @ own.attn1.to_out[0].weight)
-            attention.to_out[0].bias.copy_(last @ own.attn1.to_out[0].bias)
-        new.ff.net[0].proj.weight.copy_(own.ff.net[0].proj.weight @ entry)
-        new.ff.net[0].proj.bias.copy_(own.ff.net[0].proj.bias)
-        new.ff.net[2].weight.copy_(last @ own.ff.net[2].weight)
-        new.ff.net[2].bias.copy_(last @ own.ff.net[2].bias)
-        block.gamma.fill_(INITIAL_GAMMA)
+        width, scale, new = block.gamma.numel(), scales[block.layer], cast(Any, block.block)
+        rotation = torch.linalg.qr(torch.randn(width, width))[0]
+        for attention, sign, deviation in ((new.attn1, -0.5, 1.0), (new.attn2, 0.5, scale)):
+            attention.to_q.weight.copy_(SHARPNESS * rotation)
+            attention.to_k.weight.copy_(SHARPNESS * rotation / deviation)
+            attention.to_v.weight.copy_(rotation / deviation)
+            attention.to_out[0].weight.copy_(sign * scale * rotation.T)
+            attention.to_out[0].bias.zero_()
+        new.ff.net[2].weight.zero_()
+        new.ff.net[2].bias.zero_()
+        block.gamma.fill_(GAMMA)
 
 
 @torch.no_grad()
 def feature_scales(base: Base, latents: torch.Tensor) -> dict[str, float]:
-    """Return the standard deviation of the features of undegraded latents (B, C, h, w), by layer."""
-    context = base.encode_prompt().expand(len(latents), -1, -1)
-    seen = reference_pass(base.unet, base.structure_encoder, latents, context, base.config.layers)
-    return {layer: float(s.features.float().std()) for layer, s in seen.items()}
+    """Return the mean standard deviation of the features of undegraded latents (B, C, h, w), by layer."""
+    context, alphas = base.encode_prompt().expand(len(latents), -1, -1), base.schedule.alphas_cumprod_tensor()
+    parts = base.unet, base.structure_encoder, latents, context, base.config.layers
+    seen = reference_pass(*parts, TIMESTEP, alphas.to(latents.device))
+    return {layer: float(s.features.float().std((0, 1)).mean()) for layer, s in seen.items()}
 
 
 class PeopleSampler:
@@ -208,6 +240,21 @@ class PeopleSampler:
     def __init__(self, pool: Arrays, latents: npt.NDArray[Any], config: PriorConfig) -> None:
         self.pool, self.latents, self.config = pool, latents, config
         self.person, self.photo = np.array(pool["person"]), np.array(pool["photo"])
+
+    def latents_of(self, number: int, count: int) -> Batch:
+        """Return batch `number` of `ReferenceObjective` with `count` samples."""
+        rng = np.random.default_rng([self.config.base.train.seed, 41, number])
+        tiles, versions = self.latents.shape[:2]
+        chosen = rng.integers(0, tiles, count), rng.integers(0, versions, count)
+        latents = torch.from_numpy(self.latents[chosen]).float()
+        r = int(rng.integers(1, self.config.references + 1))
+        return {
+            "hq": latents[:, 0],
+            "lq": latents[:, 1],
+            "noise": torch.from_numpy(rng.standard_normal(latents[:, 0].shape, np.float32)),
+            "t": torch.full((count,), LAST),
+            "references": torch.stack([self.references(k, r, rng, self.config.same_photo) for k in chosen[0]]),
+        }
 
     def __call__(self, number: int) -> Batch:
         """Return batch `number` of `PriorObjective.with_references`."""
@@ -245,9 +292,14 @@ class PeopleSampler:
         where = (slice(top, top + length), slice(left, left + length))
         return flip(self.pool["hq"][tile], version)[where], flip(self.pool["lq"][tile, version], version)[where]
 
-    def references(self, tile: int, count: int, rng: np.random.Generator) -> torch.Tensor:
-        """Draw latents (count, C, h, w) of other photographs of the person in a tile, undegraded."""
-        others = np.flatnonzero((self.person == self.person[tile]) & (self.photo != self.photo[tile]))
+    def references(self, tile: int, count: int, rng: np.random.Generator, same_photo: float = 0.0) -> torch.Tensor:
+        """Draw latents (count, C, h, w) of other photographs of the person in a tile, undegraded.
+
+        same_photo: probability of views of the same photograph instead, which teach the blocks to find corresponding
+        features.
+        """
+        photo = (self.photo == self.photo[tile]) == (rng.random() < same_photo)
+        others = np.flatnonzero((self.person == self.person[tile]) & photo)
         rows = rng.choice(others, count, replace=len(others) < count)
         versions = rng.integers(0, self.latents.shape[1], count)
         return torch.from_numpy(self.latents[rows, versions, 0]).float()
@@ -308,28 +360,42 @@ def train_prior(
         for name, pool in (("people", people), ("tiles", tiles)):
             make_folder(work / name)
             encoded.append(encode_pool(pool, base, work / name, accelerator, settings.workers, on_progress))
+        known, plain = PeopleSampler(people, encoded[0], config), WindowSampler(tiles, encoded[1], config.base)
         face = FaceRecognizer(recognizer) if recognizer and config.lambda_id else None
+        mark = signature([asdict(config), base.fingerprint, [list(latents.shape) for latents in encoded]], [])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            scales = feature_scales(base, torch.from_numpy(encoded[0][:8, 0, 0]).float())
-            objective = PriorObjective(base, config, Lpips(lpips), face, scales)
-        known, plain = PeopleSampler(people, encoded[0], config), WindowSampler(tiles, encoded[1], config.base)
+            matching = ReferenceObjective(base, feature_scales(base, torch.from_numpy(encoded[0][:8, 0, 0]).float()))
+            objective = PriorObjective(base, config, Lpips(lpips), face, matching)
+        base.set_attention(kernels_for(settings, accelerator.device), matching)
 
-        def make_batch(_: int, number: int) -> Batch:
+        def on_images(_: int, number: int) -> Batch:
             return {**plain(number), **{f"person_{name}": value for name, value in known(number).items()}}
 
-        training = Training(
+        latents_alone = Training(
+            "matching",
+            matching,
+            lambda _, number: known.latents_of(number, config.matching.batch),
+            config.matching,
+            work / "matching.pt",
+            mark,
+            parameter_groups(matching, config.matching.learning_rate, config.gamma_learning_rate),
+            on_log=log_to(work / "matching.csv"),
+            on_progress=on_progress,
+        )
+        run_training(latents_alone, accelerator)
+        images = Training(
             "prior",
             objective,
-            make_batch,
+            on_images,
             settings,
             work / "prior.pt",
-            signature([asdict(config), base.fingerprint, [list(latents.shape) for latents in encoded]], []),
-            parameter_groups(objective, base, config),
+            mark,
+            all_groups(objective, base, config),
             on_log=log_to(work / "prior.csv"),
             on_progress=on_progress,
         )
-        run_training(training, accelerator)
+        run_training(images, accelerator)
     base.prior = Prior(base.unet, base.config)
     base.prior.blocks.load_state_dict(objective.blocks.state_dict())
     base.prior.token.data.copy_(objective.token.data)
@@ -337,17 +403,21 @@ def train_prior(
     base.fingerprint = fingerprint_modules(base.modules())
 
 
-def parameter_groups(objective: PriorObjective, base: Base, config: PriorConfig) -> list[ParameterGroup]:
-    """Return the groups of the optimizer: base, blocks, gamma and token, discriminator."""
+def parameter_groups(known: ReferenceObjective | PriorObjective, rate: float, gamma: float) -> list[ParameterGroup]:
+    """Return the groups of blocks, and of gamma and token."""
+    gammas = [block.gamma for block in known.blocks]
+    own = {id(gamma) for gamma in gammas}
+    blocks = [p for p in known.blocks.parameters() if id(p) not in own]
+    return [{"params": blocks, "lr": rate}, {"params": [*gammas, known.token], "lr": gamma}]
+
+
+def all_groups(objective: PriorObjective, base: Base, config: PriorConfig) -> list[ParameterGroup]:
+    """Return the groups of the training on images: base, blocks, gamma and token, discriminator."""
     assert base.cfw is not None
     trained = [base.unet, base.structure_encoder, base.text_encoder, base.cfw, base.vae.decoder]
-    gammas = [block.gamma for block in objective.blocks]
-    own = {id(gamma) for gamma in gammas}
-    blocks = [p for p in objective.blocks.parameters() if id(p) not in own]
     groups: list[ParameterGroup] = [
         {"params": [p for m in trained for p in m.requires_grad_(True).parameters()]},
-        {"params": blocks, "lr": config.learning_rate},
-        {"params": [*gammas, objective.token], "lr": config.gamma_learning_rate},
+        *parameter_groups(objective, config.learning_rate, config.gamma_learning_rate),
     ]
     if objective.discriminator is not None:
         rate = config.base.discriminator_rate

@@ -4,30 +4,35 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pfstorer_rt.config import PersonalizeConfig, TrainConfig
+from pfstorer_rt.diffusion import noisy_latent
 from pfstorer_rt.errors import BadFileError, SettingError
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import build_base, load_base
+from pfstorer_rt.models.personalization import PersonalizationBlock, PersonalizationBlocks
 from pfstorer_rt.models.prior import FOLDER, Prior
 from pfstorer_rt.training.lpips import Lpips
-from pfstorer_rt.training.objectives import PersonalizationObjective
 from pfstorer_rt.training.one_step import OneStepConfig
 from pfstorer_rt.training.personalize import instant_identity, personalize
 from pfstorer_rt.training.prior import (
     PeopleSampler,
     PriorConfig,
     PriorObjective,
-    copy_layers,
+    ReferenceObjective,
     cut,
     feature_scales,
     in_square,
+    match_features,
+    reference_taps,
     train_prior,
 )
 from tests.training.test_one_step import NANO, latents_of
 
 TRAIN = TrainConfig(iterations=2, batch=2, learning_rate=1e-3, precision="fp32")
-CONFIG = PriorConfig(OneStepConfig(train=TRAIN, window=4, cropped=1.0), crop=4, window=3, references=3)
+MATCHING = TrainConfig(iterations=2, batch=2, precision="fp32")
+CONFIG = PriorConfig(MATCHING, base=OneStepConfig(train=TRAIN, window=4, cropped=1.0), crop=4, window=3, references=3)
 
 
 @pytest.fixture
@@ -90,24 +95,58 @@ def test_cut_takes_another_square_of_each_map():
     assert found[0, 0].tolist() == [[1, 2], [5, 6]] and found[1, 0].tolist() == [[24, 25], [28, 29]]
 
 
-def test_blocks_start_with_the_layers_self_attention(base):
-    """Queries of a block equal the queries of the layer, computed through its input projection."""
-    made = PersonalizationObjective(base, PersonalizeConfig()).blocks
-    copy_layers(base.unet, made, dict.fromkeys(base.config.layers, 2.0))
-    for block in made:
-        layer = base.unet.get_submodule(block.layer)
-        x = torch.randn(1, 5, block.gamma.numel())
-        own, new = layer.transformer_blocks[-1].attn1, block.block
-        plain = torch.nn.functional.linear(x, layer.proj_in.weight)
-        torch.testing.assert_close(new.attn2.to_q(x), own.to_q(plain), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(new.attn2.to_k(2 * x), own.to_k(plain), atol=1e-5, rtol=1e-4)
-        assert (block.gamma == 0.1).all()
+def test_blocks_start_as_a_search_for_similar_features():
+    """Noisy features move towards the feature of the reference that they resemble, and not towards another one."""
+    torch.manual_seed(0)
+    blocks = PersonalizationBlocks([PersonalizationBlock(64, 32, layer="a")])
+    match_features(blocks, {"a": 1.0})
+    blocks[0].gamma.data.fill_(0.5)
+    reference = F.layer_norm(torch.randn(1, 20, 64), (64,))
+    x = F.layer_norm(reference[:, :5] + 0.3 * torch.randn(1, 5, 64), (64,))
+    moved = blocks[0](x, reference) - x
+    towards = F.cosine_similarity(moved, reference[:, :5] - x, dim=-1)
+    elsewhere = F.cosine_similarity(moved, reference[:, 5:10] - x, dim=-1)
+    assert towards.min() > 0.5 and elsewhere.max() < towards.min()
+
+
+def known_of(base, latents):
+    return ReferenceObjective(base, feature_scales(base, torch.from_numpy(latents[:2, 0, 0])))
+
+
+def test_the_features_of_clean_and_degraded_images_are_of_one_timestep(base, people):
+    """The features of a reference that equals the input are those of the restoring pass with the same noise."""
+    latents = torch.from_numpy(latents_of(base, people)[:2, 0, 0])
+    known, layer = known_of(base, latents_of(base, people)), NANO.layers[-1]
+    seen = reference_taps(known, latents[:, None])[layer].keywords["reference"]
+    noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).expand_as(latents)
+    t, kept = torch.full((2,), 999), {}
+    x = noisy_latent(latents, latents, noise, t, base.schedule.alphas_cumprod_tensor())
+    subject = known.text_encoder(known.subject_ids, known.token).expand(2, -1, -1)
+    with torch.no_grad():
+        base.unet(x, t, subject, base.structure_encoder(latents, t), {layer: lambda h: kept.setdefault(layer, h)})
+    torch.testing.assert_close(seen, kept[layer])
+
+
+def test_the_training_on_latents_uses_the_references(base, people):
+    """A few iterations on a pool whose references contain the answer lower the error."""
+    latents = latents_of(base, people)
+    torch.manual_seed(0)
+    known, sampler = known_of(base, latents), PeopleSampler(people, latents, replace(CONFIG, same_photo=1.0))
+    optimizer = torch.optim.Adam(known.blocks.parameters(), 3e-3)
+    losses = []
+    for _ in range(12):
+        loss = known(sampler.latents_of(0, 4))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(p.grad is None for p in base.unet.parameters())
 
 
 def test_gradients_reach_the_base_and_the_blocks(base, people, lpips):
     latents = latents_of(base, people)
-    scales = feature_scales(base, torch.from_numpy(latents[:2, 0, 0]))
-    objective = PriorObjective(base, CONFIG, Lpips(lpips), None, scales)
+    objective = PriorObjective(base, CONFIG, Lpips(lpips), None, known_of(base, latents))
     for module in (base.unet, base.cfw, base.vae.decoder, base.structure_encoder):
         module.requires_grad_(True)
     losses = objective.with_references(PeopleSampler(people, latents, CONFIG)(0))
@@ -118,12 +157,12 @@ def test_gradients_reach_the_base_and_the_blocks(base, people, lpips):
         assert block.gamma.grad.abs().sum() > 0 and block.block.attn2.to_k.weight.grad.abs().sum() > 0
 
 
-def test_all_references_are_attended(base, people, lpips):
-    objective = PriorObjective(base, CONFIG, Lpips(lpips), None, dict.fromkeys(NANO.layers, 1.0))
+def test_all_references_are_attended(base, people):
+    known = known_of(base, latents_of(base, people))
     references = torch.randn(2, 3, 4, 8, 8)
-    tap = objective.taps(references)[NANO.layers[-1]]
+    tap = reference_taps(known, references)[NANO.layers[-1]]
     assert isinstance(tap, partial) and tap.keywords["reference"].shape[:2] == (2, 3 * 8 * 8)
-    one = objective.taps(references[:, 2:])[NANO.layers[-1]].keywords["reference"]
+    one = reference_taps(known, references[:, 2:])[NANO.layers[-1]].keywords["reference"]
     torch.testing.assert_close(tap.keywords["reference"][:, -64:], one, atol=1e-4, rtol=1e-3)
 
 
