@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import platform
+import re
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 
@@ -41,3 +44,27 @@ def write(output: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of an earlier run."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def with_table(text: str, script: str, table: str) -> str:
+    """Replace the table of a page between the comments `<!-- table: ... SCRIPT ... -->` and `<!-- end of table -->`.
+
+    Raises `ClickException` without these comments.
+    """
+    place = re.compile(rf"(<!-- table: [^\n]*{re.escape(script)}[^\n]*-->\n).*?(<!-- end of table -->)", re.DOTALL)
+    if not place.search(text):
+        raise click.ClickException(f"no '<!-- table: {script} -->' and '<!-- end of table -->' in the page; add them")
+    return place.sub(lambda found: found[1] + table + found[2], text)
+
+
+def line(cells: Sequence[str]) -> str:
+    """Return a row of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"

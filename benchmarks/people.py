@@ -11,8 +11,6 @@ an interrupted run. `--readme` writes the table of means to README.md and measur
 
 from __future__ import annotations
 
-import csv
-import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -21,8 +19,7 @@ from statistics import fmean
 from typing import Any
 
 import click
-import torch
-from common import hwc, machine, write
+from common import hwc, line, machine, read, with_table, write
 from heldout import cosine_to, gradient_ratio, lpips_distance, save_sheet
 
 from pfstorer_rt.config import PersonalizeConfig
@@ -38,7 +35,6 @@ REFERENCES = 5
 SEED = 500
 METHODS = {"input": "Input", "base": "Base", "pfstorer": "PFStorer"}
 COLUMNS = {"psnr": ("PSNR dB ↑", 2), "lpips": ("LPIPS ↓", 3), "gradient": ("sharpness", 2), "cosine": ("identity ↑", 3)}
-TABLE = re.compile(r"(<!-- table: [^\n]*people\.py[^\n]*-->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 @click.command()
@@ -66,7 +62,7 @@ def main(
 ) -> None:
     rows = read(output)
     if readme:
-        readme.write_text(with_table(readme.read_text(), rows))
+        readme.write_text(with_table(readme.read_text(), "people.py", table(rows)))
         return
     if not lpips or not recognizer:
         raise click.UsageError("give --lpips FILE and --recognizer FILE")
@@ -97,14 +93,6 @@ def main(
             click.echo(f"{name} {person.name}: learned in {seconds} s of processor time")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of an earlier run."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def restored(person: Path, base: Base, tests: int, side: int) -> Iterator[tuple[int, dict[str, Any], int]]:
     """Learn a person, and yield the number of each image, its versions, and the seconds of learning."""
     paths = find_images([person])
@@ -124,13 +112,6 @@ def restored(person: Path, base: Base, tests: int, side: int) -> Iterator[tuple[
         yield number, images, seconds
 
 
-def with_table(text: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Replace the table of a page between its two comments; raises `ClickException` without them."""
-    if not TABLE.search(text):
-        raise click.ClickException("no '<!-- table: ... -->' and '<!-- end of table -->' in the page; add them")
-    return TABLE.sub(lambda found: found[1] + table(rows) + found[2], text)
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the means over people and images, by set and method."""
     lines = [line(["images", "", *(head for head, _ in COLUMNS.values())]), line(["---"] * (2 + len(COLUMNS)))]
@@ -141,13 +122,3 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             figures = [f"{mean:.{digits}f}" for mean, (_, digits) in zip(means, COLUMNS.values(), strict=True)]
             lines.append(line([name, method, *figures]))
     return "\n".join(lines) + "\n"
-
-
-def line(cells: Sequence[str]) -> str:
-    """Return a row of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()

@@ -9,20 +9,22 @@ reduced by the scale, degraded, and restored at this scale. `heavy` and `light` 
 One row per scene and method: `input` is the degraded image, enlarged by bicubic interpolation; `tiles` has coarse to
 fine off; `coarse` is the default. Columns: PSNR in dB; LPIPS (AlexNet, ONNX: `in0`, `in1` in [-1, 1]); `lpips_face`,
 LPIPS after a reduction to a largest face of 256 pixels; `sharpness`, the mean gradient divided by the original's;
-`faces_original` and `faces`, the numbers of faces that dlib finds in the original and in the result.
+`faces_original` and `faces`, the numbers of faces that dlib finds in the original and in the result. `--page`
+writes the table of means to a page and restores nothing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from common import hwc, machine, write
+from common import hwc, line, machine, read, with_table, write
 from heldout import gradient_ratio, lpips_distance
 from scenes import MATERIALS, Portrait, Scene, Spot, compose
 
@@ -36,6 +38,14 @@ from pfstorer_rt.imaging.similarity import psnr
 from pfstorer_rt.runtime.restorer import Restorer
 from pfstorer_rt.training.data import read_photo
 
+METHODS = {"input": "input", "tiles": "tiles (`--coarse off`)", "coarse": "coarse to fine"}
+COLUMNS = {
+    "PSNR dB ↑": ("psnr", 2),
+    "LPIPS ↓": ("lpips", 3),
+    "LPIPS, face reduced to 256 pixels ↓": ("lpips_face", 3),
+    "sharpness": ("sharpness", 2),
+}
+"""Column of the table on the page -> column of the CSV file and its decimals."""
 FACE = 256
 """Side of the largest face in pixels for `lpips_face`."""
 LEVELS = ("heavy", "light", "scan")
@@ -84,16 +94,29 @@ SCENES: list[tuple[Scene, int]] = [
 
 
 @click.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False))
+@click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-@click.option("--lpips", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--lpips", type=click.Path(exists=True, path_type=Path))
 @click.option("--base", default="portrait", show_default=True)
 @click.option("--only", help="Restore only the scenes whose name contains this text.")
 @click.option("--first", default=0, show_default=True, help="Number of the first scene that is restored.")
 @click.option("--images", type=click.Path(path_type=Path), help="Folder for all images.")
+@click.option("--page", type=click.Path(exists=True, path_type=Path), help="Page whose table to replace.")
 def main(
-    folders: tuple[str, ...], output: Path, lpips: Path, base: str, only: str | None, first: int, images: Path | None
+    folders: tuple[str, ...],
+    output: Path,
+    lpips: Path | None,
+    base: str,
+    only: str | None,
+    first: int,
+    images: Path | None,
+    page: Path | None,
 ) -> None:
+    if page:
+        page.write_text(with_table(page.read_text(), "whole.py", table(read(output))))
+        return
+    if not folders or not lpips:
+        raise click.UsageError("give FOLDER... and --lpips FILE")
     portraits = list(read_portraits(folders))
     restorer, distance = Restorer.from_base(base), lpips_distance(lpips)
     rows: list[dict[str, Any]] = []
@@ -115,6 +138,17 @@ def main(
         if images is not None:
             save(images / f"{number:02d}_{scene.name}_x{scale}_{level}_original.png", original)
         write(output, rows)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the means over the scenes that had two passes, by method."""
+    scenes = {(row["scene"], row["scale"], row["level"]) for row in rows if row["coarse_scale"]}
+    lines = [line(["", *COLUMNS]), line(["---"] * (1 + len(COLUMNS)))]
+    for method, name in METHODS.items():
+        mine = [r for r in rows if r["method"] == method and (r["scene"], r["scale"], r["level"]) in scenes]
+        means = [fmean(float(row[key]) for row in mine) for key, _ in COLUMNS.values()]
+        lines.append(line([name, *(f"{m:.{d}f}" for m, (_, d) in zip(means, COLUMNS.values(), strict=True))]))
+    return "\n".join(lines) + "\n"
 
 
 def results(

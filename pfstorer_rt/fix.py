@@ -1,4 +1,4 @@
-"""Restore images of a person in one call: learn the person without training, restore, and write comparisons."""
+"""Restore images of a person in one call: find or learn the identity, restore, and write comparisons."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def fix(
     """Restore images of a person.
 
     inputs, output: as in `plan_jobs`. person: folder of photographs of the person. A stored identity that was learned
-    from these photographs is used; otherwise the person is learned without training, and nothing is stored. note:
-    called with a line about the identity and for each unsuitable photograph.
-    Raises `BadFileError` when a photograph cannot be read, `ValueError` for a base without a prior, before any work.
+    from these photographs is used. Otherwise a base with a prior learns the person without training, and nothing is
+    stored; a base without a prior restores without an identity. note: called with a line about the identity and for
+    each unsuitable photograph. Raises `BadFileError` when a photograph cannot be read, before any work.
     """
     config = config or FixConfig()
     with needed_by("fix", "train"):
@@ -55,22 +55,24 @@ def fix(
         return restore_files(restorer, inputs, output, config.batch, on_outcome, on_step)
 
 
-def identity_of(person: Path, base: Base, note: Callable[[str], None] = lambda _: None) -> Identity:
-    """Return the stored identity that was learned from the photographs in a folder, or learn it without training."""
+def identity_of(person: Path, base: Base, note: Callable[[str], None] = lambda _: None) -> Identity | None:
+    """Return the stored identity of the photographs in a folder, or learn it without training.
+
+    Returns None, with a note, when there is no stored identity and the base has no prior.
+    """
     from pfstorer_rt.training.personalize import instant_identity
 
     photos = without_results(find_images([person], note), note)
     if found := stored_identity(photos, base.fingerprint):
         note(f"identity {found.name}: learned from these photographs before")
         return found
+    if base.prior is None:
+        note(
+            f"base {base.config.name} has no prior, so the person cannot be learned without training; the images are "
+            "restored without an identity. Learn the person once with `personalize`; then it is used here"
+        )
+        return None
     return instant_identity("person", photos, base, note=note)
-
-
-def identity_of_references(
-    folder: str | Path, base: Base, note: Callable[[str], None] = lambda _: None
-) -> Identity | None:
-    """Return the identity of the person in a folder as `identity_of`; None with a base that has no prior."""
-    return None if base.prior is None else identity_of(Path(folder), base, note)
 
 
 def stored_identity(photos: Sequence[Path], base_fingerprint: str) -> Identity | None:

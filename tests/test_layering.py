@@ -54,7 +54,8 @@ MAY_IMPORT = {
     "export": NETWORKS | {"engine", "runtime"},  # runtime: a plan is compared with its original on whole images
     "evaluation": PLAIN | {"imaging", "faces", "degradation"},
     "demo": PLAIN | {"plan", "imaging", "faces", "degradation", "models", "training", "export", "runtime"},
-    "cli": NETWORKS | {"engine", "runtime", "training", "export", "faces", "degradation", "evaluation", "demo"},
+    "fix": PLAIN | {"identity", "plan", "imaging", "models", "training", "runtime"},
+    "cli": NETWORKS | {"engine", "runtime", "training", "export", "faces", "degradation", "evaluation", "demo", "fix"},
     "": set(),  # pfstorer_rt/__init__.py: names only, resolved on first use
 }
 """Not here on purpose: anything -> cli, runtime -> training or export, pfstorer_rt -> kernels but by ops."""

@@ -37,8 +37,8 @@ def command(
 ) -> None:
     """Restore images of a person in one command, and write {result}_compare: input and result side by side.
 
-    The person is learned without training, and nothing is stored. An identity that `personalize` made from the same
-    photographs is used instead, if there is one.
+    An identity that `personalize` made from the same photographs is used. Without one, a base that has a prior learns
+    the person without training, and nothing is stored; a base without a prior restores without an identity.
 
     \b
     Example:

@@ -137,8 +137,8 @@ class Options:
 @click.option(
     "--refs",
     type=click.Path(exists=True, file_okay=False),
-    help="Folder of photographs of the person; reports the distance of every result to them. With --base and without "
-    "--identity, the person is learned from them without training.",
+    help="Folder of photographs of the person; reports the distance of every result to them. With a --base that has a "
+    "prior and without --identity, the person is learned from them without training.",
 )
 @click.option(
     "--watch", type=click.Path(exists=True, file_okay=False), help="Restore images as they arrive in this folder."
@@ -309,11 +309,12 @@ def open_restorer(engine: str | None, options: Options) -> Restorer:
         assert options.base is not None
         if options.refs is None or options.identity:
             return Restorer.from_base(options.base, options.identity, attention=options.attention)
-        from pfstorer_rt.fix import identity_of_references
+        from pfstorer_rt.fix import identity_of
         from pfstorer_rt.models.base import load_base
 
         base = load_base(options.base)
-        return Restorer.from_base(base, identity_of_references(options.refs, base, note), attention=options.attention)
+        identity = identity_of(Path(options.refs), base, note) if base.prior else None
+        return Restorer.from_base(base, identity, attention=options.attention)
     return Restorer.from_plan(
         engine, options.backend, options.base, options.trust_plan, options.provider, options.attention
     )

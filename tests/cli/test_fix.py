@@ -62,9 +62,12 @@ def test_fix_uses_the_identity_of_the_same_photographs(run, known, alice, photos
     assert other.status == 0 and "identity bob" not in other.err
 
 
-def test_fix_needs_a_prior(refused, nano_base_dir, alice, save, tmp_path):
-    refused(2, "fix", save(tmp_path / "old.png"), "--person", alice, "--base", nano_base_dir, words=["no prior"])
-    assert not (tmp_path / "old_restored.png").exists()
+def test_fix_restores_without_an_identity_on_a_base_without_a_prior(run, nano_base_dir, alice, save, tmp_path, people):
+    old = save(tmp_path / "old.png")
+    done = run("fix", old, "--person", alice, "--base", nano_base_dir)
+    assert done.status == 0 and "has no prior" in done.err
+    run("restore", "--base", nano_base_dir, old, "-o", tmp_path / "plain.png")
+    assert (tmp_path / "old_restored.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
 
 
 def test_restore_with_references_alone_learns_the_person(run, known, nano_base_dir, save, tmp_path):

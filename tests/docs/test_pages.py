@@ -116,7 +116,7 @@ def test_every_page_is_in_the_index(page):
 
 
 def test_the_tables_equal_the_committed_results(tmp_path, monkeypatch):
-    """docs/results.md and README hold what benchmarks/tables_document.py and people.py make of the committed rows."""
+    """The tables of the pages are what the benchmarks make of the committed rows."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     document, people = importlib.import_module("tables_document"), importlib.import_module("people")
     source = Path("benchmarks/results/tables.csv")
@@ -124,8 +124,11 @@ def test_the_tables_equal_the_committed_results(tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     document.write_document(tmp_path / "results.md", rows, source)
     assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
-    readme = (ROOT / "README.md").read_text()
-    assert people.with_table(readme, people.read(ROOT / "benchmarks" / "results" / "people.csv")) == readme
+    whole = importlib.import_module("whole")
+    for script, page in ((people, ROOT / "README.md"), (whole, ROOT / "docs" / "restore.md")):
+        name = Path(script.__file__).stem
+        table = script.table(script.read(ROOT / "benchmarks" / "results" / f"{name}.csv"))
+        assert script.with_table(page.read_text(), f"{name}.py", table) == page.read_text()
     for group in document.same_people([r for r in rows if r["level"] == "heavy"]):
         people = {method: {r["person"] for r in mine} for method, mine in document.by(group, "method").items()}
         assert len(set(map(frozenset, people.values()))) == 1
