@@ -27,7 +27,7 @@ from pfstorer_rt.faces.arcface import align, five_points
 from pfstorer_rt.faces.finding import find_largest, landmarks_at_side
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.imaging.rows import Pixels
-from pfstorer_rt.imaging.similarity import psnr
+from pfstorer_rt.imaging.similarity import mean_gradient, psnr
 from pfstorer_rt.models.base import load_base
 from pfstorer_rt.runtime.restorer import Restorer
 from pfstorer_rt.training.data import center_crop, read_photo
@@ -127,10 +127,6 @@ def lpips_distance(path: Path) -> Metric:
 
 def gradient_ratio(result: Pixels, truth: Pixels) -> float:
     """Return the mean absolute difference of neighbouring pixels, divided by the original's."""
-
-    def mean_gradient(pixels: Pixels) -> float:
-        return sum(float(np.abs(np.diff(pixels, axis=axis)).mean()) for axis in (0, 1))
-
     return mean_gradient(result) / mean_gradient(truth)
 
 

@@ -52,7 +52,16 @@ PATH = click.Path(path_type=Path)
 )
 @click.option("--metrics", "keys", help="Metrics to measure, separated by commas. [default: all]")
 @click.option("--arcface", type=PATH, help="ONNX file of a face recognizer of the ArcFace family.")
-@click.option("--alexnet", type=PATH, help="File of torchvision's AlexNet weights, for LPIPS.")
+@click.option(
+    "--arcface-range",
+    type=click.Choice(["-1..1", "0..1", "0..255"]),
+    default="-1..1",
+    show_default=True,
+    help="Range of the values that this recognizer takes.",
+)
+@click.option("--lpips", type=PATH, help="ONNX file of LPIPS: two images in, a distance out.")
+@click.option("--alexnet", type=PATH, help="File of torchvision's AlexNet weights, for LPIPS without --lpips.")
+@click.option("--landmarks", type=PATH, help="ONNX file of a network of 98 facial landmarks.")
 @click.option("--musiq", type=PATH, help="File of pyiqa's MUSIQ weights.")
 @click.option("-o", "--output", type=PATH, help="Folder for results.csv, summary.json, results.md, index.html.")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
@@ -68,7 +77,10 @@ def command(
     seconds: tuple[str, ...],
     keys: str | None,
     arcface: Path | None,
+    arcface_range: Literal["-1..1", "0..1", "0..255"],
+    lpips: Path | None,
     alexnet: Path | None,
+    landmarks: Path | None,
     musiq: Path | None,
     output: Path | None,
     overwrite: bool,
@@ -97,7 +109,7 @@ def command(
         save_inputs,
         dict(split_seconds(text) for text in seconds),
         tuple(keys.split(",")) if keys else None,
-        MetricFiles(arcface, alexnet, musiq),
+        MetricFiles(arcface, arcface_range, alexnet, musiq, lpips, landmarks),
         output,
         overwrite,
     )
@@ -145,7 +157,7 @@ def show(report: Report, as_json: bool) -> None:
     print_table(report)
     for metric in report.metrics.columns:
         if metric.key in report.metrics.refused:
-            hint = f" ({flag(metric.file)} FILE)" if metric.file else ""
+            hint = f" ({' or '.join(f'{flag(name)} FILE' for name in metric.files)})" if metric.files else ""
             echo(f"{metric.title}: {report.metrics.refused[metric.key]}{hint}")
 
 

@@ -12,9 +12,13 @@ from pfstorer_rt.extras import needed_by
 from pfstorer_rt.faces import dlib, finding
 from pfstorer_rt.faces.arcface import arcface_embedder
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding
+from pfstorer_rt.faces.landmarks import landmark_network
 from pfstorer_rt.imaging import similarity
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.imaging.similarity import SSIM_WINDOW
+
+RANGES = {"-1..1": (2.0, -1.0), "0..1": (1.0, 0.0), "0..255": (255.0, 0.0)}
+"""Range of a network's input -> factor and offset that map [0, 1] to it."""
 
 
 def known_faces(references: Sequence[Sample], embed: Callable[[Pixels], Embedding | None]) -> list[Embedding]:
@@ -87,11 +91,39 @@ def load_lmse(_: MetricFiles) -> Measure:
     return measure
 
 
+def load_sharpness(_: MetricFiles) -> Measure:
+    """Load the mean gradient of the result divided by the original's; None for an original without any gradient."""
+
+    def measure(result: Sample, original: Sample, _: Sequence[Sample]) -> float | None:
+        truth = original.once(similarity.mean_gradient)
+        return similarity.mean_gradient(result.pixels) / truth if truth else None
+
+    return measure
+
+
+def load_landmarks(files: MetricFiles) -> Measure:
+    """Load the squared error of 98 landmarks; both images use the face of the original."""
+    if files.landmarks is None:
+        raise MissingBackendError("give a network of 98 landmarks as an ONNX file", setting="landmarks")
+    dlib.load_dlib()
+    find = landmark_network(files.landmarks)
+
+    def measure(result: Sample, original: Sample, _: Sequence[Sample]) -> float | None:
+        box = original.once(finding.find_largest)
+        if box is None:
+            return None
+        face = finding.landmarks_at_side(original.pixels, box)
+        points = (find(finding.at_landmark_side(image.pixels), face) for image in (result, original))
+        return dlib.landmark_error(*points)
+
+    return measure
+
+
 def load_arcface(files: MetricFiles) -> Measure:
     """Load 100 x the mean cosine similarity between the embeddings of result and references; None without a face."""
     if files.arcface is None:
         raise MissingBackendError("give a recognizer of the ArcFace family as an ONNX file", setting="arcface")
-    embed = arcface_embedder(files.arcface)
+    embed = arcface_embedder(files.arcface, RANGES[files.arcface_range])
 
     def measure(result: Sample, _: Sample, references: Sequence[Sample]) -> float | None:
         face, known = result.once(embed), known_faces(references, embed)

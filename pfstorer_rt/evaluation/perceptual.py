@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from pfstorer_rt.errors import MissingBackendError, one_line
+from pfstorer_rt.errors import BadFileError, MissingBackendError, one_line
 from pfstorer_rt.evaluation.sample import Measure, MetricFiles, Sample
 from pfstorer_rt.imaging.perceptual import (
     SMALLEST,
@@ -26,14 +27,43 @@ from pfstorer_rt.imaging.rows import Pixels
 def load_lpips(files: MetricFiles) -> Measure:
     """Load LPIPS 0.1 with AlexNet (Zhang 2018, eq. 1): the linear weights come from the package `lpips`.
 
-    Without `files.alexnet`, torchvision provides the backbone.
+    Without `files.alexnet`, torchvision provides the backbone. `files.lpips` is used instead of both.
     Raises `MissingBackendError` when the package or the backbone is missing, `BadFileError` for another file.
     """
-    advice = "install it without its dependencies, and give the AlexNet weights unless torchvision loads"
+    if files.lpips is not None:
+        return measure_by_file(files.lpips)
+    advice = (
+        "install it without its dependencies, and give the AlexNet weights unless torchvision loads; or give LPIPS as "
+        "an ONNX file"
+    )
     linear = package_file("lpips", "weights/v0.1/alex.pth", advice)
     backbone = torchvision_alexnet() if files.alexnet is None else read_weights(files.alexnet)
     slices = alexnet_slices(backbone, files.alexnet or Path("alexnet"))
     return measure_by(PerceptualDistance(slices, linear_weights(read_weights(linear))))
+
+
+def measure_by_file(path: Path) -> Measure:
+    """Return LPIPS by an ONNX file; None for images with a side under 32 pixels; raises `BadFileError`."""
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        names = [entry.name for entry in session.get_inputs()]
+        probe = np.zeros((1, 3, 2 * SMALLEST, 2 * SMALLEST), np.float32)
+        count = np.size(session.run(None, dict.fromkeys(names, probe))[0])
+    except Exception as error:  # onnxruntime's errors have no common base class
+        reason = one_line(error)
+        raise BadFileError(f"{path}: no network of two images (1, 3, H, W) float32 ({reason})") from error
+    if len(names) != 2 or count != 1:
+        raise BadFileError(f"{path}: {len(names)} inputs and {count} values; expected two images and one distance")
+
+    def measure(result: Sample, original: Sample, _: Sequence[Sample]) -> float | None:
+        if min(original.pixels.shape[:2]) < SMALLEST:
+            return None
+        planes = (to_planes(image.pixels).numpy() for image in (result, original))
+        return float(np.ravel(session.run(None, dict(zip(names, planes, strict=True)))[0])[0])
+
+    return measure
 
 
 def load_stlpips(_: MetricFiles) -> Measure:

@@ -36,8 +36,8 @@ class Metric:
     load: Load
     counts_failures: bool = False
     """Count a missing result as a black image, so that failures do not improve a method's mean."""
-    file: str | None = None
-    """Field of `MetricFiles` with the metric's weight file."""
+    files: tuple[str, ...] = ()
+    """Fields of `MetricFiles` with the metric's weight files."""
     digits: int = 3
 
 
@@ -102,10 +102,8 @@ def load_metrics(keys: Sequence[str] | None = None, files: MetricFiles | None = 
 def describe_version(metric: Metric, files: MetricFiles) -> str:
     """Return the versions of a metric's packages and the digest of its weight file."""
     words = [f"{name} {package_version(name)}" for name in metric.packages]
-    path = getattr(files, metric.file) if metric.file else None
-    if path is not None:
-        words.append(f"{path.name} sha256 {sha256_file(path)[:12]}")
-    return ", ".join(words)
+    paths = [path for name in metric.files if (path := getattr(files, name)) is not None]
+    return ", ".join([*words, *(f"{path.name} sha256 {sha256_file(path)[:12]}" for path in paths)])
 
 
 def package_version(name: str) -> str:
@@ -155,7 +153,7 @@ METRICS: tuple[Metric, ...] = (
         licence="BSD-2-Clause (lpips), weights BSD-3-Clause (torchvision)",
         packages=("lpips",),
         load=perceptual.load_lpips,
-        file="alexnet",
+        files=("alexnet", "lpips"),
     ),
     Metric(
         key="stlpips",
@@ -176,7 +174,33 @@ METRICS: tuple[Metric, ...] = (
         licence="PolyForm-Noncommercial-1.0.0 (pyiqa), weights Apache-2.0",
         packages=("pyiqa",),
         load=perceptual.load_musiq,
-        file="musiq",
+        files=("musiq",),
+        digits=1,
+    ),
+    Metric(
+        key="sharpness",
+        title="Sharpness",
+        better="up",
+        unit="",
+        meaning="mean gradient divided by the original's: 1 is as sharp, less is blurred, more is noise or strands",
+        licence="Apache-2.0",
+        packages=("pfstorer-rt",),
+        load=loaders.load_sharpness,
+        digits=2,
+    ),
+    Metric(
+        key="lmse_98",
+        title="LMSE (98)",
+        better="down",
+        unit="px²",
+        meaning=(
+            "mean squared distance of 98 landmarks of the given network to the original's, at a longer side of 512 px; "
+            "the paper uses FaRL's landmarks"
+        ),
+        licence="MIT (onnxruntime), weights: licence of the file",
+        packages=("onnxruntime",),
+        load=loaders.load_landmarks,
+        files=("landmarks",),
         digits=1,
     ),
     Metric(
@@ -236,7 +260,7 @@ METRICS: tuple[Metric, ...] = (
         licence="MIT (onnxruntime), weights: licence of the file",
         packages=("onnxruntime",),
         load=loaders.load_arcface,
-        file="arcface",
+        files=("arcface",),
         digits=1,
     ),
 )

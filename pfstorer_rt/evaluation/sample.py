@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -45,10 +45,16 @@ class MetricFiles:
 
     arcface: Path | None = None
     """A face recognizer of the ArcFace family as ONNX: (1, 3, 112, 112) in, an embedding out."""
+    arcface_range: Literal["-1..1", "0..1", "0..255"] = "-1..1"
+    """Range of the values that the recognizer takes."""
     alexnet: Path | None = None
     """torchvision's AlexNet weights (alexnet-owt-7be5be79.pth), the backbone of LPIPS."""
     musiq: Path | None = None
     """pyiqa's MUSIQ weights (musiq_koniq_ckpt-e95806b9.pth); without the file pyiqa downloads them."""
+    lpips: Path | None = None
+    """LPIPS as one ONNX file: two images (1, 3, H, W) in [-1, 1] in, a distance out; used instead of the package."""
+    landmarks: Path | None = None
+    """A landmark network as ONNX: (1, 3, 112, 112) in [-1, 1] in, 98 points (x, y) in 0..1 out (WFLW)."""
 
 
 Load = Callable[[MetricFiles], Measure]

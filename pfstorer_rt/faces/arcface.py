@@ -21,9 +21,10 @@ TEMPLATE = np.array(
 """Positions of both eyes, the nose and the corners of the mouth, (x, y) in pixels of 112 x 112."""
 
 
-def arcface_embedder(path: Path) -> Callable[[Pixels], Embedding | None]:
+def arcface_embedder(path: Path, scaling: tuple[float, float] = (2.0, -1.0)) -> Callable[[Pixels], Embedding | None]:
     """Return a function image (H, W, 3) in [0, 1] -> embedding of length 1 of its largest face, None without a face.
 
+    scaling: factor and offset that map [0, 1] to the range of the recognizer's input.
     Raises `MissingBackendError` when the `metrics` extra is not installed, `BadFileError` for another file.
     """
     load_dlib()
@@ -35,7 +36,7 @@ def arcface_embedder(path: Path) -> Callable[[Pixels], Embedding | None]:
         if box is None:
             return None
         points = five_points(landmarks_at_side(pixels, box))
-        planes = align(at_landmark_side(pixels), points).transpose(2, 0, 1)[None] * 2 - 1
+        planes = align(at_landmark_side(pixels), points).transpose(2, 0, 1)[None] * scaling[0] + scaling[1]
         vector = np.asarray(session.run(None, {name: planes.astype(np.float32)})[0], dtype=np.float64).ravel()
         return vector / max(float(np.linalg.norm(vector)), 1e-12)
 

@@ -31,3 +31,8 @@ def ssim(output: Pixels, target: Pixels) -> float:
             use_sample_covariance=False,
         )
     )
+
+
+def mean_gradient(pixels: Pixels) -> float:
+    """Return the mean absolute difference of neighbouring pixels of (H, W, 3), vertical plus horizontal."""
+    return sum(float(np.abs(np.diff(pixels, axis=axis)).mean()) for axis in (0, 1) if pixels.shape[axis] > 1)

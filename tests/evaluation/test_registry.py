@@ -11,9 +11,12 @@ from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio
 
 from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.evaluation.loaders import RANGES
 from pfstorer_rt.evaluation.registry import METRICS, MetricFiles, Sample, describe_version, load_metrics
 from pfstorer_rt.faces import dlib as functions
 from pfstorer_rt.faces import finding
+from pfstorer_rt.faces.arcface import arcface_embedder
+from pfstorer_rt.faces.landmarks import landmark_network
 from pfstorer_rt.imaging import similarity
 
 BEST = {
@@ -195,7 +198,7 @@ def test_versions_name_packages_and_files(tmp_path):
 
 
 def test_unknown_keys_are_refused():
-    with pytest.raises(ValueError, match=r"no metric lpisp.*lpips"):
+    with pytest.raises(ValueError, match=r"unknown metric lpisp.*lpips"):
         load_metrics(["psnr", "lpisp"])
 
 
@@ -205,3 +208,105 @@ def test_the_evaluation_page_names_every_metric_and_its_licence():
     assert [(r[0], r[1], r[2].split(",")[0], r[4]) for r in rows[2:]] == [
         (m.title, f"`{m.key}`", {"up": "higher", "down": "lower"}[m.better], m.licence) for m in METRICS
     ]
+
+
+def save_graph(path, nodes, inputs, output):
+    """Write an ONNX file of float inputs {name: shape} and one output (name, shape)."""
+    from onnx import TensorProto, helper, save
+
+    def values(shapes):
+        return [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+
+    constants = [node for node in nodes if node.op_type == "Constant"]
+    others = [node for node in nodes if node.op_type != "Constant"]
+    graph = helper.make_graph([*constants, *others], "g", values(inputs), values(output))
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture
+def lpips_file(tmp_path):
+    """A distance: the mean of |a - b|."""
+    from onnx import helper
+
+    nodes = [
+        helper.make_node("Sub", ["a", "b"], ["d"]),
+        helper.make_node("Abs", ["d"], ["e"]),
+        helper.make_node("ReduceMean", ["e"], ["o"], keepdims=0),
+    ]
+    image = [1, 3, "h", "w"]
+    return save_graph(tmp_path / "lpips.onnx", nodes, {"a": image, "b": image}, {"o": []})
+
+
+@pytest.fixture
+def landmark_file(tmp_path):
+    """98 points that are all at the mean of the image, (m, m) for pixels of value 2 m - 1."""
+    from onnx import helper
+
+    nodes = [
+        helper.make_node("Constant", [], ["half"], value_float=0.5),
+        helper.make_node("Constant", [], ["shape"], value_ints=[1, 196]),
+        helper.make_node("ReduceMean", ["x"], ["m"], keepdims=0),
+        helper.make_node("Mul", ["m", "half"], ["n"]),
+        helper.make_node("Add", ["n", "half"], ["p"]),
+        helper.make_node("Expand", ["p", "shape"], ["o"]),
+    ]
+    return save_graph(tmp_path / "points.onnx", nodes, {"x": [1, 3, 112, 112]}, {"o": [1, 196]})
+
+
+def test_lpips_by_a_file(lpips_file, make_image):
+    a, b = Sample(make_image(40, 64)), Sample(make_image(40, 64, seed=1))
+    found = load_metrics(["lpips"], MetricFiles(lpips=lpips_file)).measure(a, b)["lpips"]
+    assert found == pytest.approx(2 * np.abs(a.pixels - b.pixels).mean(), rel=1e-4)
+    small = Sample(make_image(16, 64))
+    assert load_metrics(["lpips"], MetricFiles(lpips=lpips_file)).measure(small, small)["lpips"] is None
+
+
+def test_files_of_another_network_are_refused(lpips_file, landmark_file):
+    with pytest.raises(BadFileError, match=r"points\.onnx"):
+        load_metrics(["lpips"], MetricFiles(lpips=landmark_file))
+    with pytest.raises(BadFileError, match=r"lpips\.onnx"):
+        load_metrics(["lmse_98"], MetricFiles(landmarks=lpips_file))
+
+
+def test_landmarks_use_the_square_around_the_face(landmark_file):
+    """The network's points follow the brightness, so a brighter square moves them along its diagonal."""
+    find = landmark_network(landmark_file)
+    face = np.array([[20.0, 30.0], [60.0, 50.0]])  # the square has a side of 42 pixels, from (19, 19)
+    image = np.zeros((100, 100, 3), np.float32)
+    np.testing.assert_allclose(find(image, face), np.full((98, 2), 19), atol=1e-3)
+    image[18:63, 18:63] = 1
+    np.testing.assert_allclose(find(image, face), np.full((98, 2), 61), atol=0.5)
+    image[63:] = image[:, 63:] = 0.3
+    np.testing.assert_allclose(find(image, face), np.full((98, 2), 61), atol=0.5)
+
+
+def test_sharpness_is_the_ratio_of_the_gradients(make_image):
+    image = make_image(40, 40)
+    loaded = load_metrics(["sharpness"])
+    half = 0.5 + (image - 0.5) / 2
+    assert loaded.measure(Sample(half), Sample(image))["sharpness"] == pytest.approx(0.5, rel=1e-4)
+    flat = Sample(np.zeros((40, 40, 3), np.float32))
+    assert loaded.measure(Sample(image), flat)["sharpness"] is None
+
+
+def test_a_recognizer_gets_its_range(tmp_path, face):
+    """Its embedding is (mean of the input, 1), so its direction tells the range."""
+    from onnx import helper
+
+    nodes = [
+        helper.make_node("Constant", [], ["one"], value_floats=[1.0]),
+        helper.make_node("Constant", [], ["shape"], value_ints=[1, 2]),
+        helper.make_node("Constant", [], ["line"], value_ints=[1]),
+        helper.make_node("ReduceMean", ["x"], ["m"], keepdims=0),
+        helper.make_node("Reshape", ["m", "line"], ["n"]),
+        helper.make_node("Concat", ["n", "one"], ["c"], axis=0),
+        helper.make_node("Reshape", ["c", "shape"], ["o"]),
+    ]
+    path = save_graph(tmp_path / "face.onnx", nodes, {"x": [1, 3, 112, 112]}, {"o": [1, 2]})
+    means = {}
+    for name, scaling in RANGES.items():
+        first, second = arcface_embedder(path, scaling)(face)
+        means[name] = first / second
+    assert means["0..255"] == pytest.approx(255 * means["0..1"], rel=1e-3)
+    assert means["-1..1"] == pytest.approx(2 * means["0..1"] - 1, abs=1e-3)
