@@ -27,7 +27,7 @@ from pfstorer_rt.files import (
     show_path,
     work_folder,
 )
-from pfstorer_rt.onnx_message import external_files
+from pfstorer_rt.graph_check import check_graph
 from pfstorer_rt.signing import is_signed, sign
 
 SCHEMA = 2
@@ -279,35 +279,30 @@ class Plan:
             raise BadFileError(f"{show_path(self.path)}: {component} is damaged ({error}); export it again") from error
         with self.map_weights(component) as weights:
             digests = [sha256_bytes(data), *map(sha256_bytes, weights.values())]
+            size = sum(map(len, weights.values()))
         if digests != [payload.sha256, *[payload.weights_sha256] * bool(payload.weights)]:
             raise BadFileError(
                 f"{show_path(self.path)}: the {component} does not match its sha256; copy or export the plan again"
             )
         if self.manifest.target in DATA_TARGETS:
-            self._check_external_data(component, data)
+            self._check_graph(component, data, size)
         return data
 
-    def _check_external_data(self, component: str, data: bytes) -> None:
-        """Raise `BadFileError` if an ONNX graph reads files other than its weights, or runs code.
+    def _check_graph(self, component: str, data: bytes, weights: int) -> None:
+        """Raise `BadFileError` unless an ONNX graph has the form that the manifest describes; see `graph_check`.
 
         An EPContext operator contains or names a compiled engine, such as TensorRT's, which ONNX Runtime passes to its
         provider.
         """
+        name = show_path(self.path)
         if b"EPContext" in data:
             raise BadFileError(
-                f"{show_path(self.path)}: the {component} holds a compiled engine (EPContext), which is code; do not "
-                "use it"
+                f"{name}: the {component} holds a compiled engine (EPContext), which is code; do not use it"
             )
-        allowed = {self.manifest.payloads[component].weights} - {""}
         try:
-            foreign = sorted(external_files(data) - allowed)
+            check_graph(data, self.manifest, component, weights)
         except ValueError as error:
-            raise BadFileError(f"{show_path(self.path)}: the {component} is not an ONNX graph ({error})") from error
-        if foreign:
-            raise BadFileError(
-                f"{show_path(self.path)}: the {component} reads other files ({', '.join(map(repr, foreign))[:200]}), "
-                "which no plan of this program does; do not use it"
-            )
+            raise BadFileError(f"{name}: the {component} {one_line(error)}; export the plan again") from error
 
     @contextmanager
     def map_weights(self, component: str) -> Iterator[dict[str, memoryview]]:

@@ -22,13 +22,25 @@ FOLDERS = {
 
 # A part and the parts below it that it may import; a part is a module or package of pfstorer_rt.
 PLAIN = {"errors", "extras", "config", "files", "progress", "console"}
-FORMATS = {"checks", "base_config", "imaging", "tiling", "diffusion", "identity", "plan", "base_files", "onnx_message"}
+FORMATS = {
+    "checks",
+    "base_config",
+    "imaging",
+    "tiling",
+    "diffusion",
+    "identity",
+    "plan",
+    "base_files",
+    "onnx_message",
+    "graph_check",
+}
 NETWORKS = PLAIN | FORMATS | {"ops", "models"}
 MAY_IMPORT = {
     "errors": set(),
     "temporary": set(),
     "extras": {"errors"},
     "onnx_message": set(),
+    "graph_check": {"onnx_message"},
     "checks": set(),
     "archive": {"files"},
     "base_config": {"errors", "config", "files", "checks", "diffusion"},
@@ -41,7 +53,7 @@ MAY_IMPORT = {
     "tiling": {"errors", "config"},
     "diffusion": {"errors", "extras", "config"},
     "identity": {"errors", "config", "files", "checks"},
-    "plan": {"errors", "config", "diffusion", "onnx_message", "files", "signing", "checks", "archive"},
+    "plan": {"errors", "config", "diffusion", "graph_check", "files", "signing", "checks", "archive"},
     "imaging": {"errors", "extras", "config", "files", "tiling"},
     "faces": {"errors", "extras", "config", "files", "imaging"},
     "degradation": {"errors", "config", "files", "imaging"},

@@ -3,7 +3,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from pfstorer_rt.onnx_message import count_operators, external_files
+from pfstorer_rt.onnx_message import Port, Tensor, count_operators, read_graph
 
 
 def external(location, name="w"):
@@ -58,22 +58,40 @@ def in_training(tensor):
     return made
 
 
-PLACES = [in_initializer, in_constant, in_branch, in_function, in_sparse, in_training]
+@pytest.mark.parametrize("place", [in_initializer, in_constant])
+def test_the_file_of_an_external_tensor_is_found(place):
+    found = read_graph(place(external("a/../b")).SerializeToString()).tensors
+    stored = {"location": "a/../b", "offset": "0", "length": "16"}
+    assert found == [Tensor("w", "float32", (4,), found[0].inside, stored)]
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_every_file_of_external_tensors_is_found(place):
-    assert external_files(place(external("secret.bin")).SerializeToString()) == {"secret.bin"}
+def test_a_constant_inside_the_message_has_no_file():
+    weights = onnx.numpy_helper.from_array(np.zeros((2, 3), np.int64), "w")
+    (found,) = read_graph(model([ADD], [weights]).SerializeToString()).tensors
+    assert (found.type, found.dims, found.external) == ("int64", (2, 3), None) and found.inside >= 48
 
 
-def test_a_self_contained_model_reads_no_file():
-    weights = onnx.numpy_helper.from_array(np.arange(4, dtype=np.float32), "w")
-    assert external_files(model([ADD], [weights]).SerializeToString()) == set()
+@pytest.mark.parametrize(
+    ("place", "other"),
+    [
+        (in_branch, "subgraphs"),
+        (in_function, "functions"),
+        (in_sparse, "sparse tensors"),
+        (in_training, "training"),
+    ],
+)
+def test_other_parts_of_a_model_are_named(place, other):
+    assert read_graph(place(external("secret.bin")).SerializeToString()).others == {other}
 
 
-def test_several_files_and_strange_names():
-    tensors = [external("a/../b", "v"), external("ü\n", "w")]
-    assert external_files(model([ADD], tensors).SerializeToString()) == {"a/../b", "ü\n"}
+def test_inputs_outputs_and_operator_sets_are_read():
+    info = helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["batch", 3, "8*height"])
+    graph = helper.make_graph([ADD], "g", ports("x"), [info])
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("evil", 1)]
+    found = read_graph(helper.make_model(graph, opset_imports=opsets).SerializeToString())
+    assert found.inputs == [Port("x", "float32", (4,))]
+    assert found.outputs == [Port("y", "float16", ("batch", 3, "8*height"))]
+    assert found.opsets == [("", 23), ("evil", 1)] and found.others == set()
 
 
 def test_operators_of_the_main_graph_are_counted():
@@ -85,6 +103,6 @@ def test_operators_of_the_main_graph_are_counted():
 @pytest.mark.parametrize("bad", [b"not protobuf", b"\x3a", b"\x3a\xff\x01x", b"\xff" * 20, b"\x3a\x02\x0b\x00"])
 def test_other_bytes_are_refused(bad):
     with pytest.raises(ValueError, match="protobuf"):
-        external_files(bad)
+        read_graph(bad)
     with pytest.raises(ValueError, match="protobuf"):
         count_operators(bad)

@@ -5,47 +5,21 @@ import zipfile
 from dataclasses import replace
 
 import pytest
+from small_plan import field, small_manifest, small_payloads
 
 from pfstorer_rt.diffusion import Schedule
 from pfstorer_rt.errors import BadFileError, Rebuild
 from pfstorer_rt.files import sha256_bytes
-from pfstorer_rt.plan import COMPONENTS, SCHEMA, SIGNATURE, Manifest, Payload, Plan, move_plan, write_plan
+from pfstorer_rt.plan import COMPONENTS, SCHEMA, SIGNATURE, Manifest, Plan, move_plan, write_plan
 
-
-def onnx_message(content):
-    """Return the bytes of an ONNX model that contains only the name of its producer."""
-    size = len(content)
-    length = bytes([size & 0x7F | 0x80, size >> 7]) if size > 0x7F else bytes([size])
-    return b"\x12" + length + content
-
-
-PAYLOADS = {
-    "encoder": onnx_message(b"first" * 100),
-    "denoiser": onnx_message(bytes(range(256)) * 40),
-    "decoder": onnx_message(b"last"),
-}
+PRODUCER = 2
+"""Field of an ONNX model for free text."""
+_TEXTS = {"encoder": b"first" * 100, "denoiser": bytes(range(256)) * 40, "decoder": b"last"}
+PAYLOADS = {name: field(PRODUCER, _TEXTS[name]) + graph for name, graph in small_payloads().items()}
 
 
 def make_manifest(**changes):
-    ports = {"x": {"shape": ["batch", 4, 8, 8], "type": "float32"}}
-    payloads = {
-        c: Payload(f"{c}.onnx", sha256_bytes(data), ports, ports, {"relative": 1e-6}) for c, data in PAYLOADS.items()
-    }
-    values = {
-        "target": "onnx",
-        "precision": "fp32",
-        "tile": 64,
-        "factor": 8,
-        "latent_channels": 4,
-        "prediction_type": "epsilon",
-        "sampler": "ddpm",
-        "steps": 4,
-        "base_name": "nano",
-        "base_fingerprint": "0" * 64,
-        "tools": {"torch": "2"},
-        "payloads": payloads,
-    }
-    return Manifest(**{**values, **changes})
+    return small_manifest(PAYLOADS, **changes)
 
 
 @pytest.fixture
@@ -236,8 +210,8 @@ def test_damaged_plans_are_refused(plan, damage):
 
 
 def test_missing_plans_are_refused(tmp_path):
-    for path in (tmp_path / "none.plan", tmp_path):
-        with pytest.raises(BadFileError, match="no such plan"):
+    for path, reason in ((tmp_path / "none.plan", "no such plan"), (tmp_path, "a folder")):
+        with pytest.raises(BadFileError, match=reason):
             Plan.open(path)
 
 
@@ -305,10 +279,8 @@ def test_a_graph_that_reads_another_file_is_refused(tmp_path, monkeypatch):
     """OpenVINO 2026.4 reads external data from the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.bin").write_bytes(b"secret")
-    location = b"\x0a\x08location\x12\x0asecret.bin"
-    tensor = b"\x6a" + bytes([len(location)]) + location
-    graph = b"\x2a" + bytes([len(tensor)]) + tensor
-    data = b"\x3a" + bytes([len(graph)]) + graph
+    location = field(13, field(1, b"location") + field(2, b"secret.bin"))
+    data = field(7, field(5, b"\x10\x01" + location))  # a float32 constant
     manifest = make_manifest()
     entry = replace(manifest.payloads["encoder"], sha256=sha256_bytes(data))
     manifest = replace(manifest, payloads=manifest.payloads | {"encoder": entry})
@@ -319,7 +291,7 @@ def test_a_graph_that_reads_another_file_is_refused(tmp_path, monkeypatch):
 
 def test_a_graph_with_an_engine_in_it_is_refused(tmp_path):
     """ONNX Runtime gives the engine in an EPContext node to its provider, which runs it."""
-    data = onnx_message(b"EPContext")
+    data = field(PRODUCER, b"EPContext")
     manifest = make_manifest()
     entry = replace(manifest.payloads["encoder"], sha256=sha256_bytes(data))
     manifest = replace(manifest, payloads=manifest.payloads | {"encoder": entry})
