@@ -131,7 +131,7 @@ def table_of(check: Check, most: int, longest: int = 200) -> Check:
         if not isinstance(value, Mapping) or len(value) > most or any(len(str(key)) > longest for key in value):
             raise _wrong(name, value, f"an object of at most {most} entries")
         for key, item in value.items():
-            check(item, f"{name} {key[:_SHOWN]}")
+            check(item, f"{name} {repr(key[:_SHOWN])[1:-1]}")  # a key may contain newlines and terminal escapes
 
     return check_table
 

@@ -227,7 +227,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise BadFileError(f"{name}: a safetensors file, but not an identity; choose another file")
     if meta.get("schema") != SCHEMA:
         raise BadFileError(
-            f"{name}: identity schema {str(meta.get('schema'))[:80]}, this version reads {SCHEMA}; "
+            f"{name}: identity schema {show_path(str(meta.get('schema'))[:80])}, this version reads {SCHEMA}; "
             "update this program or personalize again"
         )
     from safetensors import SafetensorError, safe_open

@@ -231,7 +231,8 @@ class Plan:
             raise BadFileError(f"{name}: a zip file, but not a plan; choose another file")
         if data.get("schema") not in [*range(1, SCHEMA + 1)]:
             raise BadFileError(
-                f"{name}: plan schema {str(data.get('schema'))[:80]}, this version reads 1 to {SCHEMA}; export it again"
+                f"{name}: plan schema {show_path(str(data.get('schema'))[:80])}, this version reads 1 to {SCHEMA}; "
+                "export it again"
             )
         try:
             manifest = Manifest.from_dict(data)

@@ -166,3 +166,11 @@ def test_a_foreign_file_is_refused_before_the_networks_are_imported(tmp_path):
         "except BadFileError: sys.exit('diffusers' in sys.modules)\nsys.exit(2)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+ESCAPES = "\n\x1b[2J"
+
+
+def test_line_breaks_and_terminal_escapes_in_metadata_are_not_printed(refused):
+    for changes in ({"schema": ESCAPES}, {"gamma": json.dumps({LAYERS[0]: {ESCAPES: "x"}})}, {"name": ESCAPES}):
+        assert ESCAPES not in refused(**changes)
