@@ -2,10 +2,11 @@
 PYTHON ?= python3
 # Extra arguments for pip, such as an index with CPU-only builds of torch.
 PIP_ARGS ?=
+FUZZ_SECONDS ?= 60
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt --disable-pip-version-check -q
 
-.PHONY: setup demo test test-slow lint types clean
+.PHONY: setup demo test test-slow fuzz lint types clean
 
 setup: .venv/ready
 
@@ -30,6 +31,10 @@ test: lint
 # Minutes and gigabytes: engines of a full-size base, exports that leave the cache of graphs aside.
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
+
+# Damaged files for every reader; fails with the file's number and a traceback.
+fuzz: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --seconds $(FUZZ_SECONDS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -445,7 +445,7 @@ def unsupported_setting(settings: Mapping[str, Any]) -> str | None:
     """Return the first setting of an identity that this version cannot reproduce, with the supported values."""
     for name, supported in SUPPORTED_SETTINGS.items():
         if name in settings and settings[name] not in supported:
-            return f"{name}={settings[name]!r}, and this version supports only {' or '.join(map(repr, supported))}"
+            return f"{name}={settings[name]!r:.80}, and this version supports only {' or '.join(map(repr, supported))}"
     return None
 
 

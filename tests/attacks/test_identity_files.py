@@ -174,3 +174,7 @@ ESCAPES = "\n\x1b[2J"
 def test_line_breaks_and_terminal_escapes_in_metadata_are_not_printed(refused):
     for changes in ({"schema": ESCAPES}, {"gamma": json.dumps({LAYERS[0]: {ESCAPES: "x"}})}, {"name": ESCAPES}):
         assert ESCAPES not in refused(**changes)
+
+
+def test_a_long_setting_is_not_printed_in_full(refused):
+    assert "ref_source='xxx" in refused(settings=json.dumps({"ref_source": "x" * 5000}))

@@ -33,6 +33,16 @@ from pfstorer_rt.models.stablesr.conversion import (
 TAESD = "madebyollin/taesd"
 """The tiny autoencoder of Stable Diffusion's latent space, on the hub."""
 
+NETWORK_PREFIXES = (UNET, STRUCTURE, VAE, TEXT)
+_BUFFERS = ("betas", "logvar", "lvlb_weights", "scale_factor", "cond_ids", "ori_timesteps")
+_SCHEDULE = ("alphas_cumprod", "sqrt_", "log_one_minus_alphas_cumprod", "posterior_")
+"""Names and prefixes of the noise schedule's buffers."""
+_TEXT_NAME = re.compile(
+    r"model\.(positional_embedding|text_projection|logit_scale|attn_mask|token_embedding\.weight|ln_final\.\w+"
+    r"|transformer\.resblocks\.\d+\..+)"
+)
+"""Tensors of OpenCLIP's text encoder; diffusers' converter ignores unknown ones outside the blocks."""
+
 
 @dataclass(frozen=True)
 class Imported:
@@ -104,15 +114,40 @@ def import_base(
 def check_kind(tensors: Tensors, name: str) -> None:
     """Raise `BadFileError` for a file that is not a StableSR checkpoint, or has tensors of unknown networks.
 
-    Names without a dot are buffers of the noise schedule, which is computed again.
+    Buffers of the noise schedule are accepted and computed again.
     """
+    if any(key.startswith("model_ema.") for key in tensors) and not part(tensors, UNET):
+        raise BadFileError(
+            f"{name}: only the EMA (averaged) weights of the UNet, model_ema.*; expected the full checkpoint with "
+            f"{UNET}* tensors"
+        )
     if not part(tensors, STRUCTURE):
         raise BadFileError(
             f"{name}: no {STRUCTURE}* tensors in it; expected a StableSR checkpoint (not SD 2.1 itself, and not "
             "the feature-wrapping decoder)"
         )
-    known = (UNET, STRUCTURE, VAE, TEXT, "model_ema.")
-    raise_if_any([f"unexpected {k}" for k in tensors if "." in k and not k.startswith(known)], name)
+    raise_if_any([f"unexpected {k}" for k in tensors if not is_known(k)], name)
+    raise_if_any(unusable({k: v for k, v in tensors.items() if k.startswith(NETWORK_PREFIXES)}), name)
+
+
+def is_known(key: str) -> bool:
+    """Whether a checkpoint of StableSR can have a tensor of this name; the conversion checks the networks' names."""
+    if key.startswith(TEXT):
+        return _TEXT_NAME.fullmatch(key.removeprefix(TEXT)) is not None
+    return key.startswith((*NETWORK_PREFIXES, "model_ema.")) or key in _BUFFERS or key.startswith(_SCHEDULE)
+
+
+def unusable(tensors: Tensors) -> list[str]:
+    """Return a line for each tensor without fractions, and for each tensor that shares its values with another one."""
+    wrong: list[str] = []
+    owners: dict[int, str] = {}
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            wrong.append(f"{key} is {tensor.dtype}, expected floating-point weights")
+        place = 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
+        if place and (other := owners.setdefault(place, key)) != key:
+            wrong.append(f"{key} shares the values of {other}, expected its own")
+    return wrong
 
 
 def name_kind(name: str) -> dict[str, str | int]:

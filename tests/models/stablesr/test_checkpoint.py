@@ -274,6 +274,9 @@ def test_keys_that_do_not_fit_are_listed(tmp_path):
         "structcond_stage_model.fea_tran.7.weight",
         "structcond_stage_model.out.weight",
         "surplus.weight",
+        "surplus",
+        "cond_stage_model.model.foo.weight",
+        "cond_stage_model.surplus",
     ],
 )
 def test_tensors_that_no_network_has_are_refused_by_name(tmp_path, key):
@@ -282,6 +285,30 @@ def test_tensors_that_no_network_has_are_refused_by_name(tmp_path, key):
     with pytest.raises(BadFileError, match=r"unexpected .*" + key.split("model.")[-1].split(".", 2)[-1]):
         import_base(tmp_path / "stablesr.ckpt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_weights_without_fractions_are_refused(tmp_path, dtype):
+    key = "model.diffusion_model.out.2.bias"
+    write_published(tmp_path / "stablesr.ckpt", {key: torch.zeros(4, dtype=dtype)})
+    with pytest.raises(BadFileError, match=rf"{key} is {dtype}, expected floating-point weights"):
+        import_base(tmp_path / "stablesr.ckpt", tmp_path / "out")
+
+
+def test_tensors_that_share_their_values_are_refused(tmp_path):
+    shared = torch.zeros(8)
+    keys = [f"model.diffusion_model.{name}" for name in ("out.2.bias", "surplus.weight")]
+    write_published(tmp_path / "stablesr.ckpt", {keys[0]: shared[:4], keys[1]: shared[4:]})
+    with pytest.raises(BadFileError, match=rf"{keys[1]} shares the values of {keys[0]}"):
+        import_base(tmp_path / "stablesr.ckpt", tmp_path / "out")
+
+
+def test_a_checkpoint_of_averaged_weights_is_named_as_such(tmp_path):
+    structure = {"structcond_stage_model.time_embed.0.bias": torch.ones(4)}
+    for more in ({}, structure):
+        torch.save({"state_dict": {"model_ema.diffusion_modelout2bias": torch.ones(4), **more}}, tmp_path / "ema.ckpt")
+        with pytest.raises(BadFileError, match=r"ema\.ckpt: only the EMA \(averaged\) weights"):
+            import_base(tmp_path / "ema.ckpt", tmp_path / "out")
 
 
 def test_a_wrong_shape_inside_the_structure_encoder_is_listed(tmp_path):
