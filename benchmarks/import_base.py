@@ -79,6 +79,8 @@ def main(output: Path, keep: Path | None) -> None:
                 "pfstorer_rt.cli",
                 "import-base",
                 str(folder / "stablesr_000117.ckpt"),
+                "--prediction-type",
+                "epsilon",
                 "--cfw",
                 str(folder / "vqgan_cfw_00011.ckpt"),
                 "--dtype",

@@ -11,8 +11,8 @@ from pfstorer_rt.onnx_message import GraphFacts, Port, Tensor, read_graph
 
 _LISTED = """
     Add Attention Cast Clip Concat Constant Conv Cos DepthToSpace DequantizeLinear Div Exp Expand Gelu Gemm
-    GroupNormalization LayerNormalization MatMul Mul Pad QuantizeLinear ReduceMean Relu Reshape Resize Shape Sigmoid
-    Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze
+    GroupNormalization LayerNormalization LeakyRelu MatMul Mul Pad QuantizeLinear ReduceMean Relu Reshape Resize Shape
+    Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze
 """
 OPERATORS = frozenset(_LISTED.split())
 """Operators that an export of any target and precision writes. None of them runs a subgraph or reads a file."""

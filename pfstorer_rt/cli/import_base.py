@@ -27,7 +27,7 @@ from pfstorer_rt.console import echo
 @click.option(
     "--prediction-type",
     type=click.Choice(["epsilon", "v_prediction"]),
-    help="Prediction of the denoiser. [default: from the file name]",
+    help="Prediction of the denoiser; no checkpoint states it. [required]",
 )
 @click.option(
     "--tile", type=click.Choice(["512", "768"]), help="Side of a tile in pixels. [default: from the file name]"
@@ -48,8 +48,8 @@ def command(
 
     \b
     Examples:
-      pfstorer-rt import-base stablesr_000117.ckpt --cfw vqgan_cfw_00011.ckpt -o stablesr
-      pfstorer-rt import-base webui_768v_139.ckpt --sd stable-diffusion-2-1-base/ -o stablesr-768
+      pfstorer-rt import-base stablesr_000117.ckpt --prediction-type epsilon -o stablesr
+      pfstorer-rt import-base webui_768v_139.ckpt --prediction-type v_prediction --sd sd-2-1-base/ -o stablesr-768
     """
     from pfstorer_rt.errors import PFStorerError
 
@@ -73,5 +73,5 @@ def command(
     )
     if made.from_name:
         told = ", ".join(f"{name} {value}" for name, value in made.from_name.items())
-        echo(f"from the file name {checkpoint.name}: {told}; change with --prediction-type and --tile")
+        echo(f"from the file name {checkpoint.name}: {told}; change with --tile")
     echo(f"licence of the weights: {c.licence}")

@@ -15,6 +15,7 @@ def refused(graph):
     return [name for domain, name in facts.operators if domain or name not in OPERATORS], facts.others
 
 
+# test_cfw.py reads plans of a variational autoencoder and of feature wrapping, whose operators are checked there.
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_operators_of_onnx_plans_are_accepted(precision, exported_once, nano_identity):
     plan = exported_once(nano_identity, precision=precision)

@@ -136,9 +136,8 @@ def imported(sd, tmp_path, monkeypatch, vae_seed, cfw_seed):
     text = base.text_encoder.model.state_dict()
     monkeypatch.setattr(importing, "convert_open_clip_checkpoint", lambda *_, **__: text)
     config = replace(CONFIG, cfw=None)
-    made = import_base(
-        tmp_path / "stablesr.ckpt", tmp_path / "out", None, torch.float32, config=config, cfw=tmp_path / "cfw.ckpt"
-    )
+    files = {"cfw": tmp_path / "cfw.ckpt", "config": config}
+    made = import_base(tmp_path / "stablesr.ckpt", tmp_path / "out", None, torch.float32, "epsilon", **files)
     base = load_base(tmp_path / "out")
     assert base.fingerprint == made.fingerprint and base.config == made.config
     return base

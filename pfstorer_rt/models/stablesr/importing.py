@@ -70,8 +70,9 @@ def import_base(
 
     sd: diffusers directory or hub id of SD 2.1-base, for files that contain only SPADEs and the structure encoder.
     cfw: checkpoint of the feature-wrapping decoder. vae: `taesd`, directory or hub id of an AutoencoderTiny of SD's
-    latent space, which replaces SD's autoencoder. prediction_type, tile: None derives them from the file's name
-    (`name_kind`). One network at a time is in memory. Before anything is written, raises `BadFileError` with every
+    latent space, which replaces SD's autoencoder. prediction_type: `epsilon` or `v_prediction`; None is refused,
+    because no checkpoint states it. tile: None derives it from the file's name (`name_kind`).
+    One network at a time is in memory. Before anything is written, raises `BadFileError` with every
     missing, unexpected or mis-shaped key and every tensor with values that are not finite in `dtype`, and
     `PFStorerError` when the disk has too little room.
     """
@@ -104,6 +105,12 @@ def import_base(
     sources = {name: f"{cfw.name if cfw and name == 'cfw' else checkpoint.name}: {name}" for name in modules}
     for name, module in modules.items():
         check_fit(module, states[name], sources[name])
+    if prediction_type is None:
+        raise BadFileError(
+            f"{checkpoint.name}: it does not state what its UNet predicts; expected epsilon or v_prediction: "
+            "see the page of the checkpoint and state it",
+            setting="prediction_type",
+        )
     check_room(output, modules, dtype)
     for name, source in sources.items():  # reads every tensor, so it comes after the checks of names
         check_finite(states[name], dtype, source)
@@ -153,12 +160,10 @@ def unusable(tensors: Tensors) -> list[str]:
 def name_kind(name: str) -> dict[str, str | int]:
     """Return the settings of a published StableSR file, derived from words in its name.
 
-    `768` or `768v`: v prediction on tiles of 768 pixels; `face`: v prediction; `turbo`: 4 steps.
+    `768` or `768v`: tiles of 768 pixels; `turbo`: 4 steps.
     """
     words = set(re.split(r"[\W_]+", name.lower()))
     kind: dict[str, str | int] = {}
-    if words & {"768", "768v", "face"}:
-        kind["prediction_type"] = "v_prediction"
     if words & {"768", "768v"}:
         kind["tile"] = 768
     return {**kind, "steps": 4} if "turbo" in words else kind

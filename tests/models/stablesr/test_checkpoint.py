@@ -242,8 +242,10 @@ def test_parts_checkpoint_with_sd_directory_becomes_a_base(tmp_path):
     reference = Reference()
     torch.save({"state_dict": ldm_names_of_parts(spades, reference)}, tmp_path / "webui_768v.ckpt")
     sd.save(tmp_path / "sd")
-    made = import_base(tmp_path / "webui_768v.ckpt", tmp_path / "out", tmp_path / "sd", torch.float32, config=config)
-    assert made.from_name == {"prediction_type": "v_prediction", "tile": 768}
+    made = import_base(
+        tmp_path / "webui_768v.ckpt", tmp_path / "out", tmp_path / "sd", torch.float32, "v_prediction", config=config
+    )
+    assert made.from_name == {"tile": 768}
     base = load_base(tmp_path / "out")
     assert base.config.prediction_type == "v_prediction" and base.config.tile == 768
     for key, value in base.unet.state_dict().items():
@@ -346,7 +348,7 @@ def test_too_little_disk_space_is_reported_before_tensors_are_read(tmp_path, set
     set_free_space(2 * 10**9)
     # 1.5e9 values of two bytes
     with pytest.raises(PFStorerError, match=r"out: 2\.[78]\d GB are needed, 2\.00 GB are free"):
-        import_base(tmp_path / "stablesr.ckpt", tmp_path / "out")
+        import_base(tmp_path / "stablesr.ckpt", tmp_path / "out", prediction_type="epsilon")
 
 
 def test_the_folder_of_sd_cannot_be_the_output(tmp_path):
@@ -443,24 +445,29 @@ def test_the_published_feature_wrapping_is_converted():
 
 
 @pytest.mark.parametrize(
-    "name, kind, tile, steps",
+    "name, tile, steps",
     [
-        ("stablesr_000117.ckpt", "epsilon", 512, 200),
-        ("webui_768v_139.ckpt", "v_prediction", 768, 200),
-        ("stablesr_768v_000139.ckpt", "v_prediction", 768, 200),
-        ("stablesr_turbo.ckpt", "epsilon", 512, 4),
-        ("face_stablesr_000050.ckpt", "v_prediction", 512, 200),
-        ("StableSR_Turbo.ckpt", "epsilon", 512, 4),
-        ("WebUI-768V.ckpt", "v_prediction", 768, 200),
-        ("my 768 px.ckpt", "v_prediction", 768, 200),
-        ("surface_512.ckpt", "epsilon", 512, 200),
-        ("run_20231768.ckpt", "epsilon", 512, 200),
-        ("turbocharged.ckpt", "epsilon", 512, 200),
+        ("stablesr_000117.ckpt", 512, 200),
+        ("webui_768v_139.ckpt", 768, 200),
+        ("stablesr_turbo.ckpt", 512, 4),
+        ("StableSR_Turbo.ckpt", 512, 4),
+        ("WebUI-768V.ckpt", 768, 200),
+        ("my 768 px.ckpt", 768, 200),
+        ("run_20231768.ckpt", 512, 200),
+        ("turbocharged.ckpt", 512, 200),
     ],
 )
-def test_settings_are_derived_from_the_names_of_published_files(name, kind, tile, steps):
+def test_settings_are_derived_from_the_names_of_published_files(name, tile, steps):
     config = replace(PRESETS["sd21"], **name_kind(name))
-    assert (config.prediction_type, config.tile, config.steps) == (kind, tile, steps)
+    assert (config.tile, config.steps) == (tile, steps)
+
+
+@pytest.mark.parametrize("name", ["my_face.ckpt", "stablesr_768v.ckpt", "stablesr_000117.ckpt"])
+def test_the_prediction_is_never_derived_from_a_name(tmp_path, name):
+    write_published(tmp_path / name)
+    with pytest.raises(BadFileError, match=r"expected epsilon or v_prediction") as caught:
+        import_base(tmp_path / name, tmp_path / "out")
+    assert caught.value.setting == "prediction_type" and not (tmp_path / "out").exists()
 
 
 def test_taesds_own_files_are_read(tmp_path):
