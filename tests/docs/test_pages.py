@@ -4,6 +4,7 @@ import ast
 import csv
 import importlib
 import importlib.util
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -129,6 +130,9 @@ def test_the_tables_equal_the_committed_results(tmp_path, monkeypatch):
         name = Path(script.__file__).stem
         table = script.table(script.read(ROOT / "benchmarks" / "results" / f"{name}.csv"))
         assert script.with_table(page.read_text(), f"{name}.py", table) == page.read_text()
+    fuzz, page = importlib.import_module("fuzz"), ROOT / "docs" / "reliability.md"
+    table = fuzz.table(json.loads((ROOT / "benchmarks" / "results" / "fuzz.json").read_text()))
+    assert fuzz.with_table(page.read_text(), "fuzz.py", table) == page.read_text()
     for group in document.same_people([r for r in rows if r["level"] == "heavy"]):
         people = {method: {r["person"] for r in mine} for method, mine in document.by(group, "method").items()}
         assert len(set(map(frozenset, people.values()))) == 1

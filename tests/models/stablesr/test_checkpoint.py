@@ -1,5 +1,6 @@
 import json
 import pickle
+import tracemalloc
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,16 @@ def test_a_torchscript_program_is_refused_and_not_run(tmp_path):
     with pytest.raises(BadFileError, match="TorchScript program"):
         read_checkpoint(path)
     assert not written.exists()
+
+
+def test_a_large_index_in_a_pickle_takes_no_memory(tmp_path):
+    """The unpickler in C allocates an array of twice this length for its memo."""
+    (tmp_path / "x.ckpt").write_bytes(b"\x80\x02]r" + (2**25).to_bytes(4, "little") + b".")
+    tracemalloc.start()
+    with pytest.raises(BadFileError, match="not a readable"):
+        read_checkpoint(tmp_path / "x.ckpt")
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
 
 
 def test_lightning_objects_are_ignored_and_optimizer_state_is_not_read(tmp_path, monkeypatch):
