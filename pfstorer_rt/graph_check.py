@@ -60,7 +60,10 @@ def check_graph(model: bytes, manifest: Facts, component: str, weights: int = 0)
 
     weights: bytes of the component's external weights.
     """
-    facts = read_graph(model)
+    try:
+        facts = read_graph(model)
+    except ValueError as error:
+        raise ValueError(f"is not an ONNX graph ({error})") from error
     payload = manifest.payloads[component]
     _check_operators(facts)
     for tensor in facts.tensors:

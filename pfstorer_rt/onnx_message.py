@@ -57,7 +57,8 @@ class GraphFacts:
 def read_graph(model: bytes) -> GraphFacts:
     """Read the facts of a serialized ModelProto. Subgraphs are named in `others` and are not read.
 
-    Raises `ValueError` for bytes that are not a protobuf message, and for more nodes or tensors than a plan has.
+    Raises `ValueError` for bytes that are not a protobuf message, for a message without a graph, and for more nodes or
+    tensors than a plan has.
     """
     facts, graphs = GraphFacts(), 0
     for number, value in _fields(memoryview(model)):
@@ -68,6 +69,8 @@ def read_graph(model: bytes) -> GraphFacts:
             _read_graph(value, facts)
         elif number in (_TRAINING, _FUNCTION):
             facts.others.add("training" if number == _TRAINING else "functions")
+    if not graphs:
+        raise ValueError("no graph in a protobuf message")
     if graphs > 1:
         facts.others.add("several graphs")
     return facts

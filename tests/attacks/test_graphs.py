@@ -205,4 +205,10 @@ def test_a_manifest_that_describes_no_component_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_cut_message_is_refused(refused, share):
-    refused(lambda model: model.SerializeToString()[: int(share * model.ByteSize())], "decoder")
+    text = refused(lambda model: model.SerializeToString()[: int(share * model.ByteSize())], "decoder")
+    assert "the decoder is not an ONNX graph" in text
+
+
+@pytest.mark.parametrize("data", [b"", bytes(200), b"not a graph at all"])
+def test_bytes_without_a_graph_are_refused(refused, data):
+    assert "the decoder is not an ONNX graph" in refused(lambda model: data, "decoder")

@@ -47,7 +47,7 @@ class Stub:
         """Accept items, like a list."""
 
 
-class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+class RestrictedUnpickler(pickle._Unpickler):
     """Unpickles tensors and plain containers; it refuses every other class, so no code can run.
 
     The unpickler in Python keeps its memo in a dictionary. The one in C allocates an array up to the largest index, so
