@@ -9,13 +9,19 @@ from typing import Any, Protocol
 
 from pfstorer_rt.onnx_message import GraphFacts, Port, Tensor, read_graph
 
-_LISTED = """
+_WRITTEN = """
     Add Attention Cast Clip Concat Constant Conv Cos DepthToSpace DequantizeLinear Div Exp Expand Gelu Gemm
     GroupNormalization LayerNormalization LeakyRelu MatMul Mul Pad QuantizeLinear ReduceMean Relu Reshape Resize Shape
     Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze
 """
-OPERATORS = frozenset(_LISTED.split())
-"""Operators that an export of any target and precision writes. None of them runs a subgraph or reads a file."""
+_SIMILAR = """
+    Abs And AveragePool BatchNormalization Ceil ConvTranspose Elu Equal Erf Flatten Floor Gather GlobalAveragePool
+    Greater GreaterOrEqual HardSigmoid Identity InstanceNormalization Less LessOrEqual Log Max MaxPool Min Neg Not Or
+    PRelu Pow Reciprocal ReduceMax ReduceMin ReduceSum RMSNormalization Sign Softplus SpaceToDepth Sum Where
+"""
+OPERATORS = frozenset([*_WRITTEN.split(), *_SIMILAR.split()])
+"""Operators that an export of any target and precision writes, and similar ones that another version of PyTorch's
+exporter may write. None of them runs a subgraph or reads a file."""
 _OPSETS = range(18, 26)
 _BYTES = {"float32": 4, "uint8": 1, "int8": 1, "int32": 4, "int64": 8, "bool": 1, "float16": 2}
 _LARGEST = 1 << 34
@@ -83,7 +89,7 @@ def _check_operators(facts: GraphFacts) -> None:
             )
     for domain, name in facts.operators:
         if domain not in ("", "ai.onnx") or name not in OPERATORS:
-            raise ValueError(f"has the operator {f'{domain}:{name}'.lstrip(':')[:80]!r}, which no export writes")
+            raise ValueError(f"has the operator {f'{domain}:{name}'.lstrip(':')[:80]!r}, which a plan may not have")
 
 
 def _check_tensor(tensor: Tensor, file: str, size: int) -> None:
