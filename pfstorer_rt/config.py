@@ -379,8 +379,7 @@ class PersonalizeConfig:
     ref_source: Literal["cached", "self"] = "cached"
     """Input of a block's attention at inference: features of a reference, stored in the identity, or its own input."""
     start: Literal["prior", "closed"] = "closed"
-    """Start of the training. prior: the blocks of the base's prior, where it has one; closed: untrained blocks with
-    gamma = 0 (PFStorer section 3.2)."""
+    """Start of the training. prior: the blocks of the base's prior; closed: gamma = 0 (PFStorer section 3.2)."""
     references: int = 1
     """Largest number of photographs whose features a block attends to at once; the paper uses one."""
     reference_timestep: int = 0
@@ -413,6 +412,8 @@ class PersonalizeConfig:
     p_hq: float = 0.03
     framing: Literal["face", "none"] = "face"
     """face: crop around small or off-centre faces (needs the `metrics` extra); none: centre crop."""
+    keep_all: bool = False
+    """Use all photographs, also copies, other people, and photographs without a face or with a blurred face."""
     rank: int = 0
     """Rank of the matrices of the blocks; 0 for full matrices."""
 

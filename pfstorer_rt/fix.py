@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +64,7 @@ def identity_of(person: Path, base: Base, note: Callable[[str], None] = lambda _
     from pfstorer_rt.training.personalize import instant_identity
 
     photos = without_results(find_images([person], note), note)
-    if found := stored_identity(photos, base.fingerprint):
+    if found := stored_identity(photos, base):
         note(f"identity {found.name}: learned from these photographs before")
         return found
     if base.prior is None:
@@ -75,14 +76,33 @@ def identity_of(person: Path, base: Base, note: Callable[[str], None] = lambda _
     return instant_identity("person", photos, base, note=note)
 
 
-def stored_identity(photos: Sequence[Path], base_fingerprint: str) -> Identity | None:
-    """Return the identity in the user's data directory that was learned from exactly these photographs on a base."""
-    wanted = {sha256_file(path) for path in photos}
+def stored_identity(photos: Sequence[Path], base: Base) -> Identity | None:
+    """Return the identity in the user's data directory that was learned on a base from exactly these photographs.
+
+    Photographs that learning leaves out may be among `photos`, whether the identity was learned from them or not.
+    """
+    from pfstorer_rt.config import PersonalizeConfig
+    from pfstorer_rt.training.personalize import choose_references
+
+    digests = {path: sha256_file(path) for path in photos}
+    wanted = set(digests.values())
+    candidates = {file: set(known) for file, known in _stored(base.fingerprint) if set(known) <= wanted}
+    if candidates and wanted not in candidates.values():  # finding the faces takes seconds
+        used, _ = choose_references(photos, base, PersonalizeConfig.for_base(base.config))
+        wanted = {digests[path] for path in used}
+    for file, known in candidates.items():
+        if known == wanted:
+            with suppress(BadFileError):  # its tensors are damaged
+                return Identity.load(file)
+    return None
+
+
+def _stored(base_fingerprint: str) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """Yield the files of the identities in the user's data directory that belong to a base, and their references."""
     for file in sorted(identities_dir().glob("*.safetensors")):
         try:
             identity = Identity.load(file, tensors=False)
-            if set(identity.references) == wanted and identity.base_fingerprint == base_fingerprint:
-                return Identity.load(file)
         except BadFileError:  # `identities verify` reports damaged files
             continue
-    return None
+        if identity.base_fingerprint == base_fingerprint:
+            yield file, identity.references

@@ -21,7 +21,7 @@ THOROUGH = 5
 TRAIN = ("iterations", "batch", "learning_rate", *TRAINING)
 OWN = (
     *("method", "lambda_gen", "lambda_pixel", "lambda_perceptual", "lambda_id"),
-    *("first_step", "rank", "ref_source", "framing"),
+    *("first_step", "rank", "ref_source", "framing", "keep_all"),
 )
 """Parameters that are fields of `PersonalizeConfig`."""
 
@@ -46,6 +46,8 @@ class Options:
     rank: int
     ref_source: str
     framing: str
+    keep_all: bool
+    contact_sheet: Path | None
     seed: int
     precision: str
     device: str
@@ -156,6 +158,16 @@ class Options:
     show_default=True,
     help="How the photographs are cropped. face: around small or off-centre faces; none: at the centre.",
 )
+@click.option(
+    "--keep-all",
+    is_flag=True,
+    help="Use all photographs, also copies, other people, and photographs without a face or with a blurred face.",
+)
+@click.option(
+    "--contact-sheet",
+    type=click.Path(path_type=Path),
+    help="Image file to write: shows which photographs are used, how they are cropped, and why others are left out.",
+)
 @training_options
 @click.option(
     "-o",
@@ -173,6 +185,8 @@ class Options:
 def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
     """Learn a person from 3-5 photographs (files or folders) on a frozen base.
 
+    Copies, other people, photographs without a face and blurred photographs are left out, with a note for each.
+
     The identity is biometric data: its file is readable by you alone, and
     `pfstorer-rt identities rm NAME` deletes it. Run the same command again to resume an interrupted training;
     --iterations may differ.
@@ -184,7 +198,7 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
     from pfstorer_rt.console import echo, note, stage_bars
     from pfstorer_rt.errors import PFStorerError
     from pfstorer_rt.files import make_folder
-    from pfstorer_rt.identity import identities_dir, identity_path
+    from pfstorer_rt.identity import identities_dir, identity_path, training_files
 
     options, named = Options(**parameters), identity_path(name)
     options.check()
@@ -192,9 +206,14 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
         raise SettingError(
             f"identity name {name!r}: expected a name, not a path; give a file as the output", setting="output"
         )
-    target = options.output or named
-    if target.exists() and not options.overwrite:
-        raise PFStorerError(f"{target}: exists already; choose another name or allow overwriting", setting="overwrite")
+    target, sheet = options.output or named, options.contact_sheet
+    if sheet and sheet.exists() and training_files(target)[0].exists() and not options.overwrite:
+        sheet = None  # the interrupted call wrote it
+    for file in (target, sheet):
+        if file and file.exists() and not options.overwrite:
+            raise PFStorerError(
+                f"{file}: exists already; choose another name or allow overwriting", setting="overwrite"
+            )
     import json
 
     from pfstorer_rt.imaging.find import find_images, without_results
@@ -202,16 +221,14 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
     from pfstorer_rt.training.personalize import personalize
 
     photos = without_results(find_images([Path(r) for r in references], note), note)
-    if len(photos) < 3:
-        note(f"{len(photos)} photograph(s); 3-5 photographs give a better likeness")
     base = load_base(options.base)
     config = options.config(base.config)
     make_folder(target.parent)
     with stage_bars() as on_progress:
-        identity = personalize(name, photos, base, config, target, note, on_progress, options.finish)
+        identity = personalize(name, photos, base, config, target, note, on_progress, options.finish, sheet)
     if options.as_json:
         echo(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))
         return
-    echo(f"{name}: learned from {len(photos)} photographs on base {identity.base_name}, saved as {target}")
+    echo(f"{name}: learned from {len(identity.references)} photographs on base {identity.base_name}, saved as {target}")
     source = shlex.quote(str(options.output or name))
     echo(f"next: pfstorer-rt export --identity {source} -o {name}.plan")

@@ -1,4 +1,4 @@
-"""Crop reference photographs around the person's face, which in a snapshot is small, off-centre or one of several.
+"""Read reference photographs and crop them around the face, which may be small, off-centre or one of several.
 
 The paper trains on portraits. Its training crops are random and not aligned to the face (PFStorer section 4.1). Here
 the random crops come from the framed photographs.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from typing import NamedTuple
 
 import torch
 
 from pfstorer_rt.config import PersonalizeConfig
-from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding, identity_distance, mean_distance
+from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, mean_distance
 from pfstorer_rt.faces.finding import Face, face_finder
+from pfstorer_rt.files import show_path
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.training.data import center_crop, read_photo
+from pfstorer_rt.training.selection import NO_FACE, Finding, candidate, judge
 
 SQUARE = 2.0
 """Side of the crop divided by the side of the face's box; a portrait has about this ratio."""
@@ -29,9 +31,18 @@ LONG = 1.25
 FEW = 4
 """A face whose side is smaller than the tile's side divided by this has too few pixels for a good likeness."""
 
-
 FindFaces = Callable[[Pixels], list[Face]]
 """find(pixels): the faces of an image (H, W, 3) in [0, 1], the largest first."""
+
+
+class Reference(NamedTuple):
+    """A reference photograph."""
+
+    path: Path
+    photo: torch.Tensor
+    """Framed pixels, (3, h, w) in [0, 1]."""
+    left_out: str = ""
+    """Reason why the photograph is not used; empty for a photograph that is used."""
 
 
 def read_references(
@@ -40,29 +51,35 @@ def read_references(
     tile: int,
     note: Callable[[str], None],
     find: FindFaces | None = None,
-) -> list[torch.Tensor]:
-    """Read photographs, (3, H, W) in [0, 1] each, and crop them around the person's face.
+) -> list[Reference]:
+    """Read photographs, crop them around the person's face, and choose which of them are used.
 
     Among several faces, the person is the face most similar to the faces in the photographs with one face; without
     such photographs, the largest face. A photograph without a face gets a centre crop. With `config.framing` "none",
-    or without the `metrics` extra, photographs stay whole. note: called with a line for each unsuitable photograph.
-    find: None selects dlib's detector. Raises `BadFileError`.
+    or without the `metrics` extra, photographs stay whole. Unsuitable photographs are left out as `selection.judge`
+    finds, unless `config.keep_all`; without faces, only copies are. note: called with a line for each unsuitable
+    photograph. find: None selects dlib's detector. Raises `BadFileError`.
     """
     photos = [read_photo(path) for path in paths]  # all photographs, before the first note
-    if config.framing == "none":
-        return photos
-    if (find := find or face_finder()) is None:
+    find = find or face_finder() if config.framing == "face" else None
+    if find is None and config.framing == "face":
         note(f"photographs are used without cropping to the face; to crop snapshots: {INSTALL_METRICS}")
-        return photos
-    found = [find(photo.permute(1, 2, 0).numpy()) for photo in photos]
+    found = [find(photo.permute(1, 2, 0).numpy()) if find else [] for photo in photos]
     alone = [faces[0].embedding for faces in found if len(faces) == 1]
     chosen = [choose_face(faces, alone) for faces in found]
-    for i, path in enumerate(paths):
-        others = [face.embedding for j, face in enumerate(chosen) if face and j != i]
-        for remark in _remarks(found[i], chosen[i], others, tile):
-            note(f"{path}: {remark}")
-    pairs = zip(photos, chosen, strict=True)
-    return [frame_face(photo, face) if face else center_crop(photo, min(photo.shape[-2:])) for photo, face in pairs]
+    findings = judge([candidate(*each) for each in zip(paths, photos, chosen, strict=True)], search=find is not None)
+    references = []
+    for path, photo, faces, face, finding in zip(paths, photos, found, chosen, findings, strict=True):
+        left_out = finding.reason if finding and finding.leave_out and not config.keep_all else ""
+        for remark in [f"left out: {left_out}"] if left_out else _remarks(faces, face, finding, tile):
+            note(f"{show_path(path)}: {remark}")
+        references.append(Reference(path, frame_photo(photo, face) if find else photo, left_out))
+    return references
+
+
+def used_references(references: Sequence[Reference]) -> list[Reference]:
+    """Return the photographs that are not left out."""
+    return [reference for reference in references if not reference.left_out]
 
 
 def choose_face(faces: Sequence[Face], alone: Sequence[Embedding]) -> Face | None:
@@ -72,22 +89,22 @@ def choose_face(faces: Sequence[Face], alone: Sequence[Embedding]) -> Face | Non
     return min(faces, key=lambda face: mean_distance(face.embedding, alone) or 0.0)
 
 
-def _remarks(faces: Sequence[Face], face: Face | None, others: Sequence[Embedding], tile: int) -> list[str]:
+def _remarks(faces: Sequence[Face], face: Face | None, finding: Finding | None, tile: int) -> list[str]:
+    """Return remarks on a photograph that is used."""
+    remarks = [finding.reason] if finding else []
     if face is None:
-        return ["no face found; using the centre crop"]
-    found = []
+        return [f"{remark}; using the centre crop" if remark == NO_FACE else remark for remark in remarks]
     if len(faces) > 1:
         place = f"{face.side:.0f} pixels wide, {face.left:.0f} from the left and {face.top:.0f} from the top"
-        found.append(f"{len(faces)} faces found; using the one that is {place}")
-    distance = median(identity_distance(face.embedding, other) or 0.0 for other in others) if others else 0.0
-    if distance > SAME_PERSON:
-        found.append(
-            f"may show another person: its distance to the other photographs is {distance:.2f}, photographs of one "
-            f"person are usually within {SAME_PERSON}"
-        )
+        remarks.append(f"{len(faces)} faces found; using the one that is {place}")
     if face.side < tile / FEW:
-        found.append(f"the face is {face.side:.0f} pixels wide; {tile // FEW} or more give a better likeness")
-    return found
+        remarks.append(f"the face is {face.side:.0f} pixels wide; {tile // FEW} or more give a better likeness")
+    return remarks
+
+
+def frame_photo(photo: torch.Tensor, face: Face | None) -> torch.Tensor:
+    """Crop (3, H, W) around a face, to the central square without a face."""
+    return frame_face(photo, face) if face else center_crop(photo, min(photo.shape[-2:]))
 
 
 def frame_face(photo: torch.Tensor, face: Face) -> torch.Tensor:

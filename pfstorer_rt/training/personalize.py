@@ -23,15 +23,17 @@ from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.models.reference import reference_features
 from pfstorer_rt.plan import DEFAULT_BASE
 from pfstorer_rt.progress import OnProgress, ignore_progress
+from pfstorer_rt.training.contact_sheet import check_place, save_contact_sheet
 from pfstorer_rt.training.data import Batch, center_crop
 from pfstorer_rt.training.device import accelerated, kernels_for
-from pfstorer_rt.training.framing import read_references
+from pfstorer_rt.training.framing import read_references, used_references
 from pfstorer_rt.training.image_loss import ImageSpaceLoss, has_image_losses, refusal
 from pfstorer_rt.training.loop import Training, run_training
 from pfstorer_rt.training.memory import ParameterGroup
 from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective, starts_from_prior
 from pfstorer_rt.training.pool import BatchMaker, make_pool
 from pfstorer_rt.training.resume import resumed_config, training_mark
+from pfstorer_rt.training.selection import ENOUGH
 
 TUNING_RATE = 0.1
 """Learning rate of pretrained weights, relative to the rate of new blocks."""
@@ -46,6 +48,7 @@ def personalize(
     note: Callable[[str], None] = lambda _: None,
     on_progress: OnProgress = ignore_progress,
     finish: bool = False,
+    contact_sheet: Path | None = None,
 ) -> Identity:
     """Train an identity and write its file.
 
@@ -54,6 +57,7 @@ def personalize(
     the user's data directory. note: called with a line for each unsuitable photograph. With 0 iterations, the identity
     has the blocks of the base's prior.
     finish: make the identity from the checkpoint of an interrupted training, without further training.
+    contact_sheet: image file that shows which photographs are used and how they are cropped; it is replaced.
     The same call resumes an interrupted training, also with another number of iterations. Before any training, raises
     `ValueError` for a name that cannot be a file name, `BadFileError` when a photograph or the checkpoint cannot be
     read, and `MismatchError` when the checkpoint belongs to other settings or photographs.
@@ -63,14 +67,13 @@ def personalize(
     base = base if isinstance(base, Base) else load_base(base)
     config = available(config or PersonalizeConfig.for_base(base.config), note)
     if not config.train.iterations:
-        identity = instant_identity(name, references, base, config, note)
+        identity = instant_identity(name, references, base, config, note, contact_sheet)
         identity.save(target)
         return identity
-    paths = without_results(find_images(references, note), note)
+    paths, photos = choose_references(references, base, config, note, contact_sheet)
     checkpoint, crops = training_files(target)
     mark = training_mark(config, base.fingerprint, paths)
     config, done = resumed_config(config, checkpoint, mark, finish, note)
-    photos = read_references(paths, config, base.config.tile, note)
     with accelerated(config.train, base) as accelerator:
         make_folder(crops, private=True)
         with accelerator.main_process_first():  # the other processes use the samples of the first one
@@ -110,20 +113,45 @@ def instant_identity(
     base: Base,
     config: PersonalizeConfig | None = None,
     note: Callable[[str], None] = lambda _: None,
+    contact_sheet: Path | None = None,
 ) -> Identity:
     """Return an identity without training: the blocks of the base's prior, and the features of the references.
 
-    Raises `ValueError` for a base without a prior, and for settings that the prior does not have.
+    contact_sheet: as in `personalize`. Raises `ValueError` for a base without a prior, and for settings that the prior
+    does not have.
     """
     config = config or PersonalizeConfig.for_base(base.config)
     config = replace(config, train=replace(config.train, iterations=0))
     if not starts_from_prior(base, config):
         reason = f"base {base.config.name!r} with these settings has no prior for an identity without training"
         raise SettingError(f"{reason}; expected at least one iteration", setting="iterations")
-    paths = without_results(find_images(references, note), note)
-    photos = read_references(paths, config, base.config.tile, note)
+    paths, photos = choose_references(references, base, config, note, contact_sheet)
     objective = PersonalizationObjective(base, config)
     return make_identity(name, objective, base, config, paths, photos)
+
+
+def choose_references(
+    references: Sequence[Path],
+    base: Base,
+    config: PersonalizeConfig,
+    note: Callable[[str], None] = lambda _: None,
+    contact_sheet: Path | None = None,
+) -> tuple[list[Path], list[torch.Tensor]]:
+    """Return the paths and framed photographs, (3, H, W) in [0, 1], that an identity is learned from.
+
+    references, note, contact_sheet: as in `personalize`. Results of this program and unsuitable photographs are left
+    out, with a note for each. Raises `BadFileError` if no photograph is found or one cannot be read.
+    """
+    paths = without_results(find_images(references, note), note)
+    if contact_sheet:
+        check_place(contact_sheet, paths)
+    found = read_references(paths, config, base.config.tile, note)
+    if contact_sheet:
+        save_contact_sheet(contact_sheet, found)
+    used = used_references(found)
+    if len(used) < ENOUGH:
+        note(f"{len(used)} photograph(s); 3-5 photographs give a better likeness")
+    return [reference.path for reference in used], [reference.photo for reference in used]
 
 
 def available(config: PersonalizeConfig, note: Callable[[str], None]) -> PersonalizeConfig:

@@ -17,7 +17,7 @@ from pfstorer_rt.training.schedule import Schedule
 def training_mark(config: PersonalizeConfig, fingerprint: str, paths: Sequence[Path]) -> str:
     """Return a hash of settings, base and photographs: everything that the weights depend on but the iterations."""
     settings = asdict(config)
-    del settings["train"]["iterations"]
+    del settings["train"]["iterations"], settings["keep_all"]  # `paths` are the photographs that are used
     return signature([settings, fingerprint], list(paths))
 
 

@@ -6,8 +6,10 @@ from shutil import copy
 
 import pytest
 import torch
+from PIL import Image
 
 from pfstorer_rt.demo import reference_files
+from pfstorer_rt.files import sha256_file
 from pfstorer_rt.identity import Identity, identity_path
 from pfstorer_rt.models.prior import Prior
 
@@ -60,6 +62,26 @@ def test_fix_uses_the_identity_of_the_same_photographs(run, known, alice, photos
     photos[0].unlink()
     other = run("fix", save(tmp_path / "old.png"), "--person", alice, "--base", known, "--overwrite")
     assert other.status == 0 and "identity bob" not in other.err
+
+
+def test_fix_uses_the_identity_where_a_photograph_is_left_out(run, known, alice, photos, save, tmp_path, people):
+    Image.open(photos[0]).resize((36, 40)).save(alice / "copy.png")
+    learned = run("personalize", "--identity", "bob", "--base", known, alice)
+    assert "copy.png: left out" in learned.err and f"learned from {len(photos)} photographs" in learned.out
+    assert set(Identity.load(identity_path("bob")).references) == {sha256_file(path) for path in photos}
+    call = ("fix", save(tmp_path / "old.png"), "--person", alice, "--base", known, "--overwrite")
+    assert "identity bob" in run(*call).err
+    (alice / "copy.png").unlink()
+    assert "identity bob" in run(*call).err, "the same photographs without the copy"
+    save(alice / "new.png", seed=9)
+    assert "identity bob" not in run(*call).err, "a photograph that would be used"
+
+
+def test_fix_uses_an_identity_of_all_photographs(run, known, alice, photos, save, tmp_path, people):
+    Image.open(photos[0]).resize((36, 40)).save(alice / "copy.png")
+    learned = run("personalize", "--identity", "bob", "--base", known, alice, "--keep-all")
+    assert f"learned from {len(photos) + 1} photographs" in learned.out
+    assert "identity bob" in run("fix", save(tmp_path / "old.png"), "--person", alice, "--base", known).err
 
 
 def test_fix_restores_without_an_identity_on_a_base_without_a_prior(run, nano_base_dir, alice, save, tmp_path, people):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pfstorer_rt.imaging.files import image_size
+
 
 def learn(run, base, photos, *more):
     return run("personalize", "--base", base, "--iterations", 2, "--batch", 1, *photos, *more)
@@ -70,3 +72,20 @@ def test_a_full_disk_prints_one_line(run, people, tree, photos, nano_base_dir, f
     assert done.status == 1 and len(done.errors) == 1 and "no space left" in done.errors[0]
     run("identities", "rm", "bob", "--yes")  # the crops are kept for the next call
     assert tree(people) == before
+
+
+def test_a_contact_sheet_replaces_a_file_only_with_overwrite(run, people, photos, tmp_path, nano_base_dir):
+    sheet = tmp_path / "sheet.png"
+    sheet.write_bytes(b"mine")
+    call = (run, nano_base_dir, photos, "--identity", "bob", "--contact-sheet", sheet)
+    done = learn(*call)
+    assert done.status and "--overwrite" in done.errors[0] and sheet.read_bytes() == b"mine"
+    assert learn(*call, "--overwrite").status == 0
+    assert image_size(sheet)[1] > 3 * 200, "three photographs beside each other"
+
+
+def test_a_contact_sheet_among_the_photographs_is_refused(run, people, tree, photos, tmp_path, nano_base_dir):
+    before = tree(tmp_path)
+    done = learn(run, nano_base_dir, photos, "--identity", "bob", "--contact-sheet", photos[0].parent / "sheet.png")
+    assert done.status == 2 and "reference photographs" in done.errors[0] and "--contact-sheet" in done.errors[0]
+    assert tree(tmp_path) == before

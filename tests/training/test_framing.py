@@ -26,8 +26,8 @@ def read(tmp_path):
     def read(image, **settings):
         image.save(tmp_path / "a.png")
         notes = []
-        (photo,) = read_references([tmp_path / "a.png"], PersonalizeConfig(**settings), 192, notes.append)
-        return photo, [note.removeprefix(f"{tmp_path / 'a.png'}: ") for note in notes]
+        (reference,) = read_references([tmp_path / "a.png"], PersonalizeConfig(**settings), 192, notes.append)
+        return reference.photo, [note.removeprefix(f"{tmp_path / 'a.png'}: ") for note in notes]
 
     return read
 
@@ -69,11 +69,11 @@ def test_the_face_that_appears_in_other_photographs_is_used():
 def test_a_photograph_of_another_person_is_reported(tmp_path):
     people = iter([made_up(0.0), made_up(0.1), made_up(0.9, 0.2), made_up(2.0)])
     paths, notes = [tmp_path / f"{i}.png" for i in range(4)], []
-    for path in paths:
-        snapshot(height=90, width=100).save(path)
+    for i, path in enumerate(paths):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (90, 100, 3), dtype=np.uint8)).save(path)
     read_references(paths, PersonalizeConfig(), 192, notes.append, lambda pixels: next(people))
     assert [note.split(": ")[0] for note in notes] == [str(paths[2]), str(paths[3])]
-    assert "2 faces found; using the one that is 49" in notes[0] and "may show another person" in notes[1]
+    assert "2 faces found; using the one that is 49" in notes[0] and "left out: may show another person" in notes[1]
 
 
 def test_a_wide_photograph_of_a_large_face_is_cropped(read):

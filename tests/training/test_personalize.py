@@ -144,7 +144,7 @@ def test_another_number_of_iterations_is_noted_where_the_rate_has_fallen(learn, 
     notes = []
     interrupted("a", decay=1.0)
     longer = learn("a", note=notes.append, iterations=9, decay=1.0)
-    assert "planned for 6 iterations" in notes[0]
+    assert any("planned for 6 iterations" in note for note in notes)
     assert longer.settings["train"]["iterations"] == 9
 
 
@@ -154,7 +154,7 @@ def test_a_training_can_end_at_its_last_checkpoint(learn, interrupted, tmp_path,
     reports, notes = [], []
     made = learn("a", on_progress=reports.append, note=notes.append, **call)
     assert same(made, learn("whole", iterations=3)), "the weights of three iterations"
-    assert made.settings["train"]["iterations"] == 3 and "3 iterations are done" in notes[0]
+    assert made.settings["train"]["iterations"] == 3 and any("3 iterations are done" in note for note in notes)
     assert {r.done for r in reports if r.stage == "personalize alice"} == {3}
     assert [p.name for p in tmp_path.glob("a.*")] == ["a.safetensors"]
 
