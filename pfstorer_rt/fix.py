@@ -65,7 +65,8 @@ def identity_of(person: Path, base: Base, note: Callable[[str], None] = lambda _
 
     photos = without_results(find_images([person], note), note)
     if found := stored_identity(photos, base):
-        note(f"identity {found.name}: learned from these photographs before")
+        iterations = found.settings.get("train", {}).get("iterations")
+        note(f"identity {found.name}: learned from these photographs before, in {iterations} iterations")
         return found
     if base.prior is None:
         note(
