@@ -9,7 +9,7 @@ from pfstorer_rt.config import TRAIN_RANGES, TrainConfig
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("iterations", 0, "whole number of 1 or more"),
+        ("iterations", -1, "whole number of 0 or more"),
         ("iterations", 2.5, "whole number"),
         ("minutes", -1, "0 or more"),
         ("batch", True, "whole number"),

@@ -203,7 +203,8 @@ class Options:
     "--people",
     multiple=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Stage people: folder with one folder of photographs for each person. Repeat the option for several such folders.",
+    help="Stage people: folder with one folder of photographs for each person. Repeat the option for several such "
+    "folders.",
 )
 @click.option("--workers", type=click.IntRange(0), default=1, show_default=True, help="Processes that prepare batches.")
 @training_options
