@@ -178,7 +178,7 @@ def test_messages_without_a_command_are_in_the_sources(read_blocks, messages):
         if block.language != "text":
             continue
         for line in block.text.splitlines():
-            parts = [part.strip(" :;,()") for part in re.split(r"\.\.\.|left out: ", line)]
+            parts = [part.strip(" :;,()") for part in re.split(r"\.\.\.|left out: |; ", line)]
             unknown = [part for part in parts if part not in messages]
             assert not unknown, f"{block.place}: no source has {unknown}"
 
