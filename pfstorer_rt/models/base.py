@@ -79,6 +79,9 @@ class Base:
         }
         return networks if self.cfw is None else {**networks, "cfw": self.cfw}
 
+    def _all_networks(self) -> list[nn.Module]:
+        return [*self.modules().values(), *([self.prior] if self.prior else [])]
+
     def encode(self, image: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Encode (B, 3, H, W) in [-1, 1] to a scaled latent (B, C, H/f, W/f).
 
@@ -121,7 +124,7 @@ class Base:
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Base:
         """Move every network in place; returns self."""
-        for module in (*self.modules().values(), *((self.prior,) if self.prior else ())):
+        for module in self._all_networks():
             nn.Module.to(module, device=device, dtype=dtype)
         return self
 
@@ -143,7 +146,7 @@ class Base:
 
     def freeze(self) -> Base:
         """Switch every network to evaluation without gradients; returns self."""
-        for module in (*self.modules().values(), *((self.prior,) if self.prior else ())):
+        for module in self._all_networks():
             module.eval().requires_grad_(False)
         return self
 

@@ -27,10 +27,10 @@ class Prior(nn.Module):
         self.blocks = build_blocks(unet, config.layers, config.head_size)
         self.token = nn.Parameter(torch.zeros(config.text["hidden_size"]))
 
-    def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-        """Write the tensors to `FILE` in a new folder."""
+    def save(self, folder: Path) -> None:
+        """Write the tensors in fp16 to `FILE` in a new folder."""
         folder.mkdir()
-        tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
+        tensors = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in self.state_dict().items()}
         (folder / FILE).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
 
     @classmethod

@@ -91,7 +91,7 @@ class ImageSpaceLoss(nn.Module):
         top, left = corner.tolist()
         patches = (self.perceptual.features(z[..., top : top + PATCH, left : left + PATCH]) for z in (output, hq))
         perceptual = self.perceptual.between(*patches).mean()
-        identity = self.identity(output, hq, maps)
+        identity = identity_loss(self.recognizer, output, hq, maps)
         c = self.config
         total = c.lambda_pixel * pixel + c.lambda_perceptual * perceptual + c.lambda_id * identity
         return {"image": total, "pixel": pixel, "perceptual": perceptual, "id": identity}
@@ -109,14 +109,21 @@ class ImageSpaceLoss(nn.Module):
             features = None if self.base.cfw is None else self.base.features(batch["lq_image"][first])
         return self(restored[first], features, batch["hq_image"][first], batch["maps"][first], batch["corner"])
 
-    def identity(self, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-        """Return the mean squared distance of embeddings of (B, 3, H, W) in [-1, 1], over the images with a face."""
-        seen = maps.isfinite().all(2).all(1)
-        if not seen.any():
-            return output.new_zeros(())
-        faces = (self.recognizer(cut_faces((z[seen] + 1) / 2, maps[seen])).float() for z in (output, target))
-        restored, original = faces
-        return (restored - original.detach()).square().sum(1).mean()
+
+def identity_loss(
+    recognizer: FaceRecognizer, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean squared distance of embeddings of (B, 3, H, W) in [-1, 1], over the images with a face.
+
+    maps: (B, 2, 3), NaN without a face; 0 without any face.
+    """
+    seen = maps.isfinite().all(2).all(1)
+    if not seen.any():
+        return output.new_zeros(())
+    with torch.no_grad():
+        original = recognizer(cut_faces((target[seen] + 1) / 2, maps[seen])).float()
+    restored = recognizer(cut_faces((output[seen] + 1) / 2, maps[seen])).float()
+    return (restored - original).square().sum(1).mean()
 
 
 def face_maps(images: Sequence[Pixels]) -> npt.NDArray[np.float32]:

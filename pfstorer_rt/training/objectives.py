@@ -67,6 +67,23 @@ class RestorerObjective(nn.Module):
         error = prediction_error(prediction, x, x0, t, self.alphas_cumprod, self.prediction_type, self.weighting)
         return {"loss": error.mean()}
 
+    def restore(
+        self,
+        x0: torch.Tensor,
+        z_lq: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        taps: Mapping[str, Tap] | None = None,
+    ) -> torch.Tensor:
+        """Return the network's estimate (B, C, h, w) of the clean latents, from noisy latents of timestep t.
+
+        taps: changes of the features after spatial transformers of the UNet.
+        """
+        x = noisy_latent(x0, z_lq, noise, t, self.alphas_cumprod)
+        context = self.text_encoder(self.ids).expand(len(x), -1, -1)
+        prediction = self.unet(x, t, context, self.structure_encoder(z_lq, t), taps).float()
+        return x0_from_prediction(x, prediction, t, self.alphas_cumprod, self.prediction_type)
+
 
 class ImageLoss(Protocol):
     """A loss on decoded images, such as `ImageSpaceLoss`."""

@@ -7,7 +7,6 @@ for the identity loss alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,16 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from pfstorer_rt.config import TrainConfig
-from pfstorer_rt.diffusion import noisy_latent, x0_from_prediction
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.faces.recognizer import FaceRecognizer, cut_faces
+from pfstorer_rt.faces.recognizer import FaceRecognizer
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, fingerprint_modules
-from pfstorer_rt.models.unet import Tap
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.chunks import Arrays
 from pfstorer_rt.training.data import Batch, draw_timesteps
 from pfstorer_rt.training.device import accelerated, to_channels_last
 from pfstorer_rt.training.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
-from pfstorer_rt.training.image_loss import jitter
+from pfstorer_rt.training.image_loss import identity_loss, jitter
 from pfstorer_rt.training.latents import encode_pool, flip, is_flipped, to_pixels
 from pfstorer_rt.training.loop import Training, log_to, run_training, signature
 from pfstorer_rt.training.losses import Losses
@@ -111,33 +108,10 @@ class OneStepObjective(RestorerObjective):
             whole = self.decode(restored[:1], batch["lq_tile"])
             losses["id"] = self.identity(whole, batch["hq_tile"], batch["maps"])
             losses["pixel"] = (losses["pixel"] + F.l1_loss(whole, batch["hq_tile"])) / 2
-        weights = {
-            "pixel": c.lambda_pixel,
-            "perceptual": c.lambda_perceptual,
-            "adversarial": c.lambda_adversarial,
-            "discriminator": 1.0,
-            "id": c.lambda_id,
-        }
+        weights = self.weights(c.lambda_id)
         loss = c.lambda_latent * latent + sum(weights[name] * value for name, value in losses.items())
         missing = {name: latent.new_zeros(()) for name in weights if name not in losses}
         return {"loss": loss, "latent": latent, **{n: {**losses, **missing}[n] for n in weights}}
-
-    def restore(
-        self,
-        x0: torch.Tensor,
-        z_lq: torch.Tensor,
-        noise: torch.Tensor,
-        t: torch.Tensor,
-        taps: Mapping[str, Tap] | None = None,
-    ) -> torch.Tensor:
-        """Return the network's estimate (B, C, h, w) of the clean latents, from noisy latents of timestep t.
-
-        taps: changes of the features after spatial transformers of the UNet.
-        """
-        x = noisy_latent(x0, z_lq, noise, t, self.alphas_cumprod)
-        context = self.text_encoder(self.ids).expand(len(x), -1, -1)
-        prediction = self.unet(x, t, context, self.structure_encoder(z_lq, t), taps).float()
-        return x0_from_prediction(x, prediction, t, self.alphas_cumprod, self.prediction_type)
 
     def decode(self, latent: torch.Tensor, lq: torch.Tensor) -> torch.Tensor:
         """Decode latents (B, C, h, w) with the features of the LQ images (B, 3, H, W)."""
@@ -159,13 +133,21 @@ class OneStepObjective(RestorerObjective):
         return losses
 
     def identity(self, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-        """Squared distance of embeddings of the faces at `maps` (B, 2, 3) in images in [-1, 1]; 0 without a face."""
-        if self.recognizer is None or not bool(maps.isfinite().all()):
+        """Return `identity_loss` of faces at `maps` (B, 2, 3); 0 without a recognizer."""
+        if self.recognizer is None:
             return output.new_zeros(())
-        with torch.no_grad():
-            original = self.recognizer(cut_faces((target + 1) / 2, maps)).float()
-        restored = self.recognizer(cut_faces((output + 1) / 2, maps)).float()
-        return (restored - original).square().sum(1).mean()
+        return identity_loss(self.recognizer, output, target, maps)
+
+    def weights(self, lambda_id: float) -> dict[str, float]:
+        """Return the weight of each loss on images."""
+        c = self.config
+        return {
+            "pixel": c.lambda_pixel,
+            "perceptual": c.lambda_perceptual,
+            "adversarial": c.lambda_adversarial,
+            "discriminator": 1.0,
+            "id": lambda_id,
+        }
 
 
 class WindowSampler:
@@ -216,28 +198,39 @@ class WindowSampler:
 
     def whole(self, tile: int, version: int, rng: np.random.Generator) -> Batch:
         """Return a whole pair and the jittered map of its face."""
-        maps = self.face(tile, version)[None] @ jitter(1, rng)
+        maps = face_of(self.pool, tile, version)[None] @ jitter(1, rng)
         return {
             "hq_tile": to_pixels(flip(self.pool["hq"][tile], version)[None]),
             "lq_tile": to_pixels(flip(self.pool["lq"][tile, version], version)[None]),
             "maps": torch.from_numpy(maps.astype(np.float32)),
         }
 
-    def face(self, tile: int, version: int) -> npt.NDArray[Any]:
-        """Return the map (2, 3) of a tile's face; the map is mirrored for a flipped version."""
-        found: npt.NDArray[Any] = np.array(self.pool["maps"][tile], float)
-        if is_flipped(version):
-            found[0] = -found[0]
-        return found
-
     def on_a_face(self, tile: int, version: int, window: int, rng: np.random.Generator) -> npt.NDArray[Any] | None:
         """Draw the corner of a window centred on the face of a tile; None for a tile without a face."""
-        found, size = self.face(tile, version), self.latents.shape[-1]
-        if not np.isfinite(found).all():
-            return None
-        x, y = found @ np.array([*rng.uniform(-0.6, 0.6, 2), 1.0])
-        middle = (np.array([y, x]) + 1) / 2 * size
-        return np.clip(np.round(middle - window / 2), 0, size - window).astype(int)
+        found = face_of(self.pool, tile, version)
+        return around(found, window, self.latents.shape[-1], 0.6, rng) if np.isfinite(found).all() else None
+
+
+def face_of(pool: Arrays, tile: int, version: int) -> npt.NDArray[Any]:
+    """Return the map (2, 3) of a tile's face; the map is mirrored for a flipped version."""
+    found: npt.NDArray[Any] = np.array(pool["maps"][tile], float)
+    if is_flipped(version):
+        found[0] = -found[0]
+    return found
+
+
+def around(
+    face: npt.NDArray[Any], side: int, size: int, spread: float, rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Draw the corner of a square about a face (2, 3) in a square of `size`; anywhere without a face.
+
+    spread: largest distance of the centres, 1 is half the face.
+    """
+    if not np.isfinite(face).all():
+        return rng.integers(0, size - side + 1, 2)
+    x, y = face @ np.array([*rng.uniform(-spread, spread, 2), 1.0])
+    corner = np.round((np.array([y, x]) + 1) / 2 * size - side / 2)
+    return np.clip(corner, 0, size - side).astype(np.int64)
 
 
 def finish_in_one_step(

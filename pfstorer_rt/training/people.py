@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 
 from pfstorer_rt.errors import SettingError
+from pfstorer_rt.files import make_folder
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.progress import OnProgress, ignore_progress
-from pfstorer_rt.training.chunks import Arrays, Samples, make_arrays
-from pfstorer_rt.training.data import Batch
+from pfstorer_rt.training.chunks import Arrays, make_arrays
 from pfstorer_rt.training.image_loss import face_maps
 from pfstorer_rt.training.loop import signature
-from pfstorer_rt.training.tile_pool import PoolConfig, degrade_bytes, draw_degradation
+from pfstorer_rt.training.tile_pool import PoolConfig, degrade_bytes, draw_degradation, pool_samples
 from pfstorer_rt.training.tiles import Bytes
 
 CHUNK = 8
@@ -67,7 +67,7 @@ def make_people_pool(
     `config.count` is the number of tiles; the photographs are used in turn. Arrays as in `tile_pool.make_pool`, and
     `person`, `photo` (N,), numbers of the person and of the photograph of a tile.
     """
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work, private=True)
     views = [View(p, i, path) for p, photos in enumerate(people) for i, path in enumerate(photos)]
     side = config.tile
     items: dict[str, tuple[type, tuple[int, ...]]] = {
@@ -78,15 +78,9 @@ def make_people_pool(
         "photo": (np.int32, ()),
     }
 
-    def make(chunk: int) -> Batch:
-        samples = [make_view(views, config, k) for k in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
-        return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in items}
-
-    def finish(chunk: Batch) -> Mapping[str, npt.NDArray[Any]]:
-        return {name: tensor.numpy() for name, tensor in chunk.items()}
-
     mark = signature([asdict(config), [view.person for view in views]], [view.path for view in views])
-    return make_arrays(Samples("pool", items, config.count, CHUNK, mark, make, finish, workers), work, on_progress)
+    samples = pool_samples(items, config.count, CHUNK, mark, partial(make_view, views, config), workers)
+    return make_arrays(samples, work, on_progress)
 
 
 def make_view(views: Sequence[View], config: PoolConfig, number: int) -> dict[str, npt.NDArray[Any]]:

@@ -1,7 +1,7 @@
 """The prior of the personalization blocks: they learn from many people how to use the references of an unknown one.
 
 1. The blocks alone are trained on latents. They start as a search for the most similar feature of the references.
-   Blocks with random weights ignored the references after 500 iterations.
+   Blocks that started as copies of the base's layers ignored the references.
 2. Blocks and base are trained together with losses on images. The base without a prior has learned to restore an image
    from its degraded version alone, so its decoder expects nothing in the latents that the degraded image lacks.
 """
@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from pfstorer_rt.config import PersonalizeConfig, TrainConfig
-from pfstorer_rt.diffusion import LAST, noisy_latent, x0_from_prediction
+from pfstorer_rt.diffusion import LAST
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.faces.recognizer import FaceRecognizer, cut_faces
+from pfstorer_rt.faces.recognizer import FaceRecognizer
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, fingerprint_modules
 from pfstorer_rt.models.personalization import PersonalizationBlocks, build_blocks
@@ -36,13 +36,13 @@ from pfstorer_rt.training.chunks import Arrays
 from pfstorer_rt.training.data import Batch, draw_timesteps
 from pfstorer_rt.training.device import accelerated, kernels_for, to_channels_last
 from pfstorer_rt.training.image_loss import jitter
-from pfstorer_rt.training.latents import encode_pool, flip, is_flipped, to_pixels
+from pfstorer_rt.training.latents import encode_pool, flip, to_pixels
 from pfstorer_rt.training.loop import Training, log_to, run_training, signature
 from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.lpips import Lpips
 from pfstorer_rt.training.memory import ParameterGroup
 from pfstorer_rt.training.objectives import RestorerObjective
-from pfstorer_rt.training.one_step import MARGIN, OneStepConfig, OneStepObjective, WindowSampler
+from pfstorer_rt.training.one_step import MARGIN, OneStepConfig, OneStepObjective, WindowSampler, around, face_of
 from pfstorer_rt.training.tiles import Bytes
 
 GAMMA, SHARPNESS = 0.3, 2.5
@@ -110,11 +110,8 @@ class ReferenceObjective(RestorerObjective):
 
     def forward(self, batch: Batch) -> Losses:
         """Take latents `hq lq noise` (B, C, h, w), `t` (B,), and `references` (B, R, C, h, w)."""
-        x = noisy_latent(batch["hq"], batch["lq"], batch["noise"], batch["t"], self.alphas_cumprod)
-        context = self.text_encoder(self.ids).expand(len(x), -1, -1)
-        structure = self.structure_encoder(batch["lq"], batch["t"])
-        prediction = self.unet(x, batch["t"], context, structure, reference_taps(self, batch["references"])).float()
-        restored = x0_from_prediction(x, prediction, batch["t"], self.alphas_cumprod, self.prediction_type)
+        taps = reference_taps(self, batch["references"])
+        restored = self.restore(batch["hq"], batch["lq"], batch["noise"], batch["t"], taps)
         return {"loss": F.mse_loss(restored, batch["hq"])}
 
 
@@ -165,7 +162,7 @@ class PriorObjective(OneStepObjective):
         latents. `maps` (B, 2, 3) are the faces in the squares without margins, and `corners` (B, 2) the corners of the
         windows in these, in latent pixels.
         """
-        c, p = self.config, self.prior
+        p = self.prior
         restored = self.restore(batch["hq"], batch["lq"], batch["noise"], batch["t"], self.taps(batch["references"]))
         latent = F.mse_loss(restored, batch["hq"])
         part = cut(restored, batch["places"], batch["lq_crop"].shape[-1] // self.factor)
@@ -176,25 +173,9 @@ class PriorObjective(OneStepObjective):
         losses = self.image_losses(*windows)
         losses["pixel"] = (losses["pixel"] + F.l1_loss(output, target)) / 2
         losses["id"] = self.identity(output, target, batch["maps"])
-        weights = {
-            "pixel": c.lambda_pixel,
-            "perceptual": c.lambda_perceptual,
-            "adversarial": c.lambda_adversarial,
-            "discriminator": 1.0,
-            "id": p.lambda_id,
-        }
+        weights = self.weights(p.lambda_id)
         loss = p.lambda_latent * latent + sum(weights[name] * value for name, value in losses.items())
         return {"loss": loss, "latent": latent, **losses}
-
-    def identity(self, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-        """Squared distance of embeddings over the images with a face (B, 2, 3); 0 without any."""
-        seen = maps.isfinite().all(2).all(1)
-        if self.recognizer is None or not seen.any():
-            return output.new_zeros(())
-        with torch.no_grad():
-            original = self.recognizer(cut_faces((target[seen] + 1) / 2, maps[seen])).float()
-        restored = self.recognizer(cut_faces((output[seen] + 1) / 2, maps[seen])).float()
-        return (restored - original).square().sum(1).mean()
 
 
 def cut(maps: torch.Tensor, corners: torch.Tensor, side: int) -> torch.Tensor:
@@ -264,7 +245,7 @@ class PeopleSampler:
         chosen = rng.integers(0, tiles, c.people), rng.integers(0, versions, c.people)
         pairs, count = list(zip(*chosen, strict=True)), int(rng.integers(1, c.references + 1))
         size, side = self.latents.shape[-1], c.crop + 2 * MARGIN
-        faces = [self.face(k, v) for k, v in pairs]
+        faces = [face_of(self.pool, k, v) for k, v in pairs]
         places = [around(face, side, size, 0.2, rng) for face in faces]
         crops = [self.crops(k, v, place, side) for (k, v), place in zip(pairs, places, strict=True)]
         maps = [in_square(f, place + MARGIN, c.crop, size) for f, place in zip(faces, places, strict=True)]
@@ -303,27 +284,6 @@ class PeopleSampler:
         rows = rng.choice(others, count, replace=len(others) < count)
         versions = rng.integers(0, self.latents.shape[1], count)
         return torch.from_numpy(self.latents[rows, versions, 0]).float()
-
-    def face(self, tile: int, version: int) -> npt.NDArray[Any]:
-        """Return the map (2, 3) of a tile's face; the map is mirrored for a flipped version."""
-        found: npt.NDArray[Any] = np.array(self.pool["maps"][tile], float)
-        if is_flipped(version):
-            found[0] = -found[0]
-        return found
-
-
-def around(
-    face: npt.NDArray[Any], side: int, size: int, spread: float, rng: np.random.Generator
-) -> npt.NDArray[np.int64]:
-    """Draw the corner of a square about a face (2, 3) in a square of `size`; anywhere without a face.
-
-    spread: largest distance of the centres, 1 is half the face.
-    """
-    if not np.isfinite(face).all():
-        return rng.integers(0, size - side + 1, 2)
-    x, y = face @ np.array([*rng.uniform(-spread, spread, 2), 1.0])
-    corner = np.round((np.array([y, x]) + 1) / 2 * size - side / 2)
-    return np.clip(corner, 0, size - side).astype(np.int64)
 
 
 def in_square(face: npt.NDArray[Any], corner: npt.NDArray[np.int64], side: int, size: int) -> npt.NDArray[Any]:

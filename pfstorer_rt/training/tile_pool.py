@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +83,30 @@ def make_pool(
     if config.versions:
         items["lq"] = (np.uint8, (config.versions, side, side, 3))
 
+    paths = [path for source in sources for path in source.paths]
+    mark = signature([asdict(config), [(len(s.paths), s.weight) for s in sources]], paths)
+    samples = pool_samples(items, config.count, CHUNK, mark, partial(make_tile, composer, config), workers)
+    return make_arrays(samples, work, on_progress)
+
+
+def pool_samples(
+    items: Mapping[str, tuple[type, tuple[int, ...]]],
+    count: int,
+    size: int,
+    mark: str,
+    make_one: Callable[[int], dict[str, npt.NDArray[Any]]],
+    workers: int,
+) -> Samples:
+    """Describe a pool of `count` samples, made in chunks of `size`; make_one: number of a sample -> its arrays."""
+
     def make(chunk: int) -> Batch:
-        samples = [make_tile(composer, config, k) for k in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
+        samples = [make_one(k) for k in range(chunk * size, (chunk + 1) * size)]
         return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in items}
 
     def finish(chunk: Batch) -> Mapping[str, npt.NDArray[Any]]:
         return {name: tensor.numpy() for name, tensor in chunk.items()}
 
-    paths = [path for source in sources for path in source.paths]
-    mark = signature([asdict(config), [(len(s.paths), s.weight) for s in sources]], paths)
-    return make_arrays(Samples("pool", items, config.count, CHUNK, mark, make, finish, workers), work, on_progress)
+    return Samples("pool", items, count, size, mark, make, finish, workers)
 
 
 def make_tile(composer: TileComposer, config: PoolConfig, number: int) -> dict[str, npt.NDArray[Any]]:

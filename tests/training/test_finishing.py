@@ -1,6 +1,7 @@
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.models.base import build_base, load_base
 from pfstorer_rt.training.crops import CropConfig
 from pfstorer_rt.training.finishing import FinishingConfig, FinishingObjective, finish_base, image_pairs
-from pfstorer_rt.training.image_loss import ImageSpaceLoss, face_maps, jitter
+from pfstorer_rt.training.image_loss import ImageSpaceLoss, face_maps, identity_loss, jitter
 from pfstorer_rt.training.wrapping import WrappingConfig, add_wrapping
 
 SETTINGS = TrainConfig(iterations=4, batch=2, learning_rate=1e-3, ema=0.5, device="cpu", precision="fp32")
@@ -106,17 +107,17 @@ def test_image_pairs_resume_after_an_interruption(photos, wrapped, tmp_path):
 
 def test_images_without_a_face_have_no_identity_loss(wrapped):
     base = load_base(wrapped)
-    loss = ImageSpaceLoss(base, CONFIG)
+    identity = partial(identity_loss, ImageSpaceLoss(base, CONFIG).recognizer)
     pixels = np.asarray(Image.fromarray(astronaut()[:256, 96:352]).resize((128, 128)), np.float32) / 255
     face = torch.from_numpy(pixels).permute(2, 0, 1)[None] * 2 - 1
     found = torch.from_numpy(face_maps([pixels]))
     none = torch.full((1, 2, 3), float("nan"))
     dark = face * 0.3
-    alone = loss.identity(dark, face, found)
-    assert alone > 0.001 and loss.identity(face, face, found) < 1e-8
-    pair = loss.identity(torch.cat([dark, -face]), torch.cat([face, face]), torch.cat([found, none]))
+    alone = identity(dark, face, found)
+    assert alone > 0.001 and identity(face, face, found) < 1e-8
+    pair = identity(torch.cat([dark, -face]), torch.cat([face, face]), torch.cat([found, none]))
     torch.testing.assert_close(pair, alone)
-    assert loss.identity(dark, face, none) == 0
+    assert identity(dark, face, none) == 0
 
 
 def test_finishing_reduces_its_losses(photos, wrapped, tmp_path):
