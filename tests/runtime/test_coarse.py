@@ -111,7 +111,10 @@ def test_the_fine_pass_receives_the_coarse_result(restorer, make_image):
 
 def test_strength_0_equals_the_base_in_both_passes(restorer, personal, make_image):
     pixels = make_image(130, 150)
-    assert np.array_equal(personal.restore(pixels, replace(ON, strength=0.0)), restorer.restore(pixels, ON))
+    # Two models run here: memory alignment may change the last bit of a float32 product.
+    np.testing.assert_allclose(
+        personal.restore(pixels, replace(ON, strength=0.0)), restorer.restore(pixels, ON), rtol=0, atol=1e-6
+    )
 
 
 def test_a_grey_image_stays_grey_in_both_passes(restorer, make_image):
