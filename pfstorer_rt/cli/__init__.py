@@ -104,13 +104,14 @@ def main(arguments: list[str] | None = None) -> None:
             echo(line, err=True)
         sys.exit(error.exit_code)
     except click.Abort as error:  # click raises it for Ctrl-C, and where a question has no answer
-        fail(interrupted(error.__cause__) if isinstance(error.__cause__, KeyboardInterrupt) else "Aborted.", 130)
+        cause = error.__cause__
+        fail(interrupted(cause, arguments) if isinstance(cause, KeyboardInterrupt) else "Aborted.", 130)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)  # only errors of usage have one
         command = context.command_path if context else "pfstorer-rt"
         fail(f"{error.format_message()} ({command} --help)", error.exit_code)
     except KeyboardInterrupt as error:
-        fail(interrupted(error), 130)
+        fail(interrupted(error, arguments), 130)
     except (SettingError, BadFileError, MismatchError, MissingBackendError) as error:
         fail(explain(error), 2)
     except (PFStorerError, OSError, MemoryError) as error:
@@ -119,9 +120,15 @@ def main(arguments: list[str] | None = None) -> None:
         fail(f"unexpected {type(error).__name__}: {explain(error)} (set PFSTORER_DEBUG=1 for details)", 1)
 
 
-def interrupted(error: BaseException) -> str:
+RESUMED = ("personalize", "restore", "fix", "degrade", "train-base", "demo")
+"""Commands that keep finished work and continue after it when they are called again."""
+
+
+def interrupted(error: BaseException, arguments: list[str] | None) -> str:
     """Return the message for Ctrl-C, with the state that the interrupted call reported."""
-    return f"Interrupted{f' ({error})' if str(error) else ''}. Run the same command again to resume."
+    command = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+    hint = "Run the same command again to resume." if command in RESUMED else "Unfinished files were removed."
+    return f"Interrupted{f' ({error})' if str(error) else ''}. {hint}"
 
 
 def fail(message: str, status: int) -> None:

@@ -12,7 +12,7 @@ import click
 
 from pfstorer_rt.cli.options import Number
 from pfstorer_rt.console import echo
-from pfstorer_rt.errors import PFStorerError
+from pfstorer_rt.errors import SettingError
 from pfstorer_rt.runtime.bench import SIZES, BenchConfig, BenchReport, measure_plan
 
 
@@ -69,7 +69,7 @@ def command(
     for path in (table, plot):
         if path and path.exists() and not overwrite:
             message = f"{path}: exists already; choose another name or allow overwriting"
-            raise PFStorerError(message, setting="overwrite")
+            raise SettingError(message, setting="overwrite")
     report = measure_plan(engine, BenchConfig(backend, provider, steps, runs, seconds, sizes, trust_plan))
     if table:
         write_table(table, report)

@@ -88,10 +88,10 @@ def command(
         )
     if precision == "int8" and target != "onnx":
         raise click.UsageError("--precision int8 is for ONNX plans on CPUs; use fp16 for TensorRT")
-    from pfstorer_rt.errors import PFStorerError
+    from pfstorer_rt.errors import PFStorerError, SettingError
 
     if output.exists() and not overwrite:
-        raise PFStorerError(f"{output}: exists already; choose another name or allow overwriting", setting="overwrite")
+        raise SettingError(f"{output}: exists already; choose another name or allow overwriting", setting="overwrite")
     if not output.resolve().parent.is_dir():
         raise PFStorerError(f"{output}: its folder does not exist; create it first")
     if not os.access(output.resolve().parent, os.W_OK):

@@ -196,7 +196,6 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
       pfstorer-rt personalize --identity alice photos/alice/*.jpg
     """
     from pfstorer_rt.console import echo, note, stage_bars
-    from pfstorer_rt.errors import PFStorerError
     from pfstorer_rt.files import make_folder
     from pfstorer_rt.identity import identities_dir, identity_path, training_files
 
@@ -211,7 +210,7 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
         sheet = None  # the interrupted call wrote it
     for file in (target, sheet):
         if file and file.exists() and not options.overwrite:
-            raise PFStorerError(
+            raise SettingError(
                 f"{file}: exists already; choose another name or allow overwriting", setting="overwrite"
             )
     import json

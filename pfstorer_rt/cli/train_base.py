@@ -219,6 +219,12 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **paramet
     Examples:
       pfstorer-rt train-base photos/ -o my-base
       pfstorer-rt train-base photos/ -o better --prior portrait --stage one-step --lpips lpips_vgg16.npz
+
+    \b
+    The shipped base, from nothing (`docs/training.md`):
+      pfstorer-rt train-base photos/ -o first --stage autoencoder --lpips lpips_vgg16.npz
+      pfstorer-rt train-base photos/ -o second --prior first --stage restorer
+      pfstorer-rt train-base photos/ -o base --prior second --stage one-step --lpips lpips_vgg16.npz
     """
     options = Options(**parameters)
     check_options(options, click.get_current_context())

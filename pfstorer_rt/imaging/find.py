@@ -87,7 +87,8 @@ def find_images(sources: Sequence[Path], note: Note | None = None) -> list[Path]
             raise BadFileError(f"{show_path(source)}: no such file or folder")
         found.update(list_images(source, note=note) if source.is_dir() else [source])
     if not found:
-        raise BadFileError(f"no images in {', '.join(map(show_path, sources))}; expected {' '.join(image_suffixes())}")
+        shown = ", ".join(map(show_path, sources))
+        raise BadFileError(f"no images in {shown}; expected files such as .jpg, .png or .tif")
     return sorted(found)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pfstorer_rt.errors import SettingError
 from pfstorer_rt.imaging.find import RESULT_SUFFIX, Note, is_result, list_images, note_left_out
-from pfstorer_rt.imaging.formats import SAVE_FORMATS, image_suffixes
+from pfstorer_rt.imaging.formats import SAVE_FORMATS
 from pfstorer_rt.imaging.metadata import is_marked
 
 STREAM = "-"
@@ -124,7 +124,7 @@ def find_inputs(inputs: Sequence[str], suffix: str, note: Note) -> list[tuple[Pa
         if results:
             kept = f"{len(results)} earlier results of this program"
             raise NoImagesError(f"no images in {' '.join(inputs)} except {kept}; name one alone to restore it again")
-        raise NoImagesError(f"no images in {' '.join(inputs)}; expected {' '.join(image_suffixes())}")
+        raise NoImagesError(f"no images in {' '.join(inputs)}; expected files such as .jpg, .png or .tif")
     note_left_out(results, note)
     return fresh
 

@@ -23,7 +23,7 @@ from pfstorer_rt.errors import BadFileError, PFStorerError, Rebuild, SettingErro
             1,
             "Error: unexpected ValueError: operands could not be broadcast together (set PFSTORER_DEBUG=1 for details)",
         ),
-        (KeyboardInterrupt(), 130, "Error: Interrupted. Run the same command again to resume."),
+        (KeyboardInterrupt(), 130, "Error: Interrupted. Unfinished files were removed."),
     ],
 )
 def test_an_error_prints_one_line_and_sets_the_exit_status(refused, monkeypatch, error, status, line):

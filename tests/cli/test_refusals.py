@@ -35,7 +35,7 @@ def test_sigterm_removes_temporary_files(run, signals, monkeypatch, tmp_path, na
     threading.Thread(target=end_at_the_first_file, daemon=True).start()
     result = run("export", "--base", nano_base_dir, "-o", out / "a.plan")
     assert result.status == 130
-    assert result.errors == ["Error: Interrupted. Run the same command again to resume."]
+    assert result.errors == ["Error: Interrupted. Unfinished files were removed."]
     assert not list(work.iterdir()) and not list(out.iterdir())
 
 

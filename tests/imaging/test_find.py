@@ -24,7 +24,7 @@ def test_photographs_are_found_in_folders_below_and_sorted(tmp_path):
 
 
 def test_nothing_found_is_an_error_with_what_was_expected(tmp_path):
-    with pytest.raises(BadFileError, match=r"no images in .*expected \.png"):
+    with pytest.raises(BadFileError, match=r"no images in .*expected files such as \.jpg"):
         find_images([tmp_path])
     with pytest.raises(BadFileError, match=r"x\.png: no such file"):
         find_images([tmp_path / "x.png"])
