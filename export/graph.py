@@ -17,11 +17,11 @@ from diffusers import AutoencoderTiny
 
 from pfstorer_rt.models.components import Component
 from pfstorer_rt.models.denoiser import Denoiser
+from pfstorer_rt.models.fuse import FusedDenoiser, fuse_denoiser
+from pfstorer_rt.models.precision import TypedComponent, spell_out_attention
 from pfstorer_rt.models.sharing import share_weights
 
 from .compose import compose_autoencoder
-from .fuse import FusedDenoiser
-from .precision import TypedComponent, spell_out_attention
 
 OPSET = 23
 """The first opset with an `Attention` operator, which engines replace by a fused kernel."""
@@ -72,10 +72,9 @@ class Graph:
 
 def fuse(component: Component) -> Component:
     """Return a component with folded constants; the original component and its base are not changed."""
+    if isinstance(component.module, Denoiser):
+        return fuse_denoiser(component)
     module = share_weights(component.module)
-    if isinstance(module, Denoiser):
-        fused = component.with_module(FusedDenoiser(module))
-        return fused if len(module.blocks) else fused.without_strength()
     if isinstance(module.vae, AutoencoderTiny):
         compose_autoencoder(module.vae)
     return component.with_module(module)

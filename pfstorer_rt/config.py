@@ -461,8 +461,8 @@ class TileConfig:
     chop: int = 1280
     """In parity mode, larger images are restored in squares with this side in pixels."""
     chop_stride: int = 1000
-    batch: int = 4
-    """Tiles that pass through the denoiser at once."""
+    batch: int | None = None
+    """Tiles that pass through the denoiser at once; None is the engine's number."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The interface to the kernels: a table of backends, and their choice at construction of a model.
 
 Models call kernels only through a `Kernels` object. Its functions receive layers instead of weights, so that PyTorch
-runs the hooks of a layer (`export.precision`).
+runs the hooks of a layer (`models.precision`).
 """
 
 from __future__ import annotations

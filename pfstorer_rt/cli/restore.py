@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import click
 from click.core import ParameterSource
@@ -23,6 +23,18 @@ if TYPE_CHECKING:
     from pfstorer_rt.runtime.jobs import Job
     from pfstorer_rt.runtime.restorer import Restorer
 
+
+class TorchOptions(TypedDict):
+    """Options of the PyTorch engine, by the names of the arguments of `Restorer.from_base`."""
+
+    attention: str
+    device: str
+    precision: str
+    compiled: bool
+
+
+IN_TORCH = TorchOptions(attention="auto", device="auto", precision="auto", compiled=False)
+"""The defaults."""
 FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
 
 
@@ -57,15 +69,25 @@ class Options:
     eta: float
     tiling: Literal["fast", "parity"]
     overlap: int | None
-    tile_batch: int
+    tile_batch: int | None
     backend: str
     provider: str | None
     attention: str
+    device: str
+    precision: str
+    compiled: bool
     trust_plan: bool
     max_pixels: int
     overwrite: bool
     no_mark: bool
     as_json: bool
+
+    @property
+    def in_torch(self) -> TorchOptions:
+        """Options of the PyTorch engine."""
+        return TorchOptions(
+            attention=self.attention, device=self.device, precision=self.precision, compiled=self.compiled
+        )
 
     @property
     def extension(self) -> str | None:
@@ -203,7 +225,9 @@ class Options:
     help="Overlap of neighbouring tiles in pixels. [default: a quarter of a tile; half with parity]",
 )
 @click.option(
-    "--tile-batch", type=click.IntRange(1), default=4, show_default=True, help="Number of tiles computed at once."
+    "--tile-batch",
+    type=click.IntRange(1),
+    help="Number of tiles computed at once. [default: 4; 16 in PyTorch on a GPU]",
 )
 @click.option(
     "--backend",
@@ -219,6 +243,17 @@ class Options:
     default="auto",
     show_default=True,
     help="Kernels for attention, gates and norms in PyTorch; triton needs an NVIDIA GPU.",
+)
+@click.option("--device", default="auto", show_default=True, help="Device of PyTorch: auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="Precision in PyTorch; auto: fp16 on a GPU, fp32 on a CPU. A plan has its own precision.",
+)
+@click.option(
+    "--compile", "compiled", is_flag=True, help="Compile the networks in PyTorch: minutes before the first image."
 )
 @click.option("--trust-plan", is_flag=True, help="Run a TensorRT plan (executable code) that was built elsewhere.")
 @click.option(
@@ -285,8 +320,11 @@ def check_options(options: Options) -> None:
         raise click.UsageError("--base runs in PyTorch; export a plan to use another backend")
     if options.provider and (not engines or options.backend == "torch"):
         raise click.UsageError("--provider goes with --engine and a backend that runs it")
-    if options.attention != "auto" and engines and options.backend != "torch":
-        raise click.UsageError("--attention is for PyTorch (--base, or --backend torch); a plan has its own attention")
+    if options.in_torch != IN_TORCH and engines and options.backend != "torch":
+        raise click.UsageError(
+            "--attention, --device, --precision and --compile are for PyTorch (--base, or --backend torch); a plan has "
+            "its own attention and precision, and --provider selects its device"
+        )
 
 
 def open_references(folder: str | None) -> References | None:
@@ -308,15 +346,15 @@ def open_restorer(engine: str | None, options: Options) -> Restorer:
     if engine is None:
         assert options.base is not None
         if options.refs is None or options.identity:
-            return Restorer.from_base(options.base, options.identity, attention=options.attention)
+            return Restorer.from_base(options.base, options.identity, **options.in_torch)
         from pfstorer_rt.fix import identity_of
         from pfstorer_rt.models.base import load_base
 
         base = load_base(options.base)
         identity = identity_of(Path(options.refs), base, note) if base.prior else None
-        return Restorer.from_base(base, identity, attention=options.attention)
+        return Restorer.from_base(base, identity, **options.in_torch)
     return Restorer.from_plan(
-        engine, options.backend, options.base, options.trust_plan, options.provider, options.attention
+        engine, options.backend, options.base, options.trust_plan, options.provider, **options.in_torch
     )
 
 
@@ -328,6 +366,8 @@ def run(restorer: Restorer, batch: BatchConfig, jobs: Sequence[Job], options: Op
     restorer.recipe(batch.restore)  # refuses settings that do not fit this engine
     for setting, value, reason in without_effect(restorer, batch):
         note(f"{flag(setting)}{'' if value is True else f' {value:g}'} changes nothing: {reason}")
+    if restorer.note:
+        note(restorer.note)
     echo(f"engine: {restorer.backend} ({restorer.provider})", err=True)
     report = partial(show, as_json=options.as_json)
     if options.dry_run:

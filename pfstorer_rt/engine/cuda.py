@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from pfstorer_rt.errors import MissingBackendError
 
 Replay = Callable[[], None]
+Result = TypeVar("Result")
 
 
 class Cuda:
-    """The current GPU and one stream on it."""
+    """A GPU, by default the current one, and one stream on it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         if not torch.cuda.is_available():
             built = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no NVIDIA GPU"
             raise MissingBackendError(
                 f"TensorRT needs an NVIDIA GPU: {built}; export for the target onnx to make a plan that runs here"
             )
-        self.device = torch.device("cuda", torch.cuda.current_device())
+        index = None if device is None else device.index
+        self.device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self.stream = torch.cuda.Stream(self.device)
 
     def name(self) -> str:
@@ -64,6 +67,11 @@ class Cuda:
     def synchronize(self) -> None:
         """Wait until the stream is idle."""
         self.stream.synchronize()
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Call a function whose operations go to the stream."""
+        with torch.cuda.stream(self.stream):
+            return work()
 
     def capture(self, enqueue: Callable[[int], None]) -> Replay:
         """Capture `enqueue(stream handle)` as a CUDA graph; returns a function that replays the graph."""

@@ -31,6 +31,8 @@ class Session(ABC):
     """Device or library that runs the component, such as `CPUExecutionProvider`."""
     device: torch.device
     """Device of the tensors of `run_tensors`."""
+    tile_batch: int = 4
+    """Tiles in one batch, where the settings name no number."""
 
     @abstractmethod
     def run(self, **arrays: Array) -> dict[str, Array]:

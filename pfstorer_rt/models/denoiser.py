@@ -17,7 +17,7 @@ from pfstorer_rt.models.unet import RestorationUNet
 class Denoiser(nn.Module):
     """Structure encoder, UNet and, with an identity, its personalization blocks.
 
-    This is the plain, unfused model; `export.fuse` folds its constants. Buffer `context` (1, L, D): the base's prompt.
+    This is the plain, unfused model; `models.fuse` folds its constants. Buffer `context` (1, L, D): the base's prompt.
     """
 
     context: torch.Tensor

@@ -44,8 +44,11 @@ class Recipe:
     colorize: bool
 
     @classmethod
-    def resolve(cls, config: RestoreConfig, manifest: Manifest) -> Recipe:
-        """Fill in the defaults of an engine; raises `ValueError` for a setting that does not fit the engine."""
+    def resolve(cls, config: RestoreConfig, manifest: Manifest, tile_batch: int = 4) -> Recipe:
+        """Fill in the defaults of an engine; raises `ValueError` for a setting that does not fit the engine.
+
+        tile_batch: the engine's number of tiles in one batch.
+        """
         _check_choices(config)
         recipe = cls(
             steps=manifest.steps if config.steps is None else config.steps,
@@ -60,7 +63,7 @@ class Recipe:
             eta=config.eta,
             mode=config.tile.mode,
             overlap=_default_overlap(config, manifest) if config.tile.overlap is None else config.tile.overlap,
-            batch=config.tile.batch,
+            batch=tile_batch if config.tile.batch is None else config.tile.batch,
             chop=max(config.tile.chop, manifest.tile),
             chop_stride=config.tile.chop_stride,
             colorize=config.colorize,

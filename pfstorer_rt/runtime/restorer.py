@@ -41,11 +41,14 @@ class Restorer:
     """Restores images with one engine; a context manager that frees the engine.
 
     Attributes: `manifest`, the description of the engine; `sessions`, its open components by name; `backend`, the
-    library that runs them; `provider`, the device or execution provider of this library.
+    library that runs them; `provider`, the device or execution provider of this library; `note`, the reason why a GPU
+    that exists is not used, or None.
     """
 
-    def __init__(self, manifest: Manifest, sessions: Mapping[str, Session], backend: str) -> None:
-        self.manifest, self.backend = manifest, backend
+    def __init__(
+        self, manifest: Manifest, sessions: Mapping[str, Session], backend: str, note: str | None = None
+    ) -> None:
+        self.manifest, self.backend, self.note = manifest, backend, note
         self._stack = ExitStack()
         self.sessions = {name: self._stack.enter_context(session) for name, session in sessions.items()}
         self.provider = self.sessions["denoiser"].provider
@@ -59,18 +62,22 @@ class Restorer:
         trust: bool = False,
         provider: str | None = None,
         attention: str = "auto",
+        device: str = "auto",
+        precision: str = "auto",
+        compiled: bool = False,
     ) -> Restorer:
         """Open a plan; with backend `torch`, open the plan's base and identity instead.
 
         trust: run a TensorRT plan, which is executable code, from any source. provider: the backend's name of a device
-        or execution provider (`cpu`, `cuda`; for OpenVINO `CPU:f32`, `GPU`); None selects the best. attention: with
-        backend `torch`, a backend of `pfstorer_rt.ops`.
+        or execution provider (`cpu`, `cuda`; for OpenVINO `CPU:f32`, `GPU`); None selects the best. attention, device,
+        precision, compiled: with backend `torch`, as in `from_base`.
         Raises `BadFileError`, `MissingBackendError`, or `MismatchError` when `torch` cannot find base or identity.
         """
         plan = Plan.open(path, trust)
         if backend == "torch":
             found = _find_identity(plan.manifest)
-            return cls.from_base(base or plan.manifest.base_name, found, plan.manifest, attention=attention)
+            named = base or plan.manifest.base_name
+            return cls.from_base(named, found, plan.manifest, device, attention, precision, compiled)
         plan.check_trusted()
         choice = choose_backend(backend, plan.manifest.target)
         sessions = {name: choice.open_component(plan, name, provider) for name in COMPONENTS}
@@ -84,16 +91,22 @@ class Restorer:
         expected: Manifest | None = None,
         device: str = "auto",
         attention: str = "auto",
+        precision: str = "auto",
+        compiled: bool = False,
     ) -> Restorer:
         """Run a base (name, directory or loaded) and an identity in PyTorch, without a plan.
 
-        A loaded base keeps its device and its kernels; the restorer shares its weights. attention: a backend of
-        `pfstorer_rt.ops`; raises `MissingBackendError` when it cannot run here.
+        A loaded base keeps its device and its kernels; the restorer shares its weights. device: `auto`, `cpu`, `cuda`
+        or `cuda:N`; with `auto`, `note` is the reason why a GPU that exists is not used. attention: a backend of
+        `pfstorer_rt.ops`. precision: `fp32`, `fp16`, or `auto` for fp16 on a GPU and fp32 on a CPU. compiled: compile
+        the networks with Inductor at the first run of each shape.
+        Raises `MissingBackendError` when the device or the attention cannot be used.
         Raises `MismatchError` when the identity or the expected manifest belongs to another base.
         """
         if identity is not None and not isinstance(identity, Identity):
             identity = Identity.load(identity_path(identity))  # a foreign file is refused before the slow imports
         with needed_by("a base in PyTorch"):
+            from pfstorer_rt.engine.device import choose_device
             from pfstorer_rt.engine.torch import open_sessions
             from pfstorer_rt.models.base import Base, load_base
             from pfstorer_rt.models.components import manifest
@@ -104,9 +117,9 @@ class Restorer:
                 f"the plan was made of base {expected.base_name!r} ({expected.base_fingerprint[:12]}), got base "
                 f"{loaded.fingerprint[:12]}; open the plan's own base, or run the plan with another backend than torch"
             )
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(manifest(loaded, identity), open_sessions(loaded, identity, attention, device), "torch")
+        choice = choose_device(device)
+        sessions = open_sessions(loaded, identity, attention, choice.device, precision, compiled)
+        return cls(manifest(loaded, identity), sessions, "torch", choice.refused)
 
     def __enter__(self) -> Restorer:
         return self
@@ -173,7 +186,7 @@ class Restorer:
 
     def recipe(self, config: RestoreConfig | None = None) -> Recipe:
         """Return all settings with this engine's defaults; raises `ValueError` for a setting that does not fit it."""
-        return Recipe.resolve(config or RestoreConfig(), self.manifest)
+        return Recipe.resolve(config or RestoreConfig(), self.manifest, self.sessions["denoiser"].tile_batch)
 
     def layout(self, height: int, width: int, config: RestoreConfig | None = None) -> Layout:
         """Return the canvas and the tiles of an image of height x width pixels; raises the errors of `recipe`."""

@@ -2,17 +2,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pfstorer_rt.export import build, export_plan, parity, precision
+from pfstorer_rt.export import build, export_plan, parity
 from pfstorer_rt.export.graph import build_graph, fuse
 from pfstorer_rt.export.parity import probe_inputs, probe_tiles
-from pfstorer_rt.export.precision import TypedComponent, centred_attention
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.errors import ParityError
+from pfstorer_rt.models import precision
 from pfstorer_rt.models.base import build_base
 from pfstorer_rt.models.components import decoder, denoiser, encoder
+from pfstorer_rt.models.precision import TypedComponent, centred
+from pfstorer_rt.ops import sdpa
 from pfstorer_rt.runtime.restorer import Restorer
 
 
@@ -29,7 +31,7 @@ def test_centred_keys_do_not_change_attention(offset):
     for m in (None, mask):
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=m)
         # The mean is computed in fp32.
-        assert torch.allclose(centred_attention(q, k, v, m), expected, rtol=0, atol=1e-5)
+        assert torch.allclose(centred(sdpa)(q, k, v, m), expected, rtol=0, atol=1e-5)
 
 
 def test_centred_keys_keep_scores_of_flat_tokens_small():
@@ -48,7 +50,7 @@ def test_centred_keys_keep_scores_of_flat_tokens_small():
             return function(*arguments, **options or {})
 
     with Watch():
-        centred_attention(*halves)
+        centred(sdpa)(*halves)
     assert torch.isfinite(seen["scores"]).all()
 
 

@@ -51,6 +51,9 @@ class FakeCuda:
         if self.broken:
             raise self.broken
 
+    def run(self, work):
+        return work()
+
     def capture(self, enqueue):
         self.captures += 1
         if not self.capturable:

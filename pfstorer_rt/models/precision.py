@@ -1,4 +1,4 @@
-"""fp16 graphs: this module sets the types of all values, and engines compute in these types.
+"""fp16 networks: this module sets the types of all values, and the graphs and engines of plans keep them.
 
 TensorRT 11 and later have no precision flags. The weights and activations of convolutions and projections are fp16.
 These stay in fp32:
@@ -14,26 +14,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import nn
 from torch.func import functional_call
 
-from pfstorer_rt.ops import AttentionProcessor, math
+from pfstorer_rt.ops import AttentionFn, AttentionProcessor, math
 
 
-def centred_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Attention on keys without their mean over the tokens; q (B, H, L, D), k and v (B, H, S, D).
+def centred(attention: AttentionFn) -> AttentionFn:
+    """Return an attention on keys without their mean over the tokens; q (B, H, L, D), k and v (B, H, S, D).
 
     The result is the same, because the mean adds the same value `q . mean(k)` to all scores of one query, and softmax
     ignores it. On flat images all keys are large and nearly equal, and `q . k` exceeds 65504, the largest fp16 value;
     without their mean they are small. (SageAttention smooths keys in the same way: Zhang et al. 2024, section 4.2.)
     """
-    mean = k.float().mean(-2, keepdim=True)
-    return F.scaled_dot_product_attention(q, (k.float() - mean).to(k.dtype), v, attn_mask=mask)
+
+    def on_centred_keys(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        mean = k.float().mean(-2, keepdim=True)
+        return attention(q, (k.float() - mean).to(k.dtype), v, mask)
+
+    return on_centred_keys
 
 
 def spell_out_attention(module: nn.Module) -> None:
@@ -82,4 +85,4 @@ def make_half(module: nn.Module) -> None:
         elif isinstance(child, TimestepEmbedding):
             child.float()
         elif isinstance(child, Attention) and type(child.processor) is AttentionProcessor:
-            child.set_processor(AttentionProcessor(centred_attention))
+            child.set_processor(AttentionProcessor(centred(child.processor.attention)))

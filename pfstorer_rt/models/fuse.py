@@ -1,4 +1,4 @@
-"""Fusion: values that depend neither on the image nor on the timestep become constants of the graph.
+"""Fusion: values that depend neither on the image nor on the timestep become constants.
 
 - The prompt is constant, so every text cross-attention keeps its keys and values only.
 - The cached reference is constant, so every reference attention keeps its keys and values only.
@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from pfstorer_rt.models.components import Component
 from pfstorer_rt.models.constant_context import fold_context
 from pfstorer_rt.models.denoiser import Denoiser
 from pfstorer_rt.models.personalization import PersonalizationBlocks
+from pfstorer_rt.models.sharing import share_weights
 
 
 class FusedDenoiser(nn.Module):
@@ -55,6 +57,14 @@ class FusedDenoiser(nn.Module):
         """Return the tensors of `identity_paths` by name, in the same order."""
         state = self.state_dict()
         return {name: state[path] for name, path in self.identity_paths().items()}
+
+
+def fuse_denoiser(component: Component) -> Component:
+    """Return the denoiser with folded constants; the original component and its base are not changed."""
+    module = share_weights(component.module)
+    assert isinstance(module, Denoiser)
+    fused = component.with_module(FusedDenoiser(module))
+    return fused if len(module.blocks) else fused.without_strength()
 
 
 def _transformer_blocks(unet: nn.Module) -> list[Any]:
