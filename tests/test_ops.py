@@ -215,6 +215,15 @@ def test_the_faster_implementation_is_chosen(times, taken, make_dispatch):
     assert key == "geglu float16 8 rows 4" and decision.startswith(f"{taken}: torch {times[0]:.4f} ms")
 
 
+@pytest.mark.parametrize(("times", "taken"), [((0.2, 0.1), "triton"), ((0.1, 0.2), "torch"), ((), "torch")])
+def test_while_a_graph_is_captured_the_earlier_choice_holds(times, taken, make_dispatch, monkeypatch):
+    made = make_dispatch(*times)
+    if times:
+        run_geglu(made)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert run_geglu(made) == taken
+
+
 def test_timings_are_saved_on_disk(make_dispatch):
     assert run_geglu(make_dispatch(0.1, 0.2)) == "torch"
     assert run_geglu(make_dispatch()) == "torch"
@@ -236,10 +245,12 @@ def test_timings_that_cannot_be_saved_are_used(make_dispatch):
     assert run_geglu(made) == "torch" == run_geglu(made)
 
 
-def test_nothing_is_timed_while_a_graph_is_captured(make_dispatch, monkeypatch):
-    made = make_dispatch()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert run_geglu(made) == "triton" and not made.decisions
+def test_attention_prefers_cudnn_on_hopper(monkeypatch):
+    for capability, expected in (((8, 9), door.sdpa), ((9, 0), door.cudnn_first)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert door.choose("sdpa", "cuda").kernels.attention is expected
+    q, k, v = (normal(1, 2, 5, 8, dtype=torch.float32).cpu() for _ in range(3))
+    assert torch.equal(door.cudnn_first(q, k, v), door.sdpa(q, k, v))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -42,6 +42,11 @@ class Variant:
     stages: int = 3
     unaligned: Sequence[str] = ("L", "S", "P", "M", "H", "size", "chunks", "tokens")
     """Integer arguments that need not be multiples of 16. Wide loads require multiples of 16 for the others."""
+
+    def specialized(self, *ones: str) -> Variant:
+        """Return the variant for arguments that are 1, which Triton makes constants; the others are multiples of 16."""
+        constants = {**self.constants, **{name: 1 for name in ones if name in self.kernel.arg_names}}
+        return replace(self, constants=constants, unaligned=())
 
     @property
     def name(self) -> str:
@@ -136,9 +141,13 @@ def _used(kernel: Any, types: Mapping[str, str]) -> dict[str, str]:
     return {name: element for name, element in types.items() if name in kernel.arg_names}
 
 
+ONES = ("H", "L", "S", "M", "tokens", "inner", "C", "P", "size", "chunks")
+"""Sizes that may be 1 in a call, such as one channel in a group, or one token."""
+
+
 def variants() -> list[Variant]:
     """Return all kernels in all variants that compile differently."""
-    return [
+    usual = [
         *attention_variants(64, "*fp16", False),
         *attention_variants(40, "*bf16", True),
         attention_variants(128, "*fp16", False)[0],
@@ -148,6 +157,9 @@ def variants() -> list[Variant]:
         *spade_norm_variants(),
         spade_norm_variants(dense="p")[2],
     ]
+    first = [*attention_variants(64, "*fp16", False), gated_projection_variant(), *geglu_variants()]
+    small = [variant.specialized(*ONES) for variant in (*first, *spade_norm_variants(size=1))]
+    return [*usual, *small, *(variant.specialized() for variant in spade_norm_variants())]
 
 
 def resources(compiled: Any) -> dict[str, int]:

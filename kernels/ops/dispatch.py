@@ -131,10 +131,16 @@ class Dispatch:
         return plain()
 
     def _fastest(self, key: str, plain: Callable[[], torch.Tensor], kernels: Ways) -> torch.Tensor:
-        """Run the fastest implementation, or the first kernel if timing is impossible."""
-        if self.tuner is None or torch.cuda.is_current_stream_capturing():
+        """Run the fastest implementation.
+
+        While a CUDA graph is captured, nothing can be timed: a shape that never ran before uses PyTorch.
+        """
+        if self.tuner is None:
             return next(iter(kernels.values()))()
         ways = {TORCH: plain, **kernels}
+        if torch.cuda.is_current_stream_capturing():
+            known = self.tuner.find(key, ways)
+            return ways[known.fastest if known else TORCH]()
         with torch.no_grad():
             timing = self.tuner.fastest(key, ways)
         if key not in self.decisions:

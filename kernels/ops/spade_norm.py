@@ -105,7 +105,7 @@ def _combine_kernel(
         count = tl.minimum(P - i * BLOCK_P, BLOCK_P).to(tl.float32)[:, None]
         place = base + i.to(tl.int64)[:, None] * size * tl.num_programs(0)
         total += count * tl.load(means + place, mask=keep, other=0.0)
-    n = size.to(tl.float32) * P
+    n = 1.0 * size * P  # in fp32; Triton makes a constant of a size of 1, which has no `to`
     middle = tl.sum(tl.sum(total, 1), 0) / n
     total = tl.zeros([BLOCK_I, BLOCK_G], tl.float32)
     for start in tl.range(0, chunks, BLOCK_I):

@@ -59,15 +59,21 @@ class Tuner:
 
     def fastest(self, key: str, ways: Mapping[str, Callable[[], Any]]) -> Timing:
         """Return the timing of a key; runs `ways` only if the key is new or its fastest one is not in `ways`."""
-        full = (
-            f"{self.gpu or torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}: {key}"
-        )
-        known = self.known.get(full)
-        if known is None or known.fastest not in ways:
+        known = self.find(key, ways)
+        if known is None:
             times = {name: self.measure(way) for name, way in ways.items()}
-            known = self.known[full] = Timing(min(times, key=lambda name: times[name]), times)
+            known = self.known[self._full(key)] = Timing(min(times, key=lambda name: times[name]), times)
             self._save()
         return known
+
+    def find(self, key: str, ways: Mapping[str, Callable[[], Any]]) -> Timing | None:
+        """Return the cached timing of a key; None if it is new or its fastest implementation is not in `ways`."""
+        known = self.known.get(self._full(key))
+        return known if known is not None and known.fastest in ways else None
+
+    def _full(self, key: str) -> str:
+        gpu = self.gpu or torch.cuda.get_device_name()
+        return f"{gpu}, torch {torch.__version__}, triton {triton.__version__}: {key}"
 
     def _read(self) -> dict[str, Timing]:
         try:
@@ -88,8 +94,11 @@ class Tuner:
 
 
 def milliseconds(way: Callable[[], Any]) -> float:
-    """Return the median time of a call on the GPU; infinite if this GPU cannot run the call."""
+    """Return the median time of a call on the GPU; infinite if this GPU cannot run the call.
+
+    A CUDA graph of the call is replayed, so that the time of Python is not part of it.
+    """
     try:
-        return float(triton.testing.do_bench(way, warmup=10, rep=40, return_mode="median"))
+        return float(triton.testing.do_bench_cudagraph(way, rep=20, return_mode="median"))
     except (triton.runtime.errors.OutOfResources, torch.OutOfMemoryError):
         return float("inf")
