@@ -210,9 +210,7 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
         sheet = None  # the interrupted call wrote it
     for file in (target, sheet):
         if file and file.exists() and not options.overwrite:
-            raise SettingError(
-                f"{file}: exists already; choose another name or allow overwriting", setting="overwrite"
-            )
+            raise SettingError(f"{file}: exists already; choose another name or allow overwriting", setting="overwrite")
     import json
 
     from pfstorer_rt.imaging.find import find_images, without_results

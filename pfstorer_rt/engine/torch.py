@@ -19,9 +19,9 @@ class TorchSession(TensorSession):
         self.provider = f"PyTorch {torch.__version__}, {device}"
 
     @torch.no_grad()
-    def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute all outputs from tensors, by name; inputs are moved to `device`."""
-        result = self.module(*(tensors[name].to(self.device) for name in self.inputs))
+    def compute(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute all outputs from all inputs, by name."""
+        result = self.module(*(tensors[name] for name in self.inputs))
         outputs = result if isinstance(result, tuple) else (result,)
         return {name: tensor.float() for name, tensor in zip(self.outputs, outputs, strict=True)}
 
@@ -31,9 +31,12 @@ def open_sessions(
 ) -> dict[str, TorchSession]:
     """Open all components of a base, with or without an identity, on a backend of `pfstorer_rt.ops`.
 
-    device: None is the device of the base. The sessions share the weights of the base, but not its device or kernels.
+    device: None is the device of the base, `auto` a GPU if there is one. The sessions share the weights of the base,
+    but not its device or kernels.
     """
     base = base.copy()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     base = base if device is None else base.to(device)
     parts = components(base, identity)
     base.set_attention(attention, parts["denoiser"].module)
