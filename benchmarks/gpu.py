@@ -172,9 +172,9 @@ def timed_steps(name: str, base: Base, way: str, setting: Setting) -> Iterator[R
     for batch in (1,) if setting.small else (1, 4, 8, 16):
         inputs = step_inputs(session, base, batch, setting.device)
         started = time.perf_counter()
-        session.run_tensors(**inputs)
+        session.compute(**inputs)
         first = round(time.perf_counter() - started, 2)
-        ms = milliseconds(lambda: session.run_tensors(**inputs), setting.device, 3 if setting.small else 20)  # noqa: B023
+        ms = milliseconds(lambda: session.compute(**inputs), setting.device, 3 if setting.small else 20)  # noqa: B023
         yield {"what": "denoiser step", "base": name, "way": way, "batch": batch, "ms": ms, "first_s": first}
     session.close()
 
@@ -187,7 +187,7 @@ def codec(setting: Setting) -> Iterator[Row]:
             for part in ("encoder", "decoder"):
                 found = components(base)[part].example_inputs(1)
                 inputs = {key: value.to(setting.device) for key, value in found.items()}
-                ms = milliseconds(lambda: sessions[part].run_tensors(**inputs), setting.device, 10)  # noqa: B023
+                ms = milliseconds(lambda: sessions[part].compute(**inputs), setting.device, 10)  # noqa: B023
                 yield {"what": part, "base": name, "way": way, "side": base.config.tile, "ms": ms}
 
 
@@ -252,7 +252,7 @@ def tensorrt(setting: Setting) -> Iterator[Row]:
                     session = restorer.sessions["denoiser"]
                     for batch in (1, 8):
                         inputs = step_inputs(session, base, batch, setting.device)
-                        ms = milliseconds(lambda: session.run_tensors(**inputs), setting.device, 20)  # noqa: B023
+                        ms = milliseconds(lambda: session.compute(**inputs), setting.device, 20)  # noqa: B023
                         yield {**row, "batch": batch, "ms": ms}
             except Exception as error:  # each library has its own types; the other targets go on
                 yield {**row, "error": " ".join(str(error).split())[:300]}

@@ -14,8 +14,9 @@ import onnx
 import onnx_ir
 import torch
 
+from pfstorer_rt.arrays import HostArray
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
-from pfstorer_rt.engine.session import Array, choose_backend
+from pfstorer_rt.engine.session import choose_backend
 from pfstorer_rt.errors import MismatchError, MissingBackendError, ParityError, SettingError
 from pfstorer_rt.files import sha256_bytes, sha256_file, work_folder
 from pfstorer_rt.identity import Identity, identity_path
@@ -52,7 +53,7 @@ class Expected:
     """Inputs of a component with the outputs of its PyTorch original."""
 
     inputs: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    outputs: list[list[Array]] = field(default_factory=list)
+    outputs: list[list[HostArray]] = field(default_factory=list)
     largest: float = 0.0
 
     @property

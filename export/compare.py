@@ -15,7 +15,8 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
-from pfstorer_rt.engine.session import BACKENDS, Array, Session, open_session
+from pfstorer_rt.arrays import HostArray
+from pfstorer_rt.engine.session import BACKENDS, Session, open_session
 from pfstorer_rt.engine.torch import open_sessions
 from pfstorer_rt.errors import MissingBackendError, ParityError, PFStorerError
 from pfstorer_rt.identity import Identity
@@ -44,7 +45,7 @@ EXACT = {"openvino": "CPU:f32"}
 class SessionRunner(BaseRunner):
     """One component on one backend, for polygraphy's comparator."""
 
-    def __init__(self, name: str, session: Session, feed: dict[str, Array]) -> None:
+    def __init__(self, name: str, session: Session, feed: dict[str, HostArray]) -> None:
         super().__init__(name=name)
         self.session, self.feed = session, feed
 
@@ -108,7 +109,7 @@ def _compare_component(component: Component, sessions: dict[str, Session]) -> li
     ]
 
 
-def differences(found: Mapping[str, Array], expected: Mapping[str, Array]) -> Row:
+def differences(found: Mapping[str, HostArray], expected: Mapping[str, HostArray]) -> Row:
     """Compare outputs by name; returns `finite` (all values of both), `max` and `mean` absolute difference and
     `cosine_distance`, each for the worst output."""
     pairs = [[outputs[name].astype(np.float64).ravel() for outputs in (found, expected)] for name in expected]

@@ -14,7 +14,8 @@ import torch
 from skimage import data
 from torch import nn
 
-from pfstorer_rt.engine.session import Array, Session
+from pfstorer_rt.arrays import HostArray
+from pfstorer_rt.engine.session import Session
 from pfstorer_rt.errors import ParityError
 from pfstorer_rt.imaging.files import resize_bicubic
 from pfstorer_rt.models.components import Component, Inputs
@@ -80,14 +81,14 @@ HEADROOM = 4.0
 
 
 @torch.no_grad()
-def outputs_of(original: nn.Module, inputs: dict[str, torch.Tensor]) -> list[Array]:
+def outputs_of(original: nn.Module, inputs: dict[str, torch.Tensor]) -> list[HostArray]:
     """Return the original's outputs for ordered inputs, as fp64 arrays."""
     result = original(*inputs.values())
     return [tensor.double().numpy() for tensor in (result if isinstance(result, tuple) else (result,))]
 
 
 def measure(
-    expected: list[Array], session: Session, inputs: dict[str, torch.Tensor], spread: float = 0.0
+    expected: list[HostArray], session: Session, inputs: dict[str, torch.Tensor], spread: float = 0.0
 ) -> dict[str, float]:
     """Compare a session with its original's outputs for the same inputs.
 
@@ -133,7 +134,7 @@ def check(component: str, figures: dict[str, float], precision: str) -> None:
         raise ParityError(f"{component}: {describe(figures, precision)}; no plan was written")
 
 
-def outputs_and_largest(original: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[list[Array], float]:
+def outputs_and_largest(original: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[list[HostArray], float]:
     """Return `outputs_of`, and the largest magnitude in the output of any submodule, for `fits_halves`."""
     largest = 0.0
 

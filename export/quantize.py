@@ -14,8 +14,8 @@ import onnx
 import torch
 from skimage import data
 
+from pfstorer_rt.arrays import HostArray
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
-from pfstorer_rt.engine.session import Array
 from pfstorer_rt.models.components import Component
 
 from .parity import photograph, portrait, resize
@@ -48,7 +48,7 @@ def calibration_tiles(tile: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield lq.clamp(-1, 1), hq.clamp(-1, 1)
 
 
-def calibration_inputs(component: Component) -> Iterator[dict[str, Array]]:
+def calibration_inputs(component: Component) -> Iterator[dict[str, HostArray]]:
     """Yield a component's inputs for `calibration_tiles`, one row at a time."""
     generator = torch.Generator().manual_seed(1)
     side = component.config.tile if component.every_step else min(component.config.tile, LARGEST_SQUARE)
@@ -57,7 +57,7 @@ def calibration_inputs(component: Component) -> Iterator[dict[str, Array]]:
         yield {name: tensor.numpy() for name, tensor in component.inputs_of(lq, hq, t, generator).items()}
 
 
-def quantize(model: Path, inputs: Iterator[dict[str, Array]], output: Path) -> Path:
+def quantize(model: Path, inputs: Iterator[dict[str, HostArray]], output: Path) -> Path:
     """Quantize the `OPERATORS` of an fp32 graph with QuantizeLinear and DequantizeLinear; returns `output`.
 
     The constants are written to a file beside `output`. Activations have 8 unsigned bits; inputs: calibration inputs
@@ -86,7 +86,7 @@ def quantize(model: Path, inputs: Iterator[dict[str, Array]], output: Path) -> P
     return output
 
 
-def measure_ranges(model: Path, inputs: Iterator[dict[str, Array]]) -> Any:
+def measure_ranges(model: Path, inputs: Iterator[dict[str, HostArray]]) -> Any:
     """Return the ranges of a graph's activations.
 
     ONNX Runtime's calibrator keeps three copies of the weights and the activations of all inputs in memory. Here the

@@ -63,7 +63,7 @@ if not TYPE_CHECKING:  # a type checker would accept every name of a module that
             raise AttributeError(f"module 'pfstorer_rt' has no attribute {name!r}")
         from pfstorer_rt.extras import needed_by
 
-        with needed_by(name):
+        with needed_by(name, {"degrade": "torch", "evaluate": "metrics"}.get(name, "train")):
             return getattr(import_module(_MODULES[name]), name)
 
 

@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import safetensors.torch
-import torch
 from safetensors import safe_open
 
 from pfstorer_rt.base_config import LARGEST, base_config_from_dict
@@ -17,6 +16,9 @@ from pfstorer_rt.checks import read_json
 from pfstorer_rt.config import BaseConfig
 from pfstorer_rt.errors import BadFileError, one_line
 from pfstorer_rt.files import fingerprint_tensors, open_plain, show_path
+
+if TYPE_CHECKING:
+    import torch
 
 BUILTIN = Path(__file__).parent / "bases"
 """Folder of the bases in the package, one folder per base."""
@@ -73,7 +75,9 @@ def network_files(folder: Path) -> list[Path]:
 
 def read_network(folder: Path) -> dict[str, torch.Tensor]:
     """Read all tensors of one network in diffusers' layout."""
-    return {k: v for file in network_files(folder) for k, v in safetensors.torch.load_file(file).items()}
+    from safetensors.torch import load_file
+
+    return {k: v for file in network_files(folder) for k, v in load_file(file).items()}
 
 
 def network_folders(path: Path) -> list[Path]:

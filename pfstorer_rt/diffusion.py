@@ -2,7 +2,7 @@
 
 A sampler calls `denoise(x, t) -> (x0, eps)`. `denoise_by` makes this function from a network of either prediction type.
 Symbols follow DDPM and StableSR: `x` is the noisy latent, `x0` the clean latent, `eps` and `v` the predictions, `abar`
-the cumulative product of the alphas. All samplers run on fp32 tensors of any device.
+the cumulative product of the alphas. All samplers run on numpy arrays and on tensors of any device, in their precision.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pfstorer_rt.arrays import Array
 from pfstorer_rt.config import Weighting
 from pfstorer_rt.errors import SettingError
 from pfstorer_rt.extras import needed_by
@@ -92,11 +93,11 @@ class Schedule:
         return cls(*(data[name] for name in names))
 
 
-Denoise = Callable[["torch.Tensor", int], "tuple[torch.Tensor, torch.Tensor]"]
+Denoise = Callable[[Array, int], tuple[Array, Array]]
 """denoise(x, t) -> (x0, eps), for the whole canvas."""
-Noise = Callable[[], "torch.Tensor"]
+Noise = Callable[[], Array]
 """noise() -> new standard normal noise with the shape of the canvas."""
-Sampler = Callable[[Denoise, "torch.Tensor", Sequence[int], Schedule, Noise, float], "torch.Tensor"]
+Sampler = Callable[[Denoise, Array, Sequence[int], Schedule, Noise, float], Array]
 """sampler(denoise, x, timesteps, schedule, noise, eta) -> x0, with ascending timesteps."""
 
 
@@ -137,15 +138,13 @@ def posterior(timesteps: Sequence[int], schedule: Schedule) -> Posterior:
     return Posterior(beta, variance, c1, c2)
 
 
-def start_from_lq(z_lq: torch.Tensor, noise: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+def start_from_lq(z_lq: Array, noise: Array, schedule: Schedule) -> Array:
     """Return x_T = sqrt(abar_999) z_lq + sqrt(1 - abar_999) noise, for any respacing (StableSR section 4)."""
     abar = float(schedule.alphas_cumprod()[-1])
     return abar**0.5 * z_lq + (1 - abar) ** 0.5 * noise
 
 
-def split_prediction(
-    x: torch.Tensor, prediction: torch.Tensor, abar: float, prediction_type: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def split_prediction(x: Array, prediction: Array, abar: float, prediction_type: str) -> tuple[Array, Array]:
     """Return (x0, eps) from a prediction of eps or of v = sqrt(abar) eps - sqrt(1 - abar) x0."""
     a, s = abar**0.5, (1 - abar) ** 0.5
     if prediction_type == "v_prediction":
@@ -153,9 +152,7 @@ def split_prediction(
     return (x - s * prediction) / a, prediction
 
 
-def denoise_by(
-    predict: Callable[[torch.Tensor, int], torch.Tensor], schedule: Schedule, prediction_type: str
-) -> Denoise:
+def denoise_by(predict: Callable[[Array, int], Array], schedule: Schedule, prediction_type: str) -> Denoise:
     """Return the `denoise` function of samplers for a network `predict(x, t)` that predicts eps or v."""
     abar = schedule.alphas_cumprod()
     return lambda x, t: split_prediction(x, predict(x, t), float(abar[t]), prediction_type)
@@ -218,9 +215,7 @@ def prediction_error(
     return error if weighting == "x0" else error / x0_weight(t, alphas_cumprod, prediction_type)
 
 
-def sample_ddpm(
-    denoise: Denoise, x: torch.Tensor, timesteps: Sequence[int], schedule: Schedule, noise: Noise
-) -> torch.Tensor:
+def sample_ddpm(denoise: Denoise, x: Array, timesteps: Sequence[int], schedule: Schedule, noise: Noise) -> Array:
     """Respaced DDPM: posterior mean plus standard deviation times noise, no noise at the end (StableSR section 4)."""
     q = posterior(timesteps, schedule)
     for i in reversed(range(len(timesteps))):
@@ -232,13 +227,8 @@ def sample_ddpm(
 
 
 def sample_ddim(
-    denoise: Denoise,
-    x: torch.Tensor,
-    timesteps: Sequence[int],
-    schedule: Schedule,
-    noise: Noise,
-    eta: float = 0.0,
-) -> torch.Tensor:
+    denoise: Denoise, x: Array, timesteps: Sequence[int], schedule: Schedule, noise: Noise, eta: float = 0.0
+) -> Array:
     """DDIM (Song 2021, eq. 12) on the respaced timesteps; eta 0 is deterministic, eta 1 has the variance of DDPM."""
     abar = schedule.alphas_cumprod()
     for i in reversed(range(len(timesteps))):
@@ -251,47 +241,44 @@ def sample_ddim(
     return x
 
 
-def sample_dpmpp_2m(denoise: Denoise, x: torch.Tensor, timesteps: Sequence[int], schedule: Schedule) -> torch.Tensor:
-    """DPM-Solver++ (2M) (Lu 2022, algorithm 2) through diffusers; deterministic.
+def sample_dpmpp_2m(denoise: Denoise, x: Array, timesteps: Sequence[int], schedule: Schedule) -> Array:
+    """DPM-Solver++ (2M) (Lu 2022, algorithm 2); deterministic. The last step returns the predicted x0."""
+    abar = schedule.alphas_cumprod()[list(timesteps)]
+    alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+    lam = np.log(alpha / sigma)
+    x0, _ = denoise(x, timesteps[-1])
+    mean = x0
+    for i in reversed(range(len(timesteps) - 1)):
+        h = lam[i] - lam[i + 1]
+        x = float(sigma[i] / sigma[i + 1]) * x - float(alpha[i] * np.expm1(-h)) * mean
+        previous, (x0, _) = x0, denoise(x, timesteps[i])
+        share = float((lam[i - 1] - lam[i]) / h) / 2 if i > 0 else 0.0  # 1 / (2 r)
+        mean = x0 + share * (x0 - previous)
+    return x0
 
-    Raises `MissingBackendError` without diffusers.
-    """
-    with needed_by("sampler dpmpp_2m", "train"):
-        from diffusers import DPMSolverMultistepScheduler
 
-    solver = DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2, **_solver_settings(schedule))
-    solver.set_timesteps(timesteps=list(reversed(timesteps)))
-    return _sample_by(solver, denoise, x)
-
-
-def sample_unipc(denoise: Denoise, x: torch.Tensor, timesteps: Sequence[int], schedule: Schedule) -> torch.Tensor:
+def sample_unipc(denoise: Denoise, x: Array, timesteps: Sequence[int], schedule: Schedule) -> Array:
     """UniPC (Zhao 2023) through diffusers; deterministic. It uses only the number of timesteps, with its own spacing.
 
     Raises `MissingBackendError` without diffusers.
     """
     with needed_by("sampler unipc", "train"):
+        import torch
         from diffusers import UniPCMultistepScheduler
 
-    solver = UniPCMultistepScheduler(timestep_spacing="trailing", **_solver_settings(schedule))
+    solver = UniPCMultistepScheduler(
+        num_train_timesteps=schedule.steps,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+        beta_schedule=schedule.kind,
+        prediction_type="sample",
+        timestep_spacing="trailing",
+    )
     solver.set_timesteps(len(timesteps))
-    return _sample_by(solver, denoise, x)
-
-
-def _solver_settings(schedule: Schedule) -> dict[str, Any]:
-    """Return the arguments of a diffusers scheduler that receives x0."""
-    return {
-        "num_train_timesteps": schedule.steps,
-        "beta_start": schedule.beta_start,
-        "beta_end": schedule.beta_end,
-        "beta_schedule": schedule.kind,
-        "prediction_type": "sample",
-    }
-
-
-def _sample_by(solver: Any, denoise: Denoise, x: torch.Tensor) -> torch.Tensor:
-    """Run the sampling loop of a diffusers scheduler."""
     for t in solver.timesteps:
-        x = solver.step(denoise(x, int(t))[0], t, x).prev_sample
+        x0, _ = denoise(x, int(t))
+        step = solver.step(torch.as_tensor(x0), t, torch.as_tensor(x)).prev_sample
+        x = step.numpy() if isinstance(x, np.ndarray) else step
     return x
 
 
@@ -308,6 +295,6 @@ def check_sampler(name: str) -> None:
     """Raise `ValueError` for an unknown sampler, `MissingBackendError` if the sampler needs diffusers and lacks it."""
     if name not in SAMPLERS:
         raise SettingError(f"sampler {name!r}: expected one of {', '.join(SAMPLERS)}", setting="sampler")
-    if name in ("dpmpp_2m", "unipc"):
-        with needed_by(f"sampler {name}", "train"):
+    if name == "unipc":
+        with needed_by("sampler unipc", "train"):
             import diffusers  # noqa: F401

@@ -7,15 +7,17 @@ from contextlib import contextmanager
 
 from pfstorer_rt.errors import MissingBackendError
 
+_TRAIN = ("accelerate", "diffusers", "torch", "transformers")
 EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "train": ("accelerate", "diffusers", "transformers"),
-    "export": ("onnx", "onnx_ir", "onnxscript", "polygraphy"),
-    "metrics": ("dlib", "face_recognition_models", "skimage", "stlpips_pytorch"),
+    "torch": ("torch",),
+    "train": _TRAIN,
+    "export": (*_TRAIN, "onnx", "onnx_ir", "onnxscript", "polygraphy"),
+    "metrics": ("torch", "dlib", "face_recognition_models", "skimage", "stlpips_pytorch"),
     "heif": ("pillow_heif",),
     "openvino": ("openvino",),
-    "gpu": ("bitsandbytes", "triton", "xformers"),
-    "tensorrt": ("tensorrt",),
-    "tensorrt-rtx": ("tensorrt_rtx",),
+    "gpu": ("torch", "bitsandbytes", "triton", "xformers"),
+    "tensorrt": ("torch", "tensorrt"),
+    "tensorrt-rtx": ("torch", "tensorrt_rtx"),
 }
 """Extra -> import names of its packages."""
 
@@ -28,20 +30,21 @@ def install(extra: str) -> str:
 def missing(what: str, error: ModuleNotFoundError, extra: str | None = None) -> MissingBackendError:
     """Return the error for a missing package, with the extra that installs it.
 
-    what: subject of the message, such as a command. extra: overrides the extra of the package.
+    what: subject of the message, such as a command. extra: the extra that `what` needs, or `all`; it is named if it
+    contains the package, else the first extra with the package.
     Raises `error` if the package belongs to no extra.
     """
     package = (error.name or "").partition(".")[0]
     owners = [name for name, packages in EXTRAS.items() if package in packages]
     if not owners:
         raise error
-    extra = extra or owners[0]
-    return MissingBackendError(f"{what} needs the {extra} extra: {install(extra)}")
+    named = extra if extra and extra in (*owners, "all") else owners[0]
+    return MissingBackendError(f"{what} needs the {named} extra: {install(named)}")
 
 
 @contextmanager
 def needed_by(what: str, extra: str | None = None) -> Iterator[None]:
-    """Convert the import error of an optional package to a `MissingBackendError` with its extra."""
+    """Convert the import error of an optional package to a `MissingBackendError`; arguments as for `missing`."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Plan overlapping tiles and blend the results of the tiles with weights, on numpy arrays or tensors.
+"""Plan overlapping tiles and blend the results of the tiles with weights, on numpy arrays or PyTorch tensors.
 
 Symbols as in StableSR: T is the side of a tile, O the overlap, L the length of an axis, W the weights. The caller
 chooses the unit: pixels or latent pixels.
@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from pfstorer_rt.arrays import Array, like
 from pfstorer_rt.errors import SettingError
 
-Array = npt.NDArray[np.floating[Any]]
-Patch = Array | torch.Tensor
+Weights = npt.NDArray[np.float64]
 
 _VARIANCE = 0.01  # variance of the gaussian in units of the squared tile side
 
@@ -85,7 +84,7 @@ def plan_tiles(height: int, width: int, tile: int, overlap: int, even: bool = Fa
 
 
 @lru_cache(maxsize=16)
-def gaussian_weights(height: int, width: int) -> npt.NDArray[np.float64]:
+def gaussian_weights(height: int, width: int) -> Weights:
     """Return gaussian blending weights of a tile, largest in its centre: (height, width), read-only.
 
     W[y, x] = g(y) g(x) with g(u) = exp(-(u-m)^2 / (2 * 0.01 T^2)) / sqrt(2 pi * 0.01), T the side along
@@ -98,13 +97,13 @@ def gaussian_weights(height: int, width: int) -> npt.NDArray[np.float64]:
     return weights
 
 
-def _gaussian(side: int, middle: float) -> npt.NDArray[np.float64]:
+def _gaussian(side: int, middle: float) -> Weights:
     u = np.arange(side, dtype=np.float64)
     density = np.exp(-((u - middle) ** 2) / (2 * _VARIANCE * side**2)) / np.sqrt(2 * np.pi * _VARIANCE)
     return np.asarray(density, dtype=np.float64)
 
 
-def ramp_weights(tiles: Sequence[Tile]) -> npt.NDArray[np.float64]:
+def ramp_weights(tiles: Sequence[Tile]) -> Weights:
     """Return blending weights of evenly spaced tiles, (h, w): 1 in the centre, decreasing across the overlap.
 
     The ramp along each axis is sin^2(pi/2 * (d + 1/2) / O), with the distance d from the border and the overlap O,
@@ -120,91 +119,76 @@ def ramp_weights(tiles: Sequence[Tile]) -> npt.NDArray[np.float64]:
     return np.outer(*lines)
 
 
-@lru_cache(maxsize=16)
-def _weights_on(height: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return `gaussian_weights` on a device. The cache avoids a copy to the GPU for each tile of each step."""
-    return torch.tensor(gaussian_weights(height, width), dtype=dtype, device=device)
-
-
 class Blender:
-    """Accumulates the weighted mean of patches on a canvas, in float32 or the wider type of the patches.
+    """Accumulates the weighted mean of patches on a canvas.
 
-    Patches are numpy arrays, or tensors on one device. The result has the same kind and device.
+    Patches are float32 or float64, of one kind: numpy arrays, or tensors on one device. The canvas has their kind.
     weights: (h, w), if all tiles have this size; None uses `gaussian_weights` of each tile.
     """
 
-    def __init__(self, channels: int, height: int, width: int, weights: Array | None = None) -> None:
+    def __init__(self, channels: int, height: int, width: int, weights: Weights | None = None) -> None:
         self._shape = (channels, height, width)
         self._weights = weights
-        self._numpy = True
-        self._whole: torch.Tensor | None = None
-        self._total: torch.Tensor | None = None
-        self._mass = torch.zeros(0)
-        self._given: torch.Tensor | None = None
+        self._whole: Array = None
+        self._total: Array = None
+        self._mass: Array = None
+        self._placed: dict[tuple[int, int], Array] = {}  # weights in the kind of the patches
         self._covered = np.zeros((height, width), bool)  # on the host, so that no check waits for a GPU
 
-    def add(self, tile: Tile, patch: Patch) -> None:
+    def add(self, tile: Tile, patch: Array) -> None:
         """Add the result of one tile: (C, tile.height, tile.width).
 
         Raises ValueError if the tile extends beyond the canvas, or the patch or the weights have another size.
         """
         self._check(tile, patch)
-        self._numpy = not isinstance(patch, torch.Tensor)
-        tensor = patch if isinstance(patch, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(patch))
-        if self._total is None and self._whole is None and tuple(tensor.shape) == self._shape:
+        if self._total is None and self._whole is None and tuple(patch.shape) == self._shape:
             # (p * w) / w differs from p in floating point. One tile must equal an untiled result bit for bit.
-            self._whole = tensor.to(_accumulator(tensor.dtype), copy=True)
+            self._whole = patch * 1
             return
-        self._begin_accumulating()
-        self._accumulate(tile, tensor)
+        self._begin_accumulating(patch)
+        self._accumulate(tile, patch)
 
-    def result(self, rows: int | None = None) -> Any:
-        """Return the blended canvas, (C, height, width), or its first `rows` rows; float32 or wider.
+    def result(self, rows: int | None = None) -> Array:
+        """Return the blended canvas, (C, height, width), or its first `rows` rows.
 
         Raises ValueError if no tile covers some pixel.
         """
-        blended = None if self._whole is None else self._whole[:, :rows]
-        if blended is None:
-            if self._total is None:
-                raise ValueError("nothing was added to blend")
-            if missing := np.count_nonzero(~self._covered[:rows]):
-                raise ValueError(f"{missing} of {self._covered.size} pixels lie under no tile")
-            blended = self._total[:, :rows] / self._mass[:rows]
-        return blended.numpy() if self._numpy else blended
+        if self._whole is not None:
+            return self._whole[:, :rows]
+        if self._total is None:
+            raise ValueError("nothing was added to blend")
+        if missing := np.count_nonzero(~self._covered[:rows]):
+            raise ValueError(f"{missing} of {self._covered.size} pixels lie under no tile")
+        return self._total[:, :rows] / self._mass[:rows]
 
     def drop(self, rows: int) -> None:
         """Remove the first rows of the canvas and append as many empty rows at the bottom."""
-        self._begin_accumulating()
-        assert self._total is not None
-        for plane, empty in ((self._total, 0), (self._mass[None], 0)):
-            kept = plane[:, rows:].clone()
-            plane[:, kept.shape[1] :] = empty
+        if self._whole is not None:
+            self._begin_accumulating(self._whole)
+        for plane in (self._total, self._mass[None]):
+            kept = plane[:, rows:] * 1  # a copy, because the two parts overlap
+            plane[:, kept.shape[1] :] = 0
             plane[:, : kept.shape[1]] = kept
         self._covered = np.pad(self._covered[rows:], ((0, rows), (0, 0)))
 
-    def _begin_accumulating(self) -> None:
+    def _begin_accumulating(self, example: Array) -> None:
+        if self._total is None:
+            self._total = like(np.zeros(self._shape), example)
+            self._mass = like(np.zeros(self._shape[1:]), example)
         if self._whole is not None:  # a second patch follows a patch of the whole canvas
             whole, self._whole = self._whole, None
             self._accumulate(Tile(0, 0, *self._shape[1:]), whole)
 
-    def _accumulate(self, tile: Tile, patch: torch.Tensor) -> None:
-        if self._total is None:
-            dtype = _accumulator(patch.dtype)
-            self._total = torch.zeros(self._shape, dtype=dtype, device=patch.device)
-            self._mass = torch.zeros(self._shape[1:], dtype=dtype, device=patch.device)
-        rows, columns = tile.slices
-        if self._weights is None:
-            weights = _weights_on(tile.height, tile.width, self._total.dtype, self._total.device)
-            self._covered[rows, columns] = True
-        else:
-            if self._given is None:
-                self._given = torch.from_numpy(self._weights.astype(np.float64)).to(self._total)
-            weights = self._given
-            self._covered[rows, columns] |= self._weights != 0
-        self._total[:, rows, columns] += patch * weights
-        self._mass[rows, columns] += weights
+    def _accumulate(self, tile: Tile, patch: Array) -> None:
+        size, (rows, columns) = (tile.height, tile.width), tile.slices
+        weights = gaussian_weights(*size) if self._weights is None else self._weights
+        if size not in self._placed:
+            self._placed[size] = like(weights, patch)
+        self._total[:, rows, columns] += patch * self._placed[size]
+        self._mass[rows, columns] += self._placed[size]
+        self._covered[rows, columns] |= weights != 0
 
-    def _check(self, tile: Tile, patch: Patch) -> None:
+    def _check(self, tile: Tile, patch: Array) -> None:
         channels, height, width = self._shape
         inside = 0 <= tile.y <= height - tile.height and 0 <= tile.x <= width - tile.width
         if not inside:
@@ -215,22 +199,18 @@ class Blender:
             raise ValueError(f"weights of shape {self._weights.shape}; expected {tuple(patch.shape[1:])}")
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def blend(
     tiles: Sequence[Tile],
     patches: Iterable[Array],
     height: int,
     width: int,
-    weights: Array | None = None,
+    weights: Weights | None = None,
 ) -> Array:
     """Blend one patch per tile into a canvas by the weighted mean.
 
-    tiles: at least one. patches: (C, h, w) arrays in the order of `tiles`, consumed one at a time.
-    weights: as for `Blender`. Returns (C, height, width), float32 or the wider type of the patches. The patch of a
-    single tile over the whole canvas is returned unchanged.
+    tiles: at least one. patches: (C, h, w) in the order of `tiles`, consumed one at a time; kinds as in `Blender`.
+    weights: as for `Blender`. Returns (C, height, width). The patch of a single tile over the whole canvas is returned
+    unchanged.
     Raises ValueError if a pixel is not covered, sizes differ, or the numbers of patches and tiles differ.
     """
     blender: Blender | None = None

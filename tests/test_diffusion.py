@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from pfstorer_rt.diffusion import (
     SAMPLERS,
@@ -15,6 +15,7 @@ from pfstorer_rt.diffusion import (
     respace,
     sample_ddim,
     sample_ddpm,
+    sample_dpmpp_2m,
     split_prediction,
     start_from_lq,
 )
@@ -196,6 +197,31 @@ def test_ddim_without_noise_equals_diffusers_ddim(kind):
     assert torch.allclose(found, x, rtol=0, atol=1e-3)  # fp32 abar in diffusers, as above
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 20])
+def test_dpmpp_2m_equals_diffusers_on_the_same_timesteps(steps):
+    settings = {name: value for name, value in SCHEDULE.items() if name != "clip_sample"}
+    solver = DPMSolverMultistepScheduler(**settings, solver_order=2, final_sigmas_type="zero")
+    solver.set_timesteps(timesteps=respace(steps)[::-1])
+    x = start()
+    for t in solver.timesteps:
+        x = solver.step(toy_network(x, int(t)), t, x).prev_sample
+    found = sample_dpmpp_2m(denoise_by(toy_network, STANDARD, "epsilon"), start(), respace(steps), STANDARD)
+    # diffusers keeps its sigmas in fp32; the first step divides by sqrt(abar) = 0.07.
+    assert torch.allclose(found, x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_samplers_give_arrays_the_values_of_tensors(name):
+    def denoise(x, t):
+        return 0.9 * x + 0.1 * math.cos(t / 100), 0.2 * x
+
+    as_tensor = SAMPLERS[name](denoise, start(), respace(5), STANDARD, NoiseTape(), 0.5)
+    tape = NoiseTape()
+    as_array = SAMPLERS[name](denoise, start().numpy(), respace(5), STANDARD, lambda: tape().numpy(), 0.5)
+    assert isinstance(as_array, np.ndarray) and as_array.dtype == np.float32
+    np.testing.assert_allclose(as_array, as_tensor.numpy(), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_ddim_with_full_noise_equals_ddpm(kind):
     # Song 2021, section 4.1: eta = 1 has the posterior's mean and variance.
@@ -281,11 +307,10 @@ def test_samplers_follow_the_schedule_that_they_are_given(name):
     assert (sample(toy_network, other) - sample(toy_network, STANDARD)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
-def test_solvers_without_diffusers_name_the_extra(name, monkeypatch):
+def test_unipc_without_diffusers_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(MissingBackendError, match=rf"sampler {name} needs the train extra: pip install"):
-        SAMPLERS[name](lambda x, t: (x, x), start(), respace(2), STANDARD, NoiseTape(), 0.0)
+    with pytest.raises(MissingBackendError, match=r"sampler unipc needs the train extra: pip install"):
+        SAMPLERS["unipc"](lambda x, t: (x, x), start(), respace(2), STANDARD, NoiseTape(), 0.0)
 
 
 def test_a_schedule_is_read_and_written_as_diffusers_does():

@@ -102,13 +102,13 @@ def blended_in_float64(tiles, patches, height, width):
     return total / mass
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_blend_is_the_weighted_mean(dtype):
     rng = np.random.default_rng(0)
     tiles = plan_tiles(13, 17, 8, 3)
     patches = [rng.standard_normal((2, 8, 8)).astype(dtype) for _ in tiles]
     out = blend(tiles, iter(patches), 13, 17)
-    assert out.dtype == (np.float64 if dtype is np.float64 else np.float32)
+    assert out.dtype == dtype
     # float32 accumulators: a few roundings of 6e-8 on values of about 3
     tolerance = 1e-12 if dtype is np.float64 else 2e-6
     np.testing.assert_allclose(out, blended_in_float64(tiles, patches, 13, 17), atol=tolerance)
@@ -117,10 +117,9 @@ def test_blend_is_the_weighted_mean(dtype):
 def test_tiles_of_an_image_blend_into_the_image():
     image = np.random.default_rng(1).random((3, 100, 71))
     tiles = plan_tiles(100, 71, 64, 32)
-    patches = (image[:, rows, columns].astype(np.float16) for rows, columns in (t.slices for t in tiles))
+    patches = (image[:, rows, columns].astype(np.float32) for rows, columns in (t.slices for t in tiles))
     out = blend(tiles, patches, 100, 71)
-    # The corners weigh 3e-10: half-precision accumulators would give 0/0 there.
-    np.testing.assert_allclose(out, image.astype(np.float16), atol=1e-6)
+    np.testing.assert_allclose(out, image, atol=1e-6)  # also in the corners, which weigh 3e-10
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -140,7 +139,7 @@ def test_a_second_whole_patch_is_averaged():
     np.testing.assert_allclose(blender.result(), 1.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("given", [False, True])
 def test_tensors_blend_as_arrays_do(dtype, given):
     rng = np.random.default_rng(0)
@@ -156,7 +155,7 @@ def test_tensors_blend_as_arrays_do(dtype, given):
 @pytest.mark.parametrize("weights", [None, np.ones((16, 16))])
 def test_blending_stays_on_the_device_of_the_patches(weights):
     tiles = plan_tiles(20, 33, 16, 8)
-    out = blend(tiles, [torch.empty(3, 16, 16, dtype=torch.half, device="meta")] * len(tiles), 20, 33, weights)
+    out = blend(tiles, [torch.empty(3, 16, 16, device="meta")] * len(tiles), 20, 33, weights)
     assert out.device.type == "meta" and out.dtype == torch.float32 and out.shape == (3, 20, 33)
     whole = blend([Tile(0, 0, 16, 16)], [torch.empty(3, 16, 16, device="meta")], 16, 16)
     assert whole.device.type == "meta"

@@ -37,6 +37,19 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Run every step on images of a person who does not exist."),
 }
 """Command -> (module, one-line help): the table keeps `--help` free of every heavy import."""
+NEEDS = {
+    "personalize": "train",
+    "export": "export",
+    "fix": "train",
+    "degrade": "torch",
+    "evaluate": "metrics",
+    "inspect": "torch",
+    "identities": "torch",
+    "import-base": "train",
+    "train-base": "train",
+    "demo": "all",
+}
+"""Command -> the extra that installs everything that it needs."""
 
 
 class LazyGroup(click.Group):
@@ -57,7 +70,8 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
-            raise missing(str(ctx.invoked_subcommand), error) from error
+            command = str(ctx.invoked_subcommand)
+            raise missing(command, error, NEEDS.get(command)) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands from the table alone."""

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pfstorer_rt.engine.session import Array, HostSession
+from pfstorer_rt.arrays import HostArray
+from pfstorer_rt.engine.session import Session
 from pfstorer_rt.errors import BadFileError, MissingBackendError, one_line
 from pfstorer_rt.files import show_path
 from pfstorer_rt.plan import Plan
-
-TARGETS = ("onnx",)
 
 
 def check() -> None:
@@ -52,7 +51,7 @@ def on_gpu() -> bool:
         return False
 
 
-class OnnxRuntimeSession(HostSession):
+class OnnxRuntimeSession(Session):
     """An ONNX Runtime session of one ONNX payload, or of a model file with external weights.
 
     The session uses the defaults of ONNX Runtime (all graph optimizations, the memory arena, one thread per core) with
@@ -77,7 +76,7 @@ class OnnxRuntimeSession(HostSession):
         self.outputs = tuple(o.name for o in self._session.get_outputs())
         self.provider: str = self._session.get_providers()[0]
 
-    def run(self, **arrays: Array) -> dict[str, Array]:
+    def compute(self, **arrays: HostArray) -> dict[str, HostArray]:
         """Compute all outputs from all inputs, by name."""
         return dict(zip(self.outputs, self._session.run(None, arrays), strict=True))
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from pfstorer_rt.engine.session import Array, HostSession
+from pfstorer_rt.arrays import HostArray
+from pfstorer_rt.engine.session import Session
 from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError, SettingError, one_line
 from pfstorer_rt.extras import install
 from pfstorer_rt.files import cache_home, check_fingerprint, inside, make_folder, show_path
 from pfstorer_rt.plan import Plan
 
-TARGETS = ("onnx",)
 PRECISIONS = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 """Precision of the computation -> name of the matching OpenVINO device capability."""
 
@@ -27,7 +27,7 @@ def check() -> None:
         raise MissingBackendError(f"openvino is not installed: {install('openvino')}") from error
 
 
-class OpenVinoSession(HostSession):
+class OpenVinoSession(Session):
     """An OpenVINO session of one ONNX payload, or of a model file with external weights.
 
     If only the batch size is dynamic, the session compiles one network per power of two and pads smaller batches,
@@ -71,12 +71,12 @@ class OpenVinoSession(HostSession):
         if not self._ladder:
             self._compile(0)
 
-    def run(self, **arrays: Array) -> dict[str, Array]:
+    def compute(self, **arrays: HostArray) -> dict[str, HostArray]:
         """Compute all outputs from all inputs, by name."""
         batch = len(arrays[self.inputs[0]]) if self._ladder else 0
         step = 1 << (batch - 1).bit_length() if batch else 0
         filled = {name: _fill(array, step) if len(array) == batch else array for name, array in arrays.items()}
-        results = self._compile(step)({n: np.ascontiguousarray(array) for n, array in filled.items()})
+        results = self._compile(step)(filled)
         return {name: results[name][: batch or None].copy() for name in self.outputs}
 
     def _computes(self, device: str, precision: str) -> bool:
@@ -139,7 +139,7 @@ def _check_device(core: Any, device: str) -> None:
         raise MissingBackendError(message, setting="provider")
 
 
-def _fill(array: Array, batch: int) -> Array:
+def _fill(array: HostArray, batch: int) -> HostArray:
     """Repeat the last row to fill the batch."""
     missing = batch - len(array)
     return np.concatenate([array, np.repeat(array[-1:], missing, 0)]) if missing > 0 else array

@@ -7,40 +7,49 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
+from pfstorer_rt.arrays import Array, HostArray
 from pfstorer_rt.errors import MissingBackendError, SettingError
+from pfstorer_rt.extras import needed_by
 from pfstorer_rt.plan import Plan
 
 if TYPE_CHECKING:
+    import torch
     from typing_extensions import Self
-
-Array = npt.NDArray[Any]
 
 
 class Session(ABC):
-    """One component that is ready to run. A context manager that closes the engine on exit."""
+    """One component that is ready to run. A context manager that closes the engine on exit.
+
+    An engine computes with arrays of its own kind. Here they are numpy arrays; `TensorSession` has tensors on a device.
+    """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     provider: str
     """Device or library that runs the component, such as `CPUExecutionProvider`."""
-    device: torch.device
-    """Device of the tensors of `run_tensors`."""
     tile_batch: int = 4
     """Tiles in one batch, where the settings name no number."""
 
     @abstractmethod
-    def run(self, **arrays: Array) -> dict[str, Array]:
-        """Compute all outputs from all inputs, by name."""
+    def compute(self, **arrays: Array) -> dict[str, Array]:
+        """Compute all outputs from all inputs, by name, on arrays of the engine's kind, without a copy to the host."""
 
-    @abstractmethod
-    def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute all outputs from all inputs, by name, on tensors of `device`, without a copy through the host."""
+    def place(self, array: Array) -> Array:
+        """Convert an array to the engine's kind."""
+        return np.ascontiguousarray(array)
+
+    def fetch(self, array: Array) -> HostArray:
+        """Convert an array of the engine's kind to a numpy array."""
+        return np.asarray(array)
+
+    def run(self, **arrays: HostArray) -> dict[str, HostArray]:
+        """Compute all outputs from all inputs, by name, on numpy arrays."""
+        outputs = self.compute(**{name: self.place(array) for name, array in arrays.items()})
+        return {name: self.fetch(array) for name, array in outputs.items()}
 
     def close(self) -> None:  # noqa: B027 (an engine without resources of its own has nothing to free)
         """Free the engine; the session cannot run afterwards."""
@@ -54,24 +63,23 @@ class Session(ABC):
         self.close()
 
 
-class HostSession(Session):
-    """A session of an engine that uses host memory. Tensors and arrays share memory."""
-
-    device = torch.device("cpu")
-
-    def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute all outputs from all inputs, by name."""
-        outputs = self.run(**{name: tensor.contiguous().numpy() for name, tensor in tensors.items()})
-        return {name: torch.from_numpy(array) for name, array in outputs.items()}
-
-
 class TensorSession(Session):
-    """A session of an engine that uses tensors. Arrays are copied to the device and back."""
+    """A session of an engine that computes with PyTorch tensors."""
 
-    def run(self, **arrays: Array) -> dict[str, Array]:
-        """Compute all outputs from all inputs, by name."""
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-        return {name: tensor.float().cpu().numpy() for name, tensor in self.run_tensors(**tensors).items()}
+    device: torch.device
+    """Device of the tensors."""
+
+    def place(self, array: Array) -> torch.Tensor:
+        """Convert a numpy array, or a tensor of any device, to a tensor on `device`; memory is shared if possible."""
+        import torch
+
+        host = np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array
+        return torch.as_tensor(host, device=self.device)
+
+    def fetch(self, array: Array) -> HostArray:
+        """Convert a tensor to a numpy array of float32."""
+        values: HostArray = array.float().cpu().numpy()
+        return values
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -80,16 +88,25 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
-BACKENDS: dict[str, str] = {
-    "tensorrt": "pfstorer_rt.engine.tensorrt",
-    "openvino": "pfstorer_rt.engine.openvino",
-    "onnxruntime": "pfstorer_rt.engine.onnxruntime",
+class Backend(NamedTuple):
+    """A library that runs plans: its module here, and the targets of the plans that it runs.
+
+    The module has `check() -> None` and `open_component(plan, component, provider) -> Session`. It is imported only
+    when the backend is chosen.
+    """
+
+    module: str
+    targets: tuple[str, ...]
+
+
+BACKENDS = {
+    "tensorrt": Backend("pfstorer_rt.engine.tensorrt", ("tensorrt", "tensorrt-rtx")),
+    "openvino": Backend("pfstorer_rt.engine.openvino", ("onnx",)),
+    "onnxruntime": Backend("pfstorer_rt.engine.onnxruntime", ("onnx",)),
 }
 """Backends that run a plan, in the order in which `auto` tries them; `auto_order` moves ONNX Runtime with CUDA up.
 
-A backend is a module with `TARGETS` (the supported plan targets), `check() -> None` and
-`open_component(plan, component, provider) -> Session`. PyTorch is not a backend: `engine.torch` runs a base and an
-identity, not the payloads of a plan.
+PyTorch is not a backend: `engine.torch` runs a base and an identity, not the payloads of a plan.
 """
 
 
@@ -103,12 +120,12 @@ class BackendChoice:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-def auto_order() -> list[str]:
-    """Return the backends, fastest first: ONNX Runtime precedes OpenVINO if it has CUDA."""
-    names = list(BACKENDS)
-    if import_module(BACKENDS["onnxruntime"]).on_gpu():
+def auto_order(target: str) -> list[str]:
+    """Return the backends for a target, fastest first: ONNX Runtime precedes OpenVINO if it has CUDA."""
+    names = [name for name, backend in BACKENDS.items() if target in backend.targets]
+    if "onnxruntime" in names and import_module(BACKENDS["onnxruntime"].module).on_gpu():
         names.remove("onnxruntime")
-        names.insert(names.index("openvino"), "onnxruntime")
+        names.insert(0, "onnxruntime")
     return names
 
 
@@ -120,17 +137,16 @@ def choose_backend(name: str = "auto", target: str = "onnx") -> BackendChoice:
     """
     if name != "auto" and name not in BACKENDS:
         raise SettingError(f"backend {name!r}: expected auto, torch or one of {', '.join(BACKENDS)}", setting="backend")
+    if name != "auto" and target not in BACKENDS[name].targets:
+        raise MissingBackendError(
+            f"backend {name} runs plans of target {' or '.join(BACKENDS[name].targets)}, "
+            f"this one was built for {target}"
+        )
     refused: dict[str, str] = {}
-    for candidate in auto_order() if name == "auto" else (name,):
+    for candidate in auto_order(target) if name == "auto" else (name,):
         try:
-            module = import_module(BACKENDS[candidate])
-            if target not in module.TARGETS:
-                if name == "auto":
-                    continue
-                raise MissingBackendError(
-                    f"backend {name} runs plans of target {' or '.join(module.TARGETS)}, "
-                    f"this one was built for {target}"
-                )
+            with needed_by(f"backend {candidate}", target):
+                module = import_module(BACKENDS[candidate].module)
             module.check()
             return BackendChoice(candidate, module.open_component, refused)
         except MissingBackendError as error:

@@ -180,7 +180,7 @@ class TensorRTSession(TensorSession):
         self._config = self._runtime_config(graphs)
         self._cache = RuntimeCache(library, self._config, sha256_bytes(payload), cuda.name())
 
-    def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+    def compute(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute all outputs from all inputs, by name, on tensors of `device`, without synchronizing with the host.
 
         Host tensors are copied through pinned memory. Raises `ValueError` for unknown names or different numbers of

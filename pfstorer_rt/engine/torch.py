@@ -43,9 +43,9 @@ class TorchSession(TensorSession):
         self.tile_batch = GPU_TILES
 
     @torch.no_grad()
-    def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute all outputs from tensors, by name; inputs are moved to `device`."""
-        outputs = self.network(*(tensors[name].to(self.device) for name in self.inputs))
+    def compute(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute all outputs from all inputs, by name."""
+        outputs = self.network(*(tensors[name] for name in self.inputs))
         return dict(zip(self.outputs, outputs, strict=True))
 
     def close(self) -> None:
@@ -73,16 +73,16 @@ class HalfSession(TorchSession):
         self._open = original
         self._full: TorchSession | None = None
 
-    def run_tensors(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute all outputs from tensors, by name; inputs are moved to `device`."""
+    def compute(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute all outputs from all inputs, by name."""
         if self._full is None:
-            outputs = super().run_tensors(**tensors)
+            outputs = super().compute(**tensors)
             if all(bool(torch.isfinite(tensor).all()) for tensor in outputs.values()):
                 return outputs
             self.close()
             self._full = self._open()
             self.provider = self._full.provider
-        return self._full.run_tensors(**tensors)
+        return self._full.compute(**tensors)
 
 
 def open_sessions(

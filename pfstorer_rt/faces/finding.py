@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pfstorer_rt.faces.dlib import Embedding, Points, face_models, load_dlib, to_uint8
-from pfstorer_rt.imaging.files import from_tensor, resize_bicubic, to_tensor
-from pfstorer_rt.imaging.rows import Pixels
+from pfstorer_rt.imaging.bands import Resized
+from pfstorer_rt.imaging.rows import Pixels, Spool, from_pixels, to_pixels
 
 LEAST = 512
 """Longer side in pixels to which a smaller image is enlarged, because dlib finds only faces of 80 pixels or more."""
@@ -118,4 +118,4 @@ def resized(pixels: Pixels, scale: float) -> Pixels:
     if scale == 1:
         return pixels
     height, width = (max(1, round(n * scale)) for n in pixels.shape[:2])
-    return from_tensor(resize_bicubic(to_tensor(pixels), (height, width), antialias=scale < 1))
+    return to_pixels(Resized(Spool.of(from_pixels(pixels)), height, width, antialias=scale < 1).read(0, height))

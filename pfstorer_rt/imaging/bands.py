@@ -5,12 +5,12 @@ No class here stores an image. `read` computes the requested rows from the rows 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
 
 from pfstorer_rt.errors import PFStorerError, SettingError
 from pfstorer_rt.imaging.color import (
@@ -79,7 +79,11 @@ def check_scale(scale: float) -> None:
 
 
 class Resized:
-    """A resized image; its rows equal the rows of `files.resize_bicubic` on the whole image."""
+    """A resized image, clamped to [-1, 1].
+
+    Bicubic as in PyTorch's `interpolate` with half-pixel centres. antialias: apply a low-pass filter; use True to
+    shrink. StableSR enlarges without it.
+    """
 
     def __init__(self, source: Rows, height: int, width: int, antialias: bool) -> None:
         self.source, self.height, self.width, self.antialias = source, height, width, antialias
@@ -90,13 +94,9 @@ class Resized:
             return self.source.read(start, stop)
         rows, weights = cubic_taps(self.source.height, self.height, start, stop, self.antialias)
         first, last = int(rows.min()), int(rows.max())
-        band = as_tensor(self.source.read(first, last + 1))
-        size = (band.shape[-2], self.width)
-        wide = F.interpolate(band, size, mode="bicubic", align_corners=False, antialias=self.antialias)[0].numpy()
-        out = np.zeros((wide.shape[0], stop - start, self.width), np.float32)
-        for tap in range(rows.shape[1]):
-            out += wide[:, rows[:, tap] - first] * weights[:, tap, None]
-        return out.clip(-1, 1)
+        band = weighted_sum(self.source.read(first, last + 1), rows - first, weights, 1)
+        band = weighted_sum(band, *cubic_taps(self.source.width, self.width, 0, self.width, self.antialias), 2)
+        return band.clip(-1, 1, out=band)
 
 
 def cubic_taps(
@@ -111,8 +111,8 @@ def cubic_taps(
     scale = length / wanted
     stretch, a = (max(1.0, scale), -0.5) if antialias else (1.0, -0.75)
     middle = (np.arange(start, stop) + 0.5) * scale - 0.5
-    reach = int(2 * stretch) + 1
-    places = np.floor(middle).astype(np.int64)[:, None] + np.arange(-reach, reach + 1)
+    reach = math.ceil(2 * stretch)
+    places = np.floor(middle).astype(np.int64)[:, None] + np.arange(1 - reach, reach + 1)
     d = np.abs((places - middle[:, None]) / stretch)
     inner = (a + 2) * d**3 - (a + 3) * d**2 + 1
     outer = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
@@ -121,6 +121,19 @@ def cubic_taps(
         weights = weights * ((places >= 0) & (places < length))
         weights = weights / weights.sum(1, keepdims=True)
     return places.clip(0, length - 1), weights.astype(np.float32)
+
+
+def weighted_sum(
+    band: Band, places: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], axis: Literal[1, 2]
+) -> Band:
+    """Replace rows (axis 1) or columns (axis 2) of a band by weighted sums; places and weights as in `cubic_taps`."""
+    shape = [len(places) if i == axis else n for i, n in enumerate(band.shape)]
+    total, part = np.zeros(shape, np.float32), np.empty(shape, np.float32)
+    for place, weight in zip(places.T, weights.T, strict=True):
+        np.take(band, place, axis, out=part, mode="clip")  # the other modes copy `out`
+        part *= weight[:, None] if axis == 1 else weight
+        total += part
+    return total
 
 
 class Padded:
@@ -190,23 +203,15 @@ class ColorFixed:
         """Return rows start..stop-1, clamped to [-1, 1]."""
         if self.kind == "adain":
             self._statistics = self._statistics or (_statistics(self.content), _statistics(self.style))
-            fixed = match_statistics(as_tensor(self.content.read(start, stop)), *self._statistics)
-            return fixed.clamp(-1, 1)[0].numpy()
+            return match_statistics(self.content.read(start, stop), *self._statistics).clip(-1, 1)
         margin = WAVELET_REACH if self.kind == "wavelet" else 0
         top, bottom = max(0, start - margin), min(self.height, stop + margin)
-        content, style = (as_tensor(rows.read(top, bottom)) for rows in (self.content, self.style))
-        fixed = color_fix(content, style, self.kind)
-        return fixed[0, :, start - top : stop - top].clamp(-1, 1).numpy()
+        fixed = color_fix(self.content.read(top, bottom), self.style.read(top, bottom), self.kind)
+        return fixed[:, start - top : stop - top].clip(-1, 1)
 
 
 def _statistics(source: Rows) -> Statistics:
-    cuts = bands(source.height, source.width, least=TALL)
-    return channel_statistics(as_tensor(source.read(*cut)) for cut in cuts)
-
-
-def as_tensor(band: Band) -> torch.Tensor:
-    """Convert a band to a (1, C, n, W) tensor, without a copy if the strides allow it."""
-    return torch.from_numpy(np.ascontiguousarray(band))[None]
+    return channel_statistics(source.read(*cut) for cut in bands(source.height, source.width, least=TALL))
 
 
 class Result:

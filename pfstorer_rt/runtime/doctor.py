@@ -7,7 +7,6 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -57,18 +56,15 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Examine this machine: its hardware, the installed packages, and the backends that can run."""
-    import torch
-
     from pfstorer_rt.base_files import shipped_bases
-    from pfstorer_rt.engine.session import BACKENDS
-    from pfstorer_rt.engine.tensorrt import TARGETS, load_library
+    from pfstorer_rt.engine.session import BACKENDS, choose_backend
     from pfstorer_rt.extras import EXTRAS
     from pfstorer_rt.faces.dlib import INSTALL_METRICS, face_models
     from pfstorer_rt.files import home
     from pfstorer_rt.identity import list_identities
 
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    engines: dict[str, str | None] = {name: refusal(import_module(m).check) for name, m in BACKENDS.items()}
+    gpu = gpu_name()
+    backends = {name: partial(choose_backend, name, backend.targets[0]) for name, backend in BACKENDS.items()}
     return Diagnosis(
         machine={
             "system": f"{platform.system()} {platform.machine()}",
@@ -78,8 +74,8 @@ def diagnose() -> Diagnosis:
             "python": platform.python_version(),
         },
         extras={name: absent(name) for name in EXTRAS},
-        engines={"torch": absent("train"), **engines},
-        builders={name: refusal(partial(load_library, name)) for name in TARGETS},
+        engines={"torch": absent("train"), **{name: refusal(choose) for name, choose in backends.items()}},
+        builders={name: refusal(partial(load_builder, name)) for name in BACKENDS["tensorrt"].targets},
         attention=attention_refusals("cuda" if gpu else "cpu"),
         metrics={
             "psnr": None,
@@ -102,8 +98,29 @@ def absent(extra: str) -> str | None:
     return f"{', '.join(packages)} missing: {install(extra)}" if packages else None
 
 
+def gpu_name() -> str | None:
+    """Return the name of the GPU that PyTorch uses, or None without a GPU or without PyTorch."""
+    if find_spec("torch") is None:
+        return None
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def load_builder(target: str) -> None:
+    """Import the library that builds engines of a target; raises `MissingBackendError` when it is not installed."""
+    from pfstorer_rt.extras import needed_by
+
+    with needed_by(target, target):
+        from pfstorer_rt.engine.tensorrt import load_library
+
+        load_library(target)
+
+
 def attention_refusals(device: str) -> dict[str, str | None]:
-    """Return for each attention backend why it cannot run on a device, or None when it can."""
+    """Return for each attention backend why it cannot run on a device, or None when it can; {} without PyTorch."""
+    if find_spec("torch") is None:
+        return {}
     from pfstorer_rt.ops import BACKENDS, choose
 
     return {name: refusal(partial(choose, name, device)) for name in BACKENDS}

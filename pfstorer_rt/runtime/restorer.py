@@ -9,8 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
+from pfstorer_rt.arrays import Array
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.diffusion import SAMPLERS, denoise_by, respace, start_from_lq
 from pfstorer_rt.engine.session import Session, choose_backend
@@ -24,7 +25,6 @@ from pfstorer_rt.imaging.rows import Band, Pixels, Rows, Spool, from_pixels, to_
 from pfstorer_rt.imaging.tone import keep_hue
 from pfstorer_rt.plan import COMPONENTS, DEFAULT_BASE, Manifest, Plan
 from pfstorer_rt.runtime.coarse import Guided, Passes, choose_scale, may_be_coarse, on_canvas, reduced_to
-from pfstorer_rt.runtime.host_threads import one_host_thread
 from pfstorer_rt.runtime.layout import Layout
 from pfstorer_rt.runtime.recipe import Recipe
 from pfstorer_rt.runtime.tiled_networks import Codec, Done, TiledDenoiser
@@ -103,9 +103,9 @@ class Restorer:
         Raises `MissingBackendError` when the device or the attention cannot be used.
         Raises `MismatchError` when the identity or the expected manifest belongs to another base.
         """
-        if identity is not None and not isinstance(identity, Identity):
-            identity = Identity.load(identity_path(identity))  # a foreign file is refused before the slow imports
-        with needed_by("a base in PyTorch"):
+        with needed_by("a base in PyTorch", "train"):
+            if identity is not None and not isinstance(identity, Identity):
+                identity = Identity.load(identity_path(identity))  # a foreign file is refused before the slow imports
             from pfstorer_rt.engine.device import choose_device
             from pfstorer_rt.engine.torch import open_sessions
             from pfstorer_rt.models.base import Base, load_base
@@ -136,9 +136,8 @@ class Restorer:
         gives a grey result, and a sepia image a sepia result, unless `config.colorize` is set.
         Raises `ValueError` for a setting out of range, `PFStorerError` when the engine returns NaN.
         """
-        with one_host_thread(self.backend != "torch"):
-            result = self.restore_rows(Spool.of(from_pixels(pixels)), config, step)
-            return to_pixels(result.read(0, result.height))
+        result = self.restore_rows(Spool.of(from_pixels(pixels)), config, step)
+        return to_pixels(result.read(0, result.height))
 
     def restore_rows(
         self,
@@ -163,13 +162,12 @@ class Restorer:
             if step:
                 step(passed, plan.total)
 
-        with one_host_thread(self.backend != "torch"):
-            image: Rows = on_canvas(source, plan.fine.canvas)
-            if plan.coarse is not None:
-                canvas = plan.coarse.canvas
-                coarse = self._restore_pass(on_canvas(source, canvas), plan.coarse, toned, done)
-                image = Guided(image, coarse, reduced_to(source, canvas))
-            return self._restore_pass(image, plan.fine, toned, done)
+        image: Rows = on_canvas(source, plan.fine.canvas)
+        if plan.coarse is not None:
+            canvas = plan.coarse.canvas
+            coarse = self._restore_pass(on_canvas(source, canvas), plan.coarse, toned, done)
+            image = Guided(image, coarse, reduced_to(source, canvas))
+        return self._restore_pass(image, plan.fine, toned, done)
 
     def passes(self, source: Rows, config: RestoreConfig | None = None) -> Passes:
         """Return the passes of an image; with coarse to fine, the scale of the first depends on the largest face."""
@@ -215,29 +213,29 @@ class Restorer:
 
     def _restore_square(self, style: Rows, layout: Layout, done: Done) -> Rows:
         """Encode, sample on one field of noise, decode, fix colours."""
-        sessions, recipe, schedule = self.sessions, layout.recipe, self.manifest.schedule
-        generator, device = torch.Generator().manual_seed(recipe.seed), sessions["denoiser"].device
-        codec = Codec(sessions["encoder"], sessions["decoder"], layout.codec, self.manifest.factor)
-        encoded = codec.encode(style, device, done)
-        z_lq = encoded["mean"]
+        recipe, schedule, session = layout.recipe, self.manifest.schedule, self.sessions["denoiser"]
+        codec = Codec(self.sessions["encoder"], self.sessions["decoder"], layout.codec, self.manifest.factor)
+        encoded = codec.encode(style, done)
+        z_lq, generator = encoded["mean"], np.random.Generator(np.random.Philox(recipe.seed))
 
-        def noise() -> torch.Tensor:  # drawn on the host, so that a seed gives the same noise on every device
-            return torch.randn(z_lq.shape, generator=generator).to(device)
+        def noise() -> Array:  # drawn on the host, so that a seed gives the same noise with every engine
+            return session.place(generator.standard_normal(z_lq.shape, np.float32))
 
+        z_lq = session.place(z_lq)
         if "std" in encoded:
-            z_lq = z_lq + encoded["std"] * noise()
+            z_lq = z_lq + session.place(encoded["std"]) * noise()
         first = noise()
         x = start_from_lq(z_lq, first, schedule) if recipe.init == "lq" else first
         denoiser = self._denoiser(layout)
         denoise = denoise_by(lambda x, t: denoiser(x, t, z_lq, done), schedule, self.manifest.prediction_type)
         x = SAMPLERS[recipe.sampler](denoise, x, respace(recipe.steps), schedule, noise, recipe.eta)
-        decoded = codec.decode(x, codec.features(style, encoded, recipe.cfw_weight), done)
+        decoded = codec.decode(session.fetch(x), codec.features(style, encoded, recipe.cfw_weight), done)
         automatic: ColorFix = "adain" if len(layout.tiles) == 1 else "wavelet"
         return ColorFixed(decoded, style, automatic if recipe.color_fix == "auto" else recipe.color_fix)
 
     def _denoiser(self, layout: Layout) -> TiledDenoiser:
         session, recipe = self.sessions["denoiser"], layout.recipe
-        strength = torch.full((1,), recipe.strength, dtype=torch.float32)
+        strength = np.full(1, recipe.strength, np.float32)
         fixed = {"strength": strength} if "strength" in session.inputs else {}
         weights = ramp_weights(layout.tiles) if recipe.mode == "fast" else None
         return TiledDenoiser(session, layout.tiles, weights, recipe.batch, fixed)

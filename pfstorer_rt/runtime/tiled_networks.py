@@ -11,16 +11,18 @@ from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
+from pfstorer_rt.arrays import Array, stack
 from pfstorer_rt.engine.session import Session, out_of_memory
 from pfstorer_rt.errors import PFStorerError
-from pfstorer_rt.imaging.bands import as_tensor
-from pfstorer_rt.imaging.rows import Rows, Spool
+from pfstorer_rt.imaging.rows import Band, Rows, Spool
 from pfstorer_rt.runtime.layout import CodecTiles
-from pfstorer_rt.tiling import Blender, Tile
+from pfstorer_rt.tiling import Blender, Tile, Weights
 
-Tensors = dict[str, torch.Tensor]
+Latent = npt.NDArray[np.float32]
+"""(1, C, h, w)."""
+Arrays = dict[str, Array]
 Done = Callable[[int], None]
 """done(n): called after n tiles have passed through a network."""
 
@@ -34,38 +36,38 @@ class Codec(NamedTuple):
     factor: int
     """Pixels per latent pixel."""
 
-    def images(self, style: Rows) -> Iterator[torch.Tensor]:
+    def images(self, style: Rows) -> Iterator[Band]:
         """Yield the image (1, 3, H, W) of every tile, row by row from the top; each band is read once."""
         f, (height, width) = self.factor, self.tiles.sides
         for top, _ in self.tiles.rows:
             band = style.read(top * f, (top + height) * f)
             for left, _ in self.tiles.columns:
-                yield as_tensor(band[..., left * f : (left + width) * f])
+                yield band[None, ..., left * f : (left + width) * f]
 
-    def encode(self, style: Rows, device: torch.device, done: Done) -> Tensors:
-        """Encode a canvas to `mean` and, with a variational encoder, `std`: (1, C, h, w) each on `device`.
+    def encode(self, style: Rows, done: Done) -> Arrays:
+        """Encode a canvas to `mean` and, with a variational encoder, `std`: numpy arrays (1, C, h, w).
 
-        If one tile covers the canvas, the features for the decoder are returned too. For a larger canvas they would
-        need gigabytes, so `features` computes them again, tile by tile.
+        If one tile covers the canvas, the features for the decoder are returned too, as arrays of the encoder. For a
+        larger canvas they would need gigabytes, so `features` computes them again, tile by tile.
         """
         images = self.images(style)
         if self.tiles.whole:
             encoded = run(self.encoder, {"image": next(images)})
             done(1)
-            return {name: t.to(device) if name in LATENTS else t for name, t in encoded.items()}
-        latents: Tensors = {}
+            return {name: self.encoder.fetch(a) if name in LATENTS else a for name, a in encoded.items()}
+        latents: dict[str, Latent] = {}
         for top, (row, below) in self.tiles.rows:
             for left, (column, right) in self.tiles.columns:
-                for name, tensor in run(self.encoder, {"image": next(images)}).items():
-                    if name in LATENTS:
-                        if name not in latents:
-                            latents[name] = torch.empty(1, tensor.shape[1], *self.tiles.shape, device=device)
-                        kept = tensor[..., row - top : below - top, column - left : right - left]
-                        latents[name][..., row:below, column:right] = kept
+                encoded = run(self.encoder, {"image": next(images)})
+                for name in LATENTS & encoded.keys():
+                    tile = self.encoder.fetch(encoded[name])
+                    latents.setdefault(name, np.empty((1, tile.shape[1], *self.tiles.shape), np.float32))
+                    kept = tile[..., row - top : below - top, column - left : right - left]
+                    latents[name][..., row:below, column:right] = kept
                 done(1)
         return latents
 
-    def features(self, style: Rows, encoded: Tensors, weight: float) -> Iterator[Tensors]:
+    def features(self, style: Rows, encoded: Arrays, weight: float) -> Iterator[Arrays]:
         """Yield the decoder's inputs besides the latent for every tile, in the order of `images`.
 
         With feature wrapping these are the features of the LQ image and their weight, otherwise none.
@@ -75,17 +77,17 @@ class Codec(NamedTuple):
             yield from repeat({})
         kept = set(wanted) <= set(encoded)
         for found in [encoded] if kept else (run(self.encoder, {"image": image}) for image in self.images(style)):
-            yield {**{name: found[name] for name in wanted}, "cfw_weight": torch.full((1,), weight)}
+            yield {**{name: found[name] for name in wanted}, "cfw_weight": np.full(1, weight, np.float32)}
 
-    def decode(self, latent: torch.Tensor, features: Iterator[Tensors], done: Done) -> Spool:
-        """Decode (1, C, h, w) to a canvas."""
+    def decode(self, latent: Latent, features: Iterator[Arrays], done: Done) -> Spool:
+        """Decode a latent to a canvas."""
         f, (height, width) = self.factor, self.tiles.sides
         out = Spool(self.tiles.shape[0] * f, self.tiles.shape[1] * f)
         for top, (row, below) in self.tiles.rows:
             band = np.empty((3, (below - row) * f, out.width), np.float32)
             for left, (column, right) in self.tiles.columns:
-                tile = crop(latent, Tile(top, left, height, width)).contiguous()
-                image = run(self.decoder, {"latent": tile, **next(features)})["image"].cpu().numpy()
+                tile = crop(latent, Tile(top, left, height, width))
+                image = self.decoder.fetch(run(self.decoder, {"latent": tile, **next(features)})["image"])
                 y, x = (row - top) * f, (column - left) * f
                 kept = image[0, :, y : y + (below - row) * f, x : x + (right - column) * f]
                 band[..., column * f : right * f] = kept
@@ -94,36 +96,37 @@ class Codec(NamedTuple):
         return out
 
 
-LATENTS = ("mean", "std")
+LATENTS = {"mean", "std"}
 """Outputs of the encoder that are latents; all others are features for the decoder."""
 
 
-def run(session: Session, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Run a session on tensors from any device."""
-    return session.run_tensors(**{name: tensor.to(session.device) for name, tensor in tensors.items()})
+def run(session: Session, arrays: Mapping[str, Array]) -> Arrays:
+    """Run a session on arrays of any kind; the outputs have the kind of the engine."""
+    return session.compute(**{name: session.place(array) for name, array in arrays.items()})
 
 
 class TiledDenoiser:
     """The denoiser of a whole canvas: the blended predictions of the tiles.
 
-    weights: blending weights (T, T) of a tile, or None for StableSR's weights. A batch that was reduced after an
-    out-of-memory error stays reduced.
+    weights: blending weights (T, T) of a tile, or None for StableSR's weights. fixed: inputs that are the same for all
+    tiles. A batch that was reduced after an out-of-memory error stays reduced.
     """
 
-    def __init__(self, session: Session, tiles: Sequence[Tile], weights: Any, batch: int, fixed: Tensors) -> None:
+    def __init__(
+        self, session: Session, tiles: Sequence[Tile], weights: Weights | None, batch: int, fixed: Arrays
+    ) -> None:
         self.session, self.tiles, self.weights, self.batch, self.fixed = session, tiles, weights, batch, fixed
 
-    def __call__(self, x: torch.Tensor, t: int, z_lq: torch.Tensor, done: Done) -> torch.Tensor:
-        """x, z_lq (1, C, h, w), t in 0..999 -> prediction (1, C, h, w)."""
+    def __call__(self, x: Array, t: int, z_lq: Array, done: Done) -> Array:
+        """x, z_lq (1, C, h, w), t in 0..999 -> prediction (1, C, h, w), all arrays of the engine's kind."""
         blender = Blender(x.shape[1], x.shape[2], x.shape[3], self.weights)
         start = 0
         while start < len(self.tiles):
             chosen = self.tiles[start : start + self.batch]
             stacked = {
-                name: torch.stack([crop(canvas[0], tile) for tile in chosen])
-                for name, canvas in (("x", x), ("z_lq", z_lq))
+                name: stack([crop(canvas[0], tile) for tile in chosen]) for name, canvas in (("x", x), ("z_lq", z_lq))
             }
-            times = torch.full((len(chosen),), t, dtype=torch.float32, device=x.device)
+            times = np.full(len(chosen), t, np.float32)
             try:
                 predictions = run(self.session, {**stacked, "t": times, **self.fixed})["prediction"]
             except Exception as error:  # every engine has its own error types

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pfstorer_rt.engine import onnxruntime
-from pfstorer_rt.engine.session import BACKENDS, HostSession
+from pfstorer_rt.engine.session import BACKENDS, Backend, Session
 
 # ---- names
 
@@ -179,14 +179,14 @@ def test_a_seed_determines_the_bytes(restore, save, tmp_path, suffix):
     assert with_seed(1, "b") == with_seed(1, "c") != with_seed(2, "d")
 
 
-class FirstIsNaN(HostSession):
+class FirstIsNaN(Session):
     """A session whose first run returns NaN."""
 
     def __init__(self, session):
         self.session, self.runs = session, 0
         self.inputs, self.outputs, self.provider = session.inputs, session.outputs, session.provider
 
-    def run(self, **arrays):
+    def compute(self, **arrays):
         self.runs += 1
         factor = np.float32("nan" if self.runs == 1 else 1)
         return {name: array * factor for name, array in self.session.run(**arrays).items()}
@@ -194,10 +194,10 @@ class FirstIsNaN(HostSession):
 
 def test_a_result_that_is_not_finite_fails_only_its_image(restore, save, tree, tmp_path, monkeypatch):
     backend = ModuleType("failing_backend")
-    backend.TARGETS, backend.check = ("onnx",), lambda: None
+    backend.check = lambda: None
     backend.open_component = lambda *arguments: FirstIsNaN(onnxruntime.open_component(*arguments))
     monkeypatch.setitem(sys.modules, "failing_backend", backend)
-    monkeypatch.setitem(BACKENDS, "onnxruntime", "failing_backend")
+    monkeypatch.setitem(BACKENDS, "onnxruntime", Backend("failing_backend", ("onnx",)))
     inputs = [save(tmp_path / "in" / name) for name in ("a.png", "b.png")]
     done = restore(*inputs, "-o", tmp_path / "out")
     assert done.status == 1 and len(done.errors) == 1

@@ -47,7 +47,7 @@ def runs(log):
 def test_any_number_of_rows_runs_in_the_profiles(rows):
     session, _, log = open_scaled()
     x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(rows))
-    found = session.run_tensors(x=x, strength=torch.tensor([0.5]))["y"]
+    found = session.compute(x=x, strength=torch.tensor([0.5]))["y"]
     assert torch.equal(found, x * 2 + 0.5)
     sizes = {1: [1], 2: [2], 3: [4], 4: [4], 5: [4, 1], 8: [4, 4], 9: [4, 4, 1]}[rows]
     assert [len(inputs["x"]) for inputs in runs(log)] == sizes
@@ -65,10 +65,10 @@ def test_calls_with_wrong_inputs_or_rows_are_refused():
     x, t = torch.ones(3, 3), torch.ones(3)
     for wrong in ({"x": x}, {"x": x, "t": t, "strength": t}):
         with pytest.raises(ValueError, match=r"inputs x.*: this engine takes x, t$"):
-            session.run_tensors(**wrong)
+            session.compute(**wrong)
     for wrong in ({"x": x, "t": t[:1]}, {"x": x[:0], "t": t[:0]}):
         with pytest.raises(ValueError, match=r"rows of the inputs \{'x': \d, 't': \d\}: expected one or more"):
-            session.run_tensors(**wrong)
+            session.compute(**wrong)
     assert cuda.memory == {}
 
 
@@ -84,24 +84,24 @@ def test_names_and_types_come_from_the_engine():
 def test_buffers_are_allocated_once_for_a_shape():
     session, cuda, _ = open_scaled()
     for rows in (1, 4, 3, 1, 4):
-        session.run_tensors(x=torch.ones(rows, 3), strength=torch.zeros(1))
+        session.compute(x=torch.ones(rows, 3), strength=torch.zeros(1))
     assert len(cuda.memory) == 2 * 3  # two profiles, three tensors each
 
 
 def test_an_output_survives_the_next_run():
     session, _, _ = open_scaled()
-    first = session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))["y"]
-    session.run_tensors(x=torch.zeros(1, 3), strength=torch.zeros(1))
+    first = session.compute(x=torch.ones(1, 3), strength=torch.zeros(1))["y"]
+    session.compute(x=torch.zeros(1, 3), strength=torch.zeros(1))
     assert torch.equal(first, torch.full((1, 3), 2.0))
 
 
 def test_a_profile_is_captured_once_after_a_plain_run_and_replayed():
     session, cuda, _ = open_scaled()
     for i in range(4):
-        found = session.run_tensors(x=torch.full((2, 3), float(i)), strength=torch.zeros(1))["y"]
+        found = session.compute(x=torch.full((2, 3), float(i)), strength=torch.zeros(1))["y"]
         assert torch.equal(found, torch.full((2, 3), 2.0 * i))
     assert (cuda.captures, cuda.replays) == (1, 3)
-    session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
+    session.compute(x=torch.ones(1, 3), strength=torch.zeros(1))
     assert cuda.captures == 1  # another profile, first run
     assert session.no_graph == ""
 
@@ -110,14 +110,14 @@ def test_a_profile_is_captured_once_after_a_plain_run_and_replayed():
 def test_kernels_are_compiled_before_they_are_captured(graphs, strategy):
     session, cuda, log = open_scaled(graphs=graphs)
     for _ in range(2):
-        session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
+        session.compute(x=torch.ones(1, 3), strength=torch.zeros(1))
     assert ("context", strategy) in log and cuda.captures == graphs
 
 
 def test_a_failed_capture_falls_back_to_plain_runs():
     session, cuda, log = open_scaled(fake.FakeCuda(capturable=False))
     for i in range(3):
-        found = session.run_tensors(x=torch.full((2, 3), float(i)), strength=torch.zeros(1))["y"]
+        found = session.compute(x=torch.full((2, 3), float(i)), strength=torch.zeros(1))["y"]
         assert torch.equal(found, torch.full((2, 3), 2.0 * i))
     assert cuda.captures == 1 and "not permitted when stream is capturing" in session.no_graph
     assert len(runs(log)) == 3
@@ -126,7 +126,7 @@ def test_a_failed_capture_falls_back_to_plain_runs():
 def test_a_stream_that_cannot_be_captured_is_not_captured():
     session, cuda, _ = open_scaled(capturable=False)
     for _ in range(2):
-        session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
+        session.compute(x=torch.ones(1, 3), strength=torch.zeros(1))
     assert cuda.captures == 0 and session.no_graph
 
 
@@ -137,14 +137,14 @@ def test_varying_shapes_are_bound_again_and_not_captured():
     module = fake.make_library(cuda, {"sum": lambda image: {"y": image.sum((1, 2, 3))[:, None]}})
     session = TensorRTSession(Library("tensorrt", module), data, cuda)
     for side in (4, 8, 4, 4):
-        assert session.run_tensors(image=torch.ones(1, 1, side, side))["y"].item() == side**2
+        assert session.compute(image=torch.ones(1, 1, side, side))["y"].item() == side**2
     assert cuda.captures == 0
     for shape in ((1, 1, 9, 4), (1, 1, 3, 4), (1, 1, 4)):
         told = rf"image of shape \[{', '.join(map(str, shape))}\].*takes \[1, 1, 4, 4\] to \[1, 1, 8, 8\]"
         with pytest.raises(PFStorerError, match=told):
-            session.run_tensors(image=torch.ones(shape))
-    assert session.run_tensors(image=torch.ones(1, 1, 4, 4))["y"].item() == 16  # a refusal changes nothing
-    two = session.run_tensors(image=torch.ones(2, 1, 4, 4))["y"]
+            session.compute(image=torch.ones(shape))
+    assert session.compute(image=torch.ones(1, 1, 4, 4))["y"].item() == 16  # a refusal changes nothing
+    two = session.compute(image=torch.ones(2, 1, 4, 4))["y"]
     assert two.flatten().tolist() == [16.0, 16.0]
 
 
@@ -155,19 +155,19 @@ def test_a_graph_of_other_shapes_is_not_replayed():
     module = fake.make_library(cuda, {"sum": lambda image: {"y": image.sum(1)[:, None]}})
     session = TensorRTSession(Library("tensorrt", module), data, cuda, graphs=True)
     for side in (4, 4, 4, 8, 4):
-        assert session.run_tensors(image=torch.ones(1, side))["y"].item() == side
+        assert session.compute(image=torch.ones(1, side))["y"].item() == side
     assert (cuda.captures, cuda.replays) == (1, 2)  # of the second and the third run
     cuda.full = (1, 1)  # no memory for the output
     with pytest.raises(MemoryError):
-        session.run_tensors(image=torch.ones(1, 5))
+        session.compute(image=torch.ones(1, 5))
     cuda.full = None
-    assert session.run_tensors(image=torch.ones(1, 4))["y"].item() == 4
+    assert session.compute(image=torch.ones(1, 4))["y"].item() == 4
 
 
 def test_a_failed_run_raises_an_error_with_the_reason():
     session, _, _ = open_scaled(error="misaligned address")
     with pytest.raises(PFStorerError, match=r"TensorRT-RTX 1.* on Fake GPU 4090 failed \(misaligned address\)"):
-        session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
+        session.compute(x=torch.ones(1, 3), strength=torch.zeros(1))
 
 
 def kernel_cache(version):
@@ -178,7 +178,7 @@ def kernel_cache(version):
 
 def test_compiled_kernels_are_cached_for_the_next_start():
     with open_scaled()[0] as session:
-        session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
+        session.compute(x=torch.ones(1, 3), strength=torch.zeros(1))
         path = kernel_cache("1.7.1.116")
         assert not path.exists()
     assert path.stat().st_mode & 0o777 == 0o600
@@ -192,12 +192,12 @@ def test_compiled_kernels_are_cached_for_the_next_start():
     session, _, log = open_scaled()
     with session:
         assert not any(entry[0] == "cache" for entry in log) and ("set cache",) in log
-        assert session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))["y"].sum() == 6
+        assert session.compute(x=torch.ones(1, 3), strength=torch.zeros(1))["y"].sum() == 6
     assert path.read_bytes().startswith(b"kernels")
     path.unlink()
     path.mkdir()  # cannot be read or written
     with open_scaled()[0] as session:
-        assert session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))["y"].sum() == 6
+        assert session.compute(x=torch.ones(1, 3), strength=torch.zeros(1))["y"].sum() == 6
     path.rmdir()
 
 
@@ -214,19 +214,19 @@ def test_a_library_without_runtime_cache_and_validity_check_works():
     )
     with session:
         for _ in range(3):
-            assert session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))["y"].sum() == 6
+            assert session.compute(x=torch.ones(1, 3), strength=torch.zeros(1))["y"].sum() == 6
     assert ("context", None) in log and cuda.captures == 1 and not kernel_cache("10.16.1").exists()
 
 
 def test_a_failing_runtime_cache_is_ignored():
     with open_scaled(config=fake.FailingConfig)[0] as session:
-        assert session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))["y"].sum() == 6
+        assert session.compute(x=torch.ones(1, 3), strength=torch.zeros(1))["y"].sum() == 6
 
 
 def test_closing_frees_the_engine_after_an_error():
     cuda = fake.FakeCuda(broken=RuntimeError("misaligned address"))
     session, _, _ = open_scaled(cuda)
-    session.run_tensors(x=torch.ones(1, 3), strength=torch.zeros(1))
+    session.compute(x=torch.ones(1, 3), strength=torch.zeros(1))
     buffers = [weakref.ref(tensor) for tensor in cuda.memory.values()]
     cuda.memory.clear()
     assert all(buffer() is not None for buffer in buffers)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pfstorer_rt.diffusion import Schedule
-from pfstorer_rt.engine.session import HostSession
+from pfstorer_rt.engine.session import Session
 from pfstorer_rt.plan import COMPONENTS
 from pfstorer_rt.runtime.restorer import Restorer
 
@@ -19,14 +19,14 @@ def personal(nano_base, nano_identity):
         yield made
 
 
-class Counting(HostSession):
+class Counting(Session):
     """A session that records its inputs."""
 
     def __init__(self, session):
         self.session, self.calls = session, []
         self.inputs, self.outputs, self.provider = session.inputs, session.outputs, session.provider
 
-    def run(self, **arrays):
+    def compute(self, **arrays):
         self.calls.append({name: array.copy() for name, array in arrays.items()})
         return self.session.run(**arrays)
 
@@ -44,7 +44,7 @@ def counted(restorer):
     return Restorer(restorer.manifest, sessions, "torch"), sessions
 
 
-class Perfect(HostSession):
+class Perfect(Session):
     """Lossless networks: the encoder moves pixels to channels, and the denoiser predicts the clean latent."""
 
     def __init__(self, component):
@@ -52,7 +52,7 @@ class Perfect(HostSession):
         self.inputs = {"encoder": ("image",), "denoiser": ("x", "t", "z_lq"), "decoder": ("latent",)}[component]
         self.outputs = {"encoder": ("mean",), "denoiser": ("prediction",), "decoder": ("image",)}[component]
 
-    def run(self, **arrays):
+    def compute(self, **arrays):
         a = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self.component == "encoder":
             return {"mean": torch.nn.functional.pixel_unshuffle(a["image"], 8).numpy()}

@@ -1,12 +1,12 @@
 import numpy as np
 import torch
 
-from pfstorer_rt.engine.session import HostSession
+from pfstorer_rt.engine.session import Session
 from pfstorer_rt.runtime.layout import CodecTiles
 from pfstorer_rt.runtime.tiled_networks import Codec
 
 
-class Shuffle(HostSession):
+class Shuffle(Session):
     """An encoder or decoder that moves pixels between space and channels; the decoder adds the features it gets."""
 
     provider = "test"
@@ -14,7 +14,7 @@ class Shuffle(HostSession):
     def __init__(self, *inputs):
         self.inputs, self.calls = inputs, 0
 
-    def run(self, **arrays):
+    def compute(self, **arrays):
         self.calls += 1
         a = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if "image" in a:
@@ -41,7 +41,7 @@ class Recorded:
 def test_a_band_is_read_once_for_all_tiles_of_a_row():
     style, encoder = Recorded(), Shuffle("image")
     codec = Codec(encoder, Shuffle("latent", "features_1", "cfw_weight"), CodecTiles(12, 20, 8, 2), 8)
-    encoded = codec.encode(style, torch.device("cpu"), lambda n: None)
+    encoded = codec.encode(style, lambda n: None)
     assert style.reads == [(0, 64), (32, 96)] and encoder.calls == 2 * 4
     assert set(encoded) == {"mean"}  # the features of all tiles would fill the memory
     style.reads.clear()
@@ -54,7 +54,7 @@ def test_a_band_is_read_once_for_all_tiles_of_a_row():
 def test_the_features_of_a_whole_canvas_are_computed_once():
     style, encoder = Recorded(), Shuffle("image")
     codec = Codec(encoder, Shuffle("latent", "features_1", "cfw_weight"), CodecTiles(12, 20, 64, 2), 8)
-    encoded = codec.encode(style, torch.device("cpu"), lambda n: None)
+    encoded = codec.encode(style, lambda n: None)
     decoded = codec.decode(encoded["mean"], codec.features(style, encoded, 0.0), lambda n: None)
     assert encoder.calls == 1 and style.reads == [(0, 96)]
     np.testing.assert_allclose(decoded.read(0, 96), style.image, rtol=1e-6)

@@ -2,7 +2,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from pfstorer_rt.config import RestoreConfig, TileConfig
 from pfstorer_rt.errors import PFStorerError
@@ -38,7 +37,7 @@ def test_the_tiled_autoencoder_agrees_with_the_untiled(restorer, make_image, siz
         """Encode and decode the image in tiles with margins of 32 pixels."""
         tiles = CodecTiles(height // 8, width // 8, tile // 8, 32 // 8)
         codec = Codec(restorer.sessions["encoder"], restorer.sessions["decoder"], tiles, 8)
-        encoded, done = codec.encode(image, torch.device("cpu"), lambda n: None), []
+        encoded, done = codec.encode(image, lambda n: None), []
         decoded = codec.decode(encoded["mean"], codec.features(image, encoded, 0.0), done.append)
         return read_pixels(decoded, 0, height).astype(np.float64), len(done)
 
@@ -58,10 +57,10 @@ def test_tiles_share_one_field_of_noise(counted, make_image):
 @pytest.mark.parametrize("allowed", [1, 2, 3])
 def test_out_of_memory_halves_the_batch_and_continues(restorer, counting, make_image, allowed):
     class Small(counting):
-        def run(self, **arrays):
+        def compute(self, **arrays):
             if len(arrays["x"]) > allowed:
                 raise RuntimeError("[ONNXRuntimeError] : 6 : std::bad_alloc")
-            return super().run(**arrays)
+            return super().compute(**arrays)
 
     pixels = make_image(130, 200)
     small = Small(restorer.sessions["denoiser"])
@@ -76,7 +75,7 @@ def test_out_of_memory_halves_the_batch_and_continues(restorer, counting, make_i
 
 def test_other_errors_do_not_count_as_out_of_memory(restorer, counting, make_image):
     class Broken(counting):
-        def run(self, **arrays):
+        def compute(self, **arrays):
             raise RuntimeError("no kernel")
 
     made = Restorer(restorer.manifest, {**restorer.sessions, "denoiser": Broken(restorer.sessions["denoiser"])}, "x")

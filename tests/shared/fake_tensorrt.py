@@ -275,7 +275,8 @@ def from_onnx_plan(plan, component, batches=(1, 2, 4)):
     session = open_session(plan, component, "onnxruntime")
 
     def run(**tensors):
-        return session.run_tensors(**tensors)
+        outputs = session.run(**{name: tensor.numpy() for name, tensor in tensors.items()})
+        return {name: torch.from_numpy(array) for name, array in outputs.items()}
 
     def shape_of(name):
         def shape(shapes):

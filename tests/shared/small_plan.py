@@ -24,10 +24,13 @@ def _weight(*shape):
 
 
 def graphs():
-    """Return {component: ModelProto}: one convolution for encoder and decoder, one sum for the denoiser."""
+    """Return {component: ModelProto}: a convolution for encoder and decoder, a sum of all inputs for the denoiser."""
     nodes = {
         "encoder": [helper.make_node("Conv", ["image", "w"], ["mean"], strides=[FACTOR, FACTOR])],
-        "denoiser": [helper.make_node("Add", ["x", "z_lq"], ["prediction"])],
+        "denoiser": [
+            helper.make_node("Unsqueeze", ["t", "axes"], ["times"]),
+            helper.make_node("Sum", ["x", "z_lq", "times"], ["prediction"]),
+        ],
         "decoder": [
             helper.make_node("Conv", ["latent", "w"], ["pixels"]),
             helper.make_node("DepthToSpace", ["pixels"], ["image"], blocksize=FACTOR),
@@ -35,6 +38,7 @@ def graphs():
     }
     kernels = {
         "encoder": [_weight(CHANNELS, 3, FACTOR, FACTOR)],
+        "denoiser": [numpy_helper.from_array(np.array([1, 2, 3], np.int64), "axes")],
         "decoder": [_weight(3 * FACTOR * FACTOR, CHANNELS, 1, 1)],
     }
     made = {}
