@@ -14,6 +14,8 @@ from typing import Any
 
 Check = Callable[[Any, str], object]
 
+FACE_SIZE = 128
+"""Numbers of an embedding of a face (dlib)."""
 _SHOWN = 80  # characters of a wrong value in a message
 
 

@@ -58,7 +58,9 @@ class Identity:
     """The learned weights and metadata of one person.
 
     Tensors: `blocks.{i}.*` (personalization block i, including `gamma`), `token` (D,), and the cached reference
-    `reference.{i}` (S_i, C_i) with `mask.{i}` (S_i,). The method `dreambooth` stores `unet.*` instead.
+    `reference.{i}` (S_i, C_i) with `mask.{i}` (S_i,). The method `dreambooth` stores `unet.*` instead. `face` (128,) is
+    the mean embedding of the faces in the reference photographs; an identity that was learned without the `metrics`
+    extra has none.
     """
 
     name: str
@@ -78,6 +80,11 @@ class Identity:
     def fingerprint(self) -> str:
         """Return the SHA-256 of the names, types and bytes of the tensors, sorted by name."""
         return fingerprint_tensors(sorted(self.tensors.items()))
+
+    @property
+    def face(self) -> list[float]:
+        """Return the embedding of the person's face, empty if it is not known."""
+        return self.tensors["face"].tolist() if "face" in self.tensors else []
 
     def check_base(self, fingerprint: str) -> None:
         """Raise `MismatchError` unless the identity was trained on the base with this fingerprint."""
@@ -181,10 +188,10 @@ def check_tensors(identity: Identity) -> None:
 
     tensors, count = identity.tensors, len(identity.layers)
     if identity.method == "dreambooth":
-        wanted, pattern = {"unet.conv_in.weight"}, r"unet\..+"
+        wanted, pattern = {"unet.conv_in.weight"}, r"unet\..+|face"
     else:
         wanted = {"token", *(f"blocks.{i}.gamma" for i in range(count))}
-        pattern = r"token|(?:blocks\.(\d{1,2})\..+|(?:reference|mask)\.(\d{1,2}))"
+        pattern = r"token|face|(?:blocks\.(\d{1,2})\..+|(?:reference|mask)\.(\d{1,2}))"
         if identity.settings.get("ref_source", "cached") == "cached":
             wanted |= {f"{kind}.{i}" for kind in ("reference", "mask") for i in range(count)}
     if missing := sorted(wanted - set(tensors)):
@@ -194,10 +201,12 @@ def check_tensors(identity: Identity) -> None:
         if not found or any(group and int(group) >= count for group in found.groups()):
             raise SettingError(f"its tensor {name[:80]!r} belongs to no identity")
         kind = torch.bool if name.startswith("mask.") else torch.float16
-        axes = {"token": 1, "mask": 1, "reference": 2}.get(name.split(".")[0])
+        axes = {"token": 1, "face": 1, "mask": 1, "reference": 2}.get(name.split(".")[0])
         shape = tuple(tensor.shape)
         if tensor.dtype != kind or not tensor.numel() or (axes and len(shape) != axes):
             raise SettingError(f"its tensor {name[:80]!r} is {tensor.dtype} {shape}, expected {kind}")
+        if name == "face" and shape != (checks.FACE_SIZE,):
+            raise SettingError(f"its tensor 'face' is {shape}, expected ({checks.FACE_SIZE},)")
         if kind is torch.float16 and not bool(torch.isfinite(tensor).all()):
             raise SettingError(f"its tensor {name[:80]!r} has values that are not finite")
         if name.startswith("mask.") and shape != tuple(tensors["reference" + name[4:]].shape[:1]):

@@ -86,6 +86,7 @@ _MANIFEST: dict[str, checks.Check] = {
     "base_fingerprint": _FINGERPRINT,
     "identity_name": checks.optional(checks.text()),
     "identity_fingerprint": checks.optional(_FINGERPRINT),
+    "face": checks.either(checks.list_of(_FIGURE, 0), checks.list_of(_FIGURE, checks.FACE_SIZE, checks.FACE_SIZE)),
     "method": checks.one_of(None, *get_args(Method)),
     "strength": checks.boolean,
     "cfw": checks.boolean,
@@ -143,6 +144,8 @@ class Manifest:
     base_fingerprint: str
     identity_name: str | None = None
     identity_fingerprint: str | None = None
+    face: list[float] = field(default_factory=list)
+    """Embedding of the person's face, to find the person in an image; empty if it is not known."""
     method: str | None = None
     strength: bool = False
     """Whether the denoiser has the input `strength`."""

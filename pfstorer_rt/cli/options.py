@@ -26,6 +26,20 @@ class Number(click.FloatRange):
         return number
 
 
+def parse_place(ctx: click.Context, param: click.Parameter, value: str) -> Any:
+    """Parse a value of `runtime.selection.ApplyTo`: a word, or a rectangle X,Y,W,H in pixels."""
+    if value in ("matching", "all", "largest"):
+        return value
+    from pfstorer_rt.runtime.selection import Area
+
+    try:
+        left, top, width, height = (int(number) for number in value.split(","))
+    except ValueError as error:
+        expected = "expected matching, all, largest, or four whole numbers X,Y,W,H"
+        raise click.BadParameter(f"{value!r}: {expected}", ctx, param) from error
+    return Area(left, top, width, height)
+
+
 ATTENTION = click.Choice(get_args(Attention))
 SEED = click.IntRange(0, 2**32 - 1)
 """The range of NumPy's seeds; PyTorch accepts these seeds multiplied by a count too."""

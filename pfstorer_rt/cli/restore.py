@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import click
 from click.core import ParameterSource
 
-from pfstorer_rt.cli.options import ATTENTION, SEED, Number, flag
+from pfstorer_rt.cli.options import ATTENTION, SEED, Number, flag, parse_place
 from pfstorer_rt.console import echo, note
 from pfstorer_rt.imaging.files import MAX_PIXELS
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pfstorer_rt.runtime.batch import BatchConfig, Outcome
     from pfstorer_rt.runtime.jobs import Job
     from pfstorer_rt.runtime.restorer import Restorer
+    from pfstorer_rt.runtime.selection import ApplyTo
 
 
 class TorchOptions(TypedDict):
@@ -60,6 +61,7 @@ class Options:
     sampler: str | None
     seed: int
     strength: float
+    apply_to: ApplyTo
     cfw_weight: float | None
     scale: float
     colorize: bool
@@ -130,6 +132,7 @@ class Options:
             self.compare,
             self.preview,
             references,
+            self.apply_to,
             self.max_pixels,
         )
 
@@ -182,6 +185,15 @@ class Options:
     default=1.0,
     show_default=True,
     help="Strength of the identity: 0 is the base alone, 1 is as trained.",
+)
+@click.option(
+    "--apply-to",
+    callback=parse_place,
+    metavar="matching|all|largest|X,Y,W,H",
+    default="matching",
+    show_default=True,
+    help="Where the identity acts in an image with several faces: on the face that resembles the person, everywhere, "
+    "on the largest face, or on the face in a rectangle of the input (left, top, width, height in pixels).",
 )
 @click.option(
     "--cfw-weight", type=Number(), help="How strongly the decoder follows the input, 0-1. [default: the engine's]"
@@ -361,13 +373,15 @@ def open_restorer(engine: str | None, options: Options) -> Restorer:
 def run(restorer: Restorer, batch: BatchConfig, jobs: Sequence[Job], options: Options) -> int:
     """Restore, watch or forecast with one engine; returns the exit status."""
     from pfstorer_rt.cli.outcomes import exit_status, show
-    from pfstorer_rt.runtime.batch import forecast_jobs, without_effect
+    from pfstorer_rt.runtime.batch import face_chooser, forecast_jobs, without_effect
 
     restorer.recipe(batch.restore)  # refuses settings that do not fit this engine
     for setting, value, reason in without_effect(restorer, batch):
         note(f"{flag(setting)}{'' if value is True else f' {value:g}'} changes nothing: {reason}")
     if restorer.note:
         note(restorer.note)
+    for text in face_chooser(restorer, batch).notes():
+        note(text)
     echo(f"engine: {restorer.backend} ({restorer.provider})", err=True)
     report = partial(show, as_json=options.as_json)
     if options.dry_run:
@@ -380,7 +394,8 @@ def restore(
 ) -> list[Outcome]:
     """Restore the jobs, or the images that arrive in the watched folder."""
     from pfstorer_rt.cli.progress import batch_bars
-    from pfstorer_rt.runtime.batch import restore_jobs, watch_folder
+    from pfstorer_rt.runtime.batch import restore_jobs
+    from pfstorer_rt.runtime.watch import watch_folder
 
     if options.watch:
         echo(f"watching {options.watch}; press Ctrl-C to stop", err=True)

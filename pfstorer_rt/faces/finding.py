@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pfstorer_rt.faces.dlib import Embedding, Points, face_models, load_dlib, to_uint8
 from pfstorer_rt.imaging.bands import Resized
-from pfstorer_rt.imaging.rows import Pixels, Spool, from_pixels, to_pixels
+from pfstorer_rt.imaging.rows import Pixels, Rows, Spool, from_pixels, read_pixels, to_pixels
 
 LEAST = 512
 """Longer side in pixels to which a smaller image is enlarged, because dlib finds only faces of 80 pixels or more."""
 LONGER_SIDES = (1024, 2048, 4096)
 """Longer sides to which a larger image is reduced, tried in order until a face is found."""
+SEARCHED = 2048
+"""Longer side in pixels to which an image to be restored is reduced before faces are searched."""
 LANDMARK_SIDE = 512
 """Longer side in pixels of the image for landmark measurements; the paper's images have this size."""
 
@@ -36,15 +38,15 @@ class Face(NamedTuple):
     embedding: Embedding
 
 
-def find_boxes(pixels: Pixels) -> list[Box]:
+def find_boxes(pixels: Pixels, sides: Sequence[int] = LONGER_SIDES) -> list[Box]:
     """Find the faces of an image (H, W, 3) in [0, 1]; the largest face is the first.
 
-    An image with a longer side under 512 pixels is enlarged to 512. A larger image is reduced to 1024, then 2048, then
-    4096 pixels, until a face is found. An image of up to 1024 pixels without a face is searched again at double size.
+    An image with a longer side under 512 pixels is enlarged to 512. A larger image is reduced to each of `sides` in
+    turn, until a face is found. An image of up to 1024 pixels without a face is searched again at double size.
     Raises `MissingBackendError` when the `metrics` extra is not installed.
     """
     detector, longer = load_dlib()[0], max(pixels.shape[:2])
-    for most in LONGER_SIDES:
+    for most in sides:
         scale = float(np.clip(longer, LEAST, most)) / longer
         image = to_uint8(resized(pixels, scale))
         found = detector(image, 0)
@@ -59,6 +61,13 @@ def find_boxes(pixels: Pixels) -> list[Box]:
 def find_largest(pixels: Pixels) -> Box | None:
     """Return the largest face of an image (H, W, 3) in [0, 1], None without a face."""
     return next(iter(find_boxes(pixels)), None)
+
+
+def reduced(source: Rows) -> tuple[Pixels, float]:
+    """Return the pixels of an image, reduced to a longer side of at most `SEARCHED`, and the scale of the reduction."""
+    scale = min(1.0, SEARCHED / max(source.height, source.width))
+    height, width = (max(1, round(n * scale)) for n in (source.height, source.width))
+    return read_pixels(Resized(source, height, width, antialias=scale < 1), 0, height), scale
 
 
 def dlib_shape(pixels: Pixels, box: Box) -> Any:

@@ -1,62 +1,67 @@
-"""Identity distances between a result and reference photographs of the person (extra `metrics`).
-
-The caller passes the references each time. A plan contains no embeddings, because embeddings are biometric data and
-plans are shared.
-"""
+"""Identity distances between a result and reference photographs of the person (extra `metrics`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pfstorer_rt.errors import BadFileError, MissingBackendError
-from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, identity_distance
-from pfstorer_rt.faces.finding import face_embedder
+from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, mean_distance
+from pfstorer_rt.faces.finding import Face, face_finder, reduced
 from pfstorer_rt.imaging.files import load_image
 from pfstorer_rt.imaging.find import list_images
-from pfstorer_rt.imaging.rows import Pixels, Rows, read_pixels
-
-LARGEST = 16_000_000
-"""Largest number of pixels in which faces are searched; a larger image is subsampled first."""
+from pfstorer_rt.imaging.rows import Pixels, Rows
 
 
 class References:
     """Embeddings of reference photographs, kept only in memory."""
 
-    def __init__(self, folder: str | Path, embed: Callable[[Pixels], Embedding | None] | None = None) -> None:
+    def __init__(self, folder: str | Path, find: Callable[[Pixels], Sequence[Face]] | None = None) -> None:
         """Raise `MissingBackendError` without the `metrics` extra, `BadFileError` when no reference shows a face.
 
-        embed: returns the embedding of the largest face, or None without a face; None selects dlib's network.
-        `notes` has a line for each file that could not be read.
+        find: returns the faces of an image, the largest first; None selects dlib's networks. The person is the largest
+        face of each reference. `notes` has a line for each file that could not be read.
         """
-        embed = embed or face_embedder()
-        if embed is None:
+        find = find or face_finder()
+        if find is None:
             raise MissingBackendError(f"comparing with references needs the metrics extra: {INSTALL_METRICS}")
-        self._embed: Callable[[Pixels], Embedding | None] = embed
+        self._find = find
         files = list_images(Path(folder), recursive=False)  # sub-folders may hold other people
         self.faces: list[Embedding] = []
         self.notes: list[str] = []
         for file in files:
             try:
-                face = embed(load_image(file).pixels)
+                found = find(load_image(file).pixels)
             except BadFileError as error:
                 self.notes.append(f"reference skipped: {error}")
                 continue
-            self.faces += [] if face is None else [face]
+            self.faces += [face.embedding for face in found[:1]]
         if not self.faces:
             raise BadFileError(f"{folder}: no face found in {len(files)} images; expected photographs of the person")
 
+    @property
+    def mean(self) -> Embedding:
+        """Return the mean embedding of the person."""
+        return np.asarray(np.mean(self.faces, 0), np.float64)
+
     def distance(self, rows: Rows) -> float | None:
-        """Return the mean distance between an image's largest face and the references; None without a face."""
-        thin = 1 + int((rows.height * rows.width / LARGEST) ** 0.5) if rows.height * rows.width > LARGEST else 1
-        face = self._embed(_thinned(rows, thin))
-        distances = [d for known in self.faces if (d := identity_distance(face, known)) is not None]
-        return sum(distances) / len(distances) if distances else None
+        """Return the mean distance between the person's face in an image and the references; None without a face.
+
+        Among several faces, the person is the face most similar to the references.
+        """
+        return self._nearest(self._faces(rows))[0]
 
     def facts(self, source: Rows, result: Rows) -> dict[str, Any]:
-        """Return entries of a report, with a note when the result is farther from the references than the input is."""
-        before, after = self.distance(source), self.distance(result)
+        """Return entries of a report, with a note when the result is farther from the references than the input is.
+
+        The face of the result is the one at the place of the person's face in the input.
+        """
+        before, person = self._nearest(self._faces(source))
+        faces = self._faces(result)
+        after, _ = self._nearest([min(faces, key=lambda face: _apart(face, person))] if faces and person else faces)
         if after is None:
             return {"id_distance": None, "id_distance_input": _round(before), "notes": ["no face found in the result"]}
         facts: dict[str, Any] = {"id_distance": _round(after), "id_distance_input": _round(before)}
@@ -67,16 +72,24 @@ class References:
             ]
         return facts
 
+    def _faces(self, rows: Rows) -> list[Face]:
+        """Return the faces of an image; their boxes are shares of its longer side."""
+        pixels, _ = reduced(rows)
+        longer = max(pixels.shape[:2])
+        return [Face(f.left / longer, f.top / longer, f.side / longer, f.embedding) for f in self._find(pixels)]
+
+    def _nearest(self, faces: Sequence[Face]) -> tuple[float | None, Face | None]:
+        """Return the smallest mean distance to the references, and its face."""
+        measured = [(mean_distance(face.embedding, self.faces) or 0.0, face) for face in faces]
+        return min(measured, key=lambda pair: pair[0]) if measured else (None, None)
+
+
+def _apart(one: Face, other: Face) -> float:
+    """Return the distance between the centres of two faces."""
+    return float(
+        np.hypot(one.left - other.left + (one.side - other.side) / 2, one.top - other.top + (one.side - other.side) / 2)
+    )
+
 
 def _round(distance: float | None) -> float | None:
     return None if distance is None else round(distance, 4)
-
-
-def _thinned(rows: Rows, step: int) -> Pixels:
-    import numpy as np
-
-    return (
-        np.concatenate([read_pixels(rows, y, y + 1)[:, ::step] for y in range(0, rows.height, step)])
-        if step > 1
-        else read_pixels(rows, 0, rows.height)
-    )

@@ -237,6 +237,7 @@ def manifest(base: Base, identity: Identity | None = None, target: str = "torch"
         base_fingerprint=base.fingerprint,
         identity_name=identity.name if identity else None,
         identity_fingerprint=identity.fingerprint if identity else None,
+        face=identity.face if identity else [],
         method=identity.method if identity else None,
         strength=identity is not None and identity.method != "dreambooth",
         cfw=base.cfw is not None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +28,8 @@ from pfstorer_rt.imaging.formats import SAVE_FORMATS, check_side
 from pfstorer_rt.imaging.metadata import Metadata
 from pfstorer_rt.imaging.rows import Pixels, Rows, Spool, read_pixels
 from pfstorer_rt.imaging.sidebyside import SideBySide
-from pfstorer_rt.runtime.jobs import STREAM, Job, Naming, NoImagesError, check_file, output_file, plan_jobs
+from pfstorer_rt.runtime.jobs import STREAM, Job, Naming, plan_jobs
+from pfstorer_rt.runtime.selection import ApplyTo, Chooser
 
 if TYPE_CHECKING:
     from pfstorer_rt.faces.references import References
@@ -66,6 +67,8 @@ class BatchConfig:
     """Write `{result}_preview` first, restored in one step."""
     references: References | None = None
     """Reference photographs; the distance of every result to them is reported."""
+    apply_to: ApplyTo = "matching"
+    """Where the identity acts in an image with several faces."""
     max_pixels: int = MAX_PIXELS
     """Larger images are refused."""
 
@@ -129,7 +132,7 @@ class Work(Protocol):
         ...
 
 
-def _ignore(*_: object) -> None:
+def ignore(*_: object) -> None:
     """Ignore an event."""
 
 
@@ -138,8 +141,8 @@ def restore_files(
     inputs: Sequence[str | Path],
     output: str | Path | None = None,
     settings: BatchConfig | None = None,
-    on_outcome: OnOutcome = _ignore,
-    on_step: OnStep = _ignore,
+    on_outcome: OnOutcome = ignore,
+    on_step: OnStep = ignore,
 ) -> list[Outcome]:
     """Restore files and folders; a failed image becomes an outcome and does not affect the others.
 
@@ -155,78 +158,17 @@ def restore_jobs(
     restorer: Restorer,
     jobs: Sequence[Job],
     settings: BatchConfig,
-    on_outcome: OnOutcome = _ignore,
-    on_step: OnStep = _ignore,
+    on_outcome: OnOutcome = ignore,
+    on_step: OnStep = ignore,
 ) -> list[Outcome]:
     """Restore the images of jobs from `plan_jobs`."""
     restorer.recipe(settings.restore)  # raises for settings that do not fit the engine
-    work = _Restoring(restorer, settings)
+    work = _Restoring(restorer, settings)  # raises for settings that do not fit this installation
     return run_jobs(jobs, work, settings.saving, settings.max_pixels, on_outcome, on_step)
 
 
-def watch_folder(
-    restorer: Restorer,
-    folder: str | Path,
-    output: str | Path | None = None,
-    settings: BatchConfig | None = None,
-    idle: float | None = None,
-    on_outcome: OnOutcome = _ignore,
-    on_step: OnStep = _ignore,
-) -> list[Outcome]:
-    """Restore images as they arrive in a folder.
-
-    An image is restored once its file has not changed for a second, and again when the file changes later: a file that
-    was read half-written is tried again, and the result of a replaced image is replaced. idle: return after this many
-    seconds without a new or changed image; None watches until the call is interrupted.
-    """
-    settings = settings or BatchConfig()
-    if file := output_file(None if output is None else f"{output}"):
-        check_file(file, settings.naming.extension, single=False)
-    replacing = replace(settings, saving=replace(settings.saving, overwrite=True))
-    outcomes: list[Outcome] = []
-    for jobs in _arrivals(folder, output, settings.naming, idle):
-        written = {outcome.job for outcome in outcomes if outcome.status == "done"}
-        fresh, changed = [job for job in jobs if job not in written], [job for job in jobs if job in written]
-        outcomes += restore_jobs(restorer, fresh, settings, on_outcome, on_step)
-        outcomes += restore_jobs(restorer, changed, replacing, on_outcome, on_step)
-    return outcomes
-
-
-def _arrivals(folder: str | Path, output: str | Path | None, naming: Naming, idle: float | None) -> Iterator[list[Job]]:
-    """Yield the jobs of new and changed images once their files are stable."""
-    seen: dict[Path, tuple[int, ...]] = {}
-    done: dict[Path, tuple[int, ...]] = {}
-    latest = time.monotonic()
-    while True:
-        try:
-            jobs = plan_jobs((folder,), output, naming)
-        except NoImagesError:
-            jobs = []
-        found = {job.source: job for job in jobs if job.source is not None}
-        current = {path: state for path in found if (state := _file_state(path))}
-        stable = {path for path, state in current.items() if seen.get(path) == state}
-        ready = [path for path in current if path in stable and done.get(path) != current[path]]
-        if ready:
-            done |= {path: current[path] for path in ready}
-            yield [found[path] for path in ready]
-            latest = time.monotonic()
-        elif idle is not None and len(stable) == len(current) and time.monotonic() - latest >= idle:
-            return
-        seen = current
-        time.sleep(1)
-
-
-def _file_state(path: Path) -> tuple[int, ...] | None:
-    """Return numbers that change whenever a file is written or replaced; None for an empty or vanished file."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return (status.st_size, status.st_mtime_ns, status.st_ino) if status.st_size else None
-
-
 def forecast_jobs(
-    restorer: Restorer, jobs: Sequence[Job], settings: BatchConfig, on_outcome: OnOutcome = _ignore
+    restorer: Restorer, jobs: Sequence[Job], settings: BatchConfig, on_outcome: OnOutcome = ignore
 ) -> list[Outcome]:
     """Forecast tiles, memory and time of every job without restoring it; status `planned`, `skipped` or `failed`.
 
@@ -245,9 +187,7 @@ def forecast_jobs(
         try:
             size = image_size(job.source, settings.max_pixels)
             check_result(job, *work.size(*size), settings.saving, settings.max_pixels)
-            passes = None
-            if restorer.needs_content(*size, settings.restore):
-                passes = restorer.passes(scan_image(job.source, settings.max_pixels).pixels, settings.restore)
+            passes = work.passes(*size, partial(_read_rows, job.source, settings.max_pixels))
             predicted = forecaster.predict(*size, passes)
         except PFStorerError as error:
             return Outcome(job, "failed", error=error)
@@ -260,15 +200,19 @@ def forecast_jobs(
     return outcomes
 
 
+def _read_rows(path: Path, max_pixels: int) -> Rows:
+    return scan_image(path, max_pixels).pixels
+
+
 def degrade_files(
     inputs: Sequence[str | Path],
     output: str | Path,
     level: str = "heavy",
     seed: int = 0,
     saving: Saving | None = None,
-    on_outcome: OnOutcome = _ignore,
-    on_step: OnStep = _ignore,
-    note: Callable[[str], None] = _ignore,
+    on_outcome: OnOutcome = ignore,
+    on_step: OnStep = ignore,
+    note: Callable[[str], None] = ignore,
 ) -> list[Outcome]:
     """Degrade files and folders like old and bad photographs; the size is kept.
 
@@ -299,11 +243,18 @@ def without_effect(restorer: Restorer, settings: BatchConfig) -> list[NoEffect]:
     return found
 
 
+def face_chooser(restorer: Restorer, settings: BatchConfig) -> Chooser:
+    """Return the choice of the faces on which the identity acts; raises as `Chooser` does."""
+    known = settings.references.mean if settings.references else None
+    return Chooser(restorer.manifest, settings.restore, settings.apply_to, known)
+
+
 class _Restoring:
     """Restores the images of a batch, and writes the files beside a result."""
 
     def __init__(self, restorer: Restorer, settings: BatchConfig) -> None:
         self.restorer, self.settings = restorer, settings
+        self._chooser = face_chooser(restorer, settings)
         self._passes: dict[Job, Passes] = {}
         self._left: dict[Job, list[str]] = {}  # notes on existing files that were kept
 
@@ -313,11 +264,21 @@ class _Restoring:
 
     def process(self, number: int, job: Job, rows: Rows, step: Callable[[int, int], None]) -> Rows:
         """Restore an image, after its preview."""
-        config = self.settings.restore
+        config, chosen = self.settings.restore, self._chooser.choose(rows)
         if self.settings.preview and self.restorer.recipe(config).steps > 1:
-            self._write_beside(job, "preview", self.restorer.restore_rows(rows, replace(config, steps=1)))
-        self._passes[job] = passes = self.restorer.passes(rows, config)
+            first = replace(config, steps=1)
+            passes = self.restorer.passes(rows, first).chosen(chosen)
+            self._write_beside(job, "preview", self.restorer.restore_rows(rows, first, passes=passes))
+        self._passes[job] = passes = self.restorer.passes(rows, config).chosen(chosen)
         return self.restorer.restore_rows(rows, config, step, passes)
+
+    def passes(self, height: int, width: int, read: Callable[[], Rows]) -> Passes | None:
+        """Return the passes of an image if they depend on its content, which `read` returns."""
+        restorer, config = self.restorer, self.settings.restore
+        if not (self._chooser.depends_on_content or restorer.needs_content(height, width, config)):
+            return None
+        rows = read()
+        return restorer.passes(rows, config).chosen(self._chooser.choose(rows))
 
     def details(self, job: Job, source: Rows, result: Rows) -> Details:
         """Return the settings in use, the number of tiles, and the distances to the references."""

@@ -8,14 +8,17 @@ coarse image stay unchanged.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, face_models
-from pfstorer_rt.faces.finding import find_largest
+from pfstorer_rt.faces.finding import find_largest, reduced
 from pfstorer_rt.imaging.bands import Canvas, Resized
-from pfstorer_rt.imaging.rows import Band, Rows, Spool, bands, read_pixels
+from pfstorer_rt.imaging.rows import Band, Rows, Spool, bands
 from pfstorer_rt.runtime.layout import Layout
+from pfstorer_rt.runtime.part import find_parts
+from pfstorer_rt.runtime.selection import Choice as FaceChoice
+from pfstorer_rt.runtime.selection import Selection
 
 LARGEST_FACE = 0.8
 """Largest side of a face, relative to a tile, that is restored without a coarse pass."""
@@ -27,8 +30,6 @@ ASSUMED_FACE = 0.4
 """Assumed side of the largest face, relative to the shorter side of the image, when no face is known."""
 CAUTIOUS_RATIO = 0.5
 """Smallest ratio for an assumed face, because small faces may not survive a larger reduction."""
-SEARCHED = 2048
-"""Longer side in pixels to which an image is reduced before faces are searched."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,32 @@ class Passes:
     coarse: Layout | None = None
     """Layout of the pass at the reduced scale; None restores in one pass."""
     notes: tuple[str, ...] = ()
-    """Notes for the user on the choice of the scale."""
+    """Notes for the user on the choice of the scale and of the faces."""
+    selection: Selection | None = None
+    """The faces on which the identity acts; None is the whole image."""
+
+    def chosen(self, choice: FaceChoice) -> Passes:
+        """Return the passes with the identity limited to the chosen faces."""
+        return replace(self, selection=choice.selection, notes=(*self.notes, *choice.notes))
+
+    def layouts(self) -> list[Layout]:
+        """Return the layouts of all passes, and of the parts that are restored with the identity too."""
+        whole = [self.fine, *([self.coarse] if self.coarse else [])]
+        if self.selection is None:
+            return whole
+        return whole + [part.layout for layout in whole for part in find_parts(layout, self.selection)]
 
     @property
     def total(self) -> int:
         """Tiles through all networks and steps."""
-        return self.fine.total + (self.coarse.total if self.coarse else 0)
+        return sum(layout.total for layout in self.layouts())
 
     def facts(self) -> dict[str, Any]:
-        """Return the entries of a report: as of the fine layout, with the tiles of both passes."""
-        facts = self.fine.facts()
-        if self.coarse is None:
-            return facts
-        facts["tiles"] += self.coarse.denoiser_tiles
-        facts["codec_tiles"] += self.coarse.codec_tiles
-        return {**facts, "coarse_scale": round(self.coarse.recipe.scale, 3)}
+        """Return the entries of a report: as of the fine layout, with the tiles of all passes."""
+        facts, layouts = self.fine.facts(), self.layouts()
+        facts["tiles"] = sum(layout.denoiser_tiles for layout in layouts)
+        facts["codec_tiles"] = sum(layout.codec_tiles for layout in layouts)
+        return {**facts, "coarse_scale": round(self.coarse.recipe.scale, 3)} if self.coarse else facts
 
 
 @dataclass(frozen=True)
@@ -112,9 +124,8 @@ def notes_on(face: float | None, side: float, tile: int, finder: bool) -> Iterat
 
 def largest_face(source: Rows) -> float | None:
     """Return the side in pixels of the largest face of an image, None without a face."""
-    scale = min(1.0, SEARCHED / max(source.height, source.width))
-    height, width = (max(1, round(n * scale)) for n in (source.height, source.width))
-    face = find_largest(read_pixels(Resized(source, height, width, antialias=scale < 1), 0, height))
+    pixels, scale = reduced(source)
+    face = find_largest(pixels)
     return None if face is None else face.side / scale
 
 

@@ -59,7 +59,7 @@ class Forecaster:
     def predict(self, height: int, width: int, passes: Passes | None = None) -> Forecast:
         """Predict the restoration of an image of height x width pixels; passes: default is one pass of tiles."""
         passes = passes or Passes(self.restorer.layout(height, width, self.config))
-        layouts = [layout for layout in (passes.fine, passes.coarse) if layout is not None]
+        layouts = passes.layouts()
         peak = max(self._peak(layout, height * width) for layout in layouts)
         return Forecast(passes, sum(self._seconds(layout) for layout in layouts), peak)
 

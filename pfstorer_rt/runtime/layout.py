@@ -33,7 +33,7 @@ class CodecTiles:
     """Tiles of the encoder and decoder with their discarded margins; the unit is latent pixels."""
 
     def __init__(self, height: int, width: int, tile: int, margin: int) -> None:
-        self.shape = height, width
+        self.shape, self.tile, self.margin = (height, width), tile, margin
         self.sides = min(tile, height), min(tile, width)
         spans = []
         for length, side in zip(self.shape, self.sides, strict=True):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -21,20 +22,25 @@ from pfstorer_rt.files import show_path
 from pfstorer_rt.identity import Identity, identities_dir, identity_path, list_identities
 from pfstorer_rt.imaging.bands import ColorFixed, Cropped, Padded, Result
 from pfstorer_rt.imaging.color import ColorFix
-from pfstorer_rt.imaging.rows import Band, Pixels, Rows, Spool, from_pixels, to_pixels
+from pfstorer_rt.imaging.rows import Pixels, Rows, Spool, from_pixels, to_pixels
 from pfstorer_rt.imaging.tone import keep_hue
 from pfstorer_rt.plan import COMPONENTS, DEFAULT_BASE, Manifest, Plan
 from pfstorer_rt.runtime.coarse import Guided, Passes, choose_scale, may_be_coarse, on_canvas, reduced_to
 from pfstorer_rt.runtime.layout import Layout
+from pfstorer_rt.runtime.part import Inserted, Part, Predict, base_layout, blended, find_part, recorded
 from pfstorer_rt.runtime.recipe import Recipe
-from pfstorer_rt.runtime.tiled_networks import Codec, Done, TiledDenoiser
-from pfstorer_rt.tiling import blend_by_rows, ramp_weights
+from pfstorer_rt.runtime.selection import Mixed, Selection
+from pfstorer_rt.runtime.tiled_networks import Codec, Done, TiledDenoiser, crop
+from pfstorer_rt.tiling import Tile, blend_by_rows, ramp_weights
 
 if TYPE_CHECKING:
     from pfstorer_rt.models.base import Base
 
 Step = Callable[[int, int], None]
 """step(done, total), called after each batch of tiles; total counts all tiles through all networks and steps."""
+
+RestoreSquare = Callable[[Rows, Layout, Tile, Done], Rows]
+"""restore(style, layout, square, done): the result of one square; style: its pixels."""
 
 
 class Restorer:
@@ -162,12 +168,12 @@ class Restorer:
             if step:
                 step(passed, plan.total)
 
-        image: Rows = on_canvas(source, plan.fine.canvas)
+        images: Sequence[Rows] = [on_canvas(source, plan.fine.canvas)]
         if plan.coarse is not None:
             canvas = plan.coarse.canvas
-            coarse = self._restore_pass(on_canvas(source, canvas), plan.coarse, toned, done)
-            image = Guided(image, coarse, reduced_to(source, canvas))
-        return self._restore_pass(image, plan.fine, toned, done)
+            coarse = self._restore_selected([on_canvas(source, canvas)], plan.coarse, plan.selection, toned, done)
+            images = [Guided(images[0], rows, reduced_to(source, canvas)) for rows in coarse]
+        return self._restore_selected(images, plan.fine, plan.selection, toned, done)[-1]
 
     def passes(self, source: Rows, config: RestoreConfig | None = None) -> Passes:
         """Return the passes of an image; with coarse to fine, the scale of the first depends on the largest face."""
@@ -191,35 +197,84 @@ class Restorer:
         variational = "std" in self.sessions["encoder"].outputs
         return Layout.of(height, width, self.recipe(config), self.manifest, variational)
 
-    def _restore_pass(self, image: Rows, layout: Layout, toned: Callable[[Rows], Rows] | None, done: Done) -> Rows:
-        """Restore an image of the size of a canvas without its padding; toned: gives the result its hue."""
-        style = Padded(image, layout.canvas)
-        restore = self._restore_squares if len(layout.squares) > 1 else self._restore_square
-        restored = restore(style, layout, done)
+    def _restore_selected(
+        self,
+        images: Sequence[Rows],
+        layout: Layout,
+        selection: Selection | None,
+        toned: Callable[[Rows], Rows] | None,
+        done: Done,
+    ) -> list[Rows]:
+        """Restore an image in one pass; returns the result, after the result of the base if there is a selection.
+
+        images: the image, or one for the base and one for the identity.
+        """
+        if selection is None:
+            return [self._restore_pass(images[-1], layout, toned, self._restore_square, done)]
+        traces: dict[Tile, list[Array]] = {square: [] for square in layout.squares}
+
+        def by_base(style: Rows, layout: Layout, square: Tile, done: Done) -> Rows:
+            return self._restore_square(style, layout, square, done, partial(recorded, predictions=traces[square]))
+
+        def by_identity(style: Rows, layout: Layout, square: Tile, done: Done) -> Rows:
+            part, trace = find_part(layout, square, selection), traces.pop(square)
+            return self._restore_part(style, part, trace, done) if part else style
+
+        base = self._restore_pass(images[0], base_layout(layout), toned, by_base, done)
+        person = self._restore_pass(images[-1], layout, toned, by_identity, done)
+        return [base, Mixed(base, person, selection)]
+
+    def _restore_pass(
+        self, image: Rows, layout: Layout, toned: Callable[[Rows], Rows] | None, restore: RestoreSquare, done: Done
+    ) -> Rows:
+        """Restore an image of the size of a canvas without its padding; toned: gives the result its hue.
+
+        Several squares are restored from the same seed each, and blended (StableSR's tiled inference script).
+        """
+        style, squares = Padded(image, layout.canvas), layout.squares
+        restored: Rows
+        if len(squares) == 1:
+            restored = restore(style, layout, squares[0], done)
+        else:
+            restored = Spool(style.height, style.width)
+            patches = (restore(Cropped(style, s), layout, s, done).read(0, s.height) for s in squares)
+            for start, rows in blend_by_rows(squares, patches, style.height, style.width):
+                restored.write(start, rows)
         complaint = f"{self.backend} returned values that are not finite; use another backend"
         return Result(toned(restored) if toned else restored, layout.canvas, complaint)
 
-    def _restore_squares(self, style: Rows, layout: Layout, done: Done) -> Rows:
-        """Restore all squares, each from the same seed, and blend them (StableSR's tiled inference script)."""
-        spool = Spool(style.height, style.width)
+    def _restore_part(self, style: Rows, part: Part, trace: Sequence[Array], done: Done) -> Rows:
+        """Restore the part of a square on which the identity acts; trace: the predictions of the base."""
+        weights = self.sessions["denoiser"].place(part.weights)
+        follow = partial(blended, predictions=trace, part=part, weights=weights)
+        cropped = Cropped(style, part.pixels)
+        restored = self._restore_square(cropped, part.layout, part.layout.squares[0], done, follow, part)
+        return Inserted(style, restored, part.pixels)
 
-        def patches() -> Iterator[Band]:
-            for square in layout.squares:
-                yield self._restore_square(Cropped(style, square), layout, done).read(0, square.height)
+    def _restore_square(
+        self,
+        style: Rows,
+        layout: Layout,
+        square: Tile,
+        done: Done,
+        changed: Callable[[Predict], Predict] = lambda predict: predict,
+        part: Part | None = None,
+    ) -> Rows:
+        """Encode, sample on one field of noise, decode, fix colours.
 
-        for start, rows in blend_by_rows(layout.squares, patches(), style.height, style.width):
-            spool.write(start, rows)
-        return spool
-
-    def _restore_square(self, style: Rows, layout: Layout, done: Done) -> Rows:
-        """Encode, sample on one field of noise, decode, fix colours."""
+        changed: maps the function of the denoiser's predictions to the function that the sampler calls. part: `style`
+        is this part of a square; it has the noise of its place in the square.
+        """
         recipe, schedule, session = layout.recipe, self.manifest.schedule, self.sessions["denoiser"]
         codec = Codec(self.sessions["encoder"], self.sessions["decoder"], layout.codec, self.manifest.factor)
         encoded = codec.encode(style, done)
         z_lq, generator = encoded["mean"], np.random.Generator(np.random.Philox(recipe.seed))
+        whole = Tile(0, 0, *z_lq.shape[2:])
+        field, place, inner = (part.square, part.place, part.inner) if part else (whole, whole, whole)
 
         def noise() -> Array:  # drawn on the host, so that a seed gives the same noise with every engine
-            return session.place(generator.standard_normal(z_lq.shape, np.float32))
+            drawn = generator.standard_normal((*z_lq.shape[:2], field.height, field.width), np.float32)
+            return session.place(crop(drawn, place))
 
         z_lq = session.place(z_lq)
         if "std" in encoded:
@@ -227,7 +282,8 @@ class Restorer:
         first = noise()
         x = start_from_lq(z_lq, first, schedule) if recipe.init == "lq" else first
         denoiser = self._denoiser(layout)
-        denoise = denoise_by(lambda x, t: denoiser(x, t, z_lq, done), schedule, self.manifest.prediction_type)
+        predict = changed(lambda x, t: denoiser(x, t, crop(z_lq, inner), done))
+        denoise = denoise_by(predict, schedule, self.manifest.prediction_type)
         x = SAMPLERS[recipe.sampler](denoise, x, respace(recipe.steps), schedule, noise, recipe.eta)
         decoded = codec.decode(session.fetch(x), codec.features(style, encoded, recipe.cfw_weight), done)
         automatic: ColorFix = "adain" if len(layout.tiles) == 1 else "wavelet"

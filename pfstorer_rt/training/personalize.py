@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.errors import PFStorerError, SettingError
+from pfstorer_rt.faces.dlib import Embedding
 from pfstorer_rt.faces.finding import face_embedder
 from pfstorer_rt.files import make_folder, sha256_file
 from pfstorer_rt.identity import Identity, named_identity, training_files
@@ -211,14 +211,16 @@ def make_identity(
         json.loads(json.dumps(asdict(config))),
         tuple(sha256_file(path) for path in paths),
     )
+    faces = embed_photos(photos)
+    known = {"face": mean_face(faces)} if any(face is not None for face in faces) else {}
     if isinstance(objective, DreamBoothObjective):
-        identity.tensors = {f"unet.{k}": v.half().cpu() for k, v in objective.unet.state_dict().items()}
+        identity.tensors = {f"unet.{k}": v.half().cpu() for k, v in objective.unet.state_dict().items()} | known
         return identity
     assert isinstance(objective, PersonalizationObjective)
-    tensors = {f"blocks.{k}": v.half().cpu() for k, v in objective.blocks.state_dict().items()}
+    tensors = {f"blocks.{k}": v.half().cpu() for k, v in objective.blocks.state_dict().items()} | known
     tensors["token"] = objective.token.half().cpu()
     if config.ref_source != "self":
-        chosen = [photos[i] for i in rank_references(photos)[: config.references]]
+        chosen = [photos[i] for i in rank_references(faces)[: config.references]]
         tensors |= cache_references(chosen, tensors["token"], base, identity)
     identity.tensors = tensors
     identity.gamma = gamma_summary(tensors, layers)
@@ -248,16 +250,28 @@ def cache_references(
     return tensors
 
 
-def rank_references(photos: Sequence[torch.Tensor]) -> list[int]:
-    """Return the numbers of the photographs, the face most similar to the others first.
+def embed_photos(photos: Sequence[torch.Tensor]) -> list[Embedding | None]:
+    """Return the embedding of the largest face of each photograph (3, H, W) in [0, 1].
 
-    Photographs without a face are last. Without a face model, the order does not change.
+    None for a photograph without a face, and for all without the `metrics` extra.
     """
     embed = face_embedder()
-    found = [embed(photo.permute(1, 2, 0).numpy()) for photo in photos] if embed else []
-    faces: list[tuple[int, Any]] = [(i, e) for i, e in enumerate(found) if e is not None]
-    distance = {i: sum(float(np.linalg.norm(e - other)) for _, other in faces) for i, e in faces}
-    return sorted(range(len(photos)), key=lambda i: distance.get(i, np.inf))
+    return [embed(photo.permute(1, 2, 0).numpy()) if embed else None for photo in photos]
+
+
+def mean_face(faces: Sequence[Embedding | None]) -> torch.Tensor:
+    """Return the mean of the embeddings, (128,) fp16."""
+    return torch.from_numpy(np.mean([face for face in faces if face is not None], 0)).half()
+
+
+def rank_references(faces: Sequence[Embedding | None]) -> list[int]:
+    """Return the numbers of the photographs, the face most similar to the others first.
+
+    Photographs without a face are last, in their order.
+    """
+    found = [(i, face) for i, face in enumerate(faces) if face is not None]
+    distance = {i: sum(float(np.linalg.norm(face - other)) for _, other in found) for i, face in found}
+    return sorted(range(len(faces)), key=lambda i: distance.get(i, np.inf))
 
 
 def gamma_summary(tensors: dict[str, torch.Tensor], layers: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -207,3 +207,10 @@ def test_distances_to_references_are_reported(restore, face, tmp_path):
 def test_references_need_the_metrics_extra(restore, save, tmp_path, without_dlib):
     done = restore(save(tmp_path / "a.png"), "--refs", tmp_path)
     assert done.status == 2 and "pip install 'pfstorer-rt[metrics]'" in done.errors[0]
+
+
+def test_the_face_can_be_chosen_by_a_rectangle(restore, save, tmp_path):
+    done = restore(save(tmp_path / "a.png"), "--apply-to", "1,2,3")
+    assert done.status == 2 and "four whole numbers X,Y,W,H" in done.err
+    done = restore(save(tmp_path / "a.png"), "--apply-to", "10,12,9000,20", "-o", tmp_path / "b.png")
+    assert done.status == 0, done.err

@@ -9,7 +9,7 @@ from skimage.transform import resize
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.evaluation.registry import Sample, load_metrics
-from pfstorer_rt.faces.finding import embed_largest, face_finder, find_boxes, find_largest, landmarks_at_side
+from pfstorer_rt.faces.finding import Face, embed_largest, face_finder, find_boxes, find_largest, landmarks_at_side
 from pfstorer_rt.faces.references import References
 from pfstorer_rt.imaging.files import save_image
 from pfstorer_rt.imaging.rows import Spool, from_pixels
@@ -83,7 +83,9 @@ def test_references_find_the_face_of_a_shrunken_photograph(tmp_path):
 def test_a_result_farther_from_the_references_than_the_input_gets_a_note(tmp_path):
     save_image(tmp_path / "white.png", np.ones((8, 8, 3), np.float32))
     (tmp_path / "damaged.png").write_bytes(b"no image")
-    references = References(tmp_path, embed=lambda pixels: np.array([pixels.mean()]))  # of the brightness
+    references = References(
+        tmp_path, find=lambda pixels: [Face(0, 0, 8, np.array([pixels.mean()]))]
+    )  # of the brightness
     assert len(references.notes) == 1 and "damaged.png" in references.notes[0]
     white, grey = (Spool.of(np.full((3, 8, 8), value, np.float32)) for value in (1, 0))
     facts = references.facts(source=white, result=grey)

@@ -17,10 +17,10 @@ from pfstorer_rt.runtime.batch import (
     Saving,
     degrade_files,
     restore_files,
-    watch_folder,
     without_effect,
 )
 from pfstorer_rt.runtime.jobs import Naming, NoImagesError, plan_jobs
+from pfstorer_rt.runtime.watch import watch_folder
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Copying:
     sampler: str = "ddpm"
     backend: str = "none"
     provider: str = "cpu"
-    manifest = SimpleNamespace(identity_name=None)
+    manifest = SimpleNamespace(identity_name=None, strength=False, face=[])
 
     def recipe(self, config):
         if config.scale not in (1, 8):
@@ -39,7 +39,8 @@ class Copying:
         return SimpleNamespace(steps=config.steps or self.steps, sampler=self.sampler)
 
     def passes(self, rows, config):
-        return SimpleNamespace(fine=SimpleNamespace(recipe=self.recipe(config)), facts=lambda: {"tiles": 1}, notes=())
+        found = SimpleNamespace(fine=SimpleNamespace(recipe=self.recipe(config)), facts=lambda: {"tiles": 1}, notes=())
+        return SimpleNamespace(chosen=lambda choice: found)
 
     def restore_rows(self, rows, config, step=None, passes=None):
         for done in (1, 2) if step else ():

@@ -1,0 +1,212 @@
+"""The faces of an image on which the identity acts, and the soft map around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pfstorer_rt.config import RestoreConfig
+from pfstorer_rt.errors import MissingBackendError, SettingError
+from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding, face_models, identity_distance
+from pfstorer_rt.faces.finding import SEARCHED, Face, embed_box, find_boxes, reduced
+from pfstorer_rt.imaging.rows import Band, Pixels, Rows
+from pfstorer_rt.plan import Manifest
+
+Weights = npt.NDArray[np.float32]
+
+WHOLE, NONE = 0.25, 0.6
+"""Distances from a face's box, in sides of the box: the weight is 1 up to the first and 0 from the second."""
+BETWEEN = 0.3
+"""Between two faces, the weight rises from 0 to 1 while the other face becomes farther away by this distance."""
+
+
+class Area(NamedTuple):
+    """A rectangle of an image, in pixels: a face, or what the caller takes as one."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+    def distance(self, y: Weights, x: Weights) -> Weights:
+        """Return distances of the points (y, x) from the rectangle, in its shorter sides; y (n,), x (m,) -> (n, m)."""
+        down = np.maximum(self.top - y, y - self.top - self.height).clip(0)
+        across = np.maximum(self.left - x, x - self.left - self.width).clip(0)
+        return (np.hypot(down[:, None], across) / min(self.width, self.height)).astype(np.float32)
+
+
+ApplyTo = Literal["matching", "all", "largest"] | Area
+"""Where the identity acts: on the face that resembles the person, in the whole image, on the largest face, or on one
+rectangle of the input image."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen faces and the other faces of an image of height x width pixels."""
+
+    height: int
+    width: int
+    chosen: tuple[Area, ...]
+    others: tuple[Area, ...] = ()
+
+    def weights(self, y: npt.ArrayLike, x: npt.ArrayLike) -> Weights:
+        """Return the soft map at the points (y, x) of the image with sides of 1: y (n,), x (m,) -> (n, m) in [0, 1].
+
+        The map is exactly 1 near a chosen face, and exactly 0 far from it and on every other face.
+        """
+        rows, columns = np.asarray(y, np.float32) * self.height, np.asarray(x, np.float32) * self.width
+        near = np.min([face.distance(rows, columns) for face in self.chosen], 0)
+        found = _rise((NONE - near) / (NONE - WHOLE))
+        for other in self.others:
+            found = found * _rise((other.distance(rows, columns) - near) / BETWEEN)
+        return found
+
+
+def _rise(share: Weights) -> Weights:
+    """Map 0 and less to 0, 1 and more to 1, and values between them to a smooth curve."""
+    share = share.clip(0, 1)
+    curve: Weights = share * share * (3 - 2 * share)
+    return curve
+
+
+class Mixed:
+    """Two results of one image, blended by the soft map of a selection."""
+
+    def __init__(self, base: Rows, person: Rows, selection: Selection) -> None:
+        """base, person: images of one size. Where the map is 0, the values are those of `base`."""
+        self.base, self.person, self.selection = base, person, selection
+        self.height, self.width = base.height, base.width
+
+    def read(self, start: int, stop: int) -> Band:
+        """Return rows start..stop-1."""
+        y, x = (np.arange(start, stop) + 0.5) / self.height, (np.arange(self.width) + 0.5) / self.width
+        weights, base = self.selection.weights(y, x), self.base.read(start, stop)
+        if not weights.any():
+            return base
+        return base + weights * (self.person.read(start, stop) - base)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A selection, or None for the whole image; and notes for the user."""
+
+    selection: Selection | None = None
+    notes: tuple[str, ...] = ()
+
+
+FindFaces = Callable[[Pixels], Sequence[Face]]
+"""find(pixels): the faces of an image (H, W, 3) in [0, 1], the largest first, with their embeddings."""
+
+
+class Chooser:
+    """Chooses the faces of images on which the identity of an engine acts."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        config: RestoreConfig,
+        apply_to: ApplyTo = "matching",
+        known: Embedding | None = None,
+        find: FindFaces | None = None,
+    ) -> None:
+        """known: embedding of the person; None selects the engine's own. find: None selects dlib's networks.
+
+        Raises `SettingError` for an unknown value of `apply_to`, and `MissingBackendError` if "largest" needs the
+        `metrics` extra and lacks it.
+        """
+        if not isinstance(apply_to, Area) and apply_to not in ("matching", "all", "largest"):
+            expected = "expected matching, all, largest or a rectangle"
+            raise SettingError(f"apply_to {apply_to!r}: {expected}", setting="apply_to")
+        self.acts = manifest.identity_name is not None and config.strength != 0
+        self.gated, self.apply_to = manifest.strength, apply_to
+        self.known = np.array(manifest.face) if known is None and manifest.face else known
+        self.find = find or (_faces if face_models() else None)
+        if self.acts and apply_to == "largest" and self.find is None:
+            raise MissingBackendError(f"finding the largest face needs the metrics extra: {INSTALL_METRICS}")
+
+    @property
+    def searches(self) -> bool:
+        """Whether faces are searched in every image."""
+        matches = self.apply_to == "matching" and self.known is not None
+        return self.acts and self.find is not None and (matches or self.apply_to == "largest")
+
+    @property
+    def depends_on_content(self) -> bool:
+        """Whether `choose` reads the image."""
+        return self.searches or (self.acts and isinstance(self.apply_to, Area))
+
+    def notes(self) -> Iterator[str]:
+        """Yield notes on why the person's face cannot be searched in any image."""
+        if not self.acts or self.apply_to != "matching":
+            return
+        if self.find is None:
+            yield f"the identity acts on every face of an image; to limit it to the person, {INSTALL_METRICS}"
+        elif self.known is None:
+            yield (
+                "the identity acts on every face of an image, because this engine has no embedding of the person's "
+                "face; give reference photographs, or learn the person again with the metrics extra"
+            )
+
+    def choose(self, source: Rows) -> Choice:
+        """Choose the faces of an image; raises `SettingError` for a rectangle outside the image."""
+        if not self.acts or self.apply_to == "all":
+            return Choice()
+        if isinstance(self.apply_to, Area):
+            _check_inside(self.apply_to, source)
+            return self._select(source, self.apply_to, ())
+        if not self.searches:
+            return Choice()
+        assert self.find is not None
+        pixels, scale = reduced(source)
+        faces = list(self.find(pixels))
+        areas = [Area(face.left / scale, face.top / scale, face.side / scale, face.side / scale) for face in faces]
+        if self.apply_to == "largest":
+            nearest, remark = (0 if faces else None), "no face found"
+        else:
+            nearest, remark = self._nearest(faces)
+        if nearest is None:
+            return Choice(None, (f"{remark}; the identity acts on the whole image",) if remark else ())
+        if len(faces) == 1:
+            return Choice()
+        return self._select(source, areas[nearest], areas[:nearest] + areas[nearest + 1 :])
+
+    def _nearest(self, faces: Sequence[Face]) -> tuple[int | None, str]:
+        """Return the number of the face that resembles the person, or None and a remark."""
+        if not faces:
+            return None, ""
+        distances = [identity_distance(face.embedding, self.known) or 0.0 for face in faces]
+        nearest = int(np.argmin(distances))
+        if distances[nearest] <= SAME_PERSON:
+            return nearest, ""
+        found = "the face does not resemble" if len(faces) == 1 else f"none of {len(faces)} faces resembles"
+        return None, f"{found} the person (distance {distances[nearest]:.2f}; expected at most {SAME_PERSON})"
+
+    def _select(self, source: Rows, chosen: Area, others: Sequence[Area]) -> Choice:
+        """Select one face, if the identity of this engine can be limited to a part of the image."""
+        if not self.gated:
+            note = "this identity has no gated blocks, so it cannot be limited to one face: it acts on the whole image"
+            return Choice(None, (note,))
+        notes: tuple[str, ...] = ()
+        if others:
+            place = f"{chosen.width:.0f} pixels wide, {chosen.left:.0f} from the left and {chosen.top:.0f} from the top"
+            notes = (f"{len(others) + 1} faces found; the identity acts on the face that is {place}",)
+        return Choice(Selection(source.height, source.width, (chosen,), tuple(others)), notes)
+
+
+def _faces(pixels: Pixels) -> list[Face]:
+    """Find all faces at one size, because small faces beside a large one must be found too."""
+    return [Face(*box, embed_box(pixels, box)) for box in find_boxes(pixels, sides=(SEARCHED,))]
+
+
+def _check_inside(area: Area, source: Rows) -> None:
+    inside = 0 <= area.left < source.width and 0 <= area.top < source.height
+    if not inside or area.width <= 0 or area.height <= 0:
+        raise SettingError(
+            f"rectangle {','.join(f'{n:g}' for n in area)}: expected left, top, width and height inside the image of "
+            f"{source.width} x {source.height} pixels",
+            setting="apply_to",
+        )
