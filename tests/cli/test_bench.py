@@ -52,7 +52,7 @@ def test_bench_writes_csv_plot_and_json(run, nano_plan, tmp_path):
 @pytest.mark.parametrize("option", ["--csv", "--plot"])
 def test_bench_overwrites_no_file(refused, nano_plan, tmp_path, option):
     (tmp_path / "notes").write_text("precious")
-    refused(1, "bench", "--engine", nano_plan.path, option, tmp_path / "notes", words=("--overwrite",))
+    refused(2, "bench", "--engine", nano_plan.path, option, tmp_path / "notes", words=("--overwrite",))
     assert (tmp_path / "notes").read_text() == "precious"
 
 
