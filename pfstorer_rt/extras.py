@@ -12,6 +12,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "export": ("onnx", "onnx_ir", "onnxscript", "polygraphy"),
     "metrics": ("dlib", "face_recognition_models", "skimage", "stlpips_pytorch"),
     "heif": ("pillow_heif",),
+    "studio": ("gradio", "scipy"),
     "openvino": ("openvino",),
     "gpu": ("bitsandbytes", "triton", "xformers"),
     "tensorrt": ("tensorrt",),
