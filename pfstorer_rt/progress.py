@@ -30,6 +30,13 @@ class StageProgress:
         return self.done / self.total if self.total else self.time_share
 
 
+class CancelledError(Exception):
+    """Raise this in a progress callback to end the operation.
+
+    Finished results are kept. A training writes its checkpoint first, so that the same call resumes it.
+    """
+
+
 OnProgress = Callable[[StageProgress], None]
 """Called when a stage starts, with what earlier runs finished, and after every iteration or chunk."""
 

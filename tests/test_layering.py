@@ -69,13 +69,17 @@ MAY_IMPORT = {
     "evaluation": PLAIN | {"imaging", "faces", "degradation"},
     "demo": PLAIN | {"plan", "imaging", "faces", "degradation", "models", "training", "export", "runtime"},
     "fix": PLAIN | {"identity", "plan", "imaging", "models", "training", "runtime"},
-    "cli": NETWORKS | {"engine", "runtime", "training", "export", "faces", "degradation", "evaluation", "demo", "fix"},
+    "study": PLAIN | {"checks", "imaging"},
+    "studio": NETWORKS | {"engine", "runtime", "training", "faces", "degradation", "evaluation", "study", "temporary"},
+    "cli": NETWORKS
+    | {"engine", "runtime", "training", "export", "faces", "degradation", "evaluation", "demo", "fix"}
+    | {"studio"},
     "": set(),  # pfstorer_rt/__init__.py: names only, resolved on first use
 }
 """Not here on purpose: anything -> cli, runtime -> training or export, pfstorer_rt -> kernels but by ops."""
 
-NEED_EXTRAS = {"models", "training", "export", "kernels"}
-"""The parts that import packages of the extras [train], [export] and [gpu] as soon as they are imported."""
+NEED_EXTRAS = {"models", "training", "export", "kernels", "studio"}
+"""The parts that import packages of the extras [train], [export], [studio] and [gpu] as soon as they are imported."""
 NEED_TORCH = {
     "pfstorer_rt.degradation.blur",
     "pfstorer_rt.degradation.degrade",

@@ -75,7 +75,11 @@ def test_the_wheel_holds_every_file_under_its_installed_name(wheel):
         for folder, target in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
-        and (path.suffix == ".py" or path.name == "py.typed" or {"bases", "demo_images"} & set(path.parts))
+        and (
+            path.suffix in (".py", ".css", ".html", ".js")
+            or path.name == "py.typed"
+            or {"bases", "demo_images"} & set(path.parts)
+        )
     }
     assert "pfstorer_rt/py.typed" in expected and "pfstorer_rt/export/build.py" in expected
     assert "pfstorer_rt/kernels/reference.py" in expected

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("export", "Compile a base and an identity into one plan file."),
     "restore": ("restore", "Restore images with a plan or a base."),
     "fix": ("fix", "Restore images of a person in one command."),
+    "studio": ("studio", "Restore pictures and learn people on a page in the browser."),
     "degrade": ("degrade", "Degrade good images, to test restoration."),
     "evaluate": ("evaluate", "Measure restored images against the originals."),
     "bench": ("bench", "Time a plan on this machine."),

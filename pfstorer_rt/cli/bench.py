@@ -74,7 +74,7 @@ def command(
     if table:
         write_table(table, report)
     if plot:
-        from pfstorer_rt.cli.benchplot import draw
+        from pfstorer_rt.runtime.benchplot import draw
 
         draw(plot, report)
     for line in [json.dumps(asdict(report))] if as_json else lines(report):

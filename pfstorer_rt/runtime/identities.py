@@ -1,4 +1,4 @@
-"""Check and delete the identities of the user's data directory."""
+"""Check, rename, import and delete the identities of the user's data directory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pfstorer_rt.identity import (
     Identity,
     identities_dir,
     identity_path,
+    named_identity,
     no_such_identity,
     read_metadata,
     training_files,
@@ -130,3 +131,40 @@ def _compiled_networks(path: Path) -> tuple[list[Path], tuple[str, ...]]:
         )
         return [], (note,) if path.is_file() and compiled.is_dir() else ()
     return ([folder] if folder.is_dir() else []), ()
+
+
+def rename_identity(name: str, new: str) -> Identity:
+    """Give an identity of the user's data directory another name; returns it.
+
+    Raises `ValueError` for an invalid name, `BadFileError` for a file that cannot be read, and `PFStorerError` when an
+    identity has the new name already. An interrupted training must be finished or deleted first.
+    """
+    path, target = named_identity(name), named_identity(new)
+    identity = Identity.load(path)
+    if any(file.exists() for file in training_files(path)):
+        raise PFStorerError(f"{name}: its training is not finished; finish or delete it before you rename it")
+    _check_free(target)
+    identity.name = new
+    identity.save(target)
+    path.unlink()
+    return identity
+
+
+def import_identity(file: Path, name: str | None = None) -> Identity:
+    """Copy an identity file into the user's data directory; returns the identity.
+
+    name: name on this machine; None keeps its own name. Raises `BadFileError` for a file that is not a complete
+    identity, `ValueError` for an invalid name, and `PFStorerError` when an identity has this name already.
+    """
+    identity = Identity.load(file)
+    identity.name = name or identity.name
+    target = named_identity(identity.name)
+    _check_free(target)
+    identity.save(target)
+    return identity
+
+
+def _check_free(path: Path) -> None:
+    """Raise `PFStorerError` if a named identity, or an interrupted training of it, exists."""
+    if path.exists() or any(file.exists() for file in training_files(path)):
+        raise PFStorerError(f"{path.stem}: this name is used already; choose another one", setting="overwrite")

@@ -21,7 +21,7 @@ from torch import nn
 from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.errors import BadFileError, MismatchError, PFStorerError, one_line
 from pfstorer_rt.files import atomic_write, show_path
-from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
+from pfstorer_rt.progress import CancelledError, OnProgress, StageProgress, ignore_progress
 from pfstorer_rt.training.data import Batch, prefetch
 from pfstorer_rt.training.device import to_channels_last
 from pfstorer_rt.training.memory import ParameterGroup, make_adamw, saving_memory
@@ -190,9 +190,9 @@ def run_training(training: Training, accelerator: Accelerator) -> None:
     """Minimise the loss over the batches of iterations 0 ... `iterations` - 1, or for `minutes`, in place.
 
     accelerator: from `accelerated`. The state is saved every `settings.checkpoint_every` iterations and when
-    interrupted: Ctrl-C raises `KeyboardInterrupt` after the iteration. The same call then resumes from the checkpoint
-    and ends with the same weights as one uninterrupted call on the same device. At the end, the averaged weights
-    replace the model's weights if `settings.ema` is above 0.
+    interrupted: Ctrl-C raises `KeyboardInterrupt` after the iteration, and `CancelledError` in `on_progress` is raised
+    again. The same call then resumes from the checkpoint and ends with the same weights as one uninterrupted call on
+    the same device. At the end, the averaged weights replace the model's weights if `settings.ema` is above 0.
     """
     objective, settings = training.objective, training.settings
     nn.Module.to(objective, accelerator.device)
@@ -230,10 +230,9 @@ def _iterate(training: Training, objective: nn.Module, state: TrainState, accele
             loss, share = losses["loss"].item(), schedule.share(done)
             if not math.isfinite(loss):
                 raise PFStorerError(f"{title}: the loss is not finite after {done} iterations; use a lower rate")
-            if main:
-                seconds = training.clock() - started
-                training.on_progress(StageProgress(title, done, total, loss, seconds, share))
-            stop = interruption.requested  # read once: an interrupted training ends with a checkpoint
+            seconds = training.clock() - started
+            cancelled = main and _is_cancelled(training, StageProgress(title, done, total, loss, seconds, share))
+            stop = interruption.requested or cancelled  # read once: a stopped training ends with a checkpoint
             last = share >= 1 or stop
             if main and training.on_log and (done % LOG_EVERY == 0 or last):
                 training.on_log(done, {k: v.item() for k, v in losses.items()})
@@ -241,6 +240,15 @@ def _iterate(training: Training, objective: nn.Module, state: TrainState, accele
                 state.save(training.checkpoint, done, training.mark, schedule.seconds)
             if stop:
                 of = f" of {total}" if total else f", {share:.0%} of the time"
-                raise KeyboardInterrupt(f"stopped after iteration {done}{of}")
+                raise (CancelledError if cancelled else KeyboardInterrupt)(f"stopped after iteration {done}{of}")
             if last:
                 break
+
+
+def _is_cancelled(training: Training, progress: StageProgress) -> bool:
+    """Report the progress; returns whether the callback cancelled the training."""
+    try:
+        training.on_progress(progress)
+    except CancelledError:
+        return True
+    return False

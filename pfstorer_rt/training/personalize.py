@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from pfstorer_rt.imaging.find import find_images, without_results
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.models.reference import reference_features
 from pfstorer_rt.plan import DEFAULT_BASE
-from pfstorer_rt.progress import OnProgress, ignore_progress
+from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
 from pfstorer_rt.training.contact_sheet import check_place, save_contact_sheet
 from pfstorer_rt.training.data import Batch, center_crop
 from pfstorer_rt.training.device import accelerated, kernels_for
@@ -38,6 +39,9 @@ from pfstorer_rt.training.selection import ENOUGH
 TUNING_RATE = 0.1
 """Learning rate of pretrained weights, relative to the rate of new blocks."""
 
+OnPreview = Callable[[int, Identity], None]
+"""on_preview(iteration, identity): the identity as it is after this many iterations."""
+
 
 def personalize(
     name: str,
@@ -49,6 +53,8 @@ def personalize(
     on_progress: OnProgress = ignore_progress,
     finish: bool = False,
     contact_sheet: Path | None = None,
+    on_preview: OnPreview | None = None,
+    preview_every: int = 25,
 ) -> Identity:
     """Train an identity and write its file.
 
@@ -58,6 +64,8 @@ def personalize(
     has the blocks of the base's prior.
     finish: make the identity from the checkpoint of an interrupted training, without further training.
     contact_sheet: image file that shows which photographs are used and how they are cropped; it is replaced.
+    on_preview: called with the unfinished identity after every `preview_every` iterations. `base` is in training then,
+    in another precision: restore with another copy of the base.
     The same call resumes an interrupted training, also with another number of iterations. Before any training, raises
     `ValueError` for a name that cannot be a file name, `BadFileError` when a photograph or the checkpoint cannot be
     read, and `MismatchError` when the checkpoint belongs to other settings or photographs.
@@ -79,6 +87,13 @@ def personalize(
         with accelerator.main_process_first():  # the other processes use the samples of the first one
             pool = None if done else make_pool(photos, base, config, on_progress, crops, mark)
         objective = make_objective(base, config, accelerator.device)
+
+        def show(iteration: int) -> None:
+            assert on_preview is not None
+            with evaluating(objective), accelerator.autocast():  # the frozen weights are in the training's precision
+                unfinished = make_identity(name, objective, base, config, paths, photos)
+            on_preview(iteration, unfinished)
+
         training = Training(
             f"personalize {name}",
             objective,
@@ -87,7 +102,7 @@ def personalize(
             checkpoint,
             mark,
             parameter_groups(objective, config),
-            on_progress=on_progress,
+            on_progress=on_progress if on_preview is None else with_preview(on_progress, preview_every, show),
         )
         run_training(training, accelerator)
         base.set_attention("auto", objective)
@@ -100,6 +115,28 @@ def personalize(
         checkpoint.unlink(missing_ok=True)
         shutil.rmtree(crops)
     return identity
+
+
+def with_preview(on_progress: OnProgress, every: int, show: Callable[[int], None]) -> OnProgress:
+    """Return a callback that reports the progress, and calls `show` after every `every` iterations."""
+
+    def report(progress: StageProgress) -> None:
+        on_progress(progress)
+        if progress.seconds and progress.done % every == 0 and progress.share < 1:
+            show(progress.done)
+
+    return report
+
+
+@contextmanager
+def evaluating(objective: nn.Module) -> Iterator[None]:
+    """Set an objective to evaluation mode inside the block, without a change of the random state."""
+    with torch.random.fork_rng(devices=[]):
+        objective.eval()
+        try:
+            yield
+        finally:
+            objective.train()
 
 
 def no_batch(iteration: int, _: int) -> Batch:

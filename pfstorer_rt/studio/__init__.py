@@ -1,0 +1,1 @@
+"""The studio: a page in the browser that restores pictures and learns people. Needs the extra `studio`."""

@@ -1,0 +1,56 @@
+"""Handlers of the page: one line for every error, and the progress of long calls."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Generator, Iterator
+from functools import wraps
+from typing import Any, TypeVar
+
+from pfstorer_rt.errors import PFStorerError
+from pfstorer_rt.progress import CancelledError
+from pfstorer_rt.studio import fragments
+from pfstorer_rt.studio.restoring import explain
+from pfstorer_rt.studio.work import Report, State, Work
+from pfstorer_rt.studio.workspace import Session
+
+Updates = dict[Any, Any]
+"""Component -> new value or update."""
+Handler = Callable[..., Iterator[Updates]]
+Result = TypeVar("Result")
+
+
+def handled(line: Any, always: Callable[[], Updates] = dict) -> Callable[[Handler], Handler]:
+    """Return a decorator: an error of the handler becomes a line in the component `line`.
+
+    always: updates at the end of every call, also after an error.
+    """
+
+    def decorate(handler: Handler) -> Handler:
+        @wraps(handler)
+        def call(*arguments: Any) -> Iterator[Updates]:
+            try:
+                yield from handler(*arguments)
+                yield always()
+            except CancelledError:
+                yield {line: fragments.status("Cancelled. What was finished is kept."), **always()}
+            except Exception as error:
+                if not isinstance(error, (PFStorerError, OSError, MemoryError)):
+                    traceback.print_exc(file=sys.stderr)
+                yield {line: fragments.status(explain(error), error=True), **always()}
+
+        return call
+
+    return decorate
+
+
+def follow(
+    session: Session, call: Callable[[Report], Result], show: Callable[[State], Updates]
+) -> Generator[Updates, None, Result]:
+    """Run a call in a thread; yield updates of its states, and return its result."""
+    work = Work(call)
+    session.work = work
+    for state in work.states():
+        yield show(state)
+    return work.result()

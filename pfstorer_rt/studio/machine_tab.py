@@ -1,0 +1,54 @@
+"""The tab about this machine: layout and handlers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gradio as gr
+
+from pfstorer_rt.studio import fragments, machine
+from pfstorer_rt.studio.engines import Engines
+from pfstorer_rt.studio.handling import Updates, follow, handled
+from pfstorer_rt.studio.restore_tab import HEAVY, QUIET
+from pfstorer_rt.studio.workspace import Workspace
+
+
+class MachineTab:
+    """The components of the tab, and their handlers."""
+
+    def __init__(self, workspace: Workspace, engines: Engines) -> None:
+        self.workspace, self.plans = workspace, engines.config.plans
+        self.line = gr.HTML("", elem_id="machine-status")
+        with gr.Row():
+            with gr.Column(min_width=300):
+                self.examine = gr.Button("Examine this machine", variant="primary", elem_id="examine")
+                self.tables = gr.HTML("", elem_id="machine")
+            with gr.Column(min_width=300):
+                names = [path.name for path in self.plans]
+                rows = machine.describe_plans(self.plans) or [
+                    ("None", "Start the studio with plans to list them here.")
+                ]
+                gr.HTML(fragments.table("Plans", rows))
+                self.plan = gr.Dropdown(names, value=names[0] if names else None, label="Plan", filterable=False)
+                self.time = gr.Button("Time this plan", interactive=bool(names), elem_id="time")
+                self.plot = gr.HTML("", elem_id="plot")
+        outputs = [self.line, self.tables, self.plot]
+        guarded = handled(self.line)
+        self.examine.click(guarded(self.on_examine), None, outputs, **QUIET)
+        self.time.click(guarded(self.on_time), [self.plan], outputs, **HEAVY, api_visibility="private")
+
+    def on_examine(self) -> Iterator[Updates]:
+        """Show what this machine can run."""
+        yield {self.line: fragments.status("examining this machine")}
+        tables = "".join(fragments.table(title, rows) for title, rows in machine.diagnosis())
+        yield {self.tables: tables, self.line: ""}
+
+    def on_time(self, name: str | None, request: gr.Request) -> Iterator[Updates]:
+        """Time the chosen plan, and show the plot."""
+        session = self.workspace.session(request.session_hash)
+        address = yield from follow(
+            session,
+            lambda report: machine.benchmark(self.workspace, session, self.plans, name, report),
+            lambda state: {self.line: fragments.progress(state)},
+        )
+        yield {self.line: "", self.plot: f'<img src="{address}" alt="Bars of the measured times of {name}">'}
