@@ -178,28 +178,35 @@ def _integer(message: memoryview, wanted: int) -> int:
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     """Yield (number, content) of the length-delimited fields of a message."""
-    return ((number, value) for number, value in _values(message) if not isinstance(value, int))
+    for number, value in _values(message):
+        if not isinstance(value, int):
+            yield number, value
 
 
 def _values(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """Yield (number, integer or content) of all fields of a message, except for numbers of a fixed size."""
-    position = 0
-    while position < len(message):
-        tag, position = _varint(message, position)
+    position, end = 0, len(message)
+    while position < end:
+        tag = message[position]  # nearly all integers have one byte: a call for each would take half of the time
+        position += 1
+        if tag > 0x7F:
+            tag, position = _varint(message, position - 1)
         wire = tag & 7
-        if wire == 0:
-            value, position = _varint(message, position)
-            yield tag >> 3, value
-            continue
-        if wire == 2:
-            size, position = _varint(message, position)
-        elif wire in _FIXED:
-            size = _FIXED[wire]
+        if wire in _FIXED:
+            value, size = 0, _FIXED[wire]
+        elif wire in (0, 2):
+            value = message[position] if position < end else 0x80
+            position += 1
+            if value > 0x7F:
+                value, position = _varint(message, position - 1)
+            size = value if wire == 2 else 0
         else:
             raise ValueError(f"wire type {wire} in a protobuf message")
-        if position + size > len(message):
+        if position + size > end:
             raise ValueError("a field is longer than its protobuf message")
-        if wire == 2:
+        if wire == 0:
+            yield tag >> 3, value
+        elif wire == 2:
             yield tag >> 3, message[position : position + size]
         position += size
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from pfstorer_rt.console import echo, printable, stderr, text_column
 from pfstorer_rt.runtime.batch import OnStep
@@ -19,12 +18,13 @@ def batch_bars(title: str, total: int | None = None) -> Iterator[OnStep]:
 
     total: images in the batch; None where it is unknown. Without a terminal, an image that takes long prints lines.
     """
-    console = stderr()
-    if not console.is_terminal:
+    if not sys.stderr.isatty():  # before the import of rich, which takes longer than a small image
         yield LogLines()
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
     columns = (text_column("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=stderr(), transient=True) as progress:
         overall = progress.add_task(title, total=total) if total is None or total > 1 else None
         current = progress.add_task("", total=None)
         begun = 0
@@ -74,6 +74,8 @@ class LogLines:
 @contextmanager
 def count_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """Show one bar; yields a function (done, total)."""
+    from rich.progress import Progress
+
     console = stderr()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None)

@@ -61,6 +61,7 @@ def test_a_bar_shows_a_name_and_does_not_interpret_it(monkeypatch, name):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "1")
     screen = Terminal("utf-8")
+    screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
     with batch_bars("restore", 1) as show:
         show(Job(Path(name), None, True), 0, 0)
