@@ -3,9 +3,9 @@
     python benchmarks/startup.py -o benchmarks/results/startup.csv --engine alice.plan [--python OTHER/bin/python]
 
 One row per backend: medians of new processes that restore one image of the plan's tile size. `import_s` is the time to
-import `pfstorer_rt.runtime.restorer`, without the start of Python. `cpu_s` is processor time, which other processes affect
-less. `restore_s` is one more restoration in a running process. --python measures another installation, such as an
-earlier version; --name is its name in the table.
+import `pfstorer_rt.runtime.restorer`, without the start of Python. `cpu_s` is processor time, which depends less on
+other processes. `restore_s` is one more restoration in a running process. --python measures another installation, such
+as an earlier version; --name is its name in the table.
 """
 
 from __future__ import annotations
@@ -54,22 +54,26 @@ def main(output: Path, engine: Path, backends: tuple[str, ...], python: str, nam
         noise = np.random.default_rng(0).integers(0, 256, (manifest.tile, manifest.tile, 3), np.uint8)
         Image.fromarray(noise).save(image)
         for backend in backends:
-            call = [python, "-m", "pfstorer_rt.cli", "restore", "--engine", str(engine), "--backend", backend]
+            plan = str(engine.resolve())
+            call = [python, "-m", "pfstorer_rt.cli", "restore", "--engine", plan, "--backend", backend]
             call += [str(image), "-o", f"{folder}/new.png", "--overwrite"]
-            measured = [start(call) for _ in range(runs + 1)][1:]  # the first run fills the caches of files
+            measured = [start(call, folder) for _ in range(runs + 1)][1:]  # the first run fills the caches of files
             found = {key: round(statistics.median(one[key] for one in measured), 2) for key in measured[0]}
-            found["import_s"] = round(statistics.median(number(python, "-c", IMPORT) for _ in range(runs)), 3)
-            found["restore_s"] = round(number(python, "-c", WARM, str(engine), backend), 3)
+            found["import_s"] = round(statistics.median(number(folder, python, "-c", IMPORT) for _ in range(runs)), 3)
+            found["restore_s"] = round(number(folder, python, "-c", WARM, plan, backend), 3)
             about = {"version": name, "backend": backend, "precision": manifest.precision, "base": manifest.base_name}
             rows.append({**about, **found, **machine()})
             click.echo(f"{name} {backend} {manifest.precision}: {found}")
     write(output, rows)
 
 
-def start(call: list[str]) -> dict[str, float]:
-    """Run a command; returns seconds, processor time in seconds and the largest resident size in MB."""
+def start(call: list[str], folder: str) -> dict[str, float]:
+    """Run a command in a folder without a copy of the package.
+
+    Returns seconds, processor time in seconds, and the largest resident size in MB.
+    """
     started = time.perf_counter()
-    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(call, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -78,9 +82,9 @@ def start(call: list[str]) -> dict[str, float]:
     return {"wall_s": seconds, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss * 1024 / 1e6}
 
 
-def number(*command: str) -> float:
-    """Return the number that a command prints."""
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+def number(folder: str, *command: str) -> float:
+    """Return the number that a command prints, run in a folder."""
+    return float(subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pfstorer_rt.engine.tensorrt import Library, load_library
+from pfstorer_rt.engine.tensorrt import Library, check_gpu, load_library
 from pfstorer_rt.errors import MissingBackendError, PFStorerError
 from pfstorer_rt.files import atomic_write, cache_home, make_folder
 
@@ -111,7 +111,7 @@ class EngineBuilder:
                 "on the GPU that it builds for; leave the compute capability out, or use the target tensorrt-rtx",
                 setting="compute_capabilities",
             )
-        return [_current_capability(self.library.target)]
+        return [_current_capability(self.library)]
 
     def _network_flags(self) -> int:
         flags = self.library.module.NetworkDefinitionCreationFlag
@@ -230,17 +230,18 @@ def _capability(library: Library, name: str) -> Any:
     return getattr(library.module.ComputeCapability, f"SM{digits}")
 
 
-def _current_capability(target: str) -> str:
+def _current_capability(library: Library) -> str:
     import torch
 
     if not torch.cuda.is_available():
         raise MissingBackendError(
-            f"{target} builds for the GPU of this machine, and torch sees none; the target tensorrt-rtx builds without "
-            "a GPU if the compute capability is not `current`",
+            f"{library.target} builds for the GPU of this machine, and torch sees none; the target tensorrt-rtx builds "
+            "without a GPU if the compute capability is not `current`",
             setting="target",
         )
-    major, minor = torch.cuda.get_device_capability()
-    return f"{major}.{minor}"
+    capability = torch.cuda.get_device_capability()
+    check_gpu(library.target, capability, torch.cuda.get_device_name())  # it would build an engine that it refuses
+    return f"{capability[0]}.{capability[1]}"
 
 
 def _describe_error(problem: Any, origins: Mapping[str, str]) -> str:

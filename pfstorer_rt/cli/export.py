@@ -30,7 +30,7 @@ Row = dict[str, Any]
     default="auto",
     show_default=True,
     help="Engine format. onnx runs anywhere; tensorrt-rtx runs on NVIDIA GPUs and is built without one; tensorrt is "
-    "built for this GPU. auto is onnx.",
+    "built for this GPU. auto: a TensorRT library that runs on the GPU of this machine, else onnx.",
 )
 @click.option(
     "--precision",
@@ -80,7 +80,7 @@ def command(
     """
     if identity is None and base is None:
         raise click.UsageError("give --identity NAME|FILE, or --base portrait|DIR for a plan without one")
-    target = "onnx" if target == "auto" else target
+    target = resolve_target(target, precision)
     if target == "onnx" and (capabilities or workspace or timing_cache or verbose_engine):
         raise click.UsageError(
             "--compute-capability, --workspace, --timing-cache and --verbose-engine go with --target "
@@ -112,6 +112,19 @@ def command(
     with shown_progress() as progress:
         plan = export_plan(output, identity, base, target, precision, options, progress, compare if check else None)
     report(plan, rows if check else None, verbose_engine, as_json)
+
+
+def resolve_target(target: str, precision: str) -> str:
+    """Resolve `auto`: a TensorRT library that runs on the GPU of this machine, else ONNX."""
+    if target != "auto" or precision == "int8":
+        return "onnx" if target == "auto" else target
+    from pfstorer_rt.engine.tensorrt import usable_target
+    from pfstorer_rt.errors import MissingBackendError
+
+    try:
+        return usable_target()
+    except MissingBackendError:
+        return "onnx"
 
 
 @contextmanager

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,8 @@ from pfstorer_rt.engine.session import Session
 from pfstorer_rt.errors import BadFileError, MissingBackendError, one_line
 from pfstorer_rt.files import show_path
 from pfstorer_rt.plan import Plan
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 def check() -> None:
@@ -24,15 +31,15 @@ def check() -> None:
 def providers(wanted: str | None = None) -> list[str]:
     """Return the execution providers for a session, fastest first.
 
-    wanted: the provider to put first, by full or short name (`CPUExecutionProvider` or `cpu`).
-    Raises `MissingBackendError` for a provider that this build does not have.
+    wanted: the provider to put first, by full or short name (`CPUExecutionProvider` or `cpu`). By default, CUDA is
+    first if this build has it and it can run.
+    Raises `MissingBackendError` for a provider that this build does not have or that cannot run.
     """
     import onnxruntime
 
     available = onnxruntime.get_available_providers()
-    usual = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
     if wanted is None:
-        return usual
+        return [CUDA, CPU] if CUDA in available and cuda_refusal() is None else [CPU]
     names = {p.lower(): p for p in available} | {p.removesuffix("ExecutionProvider").lower(): p for p in available}
     if wanted.lower() not in names:
         hint = "; only the backend openvino takes a precision after a colon" if ":" in wanted else ""
@@ -40,23 +47,66 @@ def providers(wanted: str | None = None) -> list[str]:
             f"ONNX Runtime provider {wanted}: not in this build; it has {', '.join(available)}{hint}",
             setting="provider",
         )
-    return list(dict.fromkeys([names[wanted.lower()], "CPUExecutionProvider"]))
+    found = names[wanted.lower()]
+    if found == CUDA and (reason := cuda_refusal()):
+        raise MissingBackendError(f"ONNX Runtime provider {wanted}: {reason}; use cpu", setting="provider")
+    return list(dict.fromkeys([found, CPU]))
+
+
+@cache
+def cuda_refusal() -> str | None:
+    """Return why the CUDA provider of this build cannot run, or None if it can.
+
+    ONNX Runtime itself would use the CPU without an error.
+    """
+    import onnxruntime
+
+    try:
+        with redirect_stdout(StringIO()):  # it prints what it does not find
+            onnxruntime.preload_dlls()  # finds CUDA and cuDNN in the packages that PyTorch and NVIDIA install
+        load_provider(Path(onnxruntime.__file__).parent / "capi")
+        return None if count_gpus() else "the NVIDIA driver sees no GPU"
+    except OSError as error:
+        return f"a library does not load ({one_line(error)})"
+
+
+def load_provider(folder: Path) -> None:
+    """Load the CUDA provider of ONNX Runtime; raises `OSError` with the name of a library that is missing."""
+    name = "onnxruntime_providers_cuda.dll" if sys.platform == "win32" else "libonnxruntime_providers_cuda.so"
+    ctypes.CDLL(str(folder / name))
+
+
+def count_gpus() -> int:
+    """Return the number of GPUs that the NVIDIA driver sees; raises `OSError` without a driver."""
+    driver, count = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"), ctypes.c_int(0)
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return 0 if failed else count.value
 
 
 def on_gpu() -> bool:
-    """Whether ONNX Runtime is installed with CUDA."""
+    """Whether ONNX Runtime is installed with a CUDA provider that can run."""
     try:
-        return providers()[0].startswith("CUDA")
+        return providers()[0] == CUDA
     except ImportError:
         return False
+
+
+@cache
+def share_memory() -> None:
+    """Make the memory arena of the CPU that all sessions of this process share."""
+    import onnxruntime as ort
+
+    arena, kind = ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, ort.OrtMemType.DEFAULT
+    ort.create_and_register_allocator(ort.OrtMemoryInfo("Cpu", arena, 0, kind), None)
 
 
 class OnnxRuntimeSession(Session):
     """An ONNX Runtime session of one ONNX payload, or of a model file with external weights.
 
-    The session uses the defaults of ONNX Runtime (all graph optimizations, the memory arena, one thread per core) with
-    one change: the threads stop spinning at the end of a run. By default they continue to spin and slow down the next
-    session; on two cores an image took twice as long. `benchmarks/engine_options.py` compares other settings.
+    The session uses the defaults of ONNX Runtime (all graph optimizations, a memory arena, one thread per core) with
+    two changes. The threads stop spinning at the end of a run: by default they continue to spin and slow down the next
+    session; on two cores an image took twice as long. All sessions share one arena, because their networks run one
+    after the other. `benchmarks/engine_options.py` compares other settings.
     """
 
     def __init__(
@@ -65,16 +115,25 @@ class OnnxRuntimeSession(Session):
         """Load a graph. weights: {file name: bytes} of its external data; ONNX Runtime copies the bytes."""
         import onnxruntime
 
+        onnxruntime.set_default_logger_severity(4)  # errors of a provider that does not load
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised; the log of the C++ library would print them too
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        share_memory()
+        options.add_session_config_entry("session.use_env_allocators", "1")
         if weights:
             sizes = [len(data) for data in weights.values()]
             options.add_external_initializers_from_files_in_memory([*weights], [*weights.values()], sizes)
-        self._session: Any = onnxruntime.InferenceSession(model, options, providers=providers(provider))
+        wanted = providers(provider)
+        self._session: Any = onnxruntime.InferenceSession(model, options, providers=wanted)
         self.inputs = tuple(i.name for i in self._session.get_inputs())
         self.outputs = tuple(o.name for o in self._session.get_outputs())
         self.provider: str = self._session.get_providers()[0]
+        if provider and self.provider != wanted[0]:  # ONNX Runtime goes on with the next provider
+            raise MissingBackendError(
+                f"ONNX Runtime could not use {wanted[0]} and would run on {self.provider}; use the provider cpu",
+                setting="provider",
+            )
 
     def compute(self, **arrays: HostArray) -> dict[str, HostArray]:
         """Compute all outputs from all inputs, by name."""
@@ -92,6 +151,8 @@ def open_component(plan: Plan, component: str, provider: str | None = None) -> O
     try:
         with plan.map_weights(component) as weights:
             return OnnxRuntimeSession(data, provider, weights=weights)
+    except MissingBackendError:
+        raise
     except Exception as error:  # ONNX Runtime has one exception type per status
         reason = one_line(error)
         raise BadFileError(f"{show_path(plan.path)}: ONNX Runtime cannot load the {component} ({reason})") from error

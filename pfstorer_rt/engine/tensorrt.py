@@ -22,6 +22,9 @@ TARGETS = ("tensorrt", "tensorrt-rtx")
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Target -> Python module of its library."""
 EXTRAS = {target: install(target) for target in TARGETS}
+RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9))
+RTX_LATER = (12, 0)
+"""TensorRT-RTX runs on these compute capabilities, and on `RTX_LATER` and later ones."""
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 
@@ -83,16 +86,37 @@ def load_library(target: str) -> Library:
 
 
 def check() -> None:
-    """Raise `MissingBackendError` unless a GPU and at least one of the two libraries are available."""
-    Cuda()
-    reasons = []
-    for target in TARGETS:
+    """Raise `MissingBackendError` unless a GPU and at least one library that runs on it are available."""
+    usable_target()
+
+
+def usable_target() -> str:
+    """Return the target of the first library that runs on the GPU of this machine, TensorRT-RTX before TensorRT.
+
+    Raises `MissingBackendError` with the reasons when there is none.
+    """
+    cuda, reasons = Cuda(), []
+    for target in reversed(TARGETS):
         try:
             load_library(target)
-            return
+            check_gpu(target, cuda.compute_capability(), cuda.name())
+            return target
         except MissingBackendError as error:
             reasons.append(str(error))
     raise MissingBackendError("; ".join(reasons))
+
+
+def check_gpu(target: str, capability: tuple[int, int], name: str) -> None:
+    """Raise `MissingBackendError` if the library of a target does not run on a GPU.
+
+    TensorRT-RTX refuses the data-centre GPUs of Hopper and Blackwell (compute capabilities 9.0 to 11.0), even for
+    engines that it built for them.
+    """
+    if target == "tensorrt-rtx" and not (capability in RTX_CAPABILITIES or capability >= RTX_LATER):
+        raise MissingBackendError(
+            f"TensorRT-RTX does not run on the {name} (compute capability {capability[0]}.{capability[1]}); use the "
+            "target tensorrt, or a base in PyTorch"
+        )
 
 
 def open_component(plan: Plan, component: str, provider: str | None = None) -> TensorRTSession:
@@ -106,6 +130,7 @@ def open_component(plan: Plan, component: str, provider: str | None = None) -> T
         raise SettingError(f"provider {provider}: TensorRT has none to choose from; leave it out", setting="provider")
     plan.check_trusted()
     library, cuda = load_library(plan.manifest.target), Cuda()
+    check_gpu(plan.manifest.target, cuda.compute_capability(), cuda.name())
     check_fits(plan, library, cuda)
     payload = plan.read(component)
     try:

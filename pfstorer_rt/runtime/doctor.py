@@ -74,7 +74,11 @@ def diagnose() -> Diagnosis:
             "python": platform.python_version(),
         },
         extras={name: absent(name) for name in EXTRAS},
-        engines={"torch": absent("train"), **{name: refusal(choose) for name, choose in backends.items()}},
+        engines={
+            "torch": absent("train"),
+            **{name: refusal(choose) for name, choose in backends.items()},
+            **onnxruntime_on_cuda(),
+        },
         builders={name: refusal(partial(load_builder, name)) for name in BACKENDS["tensorrt"].targets},
         attention=attention_refusals("cuda" if gpu else "cpu"),
         metrics={
@@ -105,6 +109,18 @@ def gpu_name() -> str | None:
     import torch
 
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def onnxruntime_on_cuda() -> dict[str, str | None]:
+    """Return whether ONNX Runtime can use CUDA, for an installation with this provider."""
+    from pfstorer_rt.engine import onnxruntime as engine
+
+    if find_spec("onnxruntime") is None:
+        return {}
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    return {"onnxruntime on CUDA": engine.cuda_refusal()} if engine.CUDA in available else {}
 
 
 def load_builder(target: str) -> None:

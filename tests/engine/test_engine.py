@@ -21,6 +21,7 @@ from pfstorer_rt.files import sha256_bytes
 from pfstorer_rt.models.components import encoder, manifest
 from pfstorer_rt.ops import math, sdpa
 from pfstorer_rt.plan import COMPONENTS, Plan, write_plan
+from pfstorer_rt.runtime.doctor import diagnose
 from pfstorer_rt.runtime.restorer import Restorer
 
 
@@ -218,6 +219,13 @@ def test_onnxruntime_threads_stop_spinning_after_a_run(base_plan):
         assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
+def test_onnxruntime_sessions_share_one_memory_arena(base_plan):
+    with open_session(base_plan, "encoder", "onnxruntime") as one, open_session(base_plan, "decoder", "onnxruntime"):
+        options = one._session.get_session_options()
+        assert options.get_session_config_entry("session.use_env_allocators") == "1"
+        assert ort_engine.share_memory.cache_info().currsize == 1, "the arena is made once"
+
+
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_openvino_agrees_with_onnxruntime(nano_plan, component):
     rng = np.random.default_rng(0)
@@ -280,6 +288,64 @@ def test_providers_are_chosen_by_name(base_plan):
     ):
         with pytest.raises(error, match=message):
             open_session(base_plan, "encoder", backend, provider)
+
+
+@pytest.fixture
+def cuda_build(monkeypatch):
+    """Function (attribute, stand-in): ONNX Runtime as built with CUDA, with stand-ins for the calls to the device."""
+    import onnxruntime
+
+    def put(**stand_ins):
+        for name, stand_in in {"load_provider": lambda folder: None, "count_gpus": lambda: 1, **stand_ins}.items():
+            monkeypatch.setattr(ort_engine, name, stand_in)
+        ort_engine.cuda_refusal.cache_clear()
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [ort_engine.CUDA, ort_engine.CPU])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: sys.stdout.write("Failed to load libcudnn.so.9\n"))
+    yield put
+    ort_engine.cuda_refusal.cache_clear()
+
+
+def raises(message):
+    def call(*_):
+        raise OSError(message)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("stand_ins", "reason"),
+    [
+        (
+            {"load_provider": raises("libcublasLt.so.12: cannot open shared object file")},
+            "libcublasLt.so.12: cannot open",
+        ),
+        ({"count_gpus": raises("libcuda.so.1: cannot open shared object file")}, "libcuda.so.1: cannot open"),
+        ({"count_gpus": lambda: 0}, "the NVIDIA driver sees no GPU"),
+    ],
+)
+def test_a_cuda_provider_that_cannot_run_is_refused_with_the_reason(cuda_build, base_plan, capfd, stand_ins, reason):
+    cuda_build(**stand_ins)
+    assert ort_engine.providers() == [ort_engine.CPU] and not ort_engine.on_gpu()
+    assert choose_backend("auto").name == "openvino"
+    with pytest.raises(MissingBackendError, match=f"provider cuda: .*{reason}.*; use cpu"):
+        open_session(base_plan, "encoder", "onnxruntime", "cuda")
+    assert reason in diagnose().engines["onnxruntime on CUDA"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_cuda_provider_that_can_run_comes_first(cuda_build):
+    cuda_build()
+    assert ort_engine.providers() == ort_engine.providers("cuda") == [ort_engine.CUDA, ort_engine.CPU]
+    assert choose_backend("auto").name == "onnxruntime"
+    assert diagnose().engines["onnxruntime on CUDA"] is None
+
+
+def test_a_session_on_another_device_than_the_wanted_one_is_refused(cuda_build, base_plan, capfd):
+    cuda_build()  # the build of this machine has no CUDA provider, so that ONNX Runtime goes on with the CPU
+    with pytest.raises(MissingBackendError, match="could not use CUDAExecutionProvider and would run on CPUExecution"):
+        open_session(base_plan, "encoder", "onnxruntime", "cuda")
+    assert "onnxruntime:" not in capfd.readouterr().err
 
 
 def test_openvino_has_no_cache_behind_a_symbolic_link(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import pfstorer_rt.engine.tensorrt as engine
+from pfstorer_rt.cli.export import resolve_target
 from pfstorer_rt.config import RestoreConfig, TileConfig
 from pfstorer_rt.engine.cuda import Cuda
 from pfstorer_rt.engine.session import choose_backend, open_session
@@ -299,14 +300,38 @@ def test_engines_restore_the_same_image_as_their_graphs(name, request, tmp_path,
 
 def test_plans_of_another_gpu_or_release_are_refused_before_loading(base_plan, tmp_path, fake_gpu):
     plan, functions = tensorrt_plan(base_plan, tmp_path / "a.plan")
-    _, module = fake_gpu(functions, capability=(9, 0))
-    with pytest.raises(MismatchError, match=r"8\.0, 8\.6, 8\.9, 12\.0\+, the Fake GPU 4090 here has 9\.0") as caught:
+    _, module = fake_gpu(functions, capability=(7, 5))
+    with pytest.raises(MismatchError, match=r"8\.0, 8\.6, 8\.9, 12\.0\+, the Fake GPU 4090 here has 7\.5") as caught:
         open_session(plan, "encoder", "tensorrt")
     assert caught.value.rebuild == plan.rebuild(current=True) and "export the plan again" in str(caught.value)
     other, _ = tensorrt_plan(base_plan, tmp_path / "b.plan", tools={"tensorrt-rtx": "2.0.0.1"})
     with pytest.raises(MismatchError, match=r"built by TensorRT-RTX 2\.0\.0\.1, this machine has 1\.7\.1\.116"):
         open_session(other, "encoder", "tensorrt")
     assert module.log == []
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (9, 0), (10, 3), (11, 0)])
+def test_tensorrt_rtx_is_refused_on_gpus_that_it_does_not_support(
+    base_plan, tmp_path, fake_gpu, monkeypatch, capability
+):
+    plan, functions = tensorrt_plan(base_plan, tmp_path / "a.plan")
+    _, module = fake_gpu(functions, capability=capability)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    reason = rf"TensorRT-RTX does not run on the Fake GPU 4090 \(compute capability {capability[0]}\.{capability[1]}\)"
+    with pytest.raises(MissingBackendError, match=reason):
+        engine.check()
+    with pytest.raises(MissingBackendError, match=reason):
+        engine.open_component(plan, "encoder")
+    assert resolve_target("auto", "auto") == "onnx" and module.log == []
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    assert engine.usable_target() == resolve_target("auto", "fp16") == "tensorrt"
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1)])
+def test_auto_takes_tensorrt_rtx_where_it_runs(fake_gpu, capability):
+    fake_gpu({}, capability=capability)
+    assert engine.usable_target() == resolve_target("auto", "auto") == "tensorrt-rtx"
+    assert resolve_target("auto", "int8") == resolve_target("onnx", "auto") == "onnx"
 
 
 @pytest.mark.parametrize(
@@ -413,7 +438,7 @@ def test_the_backend_needs_a_gpu_and_one_of_the_libraries(library, monkeypatch, 
     fake_gpu({})
     for name in engine.MODULES.values():
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingBackendError, match=r"rt\[tensorrt\]'; .*rt\[tensorrt-rtx\]'"):
+    with pytest.raises(MissingBackendError, match=r"rt\[tensorrt-rtx\]'; .*rt\[tensorrt\]'"):
         engine.check()
     monkeypatch.setitem(sys.modules, library, fake.make_library(None, {}))
     engine.check()

@@ -158,9 +158,18 @@ def test_the_current_capability_needs_a_gpu(without_gpu):
         EngineBuilder("tensorrt-rtx", BuildOptions(compute_capabilities=("current",)))
 
 
+def test_a_gpu_that_tensorrt_rtx_refuses_is_refused_before_the_build(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake H100")
+    with pytest.raises(MissingBackendError, match=r"does not run on the Fake H100 \(compute capability 9\.0\); use"):
+        EngineBuilder("tensorrt-rtx", BuildOptions(compute_capabilities=("current",)))
+
+
 def test_the_current_capability_is_that_of_the_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake GPU")
     builder = EngineBuilder("tensorrt-rtx", BuildOptions(compute_capabilities=("current",)))
     assert builder.capabilities == ["8.6"]
     trt = builder.library.module
