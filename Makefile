@@ -6,7 +6,7 @@ FUZZ_SECONDS ?= 60
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt --disable-pip-version-check -q
 
-.PHONY: setup demo test test-slow fuzz lint types clean
+.PHONY: setup demo test test-slow test-studio fuzz lint types clean
 
 setup: .venv/ready
 
@@ -27,6 +27,12 @@ test: lint
 	@$(BIN)/mypy > .venv/mypy.log 2>&1 & mypy=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=15; tests=$$?; \
 	wait $$mypy || { cat .venv/mypy.log; exit 1; }; exit $$tests
+
+# The page of the studio in headless Chromium. Chromium comes from the system, and is installed where apt and root exist.
+test-studio: .venv/ready
+	command -v chromium chromium-browser google-chrome >/dev/null || (apt-get update && apt-get install -y chromium)
+	$(PIP) -e '.[browser]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/studio/browser
 
 # Minutes and gigabytes: engines of a full-size base, exports that leave the cache of graphs aside.
 test-slow: .venv/ready

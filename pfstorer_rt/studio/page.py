@@ -26,7 +26,7 @@ def build_page(workspace: Workspace, engines: Engines) -> Any:
                 people = PeopleTab(workspace, engines, restore.person)
             with gr.Tab("Compare", id="compare"):
                 compare = CompareTab(workspace)
-            with gr.Tab("Engine room", id="machine"):
+            with gr.Tab("Machine", id="machine"):
                 MachineTab(workspace, engines)
         gr.HTML(fragments.FOOT)
         page.load(people.refreshed, None, [people.table, people.chosen, people.person], **QUIET)

@@ -84,4 +84,5 @@ def style() -> str:
 
 def scripts() -> str:
     """Return the viewer and the page's own scripts, as one element for the head of the page."""
-    return f"<script>{(Path(__file__).parent / 'viewer.js').read_text()}</script>"
+    folder = Path(__file__).parent
+    return "".join(f"<script>{(folder / name).read_text()}</script>" for name in ("viewer.js", "labels.js"))

@@ -26,7 +26,12 @@ def is_only_parsed(words):
     """Whether a command takes hours, never ends, or needs weights or devices that may be missing."""
     endless = "--watch" in words and "--idle" not in words
     foreign = "stablesr" in words or any(word.startswith("tensorrt") or word == "alice_rtx.plan" for word in words)
-    return words[0] in ("train-base", "import-base", "demo", "bench") or endless or foreign or ELSEWHERE & set(words)
+    return (
+        words[0] in ("train-base", "import-base", "demo", "bench", "studio")
+        or endless
+        or foreign
+        or ELSEWHERE & set(words)
+    )
 
 
 def parse(words):

@@ -17,7 +17,7 @@ import pfstorer_rt
 from pfstorer_rt.cli import COMMANDS, cli
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("benchmarks", "docs", "export", "kernels", "pfstorer_rt", "tests")
+FOLDERS = ("benchmarks", "docs", "export", "integrations", "kernels", "pfstorer_rt", "tests")
 
 
 def tokens(path):
@@ -69,8 +69,8 @@ def options():
     return known | set(re.findall(r'"(--[\w-]+)"', scripts)) | {"--help", "--version"}
 
 
-FOREIGN = {"--extra-index-url", "--no-deps"}
-"""Options of pip."""
+FOREIGN = {"--extra-index-url", "--no-deps", "--gpus"}
+"""Options of pip and docker."""
 
 
 def test_named_options_exist(page, options):
