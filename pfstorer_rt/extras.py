@@ -15,6 +15,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "metrics": ("torch", "dlib", "face_recognition_models", "skimage", "stlpips_pytorch"),
     "heif": ("pillow_heif",),
     "studio": ("gradio", "scipy"),
+    "encrypt": ("cryptography",),
     "openvino": ("openvino",),
     "gpu": ("torch", "bitsandbytes", "triton", "xformers"),
     "tensorrt": ("torch", "tensorrt"),

@@ -207,6 +207,21 @@ def atomic_entries(path: Path, names: Sequence[str]) -> Iterator[Path]:
     _sync_folder(path)
 
 
+def keeps_modes(folder: Path) -> bool:
+    """Whether files in a folder can be private to their owner: false on Windows, and on exFAT and similar disks.
+
+    Raises OSError if no file can be made there.
+    """
+    if os.name == "nt":
+        return False
+    path, descriptor = temporary_file(folder, 0o600)
+    try:
+        return os.fstat(descriptor).st_mode & 0o077 == 0
+    finally:
+        path.unlink()
+        os.close(descriptor)
+
+
 def check_space(path: Path, needed: int) -> None:
     """Raise PFStorerError if the disk of a folder has less than `needed` bytes free. The folder need not exist."""
     folder = next(place for place in (path, *path.absolute().parents) if place.is_dir())

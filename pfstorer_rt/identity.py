@@ -7,11 +7,13 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pfstorer_rt import checks
 from pfstorer_rt.config import unsupported_setting
+from pfstorer_rt.encryption import MAGIC, VARIABLE, passphrase_of_user, seal, unseal
 from pfstorer_rt.errors import BadFileError, MismatchError, SettingError, one_line
 from pfstorer_rt.files import (
     atomic_write,
@@ -94,14 +96,18 @@ class Identity:
                 f"got base {fingerprint[:12]}; use its own base or personalize again"
             )
 
-    def save(self, path: Path) -> Path:
-        """Write the file, readable by its owner only; returns the path. The same content gives the same bytes."""
+    def save(self, path: Path, passphrase: str | None = None) -> Path:
+        """Write the file, readable by its owner only; returns the path.
+
+        passphrase: encrypt the file. Without it, the same content gives the same bytes.
+        """
         import safetensors.torch
 
         tensors = {k: v.detach().cpu().contiguous() for k, v in sorted(self.tensors.items())}
         make_folder(path.parent)
         metadata = {**self.metadata(), "fingerprint": self.fingerprint}
         data = _with_sorted_header(safetensors.torch.save(tensors, metadata=metadata))
+        data = seal(data, passphrase) if passphrase else data
         with atomic_write(path, mode=0o600) as file:
             file.write(data)
         return path
@@ -125,9 +131,12 @@ class Identity:
     def load(cls, path: Path, tensors: bool = True) -> Identity:
         """Read an identity file; `tensors=False` reads the metadata only.
 
-        Raises `BadFileError` if the file is missing, damaged, not an identity, or from a newer version.
+        An encrypted file is decrypted with the user's passphrase (`encryption`).
+        Raises `BadFileError` if the file is missing, damaged, not an identity, or from a newer version, and for a
+        missing or wrong passphrase.
         """
-        meta = read_metadata(path)
+        content = read_content(path)
+        meta = read_metadata(path, content)
         try:
             values = {key: checks.read_json(meta[key], _LARGEST_HEADER) for key in _VALUES}
             check_values(meta, values)
@@ -150,7 +159,7 @@ class Identity:
         if tensors:
             import safetensors.torch
 
-            identity.tensors = safetensors.torch.load_file(path)
+            identity.tensors = safetensors.torch.load_file(path) if content is None else safetensors.torch.load(content)
             if identity.fingerprint != meta["fingerprint"]:
                 raise BadFileError(f"{show_path(path)}: its tensors do not match its fingerprint; personalize again")
             try:
@@ -221,13 +230,41 @@ def _with_sorted_header(data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata of an identity file; raises `BadFileError` if the file is not an identity."""
+def is_encrypted(path: Path) -> bool:
+    """Whether a file is encrypted; raises `BadFileError` if it is missing or cannot be read."""
+    if not path.is_file():
+        raise BadFileError(no_such_identity(path))
+    try:
+        with open_plain(path) as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise BadFileError(f"{show_path(path)}: cannot be read ({one_line(error)}); check its permissions") from error
+
+
+def read_content(path: Path) -> bytes | None:
+    """Return the decrypted content of an identity file, None for a file that is not encrypted."""
+    if not is_encrypted(path):
+        return None
+    name, passphrase = show_path(path), passphrase_of_user()
+    if passphrase is None:
+        raise BadFileError(f"{name}: encrypted; give its passphrase in the environment variable {VARIABLE}")
+    try:
+        return unseal(path.read_bytes(), passphrase)
+    except (ValueError, OSError) as error:
+        raise BadFileError(f"{name}: {one_line(error)}; check the passphrase") from error
+
+
+def read_metadata(path: Path, content: bytes | None = None) -> dict[str, str]:
+    """Read the metadata of an identity file; raises `BadFileError` if the file is not an identity.
+
+    content: the decrypted content of an encrypted file.
+    """
     name = show_path(path)
     if not path.is_file():
         raise BadFileError(no_such_identity(path))
     try:
-        header = _read_header(path)
+        with open_plain(path) if content is None else BytesIO(content) as file:
+            header = _read_header(file)
         meta: dict[str, str] = header.pop("__metadata__", {})
         checks.table_of(checks.text(_LARGEST_HEADER), 64)(meta, "__metadata__")
     except (ValueError, OSError) as error:
@@ -239,23 +276,25 @@ def read_metadata(path: Path) -> dict[str, str]:
             f"{name}: identity schema {show_path(str(meta.get('schema'))[:80])}, this version reads {SCHEMA}; "
             "update this program or personalize again"
         )
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError, deserialize, safe_open
 
     try:
-        with safe_open(path, "np"):  # checks that the tensors fill the file
+        if content is not None:
+            deserialize(content)
+            return meta
+        with safe_open(path, "np"):  # checks that the tensors fill the file, as `deserialize` does
             return meta
     except (SafetensorError, OSError) as error:
         reason = one_line(error)
         raise BadFileError(f"{name}: not a readable safetensors file ({reason}); personalize again") from error
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def _read_header(file: BinaryIO) -> dict[str, Any]:
     """Read the JSON header of a safetensors file; raises `ValueError` for another file."""
-    with open_plain(path) as file:
-        size = int.from_bytes(file.read(8), "little")
-        if not 2 <= size <= _LARGEST_HEADER:
-            raise ValueError(f"a header of {size} bytes, expected at most {_LARGEST_HEADER}")
-        header = checks.read_json(file.read(size), _LARGEST_HEADER)
+    size = int.from_bytes(file.read(8), "little")
+    if not 2 <= size <= _LARGEST_HEADER:
+        raise ValueError(f"a header of {size} bytes, expected at most {_LARGEST_HEADER}")
+    header = checks.read_json(file.read(size), _LARGEST_HEADER)
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
         raise ValueError("a header that is no object")
     return header

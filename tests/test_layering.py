@@ -35,7 +35,7 @@ FORMATS = {
     "onnx_message",
     "graph_check",
 }
-NETWORKS = PLAIN | FORMATS | {"ops", "models"}
+NETWORKS = PLAIN | FORMATS | {"encryption", "ops", "models"}
 MAY_IMPORT = {
     "errors": set(),
     "temporary": set(),
@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "onnx_message": set(),
     "graph_check": {"onnx_message"},
     "checks": set(),
+    "encryption": {"errors", "extras"},
     "archive": {"files"},
     "base_config": {"errors", "config", "files", "checks", "diffusion"},
     "base_files": {"errors", "config", "files", "checks", "base_config"},
@@ -54,7 +55,7 @@ MAY_IMPORT = {
     "signing": {"errors", "files"},
     "tiling": {"errors", "config", "arrays"},
     "diffusion": {"errors", "extras", "config", "arrays"},
-    "identity": {"errors", "config", "files", "checks"},
+    "identity": {"encryption", "errors", "config", "files", "checks"},
     "plan": {"errors", "config", "diffusion", "graph_check", "files", "signing", "checks", "archive"},
     "imaging": {"errors", "extras", "config", "files", "tiling"},
     "faces": {"errors", "extras", "config", "files", "imaging"},

@@ -6,11 +6,13 @@ import os
 import signal
 import sys
 import threading
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import click
 
+from pfstorer_rt import encryption
 from pfstorer_rt.cli.options import explain
 from pfstorer_rt.errors import (
     BadFileError,
@@ -31,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "Measure restored images against the originals."),
     "bench": ("bench", "Time a plan on this machine."),
     "inspect": ("inspect", "Show the contents of a base, identity or plan."),
-    "identities": ("identities", "List, show, verify or remove learned identities."),
+    "identities": ("identities", "List, show, verify, encrypt or remove learned identities."),
     "import-base": ("import_base", "Convert StableSR / SD 2.1 checkpoints to a base."),
     "train-base": ("train_base", "Train a base on photographs."),
     "doctor": ("doctor", "Show what this machine can run, and which packages add more."),
@@ -108,6 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
     if os.environ.get("PFSTORER_DEBUG"):
         cli.main(arguments, prog_name="pfstorer-rt")
     quiet_libraries()
+    if sys.stdin is not None and sys.stdin.isatty():
+        encryption.ask = partial(click.prompt, "passphrase of the identity", hide_input=True, err=True)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # unfinished files are removed, as after Ctrl-C
     try:

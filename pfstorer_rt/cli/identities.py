@@ -100,6 +100,43 @@ def verify_command(name: str, photos: tuple[Path, ...]) -> None:
     sys.exit(0 if all(check.passed for check in checks) else 1)
 
 
+@command.command("encrypt")
+@click.argument("names", nargs=-1, required=True)
+def encrypt_command(names: tuple[str, ...]) -> None:
+    """Encrypt identities with a passphrase.
+
+    The passphrase is read from the environment variable PFSTORER_PASSPHRASE, or asked for. There is no way to read the
+    identity without it. Plans that were exported are not changed.
+
+    \b
+    Example:
+      pfstorer-rt identities encrypt alice
+    """
+    from pfstorer_rt.encryption import passphrase_given
+    from pfstorer_rt.runtime.identities import encrypt_identity
+
+    passphrase = passphrase_given() or click.prompt("passphrase", hide_input=True, confirmation_prompt=True, err=True)
+    for name in names:
+        encrypt_identity(name, passphrase)
+        echo(f"{name}: encrypted")
+
+
+@command.command("decrypt")
+@click.argument("names", nargs=-1, required=True)
+def decrypt_command(names: tuple[str, ...]) -> None:
+    """Decrypt identities.
+
+    \b
+    Example:
+      pfstorer-rt identities decrypt alice
+    """
+    from pfstorer_rt.runtime.identities import decrypt_identity
+
+    for name in names:
+        decrypt_identity(name)
+        echo(f"{name}: decrypted")
+
+
 @command.command("rm")
 @click.argument("names", nargs=-1, required=True)
 @click.option("--yes", is_flag=True, help="Delete without a question.")

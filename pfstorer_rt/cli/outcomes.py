@@ -29,7 +29,7 @@ def show(outcome: Outcome, as_json: bool) -> None:
 def line(outcome: Outcome) -> str:
     """Return the text of an outcome that is no failure."""
     if outcome.status == "skipped":
-        return f"{outcome.job.target}: exists, skipped"
+        return f"{outcome.job.target}: exists, skipped" + "".join(f" ({note})" for note in outcome.notes)
     if outcome.status == "planned":
         d = outcome.details
         return (

@@ -84,7 +84,10 @@ class TensorSession(Session):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error of an engine means too little memory, judged by its type or text."""
-    words = ("out of memory", "bad_alloc", "bad allocation", "can't allocate memory", "failed to allocate")
+    words = (
+        "out of memory", "outofmemory", "bad_alloc", "bad allocation", "can't allocate memory", "failed to allocate",
+        "alloc_failed", "memoryallocation",
+    )  # fmt: skip
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 

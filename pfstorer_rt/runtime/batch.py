@@ -8,6 +8,7 @@ thread.
 from __future__ import annotations
 
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from pfstorer_rt.config import RestoreConfig
+from pfstorer_rt.engine.session import out_of_memory
 from pfstorer_rt.errors import PFStorerError, SettingError, one_line
 from pfstorer_rt.files import make_folder, show_path
 from pfstorer_rt.imaging.bands import result_size
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     from pfstorer_rt.runtime.coarse import Passes
     from pfstorer_rt.runtime.restorer import Restorer
 
-FAILURES = (PFStorerError, OSError, MemoryError)
-"""Errors that fail one image; the other images are not affected."""
 Status = Literal["done", "skipped", "failed", "planned"]
 
 
@@ -358,10 +358,13 @@ def run_jobs(
 
     def finish(job: Job, started: float, scan: Scan, rows: Rows) -> None:
         try:
+            if _exists(job, saving):
+                report(Outcome(job, "skipped", notes=("another process wrote the result meanwhile",)))
+                return
             write(job, scan, rows, saving)
             entries, notes = work.details(job, scan.pixels, rows)
-        except FAILURES as error:
-            report(Outcome(job, "failed", error=error))
+        except Exception as error:
+            report(Outcome(job, "failed", error=failure(error)))
             return
         seconds = round(time.perf_counter() - started, 3)
         report(Outcome(job, "done", rows.width, rows.height, seconds, (*scan.notes, *notes), entries))
@@ -385,11 +388,20 @@ def run_jobs(
                 rows = work.process(number, job, scan.pixels, partial(on_step, job))
                 wait(reports[-1:])  # no more than one result waits to be written
                 reports.append(disk.submit(finish, job, started, scan, rows))
-            except FAILURES as error:
-                reports.append(disk.submit(report, Outcome(job, "failed", error=error)))
+            except Exception as error:
+                reports.append(disk.submit(report, Outcome(job, "failed", error=failure(error))))
         for reported in reports:
             reported.result()  # re-raises an exception from `on_outcome`, such as for a full disk at standard output
     return outcomes
+
+
+def failure(error: Exception) -> Exception:
+    """Return the error of one image, which does not affect the other images; raises all other errors again."""
+    if isinstance(error, (PFStorerError, OSError)):
+        return error
+    if out_of_memory(error):
+        return PFStorerError("too little memory for this image; close other programs, or use a smaller scale")
+    raise error
 
 
 def read(job: Job, saving: Saving, max_pixels: int) -> Scan | None:
@@ -416,9 +428,14 @@ def check_result(job: Job, height: int, width: int, saving: Saving, max_pixels: 
         raise PFStorerError(f"{name}: {error}") from error
 
 
+def _exists(job: Job, saving: Saving) -> bool:
+    """Whether there is a result that must not be replaced."""
+    return job.target is not None and not saving.overwrite and os.path.lexists(job.target)
+
+
 def _is_done(job: Job, saving: Saving) -> bool:
     """Whether a result exists; raises `PFStorerError` if it exists and the caller named this image."""
-    if job.target is None or saving.overwrite or not job.target.exists():
+    if not _exists(job, saving):
         return False
     if job.explicit:
         message = f"{job.target}: exists already; choose another name or allow overwriting"

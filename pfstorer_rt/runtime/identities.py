@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pfstorer_rt.errors import BadFileError, PFStorerError
-from pfstorer_rt.files import cache_home, remove_leftovers, sha256_file, show_path
+from pfstorer_rt.encryption import seal
+from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError
+from pfstorer_rt.files import atomic_write, cache_home, keeps_modes, remove_leftovers, sha256_file, show_path
 from pfstorer_rt.identity import (
     Identity,
     identities_dir,
     identity_path,
+    is_encrypted,
     named_identity,
     no_such_identity,
+    read_content,
     read_metadata,
     training_files,
 )
@@ -33,18 +37,38 @@ def verify_identity(name: str | Path, photographs: Sequence[Path] = ()) -> list[
     """Check that a file is complete and private, that its base is present, and which photographs it was trained on.
 
     name: a name or a file. photographs: files or folders; each image gets a check whether the identity was trained on
-    it. Raises `BadFileError` when the file cannot be read.
+    it. The other private files of the identity on this machine are listed. Raises `BadFileError` when the file cannot
+    be read.
     """
     path = identity_path(name)
+    if not path.is_file() and (left := find_kept(name).files):  # raises where nothing is left
+        what = "deleted, but a part is left"
+        return [Check(False, f"{what}: {show_path(file)}; delete the identity again") for file in left]
     identity = Identity.load(path)
     finite = all(bool(t.isfinite().all()) for t in identity.tensors.values() if t.is_floating_point())
     checks = [
         Check(bool(identity.tensors) and finite, f"{len(identity.tensors)} tensors, all finite"),
-        Check(path.stat().st_mode & 0o077 == 0, "readable by its owner only"),
+        _check_mode(path),
         _check_base(identity),
     ]
+    others = [kept for kept in find_kept(path).files if kept != path]
+    checks += [Check(True, f"also on this machine: {show_path(kept)}") for kept in others]
     images = find_images(photographs) if photographs else []
     return checks + [Check(sha256_file(p) in identity.references, f"learned from {p}") for p in images]
+
+
+def _check_mode(path: Path) -> Check:
+    """Check that only the owner can read a file, where the file system has owners."""
+    if path.stat().st_mode & 0o077 == 0:
+        return Check(True, "readable by its owner only")
+    try:
+        private = keeps_modes(path.parent)
+    except OSError:
+        private = True
+    if private:
+        return Check(False, "readable by its owner only")
+    where = "the permissions of its folder apply" if os.name == "nt" else "everybody who can read this disk can read it"
+    return Check(True, f"its file system has no owner-only files: {where}")
 
 
 def _check_base(identity: Identity) -> Check:
@@ -56,6 +80,32 @@ def _check_base(identity: Identity) -> Check:
         return Check(False, str(error))
     text = f"base {identity.base_name} is present, and the identity was learned on it"
     return Check(found == identity.base_fingerprint, text)
+
+
+def encrypt_identity(name: str | Path, passphrase: str) -> None:
+    """Encrypt the file of an identity; raises `SettingError` if it is encrypted already, and as `Identity.load`."""
+    path = identity_path(name)
+    if is_encrypted(path):
+        raise SettingError(f"{show_path(path)}: encrypted already; decrypt it first to change the passphrase")
+    Identity.load(path)
+    _replace(path, seal(path.read_bytes(), passphrase))
+
+
+def decrypt_identity(name: str | Path) -> None:
+    """Decrypt the file of an identity with the user's passphrase.
+
+    Raises `SettingError` if it is not encrypted, `BadFileError` for another passphrase.
+    """
+    path = identity_path(name)
+    content = read_content(path)
+    if content is None:
+        raise SettingError(f"{show_path(path)}: not encrypted; nothing was changed")
+    _replace(path, content)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    with atomic_write(path, mode=0o600) as file:
+        file.write(data)
 
 
 @dataclass(frozen=True)
@@ -77,7 +127,7 @@ def find_kept(name: str | Path) -> Kept:
     checkpoint, crops = training_files(path)
     named = path.parent == identities_dir()  # other folders can contain files of other programs
     if path.is_file() and not named:
-        read_metadata(path)
+        read_metadata(path, read_content(path))
     present = [checkpoint] if checkpoint.is_file() and (named or _is_checkpoint(checkpoint)) else []
     present += [crops] if crops.is_dir() and (named or _is_crops(crops)) else []
     present += [path] if path.is_file() else []

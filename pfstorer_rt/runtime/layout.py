@@ -28,6 +28,9 @@ TINY_CODEC = CodecSize(512, 32)
 VARIATIONAL_CODEC = CodecSize(1280, 128)
 """For variational autoencoders, whose norms depend on the whole tile."""
 
+SMALLEST_CODEC = 4
+"""Smallest side of a tile of the encoder and decoder, in latent pixels."""
+
 
 class CodecTiles:
     """Tiles of the encoder and decoder with their discarded margins; the unit is latent pixels."""
@@ -49,6 +52,11 @@ class CodecTiles:
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.columns)
+
+    def halved(self) -> CodecTiles | None:
+        """Return tiles of half the side, with a margin of at most a quarter of it; None below `SMALLEST_CODEC`."""
+        tile = max(self.sides) // 2
+        return None if tile < SMALLEST_CODEC else CodecTiles(*self.shape, tile, min(self.margin, tile // 4))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from pfstorer_rt.arrays import Array
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.diffusion import SAMPLERS, denoise_by, respace, start_from_lq
 from pfstorer_rt.engine.session import Session, choose_backend
-from pfstorer_rt.errors import MismatchError
+from pfstorer_rt.errors import BadFileError, MismatchError
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.files import show_path
 from pfstorer_rt.identity import Identity, identities_dir, identity_path, list_identities
@@ -26,7 +26,8 @@ from pfstorer_rt.imaging.rows import Pixels, Rows, Spool, from_pixels, to_pixels
 from pfstorer_rt.imaging.tone import keep_hue
 from pfstorer_rt.plan import COMPONENTS, DEFAULT_BASE, Manifest, Plan
 from pfstorer_rt.runtime.coarse import Guided, Passes, choose_scale, may_be_coarse, on_canvas, reduced_to
-from pfstorer_rt.runtime.layout import Layout
+from pfstorer_rt.runtime.layout import CodecTiles, Layout
+from pfstorer_rt.runtime.memory import run_codec
 from pfstorer_rt.runtime.part import Inserted, Part, Predict, base_layout, blended, find_part, recorded
 from pfstorer_rt.runtime.recipe import Recipe
 from pfstorer_rt.runtime.selection import Mixed, Selection
@@ -166,7 +167,7 @@ class Restorer:
             nonlocal passed
             passed += n
             if step:
-                step(passed, plan.total)
+                step(min(passed, plan.total), plan.total)  # tiles that are repeated with less memory count again
 
         images: Sequence[Rows] = [on_canvas(source, plan.fine.canvas)]
         if plan.coarse is not None:
@@ -267,7 +268,7 @@ class Restorer:
         """
         recipe, schedule, session = layout.recipe, self.manifest.schedule, self.sessions["denoiser"]
         codec = Codec(self.sessions["encoder"], self.sessions["decoder"], layout.codec, self.manifest.factor)
-        encoded = codec.encode(style, done)
+        encoded, tiles = run_codec(layout.codec, lambda t: codec._replace(tiles=t).encode(style, done))
         z_lq, generator = encoded["mean"], np.random.Generator(np.random.Philox(recipe.seed))
         whole = Tile(0, 0, *z_lq.shape[2:])
         field, place, inner = (part.square, part.place, part.inner) if part else (whole, whole, whole)
@@ -285,7 +286,14 @@ class Restorer:
         predict = changed(lambda x, t: denoiser(x, t, crop(z_lq, inner), done))
         denoise = denoise_by(predict, schedule, self.manifest.prediction_type)
         x = SAMPLERS[recipe.sampler](denoise, x, respace(recipe.steps), schedule, noise, recipe.eta)
-        decoded = codec.decode(session.fetch(x), codec.features(style, encoded, recipe.cfw_weight), done)
+        latent = session.fetch(x)
+
+        def decode(tiles: CodecTiles) -> Spool:
+            by_tiles = codec._replace(tiles=tiles)
+            features = by_tiles.features(style, encoded if tiles.whole else {}, recipe.cfw_weight)
+            return by_tiles.decode(latent, features, done)
+
+        decoded, _ = run_codec(tiles, decode)
         automatic: ColorFix = "adain" if len(layout.tiles) == 1 else "wavelet"
         return ColorFixed(decoded, style, automatic if recipe.color_fix == "auto" else recipe.color_fix)
 
@@ -302,9 +310,10 @@ def _find_identity(manifest: Manifest) -> Identity | None:
     if manifest.identity_name is None:
         return None
     for path in list_identities():
-        identity = Identity.load(path)
-        if identity.fingerprint == manifest.identity_fingerprint:
-            return identity
+        with suppress(BadFileError):  # damaged, or encrypted with another passphrase
+            identity = Identity.load(path)
+            if identity.fingerprint == manifest.identity_fingerprint:
+                return identity
     raise MismatchError(
         f"the plan's identity {manifest.identity_name!r} is not in {show_path(identities_dir())}; backend torch needs "
         "it, other backends do not",

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pfstorer_rt.config import PersonalizeConfig
+from pfstorer_rt.encryption import passphrase_given
 from pfstorer_rt.errors import PFStorerError, SettingError
 from pfstorer_rt.faces.dlib import Embedding
 from pfstorer_rt.faces.finding import face_embedder
@@ -66,6 +67,7 @@ def personalize(
     contact_sheet: image file that shows which photographs are used and how they are cropped; it is replaced.
     on_preview: called with the unfinished identity after every `preview_every` iterations. `base` is in training then,
     in another precision: restore with another copy of the base.
+    The identity is encrypted if the environment variable PFSTORER_PASSPHRASE is set.
     The same call resumes an interrupted training, also with another number of iterations. Before any training, raises
     `ValueError` for a name that cannot be a file name, `BadFileError` when a photograph or the checkpoint cannot be
     read, and `MismatchError` when the checkpoint belongs to other settings or photographs.
@@ -76,7 +78,7 @@ def personalize(
     config = available(config or PersonalizeConfig.for_base(base.config), note)
     if not config.train.iterations:
         identity = instant_identity(name, references, base, config, note, contact_sheet)
-        identity.save(target)
+        identity.save(target, passphrase_given())
         return identity
     paths, photos = choose_references(references, base, config, note, contact_sheet)
     checkpoint, crops = training_files(target)
@@ -111,9 +113,9 @@ def personalize(
     if not all(bool(torch.isfinite(t).all()) for t in identity.tensors.values()):
         raise PFStorerError(f"{name}: training left values that are not finite; use a lower learning rate")
     if main:
-        identity.save(target)
+        identity.save(target, passphrase_given())
         checkpoint.unlink(missing_ok=True)
-        shutil.rmtree(crops)
+        shutil.rmtree(crops, ignore_errors=True)  # another process that learned the same person removed them
     return identity
 
 

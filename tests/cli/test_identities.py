@@ -199,3 +199,40 @@ def test_all_commands_name_a_missing_identity_in_the_same_words(refused, people,
         ("export", "--base", nano_base_dir, "--identity", "carol", "-o", "carol.plan"),
     ]
     assert {refused(2, *call) for call in calls} == {"Error: carol: no such identity; expected one of alice"}
+
+
+def test_verify_is_honest_about_file_systems_without_owners(people, monkeypatch, nano_base_dir):
+    from pfstorer_rt.runtime import identities
+
+    monkeypatch.chdir(nano_base_dir.parent)
+    path = people / "alice.safetensors"
+    path.chmod(0o777)  # as on exFAT: every file has all bits
+    text = "readable by its owner only"
+    assert {c.text: c.passed for c in identities.verify_identity("alice")}[text] is False
+    monkeypatch.setattr(identities, "keeps_modes", lambda folder: False)
+    checks = identities.verify_identity("alice")
+    assert all(check.passed for check in checks)
+    assert any("no owner-only files: everybody who can read this disk" in check.text for check in checks)
+
+
+def test_files_of_a_disk_with_owners_keep_their_modes(tmp_path, monkeypatch):
+    import os
+
+    from pfstorer_rt.files import keeps_modes
+
+    assert keeps_modes(tmp_path) and not list(tmp_path.iterdir())
+    monkeypatch.setattr(os, "fchmod", lambda *_: None)  # a mount whose mode bits are fixed
+    original = os.open
+    monkeypatch.setattr(os, "open", lambda path, flags, mode=0o777: original(path, flags, 0o777))
+    assert not keeps_modes(tmp_path) and not list(tmp_path.iterdir())
+
+
+def test_verify_lists_all_files_of_an_identity_and_what_a_deletion_left(run, people):
+    (people / "alice.training.pt").write_bytes(b"weights")
+    shown = run("identities", "verify", "alice").out
+    assert f"also on this machine: {people / 'alice.training.pt'}" in shown
+    (people / "alice.safetensors").unlink()
+    left = run("identities", "verify", "alice")
+    assert left.status == 1 and "deleted, but a part is left" in left.out and "alice.training.pt" in left.out
+    assert run("identities", "rm", "alice", "--yes").status == 0
+    assert run("identities", "verify", "alice").status == 2
