@@ -97,7 +97,10 @@ def user(tmp_path, monkeypatch, shipped, nano_plan, nano_identity, face):
     monkeypatch.setenv("PFSTORER_HOME", str(home))
     folder.mkdir()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("pfstorer_rt.engine.session.auto_order", lambda: ["onnxruntime"])  # the quickest to start
+    monkeypatch.setenv("PFSTORER_PASSPHRASE", "")  # a page may set it
+    monkeypatch.setattr(
+        "pfstorer_rt.engine.session.auto_order", lambda target: ["onnxruntime"]
+    )  # the quickest to start
     make_files(folder, nano_plan.path, face)
     references = tuple(sha256_file(photo) for photo in sorted((folder / "photos" / "alice").iterdir()))
     alice = replace(nano_identity, base_name="portrait", references=references)

@@ -5,6 +5,7 @@ import contextlib
 import glob
 import importlib.util
 import io
+import os
 import re
 import shlex
 import shutil
@@ -95,7 +96,15 @@ def unpack(words):
     shutil.copytree(shipped, Path(archive).name.split(".")[0])
 
 
+def set_variable(words):
+    """`export NAME=VALUE`; the fixture `user` restores the variables that a page may set."""
+    name, value = words[0].split("=", 1)
+    assert name == "PFSTORER_PASSPHRASE", name
+    os.environ[name] = value
+
+
 PROGRAMS = {
+    "export": set_variable,
     "pfstorer-rt": run,
     "python": check_python,
     "python3": check_python,
