@@ -99,8 +99,8 @@ def test_the_requirements_are_complete_without_packages_of_extras(installed, tmp
 
 def test_what_is_imported_is_the_wheel(installed, tmp_path):
     code = """
-import pfstorer_rt, pfstorer_rt.runtime.restorer, pfstorer_rt.kernels.reference, importlib.util
-print(*(m.__file__ for m in (pfstorer_rt, pfstorer_rt.runtime.restorer, pfstorer_rt.kernels.reference)), sep="\\n")
+import pfstorer_rt, pfstorer_rt.runtime.restorer, pfstorer_rt.kernels, importlib.util
+print(*(m.__file__ for m in (pfstorer_rt, pfstorer_rt.runtime.restorer, pfstorer_rt.kernels)), sep="\\n")
 assert importlib.util.find_spec("export") is None, "a top-level name that is not ours to take"
 """
     files = call(installed / "python", "-c", code, cwd=tmp_path).splitlines()
