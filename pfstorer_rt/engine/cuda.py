@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
-from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.errors import MissingBackendError, one_line
 
 Replay = Callable[[], None]
 Result = TypeVar("Result")
@@ -86,3 +87,39 @@ class Cuda:
                 graph.replay()
 
         return replay
+
+
+@dataclass(kw_only=True)
+class Repeated:
+    """State of work that runs often on the same memory: whether it has run, and its CUDA graph."""
+
+    replay: Replay | None = None
+    warm: bool = False
+
+
+class Capturing:
+    """Runs work on the stream of a `Cuda`: the first run is eager, the second is captured, later ones replay a graph.
+
+    Libraries load and choose their kernels in an eager run, which a capture does not permit. `no_graph` is the reason
+    why no work is captured, such as a failed capture; empty while graphs are used.
+    """
+
+    def __init__(self, cuda: Cuda, no_graph: str = "") -> None:
+        self.cuda, self.no_graph = cuda, no_graph
+
+    def run(self, work: Repeated, enqueue: Callable[[int], None]) -> None:
+        """Run the work once; enqueue(stream handle) launches it."""
+        if self.is_due(work):
+            try:
+                work.replay = self.cuda.capture(enqueue)
+            except Exception as error:  # many exception types; a run without a graph is always possible
+                self.no_graph = f"capturing failed ({one_line(error)})"
+        if work.replay is not None:
+            work.replay()
+            return
+        self.cuda.run(lambda: enqueue(self.cuda.stream_handle()))
+        work.warm = True
+
+    def is_due(self, work: Repeated) -> bool:
+        """Whether the next run of the work is captured."""
+        return work.warm and work.replay is None and not self.no_graph

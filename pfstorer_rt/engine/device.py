@@ -9,9 +9,8 @@ import torch
 
 from pfstorer_rt.errors import MissingBackendError, SettingError, one_line
 
-Precision = Literal["auto", "fp32", "fp16"]
-"""Precision of the networks; auto: fp16 on a GPU that computes it faster, else fp32."""
 PRECISIONS = ("auto", "fp32", "fp16")
+"""Precisions of the networks; auto: fp16 on a GPU that computes it faster, else fp32."""
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pfstorer_rt.engine.cuda import Cuda, Replay
+from pfstorer_rt.engine.cuda import Capturing, Cuda, Repeated
 from pfstorer_rt.engine.session import TensorSession
-from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError, SettingError, one_line
+from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError, SettingError
 from pfstorer_rt.extras import install
 from pfstorer_rt.files import atomic_write, cache_home, make_folder, sha256_bytes, show_path
 from pfstorer_rt.plan import Plan
@@ -166,15 +166,13 @@ def _covers(name: str, capability: tuple[int, int]) -> bool:
 
 
 @dataclass
-class Lane:
+class Lane(Repeated):
     """One optimization profile: an execution context, its buffers, and for fixed shapes the captured CUDA graph."""
 
     context: Any
     profile: int
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    replay: Replay | None = None
-    warm: bool = False
 
 
 class TensorRTSession(TensorSession):
@@ -191,7 +189,7 @@ class TensorRTSession(TensorSession):
         """Raise `BadFileError` if the library rejects the payload."""
         self.library, self.cuda, self.device = library, cuda, cuda.device
         self.provider = f"{TITLES[library.target]} {library.version} on {cuda.name()}"
-        self.no_graph = "" if graphs else "its shapes vary"
+        self.capturing = Capturing(cuda, "" if graphs else "its shapes vary")
         self._messages = library.logger()
         self._runtime = library.module.Runtime(self._messages)
         self._engine = self._deserialize(payload)
@@ -204,6 +202,11 @@ class TensorRTSession(TensorSession):
         self._lanes: dict[int, Lane] = {}
         self._config = self._runtime_config(graphs)
         self._cache = RuntimeCache(library, self._config, sha256_bytes(payload), cuda.name())
+
+    @property
+    def no_graph(self) -> str:
+        """Why no CUDA graph is used; empty while graphs are used."""
+        return self.capturing.no_graph
 
     def compute(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute all outputs from all inputs, by name, on tensors of `device`, without synchronizing with the host.
@@ -330,27 +333,17 @@ class TensorRTSession(TensorSession):
 
     def _enqueue(self, lane: Lane) -> None:
         """Run a lane: the first run compiles and loads kernels, the second is captured, later runs replay the graph."""
-        if lane.warm and lane.replay is None and not self.no_graph:
-            self._capture(lane)
-        if lane.replay is not None:
-            lane.replay()
-            return
-        self._execute(lane, self.cuda.stream_handle())
-        lane.warm = True
+        if self.capturing.is_due(lane) and not self._is_capturable(lane):
+            self.capturing.no_graph = "the library cannot be captured here"
+        self.capturing.run(lane, partial(self._execute, lane))
 
     def _execute(self, lane: Lane, stream: int) -> None:
         if not lane.context.execute_async_v3(stream):
             raise PFStorerError(f"{self.provider} failed ({self._messages.last() or 'no reason given'})")
 
-    def _capture(self, lane: Lane) -> None:
-        stream = self.cuda.stream_handle()
-        if self.library.has("IExecutionContext.is_stream_capturable") and not lane.context.is_stream_capturable(stream):
-            self.no_graph = "the library cannot be captured here"
-            return
-        try:
-            lane.replay = self.cuda.capture(lambda handle: self._execute(lane, handle))
-        except Exception as error:  # many exception types; a run without a graph is always possible
-            self.no_graph = f"capturing failed ({one_line(error)})"
+    def _is_capturable(self, lane: Lane) -> bool:
+        known = self.library.has("IExecutionContext.is_stream_capturable")
+        return not known or bool(lane.context.is_stream_capturable(self.cuda.stream_handle()))
 
 
 class RuntimeCache:
