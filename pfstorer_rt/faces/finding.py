@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pfstorer_rt.faces.dlib import Embedding, Points, face_models, load_dlib, to_uint8
+from pfstorer_rt.faces.dlib import Embedding, Points, face_models, load_dlib, mean_distance, to_uint8
 from pfstorer_rt.imaging.bands import Resized
 from pfstorer_rt.imaging.rows import Pixels, Rows, Spool, from_pixels, read_pixels, to_pixels
 
@@ -120,6 +120,25 @@ def at_landmark_side(pixels: Pixels) -> Pixels:
     scale = LANDMARK_SIDE / max(height, width)
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     return np.asarray(resize(pixels, size, order=1, anti_aliasing=scale < 1), dtype=np.float32)
+
+
+def nearest_face(faces: Sequence[Face], known: Sequence[Embedding]) -> tuple[int, float] | None:
+    """Return the number of the face nearest to known embeddings, and its mean distance to them.
+
+    Returns None without a face or without known embeddings.
+    """
+    distances = [mean_distance(face.embedding, known) for face in faces] if known else []
+    measured = [(distance, number) for number, distance in enumerate(distances) if distance is not None]
+    if not measured:
+        return None
+    distance, number = min(measured)
+    return number, distance
+
+
+def shrunk(pixels: Pixels, side: int) -> tuple[Pixels, float]:
+    """Return (H, W, 3) reduced to a longer side of at most `side` pixels, and the scale of the reduction."""
+    scale = min(1.0, side / max(pixels.shape[:2]))
+    return resized(pixels, scale), scale
 
 
 def resized(pixels: Pixels, scale: float) -> Pixels:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from pfstorer_rt.faces.dlib import SAME_PERSON, Embedding, mean_distance, to_uint8
-from pfstorer_rt.faces.finding import Face, embed_all, resized
+from pfstorer_rt.faces.dlib import SAME_PERSON, Embedding, to_uint8
+from pfstorer_rt.faces.finding import Face, embed_all, nearest_face, shrunk
 from pfstorer_rt.imaging.rows import Pixels
 
 PERSON, OTHER = "#2f9e6e", "#c2703d"
@@ -36,8 +36,8 @@ def mark_faces(pixels: Pixels, known: Sequence[Embedding] = (), side: int = 640)
     """
     faces = embed_all(pixels)
     person = choose_person(faces, known)
-    scale = min(1.0, side / max(pixels.shape[:2]))
-    image = Image.fromarray(to_uint8(resized(pixels, scale)))
+    small, scale = shrunk(pixels, side)
+    image = Image.fromarray(to_uint8(small))
     draw, width = ImageDraw.Draw(image), max(2, max(image.size) // 90)
     for number, face in enumerate(faces):
         left, top, length = (scale * value for value in (face.left, face.top, face.side))
@@ -53,6 +53,5 @@ def choose_person(faces: Sequence[Face], known: Sequence[Embedding]) -> int | No
     """
     if not faces or not known:
         return 0 if faces else None
-    distances = [mean_distance(face.embedding, known) or 0.0 for face in faces]
-    nearest = min(range(len(faces)), key=distances.__getitem__)
-    return nearest if distances[nearest] <= SAME_PERSON else None
+    found = nearest_face(faces, known)
+    return found[0] if found and found[1] <= SAME_PERSON else None

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pfstorer_rt.errors import BadFileError, MissingBackendError
-from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, mean_distance
-from pfstorer_rt.faces.finding import Face, face_finder, reduced
+from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding
+from pfstorer_rt.faces.finding import Face, face_finder, nearest_face, reduced
 from pfstorer_rt.imaging.files import load_image
 from pfstorer_rt.imaging.find import list_images
 from pfstorer_rt.imaging.rows import Pixels, Rows
@@ -80,8 +80,8 @@ class References:
 
     def _nearest(self, faces: Sequence[Face]) -> tuple[float | None, Face | None]:
         """Return the smallest mean distance to the references, and its face."""
-        measured = [(mean_distance(face.embedding, self.faces) or 0.0, face) for face in faces]
-        return min(measured, key=lambda pair: pair[0]) if measured else (None, None)
+        found = nearest_face(faces, self.faces)
+        return (found[1], faces[found[0]]) if found else (None, None)
 
 
 def _apart(one: Face, other: Face) -> float:

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.errors import MissingBackendError, SettingError
-from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding, face_models, identity_distance
-from pfstorer_rt.faces.finding import SEARCHED, Face, embed_box, find_boxes, reduced
+from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding, face_models
+from pfstorer_rt.faces.finding import SEARCHED, Face, embed_box, find_boxes, nearest_face, reduced
 from pfstorer_rt.imaging.rows import Band, Pixels, Rows
 from pfstorer_rt.plan import Manifest
 
@@ -176,14 +176,14 @@ class Chooser:
 
     def _nearest(self, faces: Sequence[Face]) -> tuple[int | None, str]:
         """Return the number of the face that resembles the person, or None and a remark."""
-        if not faces:
+        nearest = nearest_face(faces, () if self.known is None else (self.known,))
+        if nearest is None:
             return None, ""
-        distances = [identity_distance(face.embedding, self.known) or 0.0 for face in faces]
-        nearest = int(np.argmin(distances))
-        if distances[nearest] <= SAME_PERSON:
-            return nearest, ""
+        number, distance = nearest
+        if distance <= SAME_PERSON:
+            return number, ""
         found = "the face does not resemble" if len(faces) == 1 else f"none of {len(faces)} faces resembles"
-        return None, f"{found} the person (distance {distances[nearest]:.2f}; expected at most {SAME_PERSON})"
+        return None, f"{found} the person (distance {distance:.2f}; expected at most {SAME_PERSON})"
 
     def _select(self, source: Rows, chosen: Area, others: Sequence[Area]) -> Choice:
         """Select one face, if the identity of this engine can be limited to a part of the image."""

@@ -8,10 +8,9 @@ from collections.abc import Callable, Generator, Iterator
 from functools import wraps
 from typing import Any, TypeVar
 
-from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.progress import CancelledError
 from pfstorer_rt.studio import fragments
-from pfstorer_rt.studio.restoring import explain
+from pfstorer_rt.studio.restoring import EXPECTED, explain
 from pfstorer_rt.studio.work import Report, State, Work
 from pfstorer_rt.studio.workspace import Session
 
@@ -36,7 +35,7 @@ def handled(line: Any, always: Callable[[], Updates] = dict) -> Callable[[Handle
             except CancelledError:
                 yield {line: fragments.status("Cancelled. What was finished is kept."), **always()}
             except Exception as error:
-                if not isinstance(error, (PFStorerError, OSError, MemoryError)):
+                if not isinstance(error, EXPECTED):
                     traceback.print_exc(file=sys.stderr)
                 yield {line: fragments.status(explain(error), error=True), **always()}
 

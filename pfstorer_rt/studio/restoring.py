@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.errors import PFStorerError, SettingError, one_line
 from pfstorer_rt.faces.dlib import face_models
-from pfstorer_rt.faces.finding import resized
+from pfstorer_rt.faces.finding import SEARCHED, shrunk
 from pfstorer_rt.faces.likeness import Likeness, read_likeness
 from pfstorer_rt.faces.references import References
 from pfstorer_rt.imaging.files import load_image, save_image
@@ -27,6 +24,8 @@ SHOWN = 4096
 """Longer side in pixels of the pictures that the page shows; downloads have the full size."""
 SHOWN_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 """Formats of results that a browser shows."""
+EXPECTED = (PFStorerError, OSError, MemoryError)
+"""Errors that the page explains; all others are defects."""
 FACES_OF = 24
 """Number of pictures in which faces are searched at once."""
 
@@ -92,9 +91,8 @@ def find_faces(workspace: Workspace, session: Session, report: Report) -> list[F
     found = []
     for number, path in enumerate(session.inputs[:FACES_OF]):
         report(f"looking for faces: {path.name}", number / len(session.inputs[:FACES_OF]))
-        pixels = load_image(path, workspace.limits.pixels).pixels
-        scale = min(1.0, 2048 / max(pixels.shape[:2]))
-        marked = mark_faces(resized(pixels, scale), known)
+        pixels, _ = shrunk(load_image(path, workspace.limits.pixels).pixels, SEARCHED)
+        marked = mark_faces(pixels, known)
         target = session.folder / f"faces_{number}.jpg"
         marked.image.save(target, quality=88)
         text = describe_faces(marked.faces, marked.person, marked.compared)
@@ -181,8 +179,8 @@ def shown(workspace: Workspace, session: Session, path: Path) -> str:
     folder.mkdir(mode=0o700, exist_ok=True)
     target = folder / f"{path.parent.name}_{path.name}.png"
     if not target.exists() or target.stat().st_mtime_ns < path.stat().st_mtime_ns:
-        pixels = load_image(path, workspace.limits.pixels).pixels
-        save_image(target, resized(pixels, min(1.0, SHOWN / longer)), overwrite=True)
+        pixels, _ = shrunk(load_image(path, workspace.limits.pixels).pixels, SHOWN)
+        save_image(target, pixels, overwrite=True)
     return workspace.publish(target)
 
 
@@ -192,16 +190,8 @@ def package(workspace: Workspace, session: Session) -> str:
     return workspace.publish(package_results(session.folder / "restored.zip", outcomes))
 
 
-def thumbnail(path: Path, target: Path, side: int = 320) -> Path:
-    """Write a small JPEG of a picture."""
-    pixels = load_image(path).pixels
-    small = resized(pixels, min(1.0, side / max(pixels.shape[:2])))
-    Image.fromarray((np.clip(small, 0, 1) * 255 + 0.5).astype(np.uint8)).save(target, quality=85)
-    return target
-
-
 def explain(error: BaseException) -> str:
     """Return an error as one line for the page."""
-    if isinstance(error, (PFStorerError, OSError, MemoryError)):
+    if isinstance(error, EXPECTED):
         return one_line(error)
     return f"unexpected {type(error).__name__}: {one_line(error)}"
