@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -63,6 +65,19 @@ def with_table(text: str, script: str, table: str) -> str:
     if not place.search(text):
         raise click.ClickException(f"no '<!-- table: {script} -->' and '<!-- end of table -->' in the page; add them")
     return place.sub(lambda found: found[1] + table + found[2], text)
+
+
+def replace_table(page: Path, script: str, table: str) -> None:
+    """Replace the table of a script in a page; raises as `with_table`."""
+    page.write_text(with_table(page.read_text(), script, table))
+
+
+def write_report(report: dict[str, Any], output: Path | None) -> None:
+    """Print a report as JSON, and write it to a file if one is given."""
+    text = json.dumps(report, indent=2) + "\n"
+    sys.stdout.write(text)
+    if output:
+        output.write_text(text)
 
 
 def line(cells: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import line, machine, with_table
+from common import line, machine, replace_table, write_report
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "shared"))
@@ -344,8 +344,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, help="page whose table to replace")
     arguments = parser.parse_args()
     if arguments.page:
-        made = table(json.loads(arguments.output.read_text()))
-        arguments.page.write_text(with_table(arguments.page.read_text(), "fuzz.py", made))
+        replace_table(arguments.page, "fuzz.py", table(json.loads(arguments.output.read_text())))
         return 0
     if arguments.case:
         reader, number = arguments.case
@@ -363,9 +362,7 @@ def main() -> int:
         "found_and_fixed": FIXED,
         "machine": machine(),
     }
-    print(json.dumps(report, indent=2))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, arguments.output)
     return 1 if failures else 0
 
 

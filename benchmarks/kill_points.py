@@ -172,7 +172,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> int:
     """Run all commands, print the number of write points of each, and write the report; the first fault is raised."""
-    from common import machine, with_table
+    from common import machine, replace_table, write_report
 
     from pfstorer_rt.imaging.files import save_image
     from pfstorer_rt.models.base import build_base
@@ -184,8 +184,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, help="page whose table to replace")
     arguments = parser.parse_args()
     if arguments.page:
-        made = table(json.loads(arguments.output.read_text()))
-        arguments.page.write_text(with_table(arguments.page.read_text(), "kill_points.py", made))
+        replace_table(arguments.page, "kill_points.py", table(json.loads(arguments.output.read_text())))
         return 0
     torch.set_num_threads(1)
     sys.path.append(f"{Path(__file__).resolve().parents[1] / 'tests' / 'shared'}")
@@ -203,9 +202,7 @@ def main() -> int:
             counts[name] = sum(1 for _ in kill_everywhere(*known[name], parent, stride=arguments.stride))
             print(f"{name}: killed before {counts[name]} writes", file=sys.stderr)
     report = {"killed": counts, "stride": arguments.stride, "machine": machine()}
-    print(json.dumps(report, indent=2))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, arguments.output)
     return 0
 
 

@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 import click
-from common import hwc, line, machine, read, with_table, write
+from common import hwc, line, machine, read, replace_table, write
 from heldout import cosine_to, gradient_ratio, lpips_distance, save_sheet
 
 from pfstorer_rt.config import PersonalizeConfig
@@ -62,7 +62,7 @@ def main(
 ) -> None:
     rows = read(output)
     if readme:
-        readme.write_text(with_table(readme.read_text(), "people.py", table(rows)))
+        replace_table(readme, "people.py", table(rows))
         return
     if not lpips or not recognizer:
         raise click.UsageError("give --lpips FILE and --recognizer FILE")

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from common import line, machine, with_table
+from common import line, machine, replace_table, write_report
 
 from pfstorer_rt.config import PersonalizeConfig, RestoreConfig
 from pfstorer_rt.imaging.files import save_image
@@ -150,8 +150,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, help="page whose table to replace")
     arguments = parser.parse_args()
     if arguments.page:
-        made = table(json.loads(arguments.output.read_text()))
-        arguments.page.write_text(with_table(arguments.page.read_text(), "soak.py", made))
+        replace_table(arguments.page, "soak.py", table(json.loads(arguments.output.read_text())))
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
@@ -162,9 +161,7 @@ def main() -> int:
         return 0
     wrong = failures(report)
     report |= {"failures": wrong, "machine": machine()}
-    print(json.dumps(report, indent=2))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, arguments.output)
     return 1 if wrong else 0
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from common import hwc, line, machine, read, with_table, write
+from common import hwc, line, machine, read, replace_table, write
 from heldout import gradient_ratio, lpips_distance
 from scenes import MATERIALS, Portrait, Scene, Spot, compose
 
@@ -113,7 +113,7 @@ def main(
     page: Path | None,
 ) -> None:
     if page:
-        page.write_text(with_table(page.read_text(), "whole.py", table(read(output))))
+        replace_table(page, "whole.py", table(read(output)))
         return
     if not folders or not lpips:
         raise click.UsageError("give FOLDER... and --lpips FILE")
