@@ -351,7 +351,8 @@ def _upright(image: Image.Image, turn: int, start: int, stop: int) -> Image.Imag
     """Return rows start..stop-1 of the image in its EXIF orientation."""
     length = image.height if turn < 5 else image.width
     first, last = (length - stop, length - start) if turn in (3, 4, 7, 8) else (start, stop)
-    strip = image.crop((0, first, image.width, last) if turn < 5 else (first, 0, last, image.height))
+    with _without_pillow_limit():  # Pillow before 13 checks it in `crop` too
+        strip = image.crop((0, first, image.width, last) if turn < 5 else (first, 0, last, image.height))
     return strip.transpose(_TURNS[turn]) if turn in _TURNS else strip
 
 
