@@ -120,6 +120,7 @@ def test_the_tables_equal_the_committed_results(tmp_path, monkeypatch):
     """The tables of the pages are what the benchmarks make of the committed rows."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     document, people = importlib.import_module("tables_document"), importlib.import_module("people")
+    common = importlib.import_module("common")
     source = Path("benchmarks/results/tables.csv")
     with (ROOT / source).open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -129,10 +130,10 @@ def test_the_tables_equal_the_committed_results(tmp_path, monkeypatch):
     for script, page in ((people, ROOT / "README.md"), (whole, ROOT / "docs" / "restore.md")):
         name = Path(script.__file__).stem
         table = script.table(script.read(ROOT / "benchmarks" / "results" / f"{name}.csv"))
-        assert script.with_table(page.read_text(), f"{name}.py", table) == page.read_text()
+        assert common.with_table(page.read_text(), f"{name}.py", table) == page.read_text()
     fuzz, page = importlib.import_module("fuzz"), ROOT / "docs" / "reliability.md"
     table = fuzz.table(json.loads((ROOT / "benchmarks" / "results" / "fuzz.json").read_text()))
-    assert fuzz.with_table(page.read_text(), "fuzz.py", table) == page.read_text()
+    assert common.with_table(page.read_text(), "fuzz.py", table) == page.read_text()
     for group in document.same_people([r for r in rows if r["level"] == "heavy"]):
         people = {method: {r["person"] for r in mine} for method, mine in document.by(group, "method").items()}
         assert len(set(map(frozenset, people.values()))) == 1
