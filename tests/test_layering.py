@@ -82,9 +82,13 @@ MAY_IMPORT = {
 NEED_EXTRAS = {"models", "training", "export", "kernels", "studio"}
 """The parts that import packages of the extras [train], [export], [studio] and [gpu] as soon as they are imported."""
 NEED_TORCH = {
+    "pfstorer_rt.degradation.batched",
     "pfstorer_rt.degradation.blur",
     "pfstorer_rt.degradation.degrade",
+    "pfstorer_rt.degradation.draws",
     "pfstorer_rt.degradation.folder",
+    "pfstorer_rt.degradation.jpeg",
+    "pfstorer_rt.degradation.steps",
     "pfstorer_rt.demo",
     "pfstorer_rt.engine.cuda",
     "pfstorer_rt.engine.device",
