@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from pfstorer_rt.degradation.blur import gaussian_kernel, generalized_kernel, motion_kernel, sinc_kernel
@@ -35,7 +34,7 @@ from pfstorer_rt.degradation.levels import (
     StageConfig,
     level_config,
 )
-from pfstorer_rt.degradation.steps import PHOTONS, filter_batch, isp_batch, resize_batch
+from pfstorer_rt.degradation.steps import PHOTONS, filter_batch, isp_batch, median_batch, resize_batch
 
 __all__ = [
     "BLUR_KINDS",
@@ -179,15 +178,7 @@ def jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
 
 def median_blur(image: torch.Tensor, size: int) -> torch.Tensor:
     """Replace every pixel of (C, H, W) by the median of its size x size neighbours, channel by channel."""
-    if size < 1 or size % 2 == 0:
-        raise ValueError(f"median size is {size}; give an odd number")
-    channels, height, width = image.shape
-    padded = F.pad(image[None], (size // 2,) * 4, mode="replicate")[0]
-    windows = F.unfold(padded[:, None], size).transpose(1, 2)  # (C, H * W, size^2)
-    middle = size * size // 2
-    # numpy's partial sort of contiguous rows is four times faster than torch.median here.
-    ordered = np.partition(windows.cpu().contiguous().numpy(), middle, axis=-1)
-    return torch.from_numpy(ordered[..., middle].copy()).to(image).view(channels, height, width)
+    return median_batch(image[None], size)[0]
 
 
 def isp_noise(image: torch.Tensor, rng: np.random.Generator, shot: float, read: float) -> torch.Tensor:

@@ -43,11 +43,10 @@ def jpeg_batch(images: torch.Tensor, qualities: Sequence[int]) -> torch.Tensor:
     height, width = images.shape[-2:]
     pixels = (images.clamp(0, 1) * 255).round()
     luma, chroma = _from_rgb(F.pad(pixels, (0, -width % 16, 0, -height % 16), mode="replicate"))
-    luma = _quantize(luma, _tables(_LUMA, qualities))[..., :height, :width]
+    luma = _quantize(luma, _tables(_LUMA, qualities))
     chroma = _quantize(F.avg_pool2d(chroma, 2).round(), _tables(_CHROMA, qualities))
-    half = chroma[..., : (height + 1) // 2, : (width + 1) // 2]
-    chroma = F.interpolate(half, scale_factor=2, mode="bilinear", align_corners=False)[..., :height, :width].round()
-    return _to_rgb(luma, chroma).round().clamp(0, 255) / 255
+    chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False).round()
+    return _to_rgb(luma, chroma)[..., :height, :width].round().clamp(0, 255) / 255
 
 
 def _from_rgb(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
