@@ -11,8 +11,6 @@ import onnx
 import onnx_ir
 import torch
 from diffusers import AutoencoderTiny
-from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
-from onnxscript.optimizer import fold_constants_ir
 
 from pfstorer_rt.models.components import Component
 from pfstorer_rt.models.denoiser import Denoiser
@@ -23,7 +21,7 @@ from pfstorer_rt.models.sharing import share_weights
 from .compose import compose_autoencoder
 from .graph_cache import graph_key, load_graph, save_graph
 from .progress import Phase, ignore
-from .trace import Tensors, free_axes, rename_axes, take_modules, trace
+from .trace import Tensors, fold, free_axes, rename_axes, take_modules, trace
 
 SELF_CONTAINED = 2**27
 """Bytes of constants up to which a payload is one ONNX message (a message can have at most 2 GB)."""
@@ -136,9 +134,7 @@ def bind(model: onnx_ir.Model, tensors: Tensors) -> None:
         value.const_value = onnx_ir.Tensor(array, name=value.name)
         graph.register_initializer(value)
     rename_axes(model, sizes)
-    fold_constants_ir(model)
-    for simplify in (LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0), RemoveUnusedNodesPass()):
-        simplify(model)
+    fold(model)
 
 
 def _free_shape(name: str, tensor: torch.Tensor) -> tuple[int | None, ...]:
