@@ -25,10 +25,12 @@ from pfstorer_rt.models.components import Component, components, manifest
 from pfstorer_rt.plan import DEFAULT_BASE, SHIPPED, Manifest, Payload, Plan, move_plan, write_plan
 
 from . import parity
-from .graph import OPSET, SELF_CONTAINED, Graph, build_graph, fuse
+from .graph import SELF_CONTAINED, Graph, build_graph, fuse
 from .parity import TIMESTEPS, probe_inputs
-from .quantize import calibration_inputs, quantize
+from .progress import Phase, Progress, each, ignore
+from .quantize import SAMPLES, calibration_inputs, quantize
 from .tensorrt import BuildOptions, EngineBuilder
+from .trace import OPSET
 
 TARGETS = ("onnx", "tensorrt", "tensorrt-rtx")
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -36,16 +38,6 @@ ORDINARY = ((1, 1), (3, 2))
 """`batch` and `part` of the example inputs for the check of every export; `probe_inputs` come after them."""
 DEFAULT_PRECISION = {"onnx": "fp32", "tensorrt": "fp16", "tensorrt-rtx": "fp16"}
 """Precision for `auto`: fp16 where the hardware computes it faster."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Callbacks of an export."""
-
-    line: Callable[[str], None] = lambda _: None
-    """line(text), at each stage."""
-    phase: Callable[[str, int, int], None] = lambda _, __, ___: None
-    """phase(name, finished steps, all steps), while an engine is built."""
 
 
 @dataclass
@@ -192,7 +184,7 @@ def export_components(
     parts, exported, probes = components(base, identity), [], []
     for component in parts.values():
         progress.line(f"{component.name}: exporting")
-        expected, computed = expect(component, precision), precision
+        expected, computed = expect(component, precision, progress.phase), precision
         if precision == "int8":
             probes.append(expected.probes)
             expected, computed = expected.ordinary, "fp32"
@@ -240,11 +232,12 @@ def export_component(
         progress.line(f"{reach}; it stays in fp32")
         precision = "fp32"
     # TensorRT has no fused kernel for fp32 attention.
-    graph = build_graph(fuse(component), precision, fused_attention=onnx_target or precision == "fp16")
+    fused_attention = onnx_target or precision == "fp16"
+    graph = build_graph(fuse(component), precision, fused_attention=fused_attention, phase=progress.phase)
     exported = saved(component, graph, folder, precision, onnx_target)
     del graph
     gc.collect()  # reference cycles in exported programs keep their weights
-    exported.figures = compare(exported.model, expected)
+    exported.figures = compare(exported.model, expected, component.name, progress.phase)
     if precision == "fp16" and not component.every_step and not parity.within(exported.figures, precision):
         progress.line(f"{component.name}: {parity.describe(exported.figures, precision)}; it stays in fp32")
         # Checked like any fp32 export: the probes are for fp16, and ONNX Runtime is inexact on flat tiles in fp32.
@@ -257,9 +250,10 @@ def quantize_component(exported: Exported, component: Component, probes: Expecte
     progress.line(f"{component.name}: measuring the ranges of its activations")
     inputs = calibration_inputs(component if "strength" in exported.inputs else component.without_strength())
     with TemporaryDirectory(dir=exported.model.parent) as folder:
-        written = quantize(exported.model, inputs, Path(folder) / "int8.onnx")
+        measured = each(inputs, f"{component.name}: measuring ranges", progress.phase, SAMPLES)
+        written = quantize(exported.model, measured, Path(folder) / "int8.onnx")
         low = saved(component, Graph(onnx_ir.load(written), exported.origins), exported.model.parent, "int8")
-    low.figures = compare(low.model, probes)
+    low.figures = compare(low.model, probes, component.name, progress.phase)
     return checked(low, progress)
 
 
@@ -333,15 +327,17 @@ def drop_weights(base: Base) -> None:
     gc.collect()
 
 
-def expect(component: Component, precision: str) -> Expected:
+def expect(component: Component, precision: str, phase: Phase = ignore) -> Expected:
     """Run an unfused component on the inputs for the check of its export."""
     original = component.module.eval()
     expected = Expected([component.example_inputs(*shape) for shape in ORDINARY])
-    expected.outputs = [parity.outputs_of(original, inputs) for inputs in expected.inputs]
+    ordinary = each(expected.inputs, f"{component.name}: running PyTorch", phase)
+    expected.outputs = [parity.outputs_of(original, inputs) for inputs in ordinary]
     if precision != "fp32":
         # int8 is for photographs: flat tiles differ at the last timesteps, where the prediction has little effect.
         names = ("photo",) if precision == "int8" else tuple(TIMESTEPS)
-        for inputs in probe_inputs(component, names).values():
+        probes = probe_inputs(component, names).values()
+        for inputs in each(probes, f"{component.name}: running PyTorch on probes", phase):
             outputs, largest = parity.outputs_and_largest(original, inputs)
             expected.inputs.append(inputs)
             expected.outputs.append(outputs)
@@ -349,12 +345,18 @@ def expect(component: Component, precision: str) -> Expected:
     return expected
 
 
-def compare(model: bytes | Path, expected: Expected) -> dict[str, float]:
-    """Compare a graph in ONNX Runtime with its original's outputs; returns the worst figures."""
+def compare(model: bytes | Path, expected: Expected, name: str = "graph", phase: Phase = ignore) -> dict[str, float]:
+    """Compare a graph in ONNX Runtime with its original's outputs; returns the worst figures.
+
+    name: subject of the progress.
+    """
     spread = float(expected.outputs[0][0].std())  # of ordinary inputs; outputs of flat tiles are nearly constant
     with OnnxRuntimeSession(model) as session:
-        pairs = zip(expected.outputs, expected.inputs, strict=True)
-        measured = [parity.measure(outputs, session, inputs, spread) for outputs, inputs in pairs]
+        pairs = list(zip(expected.outputs, expected.inputs, strict=True))
+        measured = [
+            parity.measure(outputs, session, inputs, spread)
+            for outputs, inputs in each(pairs, f"{name}: comparing with PyTorch", phase)
+        ]
     return max(measured, key=lambda one: one["relative"])
 
 

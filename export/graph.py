@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx
 import onnx_ir
 import torch
 from diffusers import AutoencoderTiny
@@ -22,9 +19,10 @@ from pfstorer_rt.models.precision import TypedComponent, spell_out_attention
 from pfstorer_rt.models.sharing import share_weights
 
 from .compose import compose_autoencoder
+from .graph_cache import graph_key, load_graph, save_graph
+from .progress import Phase, ignore
+from .trace import Tensors, fold, free_axes, rename_axes, take_modules, trace
 
-OPSET = 23
-"""The first opset with an `Attention` operator, which engines replace by a fused kernel."""
 SELF_CONTAINED = 2**27
 """Bytes of constants up to which a payload is one ONNX message (a message can have at most 2 GB)."""
 
@@ -85,6 +83,7 @@ def build_graph(
     precision: str = "fp32",
     identity: Binding = "constants",
     fused_attention: bool = True,
+    phase: Phase = ignore,
 ) -> Graph:
     """Export a fused component; for fp16 and without fused attention its module is changed in place.
 
@@ -92,73 +91,53 @@ def build_graph(
     identity: the tensors of `FusedDenoiser.identity_paths` are constants, or inputs after the other inputs, with the
     same names and order.
     """
-    module, inputs = component.module, component.inputs
-    example, axes = component.example_inputs(), component.dynamic_axes()
-    paths = module.identity_paths() if identity == "inputs" and isinstance(module, FusedDenoiser) else {}
+    module = component.module
+    paths = module.identity_paths() if isinstance(module, FusedDenoiser) else {}
     typed = TypedComponent(module, precision, tuple(paths.values())).eval()
     if not fused_attention:
         spell_out_attention(typed)
-    if isinstance(module, FusedDenoiser) and paths:
-        example |= module.identity_tensors()
-        # With free token counts, the tracer derives bounds for the batch that are narrower than the stated ones.
-        axes = {name: free and {0: torch.export.Dim.AUTO} for name, free in axes.items()}
-        axes |= {name: _token_axis(name) for name in paths}
-        inputs = (*inputs, *paths)
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            typed,
-            tuple(example[name] for name in inputs),
-            dynamo=True,
-            opset_version=OPSET,
-            verbose=False,
-            input_names=list(inputs),
-            output_names=list(component.outputs),
-            dynamic_shapes=(tuple(axes[name] for name in inputs),),
-        )
-    assert program is not None
-    for value in program.model.graph.outputs:
-        if value.name in ("mean", "std"):  # the exporter names these axes after its own symbols
-            value.shape = onnx_ir.Shape(["batch", component.config.latent_channels, "height", "width"])
-    return _without_source_notes(program.model)
-
-
-def _token_axis(name: str) -> dict[int, Any] | None:
-    """Return the free token axis of a reference; other tensors have the same size for all people."""
-    return {1: torch.export.Dim.AUTO} if name.endswith((".k", ".v")) else None
-
-
-def _without_source_notes(model: onnx_ir.Model) -> Graph:
-    """Remove the exporter's notes on the origin of each node (megabytes, with machine paths), keep its module."""
-    origins: dict[str, str] = {}
-    graphs: list[Any] = [model.graph, *model.functions.values()]
-    for graph in graphs:
-        for node in graph:
-            scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-            modules = [scope.removeprefix("module").removeprefix(".") for scope in scopes[:-1]]
-            origins[node.name or ""] = modules[-1] if modules else ""
-            for entry in (node, *node.outputs):
-                _clear(entry)
-        for value in (*graph.inputs, *getattr(graph, "initializers", {}).values()):
-            _clear(value)
-        _clear(graph)
-    _clear(model)
+    weights = {**dict(typed.named_parameters()), **dict(typed.named_buffers())}
+    person = {name: weights.pop(f"module.{path}") for name, path in paths.items()}
+    model = onnx_ir.from_proto(onnx.load_from_string(traced(typed, component, paths, person, phase)))
+    origins = take_modules(model)
+    bind(model, weights if identity == "inputs" else weights | person)
     return Graph(model, origins)
 
 
-def _clear(entry: Any) -> None:
-    entry.metadata_props.clear()
-    entry.doc_string = None
+def traced(
+    typed: TypedComponent, component: Component, paths: Mapping[str, str], person: Tensors, phase: Phase
+) -> bytes:
+    """Return the traced graph of a component, from the cache if it has the graph.
+
+    paths: `FusedDenoiser.identity_paths`; person: the tensors by the same names.
+    """
+    free = {f"module.{path}": _free_shape(name, person[name]) for name, path in paths.items()}
+    example = [(name, tuple(tensor.shape)) for name, tensor in component.example_inputs().items()]
+    key = graph_key(typed, free, example, component.outputs)
+    model = load_graph(key) if key else None
+    if model is None:
+        model = trace(typed, component, person, phase)
+        if key:
+            save_graph(key, model)
+    return model
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's notes on optional packages."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+def bind(model: onnx_ir.Model, tensors: Tensors) -> None:
+    """Make inputs of a traced graph constants, by name, and compute what depends on constants only."""
+    graph, sizes = model.graph, dict[str, int | str]()
+    for value in list(graph.inputs):
+        if value.name is None or value.shape is None or value.name not in tensors:
+            continue
+        array = tensors[value.name].detach().numpy()
+        sizes |= {str(d): size for d, size in zip(value.shape, array.shape, strict=True) if not isinstance(d, int)}
+        graph.inputs.remove(value)
+        value.const_value = onnx_ir.Tensor(array, name=value.name)
+        graph.register_initializer(value)
+    rename_axes(model, sizes)
+    fold(model)
+
+
+def _free_shape(name: str, tensor: torch.Tensor) -> tuple[int | None, ...]:
+    """Return the shape of a person's tensor with None for its free axes."""
+    free = free_axes(name) or {}
+    return tuple(None if axis in free else size for axis, size in enumerate(tensor.shape))

@@ -52,6 +52,11 @@ def cache_home() -> Path:
     return Path(override) / "cache" if override else Path(platformdirs.user_cache_dir("pfstorer-rt", appauthor=False))
 
 
+def graph_folder() -> Path:
+    """Return the folder in the cache directory where exports keep traced graphs."""
+    return cache_home() / "graphs"
+
+
 def is_fingerprint(value: object) -> bool:
     """Whether a value is a fingerprint: a string of 64 lower-case hexadecimal digits."""
     return isinstance(value, str) and _FINGERPRINT.fullmatch(value) is not None

@@ -215,17 +215,17 @@ class AttentionProcessor:
     ) -> torch.Tensor:
         """hidden_states (B, L, C), context (B, S, C'), mask bool (B, S) with True attended -> (B, L, C)."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        q, k, v = (split_heads(tokens, attn.heads) for tokens in projected)
         return self.finish(attn, q, k, v, attention_mask)
 
     def finish(
         self, attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Split heads, compute attention, merge heads, project."""
-        heads = attn.heads
+        """q (B, H, L, D); k, v (B, H, S, D): compute attention, merge heads, project to (B, L, C)."""
         if mask is not None:
             mask = mask[:, None, None, :]
-        out = self.attention(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), mask)
+        out = self.attention(q, k, v, mask)
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import graph_cache
 import numpy as np
 import pytest
 import torch
@@ -31,20 +30,20 @@ def private_home(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def kept_graphs():
-    """`torch.onnx.export`, half a minute for a nano denoiser, computes each graph once and keeps it between runs.
+    """Traced graphs, half a minute for a nano denoiser, are kept between runs. `make clean` removes them."""
+    from pfstorer_rt import files
 
-    A graph is kept under a hash of the module, its example inputs, the options, the versions, and all sources on which
-    an export depends: any change of them exports anew. `make clean` removes the graphs. Returns the cache's module.
-    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.onnx, "export", graph_cache.GraphCache(ROOT / ".cache" / "graphs", torch.onnx.export))
-        yield graph_cache
+        patch.setattr(files, "graph_folder", lambda: ROOT / ".cache" / "graphs")
+        yield
 
 
 @pytest.fixture
-def export_anew(monkeypatch):
-    """`torch.onnx.export` itself, without the cache, in one test."""
-    monkeypatch.setattr(torch.onnx, "export", torch.onnx.export.export)
+def own_graphs(monkeypatch, tmp_path):
+    """An empty folder for the traced graphs of one test."""
+    folder = tmp_path / "graphs"
+    monkeypatch.setattr("pfstorer_rt.files.graph_folder", lambda: folder)
+    return folder
 
 
 @pytest.fixture

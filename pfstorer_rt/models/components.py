@@ -82,7 +82,7 @@ class Component:
 
     def dynamic_axes(self) -> dict[str, dict[int, Any] | None]:
         """Return the free axes of each input: the batch, and height and width where the component takes any size."""
-        batch = torch.export.Dim("batch", min=1, max=256)
+        batch = torch.export.Dim.DYNAMIC  # its bounds depend on the networks
         height, width = (torch.export.Dim(name, min=2, max=4096) for name in ("height", "width"))  # of the latent
 
         def free(name: str) -> dict[int, Any] | None:

@@ -8,11 +8,11 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from pfstorer_rt.ops import AttentionFn, AttentionProcessor, sdpa
+from pfstorer_rt.ops import AttentionFn, AttentionProcessor, sdpa, split_heads
 
 
 class ConstantContext(AttentionProcessor):
-    """Attention to the buffers `k` and `v` of the layer, each (1, S, C)."""
+    """Attention to the buffers `k` and `v` of the layer, each (1, heads, S, C / heads)."""
 
     def __call__(
         self,
@@ -24,8 +24,8 @@ class ConstantContext(AttentionProcessor):
     ) -> torch.Tensor:
         """hidden_states (B, L, C) -> (B, L, C); `encoder_hidden_states` and `attention_mask` are ignored."""
         batch = hidden_states.shape[0]
-        k, v = (tensor.expand(batch, -1, -1) for tensor in (attn.k, attn.v))
-        return self.finish(attn, attn.to_q(hidden_states), k, v, None)
+        k, v = (tensor.expand(batch, -1, -1, -1) for tensor in (attn.k, attn.v))
+        return self.finish(attn, split_heads(attn.to_q(hidden_states), attn.heads), k, v, None)
 
 
 @torch.no_grad()
@@ -35,8 +35,8 @@ def fold_context(attn: Attention, context: torch.Tensor, attention: AttentionFn 
     # The mean of the keys is subtracted: it adds the same value to all scores of a query, which softmax ignores.
     # Without it, fp16 overflows only at larger values.
     wide = context.double()
-    k = attn.to_k.double()(wide)
-    attn.register_buffer("k", (k - k.mean(1, keepdim=True)).to(context.dtype))
-    attn.register_buffer("v", attn.to_v.double()(wide).to(context.dtype))
+    k, v = (split_heads(project.double()(wide), attn.heads) for project in (attn.to_k, attn.to_v))
+    attn.register_buffer("k", (k - k.mean(-2, keepdim=True)).to(context.dtype).contiguous())
+    attn.register_buffer("v", v.to(context.dtype).contiguous())
     attn.to_k, attn.to_v = nn.Identity(), nn.Identity()
     attn.set_processor(ConstantContext(attention))

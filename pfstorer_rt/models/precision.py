@@ -12,6 +12,7 @@ These stay in fp32:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -30,13 +31,14 @@ def centred(attention: AttentionFn) -> AttentionFn:
     without their mean they are small. (SageAttention smooths keys in the same way: Zhang et al. 2024, section 4.2.)
     """
 
-    def on_centred_keys(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        mean = k.float().mean(-2, keepdim=True)
-        return attention(q, (k.float() - mean).to(k.dtype), v, mask)
+    return partial(_on_centred_keys, attention)
 
-    return on_centred_keys
+
+def _on_centred_keys(
+    attention: AttentionFn, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    mean = k.float().mean(-2, keepdim=True)
+    return attention(q, (k.float() - mean).to(k.dtype), v, mask)
 
 
 def spell_out_attention(module: nn.Module) -> None:
@@ -49,8 +51,16 @@ def spell_out_attention(module: nn.Module) -> None:
 def compute_in_float32(norm: nn.Module) -> None:
     """Change a normalization to take and return fp16 but compute in fp32; its parameters keep their names."""
     norm.float()
-    norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
-    norm.register_forward_hook(lambda _, __, output: output.half())
+    norm.register_forward_pre_hook(_to_float32)
+    norm.register_forward_hook(_to_half)
+
+
+def _to_float32(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return inputs[0].float(), *inputs[1:]
+
+
+def _to_half(_: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    return output.half()
 
 
 class TypedComponent(nn.Module):
