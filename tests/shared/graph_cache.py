@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_EXPORTING = {"cli", "degradation", "demo.py", "evaluation", "faces", "runtime", "training"}
+NOT_EXPORTING = {"cli", "degradation", "demo.py", "evaluation", "faces", "runtime", "studio", "training"}
 """The packages and modules that exporting does not import; tests/test_layering.py checks it."""
 EXPORTERS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 """The distributions whose versions change a graph."""
