@@ -2,7 +2,7 @@
 FROM python:3.12-slim
 COPY . /source
 RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \
-    "/source[studio,train,metrics,openvino]" && rm -r /source && useradd --create-home studio
+    "/source[studio,train,metrics,export,openvino]" && rm -r /source && useradd --create-home studio
 USER studio
 ENV PFSTORER_HOME=/home/studio/data
 VOLUME /home/studio/data

@@ -34,14 +34,16 @@ test: lint
 	wait $$mypy || { cat .venv/mypy.log; exit 1; }; exit $$tests
 
 # The page of the studio in headless Chromium. Chromium comes from the system, and is installed where apt and root exist.
+# `make test-studio STUDIO_TESTS=browser` also drives the shipped base, which takes minutes.
+STUDIO_TESTS ?= browser and not slow
 test-studio: .venv/ready
 	command -v chromium chromium-browser google-chrome >/dev/null || (apt-get update && apt-get install -y chromium)
 	$(PIP) -c constraints.txt -e '.[browser]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/studio/browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '$(STUDIO_TESTS)' tests/studio/browser
 
 # Minutes and gigabytes: engines of a full-size base, exports that leave the cache of graphs aside.
 test-slow: .venv/ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow and not browser'
 
 # Damaged files for every reader; fails with the file's number and a traceback.
 fuzz: .venv/ready

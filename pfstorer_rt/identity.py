@@ -331,6 +331,11 @@ def training_files(identity: Path) -> tuple[Path, Path]:
     return identity.with_name(identity.stem + ".training.pt"), identity.with_name(identity.stem + ".crops")
 
 
+def kept_plan(identity: Path) -> Path:
+    """Return the plan that the studio keeps beside the file of a named identity."""
+    return identity.with_name(identity.stem + ".plan")
+
+
 def list_identities() -> list[Path]:
     """List the named identity files, sorted."""
     return sorted(identities_dir().glob("*.safetensors"))

@@ -71,7 +71,8 @@ MAY_IMPORT = {
     "demo": PLAIN | {"plan", "imaging", "faces", "degradation", "models", "training", "export", "runtime"},
     "fix": PLAIN | {"identity", "plan", "imaging", "models", "training", "runtime"},
     "study": PLAIN | {"checks", "imaging"},
-    "studio": NETWORKS | {"engine", "runtime", "training", "faces", "degradation", "evaluation", "study", "temporary"},
+    "studio": NETWORKS
+    | {"engine", "runtime", "training", "export", "faces", "degradation", "evaluation", "study", "temporary"},
     "cli": NETWORKS
     | {"engine", "runtime", "training", "export", "faces", "degradation", "evaluation", "demo", "fix"}
     | {"studio"},

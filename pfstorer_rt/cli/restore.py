@@ -345,7 +345,7 @@ def open_references(folder: str | None) -> References | None:
         return None
     from pfstorer_rt.faces.references import References
 
-    references = References(folder)
+    references = References.read(folder)
     for text in references.notes:
         note(text)
     return references

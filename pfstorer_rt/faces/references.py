@@ -15,32 +15,43 @@ from pfstorer_rt.imaging.files import load_image
 from pfstorer_rt.imaging.find import list_images
 from pfstorer_rt.imaging.rows import Pixels, Rows
 
+FARTHER = "farther from the references than the input"
+NO_FACE = "no face found in the result"
+"""Beginnings of the notes of `References.facts`."""
+FindFaces = Callable[[Pixels], Sequence[Face]]
+"""find(pixels): the faces of an image (H, W, 3) in [0, 1], the largest first."""
+
 
 class References:
-    """Embeddings of reference photographs, kept only in memory."""
+    """Embeddings of one person's face, kept only in memory. `notes` has a line for each file that was not read."""
 
-    def __init__(self, folder: str | Path, find: Callable[[Pixels], Sequence[Face]] | None = None) -> None:
-        """Raise `MissingBackendError` without the `metrics` extra, `BadFileError` when no reference shows a face.
+    def __init__(self, faces: Sequence[Embedding], find: FindFaces | None = None, notes: Sequence[str] = ()) -> None:
+        """Raise `MissingBackendError` without the `metrics` extra.
 
-        find: returns the faces of an image, the largest first; None selects dlib's networks. The person is the largest
-        face of each reference. `notes` has a line for each file that could not be read.
+        faces: embeddings of photographs, or the mean embedding of an identity. find: None selects dlib's networks.
         """
-        find = find or face_finder()
-        if find is None:
-            raise MissingBackendError(f"comparing with references needs the metrics extra: {INSTALL_METRICS}")
-        self._find = find
+        self._find, self.faces, self.notes = _finder(find), list(faces), list(notes)
+
+    @classmethod
+    def read(cls, folder: str | Path, find: FindFaces | None = None) -> References:
+        """Measure the photographs of a folder, without its sub-folders; the person is the largest face of each.
+
+        Raises `MissingBackendError` without the `metrics` extra, `BadFileError` when no photograph shows a face.
+        """
+        find = _finder(find)
         files = list_images(Path(folder), recursive=False)  # sub-folders may hold other people
-        self.faces: list[Embedding] = []
-        self.notes: list[str] = []
+        faces: list[Embedding] = []
+        notes: list[str] = []
         for file in files:
             try:
                 found = find(load_image(file).pixels)
             except BadFileError as error:
-                self.notes.append(f"reference skipped: {error}")
+                notes.append(f"reference skipped: {error}")
                 continue
-            self.faces += [face.embedding for face in found[:1]]
-        if not self.faces:
+            faces += [face.embedding for face in found[:1]]
+        if not faces:
             raise BadFileError(f"{folder}: no face found in {len(files)} images; expected photographs of the person")
+        return cls(faces, find, notes)
 
     @property
     def mean(self) -> Embedding:
@@ -63,12 +74,11 @@ class References:
         faces = self._faces(result)
         after, _ = self._nearest([min(faces, key=lambda face: _apart(face, person))] if faces and person else faces)
         if after is None:
-            return {"id_distance": None, "id_distance_input": _round(before), "notes": ["no face found in the result"]}
+            return {"id_distance": None, "id_distance_input": _round(before), "notes": [NO_FACE]}
         facts: dict[str, Any] = {"id_distance": _round(after), "id_distance_input": _round(before)}
         if before is not None and after > before:
             facts["notes"] = [
-                f"farther from the references than the input: {after:.3f}, the input has {before:.3f}; try another "
-                "strength, number of steps or seed"
+                f"{FARTHER}: {after:.3f}, the input has {before:.3f}; try another strength, number of steps or seed"
             ]
         return facts
 
@@ -82,6 +92,14 @@ class References:
         """Return the smallest mean distance to the references, and its face."""
         found = nearest_face(faces, self.faces)
         return (found[1], faces[found[0]]) if found else (None, None)
+
+
+def _finder(find: FindFaces | None) -> FindFaces:
+    """Return the given search for faces, or the search with dlib's networks."""
+    find = find or face_finder()
+    if find is None:
+        raise MissingBackendError(f"comparing with references needs the metrics extra: {INSTALL_METRICS}")
+    return find
 
 
 def _apart(one: Face, other: Face) -> float:

@@ -16,6 +16,7 @@ from pfstorer_rt.identity import (
     identities_dir,
     identity_path,
     is_encrypted,
+    kept_plan,
     named_identity,
     no_such_identity,
     read_content,
@@ -83,12 +84,17 @@ def _check_base(identity: Identity) -> Check:
 
 
 def encrypt_identity(name: str | Path, passphrase: str) -> None:
-    """Encrypt the file of an identity; raises `SettingError` if it is encrypted already, and as `Identity.load`."""
+    """Encrypt the file of an identity, and delete the plan that the studio keeps, because plans are not encrypted.
+
+    Raises `SettingError` if the file is encrypted already, and as `Identity.load`.
+    """
     path = identity_path(name)
     if is_encrypted(path):
         raise SettingError(f"{show_path(path)}: encrypted already; decrypt it first to change the passphrase")
     Identity.load(path)
     _replace(path, seal(path.read_bytes(), passphrase))
+    if path.parent == identities_dir():
+        kept_plan(path).unlink(missing_ok=True)
 
 
 def decrypt_identity(name: str | Path) -> None:
@@ -119,7 +125,7 @@ class Kept:
 
 
 def find_kept(name: str | Path) -> Kept:
-    """Find the file of an identity, the checkpoint and crops of an interrupted training, and compiled networks.
+    """Find the file of an identity, an interrupted training, the plan of the studio, and compiled networks.
 
     Raises `BadFileError` when there are no files, and for a file outside the data directory that is not an identity.
     """
@@ -130,6 +136,7 @@ def find_kept(name: str | Path) -> Kept:
         read_metadata(path, read_content(path))
     present = [checkpoint] if checkpoint.is_file() and (named or _is_checkpoint(checkpoint)) else []
     present += [crops] if crops.is_dir() and (named or _is_crops(crops)) else []
+    present += [kept_plan(path)] if named and kept_plan(path).is_file() else []
     present += [path] if path.is_file() else []
     if not present:
         raise BadFileError(no_such_identity(path))
@@ -196,6 +203,7 @@ def rename_identity(name: str, new: str) -> Identity:
     _check_free(target)
     identity.name = new
     identity.save(target)
+    kept_plan(path).unlink(missing_ok=True)  # it contains the old name
     path.unlink()
     return identity
 

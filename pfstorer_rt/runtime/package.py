@@ -53,4 +53,15 @@ def _entry(outcome: Outcome, names: dict[Path, str]) -> dict[str, Any]:
     target = outcome.job.target
     entry["input"] = Path(entry["input"]).name
     entry["output"] = names.get(target, target.name) if target is not None else entry["output"]
+    entry = {key: _without_folders(value, outcome) for key, value in entry.items()}
     return {key: value for key, value in entry.items() if key not in ("compare", "preview")}
+
+
+def _without_folders(value: Any, outcome: Outcome) -> Any:
+    """Return a text, or a list of texts, without the folders of the input and the result; other values unchanged."""
+    if isinstance(value, list):
+        return [_without_folders(each, outcome) for each in value]
+    if isinstance(value, str):
+        for file in (outcome.job.source, outcome.job.target):
+            value = value.replace(str(file), file.name) if file is not None else value
+    return value

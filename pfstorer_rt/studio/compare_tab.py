@@ -77,7 +77,7 @@ class CompareTab:
 
     def _wire(self) -> None:
         outputs = [self.line, self.picture, self.steps, self.viewer, self.studies, self.results]
-        guarded = handled(self.line)
+        guarded = handled(self.workspace, self.line)
         self.compare.click(guarded(self.on_compare), [*self.names, *self.folders], outputs, **QUIET)
         self.picture.input(guarded(self.on_picture), [self.picture], outputs, **QUIET)
         self.back.click(guarded(self.on_back), [self.picture], outputs, **QUIET)
@@ -146,11 +146,14 @@ class CompareTab:
         made = comparing.start_study(self.workspace, session, session.comparison, references or [])
         yield {self.line: "", self.results: fragments.study_link(made), **self.listed(made.code)}
 
-    def on_show(self, code: str | None) -> Iterator[Updates]:
-        """Show the link and the results of a study."""
+    def on_show(self, code: str | None, request: gr.Request) -> Iterator[Updates]:
+        """Show the link, the results and the votes of a study."""
         if code:
             found = study.open_study(code)
-            yield {self.results: fragments.study_link(found) + fragments.study_results(found, study.shares(found))}
+            votes = comparing.votes_file(self.workspace, self.session(request), found)
+            link = fragments.download(votes, "Download the votes (CSV)") if votes else ""
+            results = fragments.study_results(found, study.shares(found))
+            yield {self.results: fragments.study_link(found) + results + link}
 
     def on_delete(self, code: str | None) -> Iterator[Updates]:
         """Delete a study with its votes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -50,6 +51,16 @@ def side_by_side(workspace: Workspace, session: Session, found: Comparison, name
     if name not in found.names:
         raise SettingError(f"{name}: no picture of this name in all folders")
     return [(shown(workspace, session, own[name]), method) for method, own in found.results.items()]
+
+
+def votes_file(workspace: Workspace, session: Session, study: Study) -> str:
+    """Return the address of a copy of the votes of a study; empty before the first vote."""
+    votes = study.folder / "votes.csv"
+    if not votes.is_file():
+        return ""
+    target = session.folder / f"votes_{study.code}.csv"
+    shutil.copyfile(votes, target)
+    return workspace.publish(target)
 
 
 def start_study(workspace: Workspace, session: Session, found: Comparison | None, references: Sequence[str]) -> Study:

@@ -1,4 +1,4 @@
-"""The engine of the chosen person: a base with an identity in PyTorch, or a plan. One is open at a time."""
+"""The engine of the chosen person: a plan, or a base with an identity in PyTorch. One is open at a time."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pfstorer_rt.base_files import find_base, fingerprint_directory
 from pfstorer_rt.errors import BadFileError, SettingError
 from pfstorer_rt.extras import needed_by
-from pfstorer_rt.identity import Identity, list_identities, named_identity
+from pfstorer_rt.identity import Identity, kept_plan, list_identities, named_identity
+from pfstorer_rt.plan import Plan
 from pfstorer_rt.runtime.restorer import Restorer
 from pfstorer_rt.studio.config import StudioConfig
+from pfstorer_rt.studio.plans import ensure_plan, find_plan
+from pfstorer_rt.studio.work import Report
 
 if TYPE_CHECKING:
     from pfstorer_rt.models.base import Base
@@ -50,7 +54,7 @@ class Engines:
         """Return (label, choice) of the identities on this base, the plans, and the base alone."""
         found = [(f"{name}", f"identity:{name}") for name in self.people()]
         found += [(f"{plan.stem} (plan)", f"plan:{number}") for number, plan in enumerate(self.config.plans)]
-        return [*found, ("Nobody: the base alone", NOBODY)]
+        return [*found, ("Anybody: without a learned person", NOBODY)]
 
     def people(self) -> list[str]:
         """Return the names of the readable identities that were learned on this base."""
@@ -62,6 +66,29 @@ class Engines:
             except BadFileError:  # shown in the tab of people
                 continue
         return names
+
+    def plans(self) -> list[Path]:
+        """Return the plans of the command, and the plans that the studio made for people."""
+        made = [plan for name in self.people() if (plan := find_plan(name)) is not None]
+        return [*self.config.plans, *made]
+
+    def face(self, choice: str) -> list[float]:
+        """Return the mean embedding of the face of a choice; empty if it has none. Raises `PFStorerError`."""
+        kind, _, value = choice.partition(":")
+        if kind == "plan":
+            return Plan.open(self.given_plan(value)).manifest.face
+        return Identity.load(named_identity(value)).face if kind == "identity" else []
+
+    def prepare(self, choice: str, report: Report) -> str:
+        """Make the plan of a person who has none; returns a note where that failed. Raises `CancelledError`."""
+        kind, _, name = choice.partition(":")
+        return ensure_plan(name, self.config.base, report) if kind == "identity" and name in self.people() else ""
+
+    def given_plan(self, number: str) -> Path:
+        """Return a plan of the command by its number in the choices; raises `SettingError` for another number."""
+        if not number.isdecimal() or int(number) >= len(self.config.plans):
+            raise SettingError(f"plan {number!r}: choose one of the list")
+        return self.config.plans[int(number)]
 
     @contextmanager
     def use(self, choice: str) -> Iterator[Restorer]:
@@ -84,8 +111,10 @@ class Engines:
             self._open[1].__exit__(None, None, None)
             self._open = None
         kind, _, value = choice.partition(":")
-        if kind == "plan" and value.isdecimal() and int(value) < len(self.config.plans):
-            restorer = Restorer.from_plan(self.config.plans[int(value)])
+        if kind == "plan":
+            restorer = Restorer.from_plan(self.given_plan(value))
+        elif kind == "identity" and (plan := find_plan(value)) is not None:
+            restorer = Restorer.from_plan(plan)
         elif kind == "identity":
             restorer = Restorer.from_base(self.base(), Identity.load(named_identity(value)))
         elif choice == NOBODY:
@@ -96,8 +125,8 @@ class Engines:
         return restorer
 
     def _version(self, choice: str) -> object:
-        """Return a value that changes when the file of an identity is replaced."""
+        """Return a value that changes when the file of an identity or its plan is replaced."""
         if not choice.startswith("identity:"):
             return None
         path = named_identity(choice.partition(":")[2])
-        return path.stat().st_mtime_ns if path.is_file() else None
+        return [file.stat().st_mtime_ns if file.is_file() else None for file in (path, kept_plan(path))]

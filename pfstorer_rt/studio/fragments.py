@@ -9,7 +9,7 @@ from html import escape
 from pfstorer_rt.faces.likeness import Likeness
 from pfstorer_rt.runtime.batch import Outcome
 from pfstorer_rt.studio.people import Judged, Known
-from pfstorer_rt.studio.restoring import Found, likeness
+from pfstorer_rt.studio.restoring import Found, is_about_likeness, likeness
 from pfstorer_rt.studio.work import State, time_left
 from pfstorer_rt.study import QUESTIONS, Share, Study
 
@@ -50,14 +50,15 @@ def empty(text: str) -> str:
     return f'<div class="empty">{escape(text)}</div>'
 
 
-def faces(found: Sequence[Found]) -> str:
-    """Return the pictures with their faces."""
+def faces(found: Sequence[Found], pictures: int) -> str:
+    """Return the pictures with their faces. pictures: number of all pictures."""
     items = "".join(
         f'<li><img src="{escape(one.picture)}" alt="{escape(one.name)} with frames around the faces">'
         f'<div class="text"><b>{escape(one.name)}</b><br>{escape(one.text)}</div></li>'
         for one in found
     )
-    return f'<ul class="cards whole">{items}</ul>' if found else ""
+    rest = f"<p>The first {len(found)} of {pictures} pictures are shown.</p>" if len(found) < pictures else ""
+    return f'<h2 class="studio">Faces</h2><ul class="cards whole">{items}</ul>{rest}' if found else ""
 
 
 def photographs(judged: Sequence[Judged]) -> str:
@@ -67,19 +68,20 @@ def photographs(judged: Sequence[Judged]) -> str:
         mark = f'<span class="mark no">Not used</span>: {escape(one.reason)}' if one.reason else ""
         mark = mark or '<span class="mark yes">Used</span>'
         kind = ' class="refused"' if one.reason else ""
-        items += f'<li{kind}><img src="{escape(one.crop)}" alt="Crop of {escape(one.name)}">'
+        crop = f'<img src="{escape(one.crop)}" alt="Crop of {escape(one.name)}">' if one.crop else ""
+        items += f"<li{kind}>{crop}"
         items += f'<div class="text"><b>{escape(one.name)}</b><br>{mark}</div></li>'
     return f'<ul class="cards">{items}</ul>' if judged else ""
 
 
-def reading(found: Likeness | None) -> str:
-    """Return the likeness in words and as a number."""
+def reading(found: Likeness | None, dropped: bool = False) -> str:
+    """Return the likeness in words and as a number. dropped: it is compared with dropped photographs."""
     if found is None:
         return ""
-    number = (
-        "" if found.distance is None else f" <span>Distance {found.distance:.2f}; below 0.60 is the same person.</span>"
-    )
-    return f'<div class="likeness {found.level}"><strong>{escape(found.text)}</strong>{number}</div>'
+    against = "your photographs" if dropped else "the photographs that were learned"
+    number = f"Distance to {against}: {found.distance:.2f}. Below 0.60 is usually the same person."
+    aside = "" if found.distance is None else f" <span>{number}</span>"
+    return f'<div class="likeness {found.level}"><strong>{escape(found.text)}</strong>{aside}</div>'
 
 
 def results(outcomes: Sequence[tuple[Outcome, str]]) -> str:
@@ -89,7 +91,8 @@ def results(outcomes: Sequence[tuple[Outcome, str]]) -> str:
         name = escape(outcome.job.source.name if outcome.job.source else "")
         if outcome.status == "done":
             found = likeness(outcome)
-            notes = "; ".join([*([found.text] if found else []), *outcome.notes])
+            others = [note for note in outcome.notes if found is None or not is_about_likeness(note)]
+            notes = " ".join([*([found.text] if found else []), *others])
             link = f'<a href="{escape(address)}" download>Download<span hidden> {name}</span></a>'
             cells = [f"{outcome.width} x {outcome.height}", f"{outcome.seconds:.1f} s", escape(notes), link]
         else:
@@ -133,9 +136,10 @@ def people(known: Sequence[Known]) -> str:
 
 
 def table(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    """Return a table of two columns with a title."""
+    """Return a table of two columns, with a title if there is one."""
     body = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(text)}</td></tr>' for name, text in rows)
-    return f'<h2 class="studio">{escape(title)}</h2><table class="studio-table"><tbody>{body}</tbody></table>'
+    head = f'<h2 class="studio">{escape(title)}</h2>' if title else ""
+    return f'{head}<table class="studio-table pairs"><tbody>{body}</tbody></table>'
 
 
 def study_link(study: Study) -> str:

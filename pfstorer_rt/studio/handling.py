@@ -12,7 +12,7 @@ from pfstorer_rt.progress import CancelledError
 from pfstorer_rt.studio import fragments
 from pfstorer_rt.studio.restoring import EXPECTED, explain
 from pfstorer_rt.studio.work import Report, State, Work
-from pfstorer_rt.studio.workspace import Session
+from pfstorer_rt.studio.workspace import Session, Workspace
 
 Updates = dict[Any, Any]
 """Component -> new value or update."""
@@ -20,8 +20,8 @@ Handler = Callable[..., Iterator[Updates]]
 Result = TypeVar("Result")
 
 
-def handled(line: Any, always: Callable[[], Updates] = dict) -> Callable[[Handler], Handler]:
-    """Return a decorator: an error of the handler becomes a line in the component `line`.
+def handled(workspace: Workspace, line: Any, always: Callable[[], Updates] = dict) -> Callable[[Handler], Handler]:
+    """Return a decorator: an error of the handler becomes a line in the component `line`, with names instead of paths.
 
     always: updates at the end of every call, also after an error.
     """
@@ -37,7 +37,7 @@ def handled(line: Any, always: Callable[[], Updates] = dict) -> Callable[[Handle
             except Exception as error:
                 if not isinstance(error, EXPECTED):
                     traceback.print_exc(file=sys.stderr)
-                yield {line: fragments.status(explain(error), error=True), **always()}
+                yield {line: fragments.status(workspace.without_folders(explain(error)), error=True), **always()}
 
         return call
 

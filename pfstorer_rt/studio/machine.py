@@ -25,7 +25,8 @@ def diagnosis() -> list[tuple[str, Rows]]:
         ("System", f"{machine['system']}, Python {machine['python']}"),
         ("Processor", f"{machine['cores']} cores, {machine['memory_gb']} GB"),
         ("GPU", str(machine["gpu"] or "none visible to PyTorch")),
-        ("Data directory", f"{found['home']} ({found['identities']} people)"),
+        ("Data directory", str(found["home"])),
+        ("People", str(found["identities"])),
     ]
     tables = [("This machine", hardware)]
     titles = {"extras": "Extras", "engines": "Engines", "builders": "Builders", "metrics": "Metrics"}
@@ -35,7 +36,9 @@ def diagnosis() -> list[tuple[str, Rows]]:
 
 
 def describe_plans(plans: Sequence[Path]) -> Rows:
-    """Return (name, description) of every plan."""
+    """Return (name, description) of every plan, or one row where there is none."""
+    if not plans:
+        return [("None", "The studio makes a plan for each person, unless PyTorch uses a GPU.")]
     rows: Rows = []
     for path in plans:
         try:
@@ -52,7 +55,7 @@ def benchmark(workspace: Workspace, session: Session, plans: Sequence[Path], nam
     """Time a plan for a minute at most; returns the address of the plot. Raises `SettingError` without a plan."""
     path = next((path for path in plans if path.name == name), None)
     if path is None:
-        raise SettingError("no plan: give plans to the command that starts the studio")
+        raise SettingError("no plan is chosen: learn a person first, the studio then makes a plan")
     config = BenchConfig(runs=5, seconds=5.0, sizes=(512, 1024))
     measured = measure_plan(path, config, lambda what: report(f"timing {what}"))
     target = session.folder / f"bench_{path.stem}.png"

@@ -12,30 +12,40 @@ from pfstorer_rt.studio.handling import Updates, follow, handled
 from pfstorer_rt.studio.restore_tab import HEAVY, QUIET
 from pfstorer_rt.studio.workspace import Workspace
 
+PLANS = "A plan is a person and the base in one file that restores faster. The studio makes one for each person."
+
 
 class MachineTab:
     """The components of the tab, and their handlers."""
 
     def __init__(self, workspace: Workspace, engines: Engines) -> None:
-        self.workspace, self.plans = workspace, engines.config.plans
+        self.workspace, self.engines = workspace, engines
         self.line = gr.HTML("", elem_id="machine-status")
         with gr.Row():
             with gr.Column(min_width=300):
                 self.examine = gr.Button("Examine this machine", variant="primary", elem_id="examine")
                 self.tables = gr.HTML("", elem_id="machine")
             with gr.Column(min_width=300):
-                names = [path.name for path in self.plans]
-                rows = machine.describe_plans(self.plans) or [
-                    ("None", "Start the studio with plans to list them here.")
-                ]
-                gr.HTML(fragments.table("Plans", rows))
-                self.plan = gr.Dropdown(names, value=names[0] if names else None, label="Plan", filterable=False)
-                self.time = gr.Button("Time this plan", interactive=bool(names), elem_id="time")
+                gr.HTML(f'<h2 class="studio">Plans</h2><p class="studio-lead">{PLANS}</p>')
+                self.listed = gr.HTML("", elem_id="plans")
+                self.plan = gr.Dropdown([], label="Plan", filterable=False, elem_id="plan")
+                self.time = gr.Button("Time this plan", elem_id="time")
                 self.plot = gr.HTML("", elem_id="plot")
+        self.lists = [self.listed, self.plan, self.time]
         outputs = [self.line, self.tables, self.plot]
-        guarded = handled(self.line)
+        guarded = handled(self.workspace, self.line)
         self.examine.click(guarded(self.on_examine), None, outputs, **QUIET)
-        self.time.click(guarded(self.on_time), [self.plan], outputs, **HEAVY, api_visibility="private")
+        self.time.click(guarded(self.on_time), [self.plan], outputs, **HEAVY)
+
+    def refreshed(self) -> Updates:
+        """Return updates of everything that lists plans."""
+        plans = self.engines.plans()
+        names = [path.name for path in plans]
+        return {
+            self.listed: fragments.table("", machine.describe_plans(plans)),
+            self.plan: gr.update(choices=names, value=names[0] if names else None),
+            self.time: gr.update(interactive=bool(names)),
+        }
 
     def on_examine(self) -> Iterator[Updates]:
         """Show what this machine can run."""
@@ -48,7 +58,7 @@ class MachineTab:
         session = self.workspace.session(request.session_hash)
         address = yield from follow(
             session,
-            lambda report: machine.benchmark(self.workspace, session, self.plans, name, report),
+            lambda report: machine.benchmark(self.workspace, session, self.engines.plans(), name, report),
             lambda state: {self.line: fragments.progress(state)},
         )
         yield {self.line: "", self.plot: f'<img src="{address}" alt="Bars of the measured times of {name}">'}

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
-from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError
+from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError, one_line
 from pfstorer_rt.extras import needed_by
-from pfstorer_rt.faces.dlib import face_models, to_uint8
-from pfstorer_rt.faces.references import References
+from pfstorer_rt.faces.dlib import to_uint8
 from pfstorer_rt.identity import Identity, list_identities, named_identity, training_files
 from pfstorer_rt.imaging.files import save_image
 from pfstorer_rt.imaging.rows import Pixels
@@ -45,7 +44,7 @@ class Judged:
 
     name: str
     crop: str
-    """Address of the crop."""
+    """Address of the crop; empty for a file that cannot be read."""
     reason: str
     """Why the photograph is not used; empty for one that is used."""
 
@@ -63,18 +62,31 @@ class Known:
 def judge_photographs(
     workspace: Workspace, session: Session, engines: Engines, files: Sequence[str], report: Report
 ) -> list[Judged]:
-    """Copy the photographs into the session, and choose which of them are used. Raises `PFStorerError`."""
+    """Copy the photographs into the session, and choose which of them are used.
+
+    A file that cannot be read is not used, and its copy is deleted. Raises `PFStorerError`.
+    """
     folder = session.folder / "photographs"
     if not files:
         raise SettingError("no photograph: drop 3 to 5 photographs of one person")
     report("reading the photographs")
-    paths = workspace.take(files, folder, MOST)
-    for path in paths:
-        workspace.check_pixels(path)
-    report("looking for faces")
-    return [
-        Judged(reference.path.name, crop_address(workspace, session, reference), reference.left_out)
-        for reference in read(paths, engines)
+    paths, refused = [], []
+    for path in workspace.take(files, folder, MOST):
+        try:
+            workspace.check_pixels(path)
+            paths.append(path)
+        except PFStorerError as error:
+            refused.append(Judged(path.name, "", workspace.without_folders(one_line(error))))
+            path.unlink()
+    report("searching for faces")
+    read_ones = read(paths, engines) if paths else []
+    return refused + [
+        Judged(
+            reference.path.name,
+            crop_address(workspace, session, reference),
+            workspace.without_folders(reference.left_out),
+        )
+        for reference in read_ones
     ]
 
 
@@ -148,8 +160,6 @@ def learn(
     identity = personalize(
         wanted.name.strip(), paths, base, config, target, notes.append, follow, on_preview=show, preview_every=every
     )
-    if face_models() is not None:
-        session.learned[identity.name] = References(folder)
     return identity, notes
 
 
@@ -220,7 +230,7 @@ def delete(name: str | None, confirmation: str) -> str:
     if confirmation.strip() != person:
         raise SettingError(f"type the name {person} to delete this person; nothing was deleted")
     count = len(delete_identity(person).files)
-    return f"{person} is deleted ({count} file{'s' if count > 1 else ''}). Plans that you exported are left."
+    return f"{person} is deleted ({count} file{'s' if count > 1 else ''}). Plans that you exported yourself are left."
 
 
 def export_file(workspace: Workspace, session: Session, name: str | None) -> str:

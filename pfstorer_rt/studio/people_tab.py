@@ -11,7 +11,7 @@ from pfstorer_rt.imaging.formats import image_suffixes
 from pfstorer_rt.studio import fragments, people
 from pfstorer_rt.studio.engines import Engines
 from pfstorer_rt.studio.handling import Updates, follow, handled
-from pfstorer_rt.studio.restore_tab import HEAVY, QUIET
+from pfstorer_rt.studio.restore_tab import HEAVY, QUIET, WAIT
 from pfstorer_rt.studio.workspace import Session, Workspace
 
 LEAD = "Learn a person once from 1 to 10 good photographs; 3 to 5 are best. Sharp faces from different days help most."
@@ -69,15 +69,19 @@ class PeopleTab:
             self.line, self.crops, self.preview, self.table, self.chosen, self.person, self.cancel, self.learn,
             self.confirmation, self.new_name, self.link, self.file,
         ]  # fmt: skip
-        guarded = handled(self.line, self.stopped)
-        private = {"api_visibility": "private"}
-        self.photographs.change(guarded(self.on_photographs), [self.photographs], outputs, **HEAVY, **private)
-        self.learn.click(guarded(self.on_learn), [self.name, self.length, self.consent], outputs, **HEAVY, **private)
-        self.rename.click(guarded(self.on_rename), [self.chosen, self.new_name], outputs, **HEAVY, **private)
-        self.delete.click(guarded(self.on_delete), [self.chosen, self.confirmation], outputs, **HEAVY, **private)
+        guarded = handled(self.workspace, self.line, self.stopped)
+        self.photographs.change(guarded(self.on_photographs), [self.photographs], outputs, **HEAVY)
+        self.learn.click(self.on_wait, None, self.line, queue=False, **QUIET)
+        self.learn.click(guarded(self.on_learn), [self.name, self.length, self.consent], outputs, **HEAVY)
+        self.rename.click(guarded(self.on_rename), [self.chosen, self.new_name], outputs, **HEAVY)
+        self.delete.click(guarded(self.on_delete), [self.chosen, self.confirmation], outputs, **HEAVY)
         self.export.click(guarded(self.on_export), [self.chosen], outputs, **QUIET)
         self.file.upload(guarded(self.on_import), [self.file], outputs, **QUIET)
         self.cancel.click(self.on_cancel, None, None, queue=False, **QUIET)
+
+    def on_wait(self) -> str:
+        """Return a line for a call that has to wait."""
+        return fragments.status(WAIT) if self.workspace.is_busy() else ""
 
     def stopped(self) -> Updates:
         """Return updates of the buttons at the end of every call."""
@@ -113,7 +117,7 @@ class PeopleTab:
         )
         used = sum(not one.reason for one in judged)
         more = "" if used >= 3 else " 3 to 5 give a better likeness."
-        text = f"{used} of {len(judged)} photographs are used.{more}"
+        text = f"{used} of {len(judged)} photograph{'s are' if len(judged) > 1 else ' is'} used.{more}"
         yield {self.crops: fragments.photographs(judged), self.line: fragments.status(text)}
 
     def on_learn(self, name: str, length: str, consent: bool, request: gr.Request) -> Iterator[Updates]:
@@ -124,11 +128,21 @@ class PeopleTab:
         identity, notes = yield from follow(
             session,
             lambda report: people.learn(self.workspace, session, self.engines, wanted, report),
-            lambda state: {self.line: fragments.progress(state), self.preview: fragments.preview(state.extra)},
+            lambda state: {self.line: fragments.progress(state), **self.previewed(state.extra)},
+        )
+        yield self.refreshed(identity.name)
+        failure = yield from follow(
+            session,
+            lambda report: self.engines.prepare(f"identity:{identity.name}", report),
+            lambda state: {self.line: fragments.progress(state)},
         )
         text = f"{identity.name} is learned. Choose {identity.name} in the tab Restore."
-        notes = [note for note in notes if "left out" not in note]
-        yield {self.line: fragments.status(" ".join([text, *notes])), **self.refreshed(identity.name)}
+        notes = [note for note in [*notes, failure] if note and "left out" not in note]
+        yield {self.line: fragments.status(self.workspace.without_folders(" ".join([text, *notes])))}
+
+    def previewed(self, addresses: list[str] | None) -> Updates:
+        """Return the update of the preview."""
+        return {self.preview: fragments.preview(addresses)} if addresses else {}
 
     def on_rename(self, chosen: str | None, new: str) -> Iterator[Updates]:
         """Rename the chosen person."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.errors import PFStorerError, SettingError, one_line
 from pfstorer_rt.faces.dlib import face_models
 from pfstorer_rt.faces.finding import SEARCHED, shrunk
 from pfstorer_rt.faces.likeness import Likeness, read_likeness
-from pfstorer_rt.faces.references import References
-from pfstorer_rt.imaging.files import load_image, save_image
+from pfstorer_rt.faces.references import FARTHER, NO_FACE, References
+from pfstorer_rt.imaging.files import load_image, save_image, scan_image
 from pfstorer_rt.runtime.batch import BatchConfig, Outcome, Saving, restore_jobs
 from pfstorer_rt.runtime.jobs import Job, plan_jobs
 from pfstorer_rt.runtime.package import package_results
@@ -58,14 +60,19 @@ class Found:
     """One sentence about the faces."""
 
 
-def take_pictures(workspace: Workspace, session: Session, files: Sequence[str]) -> list[Path]:
-    """Copy the dropped pictures into the session; raises `PFStorerError` for one that cannot be read."""
-    session.inputs, session.outcomes = [], {}
-    taken = workspace.take(files, session.folder / "inputs")
-    for path in taken:
-        workspace.check_pixels(path)
-    session.inputs = taken
-    return taken
+def take_pictures(workspace: Workspace, session: Session, files: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Copy the dropped pictures into the session; returns the readable ones, and a message for each other one.
+
+    Raises `SettingError` for too many files and for a file that is too large.
+    """
+    session.inputs, session.outcomes, refused = [], {}, []
+    for path in workspace.take(files, session.folder / "inputs"):
+        try:
+            workspace.check_pixels(path)
+            session.inputs.append(path)
+        except PFStorerError as error:
+            refused.append(one_line(error))
+    return session.inputs, refused
 
 
 def take_references(workspace: Workspace, session: Session, files: Sequence[str]) -> str:
@@ -76,21 +83,33 @@ def take_references(workspace: Workspace, session: Session, files: Sequence[str]
     folder = session.folder / "references"
     for path in workspace.take(files, folder):
         workspace.check_pixels(path)
-    session.references = References(folder)
+    session.references = References.read(folder)
     faces = len(session.references.faces)
     return f"The likeness is compared with {faces} face{'s' if faces > 1 else ''}."
 
 
-def find_faces(workspace: Workspace, session: Session, report: Report) -> list[Found]:
-    """Find the faces of the dropped pictures; an empty list without the `metrics` extra."""
+def known_face(session: Session, engines: Engines, choice: str) -> References | None:
+    """Return the dropped photographs of the person, else the mean embedding that the engine of a choice stores.
+
+    Returns None where there is neither, and without the `metrics` extra. Raises `PFStorerError`.
+    """
+    if session.references is not None or face_models() is None:
+        return session.references
+    face = engines.face(choice)
+    return References([np.array(face, np.float64)]) if face else None
+
+
+def find_faces(workspace: Workspace, session: Session, engines: Engines, choice: str, report: Report) -> list[Found]:
+    """Find the faces of the dropped pictures, and the face of the chosen person; empty without the `metrics` extra."""
     if face_models() is None:
         return []
     from pfstorer_rt.faces.marking import mark_faces
 
-    known = session.references.faces if session.references else ()
+    person = known_face(session, engines, choice)
+    known = person.faces if person else ()
     found = []
     for number, path in enumerate(session.inputs[:FACES_OF]):
-        report(f"looking for faces: {path.name}", number / len(session.inputs[:FACES_OF]))
+        report(f"searching for faces: {path.name}", number / len(session.inputs[:FACES_OF]))
         pixels, _ = shrunk(load_image(path, workspace.limits.pixels).pixels, SEARCHED)
         marked = mark_faces(pixels, known)
         target = session.folder / f"faces_{number}.jpg"
@@ -123,16 +142,17 @@ def restore(
 ) -> list[Outcome]:
     """Restore the pictures of a session, or one of them; returns the outcomes of this call.
 
-    Earlier results of the same pictures are replaced. Raises `PFStorerError`, and `CancelledError` between two tiles;
-    finished results are kept.
+    Earlier results of the same pictures are replaced. A person without a plan gets one first. Raises `PFStorerError`,
+    and `CancelledError` between two tiles; finished results are kept.
     """
     if not session.inputs:
         raise SettingError("no picture: drop one first")
+    note = engines.prepare(choice, report)
     report("opening the engine")
     config = BatchConfig(
         dials.config(),
         saving=Saving(overwrite=True),
-        references=session.references or session.learned.get(choice.removeprefix("identity:")),
+        references=known_face(session, engines, choice),
         max_pixels=workspace.limits.pixels,
     )
     jobs = [
@@ -148,10 +168,29 @@ def restore(
 
     def keep(outcome: Outcome) -> None:
         assert outcome.job.source is not None
-        session.outcomes[outcome.job.source] = outcome
+        session.outcomes[outcome.job.source] = replace(outcome, notes=(*outcome.notes, *([note] if note else [])))
 
     with engines.use(choice) as restorer:
-        return restore_jobs(restorer, jobs, config, keep, follow)
+        restore_jobs(restorer, jobs, config, keep, follow)
+    return [session.outcomes[job.source] for job in jobs if job.source is not None]
+
+
+def compare_results(workspace: Workspace, session: Session, report: Report) -> None:
+    """Measure the likeness of existing results again, after photographs of the person were dropped."""
+    done = [(path, one) for path, one in session.outcomes.items() if one.status == "done" and one.job.target]
+    for number, (path, outcome) in enumerate(done):
+        if session.references is None or outcome.job.target is None:
+            return
+        report(f"comparing {path.name} with the photographs", number / len(done))
+        source, result = (scan_image(file, workspace.limits.pixels).pixels for file in (path, outcome.job.target))
+        facts = session.references.facts(source, result)
+        notes = [note for note in outcome.notes if not is_about_likeness(note)] + facts.pop("notes", [])
+        session.outcomes[path] = replace(outcome, notes=tuple(notes), details={**outcome.details, **facts})
+
+
+def is_about_likeness(note: str) -> bool:
+    """Whether a note of an outcome repeats what `likeness` reads."""
+    return note.startswith((FARTHER, NO_FACE))
 
 
 def likeness(outcome: Outcome) -> Likeness | None:

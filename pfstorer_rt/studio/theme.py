@@ -9,6 +9,7 @@ import gradio as gr
 
 SANS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+SCRIPTS = ("viewer.js", "labels.js", "keyboard.js")
 ACCENT = gr.themes.Color(
     *("#eef7f5", "#d6ece7", "#b0dad1", "#7fc1b4", "#4aa292", "#227d6d", "#1b6c5e", "#16594e", "#12483f", "#0e3a33"),
     "#082520",
@@ -85,4 +86,4 @@ def style() -> str:
 def scripts() -> str:
     """Return the viewer and the page's own scripts, as one element for the head of the page."""
     folder = Path(__file__).parent
-    return "".join(f"<script>{(folder / name).read_text()}</script>" for name in ("viewer.js", "labels.js"))
+    return "".join(f"<script>{(folder / name).read_text()}</script>" for name in SCRIPTS)

@@ -43,13 +43,23 @@ class Work(Generic[Result]):
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    @property
+    def running(self) -> bool:
+        """Whether the call has not ended yet."""
+        return self._thread.is_alive()
+
     def cancel(self) -> None:
         """Ask the call to stop at its next report."""
         self._cancelled.set()
 
     def report(self, text: str, share: float | None = None, extra: Any = None) -> None:
-        """Set the state; raises `CancelledError` once the work is cancelled."""
+        """Set the state; raises `CancelledError` once the work is cancelled.
+
+        The time left is estimated from the time since the last report without a share.
+        """
         left = None
+        if share is None and extra is None:
+            self._started = self._clock()
         if share and share > 0:
             left = (self._clock() - self._started) * (1 - share) / share
         self._state = State(text, share, left, self._state.extra if extra is None else extra)

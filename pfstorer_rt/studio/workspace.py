@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -33,9 +34,7 @@ class Session:
     outcomes: dict[Path, Outcome] = field(default_factory=dict)
     """Input -> its outcome."""
     references: References | None = None
-    """Photographs of the person, for the likeness."""
-    learned: dict[str, References] = field(default_factory=dict)
-    """Person learned on this page -> the photographs, for the likeness."""
+    """Photographs of the person that were dropped for the likeness."""
     comparison: Comparison | None = None
     """Folders that are compared."""
     work: Work[Any] | None = None
@@ -64,6 +63,11 @@ class Workspace:
                 folder = Path(tempfile.mkdtemp(dir=self.folder))
                 self._sessions[str(key)] = Session(folder)
             return self._sessions[str(key)]
+
+    def is_busy(self) -> bool:
+        """Whether a call of any page is running."""
+        with self._lock:
+            return any(session.work is not None and session.work.running for session in self._sessions.values())
 
     def close(self, key: str | None) -> None:
         """Cancel the work of a page, and delete its files."""
@@ -122,6 +126,10 @@ class Workspace:
             target = folder / f"{file.stem}_{number}{file.suffix}"
         shutil.copyfile(file, target)
         return target
+
+    def without_folders(self, text: str) -> str:
+        """Return a text in which each file of this workspace has its own name only."""
+        return re.sub(re.escape(str(self.folder)) + r"[/\\](?:[^/\\\s]+[/\\])*", "", text)
 
     def check_pixels(self, path: Path) -> tuple[int, int]:
         """Return the size of a picture; raises `PFStorerError` for one that is too large or no picture."""

@@ -77,13 +77,13 @@ def test_the_largest_face_is_the_first_and_its_embedding_is_that_of_the_metrics(
 def test_references_find_the_face_of_a_shrunken_photograph(tmp_path):
     pixels = shrunken(192)
     save_image(tmp_path / "a.png", pixels)
-    assert References(tmp_path).distance(Spool.of(from_pixels(pixels))) < 0.1
+    assert References.read(tmp_path).distance(Spool.of(from_pixels(pixels))) < 0.1
 
 
 def test_a_result_farther_from_the_references_than_the_input_gets_a_note(tmp_path):
     save_image(tmp_path / "white.png", np.ones((8, 8, 3), np.float32))
     (tmp_path / "damaged.png").write_bytes(b"no image")
-    references = References(
+    references = References.read(
         tmp_path, find=lambda pixels: [Face(0, 0, 8, np.array([pixels.mean()]))]
     )  # of the brightness
     assert len(references.notes) == 1 and "damaged.png" in references.notes[0]

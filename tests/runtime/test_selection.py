@@ -183,7 +183,7 @@ def test_a_batch_restores_the_person_of_the_references_and_leaves_the_stranger(p
     results = {}
     for strength in (0.0, 1.0):
         settings = BatchConfig(
-            replace(BASE, strength=strength, steps=1), references=References(tmp_path / "references")
+            replace(BASE, strength=strength, steps=1), references=References.read(tmp_path / "references")
         )
         (done,) = restore_files(personal, [tmp_path / "both.png"], tmp_path / f"{strength}.png", settings)
         results[strength] = np.asarray(Image.open(tmp_path / f"{strength}.png"), np.float32)

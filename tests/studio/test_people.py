@@ -23,7 +23,7 @@ def test_copies_are_refused_with_a_reason(workspace, session, engines, drop, wit
     files = drop("1.png", "2.png") + drop("copy.png")
     judged = people.judge_photographs(workspace, session, engines, files, silent)
     assert [(one.name, bool(one.reason)) for one in judged] == [("1.png", False), ("2.png", False), ("copy.png", True)]
-    assert "almost the same image" in judged[2].reason
+    assert judged[2].reason == "almost the same image as 1.png"
     assert all(workspace.published(one.crop.removeprefix("pictures/")).exists() for one in judged)
 
 
@@ -89,9 +89,10 @@ def test_rename(engines, alice):
 def test_delete_needs_the_name_and_leaves_nothing(engines, alice, home):
     checkpoint = home / "identities" / "alice.training.pt"
     checkpoint.write_bytes(b"x")
+    (home / "identities" / "alice.plan").write_bytes(b"x")
     with pytest.raises(SettingError, match="type the name alice"):
         people.delete("alice", "alic")
-    assert people.delete("alice", "alice ") == "alice is deleted (2 files). Plans that you exported are left."
+    assert people.delete("alice", "alice ") == "alice is deleted (3 files). Plans that you exported yourself are left."
     assert list((home / "identities").iterdir()) == []
     with pytest.raises(SettingError, match="nobody is chosen"):
         people.delete(None, "")

@@ -34,7 +34,7 @@ def restore(workspace, session, engines, choice=NOBODY, dials=None, report=silen
 
 
 def test_all_pictures_are_restored_as_the_library_does(workspace, session, engines, drop):
-    paths = restoring.take_pictures(workspace, session, drop("a.png", "b.jpg"))
+    paths, _ = restoring.take_pictures(workspace, session, drop("a.png", "b.jpg"))
     outcomes = restore(workspace, session, engines, dials=Dials(seed=3, steps=2, scale=2))
     assert [outcome.status for outcome in outcomes] == ["done", "done"]
     assert (outcomes[0].width, outcomes[0].height) == (120, 140)
@@ -44,7 +44,7 @@ def test_all_pictures_are_restored_as_the_library_does(workspace, session, engin
 
 
 def test_the_strength_changes_one_picture_and_keeps_the_others(workspace, session, engines, drop, alice):
-    paths = restoring.take_pictures(workspace, session, drop("a.png", "b.png"))
+    paths, _ = restoring.take_pictures(workspace, session, drop("a.png", "b.png"))
     restore(workspace, session, engines, alice)
     targets = [session.outcomes[path].job.target for path in paths]
     before = [target.read_bytes() for target in targets]
@@ -55,7 +55,7 @@ def test_the_strength_changes_one_picture_and_keeps_the_others(workspace, sessio
 
 def test_choices(engines, alice, home):
     (home / "identities" / "bad.safetensors").write_bytes(b"x")
-    assert engines.choices() == [("alice", "identity:alice"), ("Nobody: the base alone", NOBODY)]
+    assert engines.choices() == [("alice", "identity:alice"), ("Anybody: without a learned person", NOBODY)]
 
 
 @pytest.mark.parametrize("choice", ["plan:0", "identity:../../x", "anything", "identity:bob"])
@@ -66,7 +66,7 @@ def test_other_choices_are_refused(workspace, session, engines, drop, choice):
 
 
 def test_cancelling_keeps_finished_results(workspace, session, engines, drop):
-    paths = restoring.take_pictures(workspace, session, drop("a.png", "b.png", "c.png"))
+    paths, _ = restoring.take_pictures(workspace, session, drop("a.png", "b.png", "c.png"))
 
     def stop(text, share=None, extra=None):
         if "c.png" in text:
@@ -100,12 +100,12 @@ def test_the_zip_has_results_and_a_report_without_folders(workspace, session, en
     assert str(session.folder) not in text
 
 
-def test_a_damaged_picture_is_refused_by_name(workspace, session):
-    bad = workspace.uploads / "bad.png"
+def test_a_damaged_picture_is_left_out_by_name(workspace, session, drop):
+    bad = workspace.uploads / "bad picture.png"
     bad.write_bytes(b"no picture")
-    with pytest.raises(PFStorerError, match=r"bad\.png"):
-        restoring.take_pictures(workspace, session, [str(bad)])
-    assert session.inputs == []
+    paths, (refused,) = restoring.take_pictures(workspace, session, [str(bad), *drop("a.png")])
+    assert [path.name for path in paths] == ["a.png"] == [path.name for path in session.inputs]
+    assert workspace.without_folders(refused).startswith("bad picture.png: ")
 
 
 def test_without_pictures(workspace, session, engines):
@@ -115,11 +115,11 @@ def test_without_pictures(workspace, session, engines):
 
 def test_faces_and_likeness(workspace, session, engines, drop, face):
     restoring.take_pictures(workspace, session, drop("face.png", pixels=face) + drop("none.png", seed=7))
-    first, second = restoring.find_faces(workspace, session, silent)
+    first, second = restoring.find_faces(workspace, session, engines, NOBODY, silent)
     assert first.text == "One face found." and second.text.startswith("No face found")
     text = restoring.take_references(workspace, session, drop("good.png", pixels=face))
     assert text == "The likeness is compared with 1 face."
-    first, _ = restoring.find_faces(workspace, session, silent)
+    first, _ = restoring.find_faces(workspace, session, engines, NOBODY, silent)
     assert first.text == "The green frame shows the person."
     marked = Image.open(workspace.published(first.picture.removeprefix("pictures/"))).convert("RGB")
     green = np.abs(np.asarray(marked, float) - (0x2F, 0x9E, 0x6E)).max(-1) < 40
@@ -129,9 +129,37 @@ def test_faces_and_likeness(workspace, session, engines, drop, face):
     assert found is not None and found.text
 
 
-def test_without_the_extra_metrics_there_are_no_faces(workspace, session, drop, without_dlib):
+@pytest.fixture
+def known_alice(home, make_nano_identity, face):
+    """Alice with the embedding of the face."""
+    import torch
+
+    from pfstorer_rt.faces.finding import embed_all
+
+    identity = make_nano_identity()
+    identity.tensors["face"] = torch.from_numpy(embed_all(face)[0].embedding).half()
+    identity.save(home / "identities" / "alice.safetensors")
+    return "identity:alice"
+
+
+def test_without_photographs_the_person_is_known_from_the_identity(
+    workspace, session, engines, drop, face, known_alice, monkeypatch
+):
+    monkeypatch.setattr("pfstorer_rt.studio.plans.why_none", lambda name: "not here")
+    restoring.take_pictures(workspace, session, drop("face.png", pixels=face))
+    (found,) = restoring.find_faces(workspace, session, engines, known_alice, silent)
+    assert found.text == "The green frame shows the person."
+    (outcome,) = restore(workspace, session, engines, known_alice)
+    assert outcome.details["id_distance_input"] < 0.05, "the same face"
+    restoring.take_references(workspace, session, drop("good.png", pixels=face[:, ::-1].copy()))
+    restoring.compare_results(workspace, session, silent)
+    again = session.outcomes[session.inputs[0]].details["id_distance_input"]
+    assert again > outcome.details["id_distance_input"], "compared with the dropped photograph"
+
+
+def test_without_the_extra_metrics_there_are_no_faces(workspace, session, engines, drop, without_dlib):
     restoring.take_pictures(workspace, session, drop("a.png"))
-    assert restoring.find_faces(workspace, session, silent) == []
+    assert restoring.find_faces(workspace, session, engines, NOBODY, silent) == []
 
 
 def test_the_person_is_the_nearest_face_or_nobody():

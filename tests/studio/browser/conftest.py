@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pfstorer_rt.identity import kept_plan
+
 SCREENS = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 SHOTS = os.environ.get("PFSTORER_SHOTS")
 """Folder for screenshots; none are kept without it."""
@@ -25,21 +27,33 @@ def chromium():
 
 @pytest.fixture(scope="session")
 def base(nano_base, tmp_path_factory):
-    """Directory of a nano base that learns a person in a few seconds; PFSTORER_STUDIO_BASE selects another base."""
+    """Directory of a nano base that learns a person in a few seconds."""
     from dataclasses import replace
 
     from pfstorer_rt.models.base import build_base
 
-    if other := os.environ.get("PFSTORER_STUDIO_BASE"):
-        return other
     config = replace(nano_base.config, steps=1, personalize={"iterations": 16, "batch": 1, "pool": 4})
     return build_base(config, seed=0).save(tmp_path_factory.mktemp("base") / "nano")
 
 
 @pytest.fixture
-def address(base, tmp_path, free_port):
-    """The address of a running studio with an empty data directory."""
-    environment = {**os.environ, "PFSTORER_HOME": str(tmp_path / "home")}
+def data(tmp_path):
+    """The data directory of the studio."""
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def alice(data, make_nano_identity, exported_once):
+    """A learned person with her plan; the base of the studio has the weights of `nano_base`."""
+    identity = make_nano_identity(gammas=(2.0, 2.0, 2.0, 2.0))
+    path = identity.save(data / "identities" / "alice.safetensors")
+    shutil.copyfile(exported_once(identity).path, kept_plan(path))
+
+
+@pytest.fixture
+def address(base, data):
+    """The address of a running studio."""
+    environment = {**os.environ, "PFSTORER_HOME": str(data)}
     command = [sys.executable, "-m", "pfstorer_rt.cli", "studio", "--no-open", "--base", str(base), "--port", "0"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
@@ -49,11 +63,6 @@ def address(base, tmp_path, free_port):
     finally:
         process.terminate()
         process.communicate(timeout=30)
-
-
-@pytest.fixture
-def free_port():
-    """The studio chooses a free port itself."""
 
 
 @pytest.fixture
@@ -89,7 +98,7 @@ def page(request, chromium, address):
 
         context.route("**/*", check)
         found = context.new_page()
-        found.set_default_timeout(120_000)
+        found.set_default_timeout(60_000)
         found.on("pageerror", lambda error: errors.append(str(error)))
         found.goto(address)
         found.wait_for_selector("#pictures input[type=file]", state="attached")
