@@ -43,7 +43,7 @@ class CompareTab:
                             label=f"Pictures of folder {letter}",
                             file_count="multiple",
                             file_types=kinds,
-                            height=130,
+                            height=150,
                             elem_id=f"folder-{letter}",
                         )
                     )
@@ -65,7 +65,7 @@ class CompareTab:
                     label="Photographs of the person, for the raters",
                     file_count="multiple",
                     file_types=kinds,
-                    height=120,
+                    height=150,
                 )
                 self.create = gr.Button("Make a study of these folders", elem_id="create-study")
             with gr.Column(min_width=260):

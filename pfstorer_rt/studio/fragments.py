@@ -116,7 +116,7 @@ def preview(addresses: Sequence[str] | None) -> str:
     """Return photograph, degraded photograph and restoration beside each other."""
     if not addresses:
         return ""
-    labels = ("Photograph", "The same, made bad", "Restored with what is learned so far")
+    labels = ("Photograph", "Degraded copy", "Restored with what is learned so far")
     items = "".join(
         f'<figure><img src="{escape(address)}" alt="{label}"><figcaption>{label}</figcaption></figure>'
         for address, label in zip(addresses, labels, strict=True)
@@ -163,7 +163,7 @@ def study_results(study: Study, shares: Sequence[Share]) -> str:
         )
         head = "".join(f'<th scope="col">{word}</th>' for word in ("Method", "", "Share", "95 % interval", "Votes"))
         parts.append(
-            f'<h2 class="studio">{escape(text)}</h2><table class="studio-table"><thead><tr>{head}</tr></thead>'
+            f'<h2 class="studio">{escape(text)}</h2><table class="studio-table bars"><thead><tr>{head}</tr></thead>'
             f"<tbody>{rows}</tbody></table>"
         )
     return "".join(parts)
@@ -173,7 +173,7 @@ def bar(share: Share) -> str:
     """Return a bar of a share, with a line over its interval."""
     low, high, value = (200 * number for number in (share.low, share.high, share.share))
     return (
-        '<svg viewBox="0 0 200 20" width="200" height="20" aria-hidden="true">'
+        '<svg viewBox="0 0 200 20" height="20" preserveAspectRatio="none" aria-hidden="true">'
         '<rect width="200" height="20" rx="4" fill="currentColor" opacity=".08"/>'
         f'<rect width="{value:.1f}" height="20" rx="4" fill="#4aa292"/>'
         f'<path d="M{low:.1f} 10H{high:.1f}M{low:.1f} 5v10M{high:.1f} 5v10" stroke="currentColor" '

@@ -30,7 +30,7 @@ POLICY = (
 """The browser itself refuses every other host."""
 HEADERS = {
     b"content-security-policy": POLICY.encode(),
-    b"referrer-policy": b"no-referrer",
+    b"referrer-policy": b"same-origin",  # "no-referrer" makes browsers hide the origin of the raters' own forms
     b"x-content-type-options": b"nosniff",
     b"cross-origin-resource-policy": b"same-origin",
 }

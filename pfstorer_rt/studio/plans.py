@@ -48,18 +48,19 @@ def ensure_plan(name: str, base: str | Path, report: Report) -> str:
     if find_plan(name) is not None or why_none(name):
         return ""
     from pfstorer_rt.export import export_plan
-    from pfstorer_rt.export.build import Progress
+    from pfstorer_rt.export.progress import Progress
 
-    def follow(line: str) -> None:
-        component = line.partition(":")[0]
-        if component in COMPONENTS:
-            number = COMPONENTS.index(component) + 1
-            report(f"preparing {name} for fast restoration, only once: part {number} of {len(COMPONENTS)}, {component}")
+    def follow(line: str, done: int = 0, total: int = 0) -> None:
+        component, _, stage = line.partition(": ")
+        if component in COMPONENTS and (total or stage == "exporting"):
+            part = f"part {COMPONENTS.index(component) + 1} of {len(COMPONENTS)}, {line}"
+            steps = f" ({done} of {total})" if total else ""
+            report(f"preparing {name} for fast restoration, only once: {part}{steps}")
 
     identity = named_identity(name)
     report(f"preparing {name} for fast restoration, only once")
     try:
-        export_plan(kept_plan(identity), Identity.load(identity), base, progress=Progress(line=follow))
+        export_plan(kept_plan(identity), Identity.load(identity), base, progress=Progress(line=follow, phase=follow))
     except (PFStorerError, OSError, MemoryError) as error:
         return f"{name} could not be prepared for fast restoration and is restored in PyTorch: {error}"
     return ""

@@ -55,7 +55,7 @@ class RestoreTab:
         )  # fmt: skip
         with gr.Accordion("Likeness: photographs of the person", open=False):
             self.references = gr.File(
-                label="Good photographs of the person", file_count="multiple", file_types=kinds, height=120
+                label="Good photographs of the person", file_count="multiple", file_types=kinds, height=150
             )
             gr.HTML(f'<p class="studio-lead">{COMPARED}</p>')
         with gr.Accordion("More", open=False):

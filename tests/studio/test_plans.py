@@ -36,7 +36,7 @@ def test_a_person_gets_a_plan_once(alice, quick_base, engines, nano_identity):
     path = find_plan("alice")
     assert Plan.open(path).manifest.identity_fingerprint == nano_identity.fingerprint
     assert path.stat().st_mode & 0o077 == 0
-    assert [text for text in seen if text.endswith("denoiser")] and "only once" in seen[0]
+    assert [text for text in seen if "part 2 of 3, denoiser: " in text] and "only once" in seen[0]
     with engines.use("identity:alice") as restorer:
         assert restorer.backend != "torch" and restorer.manifest.strength
     assert engines.plans() == [path]

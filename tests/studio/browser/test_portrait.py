@@ -76,5 +76,5 @@ def test_the_stories_on_the_shipped_base(page, shoot, tmp_path, address):
     rater.wait_for_selector("h1:has-text('Thank you')")
     rater.close()
     press(page, "Show the results")
-    wait_for_text(page, "#study-results", "1 of 1")
+    wait_for_text(page, "#study-results", "95 % interval")
     check(page, shoot, "portrait-study")

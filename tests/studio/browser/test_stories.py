@@ -113,7 +113,7 @@ def test_comparing_and_a_study(page, shoot, files, address, tmp_path):
     rater.wait_for_selector("h1:has-text('Thank you')")
     rater.close()
     press(page, "Show the results")
-    wait_for_text(page, "#study-results", "of 2")
+    wait_for_text(page, "#study-results", "95 % interval")
     check(page, shoot, "study")
     with page.expect_download() as download:
         page.locator("#study-results a.studio-download").click()
