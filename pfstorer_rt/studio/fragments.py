@@ -163,8 +163,9 @@ def study_results(study: Study, shares: Sequence[Share]) -> str:
         )
         head = "".join(f'<th scope="col">{word}</th>' for word in ("Method", "", "Share", "95 % interval", "Votes"))
         parts.append(
-            f'<h2 class="studio">{escape(text)}</h2><table class="studio-table bars"><thead><tr>{head}</tr></thead>'
-            f"<tbody>{rows}</tbody></table>"
+            f'<h2 class="studio">{escape(text)}</h2><div class="studio-scroll" tabindex="0" role="region" '
+            f'aria-label="{escape(text)}"><table class="studio-table bars"><thead><tr>{head}</tr></thead>'
+            f"<tbody>{rows}</tbody></table></div>"
         )
     return "".join(parts)
 

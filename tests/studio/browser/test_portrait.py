@@ -14,7 +14,7 @@ from pfstorer_rt.base_files import find_base
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 IMAGES = Path(pfstorer_rt.__file__).parent / "demo_images"
 ITERATIONS = 12
-"""Iterations of the training; the base's own number would take an hour on one core."""
+"""Iterations of the training; the base's own number takes far longer."""
 
 
 @pytest.fixture(scope="module")
