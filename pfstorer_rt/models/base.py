@@ -28,7 +28,7 @@ from pfstorer_rt.models.cfw_patch import PatchFeatureWrapping
 from pfstorer_rt.models.cfw_tiny import TinyFeatureWrapping
 from pfstorer_rt.models.personalization import PersonalizationBlock
 from pfstorer_rt.models.prior import FOLDER, Prior
-from pfstorer_rt.models.prompt import PromptEncoder, tokenize
+from pfstorer_rt.models.prompt import PLACEHOLDER, SUBJECT, PromptEncoder, tokenize
 from pfstorer_rt.models.sharing import share_weights
 from pfstorer_rt.models.structure import StructureEncoder
 from pfstorer_rt.models.unet import RestorationUNet
@@ -118,9 +118,14 @@ class Base:
         return self.cfw(self.vae, latent, features, cfw_weight)
 
     def encode_prompt(self, text: str | None = None, token: torch.Tensor | None = None) -> torch.Tensor:
-        """Encode a prompt (None selects the base's prompt) to a context (1, L, D); `token` replaces `S*`."""
-        ids = tokenize(self.config.prompt if text is None else text, self.config).to(self.device)
-        return self.text_encoder(ids, token)
+        """Encode a prompt (None selects the base's prompt) to a context (1, L, D); `token` replaces `S*`.
+
+        Raises `ValueError` for a prompt with `S*` without a token.
+        """
+        ids = tokenize(self.config.prompt if text is None else text, self.config)
+        if token is None and bool((ids == PLACEHOLDER).any()):
+            raise SettingError(f"the prompt contains {SUBJECT}, which needs a learned token; none was given")
+        return self.text_encoder(ids.to(self.device), token)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Base:
         """Move every network in place; returns self."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +91,12 @@ class LayerReference(NamedTuple):
         return reference_mask(self.probabilities[:, :, subject])
 
 
+@lru_cache(maxsize=8)
+def fixed_noise(shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """Return the same fp32 noise at every call; it is kept on the device, where a CUDA graph can read it."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
 def reference_pass(
     unet: RestorationUNet,
     structure_encoder: nn.Module,
@@ -114,7 +121,7 @@ def reference_pass(
     x = latent
     if timestep:
         assert alphas_cumprod is not None
-        noise = torch.randn(latent.shape[1:], generator=torch.Generator().manual_seed(0)).to(latent)
+        noise = fixed_noise(latent.shape[1:], latent.device).to(latent.dtype)
         x = noisy_latent(latent, latent, noise.expand_as(latent), t, alphas_cumprod)
     with record_text_attention(unet, layers) as recording:
         unet(x, t, context, structure_encoder(latent, t), {layer: keep(layer) for layer in layers})

@@ -111,7 +111,7 @@ class ImageSpaceLoss(nn.Module):
 
 
 def identity_loss(
-    recognizer: FaceRecognizer, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor
+    recognizer: nn.Module, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor
 ) -> torch.Tensor:
     """Return the mean squared distance of embeddings of (B, 3, H, W) in [-1, 1], over the images with a face.
 
@@ -120,10 +120,17 @@ def identity_loss(
     seen = maps.isfinite().all(2).all(1)
     if not seen.any():
         return output.new_zeros(())
+    return identity_distances(recognizer, output[seen], target[seen], maps[seen]).mean()
+
+
+def identity_distances(
+    recognizer: nn.Module, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor
+) -> torch.Tensor:
+    """Return the squared distance (B,) of the embeddings of faces at `maps` (B, 2, 3) in (B, 3, H, W) in [-1, 1]."""
     with torch.no_grad():
-        original = recognizer(cut_faces((target[seen] + 1) / 2, maps[seen])).float()
-    restored = recognizer(cut_faces((output[seen] + 1) / 2, maps[seen])).float()
-    return (restored - original).square().sum(1).mean()
+        original = recognizer(cut_faces((target + 1) / 2, maps)).float()
+    restored = recognizer(cut_faces((output + 1) / 2, maps)).float()
+    return (restored - original).square().sum(1)
 
 
 def face_maps(images: Sequence[Pixels]) -> npt.NDArray[np.float32]:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.errors import BadFileError, MismatchError, PFStorerError, one_line
 from pfstorer_rt.files import atomic_write, show_path
 from pfstorer_rt.progress import CancelledError, OnProgress, StageProgress, ignore_progress
+from pfstorer_rt.training.capture import RecordedStep, Recorder
 from pfstorer_rt.training.data import Batch, prefetch
 from pfstorer_rt.training.device import to_channels_last
+from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.memory import ParameterGroup, make_adamw, saving_memory
 from pfstorer_rt.training.schedule import Schedule
 
@@ -50,6 +53,8 @@ class Training:
     groups: Sequence[ParameterGroup] | None = None
     """Parameter groups of the optimizer; None is all parameters of the objective that require a gradient."""
     channels_last: bool = True
+    recorder: Recorder | None = None
+    """Records the iterations, such as `capture.CudaGraphs`; None does each of them anew."""
     on_log: Callable[[int, dict[str, float]], None] | None = None
     """on_log(iteration, losses): called every 50 iterations and after the last one."""
     on_progress: OnProgress = ignore_progress
@@ -111,22 +116,22 @@ class TrainState:
         self.seconds = 0.0
         self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema else {}
 
-    def step(self, objective: nn.Module, batch: Batch, iteration: int) -> dict[str, torch.Tensor]:
+    def step(self, objective: nn.Module, batch: Batch) -> Losses:
         """Do one optimizer step and return the losses by name."""
-        losses: dict[str, torch.Tensor] = objective(batch)
+        losses: Losses = objective(batch)
         self.accelerator.backward(losses["loss"])
-        self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.config.clip)
+        groups = [group for group in self.optimizer.param_groups if group.get("clip", True)]
+        self.accelerator.clip_grad_norm_([p for group in groups for p in group["params"]], self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.update_average(iteration)
-        return losses
+        return {name: value.detach() for name, value in losses.items()}
 
     @torch.no_grad()
     def update_average(self, iteration: int) -> None:
         """Update the averaged weights; the decay starts low, so that the initial weights soon lose influence."""
         decay = min(self.config.ema, (1 + iteration) / (10 + iteration))
-        for name, value in self.average.items():
-            value.lerp_(self.parameters[name].detach(), 1 - decay)
+        if self.average:
+            torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
 
     @torch.no_grad()
     def use_average(self) -> None:
@@ -212,10 +217,14 @@ def run_training(training: Training, accelerator: Accelerator) -> None:
 def _iterate(training: Training, objective: nn.Module, state: TrainState, accelerator: Accelerator) -> None:
     settings, title = training.settings, training.title
     total = None if settings.minutes else settings.iterations
-    rates = [group["lr"] for group in state.optimizer.param_groups]
+    rates = [float(group["lr"]) for group in state.optimizer.param_groups]
     done = state.load(training.checkpoint, training.mark) if training.checkpoint.exists() else 0
     rank, processes, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     schedule, started = Schedule(settings, state.seconds, training.clock), training.clock()
+    step: Callable[[Batch], Losses] = partial(state.step, objective)
+    if training.recorder is not None:
+        training.recorder.prepare(state.optimizer, accelerator.device)
+        step = RecordedStep(step, training.recorder)
     if main:
         training.on_progress(StageProgress(title, done, total, time_share=schedule.share(done)))
     batches = prefetch(
@@ -223,9 +232,9 @@ def _iterate(training: Training, objective: nn.Module, state: TrainState, accele
     )
     with Interruption() as interruption:
         for batch in batches:
-            for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule.factor(done)
-            losses = state.step(objective, {k: v.to(accelerator.device) for k, v in batch.items()}, done)
+            set_rates(state.optimizer, rates, schedule.factor(done))
+            losses = step({k: v.to(accelerator.device) for k, v in batch.items()})
+            state.update_average(done)
             done += 1
             loss, share = losses["loss"].item(), schedule.share(done)
             if not math.isfinite(loss):
@@ -243,6 +252,15 @@ def _iterate(training: Training, objective: nn.Module, state: TrainState, accele
                 raise (CancelledError if cancelled else KeyboardInterrupt)(f"stopped after iteration {done}{of}")
             if last:
                 break
+
+
+def set_rates(optimizer: Any, rates: Sequence[float], factor: float) -> None:
+    """Set the learning rate of each group; a rate on the device keeps its memory."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate * factor)
+        else:
+            group["lr"] = rate * factor
 
 
 def _is_cancelled(training: Training, progress: StageProgress) -> bool:

@@ -17,7 +17,7 @@ from pfstorer_rt.extras import install
 from pfstorer_rt.models.unet import RestorationUNet
 
 ParameterGroup = dict[str, Any]
-"""`params`, and optimizer settings of this group, such as `lr`."""
+"""`params`, and optimizer settings of this group, such as `lr`; `clip` False leaves its gradient unlimited."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

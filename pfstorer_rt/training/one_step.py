@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.func import functional_call
 
 from pfstorer_rt.config import TrainConfig
@@ -81,7 +82,7 @@ class OneStepObjective(RestorerObjective):
     because the discriminator's weights are detached there. One backward pass and one optimizer therefore serve both.
     """
 
-    def __init__(self, base: Base, config: OneStepConfig, lpips: Lpips, recognizer: FaceRecognizer | None) -> None:
+    def __init__(self, base: Base, config: OneStepConfig, lpips: Lpips, recognizer: nn.Module | None) -> None:
         super().__init__(base, "x0")
         assert base.cfw is not None
         self.config, self.vae, self.cfw, self.factor = config, base.vae, base.cfw, base.config.factor
@@ -113,10 +114,13 @@ class OneStepObjective(RestorerObjective):
         missing = {name: latent.new_zeros(()) for name in weights if name not in losses}
         return {"loss": loss, "latent": latent, **{n: {**losses, **missing}[n] for n in weights}}
 
-    def decode(self, latent: torch.Tensor, lq: torch.Tensor) -> torch.Tensor:
-        """Decode latents (B, C, h, w) with the features of the LQ images (B, 3, H, W)."""
+    def decode(self, latent: torch.Tensor, lq: torch.Tensor, weight: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """Decode latents (B, C, h, w) with the features of the LQ images (B, 3, H, W).
+
+        weight: of the features, one number or (B, 1, 1, 1).
+        """
         features = self.cfw.encode(self.vae, lq.contiguous(memory_format=torch.channels_last))[2]
-        image: torch.Tensor = self.cfw(self.vae, latent, features, 1.0)
+        image: torch.Tensor = self.cfw(self.vae, latent, features, weight)
         return image.float()
 
     def image_losses(self, output: torch.Tensor, target: torch.Tensor) -> Losses:

@@ -138,7 +138,7 @@ class PriorObjective(OneStepObjective):
         base: Base,
         config: PriorConfig,
         lpips: Lpips,
-        recognizer: FaceRecognizer | None,
+        recognizer: nn.Module | None,
         known: ReferenceObjective,
     ) -> None:
         """Take the blocks and the token of `known`, which has trained them on latents."""
@@ -180,7 +180,10 @@ class PriorObjective(OneStepObjective):
 
 def cut(maps: torch.Tensor, corners: torch.Tensor, side: int) -> torch.Tensor:
     """Cut a square from each map (B, C, H, W); corners: (B, 2), top and left."""
-    return torch.stack([m[:, y : y + side, x : x + side] for m, (y, x) in zip(maps, corners.tolist(), strict=True)])
+    b, c, _, width = maps.shape
+    y, x = (corners[:, i, None] + torch.arange(side, device=maps.device) for i in (0, 1))
+    rows = maps.gather(2, y[:, None, :, None].expand(b, c, side, width))
+    return rows.gather(3, x[:, None, None, :].expand(b, c, side, side))
 
 
 @torch.no_grad()
