@@ -122,3 +122,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             figures = [f"{mean:.{digits}f}" for mean, (_, digits) in zip(means, COLUMNS.values(), strict=True)]
             lines.append(line([name, method, *figures]))
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
