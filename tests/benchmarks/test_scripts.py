@@ -1,6 +1,5 @@
 """Every script of the benchmarks runs as a command."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +12,11 @@ SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if "@click.comman
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_calls_its_command(script):
-    assert 'if __name__ == "__main__":\n    main(' in (BENCHMARKS / script).read_text()
+    started, _, last = (BENCHMARKS / script).read_text().partition('if __name__ == "__main__":\n')
+    assert started and last.rstrip().endswith("    main()")
 
 
 def test_the_script_of_the_readme_prints_its_help():
     command = [sys.executable, str(BENCHMARKS / "people.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "--readme" in done.stdout
