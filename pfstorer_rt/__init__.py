@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+# ONNX Runtime reads this when it is loaded. Without it, its builds with telemetry write events to the user's cache folder.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 _MODULES = {
     "Base": "pfstorer_rt.models.base",
     "BatchConfig": "pfstorer_rt.runtime.batch",

@@ -33,7 +33,7 @@ class DemoConfig:
 
     base: str | Path = DEFAULT_BASE
     """Name of a shipped base, or a base directory."""
-    iterations: int = 200
+    iterations: int = 120
     """Iterations of the personalization."""
     level: Literal["light", "heavy"] = "heavy"
     """Strength of the degradation."""
@@ -175,7 +175,7 @@ def draw_sheet(report: DemoReport, results: dict[str, Pixels]) -> None:
         sheet.paste(tile.resize((side, side), Image.Resampling.LANCZOS), (left, gap))
         draw.text((left, side + gap + 4), image.name, fill="black", font=font)
         if image.name != TRUTH:
-            text = f"PSNR {show(image.psnr, 'dB')}, identity {show(image.id_distance)}"
+            text = f"PSNR {show(image.psnr, 'dB')}, identity distance {show(image.id_distance)}"
             draw.text((left, side + gap + 24), text, fill="dimgray", font=font)
     sheet.save(report.side_by_side)
 

@@ -14,7 +14,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "export": (*_TRAIN, "onnx", "onnx_ir", "onnxscript", "polygraphy"),
     "metrics": ("torch", "dlib", "face_recognition_models", "skimage", "stlpips_pytorch"),
     "heif": ("pillow_heif",),
-    "studio": ("gradio", "scipy"),
+    "studio": ("gradio", "scipy", "uvicorn"),
     "encrypt": ("cryptography",),
     "openvino": ("openvino",),
     "gpu": ("torch", "bitsandbytes", "triton", "xformers"),

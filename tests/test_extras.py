@@ -26,6 +26,7 @@ DISTRIBUTIONS = {
     "pillow_heif": "pillow-heif",
     "skimage": "scikit-image",
     "tensorrt_rtx": "tensorrt-rtx-cu13",
+    "uvicorn": "gradio",
 }
 """Import name -> the requirement that brings it, where the two differ."""
 

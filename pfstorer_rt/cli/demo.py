@@ -32,9 +32,9 @@ WORDS = (
 @click.option(
     "--iterations",
     type=click.IntRange(1),
-    default=200,
+    default=120,
     show_default=True,
-    help="Iterations of the personalization; `personalize` uses 300.",
+    help="Iterations of the personalization.",
 )
 @click.option(
     "--level",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pfstorer_rt.cli.options import explain
 from pfstorer_rt.console import echo
@@ -38,7 +39,16 @@ def line(outcome: Outcome) -> str:
             f"{d['predicted_peak_mb']} MB of memory and {d['predicted_seconds']:.1f} s"
         )
     notes = "".join(f" ({note})" for note in outcome.notes)
-    return f"{outcome.job.target or '-'}: {outcome.width}x{outcome.height}, {outcome.seconds:.1f} s{notes}"
+    size, seconds = f"{outcome.width}x{outcome.height}", f"{outcome.seconds:.1f} s"
+    return f"{outcome.job.target or '-'}: {size}, {seconds}{distances(outcome.details)}{notes}"
+
+
+def distances(details: Mapping[str, Any]) -> str:
+    """Return the identity distances of the input image and of the result, or nothing without references or a face."""
+    before, after = details.get("id_distance_input"), details.get("id_distance")
+    if after is None:
+        return ""
+    return f", identity distance {after:.3f}" + ("" if before is None else f" (input {before:.3f})")
 
 
 def exit_status(outcomes: Sequence[Outcome]) -> int:
