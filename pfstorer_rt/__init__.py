@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-# ONNX Runtime reads this when it is loaded. Without it, its builds with telemetry write events to the user's cache folder.
+# ONNX Runtime reads this when it is loaded. Its builds with telemetry would write events to the user's cache folder.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _MODULES = {
