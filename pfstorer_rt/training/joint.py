@@ -26,8 +26,8 @@ from pfstorer_rt.training.image_loss import identity_distances, jitter
 from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.lpips import Lpips
 from pfstorer_rt.training.memory import ParameterGroup
-from pfstorer_rt.training.one_step import OneStepConfig, OneStepObjective
-from pfstorer_rt.training.prior import ReferenceObjective, cut, reference_taps
+from pfstorer_rt.training.one_step import OneStepConfig, OneStepObjective, trained_parameters
+from pfstorer_rt.training.prior import ReferenceObjective, block_groups, cut, reference_taps
 from pfstorer_rt.training.view_batches import ViewBatches
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
@@ -107,12 +107,10 @@ class JointObjective(OneStepObjective):
 
     def groups(self, base: Base, config: JointConfig) -> list[ParameterGroup]:
         """Return the parameter groups: base, blocks, gamma, discriminator; switches their gradients on."""
-        trained = [base.unet, base.structure_encoder, base.text_encoder, self.cfw, base.vae.decoder]
-        parameters = [p for m in trained for p in m.requires_grad_(True).parameters()]
         rate = config.base.train.learning_rate
         groups: list[ParameterGroup] = [
-            {"params": parameters, "lr": rate},
-            *block_groups(self.blocks, config.blocks_rate * rate, config.gamma_rate * rate),
+            {"params": trained_parameters(base), "lr": rate},
+            *block_groups(self.blocks.requires_grad_(True), config.blocks_rate * rate, config.gamma_rate * rate),
         ]
         if self.discriminator is not None:
             parameters = list(self.discriminator.parameters())
@@ -123,16 +121,6 @@ class JointObjective(OneStepObjective):
 def for_first(count: int, tap: Tap) -> Tap:
     """Return a tap that changes the features of the first `count` samples."""
     return lambda x: tap(x) if len(x) == count else torch.cat([tap(x[:count]), x[count:]])
-
-
-def block_groups(blocks: Any, rate: float, gamma: float) -> list[ParameterGroup]:
-    """Return the groups of the blocks and of their gates; the token is not trained."""
-    gates = [block.gamma for block in blocks]
-    own = {id(gate) for gate in gates}
-    for parameter in blocks.parameters():
-        parameter.requires_grad_(True)
-    others = [p for p in blocks.parameters() if id(p) not in own]
-    return [{"params": others, "lr": rate}, {"params": gates, "lr": gamma}]
 
 
 def for_device(groups: list[ParameterGroup], device: torch.device) -> list[ParameterGroup]:

@@ -237,6 +237,13 @@ def around(
     return np.clip(corner, 0, size - side).astype(np.int64)
 
 
+def trained_parameters(base: Base) -> list[nn.Parameter]:
+    """Return the parameters of everything except the encoder, with their gradients switched on."""
+    assert base.cfw is not None
+    trained = [base.unet, base.structure_encoder, base.text_encoder, base.cfw, base.vae.decoder]
+    return [p for module in trained for p in module.requires_grad_(True).parameters()]
+
+
 def finish_in_one_step(
     pool: Arrays,
     base: Base,
@@ -262,8 +269,7 @@ def finish_in_one_step(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             objective = OneStepObjective(base, config, Lpips(lpips), face)
-        trained = [base.unet, base.structure_encoder, base.text_encoder, base.cfw, base.vae.decoder]
-        groups: list[ParameterGroup] = [{"params": [p for m in trained for p in m.requires_grad_(True).parameters()]}]
+        groups: list[ParameterGroup] = [{"params": trained_parameters(base)}]
         if objective.discriminator is not None:
             groups.append({"params": list(objective.discriminator.parameters()), "lr": config.discriminator_rate})
         sampler = WindowSampler(pool, latents, config)

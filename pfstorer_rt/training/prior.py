@@ -42,7 +42,15 @@ from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.lpips import Lpips
 from pfstorer_rt.training.memory import ParameterGroup
 from pfstorer_rt.training.objectives import RestorerObjective
-from pfstorer_rt.training.one_step import MARGIN, OneStepConfig, OneStepObjective, WindowSampler, around, face_of
+from pfstorer_rt.training.one_step import (
+    MARGIN,
+    OneStepConfig,
+    OneStepObjective,
+    WindowSampler,
+    around,
+    face_of,
+    trained_parameters,
+)
 from pfstorer_rt.training.tiles import Bytes
 
 GAMMA, SHARPNESS = 0.3, 2.5
@@ -359,27 +367,36 @@ def train_prior(
             on_progress=on_progress,
         )
         run_training(images, accelerator)
+    keep_prior(base, matching)
+
+
+def keep_prior(base: Base, known: ReferenceObjective) -> None:
+    """Store the trained blocks and their token as the prior of a base, and end its training."""
     base.prior = Prior(base.unet, base.config)
-    base.prior.blocks.load_state_dict(objective.blocks.state_dict())
-    base.prior.token.data.copy_(objective.token.data)
+    base.prior.blocks.load_state_dict(known.blocks.state_dict())
+    base.prior.token.data.copy_(known.token.data)
     base.freeze()
     base.fingerprint = fingerprint_modules(base.modules())
 
 
 def parameter_groups(known: ReferenceObjective | PriorObjective, rate: float, gamma: float) -> list[ParameterGroup]:
     """Return the groups of blocks, and of gamma and token."""
-    gammas = [block.gamma for block in known.blocks]
-    own = {id(gamma) for gamma in gammas}
-    blocks = [p for p in known.blocks.parameters() if id(p) not in own]
-    return [{"params": blocks, "lr": rate}, {"params": [*gammas, known.token], "lr": gamma}]
+    blocks, gates = block_groups(known.blocks, rate, gamma)
+    return [blocks, {**gates, "params": [*gates["params"], known.token]}]
+
+
+def block_groups(blocks: PersonalizationBlocks, rate: float, gamma: float) -> list[ParameterGroup]:
+    """Return the groups of the blocks and of their gates."""
+    gates = [block.gamma for block in blocks]
+    own = {id(gate) for gate in gates}
+    others = [p for p in blocks.parameters() if id(p) not in own]
+    return [{"params": others, "lr": rate}, {"params": gates, "lr": gamma}]
 
 
 def all_groups(objective: PriorObjective, base: Base, config: PriorConfig) -> list[ParameterGroup]:
     """Return the groups of the training on images: base, blocks, gamma and token, discriminator."""
-    assert base.cfw is not None
-    trained = [base.unet, base.structure_encoder, base.text_encoder, base.cfw, base.vae.decoder]
     groups: list[ParameterGroup] = [
-        {"params": [p for m in trained for p in m.requires_grad_(True).parameters()]},
+        {"params": trained_parameters(base)},
         *parameter_groups(objective, config.learning_rate, config.gamma_learning_rate),
     ]
     if objective.discriminator is not None:

@@ -21,26 +21,23 @@ from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.diffusion import LAST
 from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.files import make_folder
-from pfstorer_rt.models.base import Base, fingerprint_modules
-from pfstorer_rt.models.prior import Prior
+from pfstorer_rt.models.base import Base
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.autoencoder import AutoencoderConfig, PatchAutoencoderObjective
 from pfstorer_rt.training.capture import CudaGraphs
 from pfstorer_rt.training.data import Batch
 from pfstorer_rt.training.device import accelerated, kernels_for, to_channels_last
 from pfstorer_rt.training.joint import (
-    Encode,
     JointBatches,
     JointConfig,
     JointObjective,
-    block_groups,
     for_device,
     short_training,
 )
 from pfstorer_rt.training.loop import Training, log_to, run_training, signature
 from pfstorer_rt.training.lpips import Lpips
 from pfstorer_rt.training.photo_store import PhotoStore
-from pfstorer_rt.training.prior import ReferenceObjective, feature_scales
+from pfstorer_rt.training.prior import ReferenceObjective, block_groups, feature_scales, keep_prior
 from pfstorer_rt.training.view_batches import Layout, ViewBatches
 
 PART = 32
@@ -116,11 +113,7 @@ def train_on_views(
         stages.train_autoencoder(lpips)
         known = stages.train_matching()
         stages.train_jointly(known, lpips, recognizer, discriminator)
-    base.prior = Prior(base.unet, base.config)
-    base.prior.blocks.load_state_dict(known.blocks.state_dict())
-    base.prior.token.data.copy_(known.token.data)
-    base.freeze()
-    base.fingerprint = fingerprint_modules(base.modules())
+    keep_prior(base, known)
 
 
 class ViewStages:
@@ -138,10 +131,9 @@ class ViewStages:
         self.base, self.work, self.config, self.accelerator = base, work, config, accelerator
         self.on_progress, self.mark = on_progress, signature([asdict(config), base.fingerprint], [])
         self.views = ViewBatches(store, Layout.of(config.joint.base.train.batch, store.generated is not None))
-        self.encode: Encode = self.encode_images
 
     @torch.no_grad()
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Encode images (B, 3, S, S) in [-1, 1] to latents (B, C, h, w), fp32."""
         with self.accelerator.autocast():
             parts = images.contiguous(memory_format=torch.channels_last).split(PART)
@@ -194,7 +186,9 @@ class ViewStages:
             t = torch.full((len(hq),), LAST, device=base.device)
             return {"hq": hq, "lq": lq, "noise": self.noise(hq.shape, 61, number), "t": t, "references": chosen}
 
-        groups = block_groups(known.blocks, c.learning_rate, config.matching_gamma * c.learning_rate)
+        groups = block_groups(
+            known.blocks.requires_grad_(True), c.learning_rate, config.matching_gamma * c.learning_rate
+        )
         self.run("matching", known, make_batch, c, for_device(groups, base.device))
         return known
 
