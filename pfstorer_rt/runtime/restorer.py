@@ -113,7 +113,7 @@ class Restorer:
         with needed_by("a base in PyTorch", "train"):
             if identity is not None and not isinstance(identity, Identity):
                 identity = Identity.load(identity_path(identity))  # a foreign file is refused before the slow imports
-            from pfstorer_rt.engine.device import choose_device
+            from pfstorer_rt.device import choose_device
             from pfstorer_rt.engine.torch import open_sessions
             from pfstorer_rt.models.base import Base, load_base
             from pfstorer_rt.models.components import manifest
@@ -294,7 +294,8 @@ class Restorer:
             return by_tiles.decode(latent, features, done)
 
         decoded, _ = run_codec(tiles, decode)
-        automatic: ColorFix = "adain" if len(layout.tiles) == 1 else "wavelet"
+        one_style = len(layout.tiles) == 1 or recipe.mode == "parity"  # StableSR's tiled script uses AdaIN
+        automatic: ColorFix = "adain" if one_style else "wavelet"
         return ColorFixed(decoded, style, automatic if recipe.color_fix == "auto" else recipe.color_fix)
 
     def _denoiser(self, layout: Layout) -> TiledDenoiser:
