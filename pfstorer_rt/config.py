@@ -477,7 +477,7 @@ class RestoreConfig:
     cfw_weight: float | None = None
     """Weight of the LQ image's features in the decoder: 0 is the plain decoder, 1 as trained."""
     color_fix: Literal["auto", "adain", "wavelet", "none"] = "auto"
-    """`auto`: adain for one tile and in parity mode, else wavelet."""
+    """`auto`: adain for one tile, wavelet for several."""
     colorize: bool = False
     """Whether the result of a grey or sepia image may have other colours."""
     coarse: Literal["auto", "on", "off"] = "auto"

@@ -294,8 +294,7 @@ class Restorer:
             return by_tiles.decode(latent, features, done)
 
         decoded, _ = run_codec(tiles, decode)
-        one_style = len(layout.tiles) == 1 or recipe.mode == "parity"  # StableSR's tiled script uses AdaIN
-        automatic: ColorFix = "adain" if one_style else "wavelet"
+        automatic: ColorFix = "adain" if len(layout.tiles) == 1 else "wavelet"
         return ColorFixed(decoded, style, automatic if recipe.color_fix == "auto" else recipe.color_fix)
 
     def _denoiser(self, layout: Layout) -> TiledDenoiser:

@@ -92,8 +92,8 @@ def read_photos(paths: Sequence[Path], note: Callable[[str], None]) -> tuple[lis
             errors.append(error)
     if errors and not photos:
         raise errors[0]
-    for error in errors:
-        note(f"left out: {error}")
+    for reason in errors:
+        note(f"left out: {reason}")
     return list(photos), list(photos.values())
 
 

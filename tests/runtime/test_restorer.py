@@ -42,14 +42,6 @@ def test_a_grey_image_gives_a_grey_result_unless_colours_are_wanted(restorer, ma
     assert np.abs(plain[..., 0] - luma).max() < 0.02, "clamped colours alone differ"
 
 
-@pytest.mark.parametrize(("mode", "color_fix"), [("parity", "adain"), ("fast", "wavelet")])
-def test_the_automatic_colour_fix_of_several_tiles_depends_on_the_tiling(restorer, make_image, mode, color_fix):
-    pixels, config = make_image(64, 130), tiles(mode=mode)
-    results = {fix: restorer.restore(pixels, replace(config, color_fix=fix)) for fix in ("auto", "adain", "wavelet")}
-    assert np.array_equal(results["auto"], results[color_fix])
-    assert not np.array_equal(results["adain"], results["wavelet"])
-
-
 def test_the_global_generator_stays_unchanged(restorer, make_image):
     state, legacy = torch.random.get_rng_state(), np.random.get_state()[1].copy()
     restorer.restore(make_image(64, 64), CONFIG)
