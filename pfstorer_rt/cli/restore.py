@@ -207,7 +207,7 @@ class Options:
     type=click.Choice(["auto", "adain", "wavelet", "none"]),
     default="auto",
     show_default=True,
-    help="Colour correction towards the input; auto: adain for one tile and with --tiling parity, else wavelet.",
+    help="Colour correction towards the input; auto: adain for one tile, wavelet for several.",
 )
 @click.option(
     "--coarse",
