@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install $(PIP_ARGS) --disable-pip-version-check -q
 
 SOAK_MINUTES ?= 60
 
-.PHONY: setup demo test test-slow test-studio fuzz soak lock sbom audit lint types clean
+.PHONY: setup demo test test-slow test-studio fuzz fuzz-guided soak lock sbom audit lint types clean
 
 setup: .venv/ready
 
@@ -48,6 +48,11 @@ test-slow: .venv/ready
 # Damaged files for every reader; fails with the file's number and a traceback.
 fuzz: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --seconds $(FUZZ_SECONDS)
+
+# The same readers, guided by the coverage of the code. FUZZ_SECONDS is the time for each reader.
+fuzz-guided: .venv/ready
+	$(PIP) -c constraints.txt atheris
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz_guided.py --seconds $(FUZZ_SECONDS)
 
 # Restores with several plans in turn; fails if a result changes, the memory grows or handles stay open.
 soak: .venv/ready

@@ -244,10 +244,15 @@ READERS: dict[str, Callable[[Path, random.Random], None]] = {
 # ---- cases in a process of their own
 
 
-def run_case(reader: str, number: int, folder: Path) -> str:
+def numbered(reader: str, number: int) -> random.Random:
+    """Return the random numbers of a case."""
+    return random.Random(f"{reader} {number}")
+
+
+def run_case(reader: str, rng: random.Random, folder: Path) -> str:
     """Run one case; returns `accepted`, `refused` or the traceback of a failure."""
     try:
-        READERS[reader](folder, random.Random(f"{reader} {number}"))
+        READERS[reader](folder, rng)
     except PFStorerError as error:
         text = str(error)
         return "refused" if "\n" not in text and len(text) < 1000 else f"a long message: {text[:2000]}"
@@ -263,12 +268,12 @@ def work(pipe: Connection) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for reader in READERS:  # imports and buffers are no memory of a case
             for number in range(3):
-                run_case(reader, -1 - number, Path(folder))
+                run_case(reader, numbered(reader, -1 - number), Path(folder))
         start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         pipe.send("ready")
         while True:
             reader, number = pipe.recv()
-            outcome = run_case(reader, number, Path(folder))
+            outcome = run_case(reader, numbered(reader, number), Path(folder))
             more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) >> 10
             pipe.send(f"{more} MB of memory" if more > MEGABYTES else outcome)
 
@@ -349,7 +354,7 @@ def main() -> int:
     if arguments.case:
         reader, number = arguments.case
         with tempfile.TemporaryDirectory() as folder:
-            print(run_case(reader, int(number), Path(folder)))
+            print(run_case(reader, numbered(reader, int(number)), Path(folder)))
         return 0
     counts, failures = fuzz(arguments.seconds, arguments.first)
     total = sum(sum(count.values()) for count in counts.values())
