@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.evaluation.sample import Measure, MetricFiles, Sample
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.faces import dlib, finding
-from pfstorer_rt.faces.arcface import arcface_embedder
+from pfstorer_rt.faces.arcface import aligned_embedder, arcface_embedder, find_five_points
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding
 from pfstorer_rt.faces.landmarks import landmark_network
 from pfstorer_rt.imaging import similarity
@@ -119,14 +120,31 @@ def load_landmarks(files: MetricFiles) -> Measure:
     return measure
 
 
-def load_arcface(files: MetricFiles) -> Measure:
-    """Load 100 x the mean cosine similarity between the embeddings of result and references; None without a face."""
+def recognizer_file(files: MetricFiles) -> tuple[Path, tuple[float, float]]:
+    """Return the file of the recognizer and the scaling of its input; raises `MissingBackendError` without a file."""
     if files.arcface is None:
         raise MissingBackendError("give a recognizer of the ArcFace family as an ONNX file", setting="arcface")
-    embed = arcface_embedder(files.arcface, RANGES[files.arcface_range])
+    return files.arcface, RANGES[files.arcface_range]
+
+
+def load_arcface(files: MetricFiles) -> Measure:
+    """Load 100 x the mean cosine similarity between the embeddings of result and references; None without a face."""
+    embed = arcface_embedder(*recognizer_file(files))
 
     def measure(result: Sample, _: Sample, references: Sequence[Sample]) -> float | None:
         face, known = result.once(embed), known_faces(references, embed)
         return None if face is None or not known else 100 * float(np.mean([face @ other for other in known]))
+
+    return measure
+
+
+def load_arcface_original(files: MetricFiles) -> Measure:
+    """Load 100 x the cosine similarity between the embeddings of result and original; both use the original's face."""
+    embed = aligned_embedder(*recognizer_file(files))
+    dlib.load_dlib()
+
+    def measure(result: Sample, original: Sample, _: Sequence[Sample]) -> float | None:
+        points = original.once(find_five_points)
+        return None if points is None else 100 * float(embed(result.pixels, points) @ embed(original.pixels, points))
 
     return measure

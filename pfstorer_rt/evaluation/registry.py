@@ -263,5 +263,20 @@ METRICS: tuple[Metric, ...] = (
         files=("arcface",),
         digits=1,
     ),
+    Metric(
+        key="id_original_arcface",
+        title="ID to original (ArcFace)",
+        better="up",
+        unit="",
+        meaning=(
+            "100 x cosine similarity between the given recognizer's embeddings of result and original, "
+            "both aligned by the original's face"
+        ),
+        licence="MIT (onnxruntime), weights: licence of the file",
+        packages=("onnxruntime",),
+        load=loaders.load_arcface_original,
+        files=("arcface",),
+        digits=1,
+    ),
 )
 """All metrics, in the order of a report's columns."""
