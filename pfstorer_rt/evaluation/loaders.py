@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.evaluation.niqe import niqe, read_natural_model
 from pfstorer_rt.evaluation.sample import Measure, MetricFiles, Sample
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.faces import dlib, finding
@@ -100,6 +101,16 @@ def load_sharpness(_: MetricFiles) -> Measure:
         return similarity.mean_gradient(result.pixels) / truth if truth else None
 
     return measure
+
+
+def load_niqe(files: MetricFiles) -> Measure:
+    """Load NIQE, which does not use the original; None for a side under 192 pixels."""
+    if files.niqe is None:
+        raise MissingBackendError("give the parameters of NIQE as a file", setting="niqe")
+    with needed_by("NIQE"):
+        import scipy  # noqa: F401
+    model = read_natural_model(files.niqe)
+    return lambda result, original, references: niqe(result.pixels, model)
 
 
 def load_landmarks(files: MetricFiles) -> Measure:

@@ -178,6 +178,18 @@ METRICS: tuple[Metric, ...] = (
         digits=1,
     ),
     Metric(
+        key="niqe",
+        title="NIQE",
+        better="down",
+        unit="",
+        meaning="quality without reference (Mittal 2013): distance to the statistics of undegraded photographs",
+        licence="Apache-2.0, parameters: licence of the file",
+        packages=("scipy",),
+        load=loaders.load_niqe,
+        files=("niqe",),
+        digits=2,
+    ),
+    Metric(
         key="sharpness",
         title="Sharpness",
         better="up",
