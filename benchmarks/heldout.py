@@ -1,7 +1,7 @@
 """Measure bases, and Real-ESRGAN x4plus as a peer, on whole held-out images: one row per image and method.
 
-    python benchmarks/heldout.py london=FOLDER generated=FOLDER --images IMAGES --lpips FILE --landmarks FILE \\
-        --recognizer FILE -o heldout.csv
+    python benchmarks/heldout.py london=FOLDER generated=FOLDER --images IMAGES --lpips FILE --niqe FILE \\
+        --landmarks FILE --recognizer FILE -o heldout.csv
 
 The images of each folder are cropped to the centre, reduced to 512 pixels if they are larger, and degraded, each with
 its own seed. `clean` uses the original as the input. The method `input` is the degraded image, enlarged bicubically to
@@ -39,6 +39,7 @@ SEED = 1000
 METRICS = (
     "psnr",
     "lpips",
+    "niqe",
     "sharpness",
     "lmse_98",
     "lmse_dlib",
@@ -90,6 +91,7 @@ class Case(NamedTuple):
 )
 @click.option("--count", default=16, show_default=True, help="Number of images of each set, evenly spaced.")
 @click.option("--lpips", type=click.Path(exists=True, path_type=Path), help="Without it, restore and measure nothing.")
+@click.option("--niqe", type=click.Path(exists=True, path_type=Path), help="Parameters of NIQE.")
 @click.option("--landmarks", type=click.Path(exists=True, path_type=Path))
 @click.option("--recognizer", type=click.Path(exists=True, path_type=Path))
 @click.option("--sheet", type=click.Path(path_type=Path), help="Folder for a sheet of images of each set and level.")
@@ -102,6 +104,7 @@ def main(
     levels: tuple[str, ...],
     count: int,
     lpips: Path | None,
+    niqe: Path | None,
     landmarks: Path | None,
     recognizer: Path | None,
     sheet: Path | None,
@@ -115,7 +118,7 @@ def main(
             if not (path := result_file(folder, case, method)).exists():
                 keep(path, methods[method](case))
     if lpips:
-        files = MetricFiles(lpips=lpips, landmarks=landmarks, arcface=recognizer, arcface_range="0..255")
+        files = MetricFiles(lpips=lpips, niqe=niqe, landmarks=landmarks, arcface=recognizer, arcface_range="0..255")
         measure(output, cases, methods, folder, loaded_metrics(METRICS, files))
     if sheet:
         save_sheets(sheet, cases, methods, folder)
