@@ -33,7 +33,7 @@ import torch
 from common import hwc, line, machine
 
 from pfstorer_rt.config import PersonalizeConfig, RestoreConfig, TileConfig
-from pfstorer_rt.engine.device import choose_device
+from pfstorer_rt.device import choose_device
 from pfstorer_rt.engine.session import Session
 from pfstorer_rt.engine.torch import open_sessions
 from pfstorer_rt.errors import MissingBackendError

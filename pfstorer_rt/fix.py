@@ -44,7 +44,7 @@ def fix(
     inputs, output: as in `plan_jobs`. person: folder of photographs of the person. A stored identity that was learned
     from these photographs is used. Otherwise a base with a prior learns the person without training, and nothing is
     stored; a base without a prior restores without an identity. note: called with a line about the identity and for
-    each unsuitable photograph. Raises `BadFileError` when a photograph cannot be read, before any work.
+    each unsuitable photograph. Raises `BadFileError` when no photograph can be read, before any work.
     """
     config = config or FixConfig()
     with needed_by("fix", "train"):

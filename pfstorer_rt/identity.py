@@ -341,9 +341,19 @@ def list_identities() -> list[Path]:
     return sorted(identities_dir().glob("*.safetensors"))
 
 
+def list_unfinished() -> list[str]:
+    """List the names of identities whose training was interrupted, sorted."""
+    found = [file.name.removesuffix(".training.pt") for file in identities_dir().glob("*.training.pt")]
+    found += [folder.name.removesuffix(".crops") for folder in identities_dir().glob("*.crops")]
+    return sorted(set(found))
+
+
 def no_such_identity(path: Path) -> str:
     """Return the message for an identity file that does not exist; a named identity appears under its name."""
-    name = path.stem if path.parent == identities_dir() else show_path(path)
+    named = path.parent == identities_dir()
+    name = path.stem if named else show_path(path)
+    if named and any(file.exists() for file in training_files(path)):
+        return f"{name}: its training is not finished; repeat the call that learns it to resume"
     return f"{name}: no such identity; {known_identities()}"
 
 

@@ -35,7 +35,7 @@ FORMATS = {
     "onnx_message",
     "graph_check",
 }
-NETWORKS = PLAIN | FORMATS | {"encryption", "ops", "models"}
+NETWORKS = PLAIN | FORMATS | {"device", "encryption", "ops", "models"}
 MAY_IMPORT = {
     "errors": set(),
     "temporary": set(),
@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "onnx_message": set(),
     "graph_check": {"onnx_message"},
     "checks": set(),
+    "device": {"errors"},
     "encryption": {"errors", "extras"},
     "archive": {"files"},
     "base_config": {"errors", "config", "files", "checks", "diffusion"},
@@ -92,7 +93,7 @@ NEED_TORCH = {
     "pfstorer_rt.degradation.steps",
     "pfstorer_rt.demo",
     "pfstorer_rt.engine.cuda",
-    "pfstorer_rt.engine.device",
+    "pfstorer_rt.device",
     "pfstorer_rt.engine.graphs",
     "pfstorer_rt.engine.tensorrt",
     "pfstorer_rt.engine.torch",

@@ -36,7 +36,7 @@ def command(inputs: tuple[str, ...], output: str, level: str, seed: int, overwri
     Example:
       pfstorer-rt degrade clean/ -o bad/ --level heavy --seed 1
     """
-    from pfstorer_rt.cli.outcomes import exit_status, show
+    from pfstorer_rt.cli.outcomes import conclude, show
     from pfstorer_rt.cli.progress import batch_bars
     from pfstorer_rt.console import note
     from pfstorer_rt.runtime.batch import Saving, degrade_files
@@ -44,4 +44,4 @@ def command(inputs: tuple[str, ...], output: str, level: str, seed: int, overwri
     report = partial(show, as_json=as_json)
     with batch_bars("degrade") as progress:
         outcomes = degrade_files(inputs, output, level, seed, Saving(overwrite), report, progress, note)
-    sys.exit(exit_status(outcomes))
+    sys.exit(conclude(outcomes, as_json))

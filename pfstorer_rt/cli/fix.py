@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from pfstorer_rt.cli.options import Number
+from pfstorer_rt.cli.options import Number, note_strength
 
 
 @click.command()
@@ -44,15 +44,16 @@ def command(
     Example:
       pfstorer-rt fix old.jpg --person photos/alice/
     """
-    from pfstorer_rt.cli.outcomes import exit_status, show
+    from pfstorer_rt.cli.outcomes import conclude, show
     from pfstorer_rt.cli.progress import batch_bars
     from pfstorer_rt.config import RestoreConfig
     from pfstorer_rt.console import note
     from pfstorer_rt.fix import FixConfig, fix
     from pfstorer_rt.runtime.batch import BatchConfig, Saving
 
+    note_strength(strength)
     batch = BatchConfig(RestoreConfig(strength=strength), saving=Saving(overwrite), compare=True)
     with batch_bars("restore") as progress:
         report = partial(show, as_json=as_json)
         outcomes = fix(inputs, person, output, FixConfig(base, batch), note, report, progress)
-    sys.exit(exit_status(outcomes))
+    sys.exit(conclude(outcomes, as_json))

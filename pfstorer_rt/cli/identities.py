@@ -33,10 +33,10 @@ def list_command(as_json: bool) -> None:
     """
     from pfstorer_rt.cli.inspect import megabytes
     from pfstorer_rt.errors import BadFileError
-    from pfstorer_rt.identity import Identity, identities_dir, list_identities
+    from pfstorer_rt.identity import Identity, identities_dir, list_identities, list_unfinished
 
-    paths = list_identities()
-    if not paths and not as_json:
+    paths, unfinished = list_identities(), list_unfinished()
+    if not paths and not unfinished and not as_json:
         echo(f"no identities in {identities_dir()}; make one with `pfstorer-rt personalize`", err=True)
     for path in paths:
         try:
@@ -59,6 +59,9 @@ def list_command(as_json: bool) -> None:
             else f"{path.stem}  {identity.method} on {identity.base_name}, {len(identity.references)} references, "
             f"{megabytes(report['bytes'])}"
         )
+    for name in unfinished:
+        text = f"{name}  training not finished; run the same `personalize` command again to resume"
+        echo(json.dumps({"name": name, "training": "not finished"}) if as_json else text)
 
 
 @command.command("show")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from pfstorer_rt.config import Attention, Optimizer, Precision
+from pfstorer_rt.console import note
 from pfstorer_rt.errors import Rebuild, one_line
 
 
@@ -92,6 +93,12 @@ def training_options(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def note_strength(strength: float) -> None:
+    """Print a note about a strength far from the trained one."""
+    if not -1 <= strength <= 2:
+        note(f"--strength {strength:g}: identities are trained at 1; values outside -1 ... 2 distort the face")
 
 
 def flag(setting: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,7 +36,7 @@ def line(outcome: Outcome) -> str:
         d = outcome.details
         return (
             f"{outcome.job.source}: canvas {d['width']}x{d['height']}; tiles: {d['tiles']} in batches of {d['batch']}; "
-            f"steps: {d['steps']}; tiles of encoder and decoder: {d['codec_tiles']}; about "
+            f"steps: {d['steps']}; tiles of encoder and decoder: {d['codec_tiles']} each; about "
             f"{d['predicted_peak_mb']} MB of memory and {d['predicted_seconds']:.1f} s"
         )
     notes = "".join(f" ({note})" for note in outcome.notes)
@@ -51,6 +52,10 @@ def distances(details: Mapping[str, Any]) -> str:
     return f", identity distance {after:.3f}" + ("" if before is None else f" (input {before:.3f})")
 
 
-def exit_status(outcomes: Sequence[Outcome]) -> int:
-    """Return 1 where an image failed, else 0."""
+def conclude(outcomes: Sequence[Outcome], as_json: bool) -> int:
+    """Print how many images have each status, if there are several; return the exit status, 1 if an image failed."""
+    if len(outcomes) > 1 and not as_json:
+        counts = Counter(outcome.status for outcome in outcomes)
+        parts = ", ".join(f"{count} {status}" for status, count in counts.items())
+        echo(f"{len(outcomes)} images: {parts}", err=True)
     return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0

@@ -93,7 +93,7 @@ class Options:
     help="Method of personalization; vico and dreambooth are for comparison.",
 )
 @click.option(
-    "--instant", is_flag=True, help="Learn without training, from the prior of the base: seconds, with less likeness."
+    "--instant", is_flag=True, help="Learn without training, in seconds. The base needs a prior; portrait has none."
 )
 @click.option("--thorough", is_flag=True, help="Train five times as long as by default, for more likeness.")
 @click.option(
@@ -215,11 +215,15 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
 
     from pfstorer_rt.imaging.find import find_images, without_results
     from pfstorer_rt.models.base import load_base
+    from pfstorer_rt.training.objectives import starts_from_prior
     from pfstorer_rt.training.personalize import personalize
 
     photos = without_results(find_images([Path(r) for r in references], note), note)
     base = load_base(options.base)
     config = options.config(base.config)
+    if options.instant and not starts_from_prior(base, config):
+        prior = "has a prior, which does not fit these settings" if base.prior else "has no prior"
+        raise SettingError(f"base {base.config.name} {prior}; leave out --instant to learn the person by training")
     make_folder(target.parent)
     with stage_bars() as on_progress:
         identity = personalize(name, photos, base, config, target, note, on_progress, options.finish, sheet)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import click
 from click.core import ParameterSource
 
-from pfstorer_rt.cli.options import ATTENTION, SEED, Number, flag, parse_place
+from pfstorer_rt.cli.options import ATTENTION, SEED, Number, flag, note_strength, parse_place
 from pfstorer_rt.console import echo, note
 from pfstorer_rt.imaging.files import MAX_PIXELS
 
@@ -290,6 +290,8 @@ def command(**parameters: Any) -> None:
     """
     options = Options(**parameters)
     check_options(options)
+    from pfstorer_rt.cli.outcomes import conclude, show
+    from pfstorer_rt.runtime.batch import all_skipped
     from pfstorer_rt.runtime.jobs import check_file, is_lossy, output_file, plan_jobs
 
     if options.watch and (file := output_file(options.output)):
@@ -307,6 +309,11 @@ def command(**parameters: Any) -> None:
         note("--quality changes nothing: no result is JPEG or WebP")
     failed = 0
     for engine, batch, plan in zip(options.engines or (None,), batches, plans, strict=True):
+        if done := all_skipped(plan, batch.saving):  # opening an engine takes seconds
+            for outcome in done:
+                show(outcome, options.as_json)
+            failed |= conclude(done, options.as_json)
+            continue
         with open_restorer(engine, options) as restorer:
             failed |= run(restorer, batch, plan, options)
     sys.exit(failed)
@@ -372,9 +379,10 @@ def open_restorer(engine: str | None, options: Options) -> Restorer:
 
 def run(restorer: Restorer, batch: BatchConfig, jobs: Sequence[Job], options: Options) -> int:
     """Restore, watch or forecast with one engine; returns the exit status."""
-    from pfstorer_rt.cli.outcomes import exit_status, show
+    from pfstorer_rt.cli.outcomes import conclude, show
     from pfstorer_rt.runtime.batch import face_chooser, forecast_jobs, without_effect
 
+    note_strength(options.strength)
     restorer.recipe(batch.restore)  # refuses settings that do not fit this engine
     for setting, value, reason in without_effect(restorer, batch):
         note(f"{flag(setting)}{'' if value is True else f' {value:g}'} changes nothing: {reason}")
@@ -385,8 +393,8 @@ def run(restorer: Restorer, batch: BatchConfig, jobs: Sequence[Job], options: Op
     echo(f"engine: {restorer.backend} ({restorer.provider})", err=True)
     report = partial(show, as_json=options.as_json)
     if options.dry_run:
-        return exit_status(forecast_jobs(restorer, jobs, batch, report))
-    return exit_status(restore(restorer, batch, jobs, options, report))
+        return conclude(forecast_jobs(restorer, jobs, batch, report), options.as_json)
+    return conclude(restore(restorer, batch, jobs, options, report), options.as_json)
 
 
 def restore(

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from pfstorer_rt.device import choose_precision
 from pfstorer_rt.engine.cuda import Cuda
-from pfstorer_rt.engine.device import choose_precision
 from pfstorer_rt.engine.graphs import Graphed
 from pfstorer_rt.engine.session import TensorSession
 from pfstorer_rt.files import cache_home

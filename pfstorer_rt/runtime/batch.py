@@ -167,6 +167,12 @@ def restore_jobs(
     return run_jobs(jobs, work, settings.saving, settings.max_pixels, on_outcome, on_step)
 
 
+def all_skipped(jobs: Sequence[Job], saving: Saving) -> list[Outcome]:
+    """Return the outcomes of jobs whose results all exist already; an empty list if there is any work."""
+    done = jobs and all(not job.explicit and _exists(job, saving) for job in jobs)
+    return [Outcome(job, "skipped") for job in jobs] if done else []
+
+
 def forecast_jobs(
     restorer: Restorer, jobs: Sequence[Job], settings: BatchConfig, on_outcome: OnOutcome = ignore
 ) -> list[Outcome]:

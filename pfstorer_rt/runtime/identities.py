@@ -55,7 +55,14 @@ def verify_identity(name: str | Path, photographs: Sequence[Path] = ()) -> list[
     others = [kept for kept in find_kept(path).files if kept != path]
     checks += [Check(True, f"also on this machine: {show_path(kept)}") for kept in others]
     images = find_images(photographs) if photographs else []
-    return checks + [Check(sha256_file(p) in identity.references, f"learned from {p}") for p in images]
+    return checks + [_check_photograph(photograph, identity) for photograph in images]
+
+
+def _check_photograph(path: Path, identity: Identity) -> Check:
+    """Check that an identity was learned from a photograph."""
+    if sha256_file(path) in identity.references:
+        return Check(True, f"learned from {show_path(path)}")
+    return Check(False, f"not learned from {show_path(path)}: it was left out, changed, or added later")
 
 
 def _check_mode(path: Path) -> Check:

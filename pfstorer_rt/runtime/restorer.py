@@ -113,7 +113,7 @@ class Restorer:
         with needed_by("a base in PyTorch", "train"):
             if identity is not None and not isinstance(identity, Identity):
                 identity = Identity.load(identity_path(identity))  # a foreign file is refused before the slow imports
-            from pfstorer_rt.engine.device import choose_device
+            from pfstorer_rt.device import choose_device
             from pfstorer_rt.engine.torch import open_sessions
             from pfstorer_rt.models.base import Base, load_base
             from pfstorer_rt.models.components import manifest

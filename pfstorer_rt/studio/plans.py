@@ -29,7 +29,7 @@ def why_none(name: str) -> str:
     """Return why this machine makes no plan for a person; empty if it makes one."""
     try:
         import pfstorer_rt.export  # noqa: F401
-        from pfstorer_rt.engine.device import choose_device
+        from pfstorer_rt.device import choose_device
     except ModuleNotFoundError:
         return "the extra export is not installed"
     if choose_device().device.type != "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -11,6 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from pfstorer_rt.config import TrainConfig
+from pfstorer_rt.device import choose_device
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.ops import training_backend
@@ -38,10 +40,14 @@ def kernels_for(settings: TrainConfig, device: torch.device) -> str:
 
 
 def make_accelerator(settings: TrainConfig) -> Accelerator:
-    """Start accelerate for a device and a precision; use it inside `own_accelerate_state`."""
-    cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available())
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise MissingBackendError(f"device {settings.device}: torch finds no CUDA device; use device cpu")
+    """Start accelerate for a device and a precision; use it inside `own_accelerate_state`.
+
+    A GPU that does not work is logged, and the CPU is used. Raises `MissingBackendError` if the GPU was asked for.
+    """
+    chosen = choose_device(settings.device)
+    if chosen.refused:
+        logging.getLogger(__name__).warning("%s; training on the CPU", chosen.refused)
+    cpu = chosen.device.type == "cpu"
     if cpu and settings.precision == "fp16":
         raise MissingBackendError("fp16 training needs a GPU; on a CPU use precision bf16 or fp32")
     wanted: str = settings.precision

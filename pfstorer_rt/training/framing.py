@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from pfstorer_rt.config import PersonalizeConfig
+from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, mean_distance
 from pfstorer_rt.faces.finding import Face, face_finder
 from pfstorer_rt.files import show_path
@@ -55,12 +56,13 @@ def read_references(
     """Read photographs, crop them around the person's face, and choose which of them are used.
 
     Among several faces, the person is the face most similar to the faces in the photographs with one face; without
-    such photographs, the largest face. A photograph without a face gets a centre crop. With `config.framing` "none",
+    such photographs, the largest face. A photograph without a face gets a centre crop. Photographs that cannot be read
+    are left out. With `config.framing` "none",
     or without the `metrics` extra, photographs stay whole. Unsuitable photographs are left out as `selection.judge`
     finds, unless `config.keep_all`; without faces, only copies are. note: called with a line for each unsuitable
-    photograph. find: None selects dlib's detector. Raises `BadFileError`.
+    photograph. find: None selects dlib's detector. Raises `BadFileError` if no photograph can be read.
     """
-    photos = [read_photo(path) for path in paths]  # all photographs, before the first note
+    paths, photos = read_photos(paths, note)
     find = find or face_finder() if config.framing == "face" else None
     if find is None and config.framing == "face":
         note(f"photographs are used without cropping to the face; to crop snapshots: {INSTALL_METRICS}")
@@ -75,6 +77,24 @@ def read_references(
             note(f"{show_path(path)}: {remark}")
         references.append(Reference(path, frame_photo(photo, face) if find else photo, left_out))
     return references
+
+
+def read_photos(paths: Sequence[Path], note: Callable[[str], None]) -> tuple[list[Path], list[torch.Tensor]]:
+    """Read photographs as (3, H, W) in [0, 1], and leave out files that cannot be read, with a note for each.
+
+    Raises the `BadFileError` of the first file if none can be read.
+    """
+    photos, errors = {}, []
+    for path in paths:
+        try:
+            photos[path] = read_photo(path)
+        except BadFileError as error:
+            errors.append(error)
+    if errors and not photos:
+        raise errors[0]
+    for reason in errors:
+        note(f"left out: {reason}")
+    return list(photos), list(photos.values())
 
 
 def used_references(references: Sequence[Reference]) -> list[Reference]:

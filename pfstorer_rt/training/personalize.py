@@ -69,8 +69,8 @@ def personalize(
     in another precision: restore with another copy of the base.
     The identity is encrypted if the environment variable PFSTORER_PASSPHRASE is set.
     The same call resumes an interrupted training, also with another number of iterations. Before any training, raises
-    `ValueError` for a name that cannot be a file name, `BadFileError` when a photograph or the checkpoint cannot be
-    read, and `MismatchError` when the checkpoint belongs to other settings or photographs.
+    `ValueError` for a name that cannot be a file name, `BadFileError` when no photograph can be read or
+    the checkpoint cannot, and `MismatchError` when the checkpoint belongs to other settings or photographs.
     """
     named = named_identity(name)
     target = output or named
@@ -179,7 +179,7 @@ def choose_references(
     """Return the paths and framed photographs, (3, H, W) in [0, 1], that an identity is learned from.
 
     references, note, contact_sheet: as in `personalize`. Results of this program and unsuitable photographs are left
-    out, with a note for each. Raises `BadFileError` if no photograph is found or one cannot be read.
+    out, with a note for each. Raises `BadFileError` if no photograph is found or none can be read.
     """
     paths = without_results(find_images(references, note), note)
     if contact_sheet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from statistics import median, median_low
 from typing import NamedTuple
@@ -24,6 +25,10 @@ FACE_SIDE = 128
 """Side to which a face is resized before its sharpness is measured, in pixels."""
 BLURRED = 0.1
 """A face is blurred if its sharpness, divided by the median of the others, is below this."""
+DOUBTFUL = 0.5
+"""Distance of a face to the others from which it is compared with the distances among the others."""
+UNLIKE = 1.4
+"""A face is doubtful if its distance to the others is more than this many times the median among the others."""
 ENOUGH = 3
 """Blurred photographs are left out if at least this many others are used; as many faces show who the person is."""
 NO_FACE = "no face found"
@@ -95,6 +100,8 @@ def judge(candidates: Sequence[Candidate], search: bool = True) -> list[Finding 
     blurred = _blurred({i: candidates[i].sharpness for i in same})
     enough = len(same) - len(blurred) >= ENOUGH
     found |= {i: Finding("the face is blurred in comparison with the other photographs", enough) for i in blurred}
+    doubtful = _doubtful({i: candidates[i].embedding for i in same if i not in blurred})
+    found |= {i: Finding(_compare(*distances), False) for i, distances in doubtful.items()}
     return [found.get(i) for i in range(len(candidates))]
 
 
@@ -118,11 +125,37 @@ def _same_image(one: Grey, other: Grey) -> bool:
 def _other_people(embeddings: dict[int, Embedding | None]) -> dict[int, float]:
     """Return {number: distance} of the faces that differ from more than half of the others."""
     far = {}
-    for i, face in embeddings.items():
-        distances = [identity_distance(face, other) or 0.0 for j, other in embeddings.items() if j != i]
+    for i in embeddings:
+        distances = [_distance(embeddings, i, j) for j in embeddings if j != i]
         if distances and median_low(distances) > SAME_PERSON:
             far[i] = median_low(distances)
     return far
+
+
+def _doubtful(embeddings: dict[int, Embedding | None]) -> dict[int, tuple[float, float]]:
+    """Return {number: (distance to the others, distance among the others)} of faces unlike the others.
+
+    Relatives and people who look alike may be closer than `SAME_PERSON`.
+    """
+    found = {}
+    for i in embeddings if len(embeddings) > ENOUGH else ():
+        others = [j for j in embeddings if j != i]
+        own = median_low(_distance(embeddings, i, j) for j in others)
+        among = median(_distance(embeddings, j, k) for j, k in combinations(others, 2))
+        if own > max(DOUBTFUL, UNLIKE * among):
+            found[i] = own, among
+    return found
+
+
+def _distance(embeddings: dict[int, Embedding | None], i: int, j: int) -> float:
+    return identity_distance(embeddings[i], embeddings[j]) or 0.0
+
+
+def _compare(own: float, among: float) -> str:
+    return (
+        f"may show another person: its distance to the other photographs is {own:.2f}, and their distance to each "
+        f"other is {among:.2f}"
+    )
 
 
 def _describe(distance: float) -> str:

@@ -69,3 +69,8 @@ def test_a_plan_that_must_be_exported_again_comes_with_the_command(identity, bas
 def test_a_command_to_copy_quotes_the_name_of_the_file():
     rebuild = Rebuild(None, "portrait", "onnx", "fp32", (), "a;reboot;.plan")
     assert "-o 'a;reboot;.plan' --overwrite" in export_command(rebuild)
+
+
+def test_the_error_for_an_unknown_command_names_the_most_similar_one(refused):
+    assert "Did you mean 'restore'?" in refused(2, "restor")
+    assert "mean" not in refused(2, "xyz")

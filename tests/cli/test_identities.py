@@ -37,12 +37,21 @@ def test_unknown_identities_are_refused(refused, people, tree, command, name):
     assert tree(people) == before
 
 
+def test_list_shows_unfinished_trainings(run, refused, people):
+    (people / "bob.training.pt").write_bytes(b"weights")
+    (people / "carol.crops").mkdir()
+    lines = run("identities", "list").out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["alice", "bob", "carol"]
+    assert all("training not finished" in line for line in lines[1:])
+    refused(2, "identities", "show", "bob", words=["its training is not finished"])
+
+
 def test_verify_checks_file_permissions_base_and_references(run, people, save, monkeypatch, nano_base_dir):
     monkeypatch.chdir(nano_base_dir.parent)  # the base is found by its name there
     good = run("identities", "verify", "alice")
     assert good.status == 0 and "FAILED" not in good.out and good.out.count("ok ") == 3
     stranger = run("identities", "verify", "alice", save(people / "x.png"))
-    assert stranger.status == 1 and "FAILED  learned from" in stranger.out
+    assert stranger.status == 1 and "FAILED  not learned from" in stranger.out
     assert f"learned from {people / 'x.png'}" in run("identities", "verify", "alice", people).out, "folders too"
     (people / "alice.safetensors").chmod(0o644)
     assert "FAILED  readable by its owner only" in run("identities", "verify", "alice").out

@@ -38,11 +38,23 @@ def test_personalize_replaces_an_identity_only_with_overwrite(run, people, tree,
 
 
 @pytest.mark.parametrize("bad", [b"", b"\x89PNG\r\n", b"text"])
-def test_an_unreadable_photograph_stops_personalize_before_training(refused, people, tree, photos, nano_base_dir, bad):
+def test_an_unreadable_photograph_is_left_out(run, people, photos, nano_base_dir, bad):
     photos[1].write_bytes(bad)
+    done = learn(run, nano_base_dir, photos, "--identity", "bob")
+    assert done.status == 0 and f"note: left out: {photos[1]}: " in done.err
+    assert f"learned from {len(photos) - 1} photographs" in done.out
+
+
+def test_personalize_ends_before_training_if_no_photograph_can_be_read(refused, people, tree, photos, nano_base_dir):
+    for photo in photos:
+        photo.write_bytes(b"text")
     before = tree(people)
-    refused(2, "personalize", "--identity", "bob", "--base", nano_base_dir, *photos, words=["1.png"])
+    refused(2, "personalize", "--identity", "bob", "--base", nano_base_dir, *photos, words=["0.png"])
     assert tree(people) == before
+
+
+def test_instant_is_refused_on_a_base_without_a_prior(refused, people, photos, nano_base_dir):
+    refused(2, "personalize", "--identity", "bob", "--base", nano_base_dir, "--instant", *photos, words=["no prior"])
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,22 @@ def test_one_unreadable_image_does_not_stop_the_others(restore, save, tree, tmp_
     assert tree(scans) == before
 
 
+def test_the_last_line_counts_the_images_of_a_batch(restore, save, tmp_path):
+    save(tmp_path / "in" / "a.png"), save(tmp_path / "in" / "b.png")
+    (tmp_path / "in" / "c.png").write_bytes(b"text")
+    save(tmp_path / "out" / "b_restored.png")
+    done = restore(tmp_path / "in", "-o", tmp_path / "out")
+    assert done.err.splitlines()[-1] == "3 images: 1 done, 1 skipped, 1 failed"
+    assert "images:" not in restore(tmp_path / "in" / "a.png").err
+
+
+def test_a_batch_without_work_opens_no_engine(run, save, tmp_path):
+    save(tmp_path / "in" / "a.png")
+    save(tmp_path / "out" / "a_restored.png")
+    done = run("restore", "--engine", tmp_path / "missing.plan", tmp_path / "in", "-o", tmp_path / "out")
+    assert done.status == 0 and "exists, skipped" in done.out
+
+
 def test_too_many_pixels_are_refused(restore, save, tmp_path):
     done = restore(save(tmp_path / "a.png", 20, 10), "--max-pixels", 199)
     assert done.status == 1 and "200 pixels" in done.errors[0] and "--max-pixels" in done.errors[0]

@@ -214,3 +214,9 @@ def test_the_face_can_be_chosen_by_a_rectangle(restore, save, tmp_path):
     assert done.status == 2 and "four whole numbers X,Y,W,H" in done.err
     done = restore(save(tmp_path / "a.png"), "--apply-to", "10,12,9000,20", "-o", tmp_path / "b.png")
     assert done.status == 0, done.err
+
+
+def test_a_strength_far_from_the_trained_one_gets_a_note(restore, save, tmp_path):
+    image = save(tmp_path / "a.png")
+    assert "note: --strength 5: " in restore(image, "--strength", 5, "-o", tmp_path / "b.png").err
+    assert "--strength" not in restore(image, "--strength", 1.5, "-o", tmp_path / "c.png").err

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from pfstorer_rt import device as devices
 from pfstorer_rt.config import RestoreConfig
-from pfstorer_rt.engine import device as devices
+from pfstorer_rt.device import choose_device, choose_precision
 from pfstorer_rt.engine import torch as engine
-from pfstorer_rt.engine.device import choose_device, choose_precision
 from pfstorer_rt.engine.graphs import MOST, Graphed
 from pfstorer_rt.engine.torch import open_sessions
 from pfstorer_rt.errors import MissingBackendError, SettingError

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
+import pfstorer_rt.device
 from pfstorer_rt.config import PersonalizeConfig, TrainConfig
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.models.base import build_base
@@ -51,6 +52,16 @@ def test_fp16_on_a_cpu_is_refused_with_advice():
 
 def test_a_missing_device_is_refused_with_advice(without_gpu):
     with pytest.raises(MissingBackendError, match="use device cpu"), accelerated(TrainConfig(device="cuda")):
+        pass
+
+
+def test_a_gpu_that_does_not_work_is_logged_and_the_cpu_trains(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(pfstorer_rt.device, "find_fault", lambda device: "the GPU cannot be used (no kernel image)")
+    with accelerated(TrainConfig(precision="fp32")) as accelerator:
+        assert accelerator.device == torch.device("cpu")
+    assert caplog.messages == ["the GPU cannot be used (no kernel image); training on the CPU"]
+    with pytest.raises(MissingBackendError, match="no kernel image"), accelerated(TrainConfig(device="cuda")):
         pass
 
 

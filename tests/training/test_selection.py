@@ -88,6 +88,21 @@ def test_keep_all_uses_every_photograph_and_keeps_the_notes(read, kind):
     assert notes[0].startswith(f"z.png: {REASONS[kind].removeprefix('left out: ')}")
 
 
+def test_a_face_unlike_the_others_is_used_with_a_note(read):
+    photographs = {**good(4), "relative.png": (picture(7), 0.55)}
+    references, notes = read(photographs)
+    assert names(references) == set(photographs)
+    assert notes == [
+        "relative.png: may show another person: its distance to the other photographs is 0.53, and their distance to "
+        "each other is 0.01"
+    ]
+
+
+def test_a_varied_face_gets_no_note(read):
+    varied = (0.55, 0.0, 0.05, -0.4, -0.42)  # the first is 0.55 from the others, their median distance is 0.41
+    assert not read({f"{i}.png": (picture(i), place) for i, place in enumerate(varied)})[1]
+
+
 def test_a_recompressed_copy_is_left_out_without_a_face_model(read, without_dlib):
     photographs = {"0.png": (picture(0), None), "1.png": (picture(1), None), "copy.jpg": (picture(0), None)}
     references, notes = read(photographs, search=False)

@@ -1,4 +1,4 @@
-"""The device of the PyTorch engine, and its default precision."""
+"""The device of PyTorch, checked before it is used, and the default precision of the networks on it."""
 
 from __future__ import annotations
 
