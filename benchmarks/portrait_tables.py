@@ -90,14 +90,16 @@ sharpness and a low NIQE. Read these columns together with LMSE and identity.
 SEEN = """
 ### What the images show
 
+From a look at four to eight images of each set:
+
 - **`london`, heavy**: `portrait` keeps the likeness and gives skin and hair a natural texture, but plain backgrounds
   stay spotted and brown eyes can become grey. `tiny` is smooth like paint. Real-ESRGAN has the sharpest edges and clean
   backgrounds, but its eyes are uneven or black, and mouths become lines.
 - **`lab`, heavy**: `portrait` stays soft and pale, with a woven pattern at the edge of the hair; faces from `tiny` are
   clearer here. Real-ESRGAN is sharp, but distorts eyes, noses and mouths, so several faces are no longer the person.
   LPIPS and NIQE prefer these faces; LMSE (98) and identity do not.
-- **`generated`, heavy**: `portrait` is convincing on most images. On the most degraded ones it keeps stripes of the
-  compression. Real-ESRGAN loses eyes there.
+- **`generated`, heavy**: where the input is mildly degraded, `portrait` and Real-ESRGAN are both convincing. On the most
+  degraded images, `portrait` keeps soft hair and stripes of the compression, and Real-ESRGAN distorts or loses eyes.
 """
 PERSONAL = """
 ### With identities
