@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
@@ -83,3 +84,21 @@ def write_report(report: dict[str, Any], output: Path | None) -> None:
 def line(cells: Sequence[str]) -> str:
     """Return a row of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
+
+
+def by(rows: Sequence[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
+    """Group rows by a column, in order of appearance."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
+
+
+def values(rows: Sequence[dict[str, Any]], key: str) -> list[float]:
+    """Return the values of a column, without empty cells."""
+    return [float(row[key]) for row in rows if row[key] != ""]
+
+
+def number(found: Sequence[float], digits: int) -> str:
+    """Return the mean as text."""
+    return f"{fmean(found):.{digits}f}".replace("inf", "∞") if found else "-"

@@ -1,20 +1,23 @@
-"""Write docs/results.md from the rows of `tables.py`.
+"""Write docs/results.md from the rows of `heldout.py`, `people.py` and `tables.py`.
 
     python benchmarks/tables_document.py benchmarks/results/tables.csv --document docs/results.md
 
-Methods can be measured on different sets of people. All rows of a table cover the same people: there is one table for
-each set of people, with all methods that were measured on at least these people.
+The page starts with the part of `portrait_tables.py`, which covers the rows of `heldout.py` and `people.py`.
+
+In the rows of `tables.py`, methods can be measured on different sets of people. All rows of a table cover the same
+people: there is one table for each set of people, with all methods that were measured on at least these people.
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
 import click
+from common import by, line, number, read, values
+from portrait_tables import portrait_part
 
 Row = dict[str, Any]
 COLUMNS = {
@@ -33,23 +36,22 @@ TITLES = {
     "light": "Light degradation",
     "clean": "Undegraded images as input",
 }
-HEADER = """# Results on held-out people
+HEADER = """
+## `tiny` at 192 pixels
 
-`python benchmarks/tables_document.py` generates this page from [`{source}`](../{source}). Do not edit it.
+`tiny` was shipped before `portrait`. These rows are in [`{source}`](../{source}).
 
-## Setup
+### Setup of the tables of `tiny`
 
 - **People**: {people}. No training and no choice of settings used photographs of them. Each person has five reference
   photographs. {count} other photographs of each person are degraded and restored.
-- **Images**: centre crops of {tile} x {tile} pixels. The levels are the levels of `pfstorer-rt degrade`, and the number
-  of the photograph is the seed. "Input" is the degraded image, resized bicubically to its original size.
-- **Base**: `tiny` (fingerprint `{base}`), which was shipped before `portrait`; one step unless the row states another
-  number.
+- **Images**: centre crops of {tile} x {tile} pixels. The number of the photograph is the seed.
+- **Base**: `tiny` (fingerprint `{base}`); one step unless the row states another number.
 - **Personalization**: {iterations} iterations unless the row states another number.
 - **Hardware**: {machine}. The rows were measured on several machines of this type: do not compare close times.
 - **Command**: `python benchmarks/tables.py PEOPLE`, where `PEOPLE` has one folder of photographs for each person.
 
-## Columns
+### Columns of the tables of `tiny`
 
 | column | definition |
 | --- | --- |
@@ -64,8 +66,7 @@ HEADER = """# Results on held-out people
 † **Training losses.** The last training stage of the base used three losses on decoded images: L1, ST-LPIPS and the
 distance of dlib's embeddings. The personalization method `PFStorer` uses them again. `PFStorer, latents alone`,
 `Base + ViCo`, `Base + DreamBooth` and `500 iterations` are personalized without them. Therefore ST-LPIPS and ID are
-optimistic for `PFStorer`, and L1 favours its PSNR. LMSE and SSIM were no training losses. ArcFace, LPIPS and MUSIQ are
-missing because their weights were not available.
+optimistic for `PFStorer`, and L1 favours its PSNR. LMSE and SSIM were no training losses.
 
 ID (dlib) of the input covers only the images in which a face is detected. These are the less degraded ones. Use
 "verified" to compare with the input.
@@ -76,11 +77,11 @@ ID (dlib) of the input covers only the images in which a face is detected. These
 
 
 def write_document(path: Path, rows: list[Row], source: Path) -> None:
-    """Write one section for each level, with one table for each set of people."""
+    """Write the part of `portrait`, then for `tiny` one section per level, with one table for each set of people."""
     first = rows[0]
     people = {r["person"] for r in rows}
     photographs = {(r["person"], r["picture"]) for r in rows}
-    text = HEADER.format(
+    text = portrait_part() + HEADER.format(
         source=source.as_posix(),
         people=len(people),
         count=round(len(photographs) / len(people)),
@@ -92,7 +93,7 @@ def write_document(path: Path, rows: list[Row], source: Path) -> None:
     for level, title in TITLES.items():
         chosen = [r for r in rows if r["level"] == level]
         if chosen:
-            text += f"\n## {title}\n"
+            text += f"\n### {title}\n"
             text += "".join(section(group) for group in same_people(chosen))
     path.write_text(text)
 
@@ -107,7 +108,7 @@ def same_people(rows: Sequence[Row]) -> Iterator[list[Row]]:
 def section(rows: Sequence[Row]) -> str:
     """Return the section of one set of people: a table of means, and with enough people the differences to the base."""
     people = by(rows, "person")
-    text = f"\n### {len(people)} people\n\n{table(rows)}"
+    text = f"\n#### {len(people)} people\n\n{table(rows)}"
     return text + f"\nDifference to the base, paired by person:\n\n{differences(rows)}" if len(people) >= FEW else text
 
 
@@ -151,24 +152,6 @@ def shared_difference(a: Sequence[Row], b: Sequence[Row], key: str) -> float | N
     return fmean(found) if found else None
 
 
-def by(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
-    """Group rows by a column, in order of appearance."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row[key], []).append(row)
-    return groups
-
-
-def values(rows: Sequence[Row], key: str) -> list[float]:
-    """Return the values of a column, without empty cells."""
-    return [float(r[key]) for r in rows if r[key] != ""]
-
-
-def number(found: Sequence[float], digits: int) -> str:
-    """Return the mean as text."""
-    return f"{fmean(found):.{digits}f}" if found else "-"
-
-
 def spread(found: Sequence[float], digits: int) -> str:
     """Return mean and standard error as text."""
     if not found:
@@ -177,19 +160,12 @@ def spread(found: Sequence[float], digits: int) -> str:
     return f"{fmean(found):+.{digits}f}{error}"
 
 
-def line(cells: Sequence[str]) -> str:
-    """Return a line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
 @click.command()
 @click.argument("rows", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--document", type=click.Path(path_type=Path), help="Page to write.")
 def main(rows: Path, document: Path | None) -> None:
-    with rows.open(newline="") as file:
-        found = list(csv.DictReader(file))
     if document:
-        write_document(document, found, rows)
+        write_document(document, read(rows), rows)
 
 
 if __name__ == "__main__":

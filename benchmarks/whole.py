@@ -25,7 +25,7 @@ import click
 import numpy as np
 import torch
 from common import hwc, line, machine, read, replace_table, write
-from heldout import gradient_ratio, lpips_distance
+from heldout import metric
 from scenes import MATERIALS, Portrait, Scene, Spot, compose
 
 from pfstorer_rt.config import RestoreConfig
@@ -34,7 +34,7 @@ from pfstorer_rt.faces.finding import find_boxes
 from pfstorer_rt.imaging.files import from_tensor, resize_bicubic, to_tensor
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.imaging.rows import Pixels, Spool, from_pixels
-from pfstorer_rt.imaging.similarity import psnr
+from pfstorer_rt.imaging.similarity import mean_gradient, psnr
 from pfstorer_rt.runtime.restorer import Restorer
 from pfstorer_rt.training.data import read_photo
 
@@ -118,7 +118,7 @@ def main(
     if not folders or not lpips:
         raise click.UsageError("give FOLDER... and --lpips FILE")
     portraits = list(read_portraits(folders))
-    restorer, distance = Restorer.from_base(base), lpips_distance(lpips)
+    restorer, distance = Restorer.from_base(base), metric("lpips", lpips=lpips)
     rows: list[dict[str, Any]] = []
     for number, (scene, scale) in enumerate(SCENES):
         if number < first or (only and only not in scene.name):
@@ -174,8 +174,9 @@ def measure(result: Pixels, original: Pixels, scene: Scene, distance: Callable[.
     ratio = min(1.0, FACE / max((spot.side for spot in scene.spots), default=FACE))
     near = distance(result, original)
     face = distance(reduced(result, ratio), reduced(original, ratio)) if ratio < 1 else near
-    values = {"psnr": psnr(result, original), "lpips": near, "lpips_face": face}
-    return {name: round(v, 4) for name, v in {**values, "sharpness": gradient_ratio(result, original)}.items()}
+    sharpness = mean_gradient(result) / mean_gradient(original)
+    values = {"psnr": psnr(result, original), "lpips": near, "lpips_face": face, "sharpness": sharpness}
+    return {name: round(value, 4) for name, value in values.items()}
 
 
 def read_portraits(folders: tuple[str, ...]) -> Iterator[Portrait]:

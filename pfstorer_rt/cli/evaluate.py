@@ -62,6 +62,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--lpips", type=PATH, help="ONNX file of LPIPS: two images in, a distance out.")
 @click.option("--alexnet", type=PATH, help="File of torchvision's AlexNet weights, for LPIPS without --lpips.")
 @click.option("--landmarks", type=PATH, help="ONNX file of a network of 98 facial landmarks.")
+@click.option("--niqe", type=PATH, help="File of NIQE's parameters: modelparameters.mat or niqe_pris_params.npz.")
 @click.option("--musiq", type=PATH, help="File of pyiqa's MUSIQ weights.")
 @click.option("-o", "--output", type=PATH, help="Folder for results.csv, summary.json, results.md, index.html.")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
@@ -81,6 +82,7 @@ def command(
     lpips: Path | None,
     alexnet: Path | None,
     landmarks: Path | None,
+    niqe: Path | None,
     musiq: Path | None,
     output: Path | None,
     overwrite: bool,
@@ -109,7 +111,7 @@ def command(
         save_inputs,
         dict(split_seconds(text) for text in seconds),
         tuple(keys.split(",")) if keys else None,
-        MetricFiles(arcface, arcface_range, alexnet, musiq, lpips, landmarks),
+        MetricFiles(arcface, arcface_range, alexnet, musiq, lpips, landmarks, niqe),
         output,
         overwrite,
     )

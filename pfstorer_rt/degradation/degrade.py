@@ -45,6 +45,7 @@ __all__ = [
     "add_gaussian_noise",
     "add_poisson_noise",
     "degrade",
+    "degrade_small",
     "filter2d",
     "gaussian_kernel",
     "generalized_kernel",
@@ -71,18 +72,32 @@ def degrade(
     Raises `ValueError` for another shape, dtype, or range, and for an unknown level.
     Source: PFStorer section 4; StableSR's released settings for the ranges and the order of steps.
     """
+    small = degrade_small(image, level, seed)
+    if small.shape == image.shape:
+        return small
+    return resize(small, (image.shape[-2], image.shape[-1]), "bicubic").clamp(0, 1)
+
+
+def degrade_small(
+    image: torch.Tensor,
+    level: DegradationConfig | str = "heavy",
+    seed: int | np.random.Generator = 0,
+) -> torch.Tensor:
+    """Degrade one image as `degrade` does, without the enlargement at the end.
+
+    Use it for methods that enlarge their input. Arguments and errors are as in `degrade`. Returns a new tensor of shape
+    (3, H / sf, W / sf), rounded, in [0, 1]. With probability `p_hq` the result is a copy of the image.
+    """
     config = level_config(level)
     _check_image(image)
     rng = np.random.default_rng(seed)
     hq = image.detach()
     if rng.random() < config.p_hq:
         return hq.clone()
-    height, width = hq.shape[-2:]
-    small = scaled_size((height, width), 1 / config.sf)
+    small = scaled_size((hq.shape[-2], hq.shape[-1]), 1 / config.sf)
     x = _camera(hq, config, rng)
     x = _blur_resize_noise(x, config.second, small, rng)
-    x = _finish(x, config, small, rng)
-    return resize(x, (height, width), "bicubic").clamp(0, 1)
+    return _finish(x, config, small, rng)
 
 
 def _camera(hq: torch.Tensor, config: DegradationConfig, rng: np.random.Generator) -> torch.Tensor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.evaluation.niqe import niqe, read_natural_model
 from pfstorer_rt.evaluation.sample import Measure, MetricFiles, Sample
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.faces import dlib, finding
-from pfstorer_rt.faces.arcface import arcface_embedder
+from pfstorer_rt.faces.arcface import aligned_embedder, arcface_embedder, find_five_points
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding
 from pfstorer_rt.faces.landmarks import landmark_network
 from pfstorer_rt.imaging import similarity
@@ -101,6 +103,16 @@ def load_sharpness(_: MetricFiles) -> Measure:
     return measure
 
 
+def load_niqe(files: MetricFiles) -> Measure:
+    """Load NIQE, which does not use the original; None for a side under 192 pixels."""
+    if files.niqe is None:
+        raise MissingBackendError("give the parameters of NIQE as a file", setting="niqe")
+    with needed_by("NIQE"):
+        import scipy  # noqa: F401
+    model = read_natural_model(files.niqe)
+    return lambda result, original, references: niqe(result.pixels, model)
+
+
 def load_landmarks(files: MetricFiles) -> Measure:
     """Load the squared error of 98 landmarks; both images use the face of the original."""
     if files.landmarks is None:
@@ -119,14 +131,31 @@ def load_landmarks(files: MetricFiles) -> Measure:
     return measure
 
 
-def load_arcface(files: MetricFiles) -> Measure:
-    """Load 100 x the mean cosine similarity between the embeddings of result and references; None without a face."""
+def recognizer_file(files: MetricFiles) -> tuple[Path, tuple[float, float]]:
+    """Return the file of the recognizer and the scaling of its input; raises `MissingBackendError` without a file."""
     if files.arcface is None:
         raise MissingBackendError("give a recognizer of the ArcFace family as an ONNX file", setting="arcface")
-    embed = arcface_embedder(files.arcface, RANGES[files.arcface_range])
+    return files.arcface, RANGES[files.arcface_range]
+
+
+def load_arcface(files: MetricFiles) -> Measure:
+    """Load 100 x the mean cosine similarity between the embeddings of result and references; None without a face."""
+    embed = arcface_embedder(*recognizer_file(files))
 
     def measure(result: Sample, _: Sample, references: Sequence[Sample]) -> float | None:
         face, known = result.once(embed), known_faces(references, embed)
         return None if face is None or not known else 100 * float(np.mean([face @ other for other in known]))
+
+    return measure
+
+
+def load_arcface_original(files: MetricFiles) -> Measure:
+    """Load 100 x the cosine similarity between the embeddings of result and original; both use the original's face."""
+    embed = aligned_embedder(*recognizer_file(files))
+    dlib.load_dlib()
+
+    def measure(result: Sample, original: Sample, _: Sequence[Sample]) -> float | None:
+        points = original.once(find_five_points)
+        return None if points is None else 100 * float(embed(result.pixels, points) @ embed(original.pixels, points))
 
     return measure

@@ -178,6 +178,18 @@ METRICS: tuple[Metric, ...] = (
         digits=1,
     ),
     Metric(
+        key="niqe",
+        title="NIQE",
+        better="down",
+        unit="",
+        meaning="quality without reference (Mittal 2013): distance to the statistics of undegraded photographs",
+        licence="Apache-2.0, parameters: licence of the file",
+        packages=("scipy",),
+        load=loaders.load_niqe,
+        files=("niqe",),
+        digits=2,
+    ),
+    Metric(
         key="sharpness",
         title="Sharpness",
         better="up",
@@ -260,6 +272,21 @@ METRICS: tuple[Metric, ...] = (
         licence="MIT (onnxruntime), weights: licence of the file",
         packages=("onnxruntime",),
         load=loaders.load_arcface,
+        files=("arcface",),
+        digits=1,
+    ),
+    Metric(
+        key="id_original_arcface",
+        title="ID to original (ArcFace)",
+        better="up",
+        unit="",
+        meaning=(
+            "100 x cosine similarity between the given recognizer's embeddings of result and original, "
+            "both aligned by the original's face"
+        ),
+        licence="MIT (onnxruntime), weights: licence of the file",
+        packages=("onnxruntime",),
+        load=loaders.load_arcface_original,
         files=("arcface",),
         digits=1,
     ),

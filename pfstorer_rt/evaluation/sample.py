@@ -55,6 +55,8 @@ class MetricFiles:
     """LPIPS as one ONNX file: two images (1, 3, H, W) in [-1, 1] in, a distance out; used instead of the package."""
     landmarks: Path | None = None
     """A landmark network as ONNX: (1, 3, 112, 112) in [-1, 1] in, 98 points (x, y) in 0..1 out (WFLW)."""
+    niqe: Path | None = None
+    """Parameters of NIQE: the authors' modelparameters.mat, or niqe_pris_params.npz of the package basicsr."""
 
 
 Load = Callable[[MetricFiles], Measure]

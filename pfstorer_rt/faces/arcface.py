@@ -28,19 +28,38 @@ def arcface_embedder(path: Path, scaling: tuple[float, float] = (2.0, -1.0)) -> 
     Raises `MissingBackendError` when the `metrics` extra is not installed, `BadFileError` for another file.
     """
     load_dlib()
+    embed_at = aligned_embedder(path, scaling)
+
+    def embed(pixels: Pixels) -> Embedding | None:
+        points = find_five_points(pixels)
+        return None if points is None else embed_at(pixels, points)
+
+    return embed
+
+
+def aligned_embedder(path: Path, scaling: tuple[float, float] = (2.0, -1.0)) -> Callable[[Pixels, Points], Embedding]:
+    """Return a function of an image (H, W, 3) in [0, 1] and points of `find_five_points` -> embedding of length 1.
+
+    scaling: as in `arcface_embedder`. Raises `BadFileError` for another file.
+    """
     session = open_recognizer(path)
     name = session.get_inputs()[0].name
 
-    def embed(pixels: Pixels) -> Embedding | None:
-        box = find_largest(pixels)
-        if box is None:
-            return None
-        points = five_points(landmarks_at_side(pixels, box))
+    def embed(pixels: Pixels, points: Points) -> Embedding:
         planes = align(at_landmark_side(pixels), points).transpose(2, 0, 1)[None] * scaling[0] + scaling[1]
         vector = np.asarray(session.run(None, {name: planes.astype(np.float32)})[0], dtype=np.float64).ravel()
         return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
     return embed
+
+
+def find_five_points(pixels: Pixels) -> Points | None:
+    """Return the five points (5, 2) of the largest face, in pixels of `at_landmark_side(pixels)`; None without a face.
+
+    Raises `MissingBackendError` when the `metrics` extra is not installed.
+    """
+    box = find_largest(pixels)
+    return None if box is None else five_points(landmarks_at_side(pixels, box))
 
 
 def open_recognizer(path: Path) -> Any:

@@ -138,6 +138,14 @@ def test_the_last_jpeg_comes_before_or_after_the_last_reduction():
     assert 4 <= whole <= 16
 
 
+@pytest.mark.parametrize("level", ["light", "heavy"])
+def test_the_small_image_is_enlarged_at_the_end(face, level):
+    small = d.degrade_small(face, level, 7)
+    assert small.shape == (3, round(face.shape[1] / 4), round(face.shape[2] / 4))
+    enlarged = torch.nn.functional.interpolate(small[None], face.shape[1:], mode="bicubic", align_corners=False)[0]
+    assert torch.equal(enlarged.clamp(0, 1), d.degrade(face, level, 7))
+
+
 def test_p_hq_1_returns_a_copy_of_the_image(face):
     same = d.degrade(face, replace(d.LEVELS["heavy"], p_hq=1.0), 0)
     assert torch.equal(same, face)

@@ -5,6 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from skimage.transform import resize
 
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.evaluation.registry import MetricFiles, Sample, load_metrics
@@ -77,6 +78,25 @@ def test_arcface_is_100_times_the_mean_cosine(face, noisy, recognizer):
     assert figures["id_arcface"] == pytest.approx(expected, abs=1e-2) and expected < 99
     same = loaded.measure(Sample(face), Sample(face), [Sample(face)])
     assert same["id_arcface"] == pytest.approx(100, abs=1e-4)
+
+
+@pytest.mark.parametrize("side", [256, 140])
+def test_the_identity_to_the_original_uses_the_face_of_the_original(face, make_image, recognizer, side):
+    path = recognizer()
+    loaded = load_metrics(["id_original_arcface"], MetricFiles(arcface=path, arcface_range="0..255"))
+    original = np.asarray(resize(face, (side, side), order=1, anti_aliasing=True), np.float32)
+    result = make_image(side, side)  # shows no face
+    points = arcface.five_points(landmarks_at_side(original, find_largest(original)))
+
+    def embed(pixels):
+        planes = arcface.align(resize(pixels, (512, 512), order=1), points).transpose(2, 0, 1)[None] * 255
+        return ReferenceEvaluator(str(path)).run(None, {"data": planes.astype(np.float32)})[0][0]
+
+    a, b = embed(result), embed(original)
+    expected = 100 * a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    assert loaded.measure(Sample(result), Sample(original))["id_original_arcface"] == pytest.approx(expected, abs=0.01)
+    nobody = Sample(make_image(64, 64))
+    assert loaded.measure(nobody, nobody)["id_original_arcface"] is None
 
 
 def test_images_without_a_face_have_no_figure(recognizer, make_image, face):

