@@ -98,8 +98,9 @@ From a look at four to eight images of each set:
 - **`lab`, heavy**: `portrait` stays soft and pale, with a woven pattern at the edge of the hair; faces from `tiny` are
   clearer here. Real-ESRGAN is sharp, but distorts eyes, noses and mouths, so several faces are no longer the person.
   LPIPS and NIQE prefer these faces; LMSE (98) and identity do not.
-- **`generated`, heavy**: where the input is mildly degraded, `portrait` and Real-ESRGAN are both convincing. On the most
-  degraded images, `portrait` keeps soft hair and stripes of the compression, and Real-ESRGAN distorts or loses eyes.
+- **`generated`, heavy**: where the input is mildly degraded, `portrait` and Real-ESRGAN are both convincing. On the
+  most degraded images, `portrait` keeps soft hair and stripes of the compression, and Real-ESRGAN distorts or loses
+  eyes.
 """
 PERSONAL = """
 ### With identities

@@ -350,10 +350,10 @@ PERSONALIZE_RANGES: dict[str, Range] = {
     **dict.fromkeys(("first_step", "p_self", "p_hq"), _SHARE),
     **dict.fromkeys(("lambda_gen", "lambda_pers", "lambda_pixel", "lambda_perceptual", "lambda_id"), _WEIGHT),
     **dict.fromkeys(("gamma_learning_rate", "token_learning_rate"), _RATE),
-    "gen_rows": _whole(1),
+    **dict.fromkeys(("gen_rows", "pool"), _whole(1)),
+    "largest_sf": _number(lambda v: 4 <= v <= 16, "a reduction by 4 to 16"),
     "references": _whole(1, 100),
     "reference_timestep": _whole(0, 999),
-    "pool": _whole(1),
     "rank": _whole(0, 4096),
 }
 """Valid values of the numbers of `PersonalizeConfig`."""
@@ -407,6 +407,8 @@ class PersonalizeConfig:
     init_word: str = "face"
     subject_prompt: str = "a photo of a {}"
     level: Literal["light", "heavy"] = "heavy"
+    largest_sf: float = 4.0
+    """The degradation reduces each crop by a random factor from 4, the factor of `level`, to this one."""
     p_hq: float = 0.03
     framing: Literal["face", "none"] = "face"
     """face: crop around small or off-centre faces (needs the `metrics` extra); none: centre crop."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from pfstorer_rt.config import PersonalizeConfig
-from pfstorer_rt.degradation.degrade import LEVELS, degrade
+from pfstorer_rt.degradation.degrade import LEVELS, DegradationConfig, degrade
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.chunks import Samples, make_arrays
@@ -70,7 +70,7 @@ def make_pool(
         for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, size)):
             rng = np.random.default_rng([config.train.seed, 4, i])
             hq = random_crop(photos[i % len(photos)], tile, rng, ZOOM)
-            pairs.append(torch.stack([hq, degrade(hq, level, rng)]))
+            pairs.append(torch.stack([hq, degrade(hq, reduced(level, config.largest_sf, rng), rng)]))
         return {"pairs": torch.stack(pairs)}
 
     def finish(chunk: Batch) -> dict[str, npt.NDArray[Any]]:
@@ -89,6 +89,11 @@ def make_pool(
     if "images" not in found:
         return pool
     return pool._replace(images=torch.from_numpy(found["images"]), maps=np.asarray(found["maps"]))
+
+
+def reduced(level: DegradationConfig, largest: float, rng: np.random.Generator) -> DegradationConfig:
+    """Return a level with a random reduction up to `largest`; a level with a larger reduction stays as it is."""
+    return replace(level, sf=rng.uniform(level.sf, largest)) if largest > level.sf else level
 
 
 def pool_size(config: PersonalizeConfig) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pfstorer_rt.config import PersonalizeConfig, TrainConfig
+from pfstorer_rt.degradation.levels import LEVELS
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError
 from pfstorer_rt.files import sha256_file
 from pfstorer_rt.identity import Identity
@@ -20,7 +21,7 @@ from pfstorer_rt.training.data import center_crop, read_photo
 from pfstorer_rt.training.image_loss import ImageSpaceLoss
 from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
 from pfstorer_rt.training.personalize import parameter_groups, personalize
-from pfstorer_rt.training.pool import BatchMaker, make_pool
+from pfstorer_rt.training.pool import BatchMaker, make_pool, reduced
 
 METHODS = ("pfstorer", "vico", "dreambooth")
 
@@ -306,6 +307,21 @@ def test_a_pool_contains_latents_of_clean_and_degraded_crops(base, photos):
     assert not any(torch.equal(a, b) for a, b in zip(bad.hq, bad.lq, strict=True))
     middle = center_crop(read_photo(photos[1]), 64)[None] * 2 - 1
     assert torch.allclose(found.references[1], base.encode(middle)[0], rtol=0, atol=1e-5)
+
+
+def test_crops_are_reduced_up_to_the_largest_factor():
+    rng = np.random.default_rng(0)
+    factors = [reduced(LEVELS["heavy"], 8.0, rng).sf for _ in range(200)]
+    assert 4 <= min(factors) < 4.3 and 7.7 < max(factors) <= 8
+    state = rng.bit_generator.state
+    assert reduced(LEVELS["heavy"], 4.0, rng) is LEVELS["heavy"]
+    assert rng.bit_generator.state == state, "the crops of the paper's recipe keep their random numbers"
+
+
+def test_a_larger_reduction_degrades_the_crops_of_a_pool_more(base, photos):
+    mild, strong = (pool(base, photos, p_hq=0.0, largest_sf=largest) for largest in (4.0, 16.0))
+    errors = [(each.hq - each.lq).square().mean() for each in (mild, strong)]
+    assert errors[1] > errors[0]
 
 
 def test_a_pool_contains_images_for_image_space_losses(base, photos):
