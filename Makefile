@@ -41,7 +41,7 @@ test-studio: .venv/ready
 	$(PIP) -c constraints.txt -e '.[browser]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '$(STUDIO_TESTS)' tests/studio/browser
 
-# Minutes and gigabytes: engines of a full-size base, exports that leave the cache of graphs aside.
+# Minutes and gigabytes: engines of the shipped base and of a full-size base, exports that leave the cache of graphs aside.
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m 'slow and not browser'
 

@@ -133,6 +133,7 @@ def export_plan(
     builder = None if target == "onnx" else EngineBuilder(target, options or BuildOptions(), progress.phase)
     loaded, identity = resolve(identity, base)
     loaded = loaded.copy().to("cpu", torch.float32)  # a base object is not changed
+    loaded.set_attention("sdpa")  # the kernels of the base object run PyTorch, and are no part of a graph
     described = replace(
         manifest(loaded, identity, target, precision),
         tools=tool_versions(),

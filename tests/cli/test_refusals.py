@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -140,8 +141,24 @@ def test_import_base_reports_unusable_paths_in_one_line(refused, tmp_path):
     assert "Errno" not in line and (tmp_path / "taken").read_text() == "mine"
 
 
+@pytest.fixture
+def one_backend(monkeypatch):
+    """`--check` compares on ONNX Runtime alone; tests/export/test_compare.py compares on all backends."""
+    from pfstorer_rt.export import compare
+
+    monkeypatch.setattr(compare, "BACKENDS", {"onnxruntime": compare.BACKENDS["onnxruntime"]})
+
+
+@pytest.fixture
+def one_batch(monkeypatch):
+    """Engines for one batch size; tests/export/test_tensorrt.py builds engines for several."""
+    from pfstorer_rt.export import tensorrt
+
+    monkeypatch.setattr(tensorrt, "BuildOptions", partial(tensorrt.BuildOptions, batches=(1,)))
+
+
 @pytest.mark.parametrize("old", [None, b"an earlier plan"])
-def test_a_plan_that_fails_its_check_is_not_written(run, tree, tmp_path, nano_base_dir, monkeypatch, old):
+def test_a_plan_that_fails_its_check_is_not_written(run, tree, tmp_path, nano_base_dir, monkeypatch, one_backend, old):
     from pfstorer_rt.export import compare
 
     if old:
@@ -155,13 +172,15 @@ def test_a_plan_that_fails_its_check_is_not_written(run, tree, tmp_path, nano_ba
     assert tree(tmp_path) == before
 
 
-def test_a_plan_that_passes_its_check_is_written(run, tree, tmp_path, nano_base_dir):
+def test_a_plan_that_passes_its_check_is_written(run, tree, tmp_path, nano_base_dir, one_backend):
     done = run("export", "--base", nano_base_dir, "--check", "-o", tmp_path / "a.plan")
     assert done.status == 0 and "torch / onnxruntime" in done.out and "not run" not in done.out
     assert list(tree(tmp_path)) == ["a.plan"]
 
 
-def test_engines_without_a_gpu_are_checked_by_their_onnx_graphs(run, tree, tmp_path, nano_base_dir, without_gpu):
+def test_engines_without_a_gpu_are_checked_by_their_onnx_graphs(
+    run, tree, tmp_path, nano_base_dir, without_gpu, one_backend, one_batch
+):
     pytest.importorskip("tensorrt_rtx")
     from pfstorer_rt.plan import Plan
 

@@ -50,6 +50,8 @@ def run(words):
     """Run a command in this process; returns its exit status."""
     if is_only_parsed(words):
         return parse(words)
+    if "--recipe" in words:  # replaces the settings of the small base, which learns in one iteration
+        words = [*words, "--iterations", "1"]
     try:
         main(list(words))
     except SystemExit as end:

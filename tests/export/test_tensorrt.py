@@ -8,11 +8,13 @@ import sys
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from pfstorer_rt.export import export_plan
 from pfstorer_rt.export.build import Progress
 from pfstorer_rt.export.graph import build_graph, fuse
 from pfstorer_rt.export.tensorrt import BuildOptions, EngineBuilder, plan_profiles
 
+from pfstorer_rt.config import PRESETS
 from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError
 from pfstorer_rt.models.components import components, denoiser, encoder
 from pfstorer_rt.plan import COMPONENTS, Plan
@@ -92,13 +94,6 @@ def test_profiles_cover_the_batches_and_image_sizes(nano_base):
     assert latent == [{"latent": [[1, 4, side, side]] * 3}]
 
 
-@pytest.fixture(scope="module")
-def half_graph(nano_base, tmp_path_factory):
-    """The nano denoiser in halves: (graph, its file)."""
-    graph = build_graph(fuse(denoiser(nano_base)), "fp16")
-    return graph, graph.save(tmp_path_factory.mktemp("half"))
-
-
 def build(graph_and_file, base, file, component="denoiser", **options):
     graph, model = graph_and_file
     scales = components(base)[component].scales
@@ -107,23 +102,49 @@ def build(graph_and_file, base, file, component="denoiser", **options):
     return file.read_bytes()
 
 
-def test_one_engine_with_a_ladder_is_smaller_than_an_engine_for_each_batch(half_graph, nano_base, tmp_path):
-    sizes = {b: len(build(half_graph, nano_base, tmp_path / "engine", batches=b)) for b in ((1, 2), (1,), (2,))}
-    assert sizes[1, 2] < sizes[1,] + sizes[2,]
+def test_one_engine_with_a_ladder_is_smaller_than_an_engine_for_each_batch(
+    rtx_plan, nano_base, nano_identity, tmp_path
+):
+    graph = build_graph(fuse(denoiser(nano_base, nano_identity)), "fp16")
+    half = graph, graph.save(tmp_path)
+    single = [len(build(half, nano_base, tmp_path / "engine", batches=(batch,))) for batch in SMALL.batches]
+    assert len(rtx_plan.read("denoiser")) < sum(single)
 
 
+def fused_kernels(engine):
+    """The number of fused attentions of an engine.
+
+    The engine keeps the source of the kernels that are compiled where it runs; a fused attention names its traits.
+    """
+    return len(re.findall(rb"using Kernel_traits = fmha::", engine))
+
+
+@pytest.mark.parametrize(("head_size", "fused"), [(PRESETS["portrait"].head_size, 1), (PRESETS["nano"].head_size, 0)])
+def test_an_attention_with_the_heads_of_the_shipped_base_is_fused(head_size, fused, tmp_path):
+    shape = ["batch", 4, 1024, head_size]
+    ports = [
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape) for name in group] for group in ("qkv", "o")
+    ]
+    graph = helper.make_graph([helper.make_node("Attention", list("qkv"), ["o"])], "attention", *ports)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), tmp_path / "a.onnx")
+    builder = EngineBuilder("tensorrt-rtx", BuildOptions(batches=(1,)))
+    built = builder.build("denoiser", {}, tmp_path / "a.onnx", 64, {}, tmp_path / "engine")
+    assert built.layers["attention_input"] == 1
+    assert fused_kernels((tmp_path / "engine").read_bytes()) == fused
+
+
+@pytest.mark.slow
 def test_the_shipped_base_is_built_with_fused_attention(tmp_path):
     plan = export_plan(tmp_path / "portrait.plan", None, "portrait", "tensorrt-rtx", options=BuildOptions(batches=(1,)))
-    engine = plan.read("denoiser")
-    # The engine keeps the source of the kernels that are compiled where it runs; a fused attention names its traits.
-    fused = len(re.findall(rb"using Kernel_traits = fmha::", engine))
     attention = plan.manifest.payloads["denoiser"].layers["attention_input"]
-    assert attention == 22 and fused >= 18  # the structure encoder's four have one head, which no kernel takes
+    # The structure encoder's four have one head, which no kernel takes.
+    assert attention == 22 and fused_kernels(plan.read("denoiser")) >= 18
     assert {payload.precision for payload in plan.manifest.payloads.values()} == {"fp16"}
 
 
-def test_fp32_engines_are_built(nano_base, tmp_path):
-    plan = export_plan(tmp_path / "a.plan", None, nano_base, "tensorrt-rtx", "fp32", BuildOptions(batches=(1,)))
+def test_fp32_engines_are_built(nano_base, nano_identity, tmp_path):
+    options = BuildOptions(batches=(1,))
+    plan = export_plan(tmp_path / "a.plan", nano_identity, nano_base, "tensorrt-rtx", "fp32", options)
     assert plan.manifest.precision == "fp32" and plan.read("denoiser")[:4] == b"vtrt"
     layers = plan.manifest.payloads["denoiser"].layers
     assert "attention_input" not in layers and layers["softmax"] > 10
@@ -206,9 +227,10 @@ def test_a_node_that_the_parser_rejects_is_named_with_its_module(nano_base, tmp_
         build((graph, model), nano_base, tmp_path / "engine", "encoder")
 
 
-def test_a_failed_build_reports_the_reason(half_graph, nano_base, tmp_path):
-    with pytest.raises(PFStorerError, match=r"denoiser: .* could not build an engine \(\S+"):
-        build(half_graph, nano_base, tmp_path / "engine", batches=(1,), workspace=1)
+def test_a_failed_build_reports_the_reason(nano_base, tmp_path):
+    graph = build_graph(fuse(encoder(nano_base)), "fp16")
+    with pytest.raises(PFStorerError, match=r"encoder: .* could not build an engine \(\S+"):
+        build((graph, graph.save(tmp_path)), nano_base, tmp_path / "engine", "encoder", workspace=1)
 
 
 def test_a_shared_denoiser_is_built_with_the_identity_as_inputs(nano_base, nano_identity, tmp_path):
