@@ -106,7 +106,7 @@ PERSONAL = """
 ### With identities
 
 Rows in [`people.csv`](../benchmarks/results/people.csv), command `python benchmarks/people.py`. `real`: two people of
-`lab`, {real} pixels. `generated`: one person who does not exist, 512 pixels. {tests} images of each person are heavily
+`lab`, {real} pixels. `generated`: two people who do not exist, 512 pixels. {tests} images of each person are heavily
 degraded. Five other images of the person are the references.
 
 **Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 240 iterations with the
