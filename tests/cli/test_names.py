@@ -52,7 +52,8 @@ def test_every_name_is_one_printable_line_on_any_terminal(on_terminal, save, tmp
     lines = out.splitlines()
     assert len(lines) == len(NAMES) and all(line.isprintable() for line in lines), lines
     status, out, err = on_terminal(encoding, "degrade", tmp_path / "none" / NAMES[0], tmp_path / NAMES[1], "-o", "x/")
-    lines = err.splitlines()
+    *lines, last = err.splitlines()
+    assert last == "2 images: 2 failed"
     assert status == 1 and len(lines) == 2 and all("no such file" in line and line.isprintable() for line in lines)
 
 
