@@ -67,13 +67,14 @@ def address(base, data):
 
 @pytest.fixture
 def files(tmp_path, face):
-    """Function (name, shift, noise) -> path of a picture of the face."""
+    """Function (name, shift, noise, enlarged) -> path of a picture of the face."""
 
-    def make(name, shift=0, noise=0.0):
+    def make(name, shift=0, noise=0.0, enlarged=1):
         pixels = face[shift : shift + 220, shift : shift + 220]
         pixels = np.clip(pixels + np.random.default_rng(shift).normal(0, noise, pixels.shape), 0, 1)
         path = tmp_path / name
-        Image.fromarray((pixels * 255).astype(np.uint8)).save(path)
+        picture = Image.fromarray((pixels * 255).astype(np.uint8))
+        picture.resize((enlarged * picture.width, enlarged * picture.height)).save(path)
         return str(path)
 
     return make

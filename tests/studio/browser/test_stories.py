@@ -37,14 +37,14 @@ def test_restoring(alice, page, shoot, files, tmp_path):
 
 
 def test_cancelling_keeps_what_is_finished(page, files):
-    drop(page, "#pictures", [files(f"{number:02}.png", number) for number in range(24)])
-    page.wait_for_selector("#faces li >> nth=23")
+    drop(page, "#pictures", [files(f"{number:02}.png", number, enlarged=4) for number in range(12)])
+    page.wait_for_selector("#faces li >> nth=11")
     press(page, "Restore")
     page.wait_for_selector("#results tbody tr")
     page.locator("#cancel-restore").click()
     wait_for_text(page, "#restore-status", "Cancelled. What was finished is kept.")
     page.wait_for_selector("#zip a")
-    assert 0 < page.locator("#results tbody tr").count() < 24
+    assert 0 < page.locator("#results tbody tr").count() < 12
 
 
 def test_learning_renaming_exporting_importing_and_deleting(page, shoot, files, tmp_path):
