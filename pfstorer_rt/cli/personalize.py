@@ -215,15 +215,11 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
 
     from pfstorer_rt.imaging.find import find_images, without_results
     from pfstorer_rt.models.base import load_base
-    from pfstorer_rt.training.objectives import starts_from_prior
     from pfstorer_rt.training.personalize import personalize
 
     photos = without_results(find_images([Path(r) for r in references], note), note)
     base = load_base(options.base)
     config = options.config(base.config)
-    if options.instant and not starts_from_prior(base, config):
-        prior = "has a prior, which does not fit these settings" if base.prior else "has no prior"
-        raise SettingError(f"base {base.config.name} {prior}; leave out --instant to learn the person by training")
     make_folder(target.parent)
     with stage_bars() as on_progress:
         identity = personalize(name, photos, base, config, target, note, on_progress, options.finish, sheet)

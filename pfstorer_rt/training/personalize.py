@@ -162,7 +162,7 @@ def instant_identity(
     config = config or PersonalizeConfig.for_base(base.config)
     config = replace(config, train=replace(config.train, iterations=0))
     if not starts_from_prior(base, config):
-        reason = f"base {base.config.name!r} with these settings has no prior for an identity without training"
+        reason = f"base {base.config.name!r} has no prior for these settings, so it learns a person only by training"
         raise SettingError(f"{reason}; expected at least one iteration", setting="iterations")
     paths, photos = choose_references(references, base, config, note, contact_sheet)
     objective = PersonalizationObjective(base, config)
