@@ -20,6 +20,7 @@ from statistics import fmean
 from typing import Any
 
 import click
+import torch
 from common import hwc, line, machine, read, replace_table, write
 from heldout import cosine_to, metric, save_sheet
 
@@ -96,20 +97,28 @@ def main(
 def restored(person: Path, base: Base, tests: int, side: int) -> Iterator[tuple[int, dict[str, Any], int]]:
     """Learn a person, and yield the number of each image, its versions, and the seconds of learning."""
     paths = find_images([person])
-    references, others = paths[:REFERENCES], paths[REFERENCES : REFERENCES + tests]
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.process_time()
-        file = Path(folder) / "person.safetensors"
-        personalize("person", references, base, PersonalizeConfig.for_base(base.config), file)
-        seconds = round(time.process_time() - started)
-        plain, personal = Restorer.from_base(base), Restorer.from_base(base, file)
-    photos = [read_photo(path) for path in others]
-    side = min(side, *(min(photo.shape[-2:]) for photo in photos))
-    for number, photo in enumerate(photos):
-        truth = center_crop(photo, side)
+    personal, seconds = learned(paths[:REFERENCES], base, PersonalizeConfig.for_base(base.config))
+    plain = Restorer.from_base(base)
+    for number, truth in enumerate(crops(paths[REFERENCES : REFERENCES + tests], side)):
         lq = hwc(degrade(truth, "heavy", SEED + number))
         images = {"input": lq, "base": plain.restore(lq), "pfstorer": personal.restore(lq), "truth": hwc(truth)}
         yield number, images, seconds
+
+
+def learned(references: Sequence[Path], base: Base, config: PersonalizeConfig) -> tuple[Restorer, int]:
+    """Learn a person; returns the restorer with the identity, and the seconds of processor time."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.process_time()
+        file = Path(folder) / "person.safetensors"
+        personalize("person", references, base, config, file)
+        return Restorer.from_base(base, file), round(time.process_time() - started)
+
+
+def crops(paths: Sequence[Path], side: int) -> list[torch.Tensor]:
+    """Read photographs as central squares (3, S, S) in [0, 1] of one size, at most `side` pixels."""
+    photos = [read_photo(path) for path in paths]
+    side = min(side, *(min(photo.shape[-2:]) for photo in photos))
+    return [center_crop(photo, side) for photo in photos]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,0 +1,127 @@
+"""Compare ways to learn a person on the shipped base: methods, the recipe of the paper, and numbers of references.
+
+    python benchmarks/recipes.py FOLDER --lpips FILE --landmarks FILE --recognizer FILE -o recipes.csv
+
+FOLDER has one folder of photographs per person, none of them in any training. Photographs, crops and seeds are as in
+`people.py`. Each image is heavily degraded twice: reduced to a quarter, and to an eighth. One row per person, recipe,
+reduction and image. No loss of any recipe is the recognizer of `cosine`. All recipes except `paper` have ST-LPIPS and
+the distance of dlib's embeddings as losses. Recipes of a person in the CSV file are not learned again, so the same
+command resumes an interrupted run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from common import hwc, machine, read, write
+from heldout import cosine_to, metric
+from people import REFERENCES, SEED, crops, learned
+
+from pfstorer_rt.config import PersonalizeConfig
+from pfstorer_rt.degradation.degrade import degrade
+from pfstorer_rt.degradation.levels import LEVELS
+from pfstorer_rt.imaging.find import find_images
+from pfstorer_rt.imaging.rows import Pixels
+from pfstorer_rt.models.base import Base, load_base
+from pfstorer_rt.runtime.restorer import Restorer
+
+REDUCTIONS = (4.0, 8.0)
+
+
+class Recipe(NamedTuple):
+    """A way to learn a person."""
+
+    config: Callable[[Base], PersonalizeConfig]
+    references: int = REFERENCES
+
+
+def defaults(**changes: Any) -> Callable[[Base], PersonalizeConfig]:
+    """Return a function that makes the defaults of a base with changed fields."""
+    return lambda base: PersonalizeConfig.for_base(base.config, **changes)
+
+
+RECIPES = {
+    "default": Recipe(defaults()),
+    "dreambooth": Recipe(defaults(method="dreambooth")),
+    "vico": Recipe(defaults(method="vico")),
+    "paper": Recipe(lambda _: PersonalizeConfig()),
+    "1 reference": Recipe(defaults(), 1),
+    "3 references": Recipe(defaults(), 3),
+    "half": Recipe(defaults(train={"iterations": 120})),
+}
+"""`paper` is `personalize --recipe paper`; the others change one thing of the defaults of the base."""
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option("--base", default="portrait", show_default=True)
+@click.option("--recipe", "names", multiple=True, type=click.Choice(list(RECIPES)), help="[default: all]")
+@click.option("--people", default=2, show_default=True, help="Number of people, the first by name.")
+@click.option("--tests", default=6, show_default=True, help="Number of images of each person.")
+@click.option("--side", default=512, show_default=True)
+@click.option("--lpips", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--landmarks", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--recognizer", required=True, type=click.Path(exists=True, path_type=Path))
+def main(
+    folder: Path,
+    output: Path,
+    base: str,
+    names: tuple[str, ...],
+    people: int,
+    tests: int,
+    side: int,
+    lpips: Path,
+    landmarks: Path,
+    recognizer: Path,
+) -> None:
+    rows, loaded = read(output), load_base(base)
+    metrics: dict[str, Callable[[Pixels, Pixels], float | None]] = {
+        "psnr": metric("psnr"),
+        "lpips": metric("lpips", lpips=lpips),
+        "sharpness": metric("sharpness"),
+        "lmse_98": metric("lmse_98", landmarks=landmarks),
+        "cosine": cosine_to(recognizer),
+        "dlib": metric("id_original_dlib"),
+    }
+    for person in sorted(path for path in folder.iterdir() if path.is_dir())[:people]:
+        for name in ("input", "base", *(names or RECIPES)):
+            if any((row["person"], row["recipe"]) == (person.name, name) for row in rows):
+                continue
+            paths = find_images([person])
+            method, seconds = restoring(name, paths, loaded)
+            for sf, number, truth, lq in cases(paths[REFERENCES : REFERENCES + tests], side):
+                result = method(lq)
+                values = {key: measure(result, truth) for key, measure in metrics.items()}
+                about = {"person": person.name, "recipe": name, "sf": round(sf), "image": number}
+                values = {key: "" if value is None else round(value, 4) for key, value in values.items()}
+                rows.append({**about, **values, "learn_cpu_s": seconds, "side": len(truth), **machine()})
+            write(output, rows)
+            click.echo(f"{person.name} {name}: {seconds} s")
+
+
+def restoring(name: str, paths: Sequence[Path], base: Base) -> tuple[Callable[[Pixels], Pixels], int]:
+    """Return a function that restores images by a recipe, and the seconds of learning."""
+    if name == "input":
+        return lambda lq: lq, 0
+    if name == "base":
+        return Restorer.from_base(base).restore, 0
+    recipe = RECIPES[name]
+    restorer, seconds = learned(paths[: recipe.references], base, recipe.config(base))
+    return restorer.restore, seconds
+
+
+def cases(paths: Sequence[Path], side: int) -> Iterator[tuple[float, int, Pixels, Pixels]]:
+    """Yield the reduction, the number, the original and the degraded version of each image."""
+    for sf in REDUCTIONS:
+        for number, truth in enumerate(crops(paths, side)):
+            lq = degrade(truth, replace(LEVELS["heavy"], sf=sf), SEED + number)
+            yield sf, number, hwc(truth), hwc(lq)
+
+
+if __name__ == "__main__":
+    main()
