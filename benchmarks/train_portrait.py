@@ -57,6 +57,7 @@ REPORT = 50
 @click.option("--batch", default=64, show_default=True)
 @click.option("--tiles", default=1500, show_default=True, help="Tiles composed from the photographs.")
 @click.option("--workers", default=8, show_default=True, help="Processes that read photographs.")
+@click.option("--only-joint", is_flag=True, help="Only the last stage: the autoencoder stays as it is.")
 @click.option("--graphs", is_flag=True, help="Replay the last stage's iterations as CUDA graphs.")
 def main(
     output: Path,
@@ -75,12 +76,13 @@ def main(
     batch: int,
     tiles: int,
     workers: int,
+    only_joint: bool,
     graphs: bool,
 ) -> None:
     weights = face_models()
     if weights is None:
         raise click.ClickException("the identity loss needs dlib's recognizer; install the extra metrics")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     base = load_base(name)
     files = Photographs(
         find_people(people), find_images(portraits) if portraits else [], [parse_source(text) for text in photos]
@@ -95,20 +97,24 @@ def main(
 
     networks = Lpips(lpips), FaceRecognizer(weights / RECOGNIZER)
     work = output.with_name(output.name + ".work")
-    config = settings(minutes, iterations, batch, graphs)
+    start = replace(ViewStagesConfig(), graphs=graphs)
+    if only_joint:
+        start = replace(start, autoencoder=None)
+    config = settings(with_minutes(start, minutes, base.prior is None), iterations, batch)
     train_on_views(open_store, base, work, config, *networks, discriminator, partial(report, begun))
     base.save(output, torch.float16)
     click.echo(f"{time.monotonic() - begun:.0f} s: {output} is complete")
 
 
-def settings(minutes: float, iterations: int | None, batch: int, graphs: bool) -> ViewStagesConfig:
-    """Return the settings for a duration, or for a number of iterations of every stage."""
-    config = with_minutes(replace(ViewStagesConfig(), graphs=graphs), minutes)
+def settings(config: ViewStagesConfig, iterations: int | None, batch: int) -> ViewStagesConfig:
+    """Return the settings with a batch, and with a number of iterations of every stage in place of the duration."""
     changes: dict[str, Any] = {"batch": batch, **({"iterations": iterations, "minutes": 0.0} if iterations else {})}
     first, joint = config.autoencoder, config.joint
+    if first is not None:
+        first = replace(first, train=replace(first.train, **changes), patches=max(1, batch // 2))
     return replace(
         config,
-        autoencoder=replace(first, train=replace(first.train, **changes), patches=max(1, batch // 2)),
+        autoencoder=first,
         matching=replace(config.matching, **changes),
         joint=replace(joint, base=replace(joint.base, train=replace(joint.base.train, **changes))),
     )

@@ -75,12 +75,14 @@ class PersonalizationBlock(nn.Module):
         reference: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         strength: torch.Tensor | float = 1.0,
+        shift: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Move the tokens towards the person.
 
         x: (B, L, C). reference: (1 or B, S, C), not normalised; None selects the block's cached reference, and without
         a cached reference the block attends to its input. mask: bool (1 or B, S), True is attended. strength: scalar or
-        (B, 1, 1).
+        (B, 1, 1). shift: (B, W), added to the first layer of the feed-forward network, as its bias is
+        (`models.prior.FaceShifts`).
         Returns (B, L, C).
         """
         b: Any = self.block
@@ -92,7 +94,8 @@ class PersonalizationBlock(nn.Module):
         stream = x + b.attn1(b.norm1(x))
         stream = stream + b.attn2(b.norm2(stream), encoder_hidden_states=reference, attention_mask=mask)
         gate, _, last = b.ff.net  # the layer between them is a dropout with probability 0
-        h = self.kernels.geglu(gate.proj(b.norm3(stream)))
+        h = gate.proj(b.norm3(stream))
+        h = self.kernels.geglu(h if shift is None else h + shift.to(h.dtype)[:, None])
         if isinstance(last, LowRankLinear):
             h, last = last.down(h), last.up
         return self.kernels.gated_projection(h, last, stream, x, self.gamma, strength)

@@ -1,8 +1,9 @@
-"""The prior of a base: personalization blocks that learned from many people how to use references."""
+"""The prior of a base: personalization blocks that learned from many people how to use references and embeddings."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -10,12 +11,42 @@ from torch import nn
 
 from pfstorer_rt.config import BaseConfig
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.models.personalization import build_blocks
+from pfstorer_rt.models.personalization import PersonalizationBlocks, build_blocks
 from pfstorer_rt.models.unet import RestorationUNet
 
 FOLDER = "personalization"
 """Folder of the prior in a base directory."""
 FILE = "model.safetensors"
+EMBEDDING, SPREAD = 128, 0.1
+"""Length of a face's embedding (dlib), and standard deviation of its values among people, about."""
+
+
+class FaceShifts(nn.Module):
+    """What a face's embedding adds to the biases of the blocks: a linear map for the feed-forward layer of each block.
+
+    The biases of an identity are constant, so the embedding takes no time when an image is restored.
+    """
+
+    mean: torch.Tensor
+
+    def __init__(self, blocks: PersonalizationBlocks) -> None:
+        """Build maps that return zeros, around a zero mean."""
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(EMBEDDING))
+        maps = [nn.Linear(EMBEDDING, first_bias(block).numel(), bias=False) for block in blocks]
+        for linear in maps:
+            nn.init.zeros_(linear.weight)
+        self.maps = nn.ModuleList(maps)
+
+    def forward(self, faces: torch.Tensor) -> list[torch.Tensor]:
+        """Map embeddings (B, 128) to a shift (B, W) for each block; the mean embedding has zero shifts."""
+        normalized = (faces - self.mean) / SPREAD
+        return [linear(normalized) for linear in self.maps]
+
+
+def first_bias(block: nn.Module) -> nn.Parameter:
+    """Return the bias of the first feed-forward layer of a personalization block."""
+    return cast(nn.Parameter, cast(Any, block).block.ff.net[0].proj.bias)
 
 
 class Prior(nn.Module):
@@ -26,6 +57,15 @@ class Prior(nn.Module):
         super().__init__()
         self.blocks = build_blocks(unet, config.layers, config.head_size)
         self.token = nn.Parameter(torch.zeros(config.text["hidden_size"]))
+        self.shifts = FaceShifts(self.blocks)
+
+    @torch.no_grad()
+    def copy_to(self, blocks: PersonalizationBlocks, face: torch.Tensor | None = None) -> None:
+        """Give blocks the weights of the prior for a person; face: the person's embedding (128,), None if unknown."""
+        blocks.load_state_dict(self.blocks.state_dict())
+        if face is not None:
+            for block, shift in zip(blocks, self.shifts(face.float()[None].to(self.shifts.mean.device)), strict=True):
+                first_bias(block).add_(shift[0])
 
     def save(self, folder: Path) -> None:
         """Write the tensors in fp16 to `FILE` in a new folder."""

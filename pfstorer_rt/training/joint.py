@@ -24,7 +24,7 @@ from pfstorer_rt.models.unet import Tap
 from pfstorer_rt.training.data import Batch, draw_timesteps
 from pfstorer_rt.training.image_loss import identity_distances, jitter
 from pfstorer_rt.training.losses import Losses
-from pfstorer_rt.training.lpips import Lpips
+from pfstorer_rt.training.lpips import Lpips, normalize
 from pfstorer_rt.training.memory import ParameterGroup
 from pfstorer_rt.training.one_step import OneStepConfig, OneStepObjective, trained_parameters
 from pfstorer_rt.training.prior import ReferenceObjective, block_groups, cut, reference_taps
@@ -32,7 +32,13 @@ from pfstorer_rt.training.view_batches import ViewBatches
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
 """Images (B, 3, S, S) in [-1, 1] -> latents (B, C, h, w) fp32."""
+Embed = Callable[[torch.Tensor, npt.NDArray[Any]], torch.Tensor]
+"""References (B, R, 3, S, S) in [-1, 1] and the positions of their faces (B, R, 2, 3) -> mean embeddings (B, 128)."""
 short_training = partial(TrainConfig, batch=64, warmup=40, weight_decay=0.0, attention="sdpa", checkpoint_every=250)
+EYES = ((0.66, 0.0, 0.0), (0.0, 0.165, -0.38), (0.0, 0.0, 1.0))
+"""Map from the strip of the eyes to the square of the recognizer."""
+STRIP = (64, 256)
+"""Height and width in pixels of the strip, about the resolution of a face that fills a tile of 512 pixels."""
 BETAS = (0.9, 0.98)
 """Of AdamW: the second moment follows the short trainings."""
 
@@ -47,7 +53,7 @@ class JointConfig:
             window=14,
             clean=0.15,
             lambda_latent=0.3,
-            lambda_id=0.8,
+            lambda_id=1.0,
         )
     )
     """Losses and length; `clean` is the share of the tiles, and `crop`, `cropped` and `on_faces` are not used."""
@@ -66,31 +72,42 @@ class JointConfig:
     """Share of the samples that are decoded from a latent nearer to the original's."""
     weaker: float = 0.2
     """Share of the samples that are decoded with weaker features of the LQ image."""
+    unknown: float = 0.15
+    """Share of the samples with references whose embedding is replaced by the mean, as without the `metrics` extra."""
+    inexact: float = 0.02
+    """Standard deviation of the noise on the embeddings."""
+    lambda_eyes: float = 0.5
+    """Weight of L1 and LPIPS of the eyes, where errors are most visible."""
     blocks_rate: float = 2.0
     gamma_rate: float = 6.0
-    """Learning rates of the blocks and of gamma, as multiples of the rate of the base."""
+    """Learning rates of the blocks with their shifts, and of gamma, as multiples of the rate of the base."""
 
 
 class JointObjective(OneStepObjective):
-    """The losses of `OneStepObjective` on whole images; the first samples of a batch have references.
+    """The losses of `OneStepObjective` on whole images; the first samples of a batch have references and embeddings.
 
     Window losses (LPIPS, adversarial) are computed on a window of each image, L1 on windows and images, the identity
-    loss on the first samples, whose faces have known positions.
+    loss and the loss of the eyes on the first samples, whose faces have known positions.
     """
+
+    eyes: torch.Tensor
 
     def __init__(
         self, base: Base, config: JointConfig, lpips: Lpips, recognizer: nn.Module, known: ReferenceObjective
     ) -> None:
         """Take the blocks and the token of `known`, which has trained them on latents."""
         super().__init__(base, config.base, lpips, recognizer)
-        self.blocks, self.taps = known.blocks, partial(reference_taps, known)
+        self.joint, self.blocks, self.shifts = config, known.blocks, known.shifts
+        self.taps = partial(reference_taps, known)
         self.side = config.base.window * self.factor
+        self.register_buffer("eyes", torch.tensor(EYES), persistent=False)
 
     def forward(self, batch: Batch) -> Losses:
         """Take a batch of `JointBatches`; returns `loss`, its terms, and the identity loss of both kinds of samples."""
         c, hq, target = self.config, batch["hq"], batch["hq_image"]
         known = len(batch["references"])
-        taps = {layer: for_first(known, tap) for layer, tap in self.taps(batch["references"]).items()}
+        taps = self.taps(batch["references"], batch["face"])
+        taps = {layer: for_first(known, tap) for layer, tap in taps.items()}
         restored = self.restore(hq, batch["lq"], batch["noise"], batch["t"], taps)
         latent = F.mse_loss(restored, hq)
         output = self.decode(restored + batch["towards"] * (hq - restored), batch["lq_image"], batch["weight"])
@@ -100,22 +117,39 @@ class JointObjective(OneStepObjective):
         faces = len(batch["maps"])
         distances = identity_distances(self.recognizer, output[:faces], target[:faces], batch["maps"])
         losses["id"] = distances.mean()
-        weights = self.weights(c.lambda_id)
+        losses["eyes"] = self.difference_of_eyes(output[:faces], target[:faces], batch["maps"])
+        weights = {**self.weights(c.lambda_id), "eyes": self.joint.lambda_eyes}
         loss = c.lambda_latent * latent + sum(weights[name] * value for name, value in losses.items())
         with_references = {"id_known": distances[:known].mean(), "id_plain": distances[known:].mean()}
         return {"loss": loss, "latent": latent, **losses, **with_references}
 
+    def difference_of_eyes(self, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        """Return L1 + LPIPS of the eyes of faces at `maps` (B, 2, 3) in images (B, 3, S, S) in [-1, 1]."""
+        made, real = (cut_strips(images, maps @ self.eyes) for images in (output, target))
+        with torch.no_grad():
+            features = normalize(self.lpips.features(real))
+        perceptual = self.lpips.between(normalize(self.lpips.features(made)), features).mean()
+        return F.l1_loss(made, real) + perceptual
+
     def groups(self, base: Base, config: JointConfig) -> list[ParameterGroup]:
-        """Return the parameter groups: base, blocks, gamma, discriminator; switches their gradients on."""
+        """Return the parameter groups: base, blocks, gamma, shifts, discriminator; switches their gradients on."""
         rate = config.base.train.learning_rate
+        shifts = list(self.shifts.requires_grad_(True).parameters())
         groups: list[ParameterGroup] = [
             {"params": trained_parameters(base), "lr": rate},
             *block_groups(self.blocks.requires_grad_(True), config.blocks_rate * rate, config.gamma_rate * rate),
+            {"params": shifts, "lr": config.blocks_rate * rate},
         ]
         if self.discriminator is not None:
             parameters = list(self.discriminator.parameters())
             groups.append({"params": parameters, "lr": config.base.discriminator_rate, "clip": False})
         return for_device(groups, base.device)
+
+
+def cut_strips(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Cut strips (B, 3, 64, 256) at maps (B, 2, 3) from images (B, 3, S, S)."""
+    grid = F.affine_grid(maps, [len(images), 3, *STRIP], align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def for_first(count: int, tap: Tap) -> Tap:
@@ -131,8 +165,11 @@ def for_device(groups: list[ParameterGroup], device: torch.device) -> list[Param
 class JointBatches:
     """Draws the batches of `JointObjective`; the tiles depend on the batches before, the other numbers on the seed."""
 
-    def __init__(self, views: ViewBatches, encode: Encode, config: JointConfig) -> None:
-        self.views, self.encode, self.config = views, encode, config
+    def __init__(
+        self, views: ViewBatches, encode: Encode, embed: Embed, mean: torch.Tensor, config: JointConfig
+    ) -> None:
+        """mean: the mean embedding of people, (128,)."""
+        self.views, self.encode, self.embed, self.mean, self.config = views, encode, embed, mean, config
         self.recent: deque[tuple[Batch, npt.NDArray[Any]]] = deque(maxlen=config.kept)
 
     def __call__(self, _: int, number: int) -> Batch:
@@ -146,7 +183,7 @@ class JointBatches:
             batch, faces = self.recent[-1]
         else:
             batch, faces = self.recent[int(rng.integers(len(self.recent)))]
-        return {**batch, **self.random_numbers(batch["hq"], faces, number, rng)}
+        return {**batch, **self.random_numbers(batch, faces, number, rng)}
 
     def tiles(self, rng: np.random.Generator) -> tuple[Batch, npt.NDArray[Any]]:
         """Make new tiles with their latents; returns them and the positions of the faces."""
@@ -157,12 +194,13 @@ class JointBatches:
             "references": self.encode(made.references.flatten(0, 1)).unflatten(0, made.references.shape[:2]),
             "hq_image": made.hq,
             "lq_image": made.lq,
+            "face": self.embed(made.references, made.reference_faces),
         }
         return batch, made.faces
 
-    def random_numbers(self, hq: torch.Tensor, faces: npt.NDArray[Any], number: int, rng: np.random.Generator) -> Batch:
-        """Draw noise, timesteps, places of the windows and faces, and the sample's decoding."""
-        c, count = self.config, len(hq)
+    def random_numbers(self, batch: Batch, faces: npt.NDArray[Any], number: int, rng: np.random.Generator) -> Batch:
+        """Draw noise, timesteps, places of the windows and faces, the sample's decoding, and the embeddings' errors."""
+        c, hq, count = self.config, batch["hq"], len(batch["hq"])
         factor = self.views.store.size // hq.shape[-1]
         seeds = c.base.train.seed * 1_000_003 + number
         some = [
@@ -179,8 +217,13 @@ class JointBatches:
             "corners": torch.from_numpy(corners),
             "maps": torch.from_numpy(moved),
         }
-        noise = torch.randn(hq.shape, generator=torch.Generator(hq.device).manual_seed(seeds), device=hq.device)
-        return {"noise": noise, **{name: value.to(hq.device, non_blocking=True) for name, value in drawn.items()}}
+        made = {name: value.to(hq.device, non_blocking=True) for name, value in drawn.items()}
+        generator = torch.Generator(hq.device).manual_seed(seeds)
+        made["noise"] = torch.randn(hq.shape, generator=generator, device=hq.device)
+        face = batch["face"]
+        unknown = torch.rand((len(face), 1), generator=generator, device=hq.device) < c.unknown
+        noisy = face + c.inexact * torch.randn(face.shape, generator=generator, device=hq.device)
+        return {**made, "face": torch.where(unknown, self.mean, noisy)}
 
 
 def draw_corners(

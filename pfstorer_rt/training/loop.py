@@ -191,6 +191,25 @@ def read_checkpoint(path: Path, signature: str) -> dict[str, Any]:
     return state
 
 
+class Pending:
+    """Reads the loss; of recorded iterations, the loss of the iteration before.
+
+    A recorded iteration needs no host. While the device does it, the host prepares the next batch instead of waiting.
+    """
+
+    def __init__(self, recorded: bool) -> None:
+        self.recorded = recorded
+        self.before: torch.Tensor | None = None
+
+    def __call__(self, loss: torch.Tensor, last: bool) -> float:
+        """Return the loss of this iteration, or of the iteration before; last: no iteration follows."""
+        if not self.recorded or last:
+            return loss.item()
+        ready = loss.clone() if self.before is None else self.before
+        self.before = loss.clone()
+        return ready.item()
+
+
 def run_training(training: Training, accelerator: Accelerator) -> None:
     """Minimise the loss over the batches of iterations 0 ... `iterations` - 1, or for `minutes`, in place.
 
@@ -227,6 +246,7 @@ def _iterate(training: Training, objective: nn.Module, state: TrainState, accele
         step = RecordedStep(step, training.recorder)
     if main:
         training.on_progress(StageProgress(title, done, total, time_share=schedule.share(done)))
+    pending = Pending(training.recorder is not None)
     batches = prefetch(
         lambda i: training.make_batch(i, i * processes + rank), done, total or sys.maxsize, settings.workers
     )
@@ -236,7 +256,8 @@ def _iterate(training: Training, objective: nn.Module, state: TrainState, accele
             losses = step({k: v.to(accelerator.device) for k, v in batch.items()})
             state.update_average(done)
             done += 1
-            loss, share = losses["loss"].item(), schedule.share(done)
+            share = schedule.share(done)
+            loss = pending(losses["loss"], share >= 1)
             if not math.isfinite(loss):
                 raise PFStorerError(f"{title}: the loss is not finite after {done} iterations; use a lower rate")
             seconds = training.clock() - started

@@ -120,7 +120,14 @@ class PersonalizationObjective(ImageObjective):
     ids: torch.Tensor
     base_context: torch.Tensor
 
-    def __init__(self, base: Base, config: PersonalizeConfig, image_loss: ImageLoss | None = None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        config: PersonalizeConfig,
+        image_loss: ImageLoss | None = None,
+        face: torch.Tensor | None = None,
+    ) -> None:
+        """Build the blocks; face: embedding (128,) of the person, with which the prior starts, if it is known."""
         super().__init__()
         self.config, self.base_config, self.image_loss = config, base.config, image_loss
         self.unet, self.structure_encoder, self.text_encoder = base.unet, base.structure_encoder, base.text_encoder
@@ -130,7 +137,7 @@ class PersonalizationObjective(ImageObjective):
         self.token = nn.Parameter(self.text_encoder.word_embedding(tokenize(config.init_word, base.config)))
         if starts_from_prior(base, config):
             assert base.prior is not None
-            self.blocks.load_state_dict(base.prior.blocks.state_dict())
+            base.prior.copy_to(self.blocks, face)
             self.token.data.copy_(base.prior.token)
         for block in self.blocks if config.method == "vico" else ():
             block.gamma.requires_grad_(False).fill_(1.0)

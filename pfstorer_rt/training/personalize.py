@@ -88,7 +88,8 @@ def personalize(
         make_folder(crops, private=True)
         with accelerator.main_process_first():  # the other processes use the samples of the first one
             pool = None if done else make_pool(photos, base, config, on_progress, crops, mark)
-        objective = make_objective(base, config, accelerator.device)
+        face = person_face(photos, base, config)
+        objective = make_objective(base, config, accelerator.device, face)
 
         def show(iteration: int) -> None:
             assert on_preview is not None
@@ -165,7 +166,7 @@ def instant_identity(
         reason = f"base {base.config.name!r} has no prior for these settings, so it learns a person only by training"
         raise SettingError(f"{reason}; expected at least one iteration", setting="iterations")
     paths, photos = choose_references(references, base, config, note, contact_sheet)
-    objective = PersonalizationObjective(base, config)
+    objective = PersonalizationObjective(base, config, face=person_face(photos, base, config))
     return make_identity(name, objective, base, config, paths, photos)
 
 
@@ -201,11 +202,20 @@ def available(config: PersonalizeConfig, note: Callable[[str], None]) -> Persona
     return replace(config, lambda_pixel=0.0, lambda_perceptual=0.0, lambda_id=0.0)
 
 
-def make_objective(base: Base, config: PersonalizeConfig, device: torch.device) -> nn.Module:
-    """Build the objective of `config.method` on a device, with the base's kernels for training."""
+def make_objective(
+    base: Base, config: PersonalizeConfig, device: torch.device, face: torch.Tensor | None = None
+) -> nn.Module:
+    """Build the objective of `config.method` on a device, with the base's kernels for training.
+
+    face: embedding (128,) of the person, with which the base's prior starts.
+    """
     images = ImageSpaceLoss(base, config) if has_image_losses(config) else None
-    kind = DreamBoothObjective if config.method == "dreambooth" else PersonalizationObjective
-    objective: nn.Module = kind(base, config, images).to(device)
+    objective: nn.Module
+    if config.method == "dreambooth":
+        objective = DreamBoothObjective(base, config, images)
+    else:
+        objective = PersonalizationObjective(base, config, images, face)
+    objective.to(device)
     base.set_attention(kernels_for(config.train, device), objective)
     return objective
 
@@ -296,6 +306,17 @@ def embed_photos(photos: Sequence[torch.Tensor]) -> list[Embedding | None]:
     """
     embed = face_embedder()
     return [embed(photo.permute(1, 2, 0).numpy()) if embed else None for photo in photos]
+
+
+def person_face(photos: Sequence[torch.Tensor], base: Base, config: PersonalizeConfig) -> torch.Tensor | None:
+    """Return the mean embedding (128,) for a training that starts from the base's prior; None if none is needed.
+
+    Also None for photographs without a face, and without the `metrics` extra.
+    """
+    if not starts_from_prior(base, config):
+        return None
+    faces = embed_photos(photos)
+    return mean_face(faces) if any(face is not None for face in faces) else None
 
 
 def mean_face(faces: Sequence[Embedding | None]) -> torch.Tensor:

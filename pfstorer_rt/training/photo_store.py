@@ -18,7 +18,7 @@ from PIL import Image
 
 from pfstorer_rt.training.tiles import Bytes, Source, TileComposer
 
-VARIETY = ((1.25, 0.8), (1.0, 0.75), (1.4, 0.9))
+VARIETY = ((0.8, 0.8), (1.0, 0.75), (0.65, 0.85))
 """Variation between the images of a person, and truncation; used in turn."""
 FIRST_SEED = 20_000
 """Seed of the first generated people; an evaluation must use other seeds."""

@@ -27,7 +27,7 @@ from pfstorer_rt.faces.recognizer import FaceRecognizer
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base, fingerprint_modules
 from pfstorer_rt.models.personalization import PersonalizationBlocks, build_blocks
-from pfstorer_rt.models.prior import Prior
+from pfstorer_rt.models.prior import FaceShifts, Prior
 from pfstorer_rt.models.prompt import tokenize
 from pfstorer_rt.models.reference import reference_pass, subject_ids
 from pfstorer_rt.models.unet import Tap
@@ -108,13 +108,20 @@ class ReferenceObjective(RestorerObjective):
     """
 
     def __init__(self, base: Base, scales: Mapping[str, float]) -> None:
+        """Start with the prior of the base, or without one as a search; scales: as in `match_features`."""
         super().__init__(base, "x0")
         settings = PersonalizeConfig.for_base(base.config)
         self.blocks = build_blocks(base.unet, base.config.layers, base.config.head_size)
-        match_features(self.blocks, scales)
         ids, _ = subject_ids(base, settings.subject_prompt)
         self.token = nn.Parameter(self.text_encoder.word_embedding(tokenize(settings.init_word, base.config)))
+        self.shifts = FaceShifts(self.blocks).requires_grad_(False)  # `joint` trains them
         self.register_buffer("subject_ids", ids, persistent=False)
+        if base.prior is None:
+            match_features(self.blocks, scales)
+        else:
+            base.prior.copy_to(self.blocks)
+            self.token.data.copy_(base.prior.token)
+            self.shifts.load_state_dict(base.prior.shifts.state_dict())
 
     def forward(self, batch: Batch) -> Losses:
         """Take latents `hq lq noise` (B, C, h, w), `t` (B,), and `references` (B, R, C, h, w)."""
@@ -123,8 +130,13 @@ class ReferenceObjective(RestorerObjective):
         return {"loss": F.mse_loss(restored, batch["hq"])}
 
 
-def reference_taps(known: ReferenceObjective, references: torch.Tensor) -> dict[str, Tap]:
-    """Return the blocks on the features of references (B, R, C, h, w), which are side by side."""
+def reference_taps(
+    known: ReferenceObjective, references: torch.Tensor, faces: torch.Tensor | None = None
+) -> dict[str, Tap]:
+    """Return the blocks on the features of references (B, R, C, h, w), which are side by side.
+
+    faces: embeddings (B, 128) of the people, None if they are unknown.
+    """
     b, r = references.shape[:2]
     with torch.no_grad():
         subject = known.text_encoder(known.subject_ids, known.token).expand(b * r, -1, -1)
@@ -132,7 +144,11 @@ def reference_taps(known: ReferenceObjective, references: torch.Tensor) -> dict[
         seen = reference_pass(*parts, TIMESTEP, known.alphas_cumprod)
     torch.clear_autocast_cache()  # weights that were cast without gradients must not be used with gradients
     features = {layer: s.features.unflatten(0, (b, r)).flatten(1, 2) for layer, s in seen.items()}
-    return {block.layer: partial(block, reference=features[block.layer]) for block in known.blocks}
+    shifts = [None] * len(known.blocks) if faces is None else known.shifts(faces)
+    return {
+        block.layer: partial(block, reference=features[block.layer], shift=shift)
+        for block, shift in zip(known.blocks, shifts, strict=True)
+    }
 
 
 class PriorObjective(OneStepObjective):
@@ -375,6 +391,7 @@ def keep_prior(base: Base, known: ReferenceObjective) -> None:
     base.prior = Prior(base.unet, base.config)
     base.prior.blocks.load_state_dict(known.blocks.state_dict())
     base.prior.token.data.copy_(known.token.data)
+    base.prior.shifts.load_state_dict(known.shifts.state_dict())
     base.freeze()
     base.fingerprint = fingerprint_modules(base.modules())
 

@@ -17,8 +17,8 @@ from pfstorer_rt.training.views import ViewRange, draw_shifts, draw_view_maps, f
 
 GROUP = 8
 """Tiles with the same sizes in the degradation."""
-Drawn = tuple[torch.Tensor, torch.Tensor, npt.NDArray[Any]]
-"""Tiles, references, and maps of the tiles."""
+Drawn = tuple[torch.Tensor, torch.Tensor, npt.NDArray[Any], npt.NDArray[Any]]
+"""Tiles, references, maps of the tiles, and maps of the references."""
 Mix = tuple[tuple[str, float, float], ...]
 """Level, its `sf`, and its weight."""
 PLAIN: Mix = (
@@ -58,7 +58,7 @@ class Layout:
     @classmethod
     def of(cls, batch: int, generator: bool) -> Layout:
         """Divide a batch; without a generator, real photographs replace the generated images."""
-        generated, people, faces, portraits, mosaics = (batch * n // 64 for n in (26, 6, 10, 10, 4))
+        generated, people, faces, portraits, mosaics = (batch * n // 64 for n in (26, 6, 8, 8, 6))
         known, plain = generated + people, faces + portraits + mosaics
         tiles = batch - known - plain
         return (
@@ -93,6 +93,8 @@ class Views:
     """Other views of the first people (layout.known, R, 3, S, S), undegraded."""
     faces: npt.NDArray[Any]
     """Positions of the faces (layout.aligned, 2, 3) as `faces.recognizer.face_map`."""
+    reference_faces: npt.NDArray[Any]
+    """The same in the references (layout.known, R, 2, 3)."""
 
 
 class ViewBatches:
@@ -106,16 +108,16 @@ class ViewBatches:
         """Draw a batch; references: number for each person. clean: share of the tiles that are not degraded."""
         # The sizes of the degradation differ in every call, so a search for the fastest convolution would not end.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
-            hq, others, faces = self.originals(references, rng)
+            hq, others, faces, other_faces = self.originals(references, rng)
             lq = degrade_batch(hq, self.levels(clean, rng), rng, GROUP)
-        return Views(hq * 2 - 1, lq * 2 - 1, others * 2 - 1, faces)
+        return Views(hq * 2 - 1, lq * 2 - 1, others * 2 - 1, faces, other_faces)
 
     @torch.no_grad()
     def originals(self, references: int, rng: np.random.Generator) -> Drawn:
-        """Draw tiles (B, 3, S, S) and references (known, R, 3, S, S) in [0, 1], and positions of faces."""
+        """Draw tiles (B, 3, S, S) and references (known, R, 3, S, S) in [0, 1], and positions of faces in both."""
         layout, store = self.layout, self.store
-        generated, generated_references, generated_maps = self.generated(references, rng)
-        people, people_references, people_maps = self.people(references, rng)
+        generated, generated_references, generated_maps, generated_views = self.generated(references, rng)
+        people, people_references, people_maps, people_views = self.people(references, rng)
         portraits = draw_shifts(layout.portraits, store.size, rng)
         chosen = rng.integers(0, len(store.photos), layout.portraits)
         faces, face_maps = self.faces(rng)
@@ -123,10 +125,12 @@ class ViewBatches:
         portrait_tiles = sample_views(store.photos[chosen], portraits, store.size)
         tiles = torch.cat([generated, people, faces, portrait_tiles, self.mosaics(rng), composed])
         others = torch.cat([generated_references, people_references]).unflatten(0, (layout.known, references))
-        return tiles, others, faces_in_views(np.concatenate([generated_maps, people_maps, face_maps, portraits]))
+        positions = faces_in_views(np.concatenate([generated_maps, people_maps, face_maps, portraits]))
+        other_positions = faces_in_views(np.concatenate([generated_views, people_views]))
+        return tiles, others, positions, other_positions.reshape(layout.known, references, 2, 3)
 
     def generated(self, references: int, rng: np.random.Generator) -> Drawn:
-        """Draw tiles, references (count * R, 3, S, S), and maps of the tiles, of generated people."""
+        """Draw tiles, references (count * R, 3, S, S), and their maps, of generated people."""
         count, images, size = self.layout.generated, self.store.generated, self.store.size
         if images is None or not count:
             return self.nothing()
@@ -139,7 +143,8 @@ class ViewBatches:
         maps = draw_view_maps(count, TARGET, rng)
         tiles = sample_views(images.images[who, order[:, 0]], maps, size)
         views = draw_view_maps(count * references, REFERENCE, rng)
-        return tiles, sample_views(images.images[np.repeat(who, references), others.reshape(-1)], views, size), maps
+        images_of = images.images[np.repeat(who, references), others.reshape(-1)]
+        return tiles, sample_views(images_of, views, size), maps, views
 
     def people(self, references: int, rng: np.random.Generator) -> Drawn:
         """Draw the same of real people; the references are other photographs of the person."""
@@ -154,13 +159,13 @@ class ViewBatches:
         maps = draw_shifts(count, store.size, rng)
         tiles = sample_views(store.photos[start + target], maps, store.size)
         views = draw_view_maps(count * references, REAL_REFERENCE, rng)
-        return tiles, sample_views(store.photos[chosen.reshape(-1)], views, store.size), maps
+        return tiles, sample_views(store.photos[chosen.reshape(-1)], views, store.size), maps, views
 
     def faces(self, rng: np.random.Generator) -> tuple[torch.Tensor, npt.NDArray[Any]]:
         """Draw tiles of generated people without references, and their maps."""
         count, images = self.layout.faces, self.store.generated
         if images is None or not count:
-            return self.nothing()[1:]
+            return self.nothing()[1:3]
         chosen = rng.integers(0, images.filled, count), rng.integers(0, images.per_person(), count)
         maps = draw_view_maps(count, SINGLE, rng)
         return sample_views(images.images[chosen], maps, self.store.size), maps
@@ -180,7 +185,7 @@ class ViewBatches:
     def nothing(self) -> Drawn:
         """Return no tiles, no references, and no maps."""
         empty = self.store.tiles.new_empty((0, 3, self.store.size, self.store.size), dtype=torch.float32)
-        return empty, empty, np.empty((0, 3, 3))
+        return empty, empty, np.empty((0, 3, 3)), np.empty((0, 3, 3))
 
     def levels(self, clean: float, rng: np.random.Generator) -> list[DegradationConfig]:
         """Draw the degradation of each tile; `GROUP` random tiles of one mix share theirs."""

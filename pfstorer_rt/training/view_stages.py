@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
@@ -20,6 +22,7 @@ from torch import nn
 from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.diffusion import LAST
 from pfstorer_rt.errors import BadFileError, MissingBackendError
+from pfstorer_rt.faces.recognizer import cut_faces
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.progress import OnProgress, ignore_progress
@@ -50,7 +53,7 @@ HELD = 8
 class ViewStagesConfig:
     """Settings of the three stages."""
 
-    autoencoder: AutoencoderConfig = field(
+    autoencoder: AutoencoderConfig | None = field(
         default_factory=lambda: AutoencoderConfig(
             train=short_training(minutes=0.7, learning_rate=3e-4, decay=0.5, ema=0.995),
             noise=0.04,
@@ -59,7 +62,9 @@ class ViewStagesConfig:
             patches=32,
         )
     )
+    """None leaves the autoencoder as it is."""
     matching: TrainConfig = field(default_factory=lambda: short_training(minutes=0.5, learning_rate=8e-4, decay=0.4))
+    """Used for a base without a prior; the blocks of a prior have learned this."""
     joint: JointConfig = field(default_factory=JointConfig)
     matching_batches: int = 51
     """Batches of tiles whose latents the blocks are trained on."""
@@ -71,13 +76,16 @@ class ViewStagesConfig:
     """Replay the iterations of the last stage as CUDA graphs; needs a GPU."""
 
 
-def with_minutes(config: ViewStagesConfig, minutes: float) -> ViewStagesConfig:
-    """Divide minutes among the stages in the proportions of the defaults."""
-    stages = config.autoencoder.train, config.matching, config.joint.base.train
-    scale = minutes / sum(stage.minutes for stage in stages)
-    first, second, third = (replace(stage, minutes=scale * stage.minutes) for stage in stages)
+def with_minutes(config: ViewStagesConfig, minutes: float, matching: bool = True) -> ViewStagesConfig:
+    """Divide minutes among the stages in the proportions of the defaults; matching: whether there is this stage."""
+    first, second, third = config.autoencoder, config.matching, config.joint.base.train
+    parts = [0 if first is None else first.train.minutes, second.minutes if matching else 0, third.minutes]
+    scale = minutes / sum(parts)
+    if first is not None:
+        first = replace(first, train=replace(first.train, minutes=scale * first.train.minutes))
+    third = replace(third, minutes=scale * third.minutes)
     joint = replace(config.joint, base=replace(config.joint.base, train=third))
-    return replace(config, autoencoder=replace(config.autoencoder, train=first), matching=second, joint=joint)
+    return replace(config, autoencoder=first, matching=replace(second, minutes=scale * second.minutes), joint=joint)
 
 
 def train_on_views(
@@ -110,8 +118,11 @@ def train_on_views(
         for module in base.modules().values():
             to_channels_last(module)
         stages = ViewStages(open_store(accelerator.device), base, work, config, accelerator, on_progress)
-        stages.train_autoencoder(lpips)
-        known = stages.train_matching()
+        if config.autoencoder is not None:
+            stages.train_autoencoder(config.autoencoder, lpips)
+        known = stages.make_blocks()
+        if base.prior is None:
+            stages.train_matching(known)
         stages.train_jointly(known, lpips, recognizer, discriminator)
     keep_prior(base, known)
 
@@ -143,9 +154,9 @@ class ViewStages:
         """Return the random generator of a purpose."""
         return np.random.default_rng([self.config.joint.base.train.seed, *numbers])
 
-    def train_autoencoder(self, lpips: Lpips) -> None:
+    def train_autoencoder(self, c: AutoencoderConfig, lpips: Lpips) -> None:
         """Train the autoencoder without features of a degraded image."""
-        c, base = self.config.autoencoder, self.base
+        base = self.base
         base.vae.requires_grad_(True)
         groups = for_device([{"params": list(base.vae.parameters()), "lr": c.train.learning_rate}], base.device)
         crop = min(c.crop, self.views.store.size)
@@ -166,14 +177,18 @@ class ViewStages:
         self.run("autoencoder", PatchAutoencoderObjective(base.vae, c, lpips), make_batch, c.train, groups)
         base.vae.requires_grad_(False)
 
-    def train_matching(self) -> ReferenceObjective:
-        """Train the blocks on latents; returns the objective with the blocks."""
-        c, base, config = self.config.matching, self.base, self.config
-        tiles, _, _ = self.views.originals(0, self.rng(59))
-        scales = feature_scales(base, self.encode(tiles[:8] * 2 - 1))
-        known = ReferenceObjective(base, scales).to(base.device)
+    def make_blocks(self) -> ReferenceObjective:
+        """Return the objective on latents, which has the blocks."""
+        base = self.base
+        tiles, *_ = self.views.originals(0, self.rng(59))
+        known = ReferenceObjective(base, feature_scales(base, self.encode(tiles[:8] * 2 - 1))).to(base.device)
         known.token.requires_grad_(False)
-        base.set_attention(kernels_for(c, base.device), known)
+        base.set_attention(kernels_for(self.config.matching, base.device), known)
+        return known
+
+    def train_matching(self, known: ReferenceObjective) -> None:
+        """Train the blocks on latents."""
+        c, base, config = self.config.matching, self.base, self.config
         pairs, references = self.latents()
 
         def make_batch(_: int, number: int) -> Batch:
@@ -190,7 +205,6 @@ class ViewStages:
             known.blocks.requires_grad_(True), c.learning_rate, config.matching_gamma * c.learning_rate
         )
         self.run("matching", known, make_batch, c, for_device(groups, base.device))
-        return known
 
     def latents(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode samples with references: latents (N, 2, C, h, w) of `hq` and `lq`, (N, R, C, h, w) of references."""
@@ -213,7 +227,15 @@ class ViewStages:
         objective = JointObjective(base, c, lpips, recognizer, known).to(base.device)
         if discriminator is not None:
             load_discriminator(objective, discriminator)
-        batches = JointBatches(self.views, self.encode, c)
+
+        def embed(references: torch.Tensor, faces: npt.NDArray[Any]) -> torch.Tensor:
+            with self.accelerator.autocast():
+                return mean_embeddings(recognizer, references, faces)
+
+        if not known.shifts.mean.any():
+            _, references, _, positions = self.views.originals(c.references, self.rng(71))
+            known.shifts.mean.copy_(embed(references * 2 - 1, positions).mean(0))
+        batches = JointBatches(self.views, self.encode, embed, known.shifts.mean, c)
         self.run("joint", objective, batches, c.base.train, objective.groups(base, c), self.config.graphs)
 
     def run(
@@ -245,6 +267,14 @@ class ViewStages:
         device = self.base.device
         generator = torch.Generator(device).manual_seed(1_000_003 * number + purpose)
         return torch.randn(shape, generator=generator, device=device)
+
+
+@torch.no_grad()
+def mean_embeddings(recognizer: nn.Module, references: torch.Tensor, faces: npt.NDArray[Any]) -> torch.Tensor:
+    """Return the mean embeddings (B, 128) of references (B, R, 3, S, S) in [-1, 1] with faces at (B, R, 2, 3)."""
+    maps = torch.from_numpy(faces.reshape(-1, 2, 3).astype(np.float32)).to(references.device)
+    found = recognizer(cut_faces((references.flatten(0, 1) + 1) / 2, maps)).float()
+    return found.unflatten(0, references.shape[:2]).mean(1)
 
 
 def load_discriminator(objective: JointObjective, checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.errors import BadFileError, MismatchError
 from pfstorer_rt.training.data import prefetch
 from pfstorer_rt.training.device import accelerated
-from pfstorer_rt.training.loop import Interruption, Training, run_training
+from pfstorer_rt.training.loop import Interruption, Pending, Training, run_training
 from pfstorer_rt.training.schedule import Schedule
 
 
@@ -279,3 +279,11 @@ def test_a_training_limited_by_time_ends_in_time_and_can_be_resumed(tmp_path):
     assert 0 < before["seconds"] < 30 <= after["seconds"] < 40
     assert after["iteration"] > before["iteration"]
     assert reports[0].total is None and 0 < reports[0].share < reports[1].share < reports[-1].share == 1
+
+
+def test_the_loss_of_a_recorded_iteration_is_read_one_iteration_later():
+    """The device then does an iteration while the host prepares the next batch."""
+    losses = [torch.tensor(float(i)) for i in range(4)]
+    recorded, anew = Pending(recorded=True), Pending(recorded=False)
+    assert [recorded(loss, last=i == 3) for i, loss in enumerate(losses)] == [0, 0, 1, 3]
+    assert [anew(loss, last=False) for loss in losses] == [0, 1, 2, 3]

@@ -11,7 +11,7 @@ from pfstorer_rt.diffusion import noisy_latent
 from pfstorer_rt.errors import BadFileError, SettingError
 from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import build_base, load_base
-from pfstorer_rt.models.personalization import PersonalizationBlock, PersonalizationBlocks
+from pfstorer_rt.models.personalization import PersonalizationBlock, PersonalizationBlocks, build_blocks
 from pfstorer_rt.models.prior import FOLDER, Prior
 from pfstorer_rt.training.lpips import Lpips
 from pfstorer_rt.training.one_step import OneStepConfig
@@ -191,6 +191,52 @@ def test_a_prior_is_trained_saved_and_used(base, people, lpips, photos, tmp_path
         tuned.tensors["blocks.0.gamma"].float(), identity.tensors["blocks.0.gamma"].float(), atol=2e-3, rtol=0
     )
     assert Identity.load(path).fingerprint == tuned.fingerprint
+
+
+def with_shifts(base):
+    """Give a base a prior whose blocks act and whose shifts are random."""
+    torch.manual_seed(5)
+    base.prior = Prior(base.unet, base.config)
+    base.prior.shifts.mean.fill_(0.05)
+    for block, linear in zip(base.prior.blocks, base.prior.shifts.maps, strict=True):
+        block.gamma.data.fill_(0.5)
+        torch.nn.init.normal_(linear.weight, std=0.05)
+    return base.prior
+
+
+def test_the_shifts_are_linear_in_the_distance_to_the_mean_embedding(base):
+    prior, face = with_shifts(base), np.random.default_rng(0).normal(0, 0.1, 128).astype(np.float32)
+    expected = prior.shifts.maps[2].weight.detach().numpy() @ ((face - 0.05) / 0.1)
+    found = prior.shifts(torch.from_numpy(face)[None])[2][0].detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert not any(shift.any() for shift in prior.shifts(torch.full((1, 128), 0.05)))
+
+
+def test_a_shift_acts_as_the_bias_of_an_identity(base):
+    """In a batch, each person has another shift; an identity has the shift in its bias."""
+    prior, faces = with_shifts(base), torch.randn(2, 128) * 0.1
+    x, reference = torch.randn(2, 5, prior.blocks[1].gamma.numel()), torch.randn(2, 7, prior.blocks[1].gamma.numel())
+    together = prior.blocks[1](x, reference, shift=prior.shifts(faces)[1])
+    for i, face in enumerate(faces):
+        blocks = build_blocks(base.unet, base.config.layers, base.config.head_size)
+        prior.copy_to(blocks, face)
+        alone = blocks[1](x[i : i + 1], reference[i : i + 1])
+        torch.testing.assert_close(alone, together[i : i + 1], atol=1e-5, rtol=1e-4)
+    assert (together - prior.blocks[1](x, reference)).abs().max() > 0.01
+
+
+def test_an_identity_starts_with_the_embedding_of_its_photographs(base, photos, monkeypatch):
+    prior, face = with_shifts(base), np.linspace(-0.2, 0.2, 128)
+    config = PersonalizeConfig(start="prior", framing="none", keep_all=True)
+    found = {}
+    for name, embedding in (("face", face), ("none", None)):
+        monkeypatch.setattr("pfstorer_rt.training.personalize.face_embedder", lambda e=embedding: lambda _: e)
+        identity = instant_identity("alice", photos, base, config)
+        found[name] = identity.tensors["blocks.0.block.ff.net.0.proj.bias"].float()
+    bias = prior.blocks[0].block.ff.net[0].proj.bias.detach()
+    shift = prior.shifts(torch.from_numpy(face).half().float()[None])[0][0].detach()
+    torch.testing.assert_close(found["face"], bias + shift, atol=2e-3, rtol=1e-2)
+    torch.testing.assert_close(found["none"], bias, atol=1e-3, rtol=1e-2)
 
 
 def test_an_instant_identity_needs_a_prior(base, photos):

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,12 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.errors import BadFileError, MissingBackendError
+from pfstorer_rt.faces.recognizer import cut_faces
 from pfstorer_rt.models.base import build_base, load_base
+from pfstorer_rt.models.prior import Prior
 from pfstorer_rt.progress import CancelledError, ignore_progress
 from pfstorer_rt.training.autoencoder import AutoencoderConfig
 from pfstorer_rt.training.capture import WARM_UP, RecordedStep
 from pfstorer_rt.training.device import accelerated
-from pfstorer_rt.training.joint import JointBatches, JointConfig, JointObjective, draw_corners
+from pfstorer_rt.training.joint import EYES, JointBatches, JointConfig, JointObjective, cut_strips, draw_corners
 from pfstorer_rt.training.loop import Training, run_training
 from pfstorer_rt.training.lpips import Lpips
 from pfstorer_rt.training.one_step import OneStepConfig
@@ -22,7 +25,8 @@ from pfstorer_rt.training.photo_store import GeneratedPeople, Photographs, read_
 from pfstorer_rt.training.prior import ReferenceObjective, feature_scales
 from pfstorer_rt.training.tiles import Source
 from pfstorer_rt.training.view_batches import Layout, ViewBatches
-from pfstorer_rt.training.view_stages import ViewStagesConfig, train_on_views, with_minutes
+from pfstorer_rt.training.view_stages import ViewStagesConfig, mean_embeddings, train_on_views, with_minutes
+from pfstorer_rt.training.views import FACE
 from tests.training.test_one_step import NANO
 
 TRAIN = TrainConfig(iterations=2, batch=6, learning_rate=1e-3, precision="fp32", device="cpu", ema=0.5)
@@ -47,7 +51,7 @@ class Generator:
 class Recognizer(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.network = torch.nn.Conv2d(3, 8, 7, 7)
+        self.network = torch.nn.Conv2d(3, 128, 7, 7)
         self.requires_grad_(False)
 
     def forward(self, faces):
@@ -98,7 +102,7 @@ def test_three_stages_make_a_base_with_a_prior_and_resume(folders, base, random_
         assert torch.load(tmp_path / "work" / f"{stage}.pt", weights_only=True)["iteration"] == 2
         assert len((tmp_path / "work" / f"{stage}.csv").read_text().splitlines()) == 2
     header = (tmp_path / "work" / "joint.csv").read_text().splitlines()[0]
-    assert header == "iteration,loss,latent,pixel,perceptual,adversarial,discriminator,id,id_known,id_plain"
+    assert header == "iteration,loss,latent,pixel,perceptual,adversarial,discriminator,id,eyes,id_known,id_plain"
 
 
 def test_an_interrupted_training_continues(folders, random_lpips, tmp_path):
@@ -129,8 +133,9 @@ def test_references_are_other_images_of_the_same_person(folders):
     layout = Layout(generated=3, people=0, faces=0, portraits=0, mosaics=0, tiles=1)
     batches, same = batches_of(folders, layout), 0
     for seed in range(8):
-        tiles, references, faces = batches.originals(2, np.random.default_rng(seed))
+        tiles, references, faces, views = batches.originals(2, np.random.default_rng(seed))
         assert tiles.shape == (4, 3, 128, 128) and references.shape == (3, 2, 3, 128, 128) and faces.shape == (3, 2, 3)
+        assert views.shape == (3, 2, 2, 3)
         target = (tiles[:3].mean((1, 2, 3)) * 255).round()
         others = (references.mean((2, 3, 4)) * 255).round()
         assert torch.equal(others // 16, (target // 16)[:, None].expand(-1, 2))
@@ -146,7 +151,7 @@ def test_references_of_real_people_are_other_photographs(folders):
         store.photos[number] = 10 * number
     assert store.first.tolist() == [0, 2, 5]
     for seed in range(8):
-        tiles, references, _ = batches.originals(3, np.random.default_rng(seed))
+        tiles, references, *_ = batches.originals(3, np.random.default_rng(seed))
         target = (tiles.mean((1, 2, 3)) * 25.5).round().int()
         others = (references.mean((2, 3, 4)) * 25.5).round().int()
         assert not (others == target[:, None]).any()
@@ -154,9 +159,9 @@ def test_references_of_real_people_are_other_photographs(folders):
 
 
 def test_a_batch_is_divided_as_described():
-    assert Layout.of(64, True) == Layout(26, 6, 10, 10, 4, 8)
-    assert Layout.of(64, False) == Layout(0, 32, 0, 24, 0, 8)
-    assert Layout.of(64, True).known == 32 and Layout.of(64, True).aligned == 52 and Layout.of(64, True).total == 64
+    assert Layout.of(64, True) == Layout(26, 6, 8, 8, 6, 10)
+    assert Layout.of(64, False) == Layout(0, 32, 0, 22, 0, 10)
+    assert Layout.of(64, True).known == 32 and Layout.of(64, True).aligned == 48 and Layout.of(64, True).total == 64
 
 
 def test_batches_without_a_generator(folders):
@@ -183,6 +188,43 @@ def test_windows_lie_on_faces():
     assert corners.min() >= 0 and corners.max() <= 96 and np.ptp(corners[50:]) > 30
 
 
+def test_the_positions_of_faces_in_references_are_known(folders):
+    """Each photograph has a white square in the middle of the face's square."""
+    batches = batches_of(folders, Layout(generated=3, people=3, faces=0, portraits=0, mosaics=0, tiles=0))
+    store, (x, y) = batches.store, FACE[:2, 2]
+    for images in (store.photos, store.generated.images.flatten(0, 1)):
+        side, images[:] = images.shape[-1], 0
+        top, left = (round((v + 1) / 2 * side - side / 20) for v in (y, x))
+        images[..., top : top + side // 10, left : left + side // 10] = 255
+    for seed in range(4):
+        _, references, _, positions = batches.originals(2, np.random.default_rng(seed))
+        faces = cut_faces(references.flatten(0, 1), torch.from_numpy(positions.reshape(-1, 2, 3)).float())
+        assert faces[..., 70:80, 70:80].mean() > 0.9, "the square covers the middle"
+        assert faces[..., :50, :].mean() < 0.1
+
+
+def test_the_strip_of_the_eyes_lies_above_the_middle_of_the_face():
+    """A face that fills the image: the eyes are 0.38 of half its side above the middle."""
+    image = torch.zeros(1, 3, 200, 200)
+    image[:, :, 46:79, 34:166] = torch.linspace(0, 1, 132)
+    image[:, :, 46 + 33 :] = 5.0
+    strip = cut_strips(image, torch.eye(3)[None, :2] @ torch.tensor(EYES))
+    assert strip.shape == (1, 3, 64, 256) and strip.max() <= 5
+    np.testing.assert_allclose(strip[0, 0, 32, 2:-2].numpy(), np.linspace(0, 1, 256)[2:-2], atol=0.01)
+    assert strip[..., :60, :].max() <= 1
+
+
+def test_some_embeddings_are_unknown_and_the_others_inexact(folders, base):
+    views = ViewBatches(open_store(folders), Layout.of(24, True))
+    config = replace(JOINT, unknown=0.3, inexact=0.01, kept=1, fresh=0.0)
+    mean = torch.full((128,), 7.0)
+    batches = JointBatches(views, torch.no_grad()(base.encode), lambda *_: torch.zeros(12, 128), mean, config)
+    faces = torch.cat([batches(0, number)["face"] for number in range(20)])
+    unknown = (faces == mean).all(1)
+    assert 0.2 < unknown.float().mean() < 0.4
+    assert faces[~unknown].std().item() == pytest.approx(0.01, rel=0.05)
+
+
 class Again:
     """Stands in for CUDA graphs: a recorded iteration is the same function, called again on the same memory."""
 
@@ -201,6 +243,9 @@ class Again:
         return run
 
 
+embed = partial(mean_embeddings, Recognizer())
+
+
 def joint_training(folders, random_lpips, work, iterations, recorder):
     """Train a new base jointly; returns the losses of every iteration and the trained weights."""
     settings = replace(TRAIN, iterations=iterations, warmup=2, decay=0.5)
@@ -213,7 +258,7 @@ def joint_training(folders, random_lpips, work, iterations, recorder):
         torch.manual_seed(3)
         objective = JointObjective(base, config, Lpips(random_lpips), Recognizer(), known)
         objective.register_forward_hook(lambda *values: losses.append(values[-1]["loss"].item()))
-        batches = JointBatches(views, torch.no_grad()(base.encode), config)
+        batches = JointBatches(views, torch.no_grad()(base.encode), embed, torch.zeros(128), config)
         groups = objective.groups(base, config)
         run_training(Training("joint", objective, batches, settings, work, "", groups, recorder=recorder), accelerator)
     return losses, base.unet.conv_in.weight.detach().clone()
@@ -255,10 +300,28 @@ def test_an_iteration_never_waits_for_the_device(folders, base, random_lpips):
     known = ReferenceObjective(base, feature_scales(base, torch.randn(2, 4, 8, 8)))
     objective = JointObjective(base, JOINT, Lpips(random_lpips), Recognizer(), known)
     objective.groups(base, JOINT)
-    batch = JointBatches(views, torch.no_grad()(base.encode), JOINT)(0, 0)
+    for block in objective.blocks:  # the second layer of the feed-forward network starts at 0
+        torch.nn.init.normal_(block.block.ff.net[2].weight, std=0.1)
+    batch = JointBatches(views, torch.no_grad()(base.encode), embed, torch.zeros(128), JOINT)(0, 0)
     with NoWaiting():
         objective(batch)["loss"].backward()
     assert all(p.grad is not None for p in objective.blocks.parameters())
+    assert all(linear.weight.grad.abs().sum() > 0 for linear in objective.shifts.maps)
+
+
+def test_a_finished_base_with_a_prior_needs_the_joint_training_alone(folders, base, random_lpips, tmp_path):
+    encoder = base.vae.encoder.conv_in.weight.clone()
+    base.prior = Prior(base.unet, base.config)
+    base.prior.shifts.mean.fill_(0.25)
+    for block in base.prior.blocks:
+        block.gamma.data.fill_(0.5)
+    train(folders, base, tmp_path, replace(CONFIG, autoencoder=None), random_lpips)
+    assert not (tmp_path / "autoencoder.pt").exists() and not (tmp_path / "matching.pt").exists()
+    assert torch.equal(base.vae.encoder.conv_in.weight, encoder)
+    assert all(block.gamma.mean() > 0.4 for block in base.prior.blocks)
+    assert base.prior.shifts.mean[0] == 0.25 and all(linear.weight.any() for linear in base.prior.shifts.maps)
+    config = with_minutes(replace(ViewStagesConfig(), autoencoder=None), 8, matching=False)
+    assert config.joint.base.train.minutes == pytest.approx(8)
 
 
 def test_minutes_are_divided_among_the_stages():
