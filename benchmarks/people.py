@@ -16,13 +16,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import click
 import torch
-from common import hwc, line, machine, read, replace_table, write
+from common import hwc, machine, read, replace_table, write
 from heldout import cosine_to, metric, save_sheet
+from portrait_tables import people_table
 
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.degradation.degrade import degrade
@@ -35,7 +35,6 @@ from pfstorer_rt.training.personalize import personalize
 REFERENCES = 5
 SEED = 500
 METHODS = {"input": "Input", "base": "Base", "pfstorer": "PFStorer"}
-COLUMNS = {"psnr": ("PSNR dB ↑", 2), "lpips": ("LPIPS ↓", 3), "gradient": ("sharpness", 2), "cosine": ("identity ↑", 3)}
 
 
 @click.command()
@@ -63,7 +62,7 @@ def main(
 ) -> None:
     rows = read(output)
     if readme:
-        replace_table(readme, "people.py", table(rows))
+        replace_table(readme, "people.py", people_table(rows))
         return
     if not lpips or not recognizer:
         raise click.UsageError("give --lpips FILE and --recognizer FILE")
@@ -119,18 +118,6 @@ def crops(paths: Sequence[Path], side: int) -> list[torch.Tensor]:
     photos = [read_photo(path) for path in paths]
     side = min(side, *(min(photo.shape[-2:]) for photo in photos))
     return [center_crop(photo, side) for photo in photos]
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the means over people and images, by set and method."""
-    lines = [line(["images", "", *(head for head, _ in COLUMNS.values())]), line(["---"] * (2 + len(COLUMNS)))]
-    for name in dict.fromkeys(row["set"] for row in rows):
-        for method in METHODS.values():
-            mine = [row for row in rows if (row["set"], row["method"]) == (name, method)]
-            means = [fmean(float(row[key]) for row in mine if row[key] != "") for key in COLUMNS]
-            figures = [f"{mean:.{digits}f}" for mean, (_, digits) in zip(means, COLUMNS.values(), strict=True)]
-            lines.append(line([name, method, *figures]))
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The part of docs/results.md for `portrait` at 512 pixels: tables of the rows of `heldout.py` and `people.py`.
+"""The part of docs/results.md for `portrait`: tables of the rows of `heldout.py`, `people.py` and `recipes.py`.
 
 `tables_document.py` writes the page.
 """
@@ -34,6 +34,26 @@ FACE = "id_original_dlib"
 """Column that is empty for a result without a detected face."""
 PEOPLE = {"psnr": ("PSNR dB ↑", 2), "lpips": ("LPIPS ↓", 3), "gradient": ("sharpness", 2), "cosine": ("identity ↑", 1)}
 """Column of people.csv -> title and digits; `cosine` is shown as a hundredfold."""
+RECIPES = {
+    "input": "Input",
+    "base": "Base",
+    "dreambooth": "DreamBooth",
+    "vico": "ViCo",
+    "paper": "PFStorer, recipe of the paper",
+    "half": "PFStorer, 120 iterations",
+    "1 reference": "PFStorer, 1 reference",
+    "3 references": "PFStorer, 3 references",
+    "default": "PFStorer",
+}
+RECIPE_COLUMNS = {
+    "psnr": ("PSNR dB ↑", 2),
+    "lpips": ("LPIPS ↓", 3),
+    "sharpness": ("sharpness", 2),
+    "lmse_98": ("LMSE (98) px² ↓", 1),
+    "cosine": ("identity ↑", 1),
+    "dlib": ("ID to original (dlib) ↓ †", 3),
+}
+"""Column of recipes.csv -> title and digits; `cosine` is shown as a hundredfold."""
 LEVELS = {"heavy": "heavy degradation", "light": "light degradation", "clean": "undegraded images as input"}
 SETS = {
     "london": "`london`: {count} smiling people, 512 pixels",
@@ -116,8 +136,30 @@ of the column "identity". The base was trained with LPIPS (VGG16). Learning took
 """
 
 
-def portrait_part(heldout: Path = RESULTS / "heldout.csv", people: Path = RESULTS / "people.csv") -> str:
-    """Return the part of the page: setup, one table for each level and set, and the table of identities."""
+COMPARED = """
+### Ways to learn a person
+
+Rows in [`recipes.csv`](../benchmarks/results/recipes.csv), command `python benchmarks/recipes.py`. {people} of `lab`,
+{tests} images of each. The images are heavily degraded, and reduced to a quarter or to an eighth in between. Five other
+images are the references, unless the row states another number.
+
+- **PFStorer**: the defaults of `personalize` for `portrait`, as in the table above.
+- **DreamBooth, ViCo**: `personalize --method dreambooth` and `vico`, with the same losses, iterations and photographs.
+- **Recipe of the paper**: `personalize --recipe paper`: 500 iterations, no losses on images, L_gen 0.1.
+- **Seconds**: processor time of the training, one core. Another process used the machine in part, so close times do
+  not differ.
+
+† dlib's embeddings were a loss of all rows except Input, Base and the recipe of the paper. No row had the recognizer of
+the column "identity" as a loss.
+"""
+
+
+def portrait_part(
+    heldout: Path = RESULTS / "heldout.csv",
+    people: Path = RESULTS / "people.csv",
+    recipes: Path = RESULTS / "recipes.csv",
+) -> str:
+    """Return the part of the page: setup, one table for each level and set, and the tables of identities."""
     rows = read(heldout)
     first = rows[0]
     text = HEADER.format(
@@ -129,7 +171,7 @@ def portrait_part(heldout: Path = RESULTS / "heldout.csv", people: Path = RESULT
         text += f"\n### `portrait`, {title}\n"
         for name, mine in by([row for row in rows if row["level"] == level], "set").items():
             text += f"\n{heading(name, mine)}:\n\n{table(mine)}"
-    return text + SEEN + people_part(read(people))
+    return text + SEEN + people_part(read(people)) + recipes_part(read(recipes))
 
 
 def heading(name: str, rows: Sequence[Row]) -> str:
@@ -151,20 +193,45 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def people_part(rows: Sequence[Row]) -> str:
-    """Return the section of the identities: the recipe, and a table of means over the people of a set."""
-    heads = ["images", "", *(title for title, _ in PEOPLE.values())]
-    lines = [line(heads), line(["---"] * len(heads))]
-    for name, mine in by(rows, "set").items():
-        for method, those in by(mine, "method").items():
-            cells = [
-                number([scale(key) * v for v in values(those, key)], digits) for key, (_, digits) in PEOPLE.items()
-            ]
-            lines.append(line([name, method, *cells]))
+    """Return the section of the identities: the recipe, and the table."""
     seconds = sorted(int(row["learn_cpu_s"]) for row in rows)
     tests = len({row["image"] for row in rows})
     real = sorted({int(row["side"]) for row in rows if row["set"] == "real"})
     text = PERSONAL.format(tests=tests, seconds=span(seconds), real=span(real))
-    return text + "\n".join(lines) + "\n"
+    return text + people_table(rows)
+
+
+def people_table(rows: Sequence[Row]) -> str:
+    """Return the table of the means over people and images, by set and method."""
+    heads = ["images", "", *(title for title, _ in PEOPLE.values())]
+    lines = [line(heads), line(["---"] * len(heads))]
+    for name, mine in by(rows, "set").items():
+        for method, those in by(mine, "method").items():
+            lines.append(line([name, method, *cells(those, PEOPLE)]))
+    return "\n".join(lines) + "\n"
+
+
+def recipes_part(rows: Sequence[Row]) -> str:
+    """Return the section that compares recipes: one table of means over people and images for each reduction."""
+    count = len({row["person"] for row in rows})
+    text = COMPARED.format(
+        people="One person" if count == 1 else f"{count} people", tests=len({row["image"] for row in rows})
+    )
+    for sf, mine in by(rows, "sf").items():
+        heads = ["", *(title for title, _ in RECIPE_COLUMNS.values()), "seconds"]
+        lines = [line(heads), line(["---"] * len(heads))]
+        methods = by(mine, "recipe")
+        for name, title in RECIPES.items():
+            if those := methods.get(name):
+                seconds = sorted({int(row["learn_cpu_s"]) for row in those})
+                lines.append(line([title, *cells(those, RECIPE_COLUMNS), span(seconds)]))
+        text += f"\nReduced to {'a quarter' if int(sf) == 4 else 'an eighth'}:\n\n" + "\n".join(lines) + "\n"
+    return text
+
+
+def cells(rows: Sequence[Row], columns: dict[str, tuple[str, int]]) -> list[str]:
+    """Return the means of the columns as text."""
+    return [number([scale(key) * v for v in values(rows, key)], digits) for key, (_, digits) in columns.items()]
 
 
 def span(numbers: Sequence[int]) -> str:
@@ -173,5 +240,5 @@ def span(numbers: Sequence[int]) -> str:
 
 
 def scale(key: str) -> int:
-    """Return the factor of a column of people.csv in the page."""
+    """Return the factor of a column of people.csv or recipes.csv in the page."""
     return 100 if key == "cosine" else 1

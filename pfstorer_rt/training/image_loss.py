@@ -71,6 +71,7 @@ class ImageSpaceLoss(nn.Module):
         if folder is None:
             raise MissingBackendError(f"image-space losses need the networks of the metrics; {INSTALL_METRICS}")
         self.base, self.config = base, config
+        self.vae, self.cfw = base.vae, base.cfw  # as modules, they get the memory layout and precision of the training
         self.recognizer, self.perceptual = FaceRecognizer(folder / RECOGNIZER), shift_tolerant_distance()
 
     def forward(

@@ -14,6 +14,19 @@ def tables(monkeypatch):
     return importlib.import_module("portrait_tables")
 
 
+def test_recipes_have_one_table_for_each_reduction(tables):
+    found = dict.fromkeys(tables.RECIPE_COLUMNS, "2.0")
+    rows = [
+        {"person": "a", "recipe": "default", "sf": "4", "image": "0", **found, "cosine": "0.5", "learn_cpu_s": "90"},
+        {"person": "b", "recipe": "default", "sf": "4", "image": "0", **found, "cosine": "0.7", "learn_cpu_s": "80"},
+        {"person": "a", "recipe": "input", "sf": "8", "image": "0", **found, "learn_cpu_s": "0"},
+    ]
+    first, second = tables.recipes_part(rows).split("Reduced to ")[1:]
+    assert first.startswith("a quarter") and "2 people" in tables.recipes_part(rows)
+    assert "| PFStorer | 2.00 | 2.000 | 2.00 | 2.0 | 60.0 | 2.000 | 80 to 90 |" in first
+    assert second.startswith("an eighth") and "| Input |" in second and "| PFStorer |" not in second
+
+
 def test_a_table_counts_faces_and_leaves_empty_cells_out_of_the_means(tables):
     found = dict.fromkeys(tables.COLUMNS, "2.0")
     rows = [

@@ -19,6 +19,7 @@ from pfstorer_rt.models.prompt import tokenize
 from pfstorer_rt.progress import ignore_progress
 from pfstorer_rt.training.data import center_crop, read_photo
 from pfstorer_rt.training.image_loss import ImageSpaceLoss
+from pfstorer_rt.training.memory import frozen_weights_in
 from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
 from pfstorer_rt.training.personalize import parameter_groups, personalize
 from pfstorer_rt.training.pool import BatchMaker, make_pool, reduced
@@ -354,6 +355,19 @@ def test_image_space_losses_have_gradients_in_the_trained_parameters(base, photo
     objective.image_loss = looking
     batch["t"][:] = 500  # without a sample at timestep 999 there is no image-space loss
     assert objective(batch)["pixel"] == 0
+
+
+def test_the_autoencoder_of_the_image_losses_has_the_precision_of_the_training(base, photos):
+    """Otherwise autocast converts its weights at every iteration."""
+    config = PersonalizeConfig(train=TrainConfig(batch=2), pool=4, first_step=1.0, lambda_pixel=1.0)
+    objective = PersonalizationObjective(base, config, ImageSpaceLoss(base, config))
+    batch, weights = maker(pool(base, photos, lambda_pixel=1.0), first_step=1.0)(0), base.vae.decoder.parameters()
+    with torch.autocast("cpu", torch.bfloat16):
+        converted = objective(batch)["pixel"].item()
+        with frozen_weights_in(objective, torch.bfloat16):
+            assert {w.dtype for w in weights if w.ndim == 4} == {torch.bfloat16}
+            assert objective(batch)["pixel"].item() == pytest.approx(converted, rel=1e-3)
+    assert {w.dtype for w in base.vae.parameters()} == {torch.float32}
 
 
 def test_image_space_losses_are_disabled_without_the_metrics_extra(base, photos, tmp_path, without_dlib):
