@@ -41,7 +41,7 @@ def trace(typed: nn.Module, component: Component, identity: Tensors, phase: Phas
     identity: the tensors of a person by name, as examples.
     The graph's inputs are the component's, the person's, and the module's other parameters and buffers, by their paths.
     """
-    inputs = {**component.example_inputs(), **identity}
+    inputs = {**component.example_inputs(), **{name: example(name, tensor) for name, tensor in identity.items()}}
     axes = {**component.dynamic_axes(), **{name: free_axes(name) for name in identity}}
     steps = f"{component.name}: tracing", f"{component.name}: translating", f"{component.name}: simplifying"
     with _quiet(), torch.no_grad():
@@ -75,6 +75,13 @@ def trace(typed: nn.Module, component: Component, identity: Tensors, phase: Phas
 def free_axes(name: str) -> dict[int, Any] | None:
     """Return the free axes of a person's tensor."""
     return TOKENS if name.endswith((".k", ".v")) else None
+
+
+def example(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a person's tensor with at least 2 elements on its free axes: the tracer would fix an axis of size 1."""
+    for axis in free_axes(name) or ():
+        tensor = torch.cat([tensor, tensor], axis) if tensor.shape[axis] == 1 else tensor
+    return tensor
 
 
 def take_weights(model: onnx_ir.Model, weights: set[str]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ RECOGNIZER = "dlib_face_recognition_resnet_model_v1.dat"
 SAME_PERSON = 0.6
 """dlib's threshold: two embeddings at a smaller distance count as the same person."""
 INSTALL_METRICS = install("metrics")
+Network = Callable[..., Any]
+_LOADING = threading.Lock()
 
 
 def face_models() -> Path | None:
@@ -33,23 +36,40 @@ def face_models() -> Path | None:
     return Path(spec.origin).parent / "models" if spec and spec.origin else None
 
 
-def load_dlib() -> tuple[Any, Any, Any]:
-    """Return dlib's face detector, its predictor of 68 landmarks and its recognizer; the files are read once.
+def load_dlib() -> tuple[Network, Network, Network]:
+    """Return dlib's networks; the files are read once, and each network does one call at a time.
 
+    The networks are the face detector (image uint8 (H, W, 3), number of doublings), the predictor of 68 landmarks
+    (image, rectangle) and the recognizer (image, landmarks, or a crop of 150 x 150 pixels).
     Raises `MissingBackendError` when the `metrics` extra is not installed.
     """
     folder = face_models()
     if folder is None:
         raise MissingBackendError(f"dlib and its weights are not installed; {INSTALL_METRICS}")
-    return _read_dlib(folder)
+    with _LOADING:
+        return _read_dlib(folder)
 
 
 @lru_cache(maxsize=1)
-def _read_dlib(folder: Path) -> tuple[Any, Any, Any]:
+def _read_dlib(folder: Path) -> tuple[Network, Network, Network]:
     import dlib
 
     predictor = dlib.shape_predictor(str(folder / "shape_predictor_68_face_landmarks.dat"))
-    return dlib.get_frontal_face_detector(), predictor, dlib.face_recognition_model_v1(str(folder / RECOGNIZER))
+    recognizer = dlib.face_recognition_model_v1(str(folder / RECOGNIZER))
+    found = dlib.get_frontal_face_detector(), predictor, recognizer.compute_face_descriptor
+    detector, landmarks, embedding = map(_one_at_a_time, found)
+    return detector, landmarks, embedding
+
+
+def _one_at_a_time(network: Network) -> Network:
+    """Return a function that calls a network from one thread at a time: its calls write to the network's memory."""
+    lock = threading.Lock()
+
+    def call(*arguments: Any) -> Any:
+        with lock:
+            return network(*arguments)
+
+    return call
 
 
 def landmark_error(points: Points, truth: Points) -> float:

@@ -80,7 +80,7 @@ def dlib_shape(pixels: Pixels, box: Box) -> Any:
 
 def embed_box(pixels: Pixels, box: Box) -> Embedding:
     """Return dlib's embedding (128,) of the face in a box of (H, W, 3) in [0, 1]."""
-    descriptor = load_dlib()[2].compute_face_descriptor(to_uint8(pixels), dlib_shape(pixels, box))
+    descriptor = load_dlib()[2](to_uint8(pixels), dlib_shape(pixels, box))
     return np.array(descriptor, dtype=np.float64)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pfstorer_rt.errors import PFStorerError
+from pfstorer_rt.errors import PFStorerError, one_line
 from pfstorer_rt.identity import Identity, is_encrypted, kept_plan, named_identity, read_content, read_metadata
 from pfstorer_rt.plan import COMPONENTS, Plan
 from pfstorer_rt.studio.work import Report
+
+FAILURES = (PFStorerError, OSError, MemoryError, RuntimeError, ValueError)
+"""Errors of an export; the last two come from PyTorch's exporter."""
 
 
 def find_plan(name: str) -> Path | None:
@@ -61,6 +64,6 @@ def ensure_plan(name: str, base: str | Path, report: Report) -> str:
     report(f"preparing {name} for fast restoration, only once")
     try:
         export_plan(kept_plan(identity), Identity.load(identity), base, progress=Progress(line=follow, phase=follow))
-    except (PFStorerError, OSError, MemoryError) as error:
-        return f"{name} could not be prepared for fast restoration and is restored in PyTorch: {error}"
+    except FAILURES as error:
+        return f"{name} could not be prepared for fast restoration and is restored in PyTorch: {one_line(error)}"
     return ""

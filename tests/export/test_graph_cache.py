@@ -13,11 +13,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from pfstorer_rt.export import graph, graph_cache, parity
+from pfstorer_rt.export.trace import trace
 from torch import nn
 
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.models.base import build_base
-from pfstorer_rt.models.components import components, decoder, denoiser
+from pfstorer_rt.models.components import Component, components, decoder, denoiser
 from pfstorer_rt.models.precision import TypedComponent
 from pfstorer_rt.onnx_message import read_graph
 
@@ -204,6 +205,21 @@ def test_people_with_other_reference_sizes_share_a_traced_graph(nano_base, make_
     assert np.abs(found - expected).max() < 1e-4 * expected.std()
     sizes = {d if isinstance(d, int) else d.value for n in made.model.graph for v in n.outputs for d in v.shape or ()}
     assert {size for size in sizes if not isinstance(size, int)} <= {"batch", None}
+
+
+class Scores(nn.Module):
+    def forward(self, *inputs):
+        q, k = inputs
+        return q @ k.transpose(2, 3)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_the_number_of_tokens_of_a_reference_is_free(nano_base, tokens):
+    queries = {"q": torch.zeros(2, 1, 5, 4)}
+    component = Component("denoiser", Scores(), nano_base.config, ("q",), ("scores",), lambda *_: queries, None)
+    traced = trace(component.module, component, {"layer.k": torch.zeros(1, 1, tokens, 4)})
+    k = onnx.load_from_string(traced).graph.input[1]
+    assert [axis.dim_value for axis in k.type.tensor_type.shape.dim] == [1, 1, 0, 4]  # 0: a free axis
 
 
 def test_a_kept_graph_has_nothing_of_a_base_or_a_person(nano_base, nano_identity):

@@ -1,5 +1,9 @@
 """One finder: framing, losses, metrics and references find the same faces in the same image."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import dlib
 import numpy as np
 import pytest
 import torch
@@ -9,6 +13,7 @@ from skimage.transform import resize
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.evaluation.registry import Sample, load_metrics
+from pfstorer_rt.faces.dlib import _read_dlib
 from pfstorer_rt.faces.finding import Face, embed_largest, face_finder, find_boxes, find_largest, landmarks_at_side
 from pfstorer_rt.faces.references import References
 from pfstorer_rt.imaging.files import save_image
@@ -97,3 +102,26 @@ def test_a_result_farther_from_the_references_than_the_input_gets_a_note(tmp_pat
 def test_without_dlib_the_message_names_the_extra(without_dlib):
     with pytest.raises(MissingBackendError, match=r"pip install 'pfstorer-rt\[metrics\]'"):
         find_boxes(shrunken(128))
+
+
+class Fragile:
+    """Fails where dlib's networks overwrite their own memory: when two threads call it at once."""
+
+    def __init__(self, *_):
+        self.busy = False
+
+    def __call__(self, _):
+        assert not self.busy
+        self.busy = True
+        time.sleep(0.01)
+        self.busy = False
+
+    compute_face_descriptor = __call__
+
+
+def test_dlibs_networks_do_one_call_at_a_time(monkeypatch, tmp_path):
+    for name in ("get_frontal_face_detector", "shape_predictor", "face_recognition_model_v1"):
+        monkeypatch.setattr(dlib, name, Fragile)
+    for network in _read_dlib.__wrapped__(tmp_path):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(network, range(4)))

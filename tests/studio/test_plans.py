@@ -63,9 +63,10 @@ def test_a_cancelled_export_writes_nothing(alice, quick_base, home):
     assert [path.name for path in (home / "identities").iterdir()] == ["alice.safetensors"]
 
 
-def test_a_failed_export_is_noted_and_pytorch_is_used(alice, engines, monkeypatch):
+@pytest.mark.parametrize("error", [ParityError, ValueError, RuntimeError])
+def test_a_failed_export_is_noted_and_pytorch_is_used(alice, engines, monkeypatch, error):
     def fail(*_, **__):
-        raise ParityError("denoiser: too far")
+        raise error("denoiser: too far")
 
     monkeypatch.setattr("pfstorer_rt.export.export_plan", fail)
     assert "denoiser: too far" in engines.prepare("identity:alice", silent)

@@ -1,20 +1,36 @@
 """A running studio and headless Chromium. `make test-studio` runs these tests."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from studio_page import WAIT
 
 from pfstorer_rt.identity import kept_plan
 
 SCREENS = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 SHOTS = os.environ.get("PFSTORER_SHOTS")
 """Folder for screenshots; none are kept without it."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Add a screenshot and the text of the page to the report of a failure."""
+    report = yield
+    if report.failed and (page := item.funcargs.get("page")):
+        shot = Path(SHOTS or item.funcargs["tmp_path"]) / f"failed-{item.name}.png"
+        page.screenshot(path=shot, full_page=True)
+        report.sections += [("screenshot", str(shot)), ("text of the page", page.locator("body").inner_text())]
+    if report.failed and (log := item.funcargs.get("log")):
+        report.sections.append(("messages of the studio", log.read_text()))
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -51,18 +67,33 @@ def alice(data, make_nano_identity, exported_once):
 
 
 @pytest.fixture
-def address(base, data):
+def log(tmp_path):
+    """The file with the messages of the studio."""
+    return tmp_path / "studio.log"
+
+
+@pytest.fixture
+def address(base, data, log):
     """The address of a running studio."""
     environment = {**os.environ, "PFSTORER_HOME": str(data)}
     command = [sys.executable, "-m", "pfstorer_rt.cli", "studio", "--no-open", "--base", str(base), "--port", "0"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    with log.open("w") as stderr:
+        process = subprocess.Popen(command, env=environment, stderr=stderr)
     try:
-        line = process.stderr.readline()
-        assert line.startswith("studio: http://127.0.0.1:"), line + process.stderr.read()
-        yield line.split()[1]
+        yield wait_for_address(process, log)
     finally:
         process.terminate()
-        process.communicate(timeout=30)
+        process.wait(timeout=WAIT)
+
+
+def wait_for_address(process, log):
+    """Return the address that the studio prints when it is ready."""
+    end = time.monotonic() + WAIT
+    while not (found := re.search(r"^studio: (http://127\.0\.0\.1:\d+\S*)\s", log.read_text(), re.MULTILINE)):
+        assert process.poll() is None, "the studio ended: " + log.read_text()
+        assert time.monotonic() < end, f"no address within {WAIT} s: " + log.read_text()
+        time.sleep(0.1)
+    return found[1]
 
 
 @pytest.fixture
@@ -99,7 +130,7 @@ def page(request, chromium, address):
 
         context.route("**/*", check)
         found = context.new_page()
-        found.set_default_timeout(60_000)
+        found.set_default_timeout(1000 * WAIT)
         found.on("pageerror", lambda error: errors.append(str(error)))
         found.goto(address)
         found.wait_for_selector("#pictures input[type=file]", state="attached")

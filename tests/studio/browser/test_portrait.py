@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageFilter
-from studio_page import check, drop, open_tab, press, wait_for_text
+from studio_page import LONG_WAIT, check, compare, drop, open_tab, press, rate, wait_for_text
 
 import pfstorer_rt
 from pfstorer_rt.base_files import find_base
@@ -29,7 +29,7 @@ def base(tmp_path_factory):
 
 @pytest.mark.parametrize("page", [("desktop", "light")], indirect=True, ids=["desktop-light"])
 def test_the_stories_on_the_shipped_base(page, shoot, tmp_path, address):
-    page.set_default_timeout(1_500_000)
+    page.set_default_timeout(1000 * LONG_WAIT)
     old = tmp_path / "old.jpg"
     blurred = Image.open(IMAGES / "original.jpg").filter(ImageFilter.GaussianBlur(3)).resize((320, 320))
     blurred.save(old, quality=40)
@@ -42,39 +42,20 @@ def test_the_stories_on_the_shipped_base(page, shoot, tmp_path, address):
     page.check("#consent input")
     press(page, "Learn this person")
     page.wait_for_selector("#preview figure >> nth=2")
-    wait_for_text(page, "#people-status", "alice is learned", seconds=1500)
+    wait_for_text(page, "#people-status", "alice is learned", 3 * LONG_WAIT)
     check(page, shoot, "portrait-people")
 
     open_tab(page, "Restore")
     drop(page, "#pictures", [str(old)])
     wait_for_text(page, "#faces", "The green frame shows the person.")
     press(page, "Restore")
-    wait_for_text(page, "#reading", "same person", seconds=300)
+    wait_for_text(page, "#reading", "same person", LONG_WAIT)
     with page.expect_download() as download:
         page.locator("#results a").click()
     restored = tmp_path / "old_restored.jpg"
     download.value.save_as(restored)
     check(page, shoot, "portrait-restore")
 
-    open_tab(page, "Compare")
-    page.fill("#method-A textarea, #method-A input", "before")
-    page.fill("#method-B textarea, #method-B input", "restored")
-    drop(page, "#folder-A", [str(old)])
-    page.wait_for_selector("#folder-A tr.file")
-    drop(page, "#folder-B", [str(restored)])
-    page.wait_for_selector("#folder-B tr.file")
-    press(page, "Compare")
-    page.wait_for_selector("#sides pf-viewer")
-    press(page, "Make a study of these folders")
-    page.wait_for_selector("#study-results a")
-    rater = page.context.new_page()
-    rater.goto(address + page.locator("#study-results a").get_attribute("href"))
-    rater.get_by_role("link", name="Start").click()
-    for question in ("quality", "identity"):
-        rater.locator(f"input[name={question}][value=B]").check()
-    rater.get_by_role("button", name="Next").click()
-    rater.wait_for_selector("h1:has-text('Thank you')")
-    rater.close()
-    press(page, "Show the results")
-    wait_for_text(page, "#study-results", "95 % interval")
+    compare(page, {"before": [str(old)], "restored": [str(restored)]})
+    rate(page, address, pictures=1, choice="B")
     check(page, shoot, "portrait-study")

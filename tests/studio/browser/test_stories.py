@@ -6,7 +6,7 @@ import json
 import zipfile
 
 import pytest
-from studio_page import RESULT, check, drop, open_tab, press, violations, wait_for_text
+from studio_page import LONG_WAIT, RESULT, check, compare, drop, open_tab, press, rate, wait_for_text
 
 pytestmark = pytest.mark.browser
 
@@ -64,7 +64,7 @@ def test_learning_renaming_exporting_importing_and_deleting(page, shoot, files, 
     press(page, "Learn this person")
     page.wait_for_selector("#preview figure >> nth=2")
     wait_for_text(page, "#people-status", "preparing alice for fast restoration")
-    wait_for_text(page, "#people-status", "alice is learned", seconds=300)  # its plan is exported
+    wait_for_text(page, "#people-status", "alice is learned", LONG_WAIT)  # its plan is exported
     check(page, shoot, "people-learned")
     assert page.locator("#person input").input_value() == "alice"
     page.fill("#new-name textarea, #new-name input", "ann")
@@ -84,36 +84,15 @@ def test_learning_renaming_exporting_importing_and_deleting(page, shoot, files, 
 
 
 def test_comparing_and_a_study(page, shoot, files, address, tmp_path):
-    open_tab(page, "Compare")
-    page.fill("#method-A textarea, #method-A input", "mine")
-    page.fill("#method-B textarea, #method-B input", "theirs")
-    drop(page, "#folder-A", [files("a.png"), files("b.png", 5)])
-    page.wait_for_selector("#folder-A tr.file >> nth=1")
-    drop(page, "#folder-B", [files("a_restored.png", 1), files("b_restored.png", 6)])
-    page.wait_for_selector("#folder-B tr.file >> nth=1")
-    press(page, "Compare")
-    page.wait_for_selector("#sides pf-viewer")
+    mine, theirs = [files("a.png"), files("b.png", 5)], [files("a_restored.png", 1), files("b_restored.png", 6)]
+    compare(page, {"mine": mine, "theirs": theirs})
     stage = page.locator("#sides pf-viewer .stage")
     stage.focus()
     page.keyboard.press("+")
     zooms = stage.locator("img").evaluate_all("images => images.map(image => image.style.transform)")
     assert len(zooms) == 2 and zooms[0] == zooms[1] and "scale(1.5)" in zooms[0]
     check(page, shoot, "compare")
-    press(page, "Make a study of these folders")
-    link = page.locator("#study-results a").get_attribute("href")
-    rater = page.context.new_page()
-    rater.goto(address + link)
-    rater.get_by_role("link", name="Start").click()
-    for number in (1, 2):
-        rater.wait_for_selector(f"h1:has-text('Picture {number} of 2')")
-        assert violations(rater) == []
-        for question in ("quality", "identity"):
-            rater.locator(f"input[name={question}][value=A]").check()
-        rater.get_by_role("button", name="Next").click()
-    rater.wait_for_selector("h1:has-text('Thank you')")
-    rater.close()
-    press(page, "Show the results")
-    wait_for_text(page, "#study-results", "95 % interval")
+    rate(page, address, pictures=2, choice="A")
     check(page, shoot, "study")
     with page.expect_download() as download:
         page.locator("#study-results a.studio-download").click()
