@@ -39,14 +39,14 @@ def graph_key(module: nn.Module, free: Mapping[str, tuple[int | None, ...]], *op
     That is the structure of the module, shapes and types of its parameters and buffers, the versions of the exporter
     and the sources of the networks, but no values. free: the shapes of tensors with free axes, by path, with None for
     a free axis. options: further values.
-    Returns None for a module that has no key, because it holds a local function.
+    Returns None for a module that has no key, because it holds a local function or refers to itself.
     """
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    shapes = {id(tensor): free.get(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    known = {id(tensor): (name, free.get(name, tuple(tensor.shape))) for name, tensor in tensors.items()}
     stream = io.BytesIO()
     try:
-        _Structure(stream, shapes).dump((environment(), module, options))
-    except (pickle.PicklingError, AttributeError, TypeError):
+        _Structure(stream, known).dump((environment(), module, options))
+    except (pickle.PicklingError, AttributeError, TypeError, ValueError, RecursionError):
         return None
     return hashlib.sha256(stream.getvalue()).hexdigest()
 
@@ -99,16 +99,16 @@ def sources() -> Iterator[Path]:
 class _Structure(pickle.Pickler):
     """Writes the structure of a module, which is never read: equal structures give equal bytes in every process."""
 
-    def __init__(self, stream: io.BytesIO, shapes: Mapping[int, tuple[int | None, ...]]) -> None:
-        """shapes: the shapes of parameters and buffers by `id`; of other tensors the values count."""
+    def __init__(self, stream: io.BytesIO, known: Mapping[int, tuple[str, tuple[int | None, ...]]]) -> None:
+        """known: names and shapes of parameters and buffers by `id`; of other tensors the values count."""
         super().__init__(stream, protocol=5)
-        self.shapes = shapes
+        self.known = known
+        self.fast = True  # without references to earlier objects: equal values may be one object or two
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            known = id(value) in self.shapes
-            data = None if known else value.detach().cpu().numpy().tobytes()
-            return tuple, ((str(value.dtype), self.shapes[id(value)] if known else tuple(value.shape), data),)
+            data = value.detach().cpu().numpy().tobytes() if id(value) not in self.known else b""
+            return tuple, ((str(value.dtype), self.known.get(id(value), ("", tuple(value.shape))), data),)
         if isinstance(value, nn.Module):
             return tuple, ((f"{type(value).__module__}.{type(value).__qualname__}", _state(value)),)
         return NotImplemented

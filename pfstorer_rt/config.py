@@ -137,12 +137,7 @@ def _byte_text(width: int) -> dict[str, Any]:
     }
 
 
-_SD21_LAYERS = (
-    "up_blocks.1.attentions.1",
-    "up_blocks.2.attentions.0",
-    "up_blocks.2.attentions.2",
-    "up_blocks.3.attentions.1",
-)
+_SD21_LAYERS = tuple(f"up_blocks.{block}.attentions.{layer}" for block, layer in ((1, 1), (2, 0), (2, 2), (3, 1)))
 _SD21_VAE = {
     "class": "AutoencoderKL",
     "block_out_channels": (128, 256, 512, 512),
@@ -180,15 +175,17 @@ _SMALL_BASE_TRAINING: dict[str, Any] = {
 }
 
 PRESETS: dict[str, BaseConfig] = {
-    # For tests: SD 2.1's topology at the smallest widths that norms and heads allow.
+    # For tests: SD 2.1's levels at the smallest widths that norms and heads allow, with half of the layers.
     "nano": BaseConfig(
         name="nano",
         tile=64,
-        layers=_SD21_LAYERS,
+        layers=tuple(f"up_blocks.{block}.attentions.{layer}" for block, layer in ((1, 1), (2, 0), (2, 1), (3, 1))),
         head_size=8,
         spade_hidden=8,
-        unet=_unet(4, (8, 16, 16, 16), (1, 2, 2, 2), 32, norm_num_groups=4),
-        structure=StructureConfig(width=8, multipliers=(1, 1, 2, 2), heads=1, out_channels=8, norm_groups=4),
+        unet=_unet(4, (8, 16, 16, 16), (1, 2, 2, 2), 32, norm_num_groups=4, layers_per_block=1),
+        structure=StructureConfig(
+            width=8, multipliers=(1, 1, 2, 2), heads=1, out_channels=8, res_blocks=1, norm_groups=4
+        ),
         vae=_tiny_vae(8, (1, 1, 1, 1), (1, 1, 1, 1), 4),
         text=_byte_text(32),
         steps=4,

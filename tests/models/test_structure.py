@@ -2,14 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_sd21 import SMALL_SD21
 
 from pfstorer_rt.config import PRESETS, StructureConfig
 from pfstorer_rt.models.structure import SpatialAttention, StructureEncoder
 
-NANO = PRESETS["nano"]
 
-
-def build(config=NANO, seed=0):
+def build(config=SMALL_SD21, seed=0):
     torch.manual_seed(seed)
     return StructureEncoder.from_base_config(config).eval().requires_grad_(False)
 
@@ -18,7 +17,7 @@ def latent(batch=1, height=8, width=8, seed=1):
     return torch.randn(batch, 4, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def test_map_sizes_of_nano():
+def test_map_sizes_of_four_levels():
     maps = build()(latent(2), torch.tensor([10.0, 900.0]))
     assert {side: tuple(m.shape) for side, m in maps.items()} == {s: (2, 8, s, s) for s in (8, 4, 2, 1)}
 
@@ -37,7 +36,7 @@ def test_maps_are_keyed_by_width_for_images_that_are_not_square():
 
 def test_three_levels_have_attention_everywhere():
     three = StructureConfig(width=8, multipliers=(1, 2, 2), heads=1, out_channels=8, res_blocks=1, norm_groups=4)
-    encoder = build(replace(NANO, structure=three))
+    encoder = build(replace(SMALL_SD21, structure=three))
     assert all(isinstance(a, SpatialAttention) for level in encoder.levels for a in level.attentions)
     assert set(encoder(latent(), torch.tensor([1.0]))) == {8, 4, 2}
     four = [isinstance(level.attentions[0], SpatialAttention) for level in build().levels]

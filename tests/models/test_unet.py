@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
+from small_sd21 import SMALL_SD21
 from torch import nn
 
 from pfstorer_rt.config import PRESETS, StructureConfig
@@ -13,10 +14,9 @@ from pfstorer_rt.models.personalization import build_blocks
 from pfstorer_rt.models.structure import StructureEncoder
 from pfstorer_rt.models.unet import RestorationUNet, Spade, to_map, to_tokens
 
-NANO = PRESETS["nano"]
 # tiny's topology (three levels, attention everywhere, one block a level) at nano's widths.
 THREE_LEVELS = replace(
-    NANO,
+    SMALL_SD21,
     unet={
         **PRESETS["tiny"].unet,
         "block_out_channels": (8, 16, 16),
@@ -28,7 +28,7 @@ THREE_LEVELS = replace(
     },
     structure=StructureConfig(width=8, multipliers=(1, 2, 2), heads=1, out_channels=8, res_blocks=1, norm_groups=4),
 )
-CONFIGS = {"nano": NANO, "three levels": THREE_LEVELS}
+CONFIGS = {"small SD 2.1": SMALL_SD21, "three levels": THREE_LEVELS}
 
 
 class WithoutSpade(nn.Module):
@@ -128,9 +128,9 @@ def test_forward_is_diffusers_when_spade_changes_nothing(name):
 
 def test_spade_enters_every_block_after_conv2_and_before_the_skip():
     # diffusers' own forward with hooks on conv2 is the construction that StableSR's checkpoint was checked with.
-    unet = build(NANO)
-    x, t, context, maps = inputs(NANO)
-    twin = diffusers_twin(unet, NANO)
+    unet = build(SMALL_SD21)
+    x, t, context, maps = inputs(SMALL_SD21)
+    twin = diffusers_twin(unet, SMALL_SD21)
     calls = []
     for name, block in resnets(twin).items():
         spade = unet.get_submodule(name).spade
@@ -167,8 +167,8 @@ def test_spade_formula(height, width, groups):
 
 
 def test_every_level_of_the_structure_maps_counts():
-    unet = build(NANO)
-    x, t, context, maps = inputs(NANO)
+    unet = build(SMALL_SD21)
+    x, t, context, maps = inputs(SMALL_SD21)
     reference = unet(x, t, context, maps)
     for side in maps:
         changed = {**maps, side: maps[side] + 1}
@@ -176,8 +176,8 @@ def test_every_level_of_the_structure_maps_counts():
 
 
 def test_rows_do_not_mix():
-    unet = build(NANO)
-    x, t, context, maps = inputs(NANO)
+    unet = build(SMALL_SD21)
+    x, t, context, maps = inputs(SMALL_SD21)
     both = unet(x, t, context, maps)
     for i in range(2):
         one = unet(x[i : i + 1], t[i : i + 1], context[i : i + 1], {k: m[i : i + 1] for k, m in maps.items()})
@@ -185,8 +185,8 @@ def test_rows_do_not_mix():
 
 
 def test_taps_see_the_output_of_their_transformer():
-    unet = build(NANO)
-    x, t, context, maps = inputs(NANO)
+    unet = build(SMALL_SD21)
+    x, t, context, maps = inputs(SMALL_SD21)
     outputs, seen, order = {}, {}, []
 
     def keep(layer):
@@ -197,20 +197,20 @@ def test_taps_see_the_output_of_their_transformer():
 
         return tap
 
-    twin = diffusers_twin(unet, NANO)
+    twin = diffusers_twin(unet, SMALL_SD21)
     for block in resnets(unet).values():
         block.spade = WithoutSpade()
-    for layer in NANO.layers:
+    for layer in SMALL_SD21.layers:
         twin.get_submodule(layer).register_forward_hook(
             lambda module, args, out, layer=layer: outputs.update({layer: out[0]})
         )
     with torch.no_grad():
         twin(x, t, context)
     plain = unet(x, t, context, maps)
-    tapped = unet(x, t, context, maps, taps={layer: keep(layer) for layer in NANO.layers})
+    tapped = unet(x, t, context, maps, taps={layer: keep(layer) for layer in SMALL_SD21.layers})
     assert torch.equal(tapped, plain)  # a tap that changes nothing
-    assert order == list(NANO.layers)
-    for layer in NANO.layers:
+    assert order == list(SMALL_SD21.layers)
+    for layer in SMALL_SD21.layers:
         assert torch.allclose(to_map(seen[layer], outputs[layer].shape[-2:]), outputs[layer], rtol=0, atol=1e-5)
 
 
@@ -223,7 +223,7 @@ def test_tokens_run_row_by_row():
 
 
 def test_the_unet_takes_images_that_are_not_square():
-    unet = build(NANO)
+    unet = build(SMALL_SD21)
     x = torch.randn(1, 4, 16, 8)
     maps = {8 >> i: torch.randn(1, 8, 16 >> i, 8 >> i) for i in range(4)}
     assert unet(x, torch.tensor([5.0]), torch.randn(1, 3, 32), maps).shape == x.shape

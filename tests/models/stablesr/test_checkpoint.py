@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from small_sd21 import SMALL_SD21
 from torch import nn
 
 from pfstorer_rt.config import PRESETS
@@ -247,8 +248,7 @@ def ldm_names_of_parts(base, reference):
 
 
 def test_parts_checkpoint_with_sd_directory_becomes_a_base(tmp_path):
-    structure = replace(PRESETS["nano"].structure, heads=HEADS)
-    config = replace(PRESETS["nano"], structure=structure)
+    config = replace(SMALL_SD21, structure=replace(SMALL_SD21.structure, heads=HEADS))
     spades, sd = build_base(config, seed=1), build_base(config, seed=2)
     reference = Reference()
     torch.save({"state_dict": ldm_names_of_parts(spades, reference)}, tmp_path / "webui_768v.ckpt")
@@ -394,7 +394,7 @@ def test_other_training_data_in_a_checkpoint_is_ignored(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_parts_needs_sd(tmp_path):
-    config = replace(PRESETS["nano"], structure=replace(PRESETS["nano"].structure, heads=HEADS))
+    config = replace(SMALL_SD21, structure=replace(SMALL_SD21.structure, heads=HEADS))
     torch.save(ldm_names_of_parts(build_base(config), Reference()), tmp_path / "parts.ckpt")
     with pytest.raises(BadFileError, match=r"^parts\.ckpt: .*give SD 2\.1-base"):
         import_base(tmp_path / "parts.ckpt", tmp_path / "out", config=config)
