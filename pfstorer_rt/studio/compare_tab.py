@@ -73,18 +73,20 @@ class CompareTab:
                 with gr.Row():
                     self.show = gr.Button("Show the results", size="sm", elem_id="show-study")
                     self.delete = gr.Button("Delete the study", size="sm", variant="stop")
+        self.study_line = gr.HTML("", elem_id="study-status")
         self.results = gr.HTML("", elem_id="study-results")
 
     def _wire(self) -> None:
-        outputs = [self.line, self.picture, self.steps, self.viewer, self.studies, self.results]
-        guarded = handled(self.workspace, self.line)
+        outputs = [self.line, self.picture, self.steps, self.viewer]
+        studies = [self.study_line, self.studies, self.results]
+        guarded, studying = handled(self.workspace, self.line), handled(self.workspace, self.study_line)
         self.compare.click(guarded(self.on_compare), [*self.names, *self.folders], outputs, **QUIET)
         self.picture.input(guarded(self.on_picture), [self.picture], outputs, **QUIET)
         self.back.click(guarded(self.on_back), [self.picture], outputs, **QUIET)
         self.next.click(guarded(self.on_next), [self.picture], outputs, **QUIET)
-        self.create.click(guarded(self.on_create), [self.references], outputs, **QUIET)
-        self.show.click(guarded(self.on_show), [self.studies], outputs, **QUIET)
-        self.delete.click(guarded(self.on_delete), [self.studies], outputs, **QUIET)
+        self.create.click(studying(self.on_create), [self.references], studies, **QUIET)
+        self.show.click(studying(self.on_show), [self.studies], studies, **QUIET)
+        self.delete.click(studying(self.on_delete), [self.studies], studies, **QUIET)
 
     def session(self, request: gr.Request) -> Session:
         """Return the state of the page that sent a request."""
@@ -144,19 +146,17 @@ class CompareTab:
         """Make a study of the compared folders."""
         session = self.session(request)
         made = comparing.start_study(self.workspace, session, session.comparison, references or [])
-        yield {self.line: "", self.results: fragments.study_link(made), **self.listed(made.code)}
+        yield {self.study_line: "", self.results: fragments.study_link(made), **self.listed(made.code)}
 
     def on_show(self, code: str | None, request: gr.Request) -> Iterator[Updates]:
         """Show the link, the results and the votes of a study."""
-        if code:
-            found = study.open_study(code)
-            votes = comparing.votes_file(self.workspace, self.session(request), found)
-            link = fragments.download(votes, "Download the votes (CSV)") if votes else ""
-            results = fragments.study_results(found, study.shares(found))
-            yield {self.results: fragments.study_link(found) + results + link}
+        found = study.open_study(comparing.chosen(code))
+        votes = comparing.votes_file(self.workspace, self.session(request), found)
+        link = fragments.download(votes, "Download the votes (CSV)") if votes else ""
+        results = fragments.study_results(found, study.shares(found))
+        yield {self.study_line: "", self.results: fragments.study_link(found) + results + link}
 
     def on_delete(self, code: str | None) -> Iterator[Updates]:
         """Delete a study with its votes."""
-        if code:
-            study.delete_study(code)
-            yield {self.line: fragments.status("The study is deleted."), self.results: "", **self.listed()}
+        study.delete_study(comparing.chosen(code))
+        yield {self.study_line: fragments.status("The study is deleted."), self.results: "", **self.listed()}

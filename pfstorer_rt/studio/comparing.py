@@ -27,7 +27,9 @@ def take_folders(workspace: Workspace, session: Session, folders: Sequence[tuple
     given = [(name.strip() or f"Folder {number + 1}", files) for number, (name, files) in enumerate(folders) if files]
     names = [name for name, _ in given]
     if len(given) < 2:
-        raise SettingError(f"{len(given)} folder{'' if len(given) == 1 else 's'}: expected two or more to compare")
+        raise SettingError(
+            f"{len(given)} folders with pictures, expected two or more; drop each folder into its own box"
+        )
     if len(set(names)) < len(names):
         raise SettingError("two folders have the same name; expected a different name for each")
     places = []
@@ -51,6 +53,13 @@ def side_by_side(workspace: Workspace, session: Session, found: Comparison, name
     if name not in found.names:
         raise SettingError(f"{name}: no picture of this name in all folders")
     return [(shown(workspace, session, own[name]), method) for method, own in found.results.items()]
+
+
+def chosen(code: str | None) -> str:
+    """Return the code of the chosen study; raises `SettingError` when none is chosen."""
+    if not code:
+        raise SettingError("no study is chosen: make a study first")
+    return code
 
 
 def votes_file(workspace: Workspace, session: Session, study: Study) -> str:

@@ -112,6 +112,14 @@ def download(address: str, text: str) -> str:
     return f'<a class="studio-download" href="{escape(address)}" download>{escape(text)}</a>'
 
 
+def plot(address: str, text: str) -> str:
+    """Return a picture that keeps a readable size on a narrow screen, where it scrolls; text: its description."""
+    return (
+        f'<div class="studio-scroll" tabindex="0" role="region" aria-label="Times">'
+        f'<img class="plot" src="{escape(address)}" alt="{escape(text)}"></div>'
+    )
+
+
 def preview(addresses: Sequence[str] | None) -> str:
     """Return photograph, degraded photograph and restoration beside each other."""
     if not addresses:

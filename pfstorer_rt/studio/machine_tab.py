@@ -12,6 +12,8 @@ from pfstorer_rt.studio.handling import Updates, follow, handled
 from pfstorer_rt.studio.restore_tab import HEAVY, QUIET
 from pfstorer_rt.studio.workspace import Workspace
 
+LEAD = "Find out what this machine can run, and how fast its plans are."
+NOTHING = "The parts that can run on this machine appear here, with advice for the missing ones."
 PLANS = "A plan is a person and the base in one file that restores faster. The studio makes one for each person."
 
 
@@ -20,22 +22,23 @@ class MachineTab:
 
     def __init__(self, workspace: Workspace, engines: Engines) -> None:
         self.workspace, self.engines = workspace, engines
-        self.line = gr.HTML("", elem_id="machine-status")
+        gr.HTML(f'<p class="studio-lead">{LEAD}</p>')
         with gr.Row():
-            with gr.Column(min_width=300):
+            with gr.Column(scale=2, min_width=300):
                 self.examine = gr.Button("Examine this machine", variant="primary", elem_id="examine")
-                self.tables = gr.HTML("", elem_id="machine")
-            with gr.Column(min_width=300):
+                self.line = gr.HTML("", elem_id="machine-status")
+                self.tables = gr.HTML(fragments.empty(NOTHING), elem_id="machine")
+            with gr.Column(scale=3, min_width=300):
                 gr.HTML(f'<h2 class="studio">Plans</h2><p class="studio-lead">{PLANS}</p>')
                 self.listed = gr.HTML("", elem_id="plans")
                 self.plan = gr.Dropdown([], label="Plan", filterable=False, elem_id="plan")
                 self.time = gr.Button("Time this plan", elem_id="time")
+                self.timing = gr.HTML("", elem_id="timing-status")
                 self.plot = gr.HTML("", elem_id="plot")
         self.lists = [self.listed, self.plan, self.time]
-        outputs = [self.line, self.tables, self.plot]
-        guarded = handled(self.workspace, self.line)
-        self.examine.click(guarded(self.on_examine), None, outputs, **QUIET)
-        self.time.click(guarded(self.on_time), [self.plan], outputs, **HEAVY)
+        examining, timing = handled(self.workspace, self.line), handled(self.workspace, self.timing)
+        self.examine.click(examining(self.on_examine), None, [self.line, self.tables], **QUIET)
+        self.time.click(timing(self.on_time), [self.plan], [self.timing, self.plot], **HEAVY)
 
     def refreshed(self) -> Updates:
         """Return updates of everything that lists plans."""
@@ -59,6 +62,6 @@ class MachineTab:
         address = yield from follow(
             session,
             lambda report: machine.benchmark(self.workspace, session, self.engines.plans(), name, report),
-            lambda state: {self.line: fragments.progress(state)},
+            lambda state: {self.timing: fragments.progress(state)},
         )
-        yield {self.line: "", self.plot: f'<img src="{address}" alt="Bars of the measured times of {name}">'}
+        yield {self.timing: "", self.plot: fragments.plot(address, f"Bars of the measured times of {name}")}

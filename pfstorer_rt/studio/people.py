@@ -76,11 +76,12 @@ def judge_photographs(
             workspace.check_pixels(path)
             paths.append(path)
         except PFStorerError as error:
-            refused.append(Judged(path.name, "", workspace.without_folders(one_line(error))))
+            reason = workspace.without_folders(one_line(error)).removeprefix(f"{path.name}: ")
+            refused.append(Judged(path.name, "", reason))
             path.unlink()
     report("searching for faces")
     read_ones = read(paths, engines) if paths else []
-    return refused + [
+    judged = [
         Judged(
             reference.path.name,
             crop_address(workspace, session, reference),
@@ -88,6 +89,7 @@ def judge_photographs(
         )
         for reference in read_ones
     ]
+    return judged + refused
 
 
 def read(paths: Sequence[Path], engines: Engines) -> list[Reference]:
@@ -154,7 +156,8 @@ def learn(
         report(f"{what}: {progress.done} of {progress.total}", share)
 
     def show(iteration: int, identity: Identity) -> None:
-        report(f"learning: {iteration} of {iterations}", extra=preview.after(iteration, identity))
+        share = 0.1 + 0.9 * iteration / iterations
+        report(f"learning: {iteration} of {iterations}", share, preview.after(iteration, identity))
 
     every = max(1, min(25, iterations // 8))
     identity = personalize(

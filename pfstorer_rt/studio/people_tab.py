@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from pfstorer_rt.imaging.formats import image_suffixes
+from pfstorer_rt.progress import CancelledError
 from pfstorer_rt.studio import fragments, people
 from pfstorer_rt.studio.engines import Engines
 from pfstorer_rt.studio.handling import Updates, follow, handled
@@ -15,6 +16,7 @@ from pfstorer_rt.studio.restore_tab import HEAVY, QUIET, WAIT
 from pfstorer_rt.studio.workspace import Session, Workspace
 
 LEAD = "Learn a person once from 1 to 10 good photographs; 3 to 5 are best. Sharp faces from different days help most."
+EXPORT = "An identity file takes the person to another machine, where it is imported."
 NOTHING = "The photographs appear here, cropped to the face."
 
 
@@ -32,6 +34,7 @@ class PeopleTab:
                 self.crops = gr.HTML(fragments.empty(NOTHING), elem_id="crops")
                 self.preview = gr.HTML("", elem_id="preview")
         gr.HTML('<h2 class="studio">People on this machine</h2>')
+        self.known_line = gr.HTML("", elem_id="known-status")
         self.table = gr.HTML("", elem_id="known")
         self._managing()
         self._wire()
@@ -58,25 +61,28 @@ class PeopleTab:
                 self.confirmation = gr.Textbox(label="To delete: type the name", max_lines=1, elem_id="confirmation")
                 self.delete = gr.Button("Delete for good", variant="stop", size="sm", elem_id="delete")
             with gr.Column(min_width=220):
-                self.file = gr.File(
-                    label="Import an identity file", file_types=[".safetensors"], height=150, elem_id="import"
-                )
+                gr.HTML(f'<p class="studio-lead">{EXPORT}</p>')
                 self.export = gr.Button("Export the chosen person", size="sm", elem_id="export")
                 self.link = gr.HTML("", elem_id="export-link")
+        self.file = gr.File(label="Import an identity file", file_types=[".safetensors"], height=150, elem_id="import")
 
     def _wire(self) -> None:
         outputs = [
             self.line, self.crops, self.preview, self.table, self.chosen, self.person, self.cancel, self.learn,
-            self.confirmation, self.new_name, self.link, self.file,
         ]  # fmt: skip
-        guarded = handled(self.workspace, self.line, self.stopped)
+        lists = [
+            self.known_line, self.table, self.chosen, self.person, self.confirmation, self.new_name, self.link,
+            self.file,
+        ]  # fmt: skip
+        guarded, managed = handled(self.workspace, self.line, self.stopped), handled(self.workspace, self.known_line)
+        importing = handled(self.workspace, self.known_line, lambda: {self.file: None})
         self.photographs.change(guarded(self.on_photographs), [self.photographs], outputs, **HEAVY)
         self.learn.click(self.on_wait, None, self.line, queue=False, **QUIET)
         self.learn.click(guarded(self.on_learn), [self.name, self.length, self.consent], outputs, **HEAVY)
-        self.rename.click(guarded(self.on_rename), [self.chosen, self.new_name], outputs, **HEAVY)
-        self.delete.click(guarded(self.on_delete), [self.chosen, self.confirmation], outputs, **HEAVY)
-        self.export.click(guarded(self.on_export), [self.chosen], outputs, **QUIET)
-        self.file.upload(guarded(self.on_import), [self.file], outputs, **QUIET)
+        self.rename.click(managed(self.on_rename), [self.chosen, self.new_name], lists, **HEAVY)
+        self.delete.click(managed(self.on_delete), [self.chosen, self.confirmation], lists, **HEAVY)
+        self.export.click(managed(self.on_export), [self.chosen], lists, **QUIET)
+        self.file.upload(importing(self.on_import), [self.file], lists, **QUIET)
         self.cancel.click(self.on_cancel, None, None, queue=False, **QUIET)
 
     def on_wait(self) -> str:
@@ -125,11 +131,15 @@ class PeopleTab:
         session = self.session(request)
         yield {self.cancel: gr.update(interactive=True), self.learn: gr.update(interactive=False)}
         wanted = people.Learning(name, consent, length)
-        identity, notes = yield from follow(
-            session,
-            lambda report: people.learn(self.workspace, session, self.engines, wanted, report),
-            lambda state: {self.line: fragments.progress(state), **self.previewed(state.extra)},
-        )
+        try:
+            identity, notes = yield from follow(
+                session,
+                lambda report: people.learn(self.workspace, session, self.engines, wanted, report),
+                lambda state: {self.line: fragments.progress(state), **self.previewed(state.extra)},
+            )
+        except CancelledError:
+            yield self.refreshed()  # lists the training that can be resumed
+            raise
         yield self.refreshed(identity.name)
         failure = yield from follow(
             session,
@@ -147,23 +157,24 @@ class PeopleTab:
     def on_rename(self, chosen: str | None, new: str) -> Iterator[Updates]:
         """Rename the chosen person."""
         text = people.rename(chosen, new)
-        yield {self.line: fragments.status(text), self.new_name: "", **self.refreshed(new.strip())}
+        yield {self.known_line: fragments.status(text), self.new_name: "", **self.refreshed(new.strip())}
 
     def on_delete(self, chosen: str | None, confirmation: str) -> Iterator[Updates]:
         """Delete the chosen person."""
         text = people.delete(chosen, confirmation)
         self.engines.close()
-        yield {self.line: fragments.status(text), self.confirmation: "", self.link: "", **self.refreshed()}
+        shown = {self.known_line: fragments.status(text), self.confirmation: "", self.link: ""}
+        yield {**shown, **self.refreshed()}
 
     def on_export(self, chosen: str | None, request: gr.Request) -> Iterator[Updates]:
         """Offer the file of the chosen person."""
         address = people.export_file(self.workspace, self.session(request), chosen)
-        yield {self.link: fragments.download(address, f"Save {chosen}.safetensors"), self.line: ""}
+        yield {self.link: fragments.download(address, f"Save {chosen}.safetensors"), self.known_line: ""}
 
     def on_import(self, file: str | None, request: gr.Request) -> Iterator[Updates]:
         """Store an identity file."""
         text = people.import_file(self.workspace, self.session(request), file)
-        yield {self.line: fragments.status(text), self.file: None, **self.refreshed()}
+        yield {self.known_line: fragments.status(text), **self.refreshed()}
 
     def on_cancel(self, request: gr.Request) -> None:
         """Cancel the training."""

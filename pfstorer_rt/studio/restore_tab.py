@@ -92,7 +92,7 @@ class RestoreTab:
             self.cancel, self.restore, self.strength,
         ]  # fmt: skip
         dials = [self.person, self.strength, self.seed, self.steps, self.scale]
-        guarded = handled(self.workspace, self.line, self.stopped)
+        guarded, browsing = handled(self.workspace, self.line, self.stopped), handled(self.workspace, self.line)
         self.folder.upload(self.on_folder, [self.files, self.folder], self.files, **QUIET)
         self.files.change(self.on_cancel, None, None, queue=False, **QUIET)
         self.files.change(guarded(self.on_pictures), [self.files, self.person], outputs, **HEAVY)
@@ -103,9 +103,9 @@ class RestoreTab:
         self.strength.release(
             guarded(self.on_strength), [self.shown, *dials], outputs, trigger_mode="always_last", **HEAVY
         )
-        self.shown.input(guarded(self.on_shown), [self.shown], outputs, **QUIET)
-        self.back.click(guarded(self.on_back), [self.shown], outputs, **QUIET)
-        self.next.click(guarded(self.on_next), [self.shown], outputs, **QUIET)
+        self.shown.input(browsing(self.on_shown), [self.shown], outputs, **QUIET)
+        self.back.click(browsing(self.on_back), [self.shown], outputs, **QUIET)
+        self.next.click(browsing(self.on_next), [self.shown], outputs, **QUIET)
         self.cancel.click(self.on_cancel, None, None, queue=False, **QUIET)
 
     def stopped(self) -> Updates:

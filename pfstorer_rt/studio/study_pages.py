@@ -42,8 +42,8 @@ def start(code: str, request: Request) -> Response:
     study = open_study(code)
     count = len(study.pictures)
     body = (
-        f"<h1>Which picture is better?</h1><p>You will see {count} picture{'s' if count > 1 else ''}, each in "
-        f"{len(study.methods)} versions. Answer two questions about each. You can zoom; all versions zoom together. "
+        f"<h1>Which picture is better?</h1><p>You will see {count} picture{'s, each' if count > 1 else ''} in "
+        f"{len(study.methods)} versions. Answer two questions about each picture. All versions zoom together. "
         f"Your answers are stored under a random name.</p><a class='go' href='0'>Start</a>"
     )
     answer = html(body)

@@ -62,6 +62,8 @@ def theme() -> Any:
         button_secondary_background_fill_dark="*neutral_800",
         button_secondary_text_color="*neutral_800",
         button_secondary_text_color_dark="*neutral_100",
+        button_cancel_text_color="#9c3a22",
+        button_cancel_text_color_dark="#f0a48f",
         input_border_width="1px",
         checkbox_border_color="#8d877b",
         checkbox_border_color_dark="#847e73",

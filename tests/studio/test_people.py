@@ -1,5 +1,9 @@
 """The actions of the tab of people."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
+import gradio as gr
 import pytest
 
 from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError
@@ -7,6 +11,7 @@ from pfstorer_rt.identity import Identity, identity_path
 from pfstorer_rt.progress import CancelledError
 from pfstorer_rt.studio import people
 from pfstorer_rt.studio.people import Learning
+from pfstorer_rt.studio.people_tab import PeopleTab
 
 
 def silent(*_, **__):
@@ -70,6 +75,30 @@ def test_a_cancelled_training_is_resumed(workspace, session, engines, photograph
     people.learn(workspace, session, engines, Learning("bob", True), lambda text, *_, **__: seen.append(text))
     assert "learning: 2 of 4" in seen and "learning: 1 of 4" not in seen
     assert [person.finished for person in people.known_people(engines)] == [True]
+
+
+def test_the_page_lists_a_cancelled_training(workspace, engines, photographs, monkeypatch):
+    def cancel(*_):
+        identity_path("bob").parent.mkdir(parents=True)
+        identity_path("bob").with_suffix(".training.pt").touch()
+        raise CancelledError
+
+    monkeypatch.setattr(people, "learn", cancel)
+    with gr.Blocks():
+        tab = PeopleTab(workspace, engines, gr.Dropdown())
+    shown = {}
+    with pytest.raises(CancelledError):
+        for updates in tab.on_learn("bob", "Usual", True, SimpleNamespace(session_hash="a page")):
+            shown |= updates
+    assert "learn the same photographs to resume it" in shown[tab.table]
+
+
+def test_an_unreadable_photograph_comes_last_and_is_named_once(workspace, session, engines, drop, without_dlib):
+    files = drop("1.png", "2.png")
+    Path(files[0]).write_bytes(b"no picture")
+    good, bad = people.judge_photographs(workspace, session, engines, files, silent)
+    assert (good.name, good.reason) == ("2.png", "") and bad.name == "1.png"
+    assert bad.reason.startswith("not a readable image") and not bad.crop
 
 
 @pytest.fixture

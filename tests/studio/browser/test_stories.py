@@ -41,6 +41,8 @@ def test_cancelling_keeps_what_is_finished(page, files):
     page.wait_for_selector("#faces li >> nth=11")
     press(page, "Restore")
     page.wait_for_selector("#results tbody tr")
+    page.locator("#next-shown").click()
+    page.wait_for_function("document.querySelector('#shown input').value === '01.png'")
     page.locator("#cancel-restore").click()
     wait_for_text(page, "#restore-status", "Cancelled. What was finished is kept.")
     page.wait_for_selector("#zip a")
@@ -69,17 +71,17 @@ def test_learning_renaming_exporting_importing_and_deleting(page, shoot, files, 
     assert page.locator("#person input").input_value() == "alice"
     page.fill("#new-name textarea, #new-name input", "ann")
     press(page, "Rename")
-    wait_for_text(page, "#people-status", "alice is now named ann")
+    wait_for_text(page, "#known-status", "alice is now named ann")
     press(page, "Export the chosen person")
     with page.expect_download() as download:
         page.locator("#export-link a").click()
     download.value.save_as(tmp_path / "ann.safetensors")
     page.fill("#confirmation textarea, #confirmation input", "ann")
     press(page, "Delete for good")
-    wait_for_text(page, "#people-status", "is deleted")
+    wait_for_text(page, "#known-status", "is deleted")
     assert "Nobody is learned yet" in page.locator("#known").inner_text()
     drop(page, "#import", [str(tmp_path / "ann.safetensors")])
-    wait_for_text(page, "#people-status", "ann is stored on this machine")
+    wait_for_text(page, "#known-status", "ann is stored on this machine")
     wait_for_text(page, "#known", "ann")
 
 
