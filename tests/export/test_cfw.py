@@ -12,6 +12,7 @@ from pfstorer_rt.models.components import decoder
 from pfstorer_rt.runtime.restorer import Restorer
 
 KL = {**PRESETS["sd21"].vae, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4, "sample_size": 64}
+KL["layers_per_block"] = 1
 CONFIG = replace(PRESETS["nano"], vae=KL, cfw={"widths": (16, 16), "growth": 4, "norm_groups": 4})
 TINY = replace(PRESETS["nano"], cfw={"widths": (8, 8), "growth": 4}, cfw_weight=1.0)
 PATCH = replace(

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from pfstorer_rt.export import export_plan
+from pfstorer_rt.export import compare, export_plan
 from pfstorer_rt.export.compare import check_rows, compare_plan, differences
 
 from pfstorer_rt.errors import MissingBackendError, ParityError
@@ -32,6 +32,12 @@ def scale_largest(factor):
     return edit
 
 
+@pytest.fixture
+def one_backend(monkeypatch):
+    """ONNX Runtime alone runs the plan; `test_a_plan_agrees_with_pytorch` runs it on every backend."""
+    monkeypatch.setattr(compare, "BACKENDS", {"onnxruntime": compare.BACKENDS["onnxruntime"]})
+
+
 def test_a_plan_agrees_with_pytorch(nano_plan, nano_base, nano_identity):
     rows = compare_plan(nano_plan, nano_identity, nano_base)
     parts = [r for r in rows if r["component"] != "image" and r["pair"] == "torch / onnxruntime"]
@@ -53,14 +59,14 @@ def test_differences_are_measured_on_the_worst_output():
     assert differences(found, expected)["finite"] is False
 
 
-def test_an_untrained_identity_is_compared(nano_base, make_nano_identity, tmp_path):
+def test_an_untrained_identity_is_compared(nano_base, make_nano_identity, tmp_path, one_backend):
     nobody = make_nano_identity(gammas=(0.0,) * 4)
     plan = export_plan(tmp_path / "a.plan", nobody, nano_base)
     assert not plan.manifest.strength
     check_rows(compare_plan(plan, nobody, nano_base))
 
 
-def test_a_plan_that_differs_is_refused(base_plan, nano_base, tmp_path):
+def test_a_plan_that_differs_is_refused(base_plan, nano_base, tmp_path, one_backend):
     plan = changed(base_plan, tmp_path / "a.plan", "decoder", scale_largest(100.0))
     rows = compare_plan(plan, None, nano_base)
     assert max(r["max"] for r in rows if r["component"] == "decoder") > 1e-2
@@ -70,7 +76,7 @@ def test_a_plan_that_differs_is_refused(base_plan, nano_base, tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_are_refused(base_plan, nano_base, tmp_path, value):
+def test_values_that_are_not_finite_are_refused(base_plan, nano_base, tmp_path, one_backend, value):
     plan = changed(base_plan, tmp_path / "a.plan", "encoder", scale_largest(value))
     with pytest.raises(ParityError, match=r"encoder on photo \(torch / onnxruntime\) is not finite"):
         check_rows(compare_plan(plan, None, nano_base))

@@ -60,7 +60,7 @@ def overflowing(base):
     attn = base.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     norm = base.unet.down_blocks[0].attentions[0].transformer_blocks[0].norm1
     with torch.no_grad():
-        norm.bias.fill_(160.0)
+        norm.bias.fill_(80.0)
         for linear in (attn.to_q, attn.to_k):
             linear.weight.abs_()
     return base

@@ -122,7 +122,7 @@ def test_images_without_a_face_have_no_identity_loss(wrapped):
 
 def test_finishing_reduces_its_losses(photos, wrapped, tmp_path):
     """For inputs without degradation the target is the input, so the losses must decrease."""
-    settings = replace(SETTINGS, iterations=100, batch=4, learning_rate=2e-3, ema=0.0)
+    settings = replace(SETTINGS, iterations=50, batch=4, learning_rate=4e-3, ema=0.0)
     config = replace(CONFIG, train=settings, first_step=1.0, share=1.0)
     finish_base([photos], load_base(wrapped), tmp_path / "base", config, tmp_path / "work")
     rows = np.loadtxt(tmp_path / "work" / "finishing.csv", delimiter=",", skiprows=1)

@@ -1,12 +1,15 @@
 import stat
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.errors import BadFileError, MissingBackendError, SettingError
 from pfstorer_rt.models.base import build_base, load_base
+from pfstorer_rt.training.prior import PriorConfig
 from pfstorer_rt.training.tile_stages import TileStageConfig, train_tile_stage
 from tests.training.test_one_step import NANO
 
@@ -53,7 +56,14 @@ def test_missing_inputs_of_a_stage_are_named_before_tiles_are_made(photos, tmp_p
     assert not (tmp_path / "w").exists()
 
 
-def test_the_stage_people_trains_the_base_and_its_prior(photos, tmp_path, random_lpips):
+@pytest.fixture
+def brief_matching(monkeypatch):
+    """The stage people starts with 2 iterations on latents; its default is 500."""
+    brief = TrainConfig(iterations=2, batch=2, precision="fp32")
+    monkeypatch.setattr("pfstorer_rt.training.tile_stages.PriorConfig", partial(PriorConfig, matching=brief))
+
+
+def test_the_stage_people_trains_the_base_and_its_prior(photos, tmp_path, random_lpips, brief_matching):
     rng = np.random.default_rng(1)
     for person in "ab":
         (tmp_path / "people" / person).mkdir(parents=True)
