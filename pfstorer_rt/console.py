@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,20 @@ if TYPE_CHECKING:  # rich is imported where bars are drawn, so that commands wit
 
 LINES = 10
 """Number of progress lines per stage if stderr is not a terminal."""
+
+
+def open_closed_streams() -> None:
+    """Connect closed standard streams to the null device; a closed `sys.stdout` stays None.
+
+    Without it, the next file that is opened gets the number of the closed stream, and messages of libraries enter it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def escape_unencodable() -> None:

@@ -115,16 +115,16 @@ def main(arguments: list[str] | None = None) -> None:
     0: everything is done. 1: some inputs failed, the others are done; or an unexpected error. 2: the call was wrong.
     130: interrupted.
     """
-    from pfstorer_rt.console import echo, escape_unencodable
+    from pfstorer_rt.console import echo, escape_unencodable, open_closed_streams
 
+    open_closed_streams()
     escape_unencodable()
     if os.environ.get("PFSTORER_DEBUG"):
         cli.main(arguments, prog_name="pfstorer-rt")
     quiet_libraries()
-    if sys.stdin is not None and sys.stdin.isatty():
+    if sys.stdin.isatty():
         encryption.ask = partial(click.prompt, "passphrase of the identity", hide_input=True, err=True)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # unfinished files are removed, as after Ctrl-C
+    watch_signals()
     try:
         cli.main(arguments, prog_name="pfstorer-rt", standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -140,14 +140,41 @@ def main(arguments: list[str] | None = None) -> None:
         context = getattr(error, "ctx", None)  # only errors of usage have one
         command = context.command_path if context else "pfstorer-rt"
         fail(f"{error.format_message()} ({command} --help)", error.exit_code)
-    except KeyboardInterrupt as error:
-        fail(interrupted(error, arguments), 130)
-    except (SettingError, BadFileError, MismatchError, MissingBackendError) as error:
-        fail(explain(error), 2)
-    except (PFStorerError, OSError, MemoryError) as error:
-        fail(explain(error), 1)
-    except Exception as error:  # a defect here or in a library: one line for the user, the rest on request
-        fail(f"unexpected {type(error).__name__}: {explain(error)} (set PFSTORER_DEBUG=1 for details)", 1)
+    except (KeyboardInterrupt, Exception) as error:
+        fail(*judge(error, arguments))
+
+
+_signals: list[int] = []
+"""Signals that arrived during the command and ask it to stop."""
+
+
+def watch_signals() -> None:
+    """Let SIGTERM stop a command as Ctrl-C does, so that unfinished files are removed, and record both."""
+    _signals.clear()
+    if threading.current_thread() is not threading.main_thread():
+        return
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a command in the background ignores SIGINT
+        signal.signal(signal.SIGINT, _stop)
+
+
+def _stop(number: int, frame: object) -> None:
+    _signals.append(number)
+    raise KeyboardInterrupt
+
+
+def judge(error: BaseException, arguments: list[str] | None) -> tuple[str, int]:
+    """Return the message for an error that ended a command, and its exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        return interrupted(error, arguments), 130
+    if _signals:  # a compiled module that is interrupted during its import raises ImportError
+        return interrupted(KeyboardInterrupt(), arguments), 130
+    if isinstance(error, (SettingError, BadFileError, MismatchError, MissingBackendError)):
+        return explain(error), 2
+    if isinstance(error, (PFStorerError, OSError, MemoryError)):
+        return explain(error), 1
+    # A defect here or in a library: one line for the user, the rest on request.
+    return f"unexpected {type(error).__name__}: {explain(error)} (set PFSTORER_DEBUG=1 for details)", 1
 
 
 RESUMED = ("personalize", "restore", "fix", "degrade", "train-base", "demo")
@@ -177,5 +204,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # bitsandbytes downloads and runs kernels where it finds `kernels`
     warnings.filterwarnings("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it, and it logs its kernels

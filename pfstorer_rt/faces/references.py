@@ -39,9 +39,9 @@ class References:
         Raises `MissingBackendError` without the `metrics` extra, `BadFileError` when no photograph shows a face.
         """
         find = _finder(find)
-        files = list_images(Path(folder), recursive=False)  # sub-folders may hold other people
         faces: list[Embedding] = []
         notes: list[str] = []
+        files = list_images(Path(folder), recursive=False, note=notes.append)  # sub-folders may hold other people
         for file in files:
             try:
                 found = find(load_image(file).pixels)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import show_path
-from pfstorer_rt.imaging.formats import describe_unread, image_suffixes, is_unread_image
+from pfstorer_rt.imaging.formats import describe_unread, image_suffixes, is_unread_image, some_names
 from pfstorer_rt.imaging.metadata import is_marked
 
 RESULT_SUFFIX = "_restored"
@@ -34,6 +34,8 @@ class Listing:
     """Images of formats that are not read on this machine."""
     closed: list[Path] = field(default_factory=list)
     """Folders that cannot be listed."""
+    links: list[Path] = field(default_factory=list)
+    """Links to folders, which are not followed, and links of images to missing files."""
 
     def report(self, note: Note) -> None:
         """Report what was passed over, in a line for each reason."""
@@ -41,6 +43,11 @@ class Listing:
             note(describe_unread(self.unread))
         for folder in self.closed:
             note(f"{show_path(folder)}: this folder cannot be read and was passed over; check its permissions")
+        if self.links:
+            note(
+                f"{len(self.links)} link(s) to folders or to missing files were passed over: {some_names(self.links)}; "
+                "name these folders to read them"
+            )
 
 
 def survey(folder: Path, recursive: bool = True) -> Listing:
@@ -56,11 +63,14 @@ def survey(folder: Path, recursive: bool = True) -> Listing:
 
     for place, folders, names in os.walk(folder, onerror=closed):
         folders[:] = [n for n in folders if recursive and not n.startswith(".") and n not in _SYSTEM_FOLDERS]
-        paths = [path for path in (Path(place, n) for n in names if not n.startswith(".")) if path.is_file()]
-        found.images += [path for path in paths if path.suffix.lower() in suffixes]
-        found.unread += [path for path in paths if is_unread_image(path)]
-    found.images.sort()
-    found.unread.sort()
+        paths = [Path(place, n) for n in names if not n.startswith(".")]
+        files, images = {p for p in paths if p.is_file()}, [p for p in paths if p.suffix.lower() in suffixes]
+        found.images += [path for path in images if path in files]
+        found.unread += [path for path in files if is_unread_image(path)]
+        missing = [path for path in images if path not in files]
+        found.links += [path for path in (*missing, *(Path(place, n) for n in folders)) if path.is_symlink()]
+    for paths in (found.images, found.unread, found.links):
+        paths.sort()
     return found
 
 

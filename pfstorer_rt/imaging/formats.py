@@ -28,7 +28,7 @@ SAVE_FORMATS = {
 # Other formats that Pillow reads are rarely photographs and often unsafe: EPS starts Ghostscript.
 _ALWAYS_READ = {
     "PNG": (".png", ".apng"),
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "WEBP": (".webp",),
     "TIFF": (".tif", ".tiff"),
     "BMP": (".bmp",),
@@ -36,13 +36,15 @@ _ALWAYS_READ = {
     "GIF": (".gif",),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
 }
-_OPTIONAL = {"JPEG2000": ("jpg_2000", (".jp2", ".j2k", ".jpx", ".jpf")), "AVIF": ("avif", (".avif",))}
+_OPTIONAL = {"JPEG2000": ("jpg_2000", (".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc")), "AVIF": ("avif", (".avif",))}
 """Format -> Pillow's feature, which not every build has, and suffixes."""
 _HEIF = (".heic", ".heif", ".hif")
 _UNREAD = (
-    *(".3fr", ".arw", ".cr2", ".cr3", ".dng", ".erf", ".kdc", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw"),
-    *(".rw2", ".sr2", ".srf", ".srw", ".x3f"),
-    *(".eps", ".exr", ".hdr", ".ico", ".jxl", ".jxr", ".pcx", ".psb", ".psd", ".svg", ".tga", ".xcf"),
+    *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".gpr", ".iiq", ".kdc", ".mef", ".mos", ".mrw"),
+    *(".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".sr2", ".srf", ".srw", ".x3f"),
+    *(".bpg", ".cur", ".dcx", ".dds", ".eps", ".exr", ".fit", ".fits", ".hdr", ".icb", ".icns", ".ico", ".jls", ".jps"),
+    *(".jxl", ".jxr", ".pcd", ".pct", ".pcx", ".pict", ".pns", ".psb", ".psd", ".qoi", ".ras", ".sgi", ".svg", ".tga"),
+    *(".wdp", ".xbm", ".xcf", ".xpm"),
 )
 """Suffixes of raw photographs and of other images that are not read."""
 
@@ -84,10 +86,14 @@ def is_unread_image(path: Path) -> bool:
 
 def describe_unread(paths: Sequence[Path]) -> str:
     """Return a note that names image files that were passed over, at most three of them, and what to do."""
-    names = ", ".join(path.name for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
     heif = any(path.suffix.lower() in _HEIF for path in paths)
     advice = f"to read HEIC: {install('heif')}" if heif else "convert them to JPEG or PNG"
-    return f"{len(paths)} image(s) of formats that are not read were passed over: {names}; {advice}"
+    return f"{len(paths)} image(s) of formats that are not read were passed over: {some_names(paths)}; {advice}"
+
+
+def some_names(paths: Sequence[Path]) -> str:
+    """Return the names of at most three files, and the number of the others."""
+    return ", ".join(path.name for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def is_heif(head: bytes) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from pfstorer_rt.files import open_plain
 from pfstorer_rt.imaging.formats import readable
 
 ORIENTATION = 0x0112
@@ -102,7 +103,11 @@ def orientation(image: Image.Image) -> int:
 
 def is_marked(path: str | os.PathLike[str]) -> bool:
     """Whether an image file is a result of this program, by its mark; False for a file that cannot be read."""
-    with contextlib.suppress(Exception), open(path, "rb") as file, Image.open(file, formats=tuple(readable())) as image:
+    with (
+        contextlib.suppress(Exception),
+        open_plain(path) as file,  # `open` waits for ever at a pipe
+        Image.open(file, formats=tuple(readable())) as image,
+    ):
         return f'AISystemUsed="{_SYSTEM}"'.encode() in (image.info.get("xmp") or b"")
     return False
 

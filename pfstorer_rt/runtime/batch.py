@@ -416,6 +416,8 @@ def read(job: Job, saving: Saving, max_pixels: int) -> Scan | None:
         return None
     if job.target is not None:
         make_folder(job.target.parent)
+    elif sys.stdout is None:
+        raise SettingError("standard output is closed; name a file or a folder", setting="output")
     return scan_image(io.BytesIO(sys.stdin.buffer.read()) if job.source is None else job.source, max_pixels)
 
 

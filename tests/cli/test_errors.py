@@ -1,5 +1,8 @@
 """How the command line shows errors: one line, the flag of the setting at fault, and an exit status."""
 
+import os
+import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -8,7 +11,16 @@ import pytest
 
 from pfstorer_rt.cli import COMMANDS, cli
 from pfstorer_rt.cli.options import explain, export_command
-from pfstorer_rt.errors import BadFileError, PFStorerError, Rebuild, SettingError, one_line
+from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError, Rebuild, SettingError, one_line
+
+
+@pytest.fixture
+def signals():
+    """The handlers of signals are set back after the test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
@@ -74,3 +86,55 @@ def test_a_command_to_copy_quotes_the_name_of_the_file():
 def test_the_error_for_an_unknown_command_names_the_most_similar_one(refused):
     assert "Did you mean 'restore'?" in refused(2, "restor")
     assert "mean" not in refused(2, "xyz")
+
+
+def test_an_interruption_that_a_library_turns_into_another_error_stays_an_interruption(refused, monkeypatch, signals):
+    @click.command()
+    def command():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise MissingBackendError("onnxruntime is not installed") from error
+
+    monkeypatch.setitem(COMMANDS, "fail", ("fail", ""))
+    monkeypatch.setitem(sys.modules, "pfstorer_rt.cli.fail", SimpleNamespace(command=command))
+    assert refused(130, "fail") == "Error: Interrupted. Unfinished files were removed."
+
+
+def run_closed(closed, *arguments):
+    """Run a command in a process whose standard streams `closed` are closed; returns (status, printed text)."""
+    code = "import sys; from pfstorer_rt.cli import main; main(sys.argv[1:])"
+
+    def close():
+        for number in closed:
+            os.close(number)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, preexec_fn=close, text=True, timeout=100, check=False, **pipes)
+    return done.returncode, done.stdout
+
+
+@pytest.fixture
+def plan_options(nano_plan):
+    return ("restore", "--engine", nano_plan.path, "--backend", "onnxruntime", "--steps", 1)
+
+
+def test_a_command_runs_without_standard_streams(plan_options, save, tmp_path):
+    image = save(tmp_path / "a.png")
+    assert run_closed((0, 1, 2), *plan_options, image, "-o", tmp_path / "b.png") == (0, "")
+    assert run_closed((), *plan_options, image, "-o", tmp_path / "c.png")[0] == 0
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "c.png").read_bytes()
+
+
+def test_a_closed_stream_as_input_or_output_is_one_line(plan_options, save, tmp_path):
+    status, text = run_closed((0,), *plan_options, "-", "-o", tmp_path / "b.png")
+    assert status == 1 and "0 bytes" in text and "unexpected" not in text
+    status, text = run_closed((1,), *plan_options, save(tmp_path / "a.png"), "-o", "-")
+    assert status == 1 and "standard output is closed" in text
+
+
+def test_libraries_do_not_use_the_hub(run, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    run("--help")
+    assert os.environ["HF_HUB_OFFLINE"] == "1"

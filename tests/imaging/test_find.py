@@ -1,6 +1,8 @@
 """Listing image files."""
 
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -39,9 +41,8 @@ def test_sub_folders_can_be_left_out(tmp_path):
 
 
 def test_every_suffix_of_a_readable_format_is_found(tmp_path):
-    names = sorted(
-        f"a{suffix}" for suffix in (".jfif", ".jpe", ".avif", ".heic", ".HIF", ".jp2", ".pgm", ".dib", ".apng")
-    )
+    suffixes = (".jfif", ".jpe", ".avif", ".heic", ".HIF", ".jp2", ".pgm", ".dib", ".apng", ".j2c", ".mpo")
+    names = sorted(f"a{suffix}" for suffix in suffixes)
     for name in names:
         (tmp_path / name).write_bytes(b"x")
     assert [path.name for path in list_images(tmp_path)] == names
@@ -59,12 +60,12 @@ def test_hidden_and_system_files_are_skipped_silently(tmp_path):
 
 
 def test_images_that_are_not_read_are_named_in_one_line(tmp_path):
-    for name in ("a.jpg", "b.CR2", "c.psd", "d.nef", "e.svg", "notes.txt", "clip.mov"):
+    for name in ("a.jpg", "b.CR2", "c.psd", "d.nef", "e.svg", "f.pcd", "notes.txt", "clip.mov"):
         (tmp_path / name).write_bytes(b"x")
     notes = []
     assert [path.name for path in find_images([tmp_path], notes.append)] == ["a.jpg"]
     (note,) = notes
-    assert note.startswith("4 image(s)") and "b.CR2, c.psd, d.nef and 1 more" in note and "convert" in note
+    assert note.startswith("5 image(s)") and "b.CR2, c.psd, d.nef and 2 more" in note and "convert" in note
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
@@ -85,9 +86,30 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 
 def test_a_link_to_itself_and_a_pipe_are_no_images(tmp_path):
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
-    (tmp_path / "up").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "pipe.png")
     assert list_images(tmp_path) == []
+
+
+def test_links_that_are_passed_over_are_named(tmp_path):
+    (tmp_path / "up").symlink_to(tmp_path)
+    (tmp_path / "lost.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "good.png").symlink_to(tmp_path / "a.png")
+    notes = []
+    assert [path.name for path in list_images(tmp_path, note=notes.append)] == ["a.png", "good.png"]
+    (note,) = notes
+    assert note.startswith("2 link(s)") and "lost.jpg, up;" in note
+
+
+def test_a_pipe_among_the_inputs_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "a.png").write_bytes(b"x")
+    waiting = threading.Timer(5, lambda: os.close(os.open(tmp_path / "pipe.png", os.O_WRONLY)))  # ends a wait
+    waiting.start()
+    before = time.monotonic()
+    paths = [tmp_path / "a.png", tmp_path / "pipe.png"]
+    assert without_results(paths, print) == paths and time.monotonic() - before < 4
+    waiting.cancel()
 
 
 def test_results_are_recognized_by_their_name_and_their_mark(tmp_path):
