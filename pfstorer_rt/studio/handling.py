@@ -31,7 +31,8 @@ def handled(workspace: Workspace, line: Any, always: Callable[[], Updates] = dic
         def call(*arguments: Any) -> Iterator[Updates]:
             try:
                 yield from handler(*arguments)
-                yield always()
+                if updates := always():  # Gradio shows an error for an empty dictionary
+                    yield updates
             except CancelledError:
                 yield {line: fragments.status("Cancelled. What was finished is kept."), **always()}
             except Exception as error:

@@ -100,10 +100,11 @@ def wait_for_pictures(page):
 
 
 def check(page, shoot, name):
-    """Keep a screenshot, and check width and accessibility, in light and in dark."""
+    """Keep a screenshot, and check that there is no error, the width, and accessibility in light and in dark."""
     wait_for_pictures(page)
     shoot(name)
     assert wide(page) == []
+    assert page.locator(".error:visible").all_inner_texts() == []
     for _ in range(2):
         assert violations(page) == []
         page.evaluate("document.body.classList.toggle('dark')")

@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from pfstorer_rt.progress import CancelledError
+from pfstorer_rt.studio.handling import handled
 from pfstorer_rt.studio.work import State, Work, time_left
 
 
@@ -55,3 +56,11 @@ def test_an_error_is_raised_where_the_result_is_read():
 )
 def test_time_left(seconds, text):
     assert time_left(seconds) == text
+
+
+def test_a_handler_without_final_updates_adds_no_empty_one(workspace):
+    """Gradio shows an error for an empty dictionary."""
+    handler = handled(workspace, "line")(lambda: iter([{"line": "done"}]))
+    assert list(handler()) == [{"line": "done"}]
+    handler = handled(workspace, "line", lambda: {"button": "free"})(lambda: iter([{"line": "done"}]))
+    assert list(handler()) == [{"line": "done"}, {"button": "free"}]
