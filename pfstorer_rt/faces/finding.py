@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ SEARCHED = 2048
 """Longer side in pixels to which an image to be restored is reduced before faces are searched."""
 LANDMARK_SIDE = 512
 """Longer side in pixels of the image for landmark measurements; the paper's images have this size."""
+
+REMEMBERED = 64
+"""Images whose boxes are kept: learning a person searches each photograph for its frame, its embedding and losses."""
 
 
 class Box(NamedTuple):
@@ -38,14 +42,32 @@ class Face(NamedTuple):
     embedding: Embedding
 
 
+_remembered: dict[tuple[bytes, tuple[int, ...], str, tuple[int, ...]], tuple[Box, ...]] = {}
+"""Boxes by the digest, shape and type of an image and the sides of its search; the oldest image is the first."""
+
+
 def find_boxes(pixels: Pixels, sides: Sequence[int] = LONGER_SIDES) -> list[Box]:
     """Find the faces of an image (H, W, 3) in [0, 1]; the largest face is the first.
 
     An image with a longer side under 512 pixels is enlarged to 512. A larger image is reduced to each of `sides` in
     turn, until a face is found. An image of up to 1024 pixels without a face is searched again at double size.
-    Raises `MissingBackendError` when the `metrics` extra is not installed.
+    Boxes of the last `REMEMBERED` images are kept. Raises `MissingBackendError` when the `metrics` extra is not
+    installed.
     """
-    detector, longer = load_dlib()[0], max(pixels.shape[:2])
+    detector = load_dlib()[0]
+    content = hashlib.sha256(np.ascontiguousarray(pixels)).digest()
+    image = content, pixels.shape, pixels.dtype.str, tuple(sides)
+    boxes = _remembered.get(image)
+    if boxes is None:
+        boxes = _remembered[image] = tuple(_search(detector, pixels, sides))
+        for oldest in list(_remembered)[:-REMEMBERED]:
+            _remembered.pop(oldest, None)  # another thread may have removed it
+    return list(boxes)
+
+
+def _search(detector: Any, pixels: Pixels, sides: Sequence[int]) -> list[Box]:
+    """Search an image as described in `find_boxes`."""
+    longer = max(pixels.shape[:2])
     for most in sides:
         scale = float(np.clip(longer, LEAST, most)) / longer
         image = to_uint8(resized(pixels, scale))

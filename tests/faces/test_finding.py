@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import dlib
 import numpy as np
@@ -13,8 +14,9 @@ from skimage.transform import resize
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.evaluation.registry import Sample, load_metrics
+from pfstorer_rt.faces import finding
 from pfstorer_rt.faces.dlib import _read_dlib
-from pfstorer_rt.faces.finding import Face, embed_largest, face_finder, find_boxes, find_largest, landmarks_at_side
+from pfstorer_rt.faces.finding import Box, Face, embed_largest, face_finder, find_boxes, find_largest, landmarks_at_side
 from pfstorer_rt.faces.references import References
 from pfstorer_rt.imaging.files import save_image
 from pfstorer_rt.imaging.rows import Spool, from_pixels
@@ -97,6 +99,34 @@ def test_a_result_farther_from_the_references_than_the_input_gets_a_note(tmp_pat
     assert (facts["id_distance_input"], facts["id_distance"]) == (0, 0.5)
     assert "farther from the references than the input" in facts["notes"][0]
     assert "notes" not in references.facts(source=grey, result=white)
+
+
+def test_an_image_is_searched_once_and_changed_pixels_again(monkeypatch):
+    searches = []
+    monkeypatch.setattr(finding, "load_dlib", lambda: [lambda image, enlarged: searches.append(image) or [rectangle()]])
+    monkeypatch.setattr(finding, "_remembered", {})
+    pixels = np.zeros((600, 700, 3), np.float32)
+    first = find_boxes(pixels)
+    first.clear()  # the caller's list is its own
+    assert find_boxes(pixels) == [Box(1, 2, 3)] and len(searches) == 1
+    pixels[0, 0] = 1
+    for other in (pixels, pixels.reshape(700, 600, 3), pixels[::-1]):
+        find_boxes(other)
+    find_boxes(pixels, sides=(2048,))
+    assert len(searches) == 5
+
+
+def test_boxes_of_the_oldest_images_are_forgotten(monkeypatch):
+    monkeypatch.setattr(finding, "load_dlib", lambda: [lambda image, enlarged: [rectangle()]])
+    monkeypatch.setattr(finding, "_remembered", {})
+    for value in range(finding.REMEMBERED + 5):
+        find_boxes(np.full((8, 8, 3), value / 100, np.float32))
+    assert len(finding._remembered) == finding.REMEMBERED
+
+
+def rectangle():
+    """A rectangle as dlib's detector returns it."""
+    return SimpleNamespace(left=lambda: 1, top=lambda: 2, width=lambda: 3)
 
 
 def test_without_dlib_the_message_names_the_extra(without_dlib):
