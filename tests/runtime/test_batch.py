@@ -153,6 +153,23 @@ def test_a_file_that_was_read_half_written_is_tried_again_and_a_replaced_one_is_
     assert np.array_equal(pixels(tmp_path / "out" / "a_restored.png"), pixels(tmp_path / "b.png"))
 
 
+def test_images_with_one_result_name_do_not_end_the_watching(save, tmp_path):
+    save("in/a.png", 1)
+
+    def next_step(outcome):
+        seen.append((outcome.job.source.name, outcome.status))
+        if len(seen) == 1:
+            save("in/a.gif", 2)
+        elif len(seen) == 2:
+            (tmp_path / "in" / "a.gif").rename(tmp_path / "in" / "c.gif")
+            save("in/b.png", 3)
+
+    seen = []
+    done = watch_folder(Copying(), tmp_path / "in", tmp_path / "out", idle=1, on_outcome=next_step)
+    assert seen == [("a.png", "done"), ("a.gif", "failed"), ("b.png", "done"), ("c.gif", "done")]
+    assert "a.gif and" in str(done[1].error) and "would all be written to" in str(done[1].error)
+
+
 def test_a_watched_folder_keeps_a_result_that_it_did_not_write(save, tmp_path):
     save("in/a.png")
     (tmp_path / "out").mkdir()
