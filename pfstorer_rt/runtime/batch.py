@@ -138,7 +138,7 @@ def ignore(*_: object) -> None:
 
 def restore_files(
     restorer: Restorer,
-    inputs: Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
     output: str | Path | None = None,
     settings: BatchConfig | None = None,
     on_outcome: OnOutcome = ignore,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfstorer_rt.errors import SettingError
-from pfstorer_rt.imaging.find import RESULT_SUFFIX, Note, is_result, list_images, note_left_out
+from pfstorer_rt.imaging.find import RESULT_SUFFIX, Note, is_result, list_images, names_of, note_left_out
 from pfstorer_rt.imaging.formats import SAVE_FORMATS
 from pfstorer_rt.imaging.metadata import is_marked
 
@@ -57,7 +57,7 @@ class NoImagesError(SettingError):
 
 
 def plan_jobs(
-    inputs: Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
     output: str | Path | None = None,
     naming: Naming | None = None,
     note: Note = lambda _: None,
@@ -74,21 +74,25 @@ def plan_jobs(
     a result would replace an input, and for an output that contradicts the inputs or the format.
     """
     jobs = find_jobs(inputs, output, naming, note)
-    named = {Path(text) for text in inputs if overwrite and Path(text).is_file()} - {job.source for job in jobs}
+    named = {Path(text) for text in names_of(inputs) if overwrite and Path(text).is_file()} - {
+        job.source for job in jobs
+    }
     for error in find_clashes(jobs, {path for path in named if not is_marked(path)}).values():
         raise error
     return jobs
 
 
 def find_jobs(
-    inputs: Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
     output: str | Path | None = None,
     naming: Naming | None = None,
     note: Note = lambda _: None,
 ) -> list[Job]:
     """Do the work of `plan_jobs`, but accept jobs whose results would replace each other or an input."""
-    naming, texts = naming or Naming(), [str(text) for text in inputs]
+    naming, texts = naming or Naming(), names_of(inputs)
     output = None if output is None else f"{output}"
+    if output == "":
+        raise SettingError("an empty name of the output; expected a file, a folder or -", setting="output")
     found = find_inputs(texts, naming.suffix, note)
     single = len(found) == 1 and not any(Path(text).is_dir() for text in texts) and not naming.label
     file = output_file(output)

@@ -278,6 +278,9 @@ def test_degraded_files_have_consecutive_seeds(save, tmp_path):
         (["a.png"], "a.png", Naming(), "over an input"),
         (["a.png"], "a.xyz", Naming(), "cannot be written"),
         (["a.png", "x/a.png"], "out", Naming(), "would all be written"),
+        (["a.png", ""], "out", Naming(), "an empty name among the inputs"),
+        ("", "out", Naming(), "an empty name among the inputs"),
+        (["a.png"], "", Naming(), "an empty name of the output"),
     ],
 )
 def test_outputs_that_contradict_the_inputs_are_refused(save, tmp_path, monkeypatch, inputs, output, naming, words):
@@ -286,6 +289,13 @@ def test_outputs_that_contradict_the_inputs_are_refused(save, tmp_path, monkeypa
         save(name)
     with pytest.raises(SettingError, match=words):
         plan_jobs(inputs, output, naming)
+
+
+def test_a_single_path_is_an_input(save, tmp_path):
+    source = save("in/a.png")
+    for given in (source, str(source), tmp_path / "in"):
+        (job,) = plan_jobs(given, tmp_path / "out")
+        assert job.source == source and job.target == tmp_path / "out" / "a_restored.png"
 
 
 def test_a_folder_without_images_and_a_suffix_with_a_path_are_errors_of_the_caller(save, tmp_path):
