@@ -137,6 +137,19 @@ def atomic_write(path: str | os.PathLike[str], mode: int | None = None) -> Itera
     _sync_folder(target.parent)
 
 
+def check_target(path: Path) -> None:
+    """Raise PFStorerError if a file cannot be made in its folder: for a check before long work."""
+    try:
+        os.lstat(path)  # fails for a name that is too long
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise _write_error(path, error) from error
+    folder = Path(os.path.realpath(path)).parent  # the path may be a link to a file in another folder
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise _write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
 @contextlib.contextmanager
 def work_folder(near: Path | None = None) -> Iterator[Path]:
     """Make a temporary owner-only folder in the cache directory; the end of the block removes it.

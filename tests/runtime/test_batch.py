@@ -207,6 +207,25 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(tmp_path, se
     assert refused.status == "failed" and words in str(refused.error) and not list((tmp_path / "out").iterdir())
 
 
+def test_a_name_that_is_too_long_and_a_closed_folder_are_refused_before_the_work(save, tmp_path, monkeypatch):
+    save("in/a.png")
+    save(f"in/{'b' * 248}.png")
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path / "locked")
+    first, second = restore_files(Idle(), [tmp_path / "in"], tmp_path / "locked")
+    assert "permission denied" in str(first.error) and "choose a folder" in str(first.error)
+    assert "file name too long" in str(second.error) and "choose a shorter name" in str(second.error)
+    (done, _) = restore_files(Copying(), [tmp_path / "in"], tmp_path / "out")
+    assert done.status == "done"
+
+
+def test_a_comparison_and_a_result_have_different_names(save, tmp_path):
+    save("in/a.png")
+    save("in/a_compare.png")
+    settings = BatchConfig(naming=Naming(suffix=""), compare=True)
+    with pytest.raises(SettingError, match=r"a_compare\.png is an input or a result"):
+        restore_files(Idle(), [tmp_path / "in"], tmp_path / "out", settings)
+
+
 def test_a_comparison_that_is_too_large_is_replaced_by_a_note(tmp_path):
     wide(tmp_path / "a.png", 9000)
     settings = BatchConfig(naming=Naming(extension=".webp"), compare=True)
