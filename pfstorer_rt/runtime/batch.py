@@ -151,6 +151,7 @@ def restore_files(
     """
     settings = settings or BatchConfig()
     jobs = plan_jobs(inputs, output, settings.naming, overwrite=settings.saving.overwrite)
+    check_beside(jobs, settings)
     return restore_jobs(restorer, jobs, settings, on_outcome, on_step)
 
 
@@ -162,7 +163,6 @@ def restore_jobs(
     on_step: OnStep = ignore,
 ) -> list[Outcome]:
     """Restore the images of jobs from `plan_jobs`."""
-    _check_beside(jobs, settings)
     restorer.recipe(settings.restore)  # raises for settings that do not fit the engine
     work = _Restoring(restorer, settings)  # raises for settings that do not fit this installation
     return run_jobs(jobs, work, settings.saving, settings.max_pixels, on_outcome, on_step)
@@ -416,7 +416,7 @@ def _beside(target: Path, word: str) -> Path:
     return target.with_name(f"{target.stem}_{word}{target.suffix}")
 
 
-def _check_beside(jobs: Sequence[Job], settings: BatchConfig) -> None:
+def check_beside(jobs: Sequence[Job], settings: BatchConfig) -> None:
     """Raise `SettingError` if a file beside a result would have the name of an input or of another result."""
     words = [word for word, wanted in (("compare", settings.compare), ("preview", settings.preview)) if wanted]
     taken = {path for job in jobs for path in (job.source, job.target)}
