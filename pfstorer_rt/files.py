@@ -26,6 +26,9 @@ _CHUNK = 1 << 20  # bytes per read in sha256_file
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
+_NUMPY_WRITE = re.compile(r"\d+ requested and \d+ written")
+"""Message of `ndarray.tofile` for a full disk, an OSError without a number."""
+
 _ADVICE = {
     errno.ENOSPC: "free some space or choose another folder",
     errno.EDQUOT: "free some space or choose another folder",
@@ -127,10 +130,24 @@ def atomic_write(path: str | os.PathLike[str], mode: int | None = None) -> Itera
         handle.close()
     except BaseException as error:
         _discard(temporary, handle)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            raise _write_error(path, error) from error
+        failure = _os_error(error)
+        if failure and failure.filename in (None, str(temporary)):
+            raise _write_error(path, failure) from error
         raise
     _sync_folder(target.parent)
+
+
+def check_target(path: Path) -> None:
+    """Raise PFStorerError if a file cannot be made in its folder: for a check before long work."""
+    try:
+        os.lstat(path)  # fails for a name that is too long
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise _write_error(path, error) from error
+    folder = Path(os.path.realpath(path)).parent  # the path may be a link to a file in another folder
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise _write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 @contextlib.contextmanager
@@ -148,7 +165,12 @@ def work_folder(near: Path | None = None) -> Iterator[Path]:
             folder = stack.enter_context(temporary_folder(parent))
         except OSError as error:
             raise _write_error(parent, error) from error
-        yield folder
+        try:
+            yield folder
+        except OSError as error:
+            if _NUMPY_WRITE.fullmatch(str(error)):
+                raise _write_error(parent, error) from error
+            raise
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -331,6 +353,15 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """Return the OSError that caused an error, if it is one that a library raised: `torch.save` hides a full disk."""
+    while isinstance(error, Exception) and not isinstance(error, PFStorerError):
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _write_error(path: str | os.PathLike[str], error: OSError) -> PFStorerError:

@@ -128,13 +128,14 @@ class Identity:
         }
 
     @classmethod
-    def load(cls, path: Path, tensors: bool = True) -> Identity:
+    def load(cls, path: str | Path, tensors: bool = True) -> Identity:
         """Read an identity file; `tensors=False` reads the metadata only.
 
         An encrypted file is decrypted with the user's passphrase (`encryption`).
         Raises `BadFileError` if the file is missing, damaged, not an identity, or from a newer version, and for a
         missing or wrong passphrase.
         """
+        path = Path(path)
         content = read_content(path)
         meta = read_metadata(path, content)
         try:

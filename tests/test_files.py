@@ -58,6 +58,28 @@ def test_a_full_disk_is_reported_in_one_line_and_leaves_no_file(tmp_path, size):
     assert names(tmp_path) == []
 
 
+def test_a_full_disk_is_reported_where_a_library_replaces_the_error(tmp_path):
+    import torch
+
+    with pytest.raises(PFStorerError, match="no space left"), files.atomic_write(tmp_path / "a.pt") as handle:
+        fill_disk(handle)
+        torch.save({"a": torch.zeros(50_000)}, handle)
+    with pytest.raises(ValueError, match="a defect"), files.atomic_write(tmp_path / "b.bin"):
+        raise ValueError("a defect")
+    assert names(tmp_path) == []
+
+
+def test_a_full_disk_in_a_work_folder_is_reported(tmp_path, monkeypatch):
+    import numpy as np
+
+    monkeypatch.setenv("PFSTORER_HOME", str(tmp_path))
+    words = r"work: cannot be written .*check the path and the disk"
+    with pytest.raises(PFStorerError, match=words), files.work_folder():
+        np.zeros(50_000).tofile("/dev/full")
+    with pytest.raises(OSError, match="truncated"), files.work_folder():
+        raise OSError("image file is truncated")
+
+
 def test_a_failed_fsync_is_reported(tmp_path, full_disk):
     with pytest.raises(PFStorerError, match="no space left"), files.atomic_write(tmp_path / "a.bin") as handle:
         handle.write(b"x")

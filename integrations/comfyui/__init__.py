@@ -77,7 +77,7 @@ class Restore:
         from pfstorer_rt import RestoreConfig
 
         config = RestoreConfig(steps=steps or None, seed=seed, strength=strength, scale=scale)
-        results = [restorer.restore(pixels[..., :3].cpu().float().numpy(), config) for pixels in image]
+        results = [restorer.restore(pixels[..., :3].cpu().float().clamp(0, 1).numpy(), config) for pixels in image]
         return (torch.stack([torch.from_numpy(result) for result in results]),)
 
 

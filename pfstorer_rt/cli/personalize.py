@@ -213,11 +213,12 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
             raise SettingError(f"{file}: exists already; choose another name or allow overwriting", setting="overwrite")
     import json
 
+    from pfstorer_rt.base_files import shipped_bases
     from pfstorer_rt.imaging.find import find_images, without_results
     from pfstorer_rt.models.base import load_base
     from pfstorer_rt.training.personalize import personalize
 
-    photos = without_results(find_images([Path(r) for r in references], note), note)
+    photos = without_results(find_images(references, note), note)
     base = load_base(options.base)
     config = options.config(base.config)
     make_folder(target.parent)
@@ -228,4 +229,5 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
         return
     echo(f"{name}: learned from {len(identity.references)} photographs on base {identity.base_name}, saved as {target}")
     source = shlex.quote(str(options.output or name))
-    echo(f"next: pfstorer-rt export --identity {source} -o {name}.plan")
+    given = "" if options.base in shipped_bases() else f" --base {shlex.quote(options.base)}"
+    echo(f"next: pfstorer-rt export --identity {source}{given} -o {name}.plan")

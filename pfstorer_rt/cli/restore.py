@@ -402,12 +402,13 @@ def restore(
 ) -> list[Outcome]:
     """Restore the jobs, or the images that arrive in the watched folder."""
     from pfstorer_rt.cli.progress import batch_bars
-    from pfstorer_rt.runtime.batch import restore_jobs
+    from pfstorer_rt.runtime.batch import check_beside, restore_jobs
     from pfstorer_rt.runtime.watch import watch_folder
 
     if options.watch:
         echo(f"watching {options.watch}; press Ctrl-C to stop", err=True)
         with batch_bars("restore") as progress:
             return watch_folder(restorer, options.watch, options.output, batch, options.idle, report, progress)
+    check_beside(jobs, batch)
     with batch_bars("restore", len(jobs)) as progress:
         return restore_jobs(restorer, jobs, batch, report, progress)

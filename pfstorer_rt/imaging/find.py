@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.errors import BadFileError, SettingError
 from pfstorer_rt.files import show_path
 from pfstorer_rt.imaging.formats import describe_unread, image_suffixes, is_unread_image, some_names
 from pfstorer_rt.imaging.metadata import is_marked
@@ -85,21 +85,33 @@ def list_images(folder: Path, recursive: bool = True, note: Note | None = None) 
     return found.images
 
 
-def find_images(sources: Sequence[Path], note: Note | None = None) -> list[Path]:
+def find_images(sources: str | Path | Sequence[str | Path], note: Note | None = None) -> list[Path]:
     """List the image files among `sources` (files, or folders searched recursively), sorted by path.
 
     A source file may have any suffix. note: as in `list_images`.
-    Raises `BadFileError` if a source is missing or no image is found.
+    Raises `BadFileError` if a source is missing or no image is found, `SettingError` for an empty name.
     """
     found: set[Path] = set()
-    for source in sources:
+    paths = [Path(name) for name in names_of(sources)]
+    for source in paths:
         if not source.exists():
             raise BadFileError(f"{show_path(source)}: no such file or folder")
         found.update(list_images(source, note=note) if source.is_dir() else [source])
     if not found:
-        shown = ", ".join(map(show_path, sources))
+        shown = ", ".join(map(show_path, paths))
         raise BadFileError(f"no images in {shown}; expected files such as .jpg, .png or .tif")
     return sorted(found)
+
+
+def names_of(sources: str | Path | Sequence[str | Path]) -> list[str]:
+    """Return one or several files, folders or patterns as text.
+
+    Raises `SettingError` for an empty name: pathlib uses the working directory for it.
+    """
+    names = [str(name) for name in ([sources] if isinstance(sources, (str, os.PathLike)) else sources)]
+    if "" in names:
+        raise SettingError("an empty name among the inputs; expected a file or a folder")
+    return names
 
 
 def is_result_name(stem: str, suffix: str = RESULT_SUFFIX) -> bool:

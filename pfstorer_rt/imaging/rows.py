@@ -26,6 +26,8 @@ IN_MEMORY = 64 << 20
 """Largest image in bytes that is stored in memory."""
 BAND_BYTES = 4 << 20
 """Default size of a band in bytes."""
+OVERSHOOT = 0.25
+"""How far the values of an image may lie outside [0, 1]: bicubic resizing overshoots by less."""
 TALL = 128
 """Minimum rows of a band for operations that need a margin around each band, such as the wavelet colour fix."""
 
@@ -108,6 +110,22 @@ class Spool:
         except OSError as error:
             raise _disk_error(error) from error
         return rows.swapaxes(0, 1)
+
+
+def check_pixels(pixels: Any) -> None:
+    """Raise `ValueError` unless an array is an image (H, W, 3) of floats in [0, 1].
+
+    Values that exceed this range by at most `OVERSHOOT` are accepted.
+    """
+    if not isinstance(pixels, np.ndarray):
+        raise ValueError(f"pixels of type {type(pixels).__name__}; expected a NumPy array (H, W, 3)")
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise ValueError(f"pixels of shape {pixels.shape}; expected (H, W, 3): an RGB image")
+    if pixels.dtype.kind != "f":
+        raise ValueError(f"pixels of type {pixels.dtype}; expected float32 in [0, 1]: divide levels by 255")
+    low, high = float(pixels.min()), float(pixels.max())  # NaN if any value is NaN
+    if not -OVERSHOOT <= low <= high <= 1 + OVERSHOOT:
+        raise ValueError(f"pixels from {low:g} to {high:g}; expected 0 to 1: rescale or clamp them")
 
 
 def from_pixels(pixels: Pixels) -> Band:

@@ -23,7 +23,7 @@ import numpy as np
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.engine.session import out_of_memory
 from pfstorer_rt.errors import PFStorerError, SettingError, one_line
-from pfstorer_rt.files import make_folder, show_path
+from pfstorer_rt.files import check_target, make_folder, show_path
 from pfstorer_rt.imaging.bands import result_size
 from pfstorer_rt.imaging.files import MAX_PIXELS, Scan, encode_image, image_size, save_image, scan_image
 from pfstorer_rt.imaging.formats import SAVE_FORMATS, check_side
@@ -138,7 +138,7 @@ def ignore(*_: object) -> None:
 
 def restore_files(
     restorer: Restorer,
-    inputs: Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
     output: str | Path | None = None,
     settings: BatchConfig | None = None,
     on_outcome: OnOutcome = ignore,
@@ -151,6 +151,7 @@ def restore_files(
     """
     settings = settings or BatchConfig()
     jobs = plan_jobs(inputs, output, settings.naming, overwrite=settings.saving.overwrite)
+    check_beside(jobs, settings)
     return restore_jobs(restorer, jobs, settings, on_outcome, on_step)
 
 
@@ -313,7 +314,7 @@ class _Restoring:
         """Write `{result}_{word}`; an existing file stays unless results may be overwritten."""
         if job.target is None:
             return {}
-        path, saving = job.target.with_name(f"{job.target.stem}_{word}{job.target.suffix}"), self.settings.saving
+        path, saving = _beside(job.target, word), self.settings.saving
         if path.exists() and not saving.overwrite:
             self._left.setdefault(job, []).append(f"{path} exists already and was left as it is")
             return {}
@@ -410,12 +411,30 @@ def failure(error: Exception) -> Exception:
     raise error
 
 
+def _beside(target: Path, word: str) -> Path:
+    """Return the file beside a result, `{result}_{word}`."""
+    return target.with_name(f"{target.stem}_{word}{target.suffix}")
+
+
+def check_beside(jobs: Sequence[Job], settings: BatchConfig) -> None:
+    """Raise `SettingError` if a file beside a result would have the name of an input or of another result."""
+    words = [word for word, wanted in (("compare", settings.compare), ("preview", settings.preview)) if wanted]
+    taken = {path for job in jobs for path in (job.source, job.target)}
+    for job in jobs:
+        for path in (_beside(job.target, word) for word in words if job.target):
+            if path in taken:
+                raise SettingError(
+                    f"{path} is an input or a result, and would be written beside {job.target}; rename it"
+                )
+
+
 def read(job: Job, saving: Saving, max_pixels: int) -> Scan | None:
     """Read a job's image and make the folder of its result; None when the job is already done."""
     if _is_done(job, saving):
         return None
     if job.target is not None:
         make_folder(job.target.parent)
+        check_target(job.target)
     elif sys.stdout is None:
         raise SettingError("standard output is closed; name a file or a folder", setting="output")
     return scan_image(io.BytesIO(sys.stdin.buffer.read()) if job.source is None else job.source, max_pixels)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfstorer_rt.errors import SettingError
-from pfstorer_rt.imaging.find import RESULT_SUFFIX, Note, is_result, list_images, note_left_out
+from pfstorer_rt.imaging.find import RESULT_SUFFIX, Note, is_result, list_images, names_of, note_left_out
 from pfstorer_rt.imaging.formats import SAVE_FORMATS
 from pfstorer_rt.imaging.metadata import is_marked
 
@@ -57,7 +57,7 @@ class NoImagesError(SettingError):
 
 
 def plan_jobs(
-    inputs: Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
     output: str | Path | None = None,
     naming: Naming | None = None,
     note: Note = lambda _: None,
@@ -73,8 +73,26 @@ def plan_jobs(
     Raises `NoImagesError` when there is no image. Raises `SettingError` when two results would have the same name, when
     a result would replace an input, and for an output that contradicts the inputs or the format.
     """
-    naming, texts = naming or Naming(), [str(text) for text in inputs]
+    jobs = find_jobs(inputs, output, naming, note)
+    named = {Path(text) for text in names_of(inputs) if overwrite and Path(text).is_file()} - {
+        job.source for job in jobs
+    }
+    for error in find_clashes(jobs, {path for path in named if not is_marked(path)}).values():
+        raise error
+    return jobs
+
+
+def find_jobs(
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    naming: Naming | None = None,
+    note: Note = lambda _: None,
+) -> list[Job]:
+    """Do the work of `plan_jobs`, but accept jobs whose results would replace each other or an input."""
+    naming, texts = naming or Naming(), names_of(inputs)
     output = None if output is None else f"{output}"
+    if output == "":
+        raise SettingError("an empty name of the output; expected a file, a folder or -", setting="output")
     found = find_inputs(texts, naming.suffix, note)
     single = len(found) == 1 and not any(Path(text).is_dir() for text in texts) and not naming.label
     file = output_file(output)
@@ -92,9 +110,10 @@ def plan_jobs(
             target = source.with_name(naming.name(relative).name)
         else:
             target = file if single and file else Path(output) / naming.name(relative)
+        if target and target.suffix.lower() not in SAVE_FORMATS:
+            known = " ".join(SAVE_FORMATS)
+            raise SettingError(f"output {output}: images of this format cannot be written; use one of {known}")
         jobs.append(Job(source, target, source is None or (single and source == Path(texts[0]))))
-    passed_over = {Path(text) for text in texts if overwrite and Path(text).is_file()} - {job.source for job in jobs}
-    _check_targets(jobs, output, {path for path in passed_over if not is_marked(path)})
     return jobs
 
 
@@ -161,19 +180,23 @@ def _is_inside(source: Path | None, output: str | None, inputs: Sequence[str]) -
     return below and results in Path(os.path.realpath(source)).parents
 
 
-def _check_targets(jobs: Sequence[Job], output: str | None, kept: Collection[Path]) -> None:
-    """Raise `SettingError` when a result cannot be written, or would replace an input, kept file or other result."""
-    if any(job.target and job.target.suffix.lower() not in SAVE_FORMATS for job in jobs):
-        known = " ".join(SAVE_FORMATS)
-        raise SettingError(f"output {output}: images of this format cannot be written; use one of {known}")
-    targets = [job.target for job in jobs]
-    if len(set(targets)) < len(targets):
-        twice = next(t for t in targets if targets.count(t) > 1)
-        rivals = " and ".join(str(job.source or STREAM) for job in jobs if job.target == twice)
-        raise SettingError(f"{rivals} would all be written to {twice or 'stdout'}; rename or leave out all but one")
+def find_clashes(jobs: Sequence[Job], kept: Collection[Path] = ()) -> dict[Job, SettingError]:
+    """Return {job: error} for results that would replace another result, an input, or a file in `kept`."""
+    rivals: dict[Path | None, list[Job]] = {}
+    for job in jobs:
+        rivals.setdefault(job.target, []).append(job)
+    found: dict[Job, SettingError] = {}
+    for target, group in rivals.items():
+        if len(group) > 1:
+            names = " and ".join(str(job.source or STREAM) for job in group)
+            error = SettingError(
+                f"{names} would all be written to {target or 'stdout'}; rename or leave out all but one"
+            )
+            found |= dict.fromkeys(group, error)
     # Several paths can name the same file. `realpath` also accepts a link to itself.
     sources = {os.path.realpath(path) for path in (*kept, *(job.source for job in jobs)) if path is not None}
-    if same := [target for target in targets if target is not None and os.path.realpath(target) in sources]:
-        raise SettingError(
-            f"{same[0]} would be written over an input; use a suffix or another folder", setting="suffix"
-        )
+    for job in jobs:
+        if job.target is not None and os.path.realpath(job.target) in sources:
+            message = f"{job.target} would be written over an input; use a suffix or another folder"
+            found.setdefault(job, SettingError(message, setting="suffix"))
+    return found

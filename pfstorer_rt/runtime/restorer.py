@@ -22,7 +22,7 @@ from pfstorer_rt.files import show_path
 from pfstorer_rt.identity import Identity, identities_dir, identity_path, list_identities
 from pfstorer_rt.imaging.bands import ColorFixed, Cropped, Padded, Result
 from pfstorer_rt.imaging.color import ColorFix
-from pfstorer_rt.imaging.rows import Pixels, Rows, Spool, from_pixels, to_pixels
+from pfstorer_rt.imaging.rows import Pixels, Rows, Spool, check_pixels, from_pixels, to_pixels
 from pfstorer_rt.imaging.tone import keep_hue
 from pfstorer_rt.plan import COMPONENTS, DEFAULT_BASE, Manifest, Plan
 from pfstorer_rt.runtime.coarse import Guided, Passes, choose_scale, may_be_coarse, on_canvas, reduced_to
@@ -141,8 +141,9 @@ class Restorer:
 
         pixels: (H, W, 3) float32 in [0, 1], sRGB. Returns (round(H*scale), round(W*scale), 3) in [0, 1]; a grey image
         gives a grey result, and a sepia image a sepia result, unless `config.colorize` is set.
-        Raises `ValueError` for a setting out of range, `PFStorerError` when the engine returns NaN.
+        Raises `ValueError` for other pixels and for a setting out of range, `PFStorerError` if the engine returns NaN.
         """
+        check_pixels(pixels)
         result = self.restore_rows(Spool.of(from_pixels(pixels)), config, step)
         return to_pixels(result.read(0, result.height))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pfstorer_rt.errors import SettingError
 from pfstorer_rt.runtime.batch import BatchConfig, OnOutcome, OnStep, Outcome, ignore, restore_jobs
-from pfstorer_rt.runtime.jobs import Job, Naming, NoImagesError, check_file, output_file, plan_jobs
+from pfstorer_rt.runtime.jobs import Job, Naming, NoImagesError, check_file, find_clashes, find_jobs, output_file
 
 if TYPE_CHECKING:
     from pfstorer_rt.runtime.restorer import Restorer
@@ -27,15 +28,19 @@ def watch_folder(
     """Restore images as they arrive in a folder.
 
     An image is restored once its file has not changed for a second, and again when the file changes later: a file that
-    was read half-written is tried again, and the result of a replaced image is replaced. idle: return after this many
-    seconds without a new or changed image; None watches until the call is interrupted.
+    was read half-written is tried again, and the result of a replaced image is replaced. Images whose results would
+    have the same name fail until one of them is renamed or removed. idle: return after this many seconds without a new
+    or changed image; None watches until the call is interrupted.
     """
     settings = settings or BatchConfig()
     if file := output_file(None if output is None else f"{output}"):
         check_file(file, settings.naming.extension, single=False)
     replacing = replace(settings, saving=replace(settings.saving, overwrite=True))
     outcomes: list[Outcome] = []
-    for jobs in _arrivals(folder, output, settings.naming, idle):
+    for jobs, clashes in _arrivals(folder, output, settings.naming, idle):
+        for job, error in clashes.items():
+            outcomes.append(Outcome(job, "failed", error=error))
+            on_outcome(outcomes[-1])
         written = {outcome.job for outcome in outcomes if outcome.status == "done"}
         fresh, changed = [job for job in jobs if job not in written], [job for job in jobs if job in written]
         outcomes += restore_jobs(restorer, fresh, settings, on_outcome, on_step)
@@ -43,23 +48,31 @@ def watch_folder(
     return outcomes
 
 
-def _arrivals(folder: str | Path, output: str | Path | None, naming: Naming, idle: float | None) -> Iterator[list[Job]]:
-    """Yield the jobs of new and changed images once their files are stable."""
+def _arrivals(
+    folder: str | Path, output: str | Path | None, naming: Naming, idle: float | None
+) -> Iterator[tuple[list[Job], Mapping[Job, SettingError]]]:
+    """Yield the jobs of new and changed images once their files are stable, and the jobs that clash with other ones."""
     seen: dict[Path, tuple[int, ...]] = {}
     done: dict[Path, tuple[int, ...]] = {}
+    refused: dict[Path, tuple[int, ...]] = {}
     latest = time.monotonic()
     while True:
         try:
-            jobs = plan_jobs((folder,), output, naming)
+            jobs = find_jobs((folder,), output, naming)
         except NoImagesError:
             jobs = []
         found = {job.source: job for job in jobs if job.source is not None}
         current = {path: state for path in found if (state := _file_state(path))}
         stable = {path for path, state in current.items() if seen.get(path) == state}
-        ready = [path for path in current if path in stable and done.get(path) != current[path]]
+        clashes = find_clashes(jobs)
+        clashing = {job.source for job in clashes}
+        refused = {path: state for path, state in refused.items() if path in clashing}
+        ready = [p for p in current if p in stable and current[p] not in (done.get(p), refused.get(p))]
         if ready:
-            done |= {path: current[path] for path in ready}
-            yield [found[path] for path in ready]
+            refused |= {path: current[path] for path in ready if path in clashing}
+            done |= {path: current[path] for path in ready if path not in clashing}
+            new = [found[path] for path in ready]
+            yield [job for job in new if job not in clashes], {job: clashes[job] for job in new if job in clashes}
             latest = time.monotonic()
         elif idle is not None and len(stable) == len(current) and time.monotonic() - latest >= idle:
             return

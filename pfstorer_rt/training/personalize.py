@@ -46,7 +46,7 @@ OnPreview = Callable[[int, Identity], None]
 
 def personalize(
     name: str,
-    references: Sequence[Path],
+    references: str | Path | Sequence[str | Path],
     base: Base | str | Path = DEFAULT_BASE,
     config: PersonalizeConfig | None = None,
     output: Path | None = None,
@@ -149,7 +149,7 @@ def no_batch(iteration: int, _: int) -> Batch:
 
 def instant_identity(
     name: str,
-    references: Sequence[Path],
+    references: str | Path | Sequence[str | Path],
     base: Base,
     config: PersonalizeConfig | None = None,
     note: Callable[[str], None] = lambda _: None,
@@ -171,7 +171,7 @@ def instant_identity(
 
 
 def choose_references(
-    references: Sequence[Path],
+    references: str | Path | Sequence[str | Path],
     base: Base,
     config: PersonalizeConfig,
     note: Callable[[str], None] = lambda _: None,

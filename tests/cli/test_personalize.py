@@ -16,6 +16,7 @@ def learn(run, base, photos, *more):
 def test_personalize_leaves_only_a_private_identity_file(run, tree, photos, tmp_path, nano_base_dir):
     done = learn(run, nano_base_dir, photos, "--identity", "bob", "-o", tmp_path / "out" / "bob.safetensors")
     assert done.status == 0 and "bob" in done.out, done.err
+    assert f"--base {nano_base_dir} -o bob.plan" in done.out, "the base of the next command"
     assert f"note: {photos[0]}: no face found" in done.err
     assert "earlier run" not in done.err and "resuming" not in done.err
     assert list(tree(tmp_path / "out")) == ["bob.safetensors"]

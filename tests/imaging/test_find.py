@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.errors import BadFileError, SettingError
 from pfstorer_rt.imaging.files import encode_image
 from pfstorer_rt.imaging.find import find_images, list_images, without_results
 from pfstorer_rt.imaging.metadata import Metadata
@@ -30,6 +30,15 @@ def test_nothing_found_is_an_error_with_what_was_expected(tmp_path):
         find_images([tmp_path])
     with pytest.raises(BadFileError, match=r"x\.png: no such file"):
         find_images([tmp_path / "x.png"])
+
+
+def test_one_path_is_enough_and_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"x")
+    assert find_images(tmp_path) == find_images(str(tmp_path)) == [tmp_path / "a.png"]
+    monkeypatch.chdir(tmp_path)
+    for sources in ("", ["a.png", ""]):
+        with pytest.raises(SettingError, match="an empty name"):
+            find_images(sources)
 
 
 def test_sub_folders_can_be_left_out(tmp_path):

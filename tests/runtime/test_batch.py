@@ -153,6 +153,23 @@ def test_a_file_that_was_read_half_written_is_tried_again_and_a_replaced_one_is_
     assert np.array_equal(pixels(tmp_path / "out" / "a_restored.png"), pixels(tmp_path / "b.png"))
 
 
+def test_images_with_one_result_name_do_not_end_the_watching(save, tmp_path):
+    save("in/a.png", 1)
+
+    def next_step(outcome):
+        seen.append((outcome.job.source.name, outcome.status))
+        if len(seen) == 1:
+            save("in/a.gif", 2)
+        elif len(seen) == 2:
+            (tmp_path / "in" / "a.gif").rename(tmp_path / "in" / "c.gif")
+            save("in/b.png", 3)
+
+    seen = []
+    done = watch_folder(Copying(), tmp_path / "in", tmp_path / "out", idle=1, on_outcome=next_step)
+    assert seen == [("a.png", "done"), ("a.gif", "failed"), ("b.png", "done"), ("c.gif", "done")]
+    assert "a.gif and" in str(done[1].error) and "would all be written to" in str(done[1].error)
+
+
 def test_a_watched_folder_keeps_a_result_that_it_did_not_write(save, tmp_path):
     save("in/a.png")
     (tmp_path / "out").mkdir()
@@ -188,6 +205,25 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(tmp_path, se
     wide(tmp_path / "in" / "a.png", 3000)
     (refused,) = restore_files(Idle(), [tmp_path / "in"], tmp_path / "out", settings)
     assert refused.status == "failed" and words in str(refused.error) and not list((tmp_path / "out").iterdir())
+
+
+def test_a_name_that_is_too_long_and_a_closed_folder_are_refused_before_the_work(save, tmp_path, monkeypatch):
+    save("in/a.png")
+    save(f"in/{'b' * 248}.png")
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path / "locked")
+    first, second = restore_files(Idle(), [tmp_path / "in"], tmp_path / "locked")
+    assert "permission denied" in str(first.error) and "choose a folder" in str(first.error)
+    assert "file name too long" in str(second.error) and "choose a shorter name" in str(second.error)
+    (done, _) = restore_files(Copying(), [tmp_path / "in"], tmp_path / "out")
+    assert done.status == "done"
+
+
+def test_a_comparison_and_a_result_have_different_names(save, tmp_path):
+    save("in/a.png")
+    save("in/a_compare.png")
+    settings = BatchConfig(naming=Naming(suffix=""), compare=True)
+    with pytest.raises(SettingError, match=r"a_compare\.png is an input or a result"):
+        restore_files(Idle(), [tmp_path / "in"], tmp_path / "out", settings)
 
 
 def test_a_comparison_that_is_too_large_is_replaced_by_a_note(tmp_path):
@@ -261,6 +297,9 @@ def test_degraded_files_have_consecutive_seeds(save, tmp_path):
         (["a.png"], "a.png", Naming(), "over an input"),
         (["a.png"], "a.xyz", Naming(), "cannot be written"),
         (["a.png", "x/a.png"], "out", Naming(), "would all be written"),
+        (["a.png", ""], "out", Naming(), "an empty name among the inputs"),
+        ("", "out", Naming(), "an empty name among the inputs"),
+        (["a.png"], "", Naming(), "an empty name of the output"),
     ],
 )
 def test_outputs_that_contradict_the_inputs_are_refused(save, tmp_path, monkeypatch, inputs, output, naming, words):
@@ -269,6 +308,13 @@ def test_outputs_that_contradict_the_inputs_are_refused(save, tmp_path, monkeypa
         save(name)
     with pytest.raises(SettingError, match=words):
         plan_jobs(inputs, output, naming)
+
+
+def test_a_single_path_is_an_input(save, tmp_path):
+    source = save("in/a.png")
+    for given in (source, str(source), tmp_path / "in"):
+        (job,) = plan_jobs(given, tmp_path / "out")
+        assert job.source == source and job.target == tmp_path / "out" / "a_restored.png"
 
 
 def test_a_folder_without_images_and_a_suffix_with_a_path_are_errors_of_the_caller(save, tmp_path):

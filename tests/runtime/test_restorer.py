@@ -42,6 +42,32 @@ def test_a_grey_image_gives_a_grey_result_unless_colours_are_wanted(restorer, ma
     assert np.abs(plain[..., 0] - luma).max() < 0.02, "clamped colours alone differ"
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda pixels: (pixels * 255).astype(np.uint8), "divide levels by 255"),
+        (lambda pixels: pixels * 255, "expected 0 to 1"),
+        (lambda pixels: pixels * np.nan, "nan"),
+        (lambda pixels: pixels[:0], "an RGB image"),
+        (lambda pixels: pixels[..., 0], "an RGB image"),
+        (lambda pixels: pixels.transpose(2, 0, 1), "an RGB image"),
+        (lambda pixels: pixels.tolist(), "NumPy array"),
+    ],
+)
+def test_pixels_of_another_type_shape_or_range_are_refused(restorer, make_image, change, words):
+    with pytest.raises(ValueError, match=words):
+        restorer.restore(change(make_image(64, 70)), CONFIG)
+
+
+def test_the_layout_of_the_array_does_not_change_the_image(restorer, make_image):
+    pixels = make_image(64, 70)
+    expected = restorer.restore(pixels, CONFIG)
+    locked = np.asfortranarray(pixels)
+    locked.flags.writeable = False
+    for given in (locked, pixels[::-1][::-1], pixels.astype(">f4"), pixels.astype(np.float64)):
+        assert np.array_equal(restorer.restore(given, CONFIG), expected)
+
+
 def test_the_global_generator_stays_unchanged(restorer, make_image):
     state, legacy = torch.random.get_rng_state(), np.random.get_state()[1].copy()
     restorer.restore(make_image(64, 64), CONFIG)
