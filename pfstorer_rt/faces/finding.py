@@ -55,7 +55,7 @@ def find_boxes(pixels: Pixels, sides: Sequence[int] = LONGER_SIDES) -> list[Box]
     installed.
     """
     detector = load_dlib()[0]
-    content = hashlib.sha256(np.ascontiguousarray(pixels)).digest()
+    content = hashlib.sha256(np.ascontiguousarray(pixels).data).digest()
     image = content, pixels.shape, pixels.dtype.str, tuple(sides)
     boxes = _remembered.get(image)
     if boxes is None:
