@@ -228,6 +228,8 @@ class Plan:
             read, present = read_entries(path, {"manifest.json": _LARGEST_MANIFEST, SIGNATURE: 64})
             written, signature = read["manifest.json"], read.get(SIGNATURE, b"").decode("ascii", "replace")
             data = checks.read_json(written, _LARGEST_MANIFEST)
+        except PermissionError as error:
+            raise BadFileError(f"{name}: cannot be opened ({one_line(error)}); check its permissions") from error
         except _DAMAGES as error:
             raise BadFileError(f"{name}: not a plan, or cut off ({one_line(error)}); export it again") from error
         if not isinstance(data, dict) or data.get("kind") != KIND:

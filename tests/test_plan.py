@@ -215,6 +215,15 @@ def test_missing_plans_are_refused(tmp_path):
             Plan.open(path)
 
 
+def test_a_plan_that_may_not_be_read_is_not_called_damaged(plan, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pfstorer_rt.plan.read_entries", refuse)  # root may read every file
+    with pytest.raises(BadFileError, match=r"cannot be opened \(.*Permission denied.*check its permissions"):
+        Plan.open(plan.path)
+
+
 def test_a_plan_cut_off_after_opening_is_refused(plan):
     half(plan.path)
     with pytest.raises(BadFileError, match="encoder is damaged"):

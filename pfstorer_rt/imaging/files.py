@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError, one_line
 from pfstorer_rt.extras import install
@@ -266,7 +266,10 @@ def _identify(handle: BinaryIO, name: str) -> Image.Image:
     except Exception as error:  # many exception types; UnidentifiedImageError is the usual one
         handle.seek(0)
         advice = f"for HEIC: {install('heif')}; or " if is_heif(handle.read(12)) and "HEIF" not in readable() else ""
-        message = f"{name}: not a readable image; expected {format_names()}; {advice}convert it first, or copy it again"
+        # Pillow refuses, for example, a PNG with more than 1 MB of text.
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({one_line(error)})"
+        advice = f"{format_names()}; {advice}convert it first, or copy it again"
+        message = f"{name}: not a readable image{reason}; expected {advice}"
         raise BadFileError(message) from error
 
 

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from sample_images import one_line, sample, stream
 
 from pfstorer_rt.errors import BadFileError
@@ -107,3 +108,12 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
         load_image(tmp_path / "pipe.jpg")
     with pytest.raises(BadFileError, match="a pipe or a device"):
         load_image("/dev/zero")
+
+
+def test_the_reason_of_pillow_is_part_of_the_message(tmp_path):
+    """Pillow refuses a PNG with more than 1 MB of text in one piece."""
+    text = PngInfo()
+    text.add_text("Comment", "x" * 2_000_000, zip=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "text.png", pnginfo=text)
+    with pytest.raises(BadFileError, match=r"not a readable image \(.*[Tt]oo large.*\); expected PNG"):
+        load_image(tmp_path / "text.png")
