@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import torch
 
 
+LARGEST_STREAM = 1 << 30
+"""Bytes that are read from a stream, which may have no end."""
 MAX_PIXELS = 200_000_000
 """Default limit on the pixels of an input image and of a result."""
 
@@ -238,7 +240,7 @@ def _open(source: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[BinaryIO,
             handle, name = source, str(getattr(source, "name", "the input stream"))
         try:
             if not handle.seekable():
-                handle = io.BytesIO(handle.read())
+                handle = read_stream(handle, name)
             empty = not handle.read(1)
             handle.seek(0)
         except OSError as error:
@@ -246,6 +248,16 @@ def _open(source: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[BinaryIO,
         if empty:
             raise BadFileError(f"{name}: empty, 0 bytes; expected an image: copy it again")
         yield handle, name
+
+
+def read_stream(handle: BinaryIO, name: str = "the input stream") -> io.BytesIO:
+    """Read a stream to its end; raises `BadFileError` for more than `LARGEST_STREAM` bytes."""
+    data = bytearray()
+    while part := handle.read(1 << 20):
+        data += part
+        if len(data) > LARGEST_STREAM:
+            raise BadFileError(f"{name}: more than {LARGEST_STREAM >> 20} MB; expected an image: save it as a file")
+    return io.BytesIO(data)
 
 
 def _open_path(path: str | os.PathLike[str], name: str) -> BinaryIO:

@@ -7,7 +7,6 @@ thread.
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import time
@@ -25,7 +24,15 @@ from pfstorer_rt.engine.session import out_of_memory
 from pfstorer_rt.errors import PFStorerError, SettingError, one_line
 from pfstorer_rt.files import check_target, make_folder, show_path
 from pfstorer_rt.imaging.bands import result_size
-from pfstorer_rt.imaging.files import MAX_PIXELS, Scan, encode_image, image_size, save_image, scan_image
+from pfstorer_rt.imaging.files import (
+    MAX_PIXELS,
+    Scan,
+    encode_image,
+    image_size,
+    read_stream,
+    save_image,
+    scan_image,
+)
 from pfstorer_rt.imaging.formats import SAVE_FORMATS, check_side
 from pfstorer_rt.imaging.metadata import Metadata
 from pfstorer_rt.imaging.rows import Pixels, Rows, Spool, read_pixels
@@ -437,7 +444,7 @@ def read(job: Job, saving: Saving, max_pixels: int) -> Scan | None:
         check_target(job.target)
     elif sys.stdout is None:
         raise SettingError("standard output is closed; name a file or a folder", setting="output")
-    return scan_image(io.BytesIO(sys.stdin.buffer.read()) if job.source is None else job.source, max_pixels)
+    return scan_image(read_stream(sys.stdin.buffer) if job.source is None else job.source, max_pixels)
 
 
 def check_result(job: Job, height: int, width: int, saving: Saving, max_pixels: int) -> None:

@@ -10,6 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 from sample_images import one_line, sample, stream
 
 from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.imaging import files
 from pfstorer_rt.imaging.files import load_image
 
 
@@ -117,3 +118,22 @@ def test_the_reason_of_pillow_is_part_of_the_message(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "text.png", pnginfo=text)
     with pytest.raises(BadFileError, match=r"not a readable image \(.*[Tt]oo large.*\); expected PNG"):
         load_image(tmp_path / "text.png")
+
+
+class Endless(io.RawIOBase):
+    """A stream such as /dev/zero in a pipe."""
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        buffer[:] = bytes(len(buffer))
+        return len(buffer)
+
+
+def test_a_stream_without_an_end_is_refused(monkeypatch):
+    monkeypatch.setattr(files, "LARGEST_STREAM", 3 << 20)
+    with pytest.raises(BadFileError, match=r"input stream: more than 3 MB; expected an image"):
+        load_image(Endless())
+    picture = stream(Image.fromarray(sample(9, 9)), "PNG").getvalue()
+    assert files.read_stream(io.BytesIO(picture)).getvalue() == picture
