@@ -22,7 +22,7 @@ import click
 import torch
 from common import hwc, machine, read, replace_table, write
 from heldout import cosine_to, metric, save_sheet
-from portrait_tables import people_table
+from portrait_tables import people_table as table
 
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.degradation.degrade import degrade
@@ -62,7 +62,7 @@ def main(
 ) -> None:
     rows = read(output)
     if readme:
-        replace_table(readme, "people.py", people_table(rows))
+        replace_table(readme, "people.py", table(rows))
         return
     if not lpips or not recognizer:
         raise click.UsageError("give --lpips FILE and --recognizer FILE")

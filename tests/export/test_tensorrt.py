@@ -143,7 +143,7 @@ def test_the_shipped_base_is_built_with_fused_attention(tmp_path):
 
 
 def test_fp32_engines_are_built(nano_base, nano_identity, tmp_path):
-    options = BuildOptions(batches=(1,))
+    options = BuildOptions(batches=(1,), compute_capabilities=("8.9",))
     plan = export_plan(tmp_path / "a.plan", nano_identity, nano_base, "tensorrt-rtx", "fp32", options)
     assert plan.manifest.precision == "fp32" and plan.read("denoiser")[:4] == b"vtrt"
     layers = plan.manifest.payloads["denoiser"].layers
