@@ -149,8 +149,8 @@ images are the references, unless the row states another number.
 - **Seconds**: processor time of the training, one core. Other processes used the machine, so close times do not differ.
 
 One person is a small sample. DreamBooth changes the whole UNet and keeps the likeness best here. Its identity has
-22 MB. With the recipe of the paper, the blocks hardly learn on this base. Its learning rate of 5e-5 is for the wider layers of
-Stable Diffusion.
+22 MB. With the recipe of the paper, the blocks hardly learn on this base. Its learning rate of 5e-5 is for the wider
+layers of Stable Diffusion.
 
 † dlib's embeddings were a loss of all rows except Input, Base and the recipe of the paper. No row had the recognizer of
 the column "identity" as a loss.
