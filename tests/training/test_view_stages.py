@@ -216,7 +216,7 @@ def test_the_strip_of_the_eyes_lies_above_the_middle_of_the_face():
 
 def test_some_embeddings_are_unknown_and_the_others_inexact(folders, base):
     views = ViewBatches(open_store(folders), Layout.of(24, True))
-    config = replace(JOINT, unknown=0.3, inexact=0.01, kept=1, fresh=0.0)
+    config = replace(JOINT, unknown=0.3, inexact=0.01, kept=2, fresh=0.0)
     mean = torch.full((128,), 7.0)
     batches = JointBatches(views, torch.no_grad()(base.encode), lambda *_: torch.zeros(12, 128), mean, config)
     faces = torch.cat([batches(0, number)["face"] for number in range(20)])
@@ -264,8 +264,9 @@ def joint_training(folders, random_lpips, work, iterations, recorder):
     return losses, base.unet.conv_in.weight.detach().clone()
 
 
-def test_recorded_iterations_equal_iterations_done_anew(folders, random_lpips, tmp_path):
-    count = 2 * WARM_UP + 1  # with two sets of shapes, at least one of them is recorded
+def test_recorded_iterations_equal_iterations_done_anew(folders, random_lpips, tmp_path, monkeypatch):
+    monkeypatch.setattr("pfstorer_rt.training.capture.WARM_UP", 1)
+    count = 3  # with two sets of shapes, at least one of them is recorded
     expected = joint_training(folders, random_lpips, tmp_path / "a.pt", count, None)
     recorder = Again()
     found = joint_training(folders, random_lpips, tmp_path / "b.pt", count, recorder)
