@@ -117,8 +117,9 @@ def restoring(name: str, paths: Sequence[Path], base: Base) -> tuple[Callable[[P
 
 def cases(paths: Sequence[Path], side: int) -> Iterator[tuple[float, int, Pixels, Pixels]]:
     """Yield the reduction, the number, the original and the degraded version of each image."""
+    truths = crops(paths, side)
     for sf in REDUCTIONS:
-        for number, truth in enumerate(crops(paths, side)):
+        for number, truth in enumerate(truths):
             lq = degrade(truth, replace(LEVELS["heavy"], sf=sf), SEED + number)
             yield sf, number, hwc(truth), hwc(lq)
 

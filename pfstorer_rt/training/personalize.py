@@ -261,7 +261,8 @@ def make_identity(
         tuple(sha256_file(path) for path in paths),
     )
     faces = embed_photos(photos)
-    known = {"face": mean_face(faces)} if any(face is not None for face in faces) else {}
+    face = mean_face(faces)
+    known = {} if face is None else {"face": face}
     if isinstance(objective, DreamBoothObjective):
         identity.tensors = {f"unet.{k}": v.half().cpu() for k, v in objective.unet.state_dict().items()} | known
         return identity
@@ -313,15 +314,13 @@ def person_face(photos: Sequence[torch.Tensor], base: Base, config: PersonalizeC
 
     Also None for photographs without a face, and without the `metrics` extra.
     """
-    if not starts_from_prior(base, config):
-        return None
-    faces = embed_photos(photos)
-    return mean_face(faces) if any(face is not None for face in faces) else None
+    return mean_face(embed_photos(photos)) if starts_from_prior(base, config) else None
 
 
-def mean_face(faces: Sequence[Embedding | None]) -> torch.Tensor:
-    """Return the mean of the embeddings, (128,) fp16."""
-    return torch.from_numpy(np.mean([face for face in faces if face is not None], 0)).half()
+def mean_face(faces: Sequence[Embedding | None]) -> torch.Tensor | None:
+    """Return the mean of the embeddings, (128,) fp16; None without any."""
+    found = [face for face in faces if face is not None]
+    return torch.from_numpy(np.mean(found, 0)).half() if found else None
 
 
 def rank_references(faces: Sequence[Embedding | None]) -> list[int]:
