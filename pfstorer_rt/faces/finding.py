@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pfstorer_rt.faces.dlib import Embedding, Points, face_models, load_dlib, mean_distance, to_uint8
 from pfstorer_rt.imaging.bands import Resized
-from pfstorer_rt.imaging.rows import Pixels, Rows, Spool, from_pixels, read_pixels, to_pixels
+from pfstorer_rt.imaging.rows import (
+    Pixels,
+    Rows,
+    Spool,
+    bands,
+    from_pixels,
+    read_ahead,
+    read_pixels,
+    read_whole,
+    to_pixels,
+)
 
 LEAST = 512
 """Longer side in pixels to which a smaller image is enlarged, because dlib finds only faces of 80 pixels or more."""
@@ -89,7 +100,9 @@ def reduced(source: Rows) -> tuple[Pixels, float]:
     """Return the pixels of an image, reduced to a longer side of at most `SEARCHED`, and the scale of the reduction."""
     scale = min(1.0, SEARCHED / max(source.height, source.width))
     height, width = (max(1, round(n * scale)) for n in (source.height, source.width))
-    return read_pixels(Resized(source, height, width, antialias=scale < 1), 0, height), scale
+    small = Resized(source, height, width, antialias=scale < 1)
+    read_rows = bands(height, source.width, round(12 / scale))  # a row of the result needs 1 / scale rows of the source
+    return np.concatenate(list(read_ahead(partial(read_pixels, small), read_rows))), scale
 
 
 def dlib_shape(pixels: Pixels, box: Box) -> Any:
@@ -168,4 +181,4 @@ def resized(pixels: Pixels, scale: float) -> Pixels:
     if scale == 1:
         return pixels
     height, width = (max(1, round(n * scale)) for n in pixels.shape[:2])
-    return to_pixels(Resized(Spool.of(from_pixels(pixels)), height, width, antialias=scale < 1).read(0, height))
+    return to_pixels(read_whole(Resized(Spool.of(from_pixels(pixels)), height, width, antialias=scale < 1)))

@@ -6,6 +6,7 @@ No class here stores an image. `read` computes the requested rows from the rows 
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +22,7 @@ from pfstorer_rt.imaging.color import (
     color_fix,
     match_statistics,
 )
-from pfstorer_rt.imaging.rows import TALL, Band, Rows, bands
+from pfstorer_rt.imaging.rows import TALL, Band, Rows, bands, read_ahead
 from pfstorer_rt.tiling import Tile, pad_to_multiple
 
 PADDING = 32
@@ -198,11 +199,13 @@ class ColorFixed:
         self.content, self.style, self.kind = content, style, kind
         self.height, self.width = content.height, content.width
         self._statistics: tuple[Statistics, Statistics] | None = None
+        self._lock = threading.Lock()
 
     def read(self, start: int, stop: int) -> Band:
         """Return rows start..stop-1, clamped to [-1, 1]."""
         if self.kind == "adain":
-            self._statistics = self._statistics or (_statistics(self.content), _statistics(self.style))
+            with self._lock:  # the first thread computes them for all
+                self._statistics = self._statistics or (_statistics(self.content), _statistics(self.style))
             return match_statistics(self.content.read(start, stop), *self._statistics).clip(-1, 1)
         margin = WAVELET_REACH if self.kind == "wavelet" else 0
         top, bottom = max(0, start - margin), min(self.height, stop + margin)
@@ -211,7 +214,7 @@ class ColorFixed:
 
 
 def _statistics(source: Rows) -> Statistics:
-    return channel_statistics(source.read(*cut) for cut in bands(source.height, source.width, least=TALL))
+    return channel_statistics(read_ahead(source.read, bands(source.height, source.width, least=TALL)))
 
 
 class Result:

@@ -26,7 +26,7 @@ from pfstorer_rt.files import atomic_write, open_plain, show_path
 from pfstorer_rt.imaging.formats import SAVE_FORMATS, check_side, format_names, is_heif, readable
 from pfstorer_rt.imaging.metadata import Metadata, orientation, read_metadata, save_options
 from pfstorer_rt.imaging.profiles import srgb_profile, to_srgb, wide_to_srgb
-from pfstorer_rt.imaging.rows import TALL, Pixels, Rows, Spool, bands, from_pixels, read_pixels, to_pixels
+from pfstorer_rt.imaging.rows import TALL, Pixels, Rows, Spool, bands, from_pixels, read_ahead, read_pixels, to_pixels
 
 if TYPE_CHECKING:
     import torch
@@ -401,12 +401,17 @@ def _to_pillow(pixels: Any, alpha: Any, kind: str) -> Image.Image:
         raise ValueError(f"alpha {size}; expected {(height, width)}")
     over_white = read_alpha is not None and kind in ("JPEG", "BMP")
     image = Image.new("RGBA" if read_alpha and not over_white else "RGB", (width, height))
-    for start, stop in bands(height, width, least=TALL):
+
+    def levels(start: int, stop: int) -> npt.NDArray[np.uint8]:
         band = read(start, stop)
         if read_alpha:
             opacity = read_alpha(start, stop)
             band = band * opacity + (1 - opacity) if over_white else np.concatenate([band, opacity], axis=-1)
-        image.paste(Image.fromarray(_to_uint8(band)), (0, start))
+        return _to_uint8(band)
+
+    spans = list(bands(height, width, least=TALL))
+    for (start, _), band in zip(spans, read_ahead(levels, spans), strict=True):
+        image.paste(Image.fromarray(band), (0, start))
     return image
 
 

@@ -6,10 +6,14 @@ Image files and public functions use (H, W, C) pixels in [0, 1].
 
 from __future__ import annotations
 
+import os
 import tempfile
+import threading
 import weakref
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +34,10 @@ OVERSHOOT = 0.25
 """How far the values of an image may lie outside [0, 1]: bicubic resizing overshoots by less."""
 TALL = 128
 """Minimum rows of a band for operations that need a margin around each band, such as the wavelet colour fix."""
+THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+"""Bands that are computed at once. NumPy releases Python's lock, so threads share the work."""
+
+Read = TypeVar("Read")
 
 
 class Rows(Protocol):
@@ -47,7 +55,7 @@ class Spool:
     """A (C, H, W) image that is written first and read later: float32 in [-1, 1], or uint8 levels of this range.
 
     in_memory: largest size in bytes that is stored in memory; a larger image is stored in a temporary file (in TMPDIR),
-    which is deleted with the object. Not thread-safe.
+    which is deleted with the object. Several threads may read at once.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class Spool:
         self._row = width * channels * self.dtype.itemsize
         self._array: Array | None = None
         self._file: Any = None
+        self._lock = threading.Lock()  # the file has one position
         if height * self._row <= in_memory:
             self._array = np.zeros((channels, height, width), self.dtype)
             return
@@ -105,8 +114,9 @@ class Spool:
             return self._array[:, start:stop]
         rows = np.empty((stop - start, self.channels, self.width), self.dtype)
         try:
-            self._file.seek(start * self._row)
-            self._file.readinto(rows.data.cast("B"))
+            with self._lock:
+                self._file.seek(start * self._row)
+                self._file.readinto(rows.data.cast("B"))
         except OSError as error:
             raise _disk_error(error) from error
         return rows.swapaxes(0, 1)
@@ -148,6 +158,29 @@ def bands(height: int, width: int, bytes_per_pixel: int = 12, least: int = 1) ->
     rows = max(least, BAND_BYTES // max(1, width * bytes_per_pixel), 1)
     for start in range(0, height, rows):
         yield start, min(height, start + rows)
+
+
+def read_ahead(
+    read: Callable[[int, int], Read], spans: Iterable[tuple[int, int]], threads: int = THREADS
+) -> Iterator[Read]:
+    """Yield `read(start, stop)` of every span in order; threads compute the next ones meanwhile, one each."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Read]] = deque()
+        try:
+            for span in spans:
+                waiting.append(pool.submit(read, *span))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def read_whole(rows: Rows) -> Band:
+    """Return all rows of an image, (C, H, W) in [-1, 1]; several threads compute them."""
+    return np.concatenate(list(read_ahead(rows.read, bands(rows.height, rows.width, least=TALL))), 1)
 
 
 def _disk_error(error: OSError) -> PFStorerError:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pfstorer_rt.imaging.bands import Grey, is_grey
-from pfstorer_rt.imaging.rows import Band, Rows, bands
+from pfstorer_rt.imaging.rows import Band, Rows, bands, read_ahead
 
 Tone = npt.NDArray[np.float64]
 """(3, 3): coefficients 1, y, y² of the difference of every channel from the luma y in [-1, 1]."""
@@ -34,15 +34,16 @@ class Toned:
 
 def find_tone(source: Rows) -> Tone | None:
     """Fit the tone of an image by least squares; None for an image with several hues. The image is read once."""
-    moments, products, squares = np.zeros((3, 3)), np.zeros((3, 3)), np.zeros(3)
-    for start, stop in bands(source.height, source.width):
+
+    def sums(start: int, stop: int) -> tuple[npt.NDArray[np.float64], ...]:
         band = source.read(start, stop).astype(np.float64)
         luma = luma_of(band)
         powers = np.stack([np.ones_like(luma), luma, luma**2]).reshape(3, -1)
         differences = (band - luma).reshape(3, -1)
-        moments += powers @ powers.T
-        products += differences @ powers.T
-        squares += (differences**2).sum(1)
+        return powers @ powers.T, differences @ powers.T, (differences**2).sum(1)
+
+    parts = read_ahead(sums, bands(source.height, source.width))
+    moments, products, squares = (np.sum(part, 0) for part in zip(*parts, strict=True))
     tone: Tone = products @ np.linalg.pinv(moments)
     remaining = (squares - (tone * products).sum(1)) / (source.height * source.width)
     return tone if remaining.max() <= ONE_HUE**2 else None

@@ -14,7 +14,7 @@ from typing import Any
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, face_models
 from pfstorer_rt.faces.finding import find_largest, reduced
 from pfstorer_rt.imaging.bands import Canvas, Resized
-from pfstorer_rt.imaging.rows import Band, Rows, Spool, bands
+from pfstorer_rt.imaging.rows import TALL, Band, Rows, Spool, bands, read_ahead
 from pfstorer_rt.runtime.layout import Layout
 from pfstorer_rt.runtime.part import find_parts
 from pfstorer_rt.runtime.selection import Choice as FaceChoice
@@ -140,8 +140,10 @@ class Guided:
         """coarse, reduced: images of one size, which are read once."""
         self.image, self.height, self.width = image, image.height, image.width
         half = Spool(coarse.height, coarse.width)  # `Resized` clamps to [-1, 1], and differences reach 2
-        for start, stop in bands(coarse.height, coarse.width):
-            half.write(start, (coarse.read(start, stop) - reduced.read(start, stop)) / 2)
+        spans = list(bands(coarse.height, coarse.width, least=TALL))
+        differences = read_ahead(lambda *span: (coarse.read(*span) - reduced.read(*span)) / 2, spans)
+        for (start, _), band in zip(spans, differences, strict=True):
+            half.write(start, band)
         self.correction = Resized(half, self.height, self.width, antialias=False)
 
     def read(self, start: int, stop: int) -> Band:

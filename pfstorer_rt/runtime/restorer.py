@@ -22,7 +22,7 @@ from pfstorer_rt.files import show_path
 from pfstorer_rt.identity import Identity, identities_dir, identity_path, list_identities
 from pfstorer_rt.imaging.bands import ColorFixed, Cropped, Padded, Result
 from pfstorer_rt.imaging.color import ColorFix
-from pfstorer_rt.imaging.rows import Pixels, Rows, Spool, check_pixels, from_pixels, to_pixels
+from pfstorer_rt.imaging.rows import Pixels, Rows, Spool, check_pixels, from_pixels, read_whole, to_pixels
 from pfstorer_rt.imaging.tone import keep_hue
 from pfstorer_rt.plan import COMPONENTS, DEFAULT_BASE, Manifest, Plan
 from pfstorer_rt.runtime.coarse import Guided, Passes, choose_scale, may_be_coarse, on_canvas, reduced_to
@@ -145,7 +145,7 @@ class Restorer:
         """
         check_pixels(pixels)
         result = self.restore_rows(Spool.of(from_pixels(pixels)), config, step)
-        return to_pixels(result.read(0, result.height))
+        return to_pixels(read_whole(result))
 
     def restore_rows(
         self,
@@ -239,7 +239,7 @@ class Restorer:
             restored = restore(style, layout, squares[0], done)
         else:
             restored = Spool(style.height, style.width)
-            patches = (restore(Cropped(style, s), layout, s, done).read(0, s.height) for s in squares)
+            patches = (read_whole(restore(Cropped(style, s), layout, s, done)) for s in squares)
             for start, rows in blend_by_rows(squares, patches, style.height, style.width):
                 restored.write(start, rows)
         complaint = f"{self.backend} returned values that are not finite; use another backend"

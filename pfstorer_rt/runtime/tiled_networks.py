@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pfstorer_rt.arrays import Array, stack
 from pfstorer_rt.engine.session import Session, out_of_memory
 from pfstorer_rt.errors import PFStorerError
-from pfstorer_rt.imaging.rows import Band, Rows, Spool
+from pfstorer_rt.imaging.rows import Band, Rows, Spool, read_ahead
 from pfstorer_rt.runtime.layout import CodecTiles
 from pfstorer_rt.tiling import Blender, Tile, Weights
 
@@ -39,8 +39,8 @@ class Codec(NamedTuple):
     def images(self, style: Rows) -> Iterator[Band]:
         """Yield the image (1, 3, H, W) of every tile, row by row from the top; each band is read once."""
         f, (height, width) = self.factor, self.tiles.sides
-        for top, _ in self.tiles.rows:
-            band = style.read(top * f, (top + height) * f)
+        spans = [(top * f, (top + height) * f) for top, _ in self.tiles.rows]
+        for band in read_ahead(style.read, spans, 1):  # the host prepares the next band while the networks run
             for left, _ in self.tiles.columns:
                 yield band[None, ..., left * f : (left + width) * f]
 

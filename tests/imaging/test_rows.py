@@ -1,11 +1,12 @@
 import os
 import resource
+import threading
 
 import numpy as np
 import pytest
 
 from pfstorer_rt.errors import PFStorerError
-from pfstorer_rt.imaging.rows import BAND_BYTES, Spool, bands, from_pixels, read_pixels, to_pixels
+from pfstorer_rt.imaging.rows import BAND_BYTES, Spool, bands, from_pixels, read_ahead, read_pixels, to_pixels
 
 
 @pytest.mark.parametrize("in_memory", [1 << 20, 0], ids=["memory", "file"])
@@ -80,3 +81,35 @@ def test_bands_cover_all_rows_once(height, width, least):
     largest = max(stop - start for start, stop in found)
     assert largest <= least or largest * width * 12 <= BAND_BYTES
     assert all(stop - start >= min(least, height) for start, stop in found[:-1])
+
+
+def test_bands_are_computed_by_several_threads_and_come_in_order():
+    both = threading.Barrier(2, timeout=10)  # raises unless two bands are computed at the same time
+
+    def read(start, stop):
+        both.wait()
+        return start, stop
+
+    spans = [(n, n + 1) for n in range(8)]
+    assert list(read_ahead(read, spans, threads=2)) == spans
+
+
+def test_an_error_in_a_band_is_raised_and_the_other_bands_are_not_computed():
+    seen = []
+
+    def read(start, stop):
+        seen.append(start)
+        if start == 1:
+            raise PFStorerError("damaged")
+        return start
+
+    with pytest.raises(PFStorerError, match="damaged"):
+        list(read_ahead(read, [(n, n + 1) for n in range(100)], threads=1))
+    assert len(seen) < 10
+
+
+def test_several_threads_read_one_temporary_file():
+    image = np.random.default_rng(0).random((3, 512, 64)).astype(np.float32)
+    spool = Spool(512, 64, in_memory=0)
+    spool.write(0, image)
+    assert np.array_equal(np.concatenate(list(read_ahead(spool.read, [(n, n + 1) for n in range(512)], 4)), 1), image)
