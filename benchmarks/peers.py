@@ -9,7 +9,7 @@ astronaut, degraded with a fixed seed. The methods alternate in rounds, so that 
 them. `p50` is the median time in seconds; `ratio` is the median over the rounds of eager fp32's time divided by the
 method's time in the same round. `psnr` compares the result with the original, `psnr_to_eager` with eager PyTorch's
 result. `cold_s` and `cold_peak_mb` are time and peak resident memory of a new process, from its start to the restored
-image on disk.
+image on disk. `--page` writes the table of a CSV file to a page and measures nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import click
 import numpy as np
 import psutil
 import torch
-from common import machine, write
+from common import by, line, machine, read, replace_table, write
 
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.degradation.degrade import degrade
@@ -50,24 +50,31 @@ EAGER = "eager fp32"
 
 
 @click.command()
-@click.option("--engine", required=True)
-@click.option("--int8", required=True, help="The same plan, exported with --precision int8.")
+@click.option("--engine")
+@click.option("--int8", help="The same plan, exported with --precision int8.")
 @click.option("--base", default="portrait", show_default=True)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-@click.option("--size", "sizes", multiple=True, default=(192, 576), show_default=True)
+@click.option("--size", "sizes", multiple=True, default=(512, 1280), show_default=True)
 @click.option("--runs", default=5, show_default=True)
 @click.option("--steps", type=int)
 @click.option("--without", multiple=True, help="Method to leave out, such as compile.")
+@click.option("--page", type=click.Path(exists=True, path_type=Path), help="Page whose table to replace.")
 def main(
-    engine: str,
-    int8: str,
+    engine: str | None,
+    int8: str | None,
     base: str,
     output: Path,
     sizes: tuple[int, ...],
     runs: int,
     steps: int | None,
     without: tuple[str, ...],
+    page: Path | None,
 ) -> None:
+    if page:
+        replace_table(page, "peers.py", table(read(output)))
+        return
+    if not engine or not int8:
+        raise click.UsageError("give --engine PLAN and --int8 PLAN")
     config, rows = RestoreConfig(steps=steps), []
     plans = {name: int8 if "int8" in name else engine for name in OURS}
     with ExitStack() as stack:
@@ -176,6 +183,31 @@ def cold(name: str, engine: str | None, base: str, size: int) -> dict[str, Any]:
         if not Path(folder, "b.png").exists():
             raise click.ClickException(f"{name}: the new process restored nothing")
         return {"cold_s": round(time.perf_counter() - started, 2), "cold_peak_mb": round(peak / 1e6)}
+
+
+NAMES = {
+    "eager fp32": "PyTorch, eager fp32",
+    "compile fp32": "PyTorch, `torch.compile`",
+    "eager bf16": "PyTorch, eager bf16",
+    "onnxruntime": "ONNX Runtime fp32",
+    "openvino f32": "OpenVINO fp32",
+    "openvino bf16": "OpenVINO bf16",
+    "onnxruntime int8": "ONNX Runtime, int8 plan",
+    "openvino int8": "OpenVINO, int8 plan",
+}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the Markdown table: time, speed-up and PSNR of every size, and the start of a new process."""
+    sizes = by(rows, "size")
+    first = next(iter(sizes))
+    heads = [f"{size} x {size}: s | speed-up | PSNR dB" for size in sizes]
+    lines = [line(["", *heads, f"{first} x {first}, new process: s", "peak memory MB"])]
+    lines.append(line(["---"] * (3 * len(sizes) + 3)))
+    for name, measured in by(rows, "name").items():
+        cells = [f"{float(r['p50']):.2f} | {float(r['ratio']):.2f} | {float(r['psnr']):.2f}" for r in measured]
+        lines.append(line([NAMES[name], *cells, measured[0]["cold_s"], measured[0]["cold_peak_mb"]]))
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

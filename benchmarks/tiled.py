@@ -28,7 +28,7 @@ from pfstorer_rt.runtime.restorer import Restorer
 @click.option("--engine", "engines", required=True, multiple=True)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 @click.option("--backend", "backends", multiple=True, default=("onnxruntime", "openvino"), show_default=True)
-@click.option("--size", "sizes", multiple=True, type=int, default=(480, 1200), show_default=True)
+@click.option("--size", "sizes", multiple=True, type=int, default=(1280, 2560), show_default=True)
 @click.option("--batch", default=TileConfig().batch, show_default=True, help="Tiles per batch.")
 @click.option("--runs", default=7, show_default=True)
 def main(
