@@ -11,10 +11,11 @@ import psutil
 
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.imaging.color import WAVELET_REACH
-from pfstorer_rt.imaging.rows import IN_MEMORY, TALL, Spool
+from pfstorer_rt.imaging.rows import IN_MEMORY, TALL, THREADS, Spool
 from pfstorer_rt.runtime.coarse import Passes
 from pfstorer_rt.runtime.layout import Layout
 from pfstorer_rt.runtime.restorer import Restorer
+from pfstorer_rt.runtime.tiled_networks import KEPT, Codec, run
 
 PILLOW_BYTES = 4
 """Bytes per pixel that Pillow keeps while it decodes or encodes an image."""
@@ -54,6 +55,9 @@ class Forecaster:
         self._moments = [time.perf_counter()]
         restorer.restore_rows(wide, short, lambda done, total: self._moments.append(time.perf_counter()))
         self._calibrated = restorer.layout(wide.height, wide.width, short)
+        codec = Codec(restorer.sessions["encoder"], restorer.sessions["decoder"], self._calibrated.codec, 1)
+        encoded = run(codec.encoder, {"image": np.zeros((1, 3, tile, tile), np.float32)})
+        self._feature_bytes = sum(encoded[name].nbytes for name in codec.wanted) / tile**2  # per pixel of a tile
         self._resident = psutil.Process().memory_info().rss
 
     def predict(self, height: int, width: int, passes: Passes | None = None) -> Forecast:
@@ -68,9 +72,14 @@ class Forecaster:
         known = self._calibrated
         took = np.diff(self._moments)
         codec_scale = self._codec_pixels(layout) / self._codec_pixels(known)
-        codec = (took[0] + took[-1]) * codec_scale
+        again = self._features(layout) > KEPT  # the decoder's pass then encodes every tile again
+        codec = ((1 + again) * took[0] + took[-1]) * codec_scale
         denoise = took[1:-1].sum() / (known.denoiser_tiles * known.recipe.steps)
         return float(layout.codec_tiles * codec + layout.denoiser_tiles * layout.recipe.steps * denoise)
+
+    def _features(self, layout: Layout) -> float:
+        """Return the bytes of the features of all tiles."""
+        return self._feature_bytes * self._codec_pixels(layout) * len(layout.codec)
 
     def _codec_pixels(self, layout: Layout) -> int:
         """Return the pixels of one tile of the encoder and decoder."""
@@ -78,12 +87,14 @@ class Forecaster:
         return height * width * self.restorer.manifest.factor**2
 
     def _peak(self, layout: Layout, pixels: int) -> int:
-        """Return bytes: the present process, larger tiles of the decoder, latents, bands, and one image in Pillow."""
+        """Return bytes: the process now, larger tiles of the decoder, latents, features, bands, one image in Pillow."""
         m, (height, width) = self.restorer.manifest, layout.canvas.padded
         canvas, codec_scale = height * width, self._codec_pixels(layout) / self._codec_pixels(self._calibrated)
         activations = 3 * 64 * 4 * self._codec_pixels(layout) * max(0.0, 1 - 1 / codec_scale)
         latents = LATENT_COPIES * 4 * m.latent_channels * canvas // m.factor**2
-        rows = 3 * 4 * 12 * width * (TALL + 2 * WAVELET_REACH)
+        features = self._features(layout)
+        kept = features if features <= KEPT and not layout.codec.whole else 0
+        rows = 3 * 4 * 6 * THREADS * width * (TALL + 2 * WAVELET_REACH)
         spooled = min(3 * IN_MEMORY, 2 * 12 * canvas)
         pillow = PILLOW_BYTES * max(pixels, canvas)
-        return int(SLACK * (self._resident + activations + latents + spooled + max(rows, pillow)))
+        return int(SLACK * (self._resident + activations + latents + kept + spooled + max(rows, pillow)))

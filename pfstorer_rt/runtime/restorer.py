@@ -270,7 +270,7 @@ class Restorer:
         recipe, schedule, session = layout.recipe, self.manifest.schedule, self.sessions["denoiser"]
         codec = Codec(self.sessions["encoder"], self.sessions["decoder"], layout.codec, self.manifest.factor)
         encoded, tiles = run_codec(layout.codec, lambda t: codec._replace(tiles=t).encode(style, done))
-        z_lq, generator = encoded["mean"], np.random.Generator(np.random.Philox(recipe.seed))
+        z_lq, generator = encoded.latents["mean"], np.random.Generator(np.random.Philox(recipe.seed))
         whole = Tile(0, 0, *z_lq.shape[2:])
         field, place, inner = (part.square, part.place, part.inner) if part else (whole, whole, whole)
 
@@ -279,8 +279,8 @@ class Restorer:
             return session.place(crop(drawn, place))
 
         z_lq = session.place(z_lq)
-        if "std" in encoded:
-            z_lq = z_lq + session.place(encoded["std"]) * noise()
+        if "std" in encoded.latents:
+            z_lq = z_lq + session.place(encoded.latents["std"]) * noise()
         first = noise()
         x = start_from_lq(z_lq, first, schedule) if recipe.init == "lq" else first
         denoiser = self._denoiser(layout)
@@ -291,8 +291,7 @@ class Restorer:
 
         def decode(tiles: CodecTiles) -> Spool:
             by_tiles = codec._replace(tiles=tiles)
-            features = by_tiles.features(style, encoded if tiles.whole else {}, recipe.cfw_weight)
-            return by_tiles.decode(latent, features, done)
+            return by_tiles.decode(latent, by_tiles.features(style, encoded, recipe.cfw_weight), done)
 
         decoded, _ = run_codec(tiles, decode)
         automatic: ColorFix = "adain" if len(layout.tiles) == 1 else "wavelet"

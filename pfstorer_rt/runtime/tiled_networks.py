@@ -6,6 +6,7 @@ predictions are blended instead (mixture of diffusers; StableSR section 3.4).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -26,6 +27,24 @@ Arrays = dict[str, Array]
 Done = Callable[[int], None]
 """done(n): called after n tiles have passed through a network."""
 
+KEPT = 384 << 20
+"""Largest size in bytes of the features that are kept for the decoder. Computing them again costs an encoder's pass."""
+
+
+class Encoded:
+    """An encoded canvas: `latents`, its `mean` and, of a variational encoder, `std`, as numpy arrays (1, C, h, w)."""
+
+    def __init__(self, latents: dict[str, Latent], tiles: CodecTiles, features: deque[Arrays]) -> None:
+        """features: those of every tile for the decoder, as arrays of the encoder; empty if they were not kept."""
+        self.latents, self._tiles, self._features = latents, tiles, features
+
+    def release(self, tiles: CodecTiles) -> Iterator[Arrays] | None:
+        """Return the kept features of `tiles`, each freed after its use; None if there are none."""
+        if tiles is not self._tiles:
+            self._features.clear()
+        kept = self._features
+        return (kept.popleft() for _ in range(len(kept))) if kept else None
+
 
 class Codec(NamedTuple):
     """The encoder and decoder with their tiles."""
@@ -36,6 +55,11 @@ class Codec(NamedTuple):
     factor: int
     """Pixels per latent pixel."""
 
+    @property
+    def wanted(self) -> list[str]:
+        """The features that the decoder reads; empty without feature wrapping."""
+        return [name for name in self.decoder.inputs if name.startswith("features_")]
+
     def images(self, style: Rows) -> Iterator[Band]:
         """Yield the image (1, 3, H, W) of every tile, row by row from the top; each band is read once."""
         f, (height, width) = self.factor, self.tiles.sides
@@ -44,40 +68,35 @@ class Codec(NamedTuple):
             for left, _ in self.tiles.columns:
                 yield band[None, ..., left * f : (left + width) * f]
 
-    def encode(self, style: Rows, done: Done) -> Arrays:
-        """Encode a canvas to `mean` and, with a variational encoder, `std`: numpy arrays (1, C, h, w).
-
-        If one tile covers the canvas, the features for the decoder are returned too, as arrays of the encoder. For a
-        larger canvas they would need gigabytes, so `features` computes them again, tile by tile.
-        """
-        images = self.images(style)
-        if self.tiles.whole:
-            encoded = run(self.encoder, {"image": next(images)})
-            done(1)
-            return {name: self.encoder.fetch(a) if name in LATENTS else a for name, a in encoded.items()}
+    def encode(self, style: Rows, done: Done) -> Encoded:
+        """Encode a canvas; keeps the features of all tiles for the decoder, if they are not too large."""
         latents: dict[str, Latent] = {}
+        features, images = deque[Arrays](), self.images(style)
         for top, (row, below) in self.tiles.rows:
             for left, (column, right) in self.tiles.columns:
-                encoded = run(self.encoder, {"image": next(images)})
-                for name in LATENTS & encoded.keys():
-                    tile = self.encoder.fetch(encoded[name])
+                found = run(self.encoder, {"image": next(images)})
+                for name in LATENTS & found.keys():
+                    tile = self.encoder.fetch(found.pop(name))
                     latents.setdefault(name, np.empty((1, tile.shape[1], *self.tiles.shape), np.float32))
                     kept = tile[..., row - top : below - top, column - left : right - left]
                     latents[name][..., row:below, column:right] = kept
+                wanted = {name: found[name] for name in self.wanted}
+                if self.tiles.whole or len(self.tiles) * sum(array.nbytes for array in wanted.values()) <= KEPT:
+                    features.append(wanted)
                 done(1)
-        return latents
+        return Encoded(latents, self.tiles, features)
 
-    def features(self, style: Rows, encoded: Arrays, weight: float) -> Iterator[Arrays]:
+    def features(self, style: Rows, encoded: Encoded, weight: float) -> Iterator[Arrays]:
         """Yield the decoder's inputs besides the latent for every tile, in the order of `images`.
 
-        With feature wrapping these are the features of the LQ image and their weight, otherwise none.
+        With feature wrapping these are the features of the LQ image and their weight, otherwise none. Features that
+        were not kept, or belong to other tiles, are computed again. Kept features are freed after their use.
         """
-        wanted = [name for name in self.decoder.inputs if name.startswith("features_")]
-        if not wanted:
+        if not self.wanted:
             yield from repeat({})
-        kept = set(wanted) <= set(encoded)
-        for found in [encoded] if kept else (run(self.encoder, {"image": image}) for image in self.images(style)):
-            yield {**{name: found[name] for name in wanted}, "cfw_weight": np.full(1, weight, np.float32)}
+        again = (run(self.encoder, {"image": image}) for image in self.images(style))
+        for found in encoded.release(self.tiles) or again:
+            yield {**{name: found[name] for name in self.wanted}, "cfw_weight": np.full(1, weight, np.float32)}
 
     def decode(self, latent: Latent, features: Iterator[Arrays], done: Done) -> Spool:
         """Decode a latent to a canvas."""

@@ -1,7 +1,9 @@
 import numpy as np
+import pytest
 import torch
 
 from pfstorer_rt.engine.session import Session
+from pfstorer_rt.runtime import tiled_networks
 from pfstorer_rt.runtime.layout import CodecTiles
 from pfstorer_rt.runtime.tiled_networks import Codec
 
@@ -38,23 +40,39 @@ class Recorded:
         return self.image[:, start:stop]
 
 
-def test_a_band_is_read_once_for_all_tiles_of_a_row():
+def restored(codec, style, weight):
+    """The decoded rows of an encoded image."""
+    encoded = codec.encode(style, lambda n: None)
+    latent = encoded.latents["mean"]
+    return codec.decode(latent, codec.features(style, encoded, weight), lambda n: None).read(0, style.height)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_features_are_computed_once_if_they_are_small(kept, monkeypatch):
+    style, encoder = Recorded(), Shuffle("image")
+    codec = Codec(encoder, Shuffle("latent", "features_1", "cfw_weight"), CodecTiles(12, 20, 8, 2), 8)
+    size = 2 * 4 * 4 * 3 * 64 * 64  # bytes of the features of all tiles
+    monkeypatch.setattr(tiled_networks, "KEPT", size if kept else size - 1)
+    found = restored(codec, style, 0.5)
+    # A band is read once for all tiles of a row.
+    assert style.reads == [(0, 64), (32, 96)] * (1 if kept else 2) and encoder.calls == 8 * (1 if kept else 2)
+    # Every tile was decoded with the features of its own part of the image.
+    np.testing.assert_allclose(found, 1.5 * style.image, rtol=1e-6)
+
+
+def test_features_of_other_tiles_are_computed_again():
     style, encoder = Recorded(), Shuffle("image")
     codec = Codec(encoder, Shuffle("latent", "features_1", "cfw_weight"), CodecTiles(12, 20, 8, 2), 8)
     encoded = codec.encode(style, lambda n: None)
-    assert style.reads == [(0, 64), (32, 96)] and encoder.calls == 2 * 4
-    assert set(encoded) == {"mean"}  # the features of all tiles would fill the memory
-    style.reads.clear()
-    decoded = codec.decode(encoded["mean"], codec.features(style, encoded, 0.5), lambda n: None)
-    assert style.reads == [(0, 64), (32, 96)]
-    # Every tile was decoded with the features of its own part of the image.
-    np.testing.assert_allclose(decoded.read(0, 96), 1.5 * style.image, rtol=1e-6)
+    smaller = codec._replace(tiles=codec.tiles.halved())
+    features = smaller.features(style, encoded, 0.5)
+    found = smaller.decode(encoded.latents["mean"], features, lambda n: None).read(0, 96)
+    np.testing.assert_allclose(found, 1.5 * style.image, rtol=1e-6)
 
 
-def test_the_features_of_a_whole_canvas_are_computed_once():
+def test_the_features_of_a_whole_canvas_are_kept_whatever_their_size(monkeypatch):
     style, encoder = Recorded(), Shuffle("image")
     codec = Codec(encoder, Shuffle("latent", "features_1", "cfw_weight"), CodecTiles(12, 20, 64, 2), 8)
-    encoded = codec.encode(style, lambda n: None)
-    decoded = codec.decode(encoded["mean"], codec.features(style, encoded, 0.0), lambda n: None)
+    monkeypatch.setattr(tiled_networks, "KEPT", 0)
+    np.testing.assert_allclose(restored(codec, style, 0.0), style.image, rtol=1e-6)
     assert encoder.calls == 1 and style.reads == [(0, 96)]
-    np.testing.assert_allclose(decoded.read(0, 96), style.image, rtol=1e-6)

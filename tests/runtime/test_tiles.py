@@ -38,7 +38,7 @@ def test_the_tiled_autoencoder_agrees_with_the_untiled(restorer, make_image, siz
         tiles = CodecTiles(height // 8, width // 8, tile // 8, 32 // 8)
         codec = Codec(restorer.sessions["encoder"], restorer.sessions["decoder"], tiles, 8)
         encoded, done = codec.encode(image, lambda n: None), []
-        decoded = codec.decode(encoded["mean"], codec.features(image, encoded, 0.0), done.append)
+        decoded = codec.decode(encoded.latents["mean"], codec.features(image, encoded, 0.0), done.append)
         return read_pixels(decoded, 0, height).astype(np.float64), len(done)
 
     (tiled, count), (untiled, one) = through(128), through(256)
