@@ -373,8 +373,9 @@ class PersonalizeConfig:
     """Spatial transformers of the UNet that a block follows; empty selects the base's list."""
     ref_source: Literal["cached", "self"] = "cached"
     """Input of a block's attention at inference: features of a reference, stored in the identity, or its own input."""
-    start: Literal["prior", "closed"] = "closed"
-    """Start of the training. prior: the blocks of the base's prior; closed: gamma = 0 (PFStorer section 3.2)."""
+    start: Literal["prior", "open", "closed"] = "closed"
+    """Start of the training. prior: the blocks of the base's prior, or `open` without one; open: gamma = 1, and the
+    last layers of the blocks are 0; closed: gamma = 0 (PFStorer section 3.2)."""
     references: int = 1
     """Largest number of photographs whose features a block attends to at once; the paper uses one."""
     reference_timestep: int = 0

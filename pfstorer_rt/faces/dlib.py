@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ def face_models() -> Path | None:
 
 
 def load_dlib() -> tuple[Network, Network, Network]:
-    """Return dlib's networks; the files are read once, and each network does one call at a time.
+    """Return dlib's networks; each is read at its first call, and does one call at a time.
 
     The networks are the face detector (image uint8 (H, W, 3), number of doublings), the predictor of 68 landmarks
     (image, rectangle) and the recognizer (image, landmarks, or a crop of 150 x 150 pixels).
@@ -54,20 +54,27 @@ def load_dlib() -> tuple[Network, Network, Network]:
 def _read_dlib(folder: Path) -> tuple[Network, Network, Network]:
     import dlib
 
-    predictor = dlib.shape_predictor(str(folder / "shape_predictor_68_face_landmarks.dat"))
-    recognizer = dlib.face_recognition_model_v1(str(folder / RECOGNIZER))
-    found = dlib.get_frontal_face_detector(), predictor, recognizer.compute_face_descriptor
-    detector, landmarks, embedding = map(_one_at_a_time, found)
-    return detector, landmarks, embedding
+    def predictor() -> Network:
+        return cast(Network, dlib.shape_predictor(str(folder / "shape_predictor_68_face_landmarks.dat")))
+
+    def recognizer() -> Network:
+        return cast(Network, dlib.face_recognition_model_v1(str(folder / RECOGNIZER)).compute_face_descriptor)
+
+    return _one_at_a_time(dlib.get_frontal_face_detector), _one_at_a_time(predictor), _one_at_a_time(recognizer)
 
 
-def _one_at_a_time(network: Network) -> Network:
-    """Return a function that calls a network from one thread at a time: its calls write to the network's memory."""
-    lock = threading.Lock()
+def _one_at_a_time(load: Callable[[], Network]) -> Network:
+    """Return a function that loads a network at its first call, and calls it from one thread at a time.
+
+    The landmarks need 100 MB, and finding faces needs only the detector. The calls write to the network's memory.
+    """
+    lock, loaded = threading.Lock(), list[Network]()
 
     def call(*arguments: Any) -> Any:
         with lock:
-            return network(*arguments)
+            if not loaded:
+                loaded.append(load())
+            return loaded[0](*arguments)
 
     return call
 

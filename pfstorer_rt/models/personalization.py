@@ -42,8 +42,8 @@ def make_low_rank(module: nn.Module, rank: int) -> None:
 class PersonalizationBlock(nn.Module):
     """Self-attention, attention to the reference, GEGLU feed-forward; gated per channel by gamma.
 
-    The block is ViCo's image block at the width of the features. gamma = 1 is the ViCo update; gamma = 0, the initial
-    value, is the base. Buffer `reference` (1, S, C) has the tokens of the cached reference. It is None with
+    The block is ViCo's image block at the width of the features. gamma = 1 is the ViCo update; gamma = 0, the paper's
+    initial value, is the base. Buffer `reference` (1, S, C) has the tokens of the cached reference. It is None with
     `ref_source` self, and during training, where each call passes a reference.
     """
 
@@ -99,6 +99,20 @@ class PersonalizationBlock(nn.Module):
         if isinstance(last, LowRankLinear):
             h, last = last.down(h), last.up
         return self.kernels.gated_projection(h, last, stream, x, self.gamma, strength)
+
+    @torch.no_grad()
+    def open(self) -> None:
+        """Set gamma to 1 and the last layer of both attentions and of the feed-forward network to 0.
+
+        The output of the block stays that of the base. With gamma = 0 only gamma has a gradient at first, and it opens
+        the gate for random features. Here the last layers have one at first, and add only what they have learned.
+        """
+        b: Any = self.block
+        for layer in (b.attn1.to_out[0], b.attn2.to_out[0], b.ff.net[2]):
+            last = layer.up if isinstance(layer, LowRankLinear) else layer
+            for parameter in last.parameters():
+                parameter.zero_()
+        self.gamma.fill_(1.0)
 
     def fold_reference(self) -> None:
         """Replace the projections of the cached reference by constant keys and values, if there is a reference."""

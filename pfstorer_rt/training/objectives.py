@@ -139,6 +139,9 @@ class PersonalizationObjective(ImageObjective):
             assert base.prior is not None
             base.prior.copy_to(self.blocks, face)
             self.token.data.copy_(base.prior.token)
+        elif config.start != "closed":
+            for block in self.blocks:
+                block.open()
         for block in self.blocks if config.method == "vico" else ():
             block.gamma.requires_grad_(False).fill_(1.0)
         self.register_buffer("ids", ids, persistent=False)

@@ -155,3 +155,10 @@ def test_dlibs_networks_do_one_call_at_a_time(monkeypatch, tmp_path):
     for network in _read_dlib.__wrapped__(tmp_path):
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(network, range(4)))
+
+
+def test_faces_are_found_without_the_weights_of_the_other_networks(tmp_path):
+    detector, landmarks, _ = _read_dlib.__wrapped__(tmp_path)  # an empty folder
+    assert list(detector(np.zeros((90, 90, 3), np.uint8), 0)) == []
+    with pytest.raises(RuntimeError):
+        landmarks(np.zeros((90, 90, 3), np.uint8), dlib.rectangle(0, 0, 80, 80))

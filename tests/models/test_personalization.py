@@ -271,6 +271,20 @@ def test_only_gamma_has_a_gradient_at_the_start(objective):
     assert moving == {f"blocks.{i}.gamma" for i in range(4)}
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("start", ["open", "prior"])  # the base of the tests has no prior
+def test_an_open_start_equals_the_base_and_moves_the_last_layers(objective, start, rank):
+    made, closed, batch = objective(start=start, rank=rank), objective(rank=rank), make_batch()
+    assert all(bool((block.gamma == 1).all()) for block in made.blocks)
+    with torch.no_grad():
+        assert made(batch)["diff"].item() == closed(batch)["diff"].item()
+    found = gradients(made, batch)
+    moving = {name for name, size in found.items() if size > 0 and name.startswith("blocks.0.")}
+    last = "up.weight" if rank else "weight"
+    assert f"blocks.0.block.ff.net.2.{last}" in moving and f"blocks.0.block.attn2.to_out.0.{last}" in moving
+    assert f"blocks.0.block.attn2.to_k.{last}" not in moving  # the layers before have none yet
+
+
 def test_without_lambda_gen_no_null_row_is_run(objective, nano_base):
     made, rows = objective(lambda_gen=0.0), []
     handle = made.structure_encoder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
