@@ -112,6 +112,10 @@ def cudnn_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.T
         return sdpa(q, k, v, mask)
 
 
+FUSED = (sdpa, cudnn_first)
+"""Attention whose scores stay in fp32, whatever the type of its inputs."""
+
+
 def _load_sdpa(device: torch.device, head_size: int | None) -> Kernels:
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return Kernels(cudnn_first if hopper else sdpa)

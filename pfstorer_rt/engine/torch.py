@@ -126,7 +126,7 @@ def open_half(component: Component, device: torch.device) -> TorchSession:
 
 def half(module: nn.Module) -> nn.Module:
     """Return a network with fp32 inputs and outputs that computes in fp16; it is changed in place."""
-    typed = TypedComponent(module, "fp16")
+    typed = TypedComponent(module, "fp16", native=True)
     return typed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

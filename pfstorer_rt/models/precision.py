@@ -5,8 +5,11 @@ These stay in fp32:
 
 - the statistics of GroupNorm and LayerNorm, because sums of squares over a whole map overflow before single values do;
 - the sinusoid and the time embedding, because fp16 cannot resolve the difference of neighbouring timesteps;
-- softmax, inside the engines' fused attention; `centred_attention` keeps its scores small enough for fp16;
+- softmax, inside the engines' fused attention; `centred` keeps its scores small enough for fp16;
 - the inputs and outputs, so that the sampler outside the graph does not round.
+
+PyTorch's kernels accumulate the sums of a norm and the scores of fused attention in fp32 themselves (`native`). Casts
+around norms, and centred keys, would be hundreds of kernel launches in every step.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import nn
 from torch.func import functional_call
 
-from pfstorer_rt.ops import AttentionFn, AttentionProcessor, math
+from pfstorer_rt.ops import FUSED, AttentionFn, AttentionProcessor, math
 
 
 def centred(attention: AttentionFn) -> AttentionFn:
@@ -67,13 +70,14 @@ class TypedComponent(nn.Module):
     """One component with fp32 inputs and outputs that computes in fp32 or fp16; for fp16 it is changed in place.
 
     bound: paths of the parameters and buffers that are inputs of the graph, after the other inputs and in this order.
+    native: whether PyTorch computes the component; otherwise it is exported as a graph.
     """
 
-    def __init__(self, module: nn.Module, precision: str, bound: Sequence[str] = ()) -> None:
+    def __init__(self, module: nn.Module, precision: str, bound: Sequence[str] = (), native: bool = False) -> None:
         super().__init__()
         self.module, self.half_inside, self.bound = module, precision == "fp16", tuple(bound)
         if self.half_inside:
-            make_half(module)
+            make_half(module, native)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """fp32 -> fp32; inside, images and latents (4-d) become fp16, `t` and `strength` stay fp32."""
@@ -86,13 +90,15 @@ class TypedComponent(nn.Module):
         return tuple(r.float() for r in result) if isinstance(result, tuple) else result.float()
 
 
-def make_half(module: nn.Module) -> None:
-    """Cast the weights of a component to fp16, except for the parts that stay in fp32."""
+def make_half(module: nn.Module, native: bool = False) -> None:
+    """Cast the weights of a component to fp16, except for the parts that stay in fp32; native: see `TypedComponent`."""
     module.half()
     for child in module.modules():
-        if isinstance(child, nn.GroupNorm | nn.LayerNorm):
+        if isinstance(child, nn.GroupNorm | nn.LayerNorm) and not native:
             compute_in_float32(child)
         elif isinstance(child, TimestepEmbedding):
             child.float()
         elif isinstance(child, Attention) and type(child.processor) is AttentionProcessor:
-            child.set_processor(AttentionProcessor(centred(child.processor.attention)))
+            attention = child.processor.attention
+            if not (native and attention in FUSED):
+                child.set_processor(AttentionProcessor(centred(attention)))

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
 from pfstorer_rt.export import build, export_plan, parity
 from pfstorer_rt.export.graph import build_graph, fuse
 from pfstorer_rt.export.parity import probe_inputs, probe_tiles
@@ -9,6 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
+from pfstorer_rt.engine.torch import open_sessions
 from pfstorer_rt.errors import ParityError
 from pfstorer_rt.models import precision
 from pfstorer_rt.models.base import build_base
@@ -95,6 +97,28 @@ def test_centred_keys_prevent_overflow_on_flat_tiles():
             found = session.run(**{name: inputs[name].numpy() for name in session.inputs})["prediction"]
             expected = parity.outputs_of(original, inputs)[0]
             assert np.square(found - expected).mean() ** 0.5 < 0.005 * expected.std()
+
+
+def test_pytorchs_attention_does_not_overflow_on_flat_tiles():
+    base = overflowing(build_base("nano", seed=0))
+    session = open_sessions(base, precision="fp16")["denoiser"]
+    processors = [m.processor for m in session.module.modules() if isinstance(m, Attention)]
+    assert processors and all(processor.attention is sdpa for processor in processors)  # no centred keys
+    for tile in ("grey", "black", "white"):
+        inputs = flat_inputs(base, tile)
+        found = session.compute(**{name: inputs[name] for name in session.inputs})["prediction"].numpy()
+        expected = parity.outputs_of(denoiser(base).module, inputs)[0]
+        assert np.square(found - expected).mean() ** 0.5 < 0.01 * expected.std()
+
+
+def test_pytorchs_norms_take_fp16_and_do_not_overflow(nano_base):
+    session = open_sessions(nano_base, precision="fp16")["denoiser"]
+    fp32 = {n for n, p in session.module.named_parameters() if p.dtype == torch.float32}
+    assert fp32 and all(".time_embedding." in name for name in fp32)
+    x = torch.full((1, 4, 64, 64), 300.0, dtype=torch.float16)
+    x[..., ::2] = -300
+    for norm in (nn.GroupNorm(1, 4).half(), nn.LayerNorm((4, 64, 64)).half()):
+        assert torch.allclose(norm(x).abs().float(), torch.ones(()), atol=1e-3)
 
 
 def test_norms_and_time_embedding_stay_in_fp32(nano_base, nano_identity):
