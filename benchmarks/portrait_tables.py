@@ -40,7 +40,8 @@ RECIPES = {
     "dreambooth": "DreamBooth",
     "vico": "ViCo",
     "paper": "PFStorer, recipe of the paper",
-    "half": "PFStorer, 120 iterations",
+    "closed": "PFStorer, gamma = 0 at the start",
+    "longer": "PFStorer, 240 iterations",
     "1 reference": "PFStorer, 1 reference",
     "3 references": "PFStorer, 3 references",
     "default": "PFStorer",
@@ -129,7 +130,7 @@ Rows in [`people.csv`](../benchmarks/results/people.csv), command `python benchm
 `lab`, {real} pixels. `generated`: two people who do not exist, 512 pixels. {tests} images of each person are heavily
 degraded. Five other images of the person are the references.
 
-**Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 240 iterations with the
+**Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 120 iterations with the
 losses L1 (weight 5), ST-LPIPS (3) and distance of dlib's embeddings (5) on decoded images. No loss used the recognizer
 of the column "identity". The base was trained with LPIPS (VGG16). Learning took {seconds} s of one core.
 

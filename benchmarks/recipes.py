@@ -47,11 +47,12 @@ def defaults(**changes: Any) -> Callable[[Base], PersonalizeConfig]:
 RECIPES = {
     "default": Recipe(defaults()),
     "dreambooth": Recipe(defaults(method="dreambooth")),
-    "vico": Recipe(defaults(method="vico")),
+    "vico": Recipe(defaults(method="vico", start="closed")),
+    "closed": Recipe(defaults(start="closed")),
     "paper": Recipe(lambda _: PersonalizeConfig()),
     "1 reference": Recipe(defaults(), 1),
     "3 references": Recipe(defaults(), 3),
-    "half": Recipe(defaults(train={"iterations": 120})),
+    "longer": Recipe(defaults(train={"iterations": 240})),
 }
 """`paper` is `personalize --recipe paper`; the others change one thing of the defaults of the base."""
 

@@ -237,8 +237,9 @@ PRESETS: dict[str, BaseConfig] = {
         text=_byte_text(64),
         personalize={
             **_SMALL_BASE_TRAINING,
-            **{"iterations": 240, "first_step": 0.9, "pool": 96, "learning_rate": 1e-3, "gamma_learning_rate": 0.02},
-            **{"weighting": "x0", "largest_sf": 8.0, "lambda_pixel": 5.0, "lambda_perceptual": 3.0, "lambda_id": 5.0},
+            **{"iterations": 120, "first_step": 0.9, "pool": 96, "learning_rate": 1e-3, "gamma_learning_rate": 0.02},
+            **{"lambda_pixel": 5.0, "lambda_perceptual": 3.0, "lambda_id": 5.0},
+            **{"start": "open", "weighting": "x0", "largest_sf": 8.0},
         },
         cfw={"levels": (1, 2, 3), "widths": (12, 64, 128), "growth": 32, "patch": 4},
         cfw_weight=1.0,

@@ -20,10 +20,12 @@ from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.cfw import Features
 from pfstorer_rt.training.data import Batch
-from pfstorer_rt.training.losses import Losses, gradient_loss
+from pfstorer_rt.training.losses import Losses, gradient_loss, repeated_error
 
 PATCH = 96
 """Side in pixels of the crop for the perceptual distance, which on whole tiles would double the time of a step."""
+REPEATED = 2.0
+"""Weight of the repeated error in L_pixel. The other losses accept a faint grid of dots, one in each latent pixel."""
 NO_FACE = np.full((2, 3), np.nan, np.float32)
 
 
@@ -32,7 +34,7 @@ class ImageLossWeights(Protocol):
 
     @property
     def lambda_pixel(self) -> float:
-        """Weight of L1 + gradient L1."""
+        """Weight of L1 + gradient L1 + the repeated error."""
 
     @property
     def lambda_perceptual(self) -> float:
@@ -60,9 +62,10 @@ def refusal() -> str | None:
 class ImageSpaceLoss(nn.Module):
     """`lambda_pixel L_pixel + lambda_perceptual L_perceptual + lambda_id L_id` of restored latents, decoded.
 
-    L_pixel: L1 + gradient L1. L_perceptual: ST-LPIPS of a square of `PATCH` pixels. L_id: squared distance between the
-    embeddings of the restored face and the original's (the identity-preserving loss of GFPGAN, section 3.4, with dlib's
-    network), over the images with a face. Raises `MissingBackendError` without the `metrics` extra.
+    L_pixel: L1 + gradient L1 + `REPEATED` times the repeated error. L_perceptual: ST-LPIPS of a square of `PATCH`
+    pixels. L_id: squared distance between the embeddings of the restored face and the original's (the
+    identity-preserving loss of GFPGAN, section 3.4, with dlib's network), over the images with a face. Raises
+    `MissingBackendError` without the `metrics` extra.
     """
 
     def __init__(self, base: Base, config: ImageLossWeights) -> None:
@@ -88,7 +91,8 @@ class ImageSpaceLoss(nn.Module):
         left of the crop for the perceptual distance. Returns the weighted sum `image` and its terms.
         """
         output = self.base.decode(restored, features).float()
-        pixel = F.l1_loss(output, hq) + gradient_loss(output, hq)
+        repeated = repeated_error(output, hq, self.base.config.factor)
+        pixel = F.l1_loss(output, hq) + gradient_loss(output, hq) + REPEATED * repeated
         top, left = corner.tolist()
         patches = (self.perceptual.features(z[..., top : top + PATCH, left : left + PATCH]) for z in (output, hq))
         perceptual = self.perceptual.between(*patches).mean()

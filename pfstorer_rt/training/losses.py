@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 
 Losses = dict[str, torch.Tensor]
+CELLS = 4
+"""Cells along each side over which `repeated_error` averages."""
 
 
 def gradient_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -13,6 +15,19 @@ def gradient_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     dx = (output.diff(dim=-1) - target.diff(dim=-1)).abs().mean()
     dy = (output.diff(dim=-2) - target.diff(dim=-2)).abs().mean()
     return dx + dy
+
+
+def repeated_error(output: torch.Tensor, target: torch.Tensor, cell: int) -> torch.Tensor:
+    """Mean absolute error that repeats from cell to cell, such as a grid of dots that a decoder adds.
+
+    output, target: (B, C, H, W). cell: side in pixels of what one latent pixel decodes to. The error is averaged over
+    `CELLS` x `CELLS` neighbouring cells, so that only a pattern of their period is left, without its mean.
+    """
+    side = CELLS * cell
+    height, width = (n // side * side for n in output.shape[-2:])
+    error = (output - target)[..., :height, :width]
+    cells = error.unflatten(-1, (-1, CELLS, cell)).unflatten(-4, (-1, CELLS, cell)).mean((-5, -2))
+    return (cells - cells.mean((-3, -1), keepdim=True)).abs().mean()
 
 
 def moment_loss(latent: torch.Tensor) -> torch.Tensor:
