@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from numbers import Integral, Real
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
-from pfstorer_rt.errors import SettingError
+from pfstorer_rt.settings import Range, check_settings, number, whole
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
@@ -262,44 +260,17 @@ PRESETS: dict[str, BaseConfig] = {
 }
 
 
-Range = tuple[Callable[[Any], bool], str]
-"""Test of a value, and the expected range for the error message."""
-
-
-def _whole(least: int, most: int | None = None) -> Range:
-    expected = f"a whole number of {least} or more" if most is None else f"a whole number from {least} to {most}"
-
-    def valid(value: Any) -> bool:
-        whole = isinstance(value, Integral) and not isinstance(value, bool)
-        return whole and least <= int(value) <= (int(value) if most is None else most)
-
-    return valid, expected
-
-
-def _number(valid: Callable[[float], bool], expected: str) -> Range:
-    return lambda v: isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) and valid(float(v)), expected
-
-
 TRAIN_RANGES: dict[str, Range] = {
-    "iterations": _whole(0),
-    "minutes": _number(lambda v: v >= 0, "0 or more"),
-    "batch": _whole(1),
-    "learning_rate": _number(lambda v: 0 < v < 1, "above 0 and below 1"),
-    "weight_decay": _number(lambda v: 0 <= v < 1, "0 or more and below 1"),
-    "warmup": _whole(0),
-    "decay": _number(lambda v: 0 <= v <= 1, "a share from 0 to 1"),
-    "clip": _number(lambda v: v > 0, "above 0"),
-    "ema": _number(lambda v: 0 <= v < 1, "0 or more and below 1"),
-    "precision": (lambda v: v in get_args(Precision), f"one of {', '.join(get_args(Precision))}"),
-    "device": (lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(v)) is not None, "auto, cpu, cuda or cuda:N"),
-    "attention": (lambda v: v in get_args(Attention), f"one of {', '.join(get_args(Attention))}"),
-    "optimizer": (lambda v: v in get_args(Optimizer), f"one of {', '.join(get_args(Optimizer))}"),
-    "gradient_checkpointing": (lambda v: type(v) is bool, "True or False"),
-    "seed": _whole(0),
-    "workers": _whole(0),
-    "checkpoint_every": _whole(1),
+    **dict.fromkeys(("iterations", "warmup", "seed", "workers"), whole(0)),
+    **dict.fromkeys(("batch", "checkpoint_every"), whole(1)),
+    **dict.fromkeys(("weight_decay", "ema"), number(lambda v: 0 <= v < 1, "0 or more and below 1")),
+    "minutes": number(lambda v: v >= 0, "0 or more"),
+    "learning_rate": number(lambda v: 0 < v < 1, "above 0 and below 1"),
+    "decay": number(lambda v: 0 <= v <= 1, "a share from 0 to 1"),
+    "clip": number(lambda v: v > 0, "above 0"),
+    "device": (lambda v: re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", str(v)) is not None, "auto, cpu, cuda or cuda:N"),
 }
-"""Valid values of every field of `TrainConfig`."""
+"""Valid values of the fields of `TrainConfig` that are narrower than their types."""
 
 
 @dataclass(frozen=True)
@@ -336,32 +307,25 @@ class TrainConfig:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for the first field with a value out of range."""
-        _check_ranges(self, TRAIN_RANGES)
+        """Raise `SettingError` for the first field with a value of another type, or out of range."""
+        check_settings(self, TRAIN_RANGES)
 
 
-_SHARE = _number(lambda v: 0 <= v <= 1, "a share from 0 to 1")
-_WEIGHT = _number(lambda v: v >= 0, "0 or more")
-_RATE = _number(lambda v: 0 <= v < 1, "0 or more and below 1")
+_SHARE = number(lambda v: 0 <= v <= 1, "a share from 0 to 1")
+_WEIGHT = number(lambda v: v >= 0, "0 or more")
+_RATE = number(lambda v: 0 <= v < 1, "0 or more and below 1")
 
 PERSONALIZE_RANGES: dict[str, Range] = {
     **dict.fromkeys(("first_step", "p_self", "p_hq"), _SHARE),
     **dict.fromkeys(("lambda_gen", "lambda_pers", "lambda_pixel", "lambda_perceptual", "lambda_id"), _WEIGHT),
     **dict.fromkeys(("gamma_learning_rate", "token_learning_rate"), _RATE),
-    **dict.fromkeys(("gen_rows", "pool"), _whole(1)),
-    "largest_sf": _number(lambda v: 4 <= v <= 16, "a reduction by 4 to 16"),
-    "references": _whole(1, 100),
-    "reference_timestep": _whole(0, 999),
-    "rank": _whole(0, 4096),
+    **dict.fromkeys(("gen_rows", "pool"), whole(1)),
+    "largest_sf": number(lambda v: 4 <= v <= 16, "a reduction by 4 to 16"),
+    "references": whole(1, 100),
+    "reference_timestep": whole(0, 999),
+    "rank": whole(0, 4096),
 }
 """Valid values of the numbers of `PersonalizeConfig`."""
-
-
-def _check_ranges(config: Any, ranges: Mapping[str, Range]) -> None:
-    """Raise `SettingError` for the first field with a value out of range."""
-    for name, (valid, expected) in ranges.items():
-        if not valid(value := getattr(config, name)):
-            raise SettingError(f"{name.replace('_', ' ')} {value!r}: expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -417,8 +381,8 @@ class PersonalizeConfig:
     """Rank of the matrices of the blocks; 0 for full matrices."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for the first number out of range."""
-        _check_ranges(self, PERSONALIZE_RANGES)
+        """Raise `SettingError` for the first field with a value of another type, or out of range."""
+        check_settings(self, PERSONALIZE_RANGES)
 
     @classmethod
     def for_base(cls, base: BaseConfig, train: Mapping[str, Any] | None = None, **values: Any) -> PersonalizeConfig:
@@ -463,6 +427,10 @@ class TileConfig:
     batch: int | None = None
     """Tiles that pass through the denoiser at once; None is the engine's number."""
 
+    def __post_init__(self) -> None:
+        """Raise `SettingError` for the first field with a value of another type; `Recipe.resolve` checks the ranges."""
+        check_settings(self)
+
 
 @dataclass(frozen=True)
 class RestoreConfig:
@@ -487,6 +455,10 @@ class RestoreConfig:
     eta: float = 0.0
     """Share of fresh noise in DDIM: 0 is deterministic, 1 is as noisy as DDPM."""
     tile: TileConfig = field(default_factory=TileConfig)
+
+    def __post_init__(self) -> None:
+        """Raise `SettingError` for the first field with a value of another type; `Recipe.resolve` checks the ranges."""
+        check_settings(self, {"seed": whole(0)})
 
 
 def to_json(config: Any) -> str:

@@ -13,9 +13,6 @@ from pfstorer_rt.plan import Manifest
 
 OVERLAP = {"parity": 2, "fast": 4}
 """Default overlap of neighbouring tiles: 1/n of a tile."""
-COLOR_FIXES = ("auto", "adain", "wavelet", "none")
-COARSE = ("auto", "on", "off")
-INITS = ("lq", "noise")
 LARGEST_WEIGHT = 10.0
 """Largest absolute value of `strength` and `cfw_weight`; larger values only overflow."""
 
@@ -49,7 +46,6 @@ class Recipe:
 
         tile_batch: the engine's number of tiles in one batch.
         """
-        _check_choices(config)
         recipe = cls(
             steps=manifest.steps if config.steps is None else config.steps,
             sampler=config.sampler or manifest.sampler,
@@ -76,17 +72,6 @@ class Recipe:
 
 def _default_overlap(config: RestoreConfig, manifest: Manifest) -> int:
     return manifest.tile // manifest.factor // OVERLAP[config.tile.mode] * manifest.factor
-
-
-def _check_choices(config: RestoreConfig) -> None:
-    for name, setting, value, known in (
-        ("tiling", "mode", config.tile.mode, tuple(OVERLAP)),
-        ("colour fix", "color_fix", config.color_fix, COLOR_FIXES),
-        ("coarse", "coarse", config.coarse, COARSE),
-        ("init", "init", config.init, INITS),
-    ):
-        if value not in known:
-            raise SettingError(f"{name} {value!r}: expected one of {', '.join(known)}", setting=setting)
 
 
 def _check_diffusion(recipe: Recipe) -> None:
