@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pfstorer_rt.arrays import HostArray
-from pfstorer_rt.engine.session import Session
+from pfstorer_rt.engine.session import Closed, Session
 from pfstorer_rt.errors import BadFileError, MissingBackendError, one_line
 from pfstorer_rt.files import show_path
 from pfstorer_rt.plan import Plan
@@ -141,7 +141,7 @@ class OnnxRuntimeSession(Session):
 
     def close(self) -> None:
         """Free the engine."""
-        self._session = None
+        self._session = Closed()
 
 
 def open_component(plan: Plan, component: str, provider: str | None = None) -> OnnxRuntimeSession:

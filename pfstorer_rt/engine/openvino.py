@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pfstorer_rt.arrays import HostArray
-from pfstorer_rt.engine.session import Session
+from pfstorer_rt.engine.session import Closed, Session
 from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError, SettingError, one_line
 from pfstorer_rt.extras import install
 from pfstorer_rt.files import cache_home, check_fingerprint, inside, make_folder, show_path
@@ -103,7 +103,7 @@ class OpenVinoSession(Session):
     def close(self) -> None:
         """Free the engine."""
         self._compiled.clear()
-        self._network = self._rounded = self._core = None
+        self._network = self._rounded = self._core = Closed()
 
 
 def drop_unread_roundings(network: Any) -> None:

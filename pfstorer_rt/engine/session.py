@@ -63,6 +63,13 @@ class Session(ABC):
         self.close()
 
 
+class Closed:
+    """Takes the place of an engine that was freed; every use raises `SettingError`."""
+
+    def __getattr__(self, name: str) -> object:
+        raise SettingError("this session is closed; open the plan again")
+
+
 class TensorSession(Session):
     """A session of an engine that computes with PyTorch tensors."""
 

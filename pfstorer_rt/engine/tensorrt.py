@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pfstorer_rt.engine.cuda import Capturing, Cuda, Repeated
-from pfstorer_rt.engine.session import TensorSession
+from pfstorer_rt.engine.session import Closed, TensorSession
 from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError, SettingError
 from pfstorer_rt.extras import install
 from pfstorer_rt.files import atomic_write, cache_home, make_folder, sha256_bytes, show_path
@@ -238,7 +238,7 @@ class TensorRTSession(TensorSession):
         finally:
             self._lanes.clear()
             self._cache.release()
-            self._config = self._engine = self._runtime = None
+            self._config = self._engine = self._runtime = Closed()
 
     def _deserialize(self, payload: bytes) -> Any:
         if self.library.has("Runtime.get_engine_validity"):

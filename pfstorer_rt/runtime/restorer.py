@@ -16,7 +16,7 @@ from pfstorer_rt.arrays import Array
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.diffusion import SAMPLERS, denoise_by, respace, start_from_lq
 from pfstorer_rt.engine.session import Session, choose_backend
-from pfstorer_rt.errors import BadFileError, MismatchError
+from pfstorer_rt.errors import BadFileError, MismatchError, SettingError
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.files import show_path
 from pfstorer_rt.identity import Identity, identities_dir, identity_path, list_identities
@@ -57,8 +57,15 @@ class Restorer:
     ) -> None:
         self.manifest, self.backend, self.note = manifest, backend, note
         self._stack = ExitStack()
-        self.sessions = {name: self._stack.enter_context(session) for name, session in sessions.items()}
+        self._sessions = {name: self._stack.enter_context(session) for name, session in sessions.items()}
         self.provider = self.sessions["denoiser"].provider
+
+    @property
+    def sessions(self) -> dict[str, Session]:
+        """Return the open components by name; raises `SettingError` after the end of the `with` block."""
+        if not self._sessions:
+            raise SettingError("this restorer is closed; use it inside its `with` block, or open it again")
+        return self._sessions
 
     @classmethod
     def from_plan(
@@ -134,6 +141,7 @@ class Restorer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._sessions = {}
         self._stack.close()
 
     def restore(self, pixels: Pixels, config: RestoreConfig | None = None, step: Step | None = None) -> Pixels:

@@ -16,7 +16,7 @@ from pfstorer_rt.engine import onnxruntime as ort_engine
 from pfstorer_rt.engine.openvino import OpenVinoSession, make_cache_folder
 from pfstorer_rt.engine.session import BACKENDS, Backend, choose_backend, open_session
 from pfstorer_rt.engine.torch import open_sessions
-from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError
+from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, SettingError
 from pfstorer_rt.files import sha256_bytes
 from pfstorer_rt.models.components import encoder, manifest
 from pfstorer_rt.ops import math, sdpa
@@ -189,7 +189,7 @@ def test_sessions_are_closed_with_the_restorer(base_plan):
     with Restorer.from_plan(base_plan.path, "onnxruntime") as restorer:
         session = restorer.sessions["decoder"]
         session.run(latent=np.zeros((1, 4, 8, 8), np.float32))
-    with pytest.raises((AttributeError, TypeError)):
+    with pytest.raises(SettingError, match="closed; open the plan again"):
         session.run(latent=np.zeros((1, 4, 8, 8), np.float32))
 
 
