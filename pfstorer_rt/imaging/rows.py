@@ -7,6 +7,7 @@ Image files and public functions use (H, W, C) pixels in [0, 1].
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import threading
 import weakref
@@ -120,6 +121,28 @@ class Spool:
         except OSError as error:
             raise _disk_error(error) from error
         return rows.swapaxes(0, 1)
+
+
+def spooled_bytes(height: int, width: int) -> int:
+    """Return the size of the temporary file of a colour image of float32: 0 for one that is stored in memory."""
+    size = 3 * 4 * height * width
+    return size if size > IN_MEMORY else 0
+
+
+def check_temporary_space(needed: int) -> None:
+    """Raise `PFStorerError` if the folder of temporary files has less than `needed` bytes free."""
+    if not needed:
+        return
+    try:
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise _disk_error(error) from error
+    if free < needed:
+        raise PFStorerError(
+            f"the temporary files of this image need {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free; "
+            "free some space or set TMPDIR to another folder"
+        )
 
 
 def check_pixels(pixels: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, face_models
 from pfstorer_rt.faces.finding import find_largest, reduced
 from pfstorer_rt.imaging.bands import Canvas, Resized
-from pfstorer_rt.imaging.rows import TALL, Band, Rows, Spool, bands, read_ahead
+from pfstorer_rt.imaging.rows import TALL, Band, Rows, Spool, bands, read_ahead, spooled_bytes
 from pfstorer_rt.runtime.layout import Layout
 from pfstorer_rt.runtime.part import find_parts
 from pfstorer_rt.runtime.selection import Choice as FaceChoice
@@ -59,6 +59,13 @@ class Passes:
     def total(self) -> int:
         """Tiles through all networks and steps."""
         return sum(layout.total for layout in self.layouts())
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Bytes of the temporary files of all passes, and of the corrections by the coarse result (`Guided`)."""
+        coarse = self.coarse.canvas if self.coarse else None
+        correction = spooled_bytes(coarse.out_height, coarse.out_width) if coarse else 0
+        return sum(layout.temporary_bytes for layout in self.layouts()) + correction * (2 if self.selection else 1)
 
     def facts(self) -> dict[str, Any]:
         """Return the entries of a report: as of the fine layout, with the tiles of all passes."""

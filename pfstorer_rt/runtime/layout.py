@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pfstorer_rt.imaging.bands import Canvas, plan_canvas
+from pfstorer_rt.imaging.rows import spooled_bytes
 from pfstorer_rt.plan import Manifest
 from pfstorer_rt.runtime.recipe import Recipe
 from pfstorer_rt.tiling import Tile, axis_offsets, even_offsets, kept_spans, plan_tiles
@@ -107,6 +108,12 @@ class Layout:
     def total(self) -> int:
         """Tiles through all networks and steps."""
         return self.denoiser_tiles * self.recipe.steps + 2 * self.codec_tiles
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Bytes of the temporary files: a decoded square, and the canvas of several squares."""
+        canvas = spooled_bytes(*self.canvas.padded) if len(self.squares) > 1 else 0
+        return spooled_bytes(self.squares[0].height, self.squares[0].width) + canvas
 
     def facts(self) -> dict[str, Any]:
         """Return the entries of a report: sizes in pixels and numbers of tiles."""

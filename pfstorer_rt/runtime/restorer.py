@@ -22,7 +22,16 @@ from pfstorer_rt.files import show_path
 from pfstorer_rt.identity import Identity, identities_dir, identity_path, list_identities
 from pfstorer_rt.imaging.bands import ColorFixed, Cropped, Padded, Result
 from pfstorer_rt.imaging.color import ColorFix
-from pfstorer_rt.imaging.rows import Pixels, Rows, Spool, check_pixels, from_pixels, read_whole, to_pixels
+from pfstorer_rt.imaging.rows import (
+    Pixels,
+    Rows,
+    Spool,
+    check_pixels,
+    check_temporary_space,
+    from_pixels,
+    read_whole,
+    to_pixels,
+)
 from pfstorer_rt.imaging.tone import keep_hue
 from pfstorer_rt.plan import COMPONENTS, DEFAULT_BASE, Manifest, Plan
 from pfstorer_rt.runtime.coarse import Guided, Passes, choose_scale, may_be_coarse, on_canvas, reduced_to
@@ -166,10 +175,12 @@ class Restorer:
 
         passes: the result of `passes` for the same image and settings; None computes it.
         The networks have finished when this returns. Colour fix and resizing run while rows are read from the result,
-        which raises `PFStorerError` for values that are not finite.
+        which raises `PFStorerError` for values that are not finite. Raises `PFStorerError` before the first tile if the
+        disk has too little space for the temporary files of a large image.
         Latents stay in memory: about 32 * channels / factor^2 bytes per pixel.
         """
         plan = passes or self.passes(source, config)
+        check_temporary_space(plan.temporary_bytes)
         toned, passed = None if plan.fine.recipe.colorize else keep_hue(source), 0
 
         def done(n: int) -> None:
