@@ -21,7 +21,7 @@ FOLDERS = {
 }
 
 # A part and the parts below it that it may import; a part is a module or package of pfstorer_rt.
-PLAIN = {"errors", "extras", "config", "files", "progress", "console"}
+PLAIN = {"errors", "extras", "settings", "config", "files", "progress", "console"}
 FORMATS = {
     "arrays",
     "checks",
@@ -49,7 +49,8 @@ MAY_IMPORT = {
     "archive": {"files"},
     "base_config": {"errors", "config", "files", "checks", "diffusion"},
     "base_files": {"errors", "config", "files", "checks", "base_config"},
-    "config": {"errors", "files"},
+    "settings": {"errors"},
+    "config": {"settings"},
     "progress": set(),
     "console": {"errors", "progress"},
     "files": {"errors", "temporary"},

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 import pytest
 
-from pfstorer_rt.cli import COMMANDS, cli
 from pfstorer_rt.cli.options import flag
+from pfstorer_rt.cli.program import COMMANDS, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = [

@@ -3,7 +3,7 @@
 import click
 import pytest
 
-from pfstorer_rt.cli import cli
+from pfstorer_rt.cli.program import cli
 from pfstorer_rt.config import PersonalizeConfig, RestoreConfig, TrainConfig
 from pfstorer_rt.plan import Manifest
 from pfstorer_rt.runtime.recipe import Recipe

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import click
 import pytest
 
-from pfstorer_rt.cli import COMMANDS, cli
 from pfstorer_rt.cli.options import explain, export_command
+from pfstorer_rt.cli.program import COMMANDS, cli
 from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError, Rebuild, SettingError, one_line
 
 
@@ -99,6 +99,34 @@ def test_an_interruption_that_a_library_turns_into_another_error_stays_an_interr
     monkeypatch.setitem(COMMANDS, "fail", ("fail", ""))
     monkeypatch.setitem(sys.modules, "pfstorer_rt.cli.fail", SimpleNamespace(command=command))
     assert refused(130, "fail") == "Error: Interrupted. Unfinished files were removed."
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+from pfstorer_rt.cli import main
+main(["--help"])
+"""
+
+
+@pytest.mark.parametrize("module", ["pfstorer_rt.cli.program", "click", "pfstorer_rt.encryption"])
+@pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "background"])
+def test_an_interruption_during_the_first_imports_prints_one_line(module, ignored):
+    def prepare():
+        signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+
+    command = [sys.executable, "-c", INTERRUPTED_IMPORT, module]
+    done = subprocess.run(command, preexec_fn=prepare, capture_output=True, text=True, timeout=100, check=False)
+    if ignored:
+        assert (done.returncode, done.stderr) == (0, "") and "Usage:" in done.stdout
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "Error: Interrupted.\n")
 
 
 def run_closed(closed, *arguments):

@@ -5,7 +5,7 @@ import sys
 import click
 import pytest
 
-from pfstorer_rt.cli import COMMANDS, cli
+from pfstorer_rt.cli.program import COMMANDS, cli
 
 HEAVY = {
     "torch",

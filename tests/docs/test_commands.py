@@ -15,7 +15,8 @@ from pathlib import Path
 import click
 import pytest
 
-from pfstorer_rt.cli import cli, main
+from pfstorer_rt.cli import main
+from pfstorer_rt.cli.program import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILURE = re.compile(r"^(Error|failed):", re.MULTILINE)

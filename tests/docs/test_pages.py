@@ -14,7 +14,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 import pfstorer_rt
-from pfstorer_rt.cli import COMMANDS, cli
+from pfstorer_rt.cli.program import COMMANDS, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("benchmarks", "docs", "export", "integrations", "kernels", "pfstorer_rt", "tests")
