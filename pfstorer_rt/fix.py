@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.files import sha256_file
-from pfstorer_rt.identity import Identity, identities_dir
+from pfstorer_rt.identity import Identity, list_identities
 from pfstorer_rt.imaging.find import find_images, without_results
 from pfstorer_rt.plan import DEFAULT_BASE
 from pfstorer_rt.runtime.batch import BatchConfig, OnOutcome, OnStep, Outcome, restore_files
@@ -65,8 +65,7 @@ def identity_of(person: Path, base: Base, note: Callable[[str], None] = lambda _
 
     photos = without_results(find_images([person], note), note)
     if found := stored_identity(photos, base):
-        iterations = found.settings.get("train", {}).get("iterations")
-        note(f"identity {found.name}: learned from these photographs before, in {iterations} iterations")
+        note(f"identity {found.name}: learned from these photographs before{iterations_of(found)}")
         return found
     if base.prior is None:
         note(
@@ -75,6 +74,13 @@ def identity_of(person: Path, base: Base, note: Callable[[str], None] = lambda _
         )
         return None
     return instant_identity("person", photos, base, note=note)
+
+
+def iterations_of(identity: Identity) -> str:
+    """Return the end of a sentence with the iterations of a training; empty if the settings do not state them."""
+    train = identity.settings.get("train")
+    count = train.get("iterations") if isinstance(train, dict) else None
+    return f", in {count} iterations" if isinstance(count, int) else ""
 
 
 def stored_identity(photos: Sequence[Path], base: Base) -> Identity | None:
@@ -100,7 +106,7 @@ def stored_identity(photos: Sequence[Path], base: Base) -> Identity | None:
 
 def _stored(base_fingerprint: str) -> Iterator[tuple[Path, tuple[str, ...]]]:
     """Yield the files of the identities in the user's data directory that belong to a base, and their references."""
-    for file in sorted(identities_dir().glob("*.safetensors")):
+    for file in list_identities():
         try:
             identity = Identity.load(file, tensors=False)
         except BadFileError:  # `identities verify` reports damaged files

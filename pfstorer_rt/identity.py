@@ -221,6 +221,8 @@ def check_tensors(identity: Identity) -> None:
             raise SettingError(f"its tensor {name[:80]!r} has values that are not finite")
         if name.startswith("mask.") and shape != tuple(tensors["reference" + name[4:]].shape[:1]):
             raise SettingError(f"its tensor {name!r} is {shape}, expected a value for every token of the reference")
+        if kind is torch.bool and not bool(tensor.any()):
+            raise SettingError(f"its tensor {name!r} excludes every token, expected at least one")
 
 
 def _with_sorted_header(data: bytes) -> bytes:
@@ -338,15 +340,27 @@ def kept_plan(identity: Path) -> Path:
 
 
 def list_identities() -> list[Path]:
-    """List the named identity files, sorted."""
-    return sorted(identities_dir().glob("*.safetensors"))
+    """List the named identity files, sorted; raises `BadFileError` if their folder cannot be read."""
+    return [identities_dir() / name for name in _stored() if name.endswith(".safetensors")]
 
 
 def list_unfinished() -> list[str]:
-    """List the names of identities whose training was interrupted, sorted."""
-    found = [file.name.removesuffix(".training.pt") for file in identities_dir().glob("*.training.pt")]
-    found += [folder.name.removesuffix(".crops") for folder in identities_dir().glob("*.crops")]
-    return sorted(set(found))
+    """List the names of identities whose training was interrupted, sorted; raises as `list_identities`."""
+    ends = (".training.pt", ".crops")
+    return sorted({name.removesuffix(end) for name in _stored() for end in ends if name.endswith(end)})
+
+
+def _stored() -> list[str]:
+    """Return the sorted names of the files in the folder of named identities; none if there is no folder."""
+    try:
+        return sorted(os.listdir(identities_dir()))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        folder = show_path(identities_dir())
+        advice = "check its permissions, or set PFSTORER_HOME to another folder"
+        raise BadFileError(f"{folder}: this folder cannot be read ({reason}); {advice}") from error
 
 
 def no_such_identity(path: Path) -> str:

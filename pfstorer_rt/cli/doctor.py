@@ -36,5 +36,6 @@ def command(as_json: bool) -> None:
             title = key.removesuffix("s") if key != "metrics" else key
             echo(f"{title:<9} {name}: {'ready' if refusal is None else refusal}")
     echo(f"bases     {', '.join(report['bases']) or 'none shipped'}")
-    echo(f"home      {report['home']} (identities: {report['identities']})")
+    home = f"{report['home']} (identities: {report['identities']})"
+    echo(f"home      {report['home_refusal'] or home}")
     echo("packages  " + ", ".join(f"{k} {v}" for k, v in report["packages"].items() if v))

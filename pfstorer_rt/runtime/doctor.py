@@ -10,6 +10,8 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
+from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError
+
 PACKAGES = (
     "torch",
     "diffusers",
@@ -48,8 +50,10 @@ class Diagnosis:
     """Names of the shipped bases."""
     home: str
     """The user's data directory."""
+    home_refusal: str | None
+    """Why the identities in the data directory cannot be listed, or None when they can."""
     identities: int
-    """Number of identities in it."""
+    """Number of identities in the data directory."""
     packages: dict[str, str | None]
     """Installed versions; None for a package that is not installed."""
 
@@ -63,7 +67,7 @@ def diagnose() -> Diagnosis:
     from pfstorer_rt.files import home
     from pfstorer_rt.identity import list_identities
 
-    gpu = gpu_name()
+    gpu, home_refusal = gpu_name(), refusal(list_identities, BadFileError)
     backends = {name: partial(choose_backend, name, backend.targets[0]) for name, backend in BACKENDS.items()}
     return Diagnosis(
         machine={
@@ -89,7 +93,8 @@ def diagnose() -> Diagnosis:
         },
         bases=shipped_bases(),
         home=str(home()),
-        identities=len(list_identities()),
+        home_refusal=home_refusal,
+        identities=0 if home_refusal else len(list_identities()),
         packages={name: installed(name) for name in PACKAGES},
     )
 
@@ -142,13 +147,11 @@ def attention_refusals(device: str) -> dict[str, str | None]:
     return {name: refusal(partial(choose, name, device)) for name in BACKENDS}
 
 
-def refusal(attempt: Callable[[], object]) -> str | None:
-    """Return why an attempt fails for lack of a backend, or None when it succeeds."""
-    from pfstorer_rt.errors import MissingBackendError
-
+def refusal(attempt: Callable[[], object], kind: type[PFStorerError] = MissingBackendError) -> str | None:
+    """Return why an attempt fails with an error of a kind, or None when it succeeds."""
     try:
         attempt()
-    except MissingBackendError as error:
+    except kind as error:
         return str(error)
     return None
 
