@@ -5,9 +5,17 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from pfstorer_rt import encryption
+from pfstorer_rt.engine.openvino import cache_folder
 from pfstorer_rt.errors import BadFileError, MissingBackendError, SettingError
-from pfstorer_rt.identity import Identity
-from pfstorer_rt.runtime.identities import decrypt_identity, delete_identity, encrypt_identity, verify_identity
+from pfstorer_rt.identity import Identity, is_encrypted
+from pfstorer_rt.runtime.identities import (
+    decrypt_identity,
+    delete_identity,
+    encrypt_identity,
+    import_identity,
+    rename_identity,
+    verify_identity,
+)
 
 WORDS = "correct horse battery staple"
 
@@ -94,6 +102,28 @@ def test_what_is_encrypted_already_and_what_is_not(alice, give):
     with pytest.raises(SettingError, match="encrypted already"):
         encrypt_identity("alice", WORDS)
     assert verify_identity("alice")[0].passed
+
+
+def test_a_renamed_and_an_imported_identity_stay_encrypted(alice, give, nano_identity, tmp_path):
+    give(WORDS)
+    encrypt_identity("alice", WORDS)
+    rename_identity("alice", "ann")
+    ann = alice.with_name("ann.safetensors")
+    import_identity(ann, "anna")
+    for path in (ann, alice.with_name("anna.safetensors")):
+        assert path.read_bytes().startswith(encryption.MAGIC)
+        assert Identity.load(path).fingerprint == nano_identity.fingerprint
+    decrypt_identity("ann")
+    rename_identity("ann", "alice")
+    assert not is_encrypted(alice), "the passphrase that is set does not encrypt a plain identity"
+
+
+def test_compiled_networks_are_deleted_when_an_identity_is_encrypted(alice, nano_identity):
+    networks = cache_folder(nano_identity.fingerprint)
+    networks.mkdir(parents=True)
+    (networks / "a.blob").write_bytes(b"weights of a person")
+    encrypt_identity("alice", WORDS)
+    assert not networks.exists()
 
 
 def test_an_identity_is_deleted_without_its_passphrase(alice):

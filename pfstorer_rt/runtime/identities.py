@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pfstorer_rt.encryption import seal
+from pfstorer_rt.encryption import passphrase_of_user, seal
 from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError
 from pfstorer_rt.files import atomic_write, cache_home, keeps_modes, remove_leftovers, sha256_file, show_path
 from pfstorer_rt.identity import (
@@ -91,15 +91,18 @@ def _check_base(identity: Identity) -> Check:
 
 
 def encrypt_identity(name: str | Path, passphrase: str) -> None:
-    """Encrypt the file of an identity, and delete the plan that the studio keeps, because plans are not encrypted.
+    """Encrypt the file of an identity; delete the studio's plan and compiled networks, which are not encrypted.
 
     Raises `SettingError` if the file is encrypted already, and as `Identity.load`.
     """
     path = identity_path(name)
     if is_encrypted(path):
         raise SettingError(f"{show_path(path)}: encrypted already; decrypt it first to change the passphrase")
+    networks, _ = _compiled_networks(path)
     Identity.load(path)
     _replace(path, seal(path.read_bytes(), passphrase))
+    for folder in networks:
+        shutil.rmtree(folder)
     if path.parent == identities_dir():
         kept_plan(path).unlink(missing_ok=True)
 
@@ -114,6 +117,11 @@ def decrypt_identity(name: str | Path) -> None:
     if content is None:
         raise SettingError(f"{show_path(path)}: not encrypted; nothing was changed")
     _replace(path, content)
+
+
+def passphrase_of(path: Path) -> str | None:
+    """Return the user's passphrase for an encrypted file, so that a copy is encrypted too; None for another file."""
+    return passphrase_of_user() if is_encrypted(path) else None
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -198,7 +206,7 @@ def _compiled_networks(path: Path) -> tuple[list[Path], tuple[str, ...]]:
 
 
 def rename_identity(name: str, new: str) -> Identity:
-    """Give an identity of the user's data directory another name; returns it.
+    """Give an identity of the user's data directory another name; returns it. An encrypted file stays encrypted.
 
     Raises `ValueError` for an invalid name, `BadFileError` for a file that cannot be read, and `PFStorerError` when an
     identity has the new name already. An interrupted training must be finished or deleted first.
@@ -209,14 +217,14 @@ def rename_identity(name: str, new: str) -> Identity:
         raise PFStorerError(f"{name}: its training is not finished; finish or delete it before you rename it")
     _check_free(target)
     identity.name = new
-    identity.save(target)
+    identity.save(target, passphrase_of(path))
     kept_plan(path).unlink(missing_ok=True)  # it contains the old name
     path.unlink()
     return identity
 
 
 def import_identity(file: Path, name: str | None = None) -> Identity:
-    """Copy an identity file into the user's data directory; returns the identity.
+    """Copy an identity file into the user's data directory; returns the identity. An encrypted file stays encrypted.
 
     name: name on this machine; None keeps its own name. Raises `BadFileError` for a file that is not a complete
     identity, `ValueError` for an invalid name, and `PFStorerError` when an identity has this name already.
@@ -225,7 +233,7 @@ def import_identity(file: Path, name: str | None = None) -> Identity:
     identity.name = name or identity.name
     target = named_identity(identity.name)
     _check_free(target)
-    identity.save(target)
+    identity.save(target, passphrase_of(file))
     return identity
 
 

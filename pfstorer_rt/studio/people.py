@@ -13,11 +13,11 @@ from PIL import Image, ImageOps
 from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError, one_line
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.faces.dlib import to_uint8
-from pfstorer_rt.identity import Identity, list_identities, named_identity, training_files
+from pfstorer_rt.identity import Identity, list_identities, list_unfinished, named_identity, training_files
 from pfstorer_rt.imaging.files import save_image
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.progress import StageProgress
-from pfstorer_rt.runtime.identities import delete_identity, import_identity, rename_identity
+from pfstorer_rt.runtime.identities import delete_identity, import_identity, passphrase_of, rename_identity
 from pfstorer_rt.runtime.restorer import Restorer
 from pfstorer_rt.studio.engines import Engines
 from pfstorer_rt.studio.work import Report
@@ -212,12 +212,8 @@ def known_people(engines: Engines) -> list[Known]:
             text += f" on another base, {identity.base_name}"
         found.append(Known(path.stem, text))
     names = {person.name for person in found}
-    folder = named_identity("x").parent
-    for checkpoint in sorted(folder.glob("*.training.pt")) if folder.is_dir() else []:
-        name = checkpoint.name.removesuffix(".training.pt")
-        if name not in names:
-            found.append(Known(name, "the training was cancelled; learn the same photographs to resume it", False))
-    return found
+    text = "the training was cancelled; learn the same photographs to resume it"
+    return found + [Known(name, text, False) for name in list_unfinished() if name not in names]
 
 
 def rename(name: str | None, new: str) -> str:
@@ -237,11 +233,12 @@ def delete(name: str | None, confirmation: str) -> str:
 
 
 def export_file(workspace: Workspace, session: Session, name: str | None) -> str:
-    """Return the address of a copy of an identity file."""
+    """Return the address of a copy of an identity file; the copy of an encrypted file is encrypted."""
     person = chosen(name)
     folder = session.folder / "export"
     folder.mkdir(mode=0o700, exist_ok=True)
-    return workspace.publish(Identity.load(named_identity(person)).save(folder / f"{person}.safetensors"))
+    path = named_identity(person)
+    return workspace.publish(Identity.load(path).save(folder / path.name, passphrase_of(path)))
 
 
 def import_file(workspace: Workspace, session: Session, file: str | None, name: str = "") -> str:
