@@ -1,6 +1,7 @@
 """Option types that several commands share, the flag of every setting, and the command of every export."""
 
 import math
+import re
 import shlex
 from collections.abc import Callable
 from typing import Any, TypeVar, get_args
@@ -33,12 +34,11 @@ def parse_place(ctx: click.Context, param: click.Parameter, value: str) -> Any:
         return value
     from pfstorer_rt.runtime.selection import Area
 
-    try:
-        left, top, width, height = (int(number) for number in value.split(","))
-    except ValueError as error:
-        expected = "expected matching, all, largest, or four whole numbers X,Y,W,H"
-        raise click.BadParameter(f"{value!r}: {expected}", ctx, param) from error
-    return Area(left, top, width, height)
+    numbers = [int(text) for text in value.split(",") if re.fullmatch(r" *[0-9]{1,9} *", text)]
+    if len(numbers) != 4 or value.count(",") != 3 or 0 in numbers[2:]:
+        expected = "expected matching, all, largest, or four whole numbers X,Y,W,H with a width and a height above 0"
+        raise click.BadParameter(f"{value[:80]!r}: {expected}", ctx, param)
+    return Area(*numbers)
 
 
 ATTENTION = click.Choice(get_args(Attention))

@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.errors import MissingBackendError, SettingError
-from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding, face_models
+from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding, face_models, identity_distance
 from pfstorer_rt.faces.finding import SEARCHED, Face, embed_box, find_boxes, nearest_face, reduced
 from pfstorer_rt.imaging.rows import Band, Pixels, Rows
 from pfstorer_rt.plan import Manifest
+from pfstorer_rt.settings import is_finite
 
 Weights = npt.NDArray[np.float32]
 
@@ -22,6 +23,8 @@ WHOLE, NONE = 0.25, 0.6
 """Distances from a face's box, in sides of the box: the weight is 1 up to the first and 0 from the second."""
 BETWEEN = 0.3
 """Between two faces, the weight rises from 0 to 1 while the other face becomes farther away by this distance."""
+LARGEST_SIDE = 10**9
+"""Largest width and height of a rectangle in pixels; it may end outside of the image."""
 
 
 class Area(NamedTuple):
@@ -113,7 +116,8 @@ class Chooser:
         known: Embedding | None = None,
         find: FindFaces | None = None,
     ) -> None:
-        """known: embedding of the person; None selects the engine's own. find: None selects dlib's networks.
+        """known: embedding of the person; None, and that of another person, select the engine's own. find: None selects
+        dlib's networks.
 
         Raises `SettingError` for an unknown value of `apply_to`, and `MissingBackendError` if "largest" needs the
         `metrics` extra and lacks it.
@@ -123,7 +127,9 @@ class Chooser:
             raise SettingError(f"apply_to {apply_to!r}: {expected}", setting="apply_to")
         self.acts = manifest.identity_name is not None and config.strength != 0
         self.gated, self.apply_to = manifest.strength, apply_to
-        self.known = np.array(manifest.face) if known is None and manifest.face else known
+        own = np.array(manifest.face) if manifest.face else None
+        self.apart = identity_distance(known, own) or 0.0
+        self.known = own if known is None or self.apart > SAME_PERSON else known
         self.find = find or (_faces if face_models() else None)
         if self.acts and apply_to == "largest" and self.find is None:
             raise MissingBackendError(f"finding the largest face needs the metrics extra: {INSTALL_METRICS}")
@@ -149,6 +155,11 @@ class Chooser:
             yield (
                 "the identity acts on every face of an image, because this engine has no embedding of the person's "
                 "face; give reference photographs, or learn the person again with the metrics extra"
+            )
+        elif self.apart > SAME_PERSON:
+            yield (
+                f"the reference photographs show another person than this engine (distance {self.apart:.2f}; expected "
+                f"at most {SAME_PERSON}); the identity acts on the person of the engine"
             )
 
     def choose(self, source: Rows) -> Choice:
@@ -203,10 +214,12 @@ def _faces(pixels: Pixels) -> list[Face]:
 
 
 def _check_inside(area: Area, source: Rows) -> None:
-    inside = 0 <= area.left < source.width and 0 <= area.top < source.height
-    if not inside or area.width <= 0 or area.height <= 0:
+    numbers = all(map(is_finite, area))
+    inside = numbers and 0 <= area.left < source.width and 0 <= area.top < source.height
+    if not inside or not 0 < area.width <= LARGEST_SIDE or not 0 < area.height <= LARGEST_SIDE:
+        shown = ",".join(f"{n!s:.20}" for n in area)
         raise SettingError(
-            f"rectangle {','.join(f'{n:g}' for n in area)}: expected left, top, width and height inside the image of "
-            f"{source.width} x {source.height} pixels",
+            f"rectangle {shown}: expected left, top, width and height inside the image of {source.width} x "
+            f"{source.height} pixels",
             setting="apply_to",
         )

@@ -210,8 +210,10 @@ def test_references_need_the_metrics_extra(restore, save, tmp_path, without_dlib
 
 
 def test_the_face_can_be_chosen_by_a_rectangle(restore, save, tmp_path):
-    done = restore(save(tmp_path / "a.png"), "--apply-to", "1,2,3")
-    assert done.status == 2 and "four whole numbers X,Y,W,H" in done.err
+    numbers = ("1,2,3", "1,2,3,4,5", "1,2,3,4,", "1,2,0,4", "1,2,3,0", "-1,2,3,4", "9" * 400 + ",0,1,1")
+    for place in (*numbers, "1.5,2,3,4", "1,2,3,1_0", "1,2,3,\u0664", "nan,0,1,1", ""):
+        done = restore(save(tmp_path / "a.png"), "--apply-to", place)
+        assert done.status == 2 and "four whole numbers X,Y,W,H" in done.err and len(done.errors) == 1, place
     done = restore(save(tmp_path / "a.png"), "--apply-to", "10,12,9000,20", "-o", tmp_path / "b.png")
     assert done.status == 0, done.err
 

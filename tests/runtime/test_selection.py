@@ -144,6 +144,24 @@ def test_the_largest_face_and_a_rectangle_can_be_chosen(choose):
         choose([], "everybody")
 
 
+@pytest.mark.parametrize(
+    "area", [(0, 0, np.nan, 5), (0, 0, 5, np.inf), (np.nan, 0, 5, 5), (0, 0, 10**400, 5), ("0", 0, 5, 5)]
+)
+def test_a_rectangle_without_finite_numbers_is_refused(choose, area):
+    with pytest.raises(SettingError, match="inside the image of 300 x 100 pixels") as caught:
+        choose([], Area(*area))
+    assert len(str(caught.value)) < 200
+
+
+def test_photographs_of_another_person_do_not_move_the_identity_to_that_person():
+    faces = [Face(0, 30, 40, STRANGER), Face(60, 30, 40, ALICE)]
+    warning = "another person than this engine (distance 1.13"
+    for known, note in ((STRANGER, warning), (ALICE + 0.01, None), (None, None)):
+        chooser = Chooser(ENGINE, RestoreConfig(), known=known, find=lambda pixels: faces)
+        assert chooser.choose(Spool(100, 300)).selection.chosen == (Area(60, 30, 40, 40),)
+        assert [note in text for text in chooser.notes()] == [True] * bool(note)
+
+
 def test_an_identity_without_gates_acts_on_the_whole_image(choose):
     found = choose([STRANGER, ALICE], engine=replace(ENGINE, strength=False, method="dreambooth"))
     assert found.selection is None and "cannot be limited to one face" in found.notes[0]
@@ -166,7 +184,7 @@ def test_what_the_choice_needs_is_named(monkeypatch):
 def test_faces_of_all_sizes_are_found_in_pixels_of_the_image(face):
     small = np.pad(face[::2, ::2][:, ::-1], ((64, 64), (0, 0), (0, 0)))
     crowd = Spool.of(from_pixels(np.concatenate([small, face], 1)))
-    chosen = Chooser(ENGINE, RestoreConfig(), known=embed_largest(face)).choose(crowd).selection
+    chosen = Chooser(replace(ENGINE, face=[]), RestoreConfig(), known=embed_largest(face)).choose(crowd).selection
     assert chosen.chosen[0].left > 128 > chosen.others[0].left
 
 
