@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from pfstorer_rt import checks
-from pfstorer_rt.errors import BadFileError, SettingError
+from pfstorer_rt.errors import BadFileError, SettingError, one_line
 from pfstorer_rt.extras import needed_by
-from pfstorer_rt.files import atomic_write, home, inside, is_name, make_folder, show_path
+from pfstorer_rt.files import atomic_write, home, inside, is_name, make_folder, open_plain, show_path
 
 try:
     import fcntl
@@ -37,6 +37,10 @@ QUESTIONS = {
 COLUMNS = ("time", "rater", "picture", "question", "method", "shown")
 """Columns of `votes.csv`; `shown` is the order of the methods on the page of the rater."""
 CONFIDENCE = 0.95
+_LARGEST_VOTES = 1 << 26
+"""Bytes of `votes.csv`. A vote has about 100 bytes, and raters need only the code of the study."""
+_ENCODING = "utf-8", "surrogateescape"
+"""Encoding of `votes.csv`; names of pictures may contain bytes that are not text."""
 _METHODS = (2, 8)
 """Smallest and largest number of methods."""
 
@@ -178,7 +182,8 @@ def trials(study: Study, rater: str) -> list[Trial]:
 def record_vote(study: Study, rater: str, trial: Trial, question: str, method: str) -> None:
     """Append a vote to `votes.csv`; several raters may vote at once, also from several processes.
 
-    Raises `SettingError` for an unknown question or method, or a rater that is no plain name.
+    Raises `SettingError` for an unknown question or method, a rater that is no plain name, and for a study with too
+    many votes.
     """
     if question not in QUESTIONS or method not in study.methods or not is_name(rater):
         raise SettingError(f"vote of {rater[:80]!r} for {method[:80]!r}: not a vote of this study")
@@ -190,19 +195,35 @@ def record_vote(study: Study, rater: str, trial: Trial, question: str, method: s
     try:
         if fcntl:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        head = "" if os.fstat(descriptor).st_size else ",".join(COLUMNS) + "\r\n"
-        os.write(descriptor, (head + text.getvalue()).encode())  # one write: a row is complete or missing
+        size = os.fstat(descriptor).st_size
+        if size > _LARGEST_VOTES:
+            raise SettingError("this study has too many votes; delete it and begin another one")
+        head = "" if size else ",".join(COLUMNS) + "\r\n"
+        os.write(descriptor, (head + text.getvalue()).encode(*_ENCODING))  # one write: a row is complete or missing
     finally:
         os.close(descriptor)
 
 
 def read_votes(study: Study) -> list[dict[str, str]]:
-    """Return the votes; the last vote of a rater on a picture and question replaces earlier ones."""
+    """Return the votes; the last vote of a rater on a picture and question replaces earlier ones.
+
+    Rows that are no votes of this study are left out: the file can be edited by hand. Raises `BadFileError` for a file
+    that is no CSV table.
+    """
     path = study.folder / "votes.csv"
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("method") in study.methods]
+    known = {"method": study.methods, "picture": study.pictures, "question": QUESTIONS}
+    try:
+        with open_plain(path) as file:
+            text = file.read(2 * _LARGEST_VOTES).decode(*_ENCODING)
+        rows = [
+            row
+            for row in csv.DictReader(io.StringIO(text, newline=""))
+            if is_name(row.get("rater")) and all(row.get(column) in values for column, values in known.items())
+        ]
+    except (OSError, ValueError, csv.Error) as error:
+        raise BadFileError(f"{show_path(path)}: cannot be read ({one_line(error)}); correct or delete it") from error
     return list({(row["rater"], row["picture"], row["question"]): row for row in rows}.values())
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -94,6 +95,49 @@ def test_the_last_vote_counts(made):
 def test_wrong_votes_are_refused(made, question, method, rater):
     with pytest.raises(SettingError, match="not a vote of this study"):
         study.record_vote(made, rater, study.trials(made, "a")[0], question, method)
+
+
+def test_rows_that_are_no_votes_of_the_study_do_not_count(made):
+    vote_all(made, "ann")
+    row = f"2026,ann,{made.pictures[0]},quality,ours,a | b"
+    with (made.folder / "votes.csv").open("ab") as file:
+        changes = ("ann", ".."), ("quality", "x"), ("ours", "x"), ("2026", "\xff")
+        for changed in ("", ",,,,,", "a", *(row.replace(*change) for change in changes)):
+            file.write(changed.encode("latin-1") + b"\r\n")
+    assert len(study.read_votes(made)) == len(made.pictures) * 2
+    (made.folder / "votes.csv").write_bytes(b"no,header,of,votes\r\n1,2,3,4\r\n")
+    assert study.read_votes(made) == [] and study.shares(made)[0].votes == 0
+
+
+@pytest.mark.parametrize("content", [b'time,rater\r\n"' + b"x" * 200_000, b"\0\r\na\0b"], ids=["a huge field", "zeros"])
+def test_a_file_of_votes_that_is_no_table_is_one_line_or_empty(made, content):
+    (made.folder / "votes.csv").write_bytes(content)
+    try:
+        assert study.read_votes(made) == []
+    except BadFileError as error:
+        assert "votes.csv" in str(error) and "\n" not in str(error)
+
+
+def test_a_pipe_in_place_of_the_votes_is_not_opened(made):
+    os.mkfifo(made.folder / "votes.csv")
+    assert study.read_votes(made) == []
+
+
+def test_a_study_does_not_fill_the_disk(made, monkeypatch):
+    monkeypatch.setattr(study, "_LARGEST_VOTES", 1000)
+    with pytest.raises(SettingError, match="too many votes"):
+        for number in range(100):
+            vote_all(made, f"rater{number}")
+    assert (made.folder / "votes.csv").stat().st_size < 1300
+
+
+def test_names_that_are_not_text_are_kept(home, tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    made = study.create_study({method: {name: tmp_path / "a.png"} for method in ("ours", "mild")})
+    (trial,) = study.trials(made, "ann")
+    study.record_vote(made, "ann", trial, "quality", "ours")
+    assert study.read_votes(study.open_study(made.code))[0]["picture"] == name
 
 
 def binomial_tail(count, total, share):
