@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from starlette.requests import cookie_parser
+
 from pfstorer_rt.studio.config import LOOPBACK, StudioConfig
 from pfstorer_rt.studio.workspace import Workspace
 
@@ -81,8 +83,8 @@ class Guard:
         """Whether the visitor has entered the token; true where there is none."""
         if self.config.token is None:
             return True
-        cookie = SimpleCookie(headers.get(b"cookie", "")).get(COOKIE)
-        return cookie is not None and same(cookie.value, self.config.token)
+        # `SimpleCookie` raises an error for some names, and other pages of this machine can set cookies of any name.
+        return same(cookie_parser(headers.get(b"cookie", "")).get(COOKIE, ""), self.config.token)
 
     def enters(self, scope: Scope) -> bool:
         """Whether a request brings the right token in its address."""

@@ -143,6 +143,15 @@ def test_the_token_opens_the_page_and_leaves_the_address(locked):
     assert locked.get("/").status_code == 200
 
 
+@pytest.mark.parametrize("cookie", ["other:app=1", "a/b=1; c", "expires=1", '"', "=", "\xff=\xfe"])
+def test_cookies_of_other_pages_do_no_harm(locked, cookie):
+    locked.get("/", params={"token": TOKEN})
+    mine = locked.cookies[COOKIE]
+    locked.cookies.clear()
+    for header, status in ((cookie, 401), (f"{cookie}; {COOKIE}={mine}", 200), (f"{COOKIE}={mine}; {cookie}", 200)):
+        assert locked.get("/theme.css", headers={"cookie": header.encode("latin-1")}).status_code == status
+
+
 def test_other_machines_need_a_token():
     with pytest.raises(SettingError, match=r"host 0\.0\.0\.0: other machines can reach"):
         StudioConfig(host="0.0.0.0")
