@@ -50,8 +50,10 @@ _PACKET = (
 )
 _SOURCE_TYPE = re.compile(
     r'\s[\w-]+:DigitalSourceType\s*=\s*("[^"]*"|\'[^\']*\')'
-    r"|<([\w-]+:DigitalSourceType)\b(?:[^>]*/>|[^>]*>[^<]*</\2>)"
+    r"|<([\w-]+:DigitalSourceType)\b(?:[^<>]*/>|[^<>]*>[^<]*</\2>)"
 )
+"""The property, as an attribute or an element. An element ends before the next `<`, so that the search for a million
+unfinished ones takes no hours."""
 _TURNED = re.compile(r"(\btiff:Orientation(?:>|\s*=\s*[\"'])\s*)\d+")
 
 

@@ -1,4 +1,5 @@
 import io
+import time
 from xml.etree import ElementTree
 
 import numpy as np
@@ -106,6 +107,17 @@ def test_xmp_that_cannot_be_kept_is_noted(xmp):
     read = load_image(stream(Image.new("RGB", (8, 8)), "WEBP", xmp=xmp))
     assert read.metadata.xmp is None and read.notes == ("XMP unreadable: ignored",)
     assert AI_SOURCE.encode() in read.metadata.marked().xmp
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["<x:DigitalSourceType", "<x:DigitalSourceType>", ' x:DigitalSourceType="', " x:DigitalSourceType", "<x", " ", "x"],
+)
+def test_a_long_packet_of_unfinished_properties_is_read_at_once(piece):
+    xmp = (piece * (1_000_000 // len(piece)) + "</rdf:RDF>").encode()
+    started = time.monotonic()
+    assert AI_SOURCE.encode() in Metadata(xmp=xmp).marked().xmp
+    assert time.monotonic() - started < 2
 
 
 def test_metadata_too_long_for_jpeg_are_left_out_but_the_mark_is_not():
