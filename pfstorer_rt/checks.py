@@ -22,12 +22,14 @@ _SHOWN = 80  # characters of a wrong value in a message
 def read_json(data: bytes | str, most: int) -> Any:
     """Parse JSON from a file; raises `ValueError` for text that is too long, nested too deeply, or no strict JSON.
 
-    most: largest accepted length. Repeated keys, NaN and infinities are no strict JSON.
+    most: largest accepted length. Repeated keys, NaN and infinities are no strict JSON, nor are numbers that overflow.
     """
     if len(data) > most:
         raise ValueError(f"{len(data)} bytes of JSON, expected at most {most}")
     try:
-        return json.loads(data, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
+        return json.loads(
+            data, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant, parse_float=_finite
+        )
     except RecursionError as error:
         raise ValueError("JSON that is nested too deeply") from error
 
@@ -36,6 +38,12 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a repeated key in JSON")
     return found
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text[:_SHOWN]} in JSON")
+    return number
 
 
 def _refuse_constant(text: str) -> float:
@@ -60,7 +68,7 @@ def number(least: float, most: float) -> Check:
     """Return a check for finite numbers from `least` to `most`."""
 
     def check(value: Any, name: str) -> None:
-        if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
+        if type(value) not in (int, float) or not least <= value <= most:  # NaN lies in no range
             raise _wrong(name, value, f"a number from {least:g} to {most:g}")
 
     return check

@@ -10,9 +10,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.errors import BadFileError, MismatchError
 from pfstorer_rt.files import fingerprint_tensors
 from pfstorer_rt.identity import Identity
+from pfstorer_rt.runtime.restorer import Restorer
 
 LAYERS = ["up_blocks.1.attentions.0", "up_blocks.1.attentions.1"]
 
@@ -84,6 +85,7 @@ CHANGES = {
     "fp64": lambda t: t.update({"token": torch.zeros(8, dtype=torch.float64)}),
     "mask of numbers": lambda t: t.update({"mask.0": torch.ones(6).half()}),
     "mask of another length": lambda t: t.update({"mask.0": torch.ones(5, dtype=torch.bool)}),
+    "mask without a token": lambda t: t["mask.0"].fill_(False),
     "shape": lambda t: t.update({"reference.1": torch.zeros(6).half()}),
     "empty": lambda t: t.update({"token": torch.zeros(0).half()}),
     "another block": lambda t: t.update({"blocks.2.gamma": torch.zeros(4).half()}),
@@ -114,6 +116,8 @@ def test_unknown_tensors_of_an_identity_are_refused(refused, change):
         ("settings", '{"rank": -1}'),
         ("settings", '{"rank": 1000000000}'),
         ("settings", '{"rank": NaN}'),
+        ("settings", '{"train": {"clip": 1e999}}'),
+        ("gamma", '{"a": {"max": 1%s}}' % ("0" * 400)),
         ("settings", '{"rank": "0"}'),
         ("settings", '{"subject_prompt": 7}'),
         ("references", "{}"),
@@ -178,3 +182,34 @@ def test_line_breaks_and_terminal_escapes_in_metadata_are_not_printed(refused):
 
 def test_a_long_setting_is_not_printed_in_full(refused):
     assert "ref_source='xxx" in refused(settings=json.dumps({"ref_source": "x" * 5000}))
+
+
+WRONG = {
+    "another rank": lambda identity: identity.settings.update(rank=3),
+    "fewer weights": lambda identity: identity.tensors.pop("blocks.0.block.ff.net.0.proj.weight"),
+    "another width": lambda identity: identity.tensors.update({"blocks.1.gamma": torch.zeros(3).half()}),
+    "another reference": lambda identity: identity.tensors.update({"reference.1": torch.zeros(64, 3).half()}),
+    "more weights": lambda identity: identity.tensors.update({"blocks.0.x\x1b": torch.zeros(3).half()}),
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_tensors_of_other_networks_are_refused_when_an_identity_is_used(
+    nano_base, make_nano_identity, tmp_path, change
+):
+    identity = make_nano_identity()
+    WRONG[change](identity)
+    if "reference.1" in identity.tensors:
+        identity.tensors["mask.1"] = torch.ones(len(identity.tensors["reference.1"]), dtype=torch.bool)
+    loaded = Identity.load(identity.save(tmp_path / "a.safetensors"))
+    with pytest.raises(MismatchError, match="identity 'alice' does not fit its base") as caught:
+        Restorer.from_base(nano_base, loaded, device="cpu")
+    assert len(str(caught.value)) < 300
+
+
+def test_an_identity_without_settings_is_used_with_the_defaults(nano_base, make_nano_identity, tmp_path):
+    identity = make_nano_identity()
+    identity.settings = {}
+    loaded = Identity.load(identity.save(tmp_path / "a.safetensors"))
+    with Restorer.from_base(nano_base, loaded, device="cpu"):
+        pass
