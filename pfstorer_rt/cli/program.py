@@ -117,15 +117,17 @@ def run(arguments: list[str] | None = None) -> None:
     """
     from pfstorer_rt.console import echo, escape_unencodable, open_closed_streams
 
-    open_closed_streams()
-    escape_unencodable()
-    if os.environ.get("PFSTORER_DEBUG"):
-        cli.main(arguments, prog_name="pfstorer-rt")
-    quiet_libraries()
-    if sys.stdin.isatty():
-        encryption.ask = partial(click.prompt, "passphrase of the identity", hide_input=True, err=True)
     watch_signals()
+    if os.environ.get("PFSTORER_DEBUG"):
+        open_closed_streams()
+        escape_unencodable()
+        cli.main(arguments, prog_name="pfstorer-rt")
     try:
+        open_closed_streams()
+        escape_unencodable()
+        quiet_libraries()
+        if sys.stdin.isatty():
+            encryption.ask = partial(click.prompt, "passphrase of the identity", hide_input=True, err=True)
         cli.main(arguments, prog_name="pfstorer-rt", standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
