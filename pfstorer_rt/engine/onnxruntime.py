@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pfstorer_rt.arrays import HostArray
-from pfstorer_rt.engine.session import Closed, Session
-from pfstorer_rt.errors import BadFileError, MissingBackendError, one_line
-from pfstorer_rt.files import show_path
+from pfstorer_rt.engine.session import Closed, Session, not_loaded
+from pfstorer_rt.errors import MissingBackendError, one_line
 from pfstorer_rt.plan import Plan
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -154,5 +153,4 @@ def open_component(plan: Plan, component: str, provider: str | None = None) -> O
     except MissingBackendError:
         raise
     except Exception as error:  # ONNX Runtime has one exception type per status
-        reason = one_line(error)
-        raise BadFileError(f"{show_path(plan.path)}: ONNX Runtime cannot load the {component} ({reason})") from error
+        raise not_loaded(plan, component, "ONNX Runtime", error) from error

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from pfstorer_rt.arrays import HostArray
-from pfstorer_rt.engine.session import Closed, Session
-from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError, SettingError, one_line
+from pfstorer_rt.engine.session import Closed, Session, not_loaded
+from pfstorer_rt.errors import MissingBackendError, PFStorerError, SettingError
 from pfstorer_rt.extras import install
-from pfstorer_rt.files import cache_home, check_fingerprint, inside, make_folder, show_path
+from pfstorer_rt.files import cache_home, check_fingerprint, inside, make_folder
 from pfstorer_rt.plan import Plan
 
 PRECISIONS = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
@@ -175,5 +175,4 @@ def open_component(plan: Plan, component: str, provider: str | None = None) -> O
                 return OpenVinoSession(path, provider, make_cache_folder(plan))
         return OpenVinoSession(plan.read(component), provider, make_cache_folder(plan))
     except RuntimeError as error:
-        reason = one_line(error)
-        raise BadFileError(f"{show_path(plan.path)}: OpenVINO cannot load the {component} ({reason})") from error
+        raise not_loaded(plan, component, "OpenVINO", error) from error

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pfstorer_rt.arrays import Array, HostArray
-from pfstorer_rt.errors import MissingBackendError, SettingError
+from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError, SettingError, one_line
 from pfstorer_rt.extras import needed_by
+from pfstorer_rt.files import show_path
 from pfstorer_rt.plan import Plan
 
 if TYPE_CHECKING:
@@ -92,10 +93,18 @@ class TensorSession(Session):
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error of an engine means too little memory, judged by its type or text."""
     words = (
-        "out of memory", "outofmemory", "bad_alloc", "bad allocation", "can't allocate memory", "failed to allocate",
-        "alloc_failed", "memoryallocation",
+        "out of memory", "outofmemory", "bad_alloc", "bad allocation", "can't alloc", "failed to allocate",
+        "alloc_failed", "memoryallocation", "resource temporarily unavailable",  # the last: no memory for a thread
     )  # fmt: skip
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
+def not_loaded(plan: Plan, component: str, library: str, error: Exception) -> PFStorerError:
+    """Return the error for a component that a library cannot load: too little memory, or a damaged payload."""
+    name = show_path(plan.path)
+    if out_of_memory(error):
+        return PFStorerError(f"{name}: too little memory to load the {component}; close other programs")
+    return BadFileError(f"{name}: {library} cannot load the {component} ({one_line(error)})")
 
 
 class Backend(NamedTuple):

@@ -1,8 +1,10 @@
 import json
+import re
 import stat
 import sys
 import zipfile
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -16,7 +18,7 @@ from pfstorer_rt.engine import onnxruntime as ort_engine
 from pfstorer_rt.engine.openvino import OpenVinoSession, make_cache_folder
 from pfstorer_rt.engine.session import BACKENDS, Backend, choose_backend, open_session
 from pfstorer_rt.engine.torch import open_sessions
-from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, SettingError
+from pfstorer_rt.errors import BadFileError, MismatchError, MissingBackendError, PFStorerError, SettingError
 from pfstorer_rt.files import sha256_bytes
 from pfstorer_rt.models.components import encoder, manifest
 from pfstorer_rt.ops import math, sdpa
@@ -191,6 +193,27 @@ def test_sessions_are_closed_with_the_restorer(base_plan):
         session.run(latent=np.zeros((1, 4, 8, 8), np.float32))
     with pytest.raises(SettingError, match="closed; open the plan again"):
         session.run(latent=np.zeros((1, 4, 8, 8), np.float32))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    ("reason", "kind", "words"),
+    [
+        ("can't alloc", PFStorerError, "too little memory to load the encoder; close other programs"),
+        ("no kernel", BadFileError, "cannot load the encoder (no kernel)"),
+    ],
+)
+def test_a_component_that_cannot_be_loaded(base_plan, monkeypatch, backend, reason, kind, words):
+    module = import_module(BACKENDS[backend].module)
+    session = {"onnxruntime": "OnnxRuntimeSession", "openvino": "OpenVinoSession"}[backend]
+
+    def fail(*_, **__):
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(module, session, fail)
+    with pytest.raises(PFStorerError, match=re.escape(words)) as caught:
+        open_session(base_plan, "encoder", backend)
+    assert type(caught.value) is kind and "\n" not in str(caught.value)
 
 
 def test_a_torch_session_returns_arrays_without_gradients(nano_base):

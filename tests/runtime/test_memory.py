@@ -114,7 +114,9 @@ def test_tiles_are_halved_down_to_a_smallest_size():
         "CUDA failure 2: out of memory ; GPU=0",
         "cudaErrorMemoryAllocation",
         "std::bad_alloc",
+        "Exception from src/inference/src/dev/plugin.cpp:54: can't alloc",
+        "Exception from src/inference/src/dev/plugin.cpp:54: Resource temporarily unavailable",
     ],
 )
-def test_memory_errors_of_a_gpu_are_recognised(text):
+def test_memory_errors_of_engines_are_recognised(text):
     assert out_of_memory(RuntimeError(text)) and not out_of_memory(RuntimeError("an illegal memory access"))
