@@ -18,7 +18,7 @@ from pfstorer_rt.arrays import HostArray
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.engine.session import choose_backend
 from pfstorer_rt.errors import MismatchError, MissingBackendError, ParityError, SettingError
-from pfstorer_rt.files import sha256_bytes, sha256_file, work_folder
+from pfstorer_rt.files import real_path, sha256_bytes, sha256_file, work_folder
 from pfstorer_rt.identity import Identity, identity_path
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.models.components import Component, components, manifest
@@ -141,7 +141,7 @@ def export_plan(
     )
     if builder:
         described.tools[target] = builder.library.version
-    with work_folder(near=output.resolve().parent) as folder:
+    with work_folder(near=real_path(output).parent) as folder:
         exported = export_components(loaded, identity, precision, builder is None, Path(folder), progress)
         del loaded  # a builder needs several times the memory of the weights
         gc.collect()

@@ -87,9 +87,14 @@ def inside(root: Path, *names: str) -> Path:
     (`is_name`) or a symbolic link leads outside the folder.
     """
     path = root.joinpath(*names)
-    if not all(map(is_name, names)) or not path.resolve().is_relative_to(root.resolve()):
+    if not all(map(is_name, names)) or not real_path(path).is_relative_to(real_path(root)):
         raise SettingError(f"{show_path(path)}: leads out of {show_path(root)}")
     return path
+
+
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of a file without links; unlike `Path.resolve`, it accepts a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def show_path(path: str | os.PathLike[str]) -> str:
@@ -112,7 +117,7 @@ def atomic_write(path: str | os.PathLike[str], mode: int | None = None) -> Itera
     Raises PFStorerError if the file cannot be written. An OSError about another file inside the block propagates
     unchanged.
     """
-    target = Path(os.path.realpath(path))
+    target = real_path(path)
     try:
         _refuse_special(target)
         sweep_once(target.parent)
@@ -145,7 +150,7 @@ def check_target(path: Path) -> None:
         pass
     except OSError as error:
         raise _write_error(path, error) from error
-    folder = Path(os.path.realpath(path)).parent  # the path may be a link to a file in another folder
+    folder = real_path(path).parent  # the path may be a link to a file in another folder
     if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
         raise _write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
@@ -193,7 +198,7 @@ def move_file(source: Path, target: str | os.PathLike[str]) -> None:
 
     Symbolic links are followed. Raises PFStorerError if the file cannot be renamed.
     """
-    place = Path(os.path.realpath(target))
+    place = real_path(target)
     try:
         _refuse_special(place)
         os.replace(source, place)

@@ -277,3 +277,13 @@ def test_paths_outside_the_folder_are_refused(tmp_path):
     (root / "link").symlink_to(tmp_path)
     with pytest.raises(ValueError, match="leads out of"):
         files.inside(root, "link")
+
+
+def test_a_link_to_itself_is_no_folder_and_no_crash(tmp_path):
+    (tmp_path / "root").mkdir()
+    loop = tmp_path / "root" / "loop"
+    loop.symlink_to(loop)
+    assert files.real_path(loop).name == "loop"
+    assert files.inside(tmp_path / "root", "loop") == loop
+    with pytest.raises(PFStorerError, match="cannot be written"), files.atomic_write(loop / "a"):
+        pass

@@ -12,6 +12,7 @@ import click
 
 from pfstorer_rt.cli.options import SEED, flag
 from pfstorer_rt.console import echo, note
+from pfstorer_rt.files import real_path
 
 if TYPE_CHECKING:
     from pfstorer_rt.evaluation.report import Report
@@ -127,7 +128,7 @@ def name_folders(outputs: Sequence[str]) -> dict[str, Path]:
     for text in outputs:
         name, found, folder = text.partition("=")
         path = Path(folder if found and not Path(text).is_dir() else text)
-        name = name if found and not Path(text).is_dir() else path.resolve().name
+        name = name if found and not Path(text).is_dir() else real_path(path).name
         if not name or name in folders or name in ("input", "original"):
             raise click.UsageError(f"--outputs {text}: the name {name!r} is taken or empty; give NAME=DIR")
         folders[name] = path

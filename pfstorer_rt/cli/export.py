@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pfstorer_rt.console import echo
+from pfstorer_rt.files import real_path
 
 if TYPE_CHECKING:
     from pfstorer_rt.export.build import Progress
@@ -92,9 +93,9 @@ def command(
 
     if output.exists() and not overwrite:
         raise SettingError(f"{output}: exists already; choose another name or allow overwriting", setting="overwrite")
-    if not output.resolve().parent.is_dir():
+    if not real_path(output).parent.is_dir():
         raise PFStorerError(f"{output}: its folder does not exist; create it first")
-    if not os.access(output.resolve().parent, os.W_OK):
+    if not os.access(real_path(output).parent, os.W_OK):
         raise PFStorerError(f"{output}: cannot be written (permission denied); choose another folder")
     from pfstorer_rt.export import export_plan
     from pfstorer_rt.export.tensorrt import BuildOptions

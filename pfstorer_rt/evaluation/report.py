@@ -110,7 +110,7 @@ class Report:
         }
         for name, text in texts.items():
             with atomic_write(folder / name) as handle:
-                handle.write(text.encode())
+                handle.write(text.encode(errors="backslashreplace"))  # a name may contain bytes that are not text
 
     def csv(self) -> str:
         """Return one line per method and image; an empty cell is a missing value."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfstorer_rt.errors import SettingError
+from pfstorer_rt.files import real_path
 from pfstorer_rt.imaging.find import RESULT_SUFFIX, Note, is_result, list_images, names_of, note_left_out
 from pfstorer_rt.imaging.formats import SAVE_FORMATS
 from pfstorer_rt.imaging.metadata import is_marked
@@ -174,10 +175,10 @@ def _is_inside(source: Path | None, output: str | None, inputs: Sequence[str]) -
     """Whether an image is in the folder of results and that folder is inside an input folder."""
     if source is None or output is None or output == STREAM:
         return False
-    results = Path(os.path.realpath(output))
-    folders = [Path(text).resolve() for text in inputs if Path(text).is_dir()]
+    results = real_path(output)
+    folders = [real_path(text) for text in inputs if Path(text).is_dir()]
     below = results not in folders and any(results.is_relative_to(folder) for folder in folders)
-    return below and results in Path(os.path.realpath(source)).parents
+    return below and results in real_path(source).parents
 
 
 def find_clashes(jobs: Sequence[Job], kept: Collection[Path] = ()) -> dict[Job, SettingError]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from pfstorer_rt.errors import SettingError
 from pfstorer_rt.faces.references import References
+from pfstorer_rt.files import real_path
 from pfstorer_rt.imaging.files import image_size
 from pfstorer_rt.runtime.batch import Outcome
 from pfstorer_rt.studio.comparison import Comparison
@@ -115,7 +116,7 @@ class Workspace:
         return [self._take(Path(file), folder) for file in files]
 
     def _take(self, file: Path, folder: Path) -> Path:
-        if not file.resolve().is_relative_to(self.folder.resolve()):
+        if not real_path(file).is_relative_to(real_path(self.folder)):
             raise SettingError(f"{file.name}: not a file that was dropped on this page")
         if file.stat().st_size > self.limits.file_bytes:
             size, most = file.stat().st_size >> 20, self.limits.file_bytes >> 20

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pfstorer_rt.errors import SettingError
 from pfstorer_rt.faces.dlib import to_uint8
-from pfstorer_rt.files import show_path
+from pfstorer_rt.files import real_path, show_path
 from pfstorer_rt.imaging.files import save_image
 from pfstorer_rt.training.framing import Reference
 
@@ -30,7 +30,7 @@ GAP = 10
 
 def check_place(path: Path, photographs: Sequence[Path]) -> None:
     """Raise `ValueError` for a sheet in a folder of photographs, where it would become a photograph of the next run."""
-    if path.resolve().parent in {photograph.resolve().parent for photograph in photographs}:
+    if real_path(path).parent in {real_path(photograph).parent for photograph in photographs}:
         raise SettingError(
             f"{show_path(path)}: this folder contains reference photographs; expected another folder for the sheet",
             setting="contact_sheet",

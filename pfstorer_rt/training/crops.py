@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +39,7 @@ class CropConfig:
 
 def split_holdout(paths: list[Path], share: float) -> tuple[list[Path], list[Path]]:
     """Split into (training, held out) by a hash of each file name, independently of the other files."""
-    held = [p for p in paths if int(hashlib.sha256(p.name.encode()).hexdigest()[:8], 16) < share * 2**32]
+    held = [p for p in paths if int(hashlib.sha256(os.fsencode(p.name)).hexdigest()[:8], 16) < share * 2**32]
     return [p for p in paths if p not in set(held)], held
 
 

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import os
 from html.parser import HTMLParser
 
 import pytest
@@ -154,3 +155,10 @@ def test_write_replaces_all_four_files(report, tmp_path):
     names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
     assert names == ["index.html", "results.csv", "results.md", "summary.json"]
     assert (tmp_path / "new" / "folder" / "results.csv").read_text() == report.csv()
+
+
+def test_names_that_are_not_text_do_not_stop_the_report(simple, tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    Report([Row(name, name, {"psnr": 20.0, "ssim": 0.5, "musiq": None})], simple, [name], {}).write(tmp_path)
+    assert "caf\\udce9" in (tmp_path / "results.csv").read_text()
+    assert json.loads((tmp_path / "summary.json").read_text())

@@ -287,6 +287,7 @@ def test_held_out_photographs_depend_only_on_their_names(tmp_path):
     assert 20 < len(held) < 60 and sorted([*train, *held]) == sorted(paths)
     assert split_holdout(paths[::2], 0.1)[1] == [p for p in paths[::2] if p in set(held)]
     assert split_holdout(paths, 0.0)[1] == []
+    assert split_holdout([tmp_path / os.fsdecode(b"caf\xe9.png")], 1.0)[0] == [], "a name that is no text"
 
 
 @pytest.mark.parametrize(("stage", "config"), [("wrapping", WrappingConfig()), ("finishing", FinishingConfig())])

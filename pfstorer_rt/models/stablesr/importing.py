@@ -14,7 +14,7 @@ from torch import nn
 from pfstorer_rt.base_files import fingerprint_directory, read_network
 from pfstorer_rt.config import PRESETS, BaseConfig
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.files import show_path
+from pfstorer_rt.files import real_path, show_path
 from pfstorer_rt.models.base import assemble, check_room, write_base
 from pfstorer_rt.models.cfw import LEVELS
 from pfstorer_rt.models.stablesr.checkpoint import read_checkpoint
@@ -78,7 +78,7 @@ def import_base(
     """
     if output.exists() and not output.is_dir():
         raise BadFileError(f"{show_path(output)}: a file; a base is a folder, choose another name", setting="output")
-    if sd is not None and Path(sd).is_dir() and output.resolve() == Path(sd).resolve():
+    if sd is not None and Path(sd).is_dir() and real_path(output) == real_path(sd):
         raise BadFileError(
             f"{show_path(output)}: the new base would replace its SD 2.1 source files; choose another folder"
         )
