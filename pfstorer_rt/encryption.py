@@ -72,4 +72,5 @@ def _cipher(passphrase: str, salt: bytes) -> Any:
 def _key(passphrase: str, salt: bytes) -> bytes:
     if not passphrase:
         raise PFStorerError("an empty passphrase; choose one of several words")
-    return hashlib.scrypt(passphrase.encode(), salt=salt, n=_COST, r=8, p=1, maxmem=_MEMORY, dklen=32)
+    words = passphrase.encode(errors="surrogateescape")  # an environment variable may contain bytes that are not UTF-8
+    return hashlib.scrypt(words, salt=salt, n=_COST, r=8, p=1, maxmem=_MEMORY, dklen=32)

@@ -8,7 +8,7 @@ import secrets
 from pathlib import Path
 
 from pfstorer_rt.errors import BadFileError
-from pfstorer_rt.files import atomic_write, home, make_folder, show_path
+from pfstorer_rt.files import atomic_write, home, make_folder, open_plain, show_path
 
 KEY_BYTES = 32
 
@@ -36,15 +36,17 @@ def _digest(key: bytes, data: bytes) -> str:
 def _read_key() -> bytes | None:
     path = key_path()
     try:
-        key = path.read_bytes()
+        with open_plain(path) as file:
+            key = file.read(KEY_BYTES + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise BadFileError(f"{show_path(path)}: the signing key cannot be read ({reason})") from error
     if len(key) != KEY_BYTES:
+        size = f"{len(key)}" if len(key) < KEY_BYTES else "more"
         raise BadFileError(
-            f"{show_path(path)}: a signing key has {KEY_BYTES} bytes, this has {len(key)}; "
+            f"{show_path(path)}: a signing key has {KEY_BYTES} bytes, this has {size}; "
             "delete it and export the TensorRT plans again"
         )
     return key

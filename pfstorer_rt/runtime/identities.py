@@ -152,7 +152,7 @@ def find_kept(name: str | Path) -> Kept:
     present = [checkpoint] if checkpoint.is_file() and (named or _is_checkpoint(checkpoint)) else []
     present += [crops] if crops.is_dir() and (named or _is_crops(crops)) else []
     present += [kept_plan(path)] if named and kept_plan(path).is_file() else []
-    present += [path] if path.is_file() else []
+    present += [path] if path.is_file() or (named and path.is_symlink()) else []  # a link may lead nowhere
     if not present:
         raise BadFileError(no_such_identity(path))
     networks, notes = _compiled_networks(path)
