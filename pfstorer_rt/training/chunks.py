@@ -87,9 +87,12 @@ def record(samples: Samples, arrays: Arrays, work: Path, done: int) -> None:
 
 
 def finished_samples(samples: Samples, work: Path) -> int:
-    """Return how many samples an earlier call with the same mark has written."""
-    counter = work / f"{samples.title}.json"
-    if not counter.exists() or not all((work / f"{name}.npy").exists() for name in samples.arrays):
+    """Return how many samples an earlier call with the same mark has written; 0 if one of its files is damaged."""
+    try:
+        found = json.loads((work / f"{samples.title}.json").read_text())
+        done = int(found["done"]) if found["signature"] == samples.mark else 0
+        arrays = {name: np.load(work / f"{name}.npy", mmap_mode="r") for name in samples.arrays if done}
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         return 0
-    found = json.loads(counter.read_text())
-    return int(found["done"]) if found["signature"] == samples.mark else 0
+    whole = all(arrays[name].shape == (samples.count, *shape) for name, (_, shape) in samples.arrays.items() if done)
+    return done if whole and 0 <= done <= samples.count else 0

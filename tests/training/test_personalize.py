@@ -133,6 +133,26 @@ def test_crops_are_made_once_and_deleted_with_the_training(learn, interrupted, t
     assert not folder.exists()
 
 
+DAMAGE = {
+    "no JSON": ("crops.json", lambda data: b"{"),
+    "other JSON": ("crops.json", lambda data: b"[1]"),
+    "too many": ("crops.json", lambda data: data.replace(b": 3,", b": 300,")),
+    "cut array": ("latents.npy", lambda data: data[:300]),
+    "empty array": ("latents.npy", lambda data: b""),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_crops_are_made_again(learn, interrupted, tmp_path, kind):
+    interrupted("a")
+    name, damage = DAMAGE[kind]
+    path = tmp_path / "a.crops" / name
+    before = path.read_bytes()
+    path.write_bytes(damage(before))
+    assert path.read_bytes() != before
+    assert same(learn("a", iterations=6), learn("whole", iterations=6))
+
+
 def test_another_number_of_iterations_resumes_exactly_while_the_rate_is_constant(learn, interrupted):
     for iterations in (5, 9):
         notes = []
