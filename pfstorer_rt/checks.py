@@ -81,9 +81,12 @@ def boolean(value: Any, name: str) -> None:
 
 
 def text(longest: int = 200, pattern: str | None = None, expected: str = "") -> Check:
-    """Return a check for strings that match a pattern entirely. expected: description of the pattern."""
+    """Return a check for strings that match a pattern entirely. expected: description of the pattern.
+
+    Without a pattern, zeros and halves of surrogate pairs, which no encoding accepts, are refused.
+    """
     expected = expected or f"text of at most {longest} characters"
-    compiled = re.compile(pattern or r"[^\0]*", re.DOTALL)
+    compiled = re.compile(pattern or r"[^\0\ud800-\udfff]*", re.DOTALL)
 
     def check(value: Any, name: str) -> None:
         if type(value) is not str or len(value) > longest or not compiled.fullmatch(value):

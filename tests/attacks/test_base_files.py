@@ -61,6 +61,7 @@ WRONG = [
     (("personalize",), {"evil": 1}),
     (("personalize",), []),
     (("prompt",), "x" * 100_000),
+    (("prompt",), "\ud800"),
     (("evil",), 1),
 ]
 

@@ -120,6 +120,7 @@ def test_unknown_tensors_of_an_identity_are_refused(refused, change):
         ("gamma", '{"a": {"max": 1%s}}' % ("0" * 400)),
         ("settings", '{"rank": "0"}'),
         ("settings", '{"subject_prompt": 7}'),
+        ("settings", '{"subject_prompt": "\\ud800 {}"}'),
         ("references", "{}"),
         ("references", "[]"),
         ("references", "[null]"),
