@@ -78,9 +78,11 @@ sbom: .venv/ready .cache/tools/ready
 		> docs/licences.md
 	$(TOOLS)/pip-licenses --python $(BIN)/python --from=mixed --format=markdown | tr -s ' -' >> docs/licences.md
 
-# Known vulnerabilities of the locked packages; needs the advisory service of PyPI.
+# Known vulnerabilities of the locked packages. `--strict`: without an answer of PyPI about a package, pip-audit would
+# leave the package out and report success.
 audit: .cache/tools/ready
-	$(TOOLS)/pip-audit --require-hashes --disable-pip -r requirements.lock
+	@$(TOOLS)/pip-audit --strict --require-hashes --disable-pip -r requirements.lock || { echo \
+		'audit failed: a vulnerability was found, or PyPI did not answer for every package; see the lines above' >&2; exit 1; }
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 UNLOCKED = {"setuptools", "torch", "triton"}
@@ -60,3 +63,15 @@ def test_the_list_of_packages_has_the_locked_versions():
     assert len(versions) > 70
     for name, version in versions.items():
         assert name in UNLOCKED or name not in lock or version in [entry[0] for entry in lock[name]], name
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_an_audit_without_an_answer_for_every_package_fails_in_one_line(tmp_path, status):
+    """`pip-audit` leaves out packages about which PyPI does not answer, unless it is strict."""
+    tool = tmp_path / "pip-audit"
+    tool.write_text(f'#!/bin/sh\necho "$@"\nexit {status}\n')
+    tool.chmod(0o755)
+    command = ["make", "-s", "-C", ROOT, "-o", ".cache/tools/ready", "audit", f"TOOLS={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "--strict" in done.stdout.split() and (done.returncode == 0) == (status == 0)
+    assert done.stderr.startswith("audit failed: ") == bool(status)
