@@ -187,18 +187,16 @@ def read_ahead(
     read: Callable[[int, int], Read], spans: Iterable[tuple[int, int]], threads: int = THREADS
 ) -> Iterator[Read]:
     """Yield `read(start, stop)` of every span in order; threads compute the next ones meanwhile, one each."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[Read]] = deque()
-        try:
-            for span in spans:
-                waiting.append(pool.submit(read, *span))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool, waiting = ThreadPoolExecutor(threads), deque[Future[Read]]()
+    try:
+        for span in spans:
+            waiting.append(pool.submit(read, *span))
+            if len(waiting) > threads:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # without waiting: Python ignores a Ctrl-C that comes while it frees an unfinished generator
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def read_whole(rows: Rows) -> Band:

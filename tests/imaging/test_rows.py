@@ -113,3 +113,19 @@ def test_several_threads_read_one_temporary_file():
     spool = Spool(512, 64, in_memory=0)
     spool.write(0, image)
     assert np.array_equal(np.concatenate(list(read_ahead(spool.read, [(n, n + 1) for n in range(512)], 4)), 1), image)
+
+
+def test_an_unfinished_reader_is_freed_without_waiting_for_its_threads():
+    resume = threading.Event()
+
+    def read(start, stop):
+        assert start == 0 or resume.wait(10)
+        return start
+
+    reading = read_ahead(read, [(n, n + 1) for n in range(8)], threads=1)
+    assert next(reading) == 0
+    freed = threading.Thread(target=reading.close)
+    freed.start()
+    freed.join(5)
+    assert not freed.is_alive()
+    resume.set()
