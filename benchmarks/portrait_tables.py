@@ -153,7 +153,7 @@ images are the references, unless the row states another number.
 
 Two people are a small sample. The open start of the blocks makes the results more similar to the person than gamma = 0
 does, most of all where the image shows little of the person. It is then as good as DreamBooth, which changes the whole
-UNet, on images reduced to a quarter, and better on images reduced to an eighth. With the recipe of the paper, the blocks
+UNet, on images reduced to a quarter, and better on an eighth. With the recipe of the paper, the blocks
 hardly learn on this base. Its learning rate of 5e-5 is for the wider layers of Stable Diffusion.
 
 † dlib's embeddings were a loss of all rows except Input, Base and the recipe of the paper. No row had the recognizer of

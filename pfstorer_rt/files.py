@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -260,8 +261,8 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise PFStorerError(
-            f"{show_path(path)}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; free some space or "
-            "choose another folder"
+            f"{show_path(path)}: {math.ceil(needed / 1e6)} MB are needed, {free // 10**6} MB are free; "
+            "free some space or choose another folder"
         )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.files import sha256_file
-from pfstorer_rt.identity import Identity, list_identities
+from pfstorer_rt.identity import Identity, is_encrypted, list_identities
 from pfstorer_rt.imaging.find import find_images, without_results
 from pfstorer_rt.plan import DEFAULT_BASE
 from pfstorer_rt.runtime.batch import BatchConfig, OnOutcome, OnStep, Outcome, restore_files
@@ -64,7 +64,7 @@ def identity_of(person: Path, base: Base, note: Callable[[str], None] = lambda _
     from pfstorer_rt.training.personalize import instant_identity
 
     photos = without_results(find_images([person], note), note)
-    if found := stored_identity(photos, base):
+    if found := stored_identity(photos, base, note):
         note(f"identity {found.name}: learned from these photographs before{iterations_of(found)}")
         return found
     if base.prior is None:
@@ -83,17 +83,20 @@ def iterations_of(identity: Identity) -> str:
     return f", in {count} iterations" if isinstance(count, int) else ""
 
 
-def stored_identity(photos: Sequence[Path], base: Base) -> Identity | None:
+def stored_identity(
+    photos: Sequence[Path], base: Base, note: Callable[[str], None] = lambda _: None
+) -> Identity | None:
     """Return the identity in the user's data directory that was learned on a base from exactly these photographs.
 
     Photographs that learning leaves out may be among `photos`, whether the identity was learned from them or not.
+    note: called with a line for each encrypted identity that cannot be opened.
     """
     from pfstorer_rt.config import PersonalizeConfig
     from pfstorer_rt.training.personalize import choose_references
 
     digests = {path: sha256_file(path) for path in photos}
     wanted = set(digests.values())
-    candidates = {file: set(known) for file, known in _stored(base.fingerprint) if set(known) <= wanted}
+    candidates = {file: set(known) for file, known in _stored(base.fingerprint, note) if set(known) <= wanted}
     if candidates and wanted not in candidates.values():  # finding the faces takes seconds
         used, _ = choose_references(photos, base, PersonalizeConfig.for_base(base.config))
         wanted = {digests[path] for path in used}
@@ -104,12 +107,18 @@ def stored_identity(photos: Sequence[Path], base: Base) -> Identity | None:
     return None
 
 
-def _stored(base_fingerprint: str) -> Iterator[tuple[Path, tuple[str, ...]]]:
+def _stored(base_fingerprint: str, note: Callable[[str], None]) -> Iterator[tuple[Path, tuple[str, ...]]]:
     """Yield the files of the identities in the user's data directory that belong to a base, and their references."""
     for file in list_identities():
         try:
             identity = Identity.load(file, tensors=False)
         except BadFileError:  # `identities verify` reports damaged files
+            with suppress(BadFileError):
+                if is_encrypted(file):
+                    note(
+                        f"identity {file.stem} is encrypted and was not compared with the photographs; if it is this "
+                        "person, set PFSTORER_PASSPHRASE to its passphrase"
+                    )
             continue
         if identity.base_fingerprint == base_fingerprint:
             yield file, identity.references

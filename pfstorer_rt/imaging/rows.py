@@ -6,6 +6,7 @@ Image files and public functions use (H, W, C) pixels in [0, 1].
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -140,8 +141,8 @@ def check_temporary_space(needed: int) -> None:
         raise _disk_error(error) from error
     if free < needed:
         raise PFStorerError(
-            f"the temporary files of this image need {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free; "
-            "free some space or set TMPDIR to another folder"
+            f"the temporary files of this image need {math.ceil(needed / 1e6)} MB, and {folder} has "
+            f"{free // 10**6} MB free; free some space or set TMPDIR to another folder"
         )
 
 

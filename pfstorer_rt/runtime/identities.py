@@ -43,8 +43,8 @@ def verify_identity(name: str | Path, photographs: Sequence[Path] = ()) -> list[
     """
     path = identity_path(name)
     if not path.is_file() and (left := find_kept(name).files):  # raises where nothing is left
-        what = "deleted, but a part is left"
-        return [Check(False, f"{what}: {show_path(file)}; delete the identity again") for file in left]
+        advice = "finish its training with `personalize`, or delete it with `identities rm`"
+        return [Check(False, f"no identity, but a part is left: {show_path(file)}; {advice}") for file in left]
     identity = Identity.load(path)
     finite = all(bool(t.isfinite().all()) for t in identity.tensors.values() if t.is_floating_point())
     checks = [

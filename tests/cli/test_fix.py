@@ -77,6 +77,18 @@ def test_fix_uses_the_identity_where_a_photograph_is_left_out(run, known, alice,
     assert "identity bob" not in run(*call).err, "a photograph that would be used"
 
 
+def test_fix_names_an_encrypted_identity_that_it_cannot_open(
+    run, known, alice, photos, save, tmp_path, people, monkeypatch
+):
+    monkeypatch.setenv("PFSTORER_PASSPHRASE", "a long passphrase")
+    assert run("personalize", "--identity", "bob", "--base", known, *photos).status == 0
+    call = ("fix", save(tmp_path / "old.png"), "--person", alice, "--base", known, "--overwrite")
+    assert "identity bob: learned from these photographs" in run(*call).err
+    monkeypatch.delenv("PFSTORER_PASSPHRASE")
+    done = run(*call)
+    assert done.status == 0 and "identity bob is encrypted" in done.err and "PFSTORER_PASSPHRASE" in done.err
+
+
 def test_fix_uses_an_identity_of_all_photographs(run, known, alice, photos, save, tmp_path, people):
     Image.open(photos[0]).resize((36, 40)).save(alice / "copy.png")
     learned = run("personalize", "--identity", "bob", "--base", known, alice, "--keep-all")

@@ -242,6 +242,6 @@ def test_verify_lists_all_files_of_an_identity_and_what_a_deletion_left(run, peo
     assert f"also on this machine: {people / 'alice.training.pt'}" in shown
     (people / "alice.safetensors").unlink()
     left = run("identities", "verify", "alice")
-    assert left.status == 1 and "deleted, but a part is left" in left.out and "alice.training.pt" in left.out
+    assert left.status == 1 and "no identity, but a part is left" in left.out and "alice.training.pt" in left.out
     assert run("identities", "rm", "alice", "--yes").status == 0
     assert run("identities", "verify", "alice").status == 2

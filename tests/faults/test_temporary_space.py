@@ -46,7 +46,7 @@ def test_an_image_without_space_fails_before_its_first_tile_and_the_next_is_rest
     )
     assert [outcome.status for outcome in done] == ["done", "failed", "done"]
     error = done[1].report()["error"]
-    assert error.startswith("the temporary files of this image need 0.00 GB") and "TMPDIR" in error
+    assert error.startswith("the temporary files of this image need 1 MB") and "TMPDIR" in error
     assert ("1.png", 0) in steps and ("1.png", 1) not in steps, "no tile was computed"
     set_free_space(3 * 4 * 160 * 160)
     assert restore_files(personal, tmp_path / "in" / "1.png", tmp_path / "out", BatchConfig(ONE_STEP))[0].error is None
