@@ -21,7 +21,7 @@ import psutil
 from common import machine, write
 
 from pfstorer_rt.imaging.files import save_image
-from pfstorer_rt.imaging.rows import Pixels
+from pfstorer_rt.imaging.rows import Band
 
 
 class Waves:
@@ -30,10 +30,10 @@ class Waves:
     def __init__(self, side: int) -> None:
         self.height = self.width = side
 
-    def read(self, start: int, stop: int) -> Pixels:
+    def read(self, start: int, stop: int) -> Band:
         """Return rows start..stop-1."""
-        y, x = np.arange(start, stop)[:, None, None], np.arange(self.width)[None, :, None]
-        return (0.5 + 0.25 * np.sin(x / 37 + np.arange(3)) + 0.2 * np.cos(y / 53)).astype(np.float32)
+        y, x, channel = np.arange(start, stop)[None, :, None], np.arange(self.width), np.arange(3)[:, None, None]
+        return (0.5 * np.sin(x / 37 + channel) + 0.4 * np.cos(y / 53)).astype(np.float32)
 
 
 @click.command()
