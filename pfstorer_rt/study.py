@@ -143,9 +143,8 @@ def open_study(code: str) -> Study:
         entry = checks.read_json((folder / "study.json").read_text(), 1 << 20)
         methods, pictures = tuple(entry["methods"]), tuple(entry["pictures"])
         checks.list_of(checks.text(200), 100)(entry["methods"], "methods")
-        checks.list_of(checks.text(1000, r"[^\0]*"), 10_000)(
-            entry["pictures"], "pictures"
-        )  # file names, perhaps not text
+        # File names may contain bytes that are not text.
+        checks.list_of(checks.text(1000, r"[^\0]*"), 10_000)(entry["pictures"], "pictures")
         checks.whole(0, 1000)(entry["references"], "references")
     except OSError as error:
         raise unknown from error

@@ -15,7 +15,7 @@ from pfstorer_rt.imaging.rows import IN_MEMORY, TALL, THREADS, Spool
 from pfstorer_rt.runtime.coarse import Passes
 from pfstorer_rt.runtime.layout import Layout
 from pfstorer_rt.runtime.restorer import Restorer
-from pfstorer_rt.runtime.tiled_networks import KEPT, Codec, run
+from pfstorer_rt.runtime.tiled_networks import are_kept, run, wanted_features
 
 PILLOW_BYTES = 4
 """Bytes per pixel that Pillow keeps while it decodes or encodes an image."""
@@ -55,9 +55,9 @@ class Forecaster:
         self._moments = [time.perf_counter()]
         restorer.restore_rows(wide, short, lambda done, total: self._moments.append(time.perf_counter()))
         self._calibrated = restorer.layout(wide.height, wide.width, short)
-        codec = Codec(restorer.sessions["encoder"], restorer.sessions["decoder"], self._calibrated.codec, 1)
-        encoded = run(codec.encoder, {"image": np.zeros((1, 3, tile, tile), np.float32)})
-        self._feature_bytes = sum(encoded[name].nbytes for name in codec.wanted) / tile**2  # per pixel of a tile
+        encoded = run(restorer.sessions["encoder"], {"image": np.zeros((1, 3, tile, tile), np.float32)})
+        wanted = wanted_features(restorer.sessions["decoder"])
+        self._feature_bytes = sum(encoded[name].nbytes for name in wanted) / tile**2  # per pixel of a tile
         self._resident = psutil.Process().memory_info().rss
 
     def predict(self, height: int, width: int, passes: Passes | None = None) -> Forecast:
@@ -72,7 +72,7 @@ class Forecaster:
         known = self._calibrated
         took = np.diff(self._moments)
         codec_scale = self._codec_pixels(layout) / self._codec_pixels(known)
-        again = self._features(layout) > KEPT  # the decoder's pass then encodes every tile again
+        again = not are_kept(layout.codec, self._features(layout))  # the decoder's pass encodes every tile again
         codec = ((1 + again) * took[0] + took[-1]) * codec_scale
         denoise = took[1:-1].sum() / (known.denoiser_tiles * known.recipe.steps)
         return float(layout.codec_tiles * codec + layout.denoiser_tiles * layout.recipe.steps * denoise)
@@ -93,7 +93,7 @@ class Forecaster:
         activations = 3 * 64 * 4 * self._codec_pixels(layout) * max(0.0, 1 - 1 / codec_scale)
         latents = LATENT_COPIES * 4 * m.latent_channels * canvas // m.factor**2
         features = self._features(layout)
-        kept = features if features <= KEPT and not layout.codec.whole else 0
+        kept = features if are_kept(layout.codec, features) and not layout.codec.whole else 0
         rows = 3 * 4 * 6 * THREADS * width * (TALL + 2 * WAVELET_REACH)
         spooled = min(3 * IN_MEMORY, 2 * 12 * canvas)
         pillow = PILLOW_BYTES * max(pixels, canvas)

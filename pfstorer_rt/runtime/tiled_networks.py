@@ -31,6 +31,16 @@ KEPT = 384 << 20
 """Largest size in bytes of the features that are kept for the decoder. Computing them again costs an encoder's pass."""
 
 
+def are_kept(tiles: CodecTiles, size: float) -> bool:
+    """Whether the features of all tiles, of `size` bytes, are kept for the decoder: those of one tile always are."""
+    return tiles.whole or size <= KEPT
+
+
+def wanted_features(decoder: Session) -> list[str]:
+    """Return the names of the features that a decoder reads; empty without feature wrapping."""
+    return [name for name in decoder.inputs if name.startswith("features_")]
+
+
 class Encoded:
     """An encoded canvas: `latents`, its `mean` and, of a variational encoder, `std`, as numpy arrays (1, C, h, w)."""
 
@@ -55,11 +65,6 @@ class Codec(NamedTuple):
     factor: int
     """Pixels per latent pixel."""
 
-    @property
-    def wanted(self) -> list[str]:
-        """The features that the decoder reads; empty without feature wrapping."""
-        return [name for name in self.decoder.inputs if name.startswith("features_")]
-
     def images(self, style: Rows) -> Iterator[Band]:
         """Yield the image (1, 3, H, W) of every tile, row by row from the top; each band is read once."""
         f, (height, width) = self.factor, self.tiles.sides
@@ -71,7 +76,7 @@ class Codec(NamedTuple):
     def encode(self, style: Rows, done: Done) -> Encoded:
         """Encode a canvas; keeps the features of all tiles for the decoder, if they are not too large."""
         latents: dict[str, Latent] = {}
-        features, images = deque[Arrays](), self.images(style)
+        features, wanted, images = deque[Arrays](), wanted_features(self.decoder), self.images(style)
         for top, (row, below) in self.tiles.rows:
             for left, (column, right) in self.tiles.columns:
                 found = run(self.encoder, {"image": next(images)})
@@ -80,9 +85,8 @@ class Codec(NamedTuple):
                     latents.setdefault(name, np.empty((1, tile.shape[1], *self.tiles.shape), np.float32))
                     kept = tile[..., row - top : below - top, column - left : right - left]
                     latents[name][..., row:below, column:right] = kept
-                wanted = {name: found[name] for name in self.wanted}
-                if self.tiles.whole or len(self.tiles) * sum(array.nbytes for array in wanted.values()) <= KEPT:
-                    features.append(wanted)
+                if are_kept(self.tiles, len(self.tiles) * sum(found[name].nbytes for name in wanted)):
+                    features.append({name: found[name] for name in wanted})
                 done(1)
         return Encoded(latents, self.tiles, features)
 
@@ -92,11 +96,12 @@ class Codec(NamedTuple):
         With feature wrapping these are the features of the LQ image and their weight, otherwise none. Features that
         were not kept, or belong to other tiles, are computed again. Kept features are freed after their use.
         """
-        if not self.wanted:
+        wanted = wanted_features(self.decoder)
+        if not wanted:
             yield from repeat({})
         again = (run(self.encoder, {"image": image}) for image in self.images(style))
         for found in encoded.release(self.tiles) or again:
-            yield {**{name: found[name] for name in self.wanted}, "cfw_weight": np.full(1, weight, np.float32)}
+            yield {**{name: found[name] for name in wanted}, "cfw_weight": np.full(1, weight, np.float32)}
 
     def decode(self, latent: Latent, features: Iterator[Arrays], done: Done) -> Spool:
         """Decode a latent to a canvas."""

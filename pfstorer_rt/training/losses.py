@@ -21,12 +21,13 @@ def repeated_error(output: torch.Tensor, target: torch.Tensor, cell: int) -> tor
     """Mean absolute error that repeats from cell to cell, such as a grid of dots that a decoder adds.
 
     output, target: (B, C, H, W). cell: side in pixels of what one latent pixel decodes to. The error is averaged over
-    `CELLS` x `CELLS` neighbouring cells, so that only a pattern of their period is left, without its mean.
+    `CELLS` x `CELLS` neighbouring cells, or as many as there are, so that only a pattern of their period is left,
+    without its mean.
     """
-    side = CELLS * cell
-    height, width = (n // side * side for n in output.shape[-2:])
-    error = (output - target)[..., :height, :width]
-    cells = error.unflatten(-1, (-1, CELLS, cell)).unflatten(-4, (-1, CELLS, cell)).mean((-5, -2))
+    height, width = output.shape[-2:]
+    rows, columns = min(CELLS, height // cell), min(CELLS, width // cell)
+    error = (output - target)[..., : height - height % (rows * cell), : width - width % (columns * cell)]
+    cells = error.unflatten(-1, (-1, columns, cell)).unflatten(-4, (-1, rows, cell)).mean((-5, -2))
     return (cells - cells.mean((-3, -1), keepdim=True)).abs().mean()
 
 

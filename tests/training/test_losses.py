@@ -4,7 +4,7 @@ import torch
 from pfstorer_rt.training.losses import repeated_error
 
 
-@pytest.mark.parametrize("size", [(64, 96), (70, 100)])  # also a size that is no multiple of the cells
+@pytest.mark.parametrize("size", [(64, 96), (70, 100), (16, 24)])  # also no multiple of the cells, and fewer cells
 def test_the_repeated_error_of_a_grid_of_dots_is_its_deviation_from_its_mean(size):
     image = torch.rand(2, 3, *size)
     dots = torch.zeros(1, 1, *size)
