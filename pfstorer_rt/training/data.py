@@ -26,15 +26,23 @@ def read_photo(path: Path) -> torch.Tensor:
 def random_crop(
     image: torch.Tensor, size: int, rng: np.random.Generator, zoom: float = 1.5, flip: bool = True, wide: float = 1.0
 ) -> torch.Tensor:
-    """Crop a random square and resize it, without alignment to the face (PFStorer section 4.1).
+    """Crop a `random_square` and resize it: (3, H, W) in [0, 1] to (3, size, size) in [0, 1]."""
+    return resize_square(random_square(image, rng, zoom, flip, wide), size)
 
-    image: (3, H, W) in [0, 1]. The side of the crop is the short side divided by U(1 / wide, zoom); the photograph is
-    mirror-padded where the crop is larger. Returns (3, size, size) in [0, 1], flipped half of the time when `flip`.
+
+def random_square(
+    image: torch.Tensor, rng: np.random.Generator, zoom: float = 1.5, flip: bool = True, wide: float = 1.0
+) -> torch.Tensor:
+    """Crop a random square (3, s, s) out of (3, H, W), without alignment to the face (PFStorer section 4.1).
+
+    The side is the short side divided by U(1 / wide, zoom); the photograph is mirror-padded where the square is larger.
+    flip: half of the squares are flipped left to right.
     """
     side = max(1, round(min(image.shape[-2:]) / rng.uniform(1.0 / wide, zoom)))
     image = mirror_beyond_edges(image, side)
     top, left = (int(rng.integers(0, n - side + 1)) for n in image.shape[-2:])
-    return resize_square(image[:, top : top + side, left : left + side], size, flip and rng.random() < 0.5)
+    square = image[:, top : top + side, left : left + side]
+    return square.flip(-1) if flip and rng.random() < 0.5 else square
 
 
 def mirror_beyond_edges(image: torch.Tensor, side: int) -> torch.Tensor:
@@ -54,10 +62,8 @@ def center_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     return resize_square(image[:, top : top + side, left : left + side], size)
 
 
-def resize_square(image: torch.Tensor, size: int, flip: bool = False) -> torch.Tensor:
-    """Resize (3, s, s) in [0, 1] to (3, size, size), flipped left to right when `flip`."""
-    if flip:
-        image = image.flip(-1)
+def resize_square(image: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize (3, s, s) in [0, 1] to (3, size, size)."""
     if image.shape[-1] == size:
         return image.contiguous()
     resized = resize_bicubic(image[None] * 2 - 1, (size, size), antialias=size < image.shape[-1])

@@ -16,7 +16,7 @@ from pfstorer_rt.degradation.degrade import LEVELS, DegradationConfig, degrade
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.chunks import Samples, make_arrays
-from pfstorer_rt.training.data import Batch, center_crop, draw_timesteps, random_crop
+from pfstorer_rt.training.data import Batch, center_crop, draw_timesteps, random_square, resize_square
 from pfstorer_rt.training.image_loss import draw_views, face_maps, has_image_losses
 
 CHUNK = 8
@@ -69,8 +69,11 @@ def make_pool(
         pairs = []
         for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, size)):
             rng = np.random.default_rng([config.train.seed, 4, i])
-            hq = random_crop(photos[i % len(photos)], tile, rng, ZOOM)
-            pairs.append(torch.stack([hq, degrade(hq, reduced(level, config.largest_sf, rng), rng)]))
+            square = random_square(photos[i % len(photos)], rng, ZOOM)
+            # Restoration enlarges small images to a tile, so small crops are degraded before they are enlarged.
+            hq = resize_square(square, min(square.shape[-1], tile))
+            lq = degrade(hq, reduced(level, config.largest_sf, rng), rng)
+            pairs.append(torch.stack([resize_square(image, tile) for image in (hq, lq)]))
         return {"pairs": torch.stack(pairs)}
 
     def finish(chunk: Batch) -> dict[str, npt.NDArray[Any]]:
