@@ -10,7 +10,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError
+from pfstorer_rt.errors import BadFileError, MissingBackendError
 
 PACKAGES = (
     "torch",
@@ -67,7 +67,11 @@ def diagnose() -> Diagnosis:
     from pfstorer_rt.files import home
     from pfstorer_rt.identity import list_identities
 
-    gpu, home_refusal = gpu_name(), refusal(list_identities, BadFileError)
+    gpu = gpu_name()
+    try:
+        identities, home_refusal = len(list_identities()), None
+    except BadFileError as error:
+        identities, home_refusal = 0, str(error)
     backends = {name: partial(choose_backend, name, backend.targets[0]) for name, backend in BACKENDS.items()}
     return Diagnosis(
         machine={
@@ -94,7 +98,7 @@ def diagnose() -> Diagnosis:
         bases=shipped_bases(),
         home=str(home()),
         home_refusal=home_refusal,
-        identities=0 if home_refusal else len(list_identities()),
+        identities=identities,
         packages={name: installed(name) for name in PACKAGES},
     )
 
@@ -147,11 +151,11 @@ def attention_refusals(device: str) -> dict[str, str | None]:
     return {name: refusal(partial(choose, name, device)) for name in BACKENDS}
 
 
-def refusal(attempt: Callable[[], object], kind: type[PFStorerError] = MissingBackendError) -> str | None:
-    """Return why an attempt fails with an error of a kind, or None when it succeeds."""
+def refusal(attempt: Callable[[], object]) -> str | None:
+    """Return why an attempt fails with a `MissingBackendError`, or None when it succeeds."""
     try:
         attempt()
-    except kind as error:
+    except MissingBackendError as error:
         return str(error)
     return None
 

@@ -40,6 +40,16 @@ def test_a_data_directory_that_cannot_be_read_is_one_line(run, refused, monkeypa
         assert "this folder cannot be read" in refused(2, "identities", "list")
 
 
+def test_doctor_lists_the_identities_once(run, people, monkeypatch):
+    from pfstorer_rt import identity
+
+    lists = []
+    listed = identity.list_identities
+    monkeypatch.setattr(identity, "list_identities", lambda: lists.append(1) or listed())
+    report = json.loads(run("doctor", "--json").out)
+    assert (report["identities"], report["home_refusal"], len(lists)) == (1, None, 1)
+
+
 def test_doctor_names_the_packages_to_install(run, monkeypatch):
     for name in ("openvino", "stlpips_pytorch"):
         monkeypatch.setitem(sys.modules, name, None)
