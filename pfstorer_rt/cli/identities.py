@@ -32,7 +32,8 @@ def list_command(as_json: bool) -> None:
       pfstorer-rt identities list --json
     """
     from pfstorer_rt.cli.inspect import megabytes
-    from pfstorer_rt.errors import BadFileError
+    from pfstorer_rt.errors import PFStorerError
+    from pfstorer_rt.files import show_path
     from pfstorer_rt.identity import Identity, identities_dir, list_identities, list_unfinished
 
     paths, unfinished = list_identities(), list_unfinished()
@@ -41,10 +42,10 @@ def list_command(as_json: bool) -> None:
     for path in paths:
         try:
             identity = Identity.load(path, tensors=False)
-        except BadFileError as error:
-            echo(
-                json.dumps({"name": path.stem, "error": str(error)}) if as_json else f"{path.stem}  unreadable: {error}"
-            )
+        except PFStorerError as error:
+            reason = str(error).removeprefix(f"{show_path(path)}: ")
+            text = reason if reason.startswith("encrypted") else f"unreadable: {reason}"
+            echo(json.dumps({"name": path.stem, "error": str(error)}) if as_json else f"{path.stem}  {text}")
             continue
         report: dict[str, Any] = {
             "name": path.stem,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pfstorer_rt.base_files import find_base, fingerprint_directory
-from pfstorer_rt.errors import BadFileError, SettingError
+from pfstorer_rt.errors import PFStorerError, SettingError
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.identity import Identity, kept_plan, list_identities, named_identity
 from pfstorer_rt.plan import Plan
@@ -63,7 +63,7 @@ class Engines:
             try:
                 if Identity.load(path, tensors=False).base_fingerprint == self.fingerprint:
                     names.append(path.stem)
-            except BadFileError:  # shown in the tab of people
+            except PFStorerError:  # shown in the tab of people
                 continue
         return names
 

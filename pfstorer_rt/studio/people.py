@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
-from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError, one_line
+from pfstorer_rt.errors import PFStorerError, SettingError, one_line
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.faces.dlib import to_uint8
 from pfstorer_rt.identity import Identity, list_identities, list_unfinished, named_identity, training_files
@@ -203,7 +203,7 @@ def known_people(engines: Engines) -> list[Known]:
     for path in list_identities():
         try:
             identity = Identity.load(path, tensors=False)
-        except BadFileError as error:
+        except PFStorerError as error:
             found.append(Known(path.stem, str(error)))
             continue
         photographs = len(identity.references)

@@ -1,6 +1,7 @@
 """`identities`: list, show, verify and rm."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +15,18 @@ def test_list_includes_unreadable_identities(run, people):
     assert rows[0]["method"] == "pfstorer" and rows[0]["references"] == 1 and "error" in rows[1]
     text = run("identities", "list")
     assert text.status == 0 and "alice  pfstorer on nano" in text.out and "broken  unreadable" in text.out
+
+
+def test_list_names_encrypted_identities(run, people, monkeypatch):
+    monkeypatch.setenv("PFSTORER_PASSPHRASE", "correct horse battery staple")
+    assert run("identities", "encrypt", "alice").status == 0
+    for passphrase, words in (("", "; give its passphrase in"), ("another", " with another passphrase, or changed;")):
+        monkeypatch.setenv("PFSTORER_PASSPHRASE", passphrase)
+        listed = run("identities", "list")
+        assert listed.status == 0 and listed.out.startswith(f"alice  encrypted{words}") and "unreadable" not in listed.out
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers.aead", None)
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    assert "pfstorer-rt[encrypt]" in run("identities", "list").out
 
 
 def test_listing_no_identities_succeeds(run, monkeypatch, tmp_path):

@@ -141,3 +141,14 @@ def test_export_and_import(workspace, session, engines, alice):
     with pytest.raises(BadFileError):
         people.import_file(workspace, session, str(dropped), "eve")
     assert [person.name for person in people.known_people(engines)] == ["alice"]
+
+
+def test_an_encrypted_person_is_named_without_the_extra_that_decrypts(engines, home, nano_identity, monkeypatch):
+    import sys
+
+    nano_identity.save(home / "identities" / "alice.safetensors", "correct horse battery staple")
+    monkeypatch.setenv("PFSTORER_PASSPHRASE", "correct horse battery staple")
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers.aead", None)
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    (alice,) = people.known_people(engines)
+    assert alice.name == "alice" and "pfstorer-rt[encrypt]" in alice.text and engines.people() == []
