@@ -146,7 +146,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many exception types on damaged files
-        raise BadFileError(f"{path}: no file of PyTorch weights ({one_line(error)})") from error
+        raise BadFileError(f"{path}: not readable; expected a file of PyTorch weights: copy it again") from error
     return weights
 
 

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from pfstorer_rt.config import TrainConfig
-from pfstorer_rt.errors import BadFileError, MismatchError, PFStorerError, one_line
+from pfstorer_rt.errors import BadFileError, MismatchError, PFStorerError
 from pfstorer_rt.files import atomic_write, show_path
 from pfstorer_rt.progress import CancelledError, OnProgress, StageProgress, ignore_progress
 from pfstorer_rt.training.capture import RecordedStep, Recorder
@@ -175,19 +175,28 @@ def read_checkpoint(path: Path, signature: str) -> dict[str, Any]:
 
     Raises `BadFileError` for a damaged file, `MismatchError` for a checkpoint of other settings.
     """
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["signature"]
-    except Exception as error:  # torch.load raises many error types for a damaged file
-        reason = one_line(error)
-        raise BadFileError(
-            f"{show_path(path)}: not a readable training checkpoint ({reason}); delete it to start again"
-        ) from error
-    if found != signature:
+    state = read_state(path)
+    if state["signature"] != signature:
         raise MismatchError(
             f"{show_path(path)}: made with other settings or photographs; repeat the original call to resume it, or "
             "delete the file to start again"
         )
+    return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read the state of any training; raises `BadFileError` for a damaged file."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"iteration", "iterations", "signature", "parameters", "average", "optimizer", "scaler"} <= state.keys():
+            raise ValueError("parts are missing")
+    except PermissionError as error:
+        raise BadFileError(f"{show_path(path)}: cannot be read (permission denied); check its permissions") from error
+    except Exception as error:  # torch.load raises many error types for a damaged file
+        raise BadFileError(
+            f"{show_path(path)}: {path.stat().st_size} bytes that are no complete training checkpoint; expected the "
+            "file that the interrupted training wrote: delete it to start again"
+        ) from error
     return state
 
 

@@ -37,7 +37,7 @@ from pfstorer_rt.training.joint import (
     for_device,
     short_training,
 )
-from pfstorer_rt.training.loop import Training, log_to, run_training, signature
+from pfstorer_rt.training.loop import Training, log_to, read_state, run_training, signature
 from pfstorer_rt.training.lpips import Lpips
 from pfstorer_rt.training.photo_store import PhotoStore
 from pfstorer_rt.training.prior import ReferenceObjective, block_groups, feature_scales, keep_prior
@@ -282,7 +282,7 @@ def load_discriminator(objective: JointObjective, checkpoint: Path) -> None:
 
     Raises `BadFileError` for a checkpoint without one.
     """
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["parameters"]
+    state = read_state(checkpoint)["parameters"]
     start = "discriminator."
     tensors = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
     if objective.discriminator is None or not tensors:

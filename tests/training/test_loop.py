@@ -144,13 +144,26 @@ def other_state(_):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("damage", [cut, foreign, other_state, lambda _: b""])
+def without_iterations(data):
+    import io
+
+    state = torch.load(io.BytesIO(data), weights_only=True)
+    del state["iterations"]
+    torch.save(state, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("damage", [cut, foreign, other_state, without_iterations, lambda _: b""])
 def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
     fit(tmp_path / "a")
     path = tmp_path / "a" / "state.pt"
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(BadFileError, match="delete it"):
+    path.write_bytes(damaged := damage(path.read_bytes()))
+    with pytest.raises(BadFileError) as refused:
         fit(tmp_path / "a")
+    assert str(refused.value) == (
+        f"{path}: {len(damaged)} bytes that are no complete training checkpoint; expected the file that the "
+        "interrupted training wrote: delete it to start again"
+    )
 
 
 def test_a_second_interruption_acts_at_once():

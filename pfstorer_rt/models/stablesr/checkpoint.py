@@ -12,7 +12,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from pfstorer_rt.errors import BadFileError, one_line
+from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.files import show_path
 from pfstorer_rt.models.stablesr.conversion import Tensors
 
@@ -109,9 +109,9 @@ def read_checkpoint(path: Path) -> Tensors:
     except BadFileError as error:
         raise BadFileError(f"{show_path(path)}: {error}") from error
     except Exception as error:  # torch and safetensors raise many error types for a damaged file
-        reason = one_line(error)
         raise BadFileError(
-            f"{show_path(path)}: not a readable .ckpt or .safetensors file ({reason}); copy it again"
+            f"{show_path(path)}: {path.stat().st_size} bytes that are no readable checkpoint; expected a complete "
+            ".ckpt or .safetensors file: copy it again"
         ) from error
     state = data.get("state_dict", data) if isinstance(data, Mapping) else {}
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and isinstance(k, str)}

@@ -192,7 +192,7 @@ def test_a_large_index_in_a_pickle_takes_no_memory(tmp_path):
     """The unpickler in C allocates an array of twice this length for its memo."""
     (tmp_path / "x.ckpt").write_bytes(b"\x80\x02]r" + (2**25).to_bytes(4, "little") + b".")
     tracemalloc.start()
-    with pytest.raises(BadFileError, match="not a readable"):
+    with pytest.raises(BadFileError, match="no readable checkpoint"):
         read_checkpoint(tmp_path / "x.ckpt")
     assert tracemalloc.get_traced_memory()[1] < 20 << 20
     tracemalloc.stop()
@@ -222,7 +222,8 @@ def test_lightning_objects_are_ignored_and_optimizer_state_is_not_read(tmp_path,
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps({"state_dict": {}})])
 def test_damaged_checkpoints_are_bad_files(tmp_path, content):
     (tmp_path / "x.ckpt").write_bytes(content)
-    with pytest.raises(BadFileError, match=r"x\.ckpt"):
+    expected = rf"x\.ckpt: {len(content)} bytes that are no readable checkpoint; .*: copy it again|x\.ckpt: no tensors"
+    with pytest.raises(BadFileError, match=expected):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
