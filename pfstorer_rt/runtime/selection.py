@@ -41,6 +41,14 @@ class Area(NamedTuple):
         across = np.maximum(self.left - x, x - self.left - self.width).clip(0)
         return (np.hypot(down[:, None], across) / min(self.width, self.height)).astype(np.float32)
 
+    def meets(self, other: Area) -> bool:
+        """Whether the centre of one of two rectangles is inside the other one."""
+        return self._has_centre_of(other) or other._has_centre_of(self)
+
+    def _has_centre_of(self, other: Area) -> bool:
+        y, x = other.top + other.height / 2 - self.top, other.left + other.width / 2 - self.left
+        return 0 <= y <= self.height and 0 <= x <= self.width
+
 
 ApplyTo = Literal["matching", "all", "largest"] | Area
 """Where the identity acts: on the face that resembles the person, in the whole image, on the largest face, or on one
@@ -168,13 +176,10 @@ class Chooser:
             return Choice()
         if isinstance(self.apply_to, Area):
             _check_inside(self.apply_to, source)
-            return self._select(source, self.apply_to, ())
+            return self._with_remark(source, self._select(source, self.apply_to, ()))
         if not self.searches:
             return Choice()
-        assert self.find is not None
-        pixels, scale = reduced(source)
-        faces = list(self.find(pixels))
-        areas = [Area(face.left / scale, face.top / scale, face.side / scale, face.side / scale) for face in faces]
+        faces, areas = self._found_in(source)
         if self.apply_to == "largest":
             nearest, remark = (0 if faces else None), "no face found"
         else:
@@ -184,6 +189,22 @@ class Chooser:
         if len(faces) == 1:
             return Choice()
         return self._select(source, areas[nearest], areas[:nearest] + areas[nearest + 1 :])
+
+    def _found_in(self, source: Rows) -> tuple[list[Face], list[Area]]:
+        """Return the faces of an image, and their rectangles in its pixels."""
+        assert self.find is not None
+        pixels, scale = reduced(source)
+        faces = list(self.find(pixels))
+        return faces, [Area(*(n / scale for n in (face.left, face.top, face.side, face.side))) for face in faces]
+
+    def _with_remark(self, source: Rows, choice: Choice) -> Choice:
+        """Add a note to the choice of a rectangle in which no face is found."""
+        if self.find is None or choice.selection is None:
+            return choice
+        (chosen,) = choice.selection.chosen
+        if any(face.meets(chosen) for face in self._found_in(source)[1]):
+            return choice
+        return Choice(choice.selection, ("no face found in the rectangle; the identity acts there",))
 
     def _nearest(self, faces: Sequence[Face]) -> tuple[int | None, str]:
         """Return the number of the face that resembles the person, or None and a remark."""

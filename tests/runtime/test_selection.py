@@ -144,6 +144,19 @@ def test_the_largest_face_and_a_rectangle_can_be_chosen(choose):
         choose([], "everybody")
 
 
+def test_a_rectangle_without_a_face_gets_a_note(choose):
+    for faces, area, noted in (
+        ([STRANGER], Area(0, 30, 40, 40), False),
+        ([STRANGER], Area(0, 0, 300, 100), False),  # a face in a large rectangle
+        ([STRANGER, ALICE], Area(75, 45, 5, 5), False),  # a part of the second face
+        ([STRANGER, ALICE], Area(200, 30, 40, 40), True),
+        ([], Area(0, 30, 40, 40), True),
+    ):
+        found = choose(faces, area)
+        assert found.selection.chosen == (area,)
+        assert found.notes == ("no face found in the rectangle; the identity acts there",) * noted
+
+
 @pytest.mark.parametrize(
     "area", [(0, 0, np.nan, 5), (0, 0, 5, np.inf), (np.nan, 0, 5, 5), (0, 0, 10**400, 5), ("0", 0, 5, 5)]
 )
