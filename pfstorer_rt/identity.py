@@ -314,6 +314,8 @@ def identity_path(name_or_file: str | Path) -> Path:
     Raises `ValueError` for an invalid name.
     """
     text = str(name_or_file)
+    if text.endswith(".plan"):
+        raise SettingError(f"{show_path(text)}: a plan, expected an identity; a plan contains its identity already")
     if text.endswith(".safetensors") or os.sep in text:
         return Path(text)
     return named_identity(text)

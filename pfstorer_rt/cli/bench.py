@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from pfstorer_rt.cli.options import Number
+from pfstorer_rt.cli.options import Number, check_plan
 from pfstorer_rt.console import echo
 from pfstorer_rt.errors import SettingError
 from pfstorer_rt.runtime.bench import SIZES, BenchConfig, BenchReport, measure_plan
@@ -66,6 +66,7 @@ def command(
       pfstorer-rt bench --engine alice.plan --json
       pfstorer-rt bench --engine alice.plan --size 512 --csv bench.csv --plot bench.png
     """
+    check_plan(engine)
     for path in (table, plot):
         if path and path.exists() and not overwrite:
             message = f"{path}: exists already; choose another name or allow overwriting"

@@ -4,6 +4,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
@@ -39,6 +40,27 @@ def parse_place(ctx: click.Context, param: click.Parameter, value: str) -> Any:
         expected = "expected matching, all, largest, or four whole numbers X,Y,W,H with a width and a height above 0"
         raise click.BadParameter(f"{value[:80]!r}: {expected}", ctx, param)
     return Area(*numbers)
+
+
+def check_plan(name: str) -> None:
+    """Raise `click.UsageError` for an identity or a base in place of a plan, with the command that was meant."""
+    from pfstorer_rt.base_files import shipped_bases
+    from pfstorer_rt.files import is_name
+    from pfstorer_rt.identity import named_identity
+
+    file, given = Path(name), shlex.quote(name)
+    if file.is_file() and file.suffix != ".safetensors":
+        return
+    if file.is_file() or (is_name(name) and file.suffix != ".safetensors" and named_identity(name).is_file()):
+        raise click.UsageError(
+            f"{name}: an identity, expected a plan; to export it: `pfstorer-rt export --identity {given} -o "
+            f"{shlex.quote(file.stem + '.plan')}`; to restore without a plan: --base portrait --identity {given}"
+        )
+    if name in shipped_bases() and not file.exists():
+        raise click.UsageError(
+            f"{name}: a base, expected a plan; to export it: `pfstorer-rt export --base {name} -o {name}.plan`; to "
+            f"restore without a plan: --base {name}"
+        )
 
 
 ATTENTION = click.Choice(get_args(Attention))

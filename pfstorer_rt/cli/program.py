@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -141,9 +142,17 @@ def run(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)  # only errors of usage have one
         command = context.command_path if context else "pfstorer-rt"
-        fail(f"{error.format_message()} ({command} --help)", error.exit_code)
+        hint = file_hint(arguments) if isinstance(error, click.NoSuchOption) else ""
+        fail(f"{error.format_message()}{hint} ({command} --help)", error.exit_code)
     except (KeyboardInterrupt, Exception) as error:
         fail(*judge(error, arguments))
+
+
+def file_hint(arguments: list[str] | None) -> str:
+    """Return how to give a file whose name is read as an option; empty if there is no such file."""
+    given = sys.argv[1:] if arguments is None else arguments
+    files = [shlex.quote(f"./{name}") for name in given if name.startswith("-") and os.path.lexists(name)]
+    return f" For the file of this name, give {files[0]}" if files else ""
 
 
 _signals: list[int] = []

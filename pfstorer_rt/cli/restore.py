@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import click
 from click.core import ParameterSource
 
-from pfstorer_rt.cli.options import ATTENTION, SEED, Number, flag, note_strength, parse_place
+from pfstorer_rt.cli.options import ATTENTION, SEED, Number, check_plan, flag, note_strength, parse_place
 from pfstorer_rt.console import echo, note
 from pfstorer_rt.imaging.files import MAX_PIXELS
 
@@ -325,6 +325,8 @@ def check_options(options: Options) -> None:
     both, neither = bool(engines and options.base), not engines and options.base is None
     if neither or (both and options.backend != "torch"):  # with backend torch, a plan may name its base's folder
         raise click.UsageError("give either --engine FILE.plan or --base portrait|DIR")
+    for engine in engines:
+        check_plan(engine)
     if options.identity and engines:
         raise click.UsageError("--identity goes with --base; a plan already contains its identity")
     if len(set(options.labels)) < len(engines):

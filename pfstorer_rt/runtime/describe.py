@@ -34,11 +34,13 @@ def describe(path: str | Path) -> dict[str, Any]:
         if file.suffix != ".plan" and not is_zipfile(file):
             raise BadFileError(f"{path}: neither a base directory, an identity (.safetensors) nor a plan")
         return describe_plan(file)
+    if not file.exists() and file.suffix == ".plan":
+        raise BadFileError(f"{path}: no such file")
     if not file.exists() and os.sep not in path and identity_path(path).is_file():
         return describe_identity(identity_path(path))
     if not file.exists() and path not in shipped_bases():
         known = f"expected a file, a base directory, the name of a shipped base, or an identity; {known_identities()}"
-        raise BadFileError(f"{path}: no such file" if file.suffix == ".plan" else f"{path}: not found; {known}")
+        raise BadFileError(f"{path}: not found; {known}")
     return describe_base(path)
 
 

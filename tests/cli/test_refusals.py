@@ -202,6 +202,43 @@ def test_restoring_with_a_folder_as_the_plan_names_it(refused, nano_base_dir, sa
     refused(2, "restore", "--engine", nano_base_dir, save(tmp_path / "a.png"), words=words)
 
 
+def test_a_file_that_is_named_like_an_option_is_named_with_its_folder(restore, save, tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "-a b.png")
+    refused = restore("-a b.png")
+    assert refused.status == 2 and "give './-a b.png' (pfstorer-rt restore --help)" in refused.errors[0]
+    assert restore("./-a b.png").status == restore("--overwrite", "--", "-a b.png").status == 0
+    assert sorted(tree(tmp_path)) == ["-a b.png", "-a b_restored.png"]
+
+
+@pytest.mark.parametrize("command", [("restore", "a.png"), ("bench",)])
+def test_an_identity_or_a_base_in_place_of_a_plan_gets_the_command_that_was_meant(
+    refused, run, people, tmp_path, monkeypatch, command
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b b.safetensors").write_bytes((people / "alice.safetensors").read_bytes())
+    for name, export, instead in (
+        ("alice", "export --identity alice -o alice.plan", "--base portrait --identity alice"),
+        (
+            "b b.safetensors",
+            "export --identity 'b b.safetensors' -o 'b b.plan'",
+            "--identity 'b b.safetensors'",
+        ),
+        ("portrait", "export --base portrait -o portrait.plan", "--base portrait"),
+    ):
+        words = [f"{name}: a", "expected a plan; to export it: `pfstorer-rt " + export + "`", instead]
+        refused(2, *command, "--engine", name, words=words)
+    refused(2, *command, "--engine", "carol", words=["carol: no such plan"])
+
+
+def test_a_plan_in_place_of_an_identity_is_named(refused, people, quick_plan, nano_base_dir, tmp_path):
+    words = ["alice.plan: a plan, expected an identity"]
+    for name in (quick_plan.path, "alice.plan"):
+        refused(2, "restore", "--base", nano_base_dir, "--identity", name, "a.png", words=words)
+        refused(2, "export", "--base", nano_base_dir, "--identity", name, "-o", tmp_path / "b.plan", words=words)
+        refused(2, "identities", "show", name, words=words)
+
+
 def test_a_wrong_option_refers_to_the_help_of_its_command(refused):
     refused(2, "restore", "--stepz", "a.png", words=["(pfstorer-rt restore --help)"])
     refused(2, "identities", "sow", words=["(pfstorer-rt identities --help)"])
