@@ -51,6 +51,8 @@ def check_plan(name: str) -> None:
     file, given = Path(name), shlex.quote(name)
     if file.is_file() and file.suffix != ".safetensors":
         return
+    if Path(f"{name}.plan").is_file():
+        raise click.UsageError(f"{name}: no such plan; did you mean {name}.plan?")
     if file.is_file() or (is_name(name) and file.suffix != ".safetensors" and named_identity(name).is_file()):
         raise click.UsageError(
             f"{name}: an identity, expected a plan; to export it: `pfstorer-rt export --identity {given} -o "

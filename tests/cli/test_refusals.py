@@ -228,7 +228,9 @@ def test_an_identity_or_a_base_in_place_of_a_plan_gets_the_command_that_was_mean
     ):
         words = [f"{name}: a", "expected a plan; to export it: `pfstorer-rt " + export + "`", instead]
         refused(2, *command, "--engine", name, words=words)
-    refused(2, *command, "--engine", "carol", words=["carol: no such plan"])
+    refused(2, *command, "--engine", "carol", words=["carol: no such plan; check the path"])
+    (tmp_path / "carol.plan").touch()
+    refused(2, *command, "--engine", "carol", words=["carol: no such plan; did you mean carol.plan?"])
 
 
 def test_a_plan_in_place_of_an_identity_is_named(refused, people, quick_plan, nano_base_dir, tmp_path):
