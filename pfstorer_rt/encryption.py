@@ -22,7 +22,7 @@ _SALT, _NONCE, _TAG = 16, 12, 16
 _COST, _MEMORY = 1 << 17, 192 << 20
 
 ask: Callable[[], str] | None = None
-"""Asks the user for the passphrase; None where nobody can answer. The command line sets it."""
+"""Asks the user for the passphrase, an empty answer is none; None where nobody can answer. The command line sets it."""
 
 
 def passphrase_given() -> str | None:
@@ -32,7 +32,7 @@ def passphrase_given() -> str | None:
 
 def passphrase_of_user() -> str | None:
     """Return the passphrase of the environment variable, or else the user's answer; None without both."""
-    return passphrase_given() or (_answer(ask) if ask else None)
+    return passphrase_given() or (_answer(ask) if ask else None) or None
 
 
 @lru_cache(maxsize=1)

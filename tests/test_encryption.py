@@ -89,6 +89,9 @@ def test_the_question_is_asked_once_and_only_without_the_variable(alice, give, m
     Identity.load(alice)
     Identity.load(alice)
     assert len(asked) == 1
+    monkeypatch.setattr(encryption, "ask", lambda: "")
+    with pytest.raises(BadFileError, match="encrypted; give its passphrase"):
+        Identity.load(alice)
     give("another one")
     with pytest.raises(BadFileError):
         Identity.load(alice)

@@ -128,7 +128,8 @@ def run(arguments: list[str] | None = None) -> None:
         escape_unencodable()
         quiet_libraries()
         if sys.stdin.isatty():
-            encryption.ask = partial(click.prompt, "passphrase of the identity", hide_input=True, err=True)
+            question = "passphrase of the identity (Enter: none)"
+            encryption.ask = partial(click.prompt, question, "", hide_input=True, show_default=False, err=True)
         cli.main(arguments, prog_name="pfstorer-rt", standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
