@@ -11,6 +11,7 @@ import numpy as np
 from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding
 from pfstorer_rt.faces.finding import Face, face_finder, nearest_face, reduced
+from pfstorer_rt.files import show_path
 from pfstorer_rt.imaging.files import load_image
 from pfstorer_rt.imaging.find import list_images
 from pfstorer_rt.imaging.rows import Pixels, Rows
@@ -23,7 +24,7 @@ FindFaces = Callable[[Pixels], Sequence[Face]]
 
 
 class References:
-    """Embeddings of one person's face, kept only in memory. `notes` has a line for each file that was not read."""
+    """Embeddings of one person's face, kept only in memory. `notes` has a line for each file without a face."""
 
     def __init__(self, faces: Sequence[Embedding], find: FindFaces | None = None, notes: Sequence[str] = ()) -> None:
         """Raise `MissingBackendError` without the `metrics` extra.
@@ -49,6 +50,7 @@ class References:
                 notes.append(f"reference skipped: {error}")
                 continue
             faces += [face.embedding for face in found[:1]]
+            notes += [] if found else [f"reference skipped: {show_path(file)}: no face found"]
         if not faces:
             raise BadFileError(f"{folder}: no face found in {len(files)} images; expected photographs of the person")
         return cls(faces, find, notes)

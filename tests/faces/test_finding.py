@@ -101,6 +101,15 @@ def test_a_result_farther_from_the_references_than_the_input_gets_a_note(tmp_pat
     assert "notes" not in references.facts(source=grey, result=white)
 
 
+def test_a_reference_without_a_face_gets_a_note(tmp_path):
+    for name, value in (("a.png", 1), ("b.png", 0)):
+        save_image(tmp_path / name, np.full((8, 8, 3), value, np.float32))
+    references = References.read(
+        tmp_path, find=lambda pixels: [Face(0, 0, 8, np.array([pixels.mean()]))] * bool(pixels.max())
+    )
+    assert references.notes == [f"reference skipped: {tmp_path / 'b.png'}: no face found"]
+
+
 def test_an_image_is_searched_once_and_changed_pixels_again(monkeypatch):
     searches = []
     monkeypatch.setattr(finding, "load_dlib", lambda: [lambda image, enlarged: searches.append(image) or [rectangle()]])
