@@ -7,9 +7,8 @@ find it.
 from __future__ import annotations
 
 import os
-from importlib import import_module
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # as in `typing`, whose import takes most of the time before the command line handles Ctrl-C
 if TYPE_CHECKING:
     from pfstorer_rt.config import PersonalizeConfig as PersonalizeConfig
     from pfstorer_rt.config import RestoreConfig as RestoreConfig
@@ -64,6 +63,8 @@ if not TYPE_CHECKING:  # a type checker would accept every name of a module that
     def __getattr__(name: str) -> object:
         if name not in _MODULES:
             raise AttributeError(f"module 'pfstorer_rt' has no attribute {name!r}")
+        from importlib import import_module
+
         from pfstorer_rt.extras import needed_by
 
         with needed_by(name, {"degrade": "torch", "evaluate": "metrics"}.get(name, "train")):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from types import FrameType
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (`program.run`). Ctrl-C during the first imports ends the process at once, status 130."""
-    # A command in the background ignores SIGINT, and only the main thread can set handlers.
+    # A command in the background ignores SIGINT.
     watched = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    watched = watched and threading.current_thread() is threading.main_thread()
-    if watched:
-        signal.signal(signal.SIGINT, _leave)
+    try:
+        if watched:
+            signal.signal(signal.SIGINT, _leave)
+    except ValueError:  # only the main thread can set handlers
+        watched = False
     try:
         from pfstorer_rt.cli.program import run
     finally:
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     run(arguments)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _leave(number: int, frame: object) -> None:
     """End the process: nothing was begun, and an exception during an import becomes another error or a traceback."""
     os.write(2, b"Error: Interrupted.\n")
     os._exit(130)

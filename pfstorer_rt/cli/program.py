@@ -118,12 +118,13 @@ def run(arguments: list[str] | None = None) -> None:
     """
     from pfstorer_rt.console import echo, escape_unencodable, open_closed_streams
 
-    watch_signals()
     if os.environ.get("PFSTORER_DEBUG"):
+        watch_signals()
         open_closed_streams()
         escape_unencodable()
         cli.main(arguments, prog_name="pfstorer-rt")
     try:
+        watch_signals()
         open_closed_streams()
         escape_unencodable()
         quiet_libraries()

@@ -130,6 +130,13 @@ def test_an_interruption_during_the_first_imports_prints_one_line(module, ignore
         assert done.stderr.startswith("Error: Interrupted.") and done.stderr.count("\n") == 1
 
 
+def test_nearly_nothing_is_imported_before_ctrl_c_is_handled():
+    """Until `main` runs, Ctrl-C prints a traceback. The script of the command imports `re`."""
+    code = "import re, sys; before = {*sys.modules}; import pfstorer_rt.cli; print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert {*done.stdout.split()} <= {"pfstorer_rt", "pfstorer_rt.cli", "signal"}
+
+
 def run_closed(closed, *arguments):
     """Run a command in a process whose standard streams `closed` are closed; returns (status, printed text)."""
     code = "import sys; from pfstorer_rt.cli import main; main(sys.argv[1:])"
