@@ -10,9 +10,8 @@ from pathlib import Path
 
 import click
 
-from pfstorer_rt.cli.options import Number, check_plan
+from pfstorer_rt.cli.options import Number, check_output, check_plan
 from pfstorer_rt.console import echo
-from pfstorer_rt.errors import SettingError
 from pfstorer_rt.runtime.bench import SIZES, BenchConfig, BenchReport, measure_plan
 
 
@@ -68,9 +67,8 @@ def command(
     """
     check_plan(engine)
     for path in (table, plot):
-        if path and path.exists() and not overwrite:
-            message = f"{path}: exists already; choose another name or allow overwriting"
-            raise SettingError(message, setting="overwrite")
+        if path:
+            check_output(path, overwrite)
     report = measure_plan(engine, BenchConfig(backend, provider, steps, runs, seconds, sizes, trust_plan))
     if table:
         write_table(table, report)

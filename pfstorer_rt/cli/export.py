@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pfstorer_rt.cli.options import check_output
 from pfstorer_rt.console import echo
-from pfstorer_rt.files import real_path
 
 if TYPE_CHECKING:
     from pfstorer_rt.export.build import Progress
@@ -89,14 +88,7 @@ def command(
         )
     if precision == "int8" and target != "onnx":
         raise click.UsageError("--precision int8 is for ONNX plans on CPUs; use fp16 for TensorRT")
-    from pfstorer_rt.errors import PFStorerError, SettingError
-
-    if output.exists() and not overwrite:
-        raise SettingError(f"{output}: exists already; choose another name or allow overwriting", setting="overwrite")
-    if not real_path(output).parent.is_dir():
-        raise PFStorerError(f"{output}: its folder does not exist; create it first")
-    if not os.access(real_path(output).parent, os.W_OK):
-        raise PFStorerError(f"{output}: cannot be written (permission denied); choose another folder")
+    check_output(output, overwrite)
     from pfstorer_rt.export import export_plan
     from pfstorer_rt.export.tensorrt import BuildOptions
 

@@ -1,6 +1,7 @@
 """Option types that several commands share, the flag of every setting, and the command of every export."""
 
 import math
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import click
 
 from pfstorer_rt.config import Attention, Optimizer, Precision
 from pfstorer_rt.console import note
-from pfstorer_rt.errors import Rebuild, one_line
+from pfstorer_rt.errors import PFStorerError, Rebuild, SettingError, one_line
 
 
 class Number(click.FloatRange):
@@ -63,6 +64,26 @@ def check_plan(name: str) -> None:
             f"{name}: a base, expected a plan; to export it: `pfstorer-rt export --base {name} -o {name}.plan`; to "
             f"restore without a plan: --base {name}"
         )
+
+
+def check_new(file: Path, overwrite: bool) -> None:
+    """Raise `SettingError` if a file to write is a folder, or exists and may not be replaced."""
+    if file.is_dir():
+        raise SettingError(f"{file}: a folder; choose a file name")
+    if file.exists() and not overwrite:
+        raise SettingError(f"{file}: exists already; choose another name or allow overwriting", setting="overwrite")
+
+
+def check_output(file: Path, overwrite: bool) -> None:
+    """Raise `PFStorerError` before long work if a file cannot be written: as `check_new`, and for its folder."""
+    from pfstorer_rt.files import real_path
+
+    check_new(file, overwrite)
+    folder = real_path(file).parent
+    if not folder.is_dir():
+        raise PFStorerError(f"{file}: its folder does not exist; create it first")
+    if not os.access(folder, os.W_OK):
+        raise PFStorerError(f"{file}: cannot be written (permission denied); choose another folder")
 
 
 ATTENTION = click.Choice(get_args(Attention))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from pfstorer_rt.cli.options import TRAINING, Number, training_options
+from pfstorer_rt.cli.options import TRAINING, Number, check_new, training_options
 from pfstorer_rt.errors import SettingError
 
 if TYPE_CHECKING:
@@ -208,9 +208,11 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
     target, sheet = options.output or named, options.contact_sheet
     if sheet and sheet.exists() and training_files(target)[0].exists() and not options.overwrite:
         sheet = None  # the interrupted call wrote it
+    if target.suffix != ".safetensors":
+        raise SettingError(f"{target}: expected a file name that ends with .safetensors", setting="output")
     for file in (target, sheet):
-        if file and file.exists() and not options.overwrite:
-            raise SettingError(f"{file}: exists already; choose another name or allow overwriting", setting="overwrite")
+        if file:
+            check_new(file, options.overwrite)
     import json
 
     from pfstorer_rt.base_files import shipped_bases
@@ -227,7 +229,9 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
     if options.as_json:
         echo(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))
         return
-    echo(f"{name}: learned from {len(identity.references)} photographs on base {identity.base_name}, saved as {target}")
+    count = len(identity.references)
+    photographs = f"{count} photograph{'' if count == 1 else 's'}"
+    echo(f"{name}: learned from {photographs} on base {identity.base_name}, saved as {target}")
     source = shlex.quote(str(options.output or name))
     given = "" if options.base in shipped_bases() else f" --base {shlex.quote(options.base)}"
     echo(f"next: pfstorer-rt export --identity {source}{given} -o {name}.plan")

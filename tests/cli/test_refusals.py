@@ -233,6 +233,24 @@ def test_an_identity_or_a_base_in_place_of_a_plan_gets_the_command_that_was_mean
     refused(2, *command, "--engine", "carol", words=["carol: no such plan; did you mean carol.plan?"])
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    refused, tree, photos, quick_plan, nano_base_dir, tmp_path
+):
+    (tmp_path / "folder").mkdir()
+    before = tree(tmp_path)
+    export = ("export", "--base", nano_base_dir, "-o")
+    bench = ("bench", "--engine", quick_plan.path)
+    learn = ("personalize", "--identity", "x", "--base", nano_base_dir, *photos, "-o")
+    for command in (export, (*bench, "--csv"), (*bench, "--plot"), learn):
+        name = tmp_path / ("folder.safetensors" if command is learn else "folder")
+        name.mkdir(exist_ok=True)
+        refused(2, *command, name, "--overwrite", words=[f"{name}: a folder; choose a file name"])
+    for command in (export, (*bench, "--csv"), (*bench, "--plot")):
+        refused(1, *command, tmp_path / "none" / "a.png", words=["its folder does not exist; create it first"])
+    refused(2, *learn, tmp_path / "x.txt", words=["x.txt: expected a file name that ends with .safetensors (-o)"])
+    assert tree(tmp_path) == before
+
+
 def test_a_plan_in_place_of_an_identity_is_named(refused, people, quick_plan, nano_base_dir, tmp_path):
     words = ["alice.plan: a plan, expected an identity"]
     for name in (quick_plan.path, "alice.plan"):
