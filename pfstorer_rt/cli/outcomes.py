@@ -30,16 +30,16 @@ def show(outcome: Outcome, as_json: bool) -> None:
 
 def line(outcome: Outcome) -> str:
     """Return the text of an outcome that is no failure."""
+    notes = "".join(f" ({note})" for note in outcome.notes)
     if outcome.status == "skipped":
-        return f"{outcome.job.target}: exists, skipped" + "".join(f" ({note})" for note in outcome.notes)
+        return f"{outcome.job.target}: exists, skipped{notes}"
     if outcome.status == "planned":
         d = outcome.details
         return (
             f"{outcome.job.source}: canvas {d['width']}x{d['height']}; tiles: {d['tiles']} in batches of {d['batch']}; "
             f"steps: {d['steps']}; tiles of encoder and decoder: {d['codec_tiles']} each; about "
-            f"{d['predicted_peak_mb']} MB of memory and {d['predicted_seconds']:.1f} s"
+            f"{d['predicted_peak_mb']} MB of memory and {d['predicted_seconds']:.1f} s{notes}"
         )
-    notes = "".join(f" ({note})" for note in outcome.notes)
     size, seconds = f"{outcome.width}x{outcome.height}", f"{outcome.seconds:.1f} s"
     return f"{outcome.job.target or '-'}: {size}, {seconds}{distances(outcome.details)}{notes}"
 

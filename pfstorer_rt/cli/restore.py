@@ -388,6 +388,8 @@ def run(restorer: Restorer, batch: BatchConfig, jobs: Sequence[Job], options: Op
     restorer.recipe(batch.restore)  # refuses settings that do not fit this engine
     for setting, value, reason in without_effect(restorer, batch):
         note(f"{flag(setting)}{'' if value is True else f' {value:g}'} changes nothing: {reason}")
+    if options.apply_to != "matching" and restorer.manifest.identity_name is None:
+        note("--apply-to changes nothing: this engine contains no identity")
     if restorer.note:
         note(restorer.note)
     for text in face_chooser(restorer, batch).notes():

@@ -22,3 +22,9 @@ JOB = Job(Path("old.jpg"), Path("new.png"), explicit=True)
 )
 def test_the_line_ends_with_the_distances_to_the_references(details, end):
     assert line(Outcome(JOB, "done", 512, 256, 3.14, details=details)) == f"new.png: 512x256, 3.1 s{end}"
+
+
+def test_a_forecast_has_the_notes_of_the_image():
+    names = ("width", "height", "tiles", "batch", "steps", "codec_tiles", "predicted_peak_mb", "predicted_seconds")
+    planned = Outcome(JOB, "planned", notes=("no face found in the rectangle",), details=dict.fromkeys(names, 1))
+    assert line(planned).endswith(" 1 MB of memory and 1.0 s (no face found in the rectangle)")

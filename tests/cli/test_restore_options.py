@@ -222,3 +222,11 @@ def test_a_strength_far_from_the_trained_one_gets_a_note(restore, save, tmp_path
     image = save(tmp_path / "a.png")
     assert "note: --strength 5: " in restore(image, "--strength", 5, "-o", tmp_path / "b.png").err
     assert "--strength" not in restore(image, "--strength", 1.5, "-o", tmp_path / "c.png").err
+
+
+def test_a_place_changes_nothing_without_an_identity(run, restore, save, base_plan, tmp_path):
+    image, word = save(tmp_path / "a.png"), "--apply-to changes nothing: this engine contains no identity"
+    call = ("restore", "--engine", base_plan.path, "--backend", "onnxruntime", "--steps", 1, image)
+    assert word in run(*call, "--apply-to", "10,12,20,20").err
+    assert word not in run(*call, "--overwrite").err
+    assert word not in restore(image, "--overwrite", "--apply-to", "10,12,20,20").err
