@@ -41,7 +41,7 @@ def command(inputs: tuple[str, ...], output: str, level: str, seed: int, overwri
     from pfstorer_rt.console import note
     from pfstorer_rt.runtime.batch import Saving, degrade_files
 
-    report = partial(show, as_json=as_json)
+    report = partial(show, as_json=as_json, command=click.get_current_context().command)
     with batch_bars("degrade") as progress:
         outcomes = degrade_files(inputs, output, level, seed, Saving(overwrite), report, progress, note)
     sys.exit(conclude(outcomes, as_json))

@@ -54,6 +54,6 @@ def command(
     note_strength(strength)
     batch = BatchConfig(RestoreConfig(strength=strength), saving=Saving(overwrite), compare=True)
     with batch_bars("restore") as progress:
-        report = partial(show, as_json=as_json)
+        report = partial(show, as_json=as_json, command=click.get_current_context().command)
         outcomes = fix(inputs, person, output, FixConfig(base, batch), note, report, progress)
     sys.exit(conclude(outcomes, as_json))

@@ -14,7 +14,9 @@ from pfstorer_rt.console import echo, note
 
 @click.group()
 def command() -> None:
-    """List, show, verify or remove learned identities. They are biometric data and readable by you alone.
+    """List, show, verify, encrypt, decrypt or remove learned identities.
+
+    They are biometric data and readable by you alone.
 
     \b
     Example:
@@ -147,7 +149,7 @@ def decrypt_command(names: tuple[str, ...]) -> None:
 def rm_command(names: tuple[str, ...], yes: bool) -> None:
     """Delete identities permanently.
 
-    Also deletes checkpoints and crops of interrupted trainings, and compiled networks.
+    Also deletes checkpoints and crops of interrupted trainings, the plan of the studio, and compiled networks.
 
     \b
     Example:

@@ -151,10 +151,14 @@ def flag(setting: str) -> str:
     return FLAGS.get(setting, "--" + setting.replace("_", "-"))
 
 
-def explain(error: BaseException) -> str:
-    """Return an error's message on one line, with the flag of the setting at fault and the command that helps."""
+def explain(error: BaseException, command: click.Command | None = None) -> str:
+    """Return an error's message on one line, with the flag of the setting at fault and the command that helps.
+
+    command: the command that failed; a flag that it does not have is left out.
+    """
     setting, rebuild = getattr(error, "setting", None), getattr(error, "rebuild", None)
-    hint = f" ({flag(setting)})" if setting else ""
+    offered = command is None or any(setting and flag(setting) in option.opts for option in command.params)
+    hint = f" ({flag(setting)})" if setting and offered else ""
     return one_line(error) + hint + (f"; to export it: `{export_command(rebuild)}`" if rebuild else "")
 
 

@@ -8,20 +8,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import click
+
 from pfstorer_rt.cli.options import explain
 from pfstorer_rt.console import echo
 from pfstorer_rt.errors import PFStorerError
 from pfstorer_rt.runtime.batch import Outcome
 
 
-def show(outcome: Outcome, as_json: bool) -> None:
-    """Print one outcome; to stderr when the image itself is on stdout."""
+def show(outcome: Outcome, as_json: bool, command: click.Command | None = None) -> None:
+    """Print one outcome; to stderr when the image itself is on stdout. command: as for `explain`."""
     to_stderr = outcome.job.target is None and outcome.status == "done"
     if as_json:
-        explained = outcome.error and PFStorerError(explain(outcome.error))
+        explained = outcome.error and PFStorerError(explain(outcome.error, command))
         echo(json.dumps(replace(outcome, error=explained).report()), err=outcome.job.target is None)
     elif outcome.status == "failed" and outcome.error:
-        text, source = explain(outcome.error), str(outcome.job.source or "-")
+        text, source = explain(outcome.error, command), str(outcome.job.source or "-")
         about = "" if text.startswith(source) else f"{source}: "
         echo(f"failed: {about}{text}", err=True)
     else:

@@ -143,7 +143,8 @@ def run(arguments: list[str] | None = None) -> None:
         fail(interrupted(cause, arguments) if isinstance(cause, KeyboardInterrupt) else "Aborted.", 130)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)  # only errors of usage have one
-        command = context.command_path if context else "pfstorer-rt"
+        name = name_of_command(arguments)
+        command = context.command_path if context else "pfstorer-rt" + (f" {name}" if name in COMMANDS else "")
         hint = file_hint(arguments) if isinstance(error, click.NoSuchOption) else ""
         fail(f"{error.format_message()}{hint} ({command} --help)", error.exit_code)
     except (KeyboardInterrupt, Exception) as error:
@@ -182,12 +183,19 @@ def judge(error: BaseException, arguments: list[str] | None) -> tuple[str, int]:
         return interrupted(error, arguments), 130
     if _signals:  # a compiled module that is interrupted during its import raises ImportError
         return interrupted(KeyboardInterrupt(), arguments), 130
+    module = COMMANDS.get(name_of_command(arguments), ("",))[0]
+    command = getattr(sys.modules.get(f"pfstorer_rt.cli.{module}"), "command", None)
     if isinstance(error, (SettingError, BadFileError, MismatchError, MissingBackendError)):
-        return explain(error), 2
+        return explain(error, command), 2
     if isinstance(error, (PFStorerError, OSError, MemoryError)):
-        return explain(error), 1
+        return explain(error, command), 1
     # A defect here or in a library: one line for the user, the rest on request.
     return f"unexpected {type(error).__name__}: {explain(error)} (set PFSTORER_DEBUG=1 for details)", 1
+
+
+def name_of_command(arguments: list[str] | None) -> str:
+    """Return the first argument of the call, which names the command; empty without arguments."""
+    return next(iter(sys.argv[1:] if arguments is None else arguments), "")
 
 
 RESUMED = ("personalize", "restore", "fix", "degrade", "train-base", "demo")
@@ -196,8 +204,8 @@ RESUMED = ("personalize", "restore", "fix", "degrade", "train-base", "demo")
 
 def interrupted(error: BaseException, arguments: list[str] | None) -> str:
     """Return the message for Ctrl-C, with the state that the interrupted call reported."""
-    command = next(iter(sys.argv[1:] if arguments is None else arguments), "")
-    hint = "Run the same command again to resume." if command in RESUMED else "Unfinished files were removed."
+    resumed = name_of_command(arguments) in RESUMED
+    hint = "Run the same command again to resume." if resumed else "Unfinished files were removed."
     return f"Interrupted{f' ({error})' if str(error) else ''}. {hint}"
 
 

@@ -40,12 +40,24 @@ def signals():
 )
 def test_an_error_prints_one_line_and_sets_the_exit_status(refused, monkeypatch, error, status, line):
     @click.command()
-    def command():
+    @click.option("--trust-plan")
+    @click.option("--overwrite")
+    def command(**_):
         raise error
 
     monkeypatch.setitem(COMMANDS, "fail", ("fail", ""))
     monkeypatch.setitem(sys.modules, "pfstorer_rt.cli.fail", SimpleNamespace(command=command))
     assert refused(status, "fail") == line
+
+
+def test_a_flag_that_the_command_does_not_have_is_not_named(run, refused, save, tmp_path, monkeypatch):
+    image = save(tmp_path / "a.png")
+    line = refused(2, "degrade", image, "-o", image, "--overwrite")
+    assert line.endswith("would be written over an input; use a suffix or another folder")
+    monkeypatch.setattr("pfstorer_rt.runtime.batch.MAX_PIXELS", 100)
+    (failed,) = run("degrade", image, "-o", tmp_path / "b.png").errors
+    assert failed.endswith("expected at most 100; make the image smaller or raise the limit")
+    assert refused(2, "degrade", image, "-o").endswith("(pfstorer-rt degrade --help)")
 
 
 def test_the_help_names_the_variable_for_tracebacks(run):
