@@ -63,6 +63,11 @@ def note(text: str) -> None:
     echo(f"note: {text}", err=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 image", "2 images"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     """Return a text with escaped control characters.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pfstorer_rt.console import echo, note
+from pfstorer_rt.console import counted, echo, note
 
 
 @click.group()
@@ -59,8 +59,8 @@ def list_command(as_json: bool) -> None:
         echo(
             json.dumps(report)
             if as_json
-            else f"{path.stem}  {identity.method} on {identity.base_name}, {len(identity.references)} references, "
-            f"{megabytes(report['bytes'])}"
+            else f"{path.stem}  {identity.method} on {identity.base_name}, "
+            f"{counted(len(identity.references), 'reference')}, {megabytes(report['bytes'])}"
         )
     for name in unfinished:
         text = f"{name}  training not finished; run the same `personalize` command again to resume"

@@ -195,7 +195,7 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
     Example:
       pfstorer-rt personalize --identity alice photos/alice/*.jpg
     """
-    from pfstorer_rt.console import echo, note, stage_bars
+    from pfstorer_rt.console import counted, echo, note, stage_bars
     from pfstorer_rt.files import make_folder
     from pfstorer_rt.identity import identities_dir, identity_path, training_files
 
@@ -229,8 +229,7 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
     if options.as_json:
         echo(json.dumps({"identity": name, "file": str(target), "gamma": identity.gamma}))
         return
-    count = len(identity.references)
-    photographs = f"{count} photograph{'' if count == 1 else 's'}"
+    photographs = counted(len(identity.references), "photograph")
     echo(f"{name}: learned from {photographs} on base {identity.base_name}, saved as {target}")
     source = shlex.quote(str(options.output or name))
     given = "" if options.base in shipped_bases() else f" --base {shlex.quote(options.base)}"

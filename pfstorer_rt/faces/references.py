@@ -43,6 +43,8 @@ class References:
         faces: list[Embedding] = []
         notes: list[str] = []
         files = list_images(Path(folder), recursive=False, note=notes.append)  # sub-folders may hold other people
+        if not files:
+            raise BadFileError(f"{folder}: no images directly in this folder; expected photographs of the person")
         for file in files:
             try:
                 found = find(load_image(file).pixels)

@@ -150,9 +150,11 @@ def without_results(paths: Sequence[Path], note: Note) -> list[Path]:
 
 def note_left_out(results: Sequence[Path], note: Note) -> None:
     """Report results of this program that are not used as inputs; no line without any."""
-    if results:
-        more = f" and {len(results) - 1} more" if len(results) > 1 else ""
-        note(f"{show_path(results[0])}{more}: left out, because it is a result of this program")
+    if len(results) == 1:
+        note(f"{show_path(results[0])}: left out, because it is a result of this program")
+    elif results:
+        more = len(results) - 1
+        note(f"{show_path(results[0])} and {more} more: left out, because they are results of this program")
 
 
 def images_of(folder: Path) -> list[Path]:

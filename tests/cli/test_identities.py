@@ -14,7 +14,9 @@ def test_list_includes_unreadable_identities(run, people):
     assert [row["name"] for row in rows] == ["alice", "broken"]
     assert rows[0]["method"] == "pfstorer" and rows[0]["references"] == 1 and "error" in rows[1]
     text = run("identities", "list")
-    assert text.status == 0 and "alice  pfstorer on nano" in text.out and "broken  unreadable" in text.out
+    assert (
+        text.status == 0 and "alice  pfstorer on nano, 1 reference, " in text.out and "broken  unreadable" in text.out
+    )
 
 
 def test_list_names_encrypted_identities(run, people, monkeypatch):

@@ -12,7 +12,7 @@ from skimage.data import astronaut
 from skimage.transform import resize
 
 from pfstorer_rt.config import PersonalizeConfig
-from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.evaluation.registry import Sample, load_metrics
 from pfstorer_rt.faces import finding
 from pfstorer_rt.faces.dlib import _read_dlib
@@ -99,6 +99,13 @@ def test_a_result_farther_from_the_references_than_the_input_gets_a_note(tmp_pat
     assert (facts["id_distance_input"], facts["id_distance"]) == (0, 0.5)
     assert "farther from the references than the input" in facts["notes"][0]
     assert "notes" not in references.facts(source=grey, result=white)
+
+
+def test_references_in_sub_folders_are_not_read(tmp_path):
+    (tmp_path / "alice").mkdir()
+    save_image(tmp_path / "alice" / "a.png", np.ones((8, 8, 3), np.float32))
+    with pytest.raises(BadFileError, match="no images directly in this folder; expected photographs of the person"):
+        References.read(tmp_path)
 
 
 def test_a_reference_without_a_face_gets_a_note(tmp_path):

@@ -130,6 +130,6 @@ def test_results_are_recognized_by_their_name_and_their_mark(tmp_path):
     notes = []
     left = without_results(find_images([tmp_path]), notes.append)
     assert [path.name for path in left] == ["a.jpg", "d.jpg"]
-    assert len(notes) == 1 and "and 2 more" in notes[0]
+    assert len(notes) == 1 and "and 2 more: left out, because they are results of this program" in notes[0]
     with pytest.raises(BadFileError, match="original photographs"):
         without_results([tmp_path / "b.jpg"], notes.append)
