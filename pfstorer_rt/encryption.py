@@ -50,7 +50,7 @@ def unseal(data: bytes, passphrase: str) -> bytes:
     """Decrypt bytes from `seal`; raises `ValueError` for another passphrase and for changed bytes."""
     head = len(MAGIC) + _SALT
     if len(data) < head + _NONCE + _TAG:
-        raise ValueError("an encrypted file that is cut off")
+        raise ValueError("an encrypted file that is cut off; copy it again")
     salt, nonce = data[len(MAGIC) : head], data[head : head + _NONCE]
     cipher = _cipher(passphrase, salt)
     from cryptography.exceptions import InvalidTag
@@ -58,7 +58,7 @@ def unseal(data: bytes, passphrase: str) -> bytes:
     try:
         plain: bytes = cipher.decrypt(nonce, data[head + _NONCE :], data[:head])
     except InvalidTag as error:
-        raise ValueError("encrypted with another passphrase, or changed") from error
+        raise ValueError("encrypted with another passphrase, or changed; check the passphrase") from error
     return plain
 
 

@@ -254,7 +254,7 @@ def read_content(path: Path) -> bytes | None:
     try:
         return unseal(path.read_bytes(), passphrase)
     except (ValueError, OSError) as error:
-        raise BadFileError(f"{name}: {one_line(error)}; check the passphrase") from error
+        raise BadFileError(f"{name}: {one_line(error)}") from error
 
 
 def read_metadata(path: Path, content: bytes | None = None) -> dict[str, str]:
@@ -271,7 +271,7 @@ def read_metadata(path: Path, content: bytes | None = None) -> dict[str, str]:
         meta: dict[str, str] = header.pop("__metadata__", {})
         checks.table_of(checks.text(_LARGEST_HEADER), 64)(meta, "__metadata__")
     except (ValueError, OSError) as error:
-        raise BadFileError(f"{name}: not a readable safetensors file ({one_line(error)}); personalize again") from error
+        raise _unreadable(path) from error
     if meta.get("kind") != KIND:
         raise BadFileError(f"{name}: a safetensors file, but not an identity; choose another file")
     if meta.get("schema") != SCHEMA:
@@ -288,8 +288,13 @@ def read_metadata(path: Path, content: bytes | None = None) -> dict[str, str]:
         with safe_open(path, "np"):  # checks that the tensors fill the file, as `deserialize` does
             return meta
     except (SafetensorError, OSError) as error:
-        reason = one_line(error)
-        raise BadFileError(f"{name}: not a readable safetensors file ({reason}); personalize again") from error
+        raise _unreadable(path) from error
+
+
+def _unreadable(path: Path) -> BadFileError:
+    found = f"not a readable safetensors file ({path.stat().st_size} bytes)"
+    advice = "damaged, cut off, or of another kind: copy it again, or personalize again"
+    return BadFileError(f"{show_path(path)}: {found}; {advice}")
 
 
 def _read_header(file: BinaryIO) -> dict[str, Any]:

@@ -231,7 +231,9 @@ class Plan:
         except PermissionError as error:
             raise BadFileError(f"{name}: cannot be opened ({one_line(error)}); check its permissions") from error
         except _DAMAGES as error:
-            raise BadFileError(f"{name}: not a plan, or cut off ({one_line(error)}); export it again") from error
+            other = isinstance(error, (zipfile.BadZipFile, KeyError))
+            found = f"{path.stat().st_size} bytes" if other else one_line(error)
+            raise BadFileError(f"{name}: not a plan, or cut off ({found}); copy or export it again") from error
         if not isinstance(data, dict) or data.get("kind") != KIND:
             raise BadFileError(f"{name}: a zip file, but not a plan; choose another file")
         if data.get("schema") not in [*range(1, SCHEMA + 1)]:

@@ -133,11 +133,12 @@ def broken_json(path):
     rewrite_header(path, settings="{")
 
 
+UNREADABLE = r"not a readable safetensors file \(\d+ bytes\); damaged, cut off, or of another kind: copy it again"
 DAMAGES = {
-    empty: "not a readable safetensors file",
-    foreign: "not a readable safetensors file",
-    truncated: "not a readable safetensors file",
-    only_the_header: "not a readable safetensors file",
+    empty: UNREADABLE,
+    foreign: UNREADABLE,
+    truncated: UNREADABLE,
+    only_the_header: UNREADABLE,
     other_safetensors: "but not an identity",
     newer: "identity schema 2, this version reads 1",
     without_layers: "metadata are incomplete",

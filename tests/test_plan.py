@@ -182,11 +182,11 @@ def lacking_file(path):
 
 
 DAMAGES = {
-    empty: "not a plan, or cut off",
-    foreign: "not a plan, or cut off",
-    truncated: "not a plan, or cut off",
-    half: "not a plan, or cut off",
-    other_zip: "not a plan, or cut off",
+    empty: r"not a plan, or cut off \(\d+ bytes\); copy or export it again",
+    foreign: r"not a plan, or cut off \(\d+ bytes\); copy or export it again",
+    truncated: r"not a plan, or cut off \(\d+ bytes\); copy or export it again",
+    half: r"not a plan, or cut off \(\d+ bytes\); copy or export it again",
+    other_zip: r"not a plan, or cut off \(\d+ bytes\); copy or export it again",
     other_manifest: "but not a plan",
     manifest_is_a_list: "but not a plan",
     newer: f"plan schema {SCHEMA + 1}, this version reads 1 to {SCHEMA}",
