@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import click
 
 from pfstorer_rt.cli.options import Number, note_strength
+from pfstorer_rt.files import is_name
+from pfstorer_rt.identity import named_identity
 
 
 @click.command()
@@ -16,7 +19,7 @@ from pfstorer_rt.cli.options import Number, note_strength
 @click.option(
     "--person",
     required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     help="Folder of good photographs of the person.",
 )
 @click.option("-o", "--output", help="File for one image, folder for several. [default: beside the input]")
@@ -44,6 +47,7 @@ def command(
     Example:
       pfstorer-rt fix old.jpg --person photos/alice/
     """
+    check_person(person, base)
     from pfstorer_rt.cli.outcomes import conclude, show
     from pfstorer_rt.cli.progress import batch_bars
     from pfstorer_rt.config import RestoreConfig
@@ -57,3 +61,14 @@ def command(
         report = partial(show, as_json=as_json, command=click.get_current_context().command)
         outcomes = fix(inputs, person, output, FixConfig(base, batch), note, report, progress)
     sys.exit(conclude(outcomes, as_json))
+
+
+def check_person(person: Path, base: str) -> None:
+    """Raise `click.UsageError` unless a path is a folder; for an identity, with the command that was meant."""
+    if person.is_dir():
+        return
+    name = str(person)
+    if is_name(name) and not name.endswith(".safetensors") and named_identity(name).is_file():
+        call = f"pfstorer-rt restore --base {shlex.quote(base)} --identity {person} INPUTS"
+        raise click.UsageError(f"--person {person}: an identity, expected a folder of photographs; use `{call}`")
+    raise click.UsageError(f"--person {person}: no such folder; expected a folder of photographs of the person")

@@ -146,3 +146,10 @@ def test_instant_reports_a_base_without_a_prior(refused, nano_base_dir, photos):
 def test_fix_prints_json(run, known, alice, save, tmp_path):
     done = run("fix", save(tmp_path / "old.png"), "--person", alice, "--base", known, "--json")
     assert json.loads(done.out)["status"] == "done"
+
+
+def test_a_name_in_place_of_the_folder_of_photographs_is_explained(refused, people, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call = "`pfstorer-rt restore --base portrait --identity alice INPUTS`"
+    refused(2, "fix", "a.png", "--person", "alice", words=["alice: an identity, expected a folder", call])
+    refused(2, "fix", "a.png", "--person", "bob", words=["bob: no such folder; expected a folder of photographs"])
