@@ -234,7 +234,7 @@ def export_component(
         precision = "fp32"
     # TensorRT has no fused kernel for fp32 attention.
     fused_attention = onnx_target or precision == "fp16"
-    graph = build_graph(fuse(component), precision, fused_attention=fused_attention, phase=progress.phase)
+    graph = build_graph(fuse(component), precision, "constants", fused_attention, not onnx_target, progress.phase)
     exported = saved(component, graph, folder, precision, onnx_target)
     del graph
     gc.collect()  # reference cycles in exported programs keep their weights

@@ -20,6 +20,7 @@ from pfstorer_rt.models.sharing import share_weights
 
 from .compose import compose_autoencoder
 from .graph_cache import graph_key, load_graph, save_graph
+from .norms import spell_out_group_norms
 from .progress import Phase, ignore
 from .trace import Tensors, fold, free_axes, rename_axes, take_modules, trace
 
@@ -83,11 +84,13 @@ def build_graph(
     precision: str = "fp32",
     identity: Binding = "constants",
     fused_attention: bool = True,
+    native_norms: bool = True,
     phase: Phase = ignore,
 ) -> Graph:
     """Export a fused component; for fp16 and without fused attention its module is changed in place.
 
     fused_attention: write the operator `Attention`; otherwise matrix products, for engines without a kernel for it.
+    native_norms: write the operator `GroupNormalization`; otherwise `InstanceNormalization`, for the same reason.
     identity: the tensors of `FusedDenoiser.identity_paths` are constants, or inputs after the other inputs, with the
     same names and order.
     """
@@ -100,6 +103,8 @@ def build_graph(
     person = {name: weights.pop(f"module.{path}") for name, path in paths.items()}
     model = onnx_ir.from_proto(onnx.load_from_string(traced(typed, component, paths, person, phase)))
     origins = take_modules(model)
+    if not native_norms:
+        spell_out_group_norms(model)
     bind(model, weights if identity == "inputs" else weights | person)
     return Graph(model, origins)
 

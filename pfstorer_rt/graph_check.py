@@ -11,12 +11,12 @@ from pfstorer_rt.onnx_message import GraphFacts, Port, Tensor, read_graph
 
 _WRITTEN = """
     Add Attention Cast Clip Concat Constant Conv Cos DepthToSpace DequantizeLinear Div Exp Expand Gelu Gemm
-    GroupNormalization LayerNormalization LeakyRelu MatMul Mul Pad QuantizeLinear ReduceMean Relu Reshape Resize Shape
-    Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze
+    GroupNormalization InstanceNormalization LayerNormalization LeakyRelu MatMul Mul Pad QuantizeLinear ReduceMean Relu
+    Reshape Resize Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze
 """
 _SIMILAR = """
     Abs And AveragePool BatchNormalization Ceil ConvTranspose Elu Equal Erf Flatten Floor Gather GlobalAveragePool
-    Greater GreaterOrEqual HardSigmoid Identity InstanceNormalization Less LessOrEqual Log Max MaxPool Min Neg Not Or
+    Greater GreaterOrEqual HardSigmoid Identity Less LessOrEqual Log Max MaxPool Min Neg Not Or
     PRelu Pow Reciprocal ReduceMax ReduceMin ReduceSum RMSNormalization Sign Softplus SpaceToDepth Sum Where
 """
 OPERATORS = frozenset([*_WRITTEN.split(), *_SIMILAR.split()])

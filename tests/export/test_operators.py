@@ -27,3 +27,15 @@ def test_operators_of_graphs_for_tensorrt_are_accepted(component, nano_base, nan
     """In fp32 the engines get attention as matrix products; in fp16 they get the graph of an ONNX plan."""
     made = build_graph(fuse(components(nano_base, nano_identity)[component]), fused_attention=False)
     assert refused(made.to_bytes()) == ([], set())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_group_norms_of_an_onnx_plan_have_a_kernel_in_onnx_runtime(precision, exported_once, nano_identity):
+    """ONNX Runtime replaces a GroupNormalization by 20 operators whenever it loads the graph."""
+    operators = read_graph(exported_once(nano_identity, precision=precision).read("denoiser")).operators
+    assert not operators["", "GroupNormalization"] and operators["", "InstanceNormalization"]
+
+
+def test_group_norms_of_a_graph_for_tensorrt_stay_one_operator(nano_base, nano_identity):
+    operators = read_graph(build_graph(fuse(components(nano_base, nano_identity)["denoiser"])).to_bytes()).operators
+    assert operators["", "GroupNormalization"] and not operators["", "InstanceNormalization"]
