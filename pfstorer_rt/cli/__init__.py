@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
+from pfstorer_rt.cli.imports import fast_imports
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (`program.run`). Ctrl-C during the first imports ends the process at once, status 130."""
@@ -16,7 +18,8 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError:  # only the main thread can set handlers
         watched = False
     try:
-        from pfstorer_rt.cli.program import run
+        with fast_imports():
+            from pfstorer_rt.cli.program import run
     finally:
         if watched:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pfstorer_rt.cli.imports import fast_imports
 from pfstorer_rt.cli.options import check_output
 from pfstorer_rt.console import echo
 
@@ -80,6 +81,8 @@ def command(
     """
     if identity is None and base is None:
         raise click.UsageError("give --identity NAME|FILE, or --base portrait|DIR for a plan without one")
+    check_output(output, overwrite)
+    check_inputs(identity, base)
     target = resolve_target(target, precision)
     if target == "onnx" and (capabilities or workspace or timing_cache or verbose_engine):
         raise click.UsageError(
@@ -88,9 +91,9 @@ def command(
         )
     if precision == "int8" and target != "onnx":
         raise click.UsageError("--precision int8 is for ONNX plans on CPUs; use fp16 for TensorRT")
-    check_output(output, overwrite)
-    from pfstorer_rt.export import export_plan
-    from pfstorer_rt.export.tensorrt import BuildOptions
+    with fast_imports():
+        from pfstorer_rt.export import export_plan
+        from pfstorer_rt.export.tensorrt import BuildOptions
 
     options = BuildOptions(
         compute_capabilities=capabilities,
@@ -107,12 +110,25 @@ def command(
     report(plan, rows if check else None, verbose_engine, as_json)
 
 
+def check_inputs(identity: str | None, base: str | None) -> None:
+    """Refuse a missing identity or base before the imports of an export, which take seconds."""
+    from pfstorer_rt.base_files import find_base
+    from pfstorer_rt.identity import Identity, identity_path
+
+    if identity is not None:
+        Identity.load(identity_path(identity), tensors=False)
+    if base is not None:
+        find_base(base)
+
+
 def resolve_target(target: str, precision: str) -> str:
     """Resolve `auto`: a TensorRT library that runs on the GPU of this machine, else ONNX."""
     if target != "auto" or precision == "int8":
         return "onnx" if target == "auto" else target
-    from pfstorer_rt.engine.tensorrt import usable_target
     from pfstorer_rt.errors import MissingBackendError
+
+    with fast_imports():
+        from pfstorer_rt.engine.tensorrt import usable_target
 
     try:
         return usable_target()

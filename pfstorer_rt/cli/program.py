@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from pfstorer_rt import encryption
+from pfstorer_rt.cli.imports import fast_imports
 from pfstorer_rt.cli.options import explain
 from pfstorer_rt.errors import (
     BadFileError,
@@ -67,7 +68,8 @@ class LazyGroup(click.Group):
         """Import one command."""
         if cmd_name not in COMMANDS:
             return None
-        return import_module(f"pfstorer_rt.cli.{COMMANDS[cmd_name][0]}").command
+        with fast_imports():
+            return import_module(f"pfstorer_rt.cli.{COMMANDS[cmd_name][0]}").command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -1,6 +1,11 @@
 """Calls of `export` that are refused before any work; tests/export checks its plans."""
 
+import gc
+import sys
+
 import pytest
+
+from pfstorer_rt.cli.imports import fast_imports
 
 
 def test_export_refuses_an_existing_output(run, tree, tmp_path, nano_base_dir):
@@ -25,3 +30,21 @@ def test_export_of_a_missing_identity_or_base_exits_with_2(run, people, tmp_path
 def test_export_into_a_missing_folder_is_refused(run, tmp_path, nano_base_dir):
     done = run("export", "--base", nano_base_dir, "-o", tmp_path / "no" / "a.plan")
     assert done.status and len(done.errors) == 1 and "folder" in done.errors[0]
+
+
+@pytest.mark.parametrize("arguments", [("--identity", "nobody"), ("--base", "no-base")])
+def test_a_missing_identity_or_base_is_refused_before_the_slow_imports(run, people, tmp_path, monkeypatch, arguments):
+    for module in ("pfstorer_rt.export", "pfstorer_rt.engine.tensorrt"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert "no such" in run("export", *arguments, "-o", tmp_path / "a.plan").errors[0]
+
+
+def test_slow_imports_do_without_bitsandbytes_and_the_collector(monkeypatch):
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    try:
+        with pytest.raises(ImportError), fast_imports():
+            assert not gc.isenabled()
+            import bitsandbytes  # noqa: F401
+        assert gc.isenabled() and "bitsandbytes" not in sys.modules
+    finally:
+        gc.unfreeze()
