@@ -185,13 +185,26 @@ def remove_leftovers(folder: Path) -> None:
     sweep(cache_home() / "work")
 
 
+def system_folder() -> Path:
+    """Return the system's folder of temporary files: TMPDIR, if it is set.
+
+    Raises `PFStorerError` if TMPDIR is not a writable folder, where Python would use another folder.
+    """
+    named = os.environ.get("TMPDIR")
+    if named and not (os.path.isdir(named) and os.access(named, os.W_OK | os.X_OK)):
+        raise PFStorerError(
+            f"TMPDIR is {named!r}, expected a folder that you may write to; create it, or set TMPDIR to another one"
+        )
+    return Path(tempfile.gettempdir())
+
+
 def _work_parent(near: Path | None) -> Path:
     try:
         parent = make_folder(cache_home() / "work")
     except PFStorerError:
-        return near or Path(tempfile.gettempdir())
+        return near or system_folder()
     other_disk = near is not None and _device(near) != _device(parent)
-    return parent if os.access(parent, os.W_OK) and not other_disk else near or Path(tempfile.gettempdir())
+    return parent if os.access(parent, os.W_OK) and not other_disk else near or system_folder()
 
 
 def move_file(source: Path, target: str | os.PathLike[str]) -> None:

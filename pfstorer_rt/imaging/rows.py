@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pfstorer_rt.errors import PFStorerError
+from pfstorer_rt.files import system_folder
 
 Array = npt.NDArray[Any]
 Band = npt.NDArray[np.float32]
@@ -73,7 +74,7 @@ class Spool:
             self._array = np.zeros((channels, height, width), self.dtype)
             return
         try:
-            self._file = tempfile.TemporaryFile(prefix="pfstorer-")  # noqa: SIM115
+            self._file = tempfile.TemporaryFile(prefix="pfstorer-", dir=system_folder())  # noqa: SIM115
         except OSError as error:
             raise _disk_error(error) from error
         weakref.finalize(self, self._file.close)
@@ -135,7 +136,7 @@ def check_temporary_space(needed: int) -> None:
     if not needed:
         return
     try:
-        folder = tempfile.gettempdir()
+        folder = system_folder()
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise _disk_error(error) from error

@@ -30,22 +30,24 @@ def watch_folder(
     An image is restored once its file has not changed for a second, and again when the file changes later: a file that
     was read half-written is tried again, and the result of a replaced image is replaced. Images whose results would
     have the same name fail until one of them is renamed or removed. idle: return after this many seconds without a new
-    or changed image; None watches until the call is interrupted.
+    or changed image; None watches until the call is interrupted. Returns the last outcome of each image.
     """
     settings = settings or BatchConfig()
     if file := output_file(None if output is None else f"{output}"):
         check_file(file, settings.naming.extension, single=False)
     replacing = replace(settings, saving=replace(settings.saving, overwrite=True))
-    outcomes: list[Outcome] = []
+    latest: dict[Path | None, Outcome] = {}
+    written: set[Job] = set()
     for jobs, clashes in _arrivals(folder, output, settings.naming, idle):
-        for job, error in clashes.items():
-            outcomes.append(Outcome(job, "failed", error=error))
-            on_outcome(outcomes[-1])
-        written = {outcome.job for outcome in outcomes if outcome.status == "done"}
+        outcomes = [Outcome(job, "failed", error=error) for job, error in clashes.items()]
+        for outcome in outcomes:
+            on_outcome(outcome)
         fresh, changed = [job for job in jobs if job not in written], [job for job in jobs if job in written]
         outcomes += restore_jobs(restorer, fresh, settings, on_outcome, on_step)
         outcomes += restore_jobs(restorer, changed, replacing, on_outcome, on_step)
-    return outcomes
+        latest |= {outcome.job.source: outcome for outcome in outcomes}
+        written |= {outcome.job for outcome in outcomes if outcome.status == "done"}
+    return [*latest.values()]
 
 
 def _arrivals(

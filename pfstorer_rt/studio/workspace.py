@@ -16,7 +16,7 @@ from typing import Any
 
 from pfstorer_rt.errors import SettingError
 from pfstorer_rt.faces.references import References
-from pfstorer_rt.files import real_path
+from pfstorer_rt.files import real_path, system_folder
 from pfstorer_rt.imaging.files import image_size
 from pfstorer_rt.runtime.batch import Outcome
 from pfstorer_rt.studio.comparison import Comparison
@@ -140,5 +140,5 @@ class Workspace:
 @contextmanager
 def open_workspace(limits: Limits) -> Iterator[Workspace]:
     """Make a workspace in a private temporary folder; the end of the block deletes it."""
-    with temporary_folder(Path(tempfile.gettempdir())) as folder:
+    with temporary_folder(system_folder()) as folder:
         yield Workspace(folder, limits)

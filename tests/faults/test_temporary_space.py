@@ -52,6 +52,15 @@ def test_an_image_without_space_fails_before_its_first_tile_and_the_next_is_rest
     assert restore_files(personal, tmp_path / "in" / "1.png", tmp_path / "out", BatchConfig(ONE_STEP))[0].error is None
 
 
+def test_a_tmpdir_that_does_not_exist_is_named_and_python_does_not_use_another_folder(
+    personal, few_pixels, make_image, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("TMPDIR", f"{tmp_path}/none")
+    save_image(tmp_path / "a.png", make_image(160, 160))
+    (failed,) = restore_files(personal, tmp_path / "a.png", tmp_path / "out", BatchConfig(ONE_STEP))
+    assert str(failed.error).startswith(f"TMPDIR is '{tmp_path}/none', expected a folder")
+
+
 CASES = {
     "tiles": ({}, False),
     "squares": ({"tile": TileConfig("parity", chop=128, chop_stride=96)}, False),
