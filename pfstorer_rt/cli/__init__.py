@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 
-from pfstorer_rt.cli.imports import fast_imports
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (`program.run`). Ctrl-C during the first imports ends the process at once, status 130."""
@@ -18,6 +16,8 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError:  # only the main thread can set handlers
         watched = False
     try:
+        from pfstorer_rt.cli.imports import fast_imports
+
         with fast_imports():
             from pfstorer_rt.cli.program import run
     finally:
