@@ -45,6 +45,8 @@ RECIPES = {
     "1 reference": "PFStorer, 1 reference",
     "3 references": "PFStorer, 3 references",
     "default": "PFStorer",
+    "another": "PFStorer, identity of another person",
+    "original": "Original",
 }
 RECIPE_COLUMNS = {
     "psnr": ("PSNR dB ↑", 2),
@@ -52,9 +54,10 @@ RECIPE_COLUMNS = {
     "sharpness": ("sharpness", 2),
     "lmse_98": ("LMSE (98) px² ↓", 1),
     "cosine": ("identity ↑", 1),
+    "likeness": ("likeness", 1),
     "dlib": ("ID to original (dlib) ↓ †", 3),
 }
-"""Column of recipes.csv -> title and digits; `cosine` is shown as a hundredfold."""
+"""Column of recipes.csv -> title and digits; `cosine` and `likeness` are shown as a hundredfold."""
 LEVELS = {"heavy": "heavy degradation", "light": "light degradation", "clean": "undegraded images as input"}
 SETS = {
     "london": "`london`: {count} smiling people, 512 pixels",
@@ -248,4 +251,4 @@ def span(numbers: Sequence[int]) -> str:
 
 def scale(key: str) -> int:
     """Return the factor of a column of people.csv or recipes.csv in the page."""
-    return 100 if key == "cosine" else 1
+    return 100 if key in ("cosine", "likeness") else 1

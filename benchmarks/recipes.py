@@ -4,13 +4,16 @@
 
 FOLDER has one folder of photographs per person, none of them in any training. Photographs, crops and seeds are as in
 `people.py`. Each image is heavily degraded twice: reduced to a quarter, and to an eighth. One row per person, recipe,
-reduction and image. No loss of any recipe is the recognizer of `cosine`. All recipes except `paper` have ST-LPIPS and
-the distance of dlib's embeddings as losses. Recipes of a person in the CSV file are not learned again, so the same
-command resumes an interrupted run.
+reduction and image. `cosine` compares the result with the original, `likeness` with the references, as the mean over
+them; `original` is the undegraded image. `another` restores the images of a person with the identity of the next one,
+so its `likeness` is the likeness to the wrong person. No loss of any recipe is the recognizer of these columns. All
+recipes except `paper` have ST-LPIPS and the distance of dlib's embeddings as losses. Recipes of a person in the CSV
+file are not learned again, so the same command resumes an interrupted run.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +40,8 @@ class Recipe(NamedTuple):
 
     config: Callable[[Base], PersonalizeConfig]
     references: int = REFERENCES
+    own: bool = True
+    """Whether the references show the person of the images; False: they show the next person of the folder."""
 
 
 def defaults(**changes: Any) -> Callable[[Base], PersonalizeConfig]:
@@ -53,8 +58,10 @@ RECIPES = {
     "1 reference": Recipe(defaults(), 1),
     "3 references": Recipe(defaults(), 3),
     "longer": Recipe(defaults(train={"iterations": 240})),
+    "another": Recipe(defaults(), own=False),
 }
 """`paper` is `personalize --recipe paper`; the others change one thing of the defaults of the base."""
+UNLEARNED = ("input", "base", "original")
 
 
 @click.command()
@@ -80,34 +87,50 @@ def main(
     landmarks: Path,
     recognizer: Path,
 ) -> None:
-    rows, loaded = read(output), load_base(base)
+    rows, loaded, cosine = read(output), load_base(base), cosine_to(recognizer)
     metrics: dict[str, Callable[[Pixels, Pixels], float | None]] = {
         "psnr": metric("psnr"),
         "lpips": metric("lpips", lpips=lpips),
         "sharpness": metric("sharpness"),
         "lmse_98": metric("lmse_98", landmarks=landmarks),
-        "cosine": cosine_to(recognizer),
+        "cosine": cosine,
         "dlib": metric("id_original_dlib"),
     }
-    for person in sorted(path for path in folder.iterdir() if path.is_dir())[:people]:
-        for name in ("input", "base", *(names or RECIPES)):
+    folders = sorted(path for path in folder.iterdir() if path.is_dir())[: max(2, people)]
+    photos = [find_images([path]) for path in folders]
+    for place, person in enumerate(folders[:people]):
+        for name in (*UNLEARNED, *(names or RECIPES)):
             if any((row["person"], row["recipe"]) == (person.name, name) for row in rows):
                 continue
-            paths = find_images([person])
-            method, seconds = restoring(name, paths, loaded)
-            for sf, number, truth, lq in cases(paths[REFERENCES : REFERENCES + tests], side):
-                result = method(lq)
+            own = name in UNLEARNED or RECIPES[name].own
+            learned_from = photos[place if own else (place + 1) % len(folders)][:REFERENCES]
+            method, seconds = restoring(name, learned_from, loaded)
+            known = [hwc(reference) for reference in crops(learned_from, side)]
+            for sf, number, truth, lq in cases(photos[place][REFERENCES : REFERENCES + tests], side):
+                result = truth if name == "original" else method(lq)
                 values = {key: measure(result, truth) for key, measure in metrics.items()}
+                values["likeness"] = mean([cosine(result, reference) for reference in known])
                 about = {"person": person.name, "recipe": name, "sf": round(sf), "image": number}
-                values = {key: "" if value is None else round(value, 4) for key, value in values.items()}
+                values = {key: rounded(value) for key, value in values.items()}
                 rows.append({**about, **values, "learn_cpu_s": seconds, "side": len(truth), **machine()})
             write(output, rows)
             click.echo(f"{person.name} {name}: {seconds} s")
 
 
+def mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the known values, or None."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def rounded(value: float | None) -> float | str:
+    """Return a value for the CSV file, empty if it is unknown or infinite."""
+    return "" if value is None or not math.isfinite(value) else round(value, 4)
+
+
 def restoring(name: str, paths: Sequence[Path], base: Base) -> tuple[Callable[[Pixels], Pixels], int]:
     """Return a function that restores images by a recipe, and the seconds of learning."""
-    if name == "input":
+    if name in ("input", "original"):
         return lambda lq: lq, 0
     if name == "base":
         return Restorer.from_base(base).restore, 0

@@ -15,7 +15,7 @@ def tables(monkeypatch):
 
 
 def test_recipes_have_one_table_for_each_reduction(tables):
-    found = dict.fromkeys(tables.RECIPE_COLUMNS, "2.0")
+    found = {**dict.fromkeys(tables.RECIPE_COLUMNS, "2.0"), "likeness": "0.5"}
     rows = [
         {"person": "a", "recipe": "default", "sf": "4", "image": "0", **found, "cosine": "0.5", "learn_cpu_s": "90"},
         {"person": "b", "recipe": "default", "sf": "4", "image": "0", **found, "cosine": "0.7", "learn_cpu_s": "80"},
@@ -23,7 +23,7 @@ def test_recipes_have_one_table_for_each_reduction(tables):
     ]
     first, second = tables.recipes_part(rows).split("Reduced to ")[1:]
     assert first.startswith("a quarter") and "2 people" in tables.recipes_part(rows)
-    assert "| PFStorer | 2.00 | 2.000 | 2.00 | 2.0 | 60.0 | 2.000 | 80 to 90 |" in first
+    assert "| PFStorer | 2.00 | 2.000 | 2.00 | 2.0 | 60.0 | 50.0 | 2.000 | 80 to 90 |" in first
     assert second.startswith("an eighth") and "| Input |" in second and "| PFStorer |" not in second
 
 
