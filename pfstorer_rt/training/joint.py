@@ -23,7 +23,7 @@ from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.unet import Tap
 from pfstorer_rt.training.data import Batch, draw_timesteps
 from pfstorer_rt.training.image_loss import identity_distances, jitter
-from pfstorer_rt.training.losses import Losses
+from pfstorer_rt.training.losses import Losses, repeated_error
 from pfstorer_rt.training.lpips import Lpips, normalize
 from pfstorer_rt.training.memory import ParameterGroup
 from pfstorer_rt.training.one_step import OneStepConfig, OneStepObjective, trained_parameters
@@ -78,6 +78,8 @@ class JointConfig:
     """Standard deviation of the noise on the embeddings."""
     lambda_eyes: float = 0.5
     """Weight of L1 and LPIPS of the eyes, where errors are most visible."""
+    lambda_repeated: float = 2.0
+    """Weight of the error that repeats from latent pixel to latent pixel, as a grid of dots on hair does."""
     blocks_rate: float = 2.0
     gamma_rate: float = 6.0
     """Learning rates of the blocks with their shifts, and of gamma, as multiples of the rate of the base."""
@@ -113,12 +115,14 @@ class JointObjective(OneStepObjective):
         output = self.decode(restored + batch["towards"] * (hq - restored), batch["lq_image"], batch["weight"])
         losses = self.image_losses(*(cut(image, batch["corners"], self.side) for image in (output, target)))
         losses["pixel"] = (losses["pixel"] + F.l1_loss(output, target)) / 2
+        losses["repeated"] = repeated_error(output, target, self.factor)
         assert self.recognizer is not None
         faces = len(batch["maps"])
         distances = identity_distances(self.recognizer, output[:faces], target[:faces], batch["maps"])
         losses["id"] = distances.mean()
         losses["eyes"] = self.difference_of_eyes(output[:faces], target[:faces], batch["maps"])
-        weights = {**self.weights(c.lambda_id), "eyes": self.joint.lambda_eyes}
+        weights = self.weights(c.lambda_id)
+        weights |= {"eyes": self.joint.lambda_eyes, "repeated": self.joint.lambda_repeated}
         loss = c.lambda_latent * latent + sum(weights[name] * value for name, value in losses.items())
         with_references = {"id_known": distances[:known].mean(), "id_plain": distances[known:].mean()}
         return {"loss": loss, "latent": latent, **losses, **with_references}

@@ -102,7 +102,8 @@ def test_three_stages_make_a_base_with_a_prior_and_resume(folders, base, random_
         assert torch.load(tmp_path / "work" / f"{stage}.pt", weights_only=True)["iteration"] == 2
         assert len((tmp_path / "work" / f"{stage}.csv").read_text().splitlines()) == 2
     header = (tmp_path / "work" / "joint.csv").read_text().splitlines()[0]
-    assert header == "iteration,loss,latent,pixel,perceptual,adversarial,discriminator,id,eyes,id_known,id_plain"
+    terms = "latent,pixel,perceptual,adversarial,discriminator,repeated,id,eyes"
+    assert header == f"iteration,loss,{terms},id_known,id_plain"
 
 
 def test_an_interrupted_training_continues(folders, random_lpips, tmp_path):
@@ -308,6 +309,20 @@ def test_an_iteration_never_waits_for_the_device(folders, base, random_lpips):
         objective(batch)["loss"].backward()
     assert all(p.grad is not None for p in objective.blocks.parameters())
     assert all(linear.weight.grad.abs().sum() > 0 for linear in objective.shifts.maps)
+
+
+def test_a_grid_that_the_decoder_adds_increases_the_joint_loss(folders, base, random_lpips, monkeypatch):
+    views = ViewBatches(open_store(folders), Layout.of(6, True))
+    known = ReferenceObjective(base, feature_scales(base, torch.randn(2, 4, 8, 8)))
+    objective = JointObjective(base, JOINT, Lpips(random_lpips), Recognizer(), known)
+    batch = JointBatches(views, torch.no_grad()(base.encode), embed, torch.zeros(128), JOINT)(0, 0)
+    dots = (torch.arange(batch["hq_image"].shape[-1]) % base.config.factor == 0).float()
+    monkeypatch.setattr(objective, "decode", lambda *_: batch["hq_image"] + 0.1 * dots[:, None] * dots)
+    losses = objective(batch)
+    objective.joint = replace(JOINT, lambda_repeated=0.0)
+    without = objective(batch)
+    assert losses["repeated"] > 5e-4
+    torch.testing.assert_close(losses["loss"] - without["loss"], 2 * losses["repeated"], rtol=0, atol=1e-5)
 
 
 def test_a_finished_base_with_a_prior_needs_the_joint_training_alone(folders, base, random_lpips, tmp_path):
