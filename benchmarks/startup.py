@@ -2,10 +2,10 @@
 
     python benchmarks/startup.py -o benchmarks/results/startup.csv --engine alice.plan [--python OTHER/bin/python]
 
-One row per backend: medians of new processes that restore one image of the plan's tile size. `import_s` is the time to
-import `pfstorer_rt.runtime.restorer`, without the start of Python. `cpu_s` is processor time, which depends less on
-other processes. `restore_s` is one more restoration in a running process. --python measures another installation, such
-as an earlier version; --name is its name in the table.
+One row per backend: medians of new processes that restore one image of the plan's tile size, after a first one that
+fills the cache of compiled networks. `import_s` is the time to import `pfstorer_rt.runtime.restorer`, without the start
+of Python. `cpu_s` is processor time, which depends less on other processes. `restore_s` is one more restoration in a
+running process. --python measures another installation, such as an earlier version; --name is its name in the table.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(output: Path, engine: Path, backends: tuple[str, ...], python: str, nam
             plan = str(engine.resolve())
             call = [python, "-m", "pfstorer_rt.cli", "restore", "--engine", plan, "--backend", backend]
             call += [str(image), "-o", f"{folder}/new.png", "--overwrite"]
-            measured = [start(call, folder) for _ in range(runs + 1)][1:]  # the first run fills the caches of files
+            measured = [start(call, folder) for _ in range(runs + 1)][1:]  # the first run fills the caches
             found = {key: round(statistics.median(one[key] for one in measured), 2) for key in measured[0]}
             found["import_s"] = round(statistics.median(number(folder, python, "-c", IMPORT) for _ in range(runs)), 3)
             found["restore_s"] = round(number(folder, python, "-c", WARM, plan, backend), 3)

@@ -5,7 +5,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from pfstorer_rt import encryption
-from pfstorer_rt.engine.openvino import cache_folder
+from pfstorer_rt.engine.compiled import ENGINES, cache_folder
 from pfstorer_rt.errors import BadFileError, MissingBackendError, SettingError
 from pfstorer_rt.identity import Identity, is_encrypted
 from pfstorer_rt.runtime.identities import (
@@ -121,8 +121,9 @@ def test_a_renamed_and_an_imported_identity_stay_encrypted(alice, give, nano_ide
     assert not is_encrypted(alice), "the passphrase that is set does not encrypt a plain identity"
 
 
-def test_compiled_networks_are_deleted_when_an_identity_is_encrypted(alice, nano_identity):
-    networks = cache_folder(nano_identity.fingerprint)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_compiled_networks_are_deleted_when_an_identity_is_encrypted(alice, nano_identity, engine):
+    networks = cache_folder(engine, nano_identity.fingerprint)
     networks.mkdir(parents=True)
     (networks / "a.blob").write_bytes(b"weights of a person")
     encrypt_identity("alice", WORDS)

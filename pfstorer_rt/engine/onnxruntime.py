@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import sys
 from collections.abc import Mapping
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pfstorer_rt.arrays import HostArray
+from pfstorer_rt.engine.compiled import make_cache_folder, read_entry, write_entry
 from pfstorer_rt.engine.session import Closed, Session, not_loaded
 from pfstorer_rt.errors import MissingBackendError, one_line
+from pfstorer_rt.files import sha256_bytes
 from pfstorer_rt.plan import Plan
+from pfstorer_rt.temporary import temporary_folder
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -109,9 +115,19 @@ class OnnxRuntimeSession(Session):
     """
 
     def __init__(
-        self, model: bytes | Path, provider: str | None = None, *, weights: Mapping[str, memoryview] | None = None
+        self,
+        model: bytes | Path,
+        provider: str | None = None,
+        *,
+        weights: Mapping[str, memoryview] | None = None,
+        optimized: bool = False,
+        save: Path | None = None,
     ) -> None:
-        """Load a graph. weights: {file name: bytes} of its external data; ONNX Runtime copies the bytes."""
+        """Load a graph.
+
+        weights: {file name: bytes} of its external data; ONNX Runtime copies the bytes. optimized: the graph was saved
+        after its optimization, which is not repeated. save: file for the optimized graph.
+        """
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(4)  # errors of a provider that does not load
@@ -120,6 +136,10 @@ class OnnxRuntimeSession(Session):
         options.add_session_config_entry("session.force_spinning_stop", "1")
         share_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")
+        if optimized:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if save:
+            options.optimized_model_filepath = str(save)
         if weights:
             sizes = [len(data) for data in weights.values()]
             options.add_external_initializers_from_files_in_memory([*weights], [*weights.values()], sizes)
@@ -143,14 +163,50 @@ class OnnxRuntimeSession(Session):
         self._session = Closed()
 
 
+def optimized_graph(plan: Plan, component: str) -> Path | None:
+    """Return the cache entry for the optimized graph of a component, or None if there is no cache.
+
+    The optimized graph depends on the version of ONNX Runtime and on the processor: the layout of convolution weights
+    depends on the width of its vectors. A graph with external weights is too large to be saved.
+    """
+    import onnxruntime
+
+    payload, folder = plan.manifest.payloads[component], make_cache_folder("onnxruntime", plan)
+    if payload.weights or not folder:
+        return None
+    vectors = np.show_config(mode="dicts").get("SIMD Extensions")
+    made_for = (payload.sha256, onnxruntime.__version__, onnxruntime.get_build_info(), platform.machine(), vectors)
+    return folder / f"{sha256_bytes(repr(made_for).encode())}.onnx"
+
+
+def optimize(graph: bytes, provider: str | None, entry: Path) -> OnnxRuntimeSession:
+    """Open a graph and write its optimized form into the cache; raises if one of them fails."""
+    with temporary_folder(entry.parent) as folder:
+        session = OnnxRuntimeSession(graph, provider, save=folder / entry.name)
+        write_entry(entry, (folder / entry.name).read_bytes())
+        return session
+
+
 def open_component(plan: Plan, component: str, provider: str | None = None) -> OnnxRuntimeSession:
-    """Open a component of an ONNX plan; raises `BadFileError` if ONNX Runtime cannot load it."""
+    """Open a component of an ONNX plan; raises `BadFileError` if ONNX Runtime cannot load it.
+
+    On the CPU, the first opening writes the optimized graph into the cache, and later ones read it. If the cache does
+    not work, the graph is optimized again.
+    """
     data = plan.read(component)
-    providers(provider)
+    entry = optimized_graph(plan, component) if providers(provider) == [CPU] else None
+    if entry and (kept := read_entry(entry)):
+        del data  # two graphs in memory would raise the peak
+        with suppress(Exception):
+            return OnnxRuntimeSession(kept, provider, optimized=True)
+        data = plan.read(component)
+    if entry:
+        with suppress(Exception):  # ONNX Runtime has one exception type per status
+            return optimize(data, provider, entry)
     try:
         with plan.map_weights(component) as weights:
             return OnnxRuntimeSession(data, provider, weights=weights)
     except MissingBackendError:
         raise
-    except Exception as error:  # ONNX Runtime has one exception type per status
+    except Exception as error:
         raise not_loaded(plan, component, "ONNX Runtime", error) from error

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pfstorer_rt.arrays import HostArray
+from pfstorer_rt.engine.compiled import make_cache_folder
 from pfstorer_rt.engine.session import Closed, Session, not_loaded
-from pfstorer_rt.errors import MissingBackendError, PFStorerError, SettingError
+from pfstorer_rt.errors import MissingBackendError, SettingError
 from pfstorer_rt.extras import install
-from pfstorer_rt.files import cache_home, check_fingerprint, inside, make_folder
 from pfstorer_rt.plan import Plan
 
 PRECISIONS = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
@@ -36,7 +35,7 @@ class OpenVinoSession(Session):
     if the device supports it natively, else f32. cache: folder of compiled networks.
     """
 
-    def __init__(self, model: bytes | Path, provider: str | None = None, cache: str | None = None) -> None:
+    def __init__(self, model: bytes | Path, provider: str | None = None, cache: Path | None = None) -> None:
         """Raise `MissingBackendError` for an unavailable device or precision, `ValueError` for an unknown precision."""
         import openvino
 
@@ -60,7 +59,7 @@ class OpenVinoSession(Session):
         self._device = device.upper()
         self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         if cache:  # one folder per precision: OpenVINO 2026.4 loads a cached fp32 network for bf16 and returns NaN
-            self._settings["CACHE_DIR"] = str(Path(cache) / precision)
+            self._settings["CACHE_DIR"] = str(cache / precision)
         self.inputs = tuple(port.get_any_name() for port in self._network.inputs)
         self.outputs = tuple(port.get_any_name() for port in self._network.outputs)
         free = {i for port in self._network.inputs for i, d in enumerate(port.partial_shape) if d.is_dynamic}
@@ -145,34 +144,13 @@ def _fill(array: HostArray, batch: int) -> HostArray:
     return np.concatenate([array, np.repeat(array[-1:], missing, 0)]) if missing > 0 else array
 
 
-def cache_folder(fingerprint: str) -> Path:
-    """Return the folder of the compiled networks of an identity, or of a base without an identity.
-
-    fingerprint: fingerprint of the identity or base, 64 hexadecimal digits. Raises `ValueError` for any other value.
-    """
-    return inside(cache_home(), "openvino", check_fingerprint(fingerprint, "plan")[:16])
-
-
-def make_cache_folder(plan: Plan) -> str | None:
-    """Make the folder of a plan's compiled networks; returns None if that fails.
-
-    Compiled networks contain the weights of the identity. Only the owner can therefore read the folder, and its name is
-    the start of the identity's fingerprint, so that `identities rm` can delete it.
-    """
-    try:
-        folder = make_folder(cache_folder(plan.manifest.identity_fingerprint or plan.manifest.base_fingerprint))
-        folder.chmod(0o700)
-    except (PFStorerError, OSError, ValueError):  # ValueError: a symbolic link leads out of the cache directory
-        return None
-    return str(folder) if os.access(folder, os.W_OK) else None
-
-
 def open_component(plan: Plan, component: str, provider: str | None = None) -> OpenVinoSession:
     """Open a component of an ONNX plan; raises `BadFileError` if OpenVINO cannot load it."""
+    cache = make_cache_folder("openvino", plan)
     try:
         if plan.manifest.payloads[component].weights:  # OpenVINO reads external weights only from files
             with plan.unpack(component) as path:
-                return OpenVinoSession(path, provider, make_cache_folder(plan))
-        return OpenVinoSession(plan.read(component), provider, make_cache_folder(plan))
+                return OpenVinoSession(path, provider, cache)
+        return OpenVinoSession(plan.read(component), provider, cache)
     except RuntimeError as error:
         raise not_loaded(plan, component, "OpenVINO", error) from error

@@ -191,18 +191,24 @@ def _compiled_networks(path: Path) -> tuple[list[Path], tuple[str, ...]]:
     Returns no folders and a note for a file that cannot be read, and for a file whose tensors do not match the
     fingerprint in its metadata, because it could name the networks of another identity.
     """
-    from pfstorer_rt.engine.openvino import cache_folder
+    from pfstorer_rt.engine.compiled import ENGINES, cache_folder
 
     try:
-        folder = cache_folder(Identity.load(path).fingerprint)
+        fingerprint = Identity.load(path).fingerprint
     except (PFStorerError, ValueError):
-        compiled = cache_home() / "openvino"
-        note = (
-            f"compiled networks of {show_path(path)} may be left in {show_path(compiled)}, because its fingerprint is "
-            "unknown; that folder can be deleted at any time"
-        )
-        return [], (note,) if path.is_file() and compiled.is_dir() else ()
-    return ([folder] if folder.is_dir() else []), ()
+        fingerprint = ""
+    folders, notes = [], []
+    for engine in ENGINES:
+        try:
+            folders.append(cache_folder(engine, fingerprint))
+        except ValueError:  # the fingerprint is unknown, or a symbolic link leads out of the cache directory
+            compiled = cache_home() / engine
+            if path.is_file() and compiled.is_dir():
+                notes.append(
+                    f"compiled networks of {show_path(path)} may be left in {show_path(compiled)}, because its "
+                    "fingerprint is unknown; that folder can be deleted at any time"
+                )
+    return [folder for folder in folders if folder.is_dir()], tuple(notes)
 
 
 def rename_identity(name: str, new: str) -> Identity:

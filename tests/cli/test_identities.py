@@ -6,6 +6,8 @@ import sys
 import numpy as np
 import pytest
 
+from pfstorer_rt.engine.compiled import ENGINES
+
 
 def test_list_includes_unreadable_identities(run, people):
     (people / "broken.safetensors").write_bytes(b"")
@@ -142,8 +144,9 @@ def test_rm_deletes_no_folder_named_in_an_identity_file(run, people, tree, tmp_p
     assert tree(cache) == {"a.blob": b"somebody else's"}
 
 
-def test_rm_deletes_only_the_compiled_networks_of_this_identity(run, people, nano_identity):
-    own = people.parent / "cache" / "openvino" / nano_identity.fingerprint[:16]
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rm_deletes_only_the_compiled_networks_of_this_identity(run, people, nano_identity, engine):
+    own = people.parent / "cache" / engine / nano_identity.fingerprint[:16]
     own.mkdir(parents=True)
     (own / "a.blob").write_bytes(b"weights")
     hostile_identity(people / "mallory.safetensors", nano_identity.fingerprint, people / "alice.safetensors")
@@ -206,11 +209,12 @@ def test_rm_removes_temporary_files_of_killed_processes(run, people):
     assert not any(path.exists() for path in left)
 
 
-def test_rm_warns_about_networks_outside_the_cache(run, people, tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rm_warns_about_networks_outside_the_cache(run, people, tmp_path, engine):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (people.parent / "cache").mkdir(exist_ok=True)
-    (people.parent / "cache" / "openvino").symlink_to(elsewhere)
+    (people.parent / "cache" / engine).symlink_to(elsewhere)
     made = run("identities", "rm", "alice", "--yes")
     assert made.status == 0 and "may be left in" in made.err
 
