@@ -18,9 +18,8 @@ from pfstorer_rt.arrays import HostArray
 from pfstorer_rt.engine.compiled import make_cache_folder, read_entry, write_entry
 from pfstorer_rt.engine.session import Closed, Session, not_loaded
 from pfstorer_rt.errors import MissingBackendError, one_line
-from pfstorer_rt.files import sha256_bytes
+from pfstorer_rt.files import sha256_bytes, work_folder
 from pfstorer_rt.plan import Plan
-from pfstorer_rt.temporary import temporary_folder
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -164,15 +163,17 @@ class OnnxRuntimeSession(Session):
 
 
 def optimized_graph(plan: Plan, component: str) -> Path | None:
-    """Return the cache entry for the optimized graph of a component, or None if there is no cache.
+    """Return the cache entry for the optimized graph of a component, or None if it has no entry.
 
-    The optimized graph depends on the version of ONNX Runtime and on the processor: the layout of convolution weights
-    depends on the width of its vectors. A graph with external weights is too large to be saved.
+    Only int8 graphs have entries: the optimization of other graphs takes no longer than reading an entry. The optimized
+    graph depends on the version of ONNX Runtime and on the processor: the layout of convolution weights depends on the
+    width of its vectors. The session options are always the same.
     """
     import onnxruntime
 
-    payload, folder = plan.manifest.payloads[component], make_cache_folder("onnxruntime", plan)
-    if payload.weights or not folder:
+    payload = plan.manifest.payloads[component]
+    folder = make_cache_folder("onnxruntime", plan) if payload.precision == "int8" and not payload.weights else None
+    if not folder:
         return None
     vectors = np.show_config(mode="dicts").get("SIMD Extensions")
     made_for = (payload.sha256, onnxruntime.__version__, onnxruntime.get_build_info(), platform.machine(), vectors)
@@ -181,7 +182,7 @@ def optimized_graph(plan: Plan, component: str) -> Path | None:
 
 def optimize(graph: bytes, provider: str | None, entry: Path) -> OnnxRuntimeSession:
     """Open a graph and write its optimized form into the cache; raises if one of them fails."""
-    with temporary_folder(entry.parent) as folder:
+    with work_folder(entry.parent) as folder:
         session = OnnxRuntimeSession(graph, provider, save=folder / entry.name)
         write_entry(entry, (folder / entry.name).read_bytes())
         return session
@@ -190,8 +191,8 @@ def optimize(graph: bytes, provider: str | None, entry: Path) -> OnnxRuntimeSess
 def open_component(plan: Plan, component: str, provider: str | None = None) -> OnnxRuntimeSession:
     """Open a component of an ONNX plan; raises `BadFileError` if ONNX Runtime cannot load it.
 
-    On the CPU, the first opening writes the optimized graph into the cache, and later ones read it. If the cache does
-    not work, the graph is optimized again.
+    On the CPU, the first opening of an int8 graph writes the optimized graph into the cache, and later ones read it. If
+    the cache does not work, the graph is optimized again.
     """
     data = plan.read(component)
     entry = optimized_graph(plan, component) if providers(provider) == [CPU] else None
