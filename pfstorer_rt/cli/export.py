@@ -174,7 +174,7 @@ def compare_with_torch(plan: Plan, identity: str | None, base: str | None) -> li
 def report(plan: Plan, comparison: list[Row] | None, verbose_engine: bool, as_json: bool) -> None:
     """Print what was written."""
     from pfstorer_rt.export.build import not_run
-    from pfstorer_rt.export.parity import judged
+    from pfstorer_rt.export.parity import MEASURE, judged
 
     manifest = plan.manifest
     parity = {name: judged(payload.parity, payload.precision) for name, payload in manifest.payloads.items()}
@@ -196,10 +196,11 @@ def report(plan: Plan, comparison: list[Row] | None, verbose_engine: bool, as_js
         return
     mixed = [f"{name} in {kind}" for name, kind in precisions.items() if kind != manifest.precision]
     built_for = f" for {', '.join(manifest.compute_capabilities)}" if manifest.compute_capabilities else ""
+    worst = max(parity, key=lambda name: parity[name])
     echo(
         f"{plan.path}: {manifest.target}{built_for}, {manifest.precision}{''.join(f' ({m})' for m in mixed)}, "
-        f"{plan.path.stat().st_size / 1e6:.1f} MB; difference from PyTorch at most "
-        f"{max(parity.values()):.1e} standard deviations of the output"
+        f"{plan.path.stat().st_size / 1e6:.1f} MB; {MEASURE[precisions[worst]]} against PyTorch: "
+        f"{parity[worst]:.1e} standard deviations of the output ({worst})"
     )
     for name, kinds in layers.items():
         echo(f"{name}: {sum(kinds.values())} layers: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))

@@ -118,10 +118,15 @@ def encrypt_command(names: tuple[str, ...]) -> None:
     Example:
       pfstorer-rt identities encrypt alice
     """
-    from pfstorer_rt.encryption import passphrase_given
+    from pfstorer_rt.encryption import VARIABLE, passphrase_given
+    from pfstorer_rt.errors import SettingError
     from pfstorer_rt.runtime.identities import encrypt_identity
 
-    passphrase = passphrase_given() or click.prompt("passphrase", hide_input=True, confirmation_prompt=True, err=True)
+    passphrase = passphrase_given()
+    if passphrase is None and sys.stdin.isatty():
+        passphrase = click.prompt("passphrase", hide_input=True, confirmation_prompt=True, err=True)
+    if passphrase is None:
+        raise SettingError(f"no passphrase, and no terminal to ask for it; set {VARIABLE}")
     for name in names:
         encrypt_identity(name, passphrase)
         echo(f"{name}: encrypted")

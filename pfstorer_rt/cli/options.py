@@ -12,7 +12,7 @@ import click
 
 from pfstorer_rt.config import Attention, Optimizer, Precision
 from pfstorer_rt.console import note
-from pfstorer_rt.errors import PFStorerError, Rebuild, SettingError, one_line
+from pfstorer_rt.errors import Rebuild, SettingError, one_line
 
 
 class Number(click.FloatRange):
@@ -50,6 +50,8 @@ def check_plan(name: str) -> None:
     from pfstorer_rt.identity import named_identity
 
     file, given = Path(name), shlex.quote(name)
+    if not name:
+        raise click.UsageError("the name of the plan is empty; give a plan file")
     if file.is_file() and file.suffix != ".safetensors":
         return
     if Path(f"{name}.plan").is_file():
@@ -75,15 +77,15 @@ def check_new(file: Path, overwrite: bool) -> None:
 
 
 def check_output(file: Path, overwrite: bool) -> None:
-    """Raise `PFStorerError` before long work if a file cannot be written: as `check_new`, and for its folder."""
+    """Raise `SettingError` before long work if a file cannot be written: as `check_new`, and for its folder."""
     from pfstorer_rt.files import real_path
 
     check_new(file, overwrite)
     folder = real_path(file).parent
     if not folder.is_dir():
-        raise PFStorerError(f"{file}: its folder does not exist; create it first")
+        raise SettingError(f"{file}: its folder does not exist; create it first")
     if not os.access(folder, os.W_OK):
-        raise PFStorerError(f"{file}: cannot be written (permission denied); choose another folder")
+        raise SettingError(f"{file}: cannot be written (permission denied); choose another folder")
 
 
 ATTENTION = click.Choice(get_args(Attention))

@@ -36,17 +36,26 @@ def make_cache_folder(engine: str, plan: Plan) -> Path | None:
 
 
 def read_entry(path: Path) -> bytes | None:
-    """Return the content of an entry, or None if there is none or it does not match its SHA-256."""
+    """Return the content of an entry, or None if there is none or its SHA-256 does not match content and name."""
     try:
         with open_plain(path) as file:
             digest, data = file.read(64), file.read()
     except (PFStorerError, OSError):
         return None
-    return data if sha256_bytes(data).encode() == digest else None
+    return data if _digest(path, data) == digest else None
 
 
 def write_entry(path: Path, data: bytes) -> None:
-    """Write an entry: the SHA-256 of its content, and the content. Raises PFStorerError if it cannot be written."""
+    """Write an entry: the SHA-256 of its name and content, and the content. A link in its place is replaced.
+
+    Raises PFStorerError or OSError if the entry cannot be written.
+    """
+    if path.is_symlink():
+        path.unlink()
     with atomic_write(path, mode=0o600) as file:
-        file.write(sha256_bytes(data).encode())
+        file.write(_digest(path, data))
         file.write(data)
+
+
+def _digest(path: Path, data: bytes) -> bytes:
+    return sha256_bytes(os.fsencode(path.name) + data).encode()

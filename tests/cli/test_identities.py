@@ -21,6 +21,12 @@ def test_list_includes_unreadable_identities(run, people):
     )
 
 
+def test_encrypting_needs_a_terminal_or_the_variable(run, people, monkeypatch):
+    monkeypatch.delenv("PFSTORER_PASSPHRASE", raising=False)
+    done = run("identities", "encrypt", "alice")
+    assert done.status == 2 and "set PFSTORER_PASSPHRASE" in done.errors[0]
+
+
 def test_list_names_encrypted_identities(run, people, monkeypatch):
     monkeypatch.setenv("PFSTORER_PASSPHRASE", "correct horse battery staple")
     assert run("identities", "encrypt", "alice").status == 0

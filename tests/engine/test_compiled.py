@@ -87,18 +87,28 @@ def test_a_restoration_is_the_same_with_and_without_the_cache(home, plan, loads,
     assert all(np.array_equal(image, expected) for image in found)
 
 
-@pytest.mark.parametrize("damage", ["cut off", "changed", "no graph"])
-def test_a_damaged_entry_is_replaced(home, plan, loads, damage):
+@pytest.mark.parametrize("damage", ["cut off", "changed", "no graph", "of another component", "a link"])
+def test_a_damaged_entry_is_replaced(home, plan, loads, damage, tmp_path):
     opened(plan)
     entry = only_entry(plan)
     good = entry.read_bytes()
     changed = good[:-9] + bytes([good[-9] ^ 1]) + good[-8:]
     entry.write_bytes(good[:-100] if damage == "cut off" else changed)
+    if damage == "of another component":
+        opened(plan, "decoder")
+        (other,) = {*folder_of(plan).iterdir()} - {entry}
+        other.rename(entry)
+        loads.pop()
+    if damage == "a link":
+        (tmp_path / "precious").write_bytes(b"precious")
+        entry.unlink()
+        entry.symlink_to(tmp_path / "precious")
     if damage == "no graph":  # its digest fits, but ONNX Runtime cannot load it
         ort_engine.write_entry(entry, b"no graph")
     for _ in range(2):
         opened(plan)
     assert loads == ["saved", *["optimized"] * (damage == "no graph"), "saved", "optimized"]
+    assert not entry.is_symlink() and (damage != "a link" or (tmp_path / "precious").read_bytes() == b"precious")
 
 
 def test_another_runtime_or_processor_has_another_entry(home, plan, loads, monkeypatch):
