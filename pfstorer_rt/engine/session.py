@@ -68,7 +68,7 @@ class Closed:
     """Takes the place of an engine that was freed; every use raises `SettingError`."""
 
     def __getattr__(self, name: str) -> object:
-        raise SettingError("this session is closed; open the plan again")
+        raise SettingError("this engine is closed; open the plan again")
 
 
 class TensorSession(Session):

@@ -17,7 +17,7 @@ from pfstorer_rt.identity import Identity
 from pfstorer_rt.models.base import build_base
 from pfstorer_rt.models.prompt import tokenize
 from pfstorer_rt.progress import ignore_progress
-from pfstorer_rt.training.data import center_crop, read_photo, resize_square
+from pfstorer_rt.training.data import center_crop, read_photo
 from pfstorer_rt.training.image_loss import ImageSpaceLoss
 from pfstorer_rt.training.memory import frozen_weights_in
 from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
@@ -343,17 +343,6 @@ def test_a_larger_reduction_degrades_the_crops_of_a_pool_more(base, photos):
     mild, strong = (pool(base, photos, p_hq=0.0, largest_sf=largest) for largest in (4.0, 16.0))
     errors = [(each.hq - each.lq).square().mean() for each in (mild, strong)]
     assert errors[1] > errors[0]
-
-
-def test_small_photographs_are_degraded_at_their_own_size(base, photos):
-    """Restoration enlarges small images after their degradation."""
-    photo = torch.nn.functional.avg_pool2d(read_photo(photos[0])[None, :, :64, :64], 2)[0]
-    enlarged = resize_square(photo, 64)
-    settings = PersonalizeConfig(train=TrainConfig(batch=3), pool=12, p_hq=0.0)
-    errors = [
-        (found.hq - found.lq).square().mean() for found in (make_pool([p], base, settings) for p in (photo, enlarged))
-    ]
-    assert errors[0] > 1.8 * errors[1]
 
 
 def test_a_pool_contains_images_for_image_space_losses(base, photos):
