@@ -27,7 +27,8 @@ from pfstorer_rt.models.prompt import SUBJECT, PromptEncoder, token_position, to
 from pfstorer_rt.models.reference import Positions
 from pfstorer_rt.runtime.bench import machine
 from pfstorer_rt.training import objectives
-from pfstorer_rt.training.memory import frozen_weights_in, make_adamw
+from pfstorer_rt.training.memory import frozen_weights_in
+from pfstorer_rt.training.optimizers import make_optimizer
 from pfstorer_rt.training.personalize import parameter_groups
 
 GB = 1e9
@@ -83,7 +84,7 @@ def measure(preset: str, batch: int, rank: int, recompute: bool) -> dict[str, An
         if recompute:
             base.unet.enable_gradient_checkpointing()
         with frozen_weights_in(objective, torch.bfloat16):
-            optimizer = make_adamw(parameter_groups(objective, config), config.train)
+            optimizer = make_optimizer(parameter_groups(objective, config), config.train)
             for tensor in [*objective.parameters(), *objective.buffers()]:
                 meter.add(tensor.data)
             weights = meter.now

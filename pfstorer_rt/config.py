@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from pfstorer_rt.settings import Range, check_settings, number, whole
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
+Optimizer = Literal["adamw", "muon", "adamw8bit", "paged_adamw8bit"]
 Weighting = Literal["prediction", "x0"]
 Attention = Literal["auto", "sdpa", "triton", "xformers", "math", "reference"]
 """Backends of `pfstorer_rt.ops`; `auto` selects the first that this device supports."""
@@ -235,7 +235,8 @@ PRESETS: dict[str, BaseConfig] = {
         text=_byte_text(64),
         personalize={
             **_SMALL_BASE_TRAINING,
-            **{"iterations": 120, "first_step": 0.9, "pool": 96, "learning_rate": 1e-3, "gamma_learning_rate": 0.02},
+            **{"iterations": 240, "batch": 1, "optimizer": "muon", "ema": 0.98, "first_step": 0.9, "pool": 96},
+            **{"learning_rate": 1e-3, "gamma_learning_rate": 0.02, "token_learning_rate": 0.0},
             **{"lambda_pixel": 5.0, "lambda_perceptual": 3.0, "lambda_id": 5.0},
             **{"start": "open", "weighting": "x0", "largest_sf": 8.0},
         },
@@ -298,7 +299,8 @@ class TrainConfig:
     attention: Attention = "auto"
     """Backend of attention, gates and norms; `auto` selects the fastest for training on the device."""
     optimizer: Optimizer = "adamw"
-    """AdamW, or bitsandbytes' with 8-bit state in a quarter of the memory; `paged` moves state out of a full GPU."""
+    """AdamW; Muon for matrices, with AdamW for the rest; or bitsandbytes' AdamW with 8-bit state in a quarter of the
+    memory (`paged` moves state out of a full GPU)."""
     gradient_checkpointing: bool = False
     """Recompute the UNet's activations in the backward pass instead of storing them."""
     seed: int = 0
@@ -367,6 +369,7 @@ class PersonalizeConfig:
     """Weight of the identity loss on the decoded images (needs the `metrics` extra)."""
     gamma_learning_rate: float = 5e-3
     token_learning_rate: float = 5e-3
+    """0 leaves the token as it is: L_pers has no effect then, and the features of a reference are computed once."""
     init_word: str = "face"
     subject_prompt: str = "a photo of a {}"
     level: Literal["light", "heavy"] = "heavy"

@@ -33,7 +33,7 @@ class DemoConfig:
 
     base: str | Path = DEFAULT_BASE
     """Name of a shipped base, or a base directory."""
-    iterations: int = 120
+    iterations: int = 240
     """Iterations of the personalization."""
     level: Literal["light", "heavy"] = "heavy"
     """Strength of the degradation."""

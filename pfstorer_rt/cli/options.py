@@ -132,9 +132,7 @@ def training_options(command: Command) -> Command:
         click.option(
             "--optimizer",
             type=click.Choice(get_args(Optimizer)),
-            default="adamw",
-            show_default=True,
-            help="Optimizer; the 8-bit ones need bitsandbytes.",
+            help="Optimizer; the 8-bit ones need bitsandbytes. [default: the base's for a person, else adamw]",
         ),
     )
     for option in reversed(options):

@@ -53,7 +53,7 @@ class Options:
     device: str
     attention: str
     gradient_checkpointing: bool
-    optimizer: str
+    optimizer: str | None
     output: Path | None
     overwrite: bool
     finish: bool
@@ -104,7 +104,7 @@ class Options:
     help="Defaults of the training: the base's, or those of the PFStorer paper.",
 )
 @click.option(
-    "--iterations", type=click.IntRange(1), help="Number of training iterations. [default: the base's; portrait: 120]"
+    "--iterations", type=click.IntRange(1), help="Number of training iterations. [default: the base's; portrait: 240]"
 )
 @click.option("--batch", type=click.IntRange(1), help="Samples per iteration. [default: the base's, else 4]")
 @click.option(

@@ -61,7 +61,7 @@ class Options:
     device: str
     attention: str
     gradient_checkpointing: bool
-    optimizer: str
+    optimizer: str | None
 
     def values(self, *names: str) -> dict[str, Any]:
         """Return the options that replace defaults of a configuration: None keeps a default."""

@@ -25,8 +25,8 @@ from pfstorer_rt.training.data import Batch, draw_timesteps
 from pfstorer_rt.training.image_loss import identity_distances, jitter
 from pfstorer_rt.training.losses import Losses, repeated_error
 from pfstorer_rt.training.lpips import Lpips, normalize
-from pfstorer_rt.training.memory import ParameterGroup
 from pfstorer_rt.training.one_step import OneStepConfig, OneStepObjective, trained_parameters
+from pfstorer_rt.training.optimizers import ParameterGroup
 from pfstorer_rt.training.prior import ReferenceObjective, block_groups, cut, reference_taps
 from pfstorer_rt.training.view_batches import ViewBatches
 

@@ -27,7 +27,8 @@ from pfstorer_rt.training.capture import RecordedStep, Recorder
 from pfstorer_rt.training.data import Batch, prefetch
 from pfstorer_rt.training.device import to_channels_last
 from pfstorer_rt.training.losses import Losses
-from pfstorer_rt.training.memory import ParameterGroup, make_adamw, saving_memory
+from pfstorer_rt.training.memory import saving_memory
+from pfstorer_rt.training.optimizers import ParameterGroup, make_optimizer
 from pfstorer_rt.training.schedule import Schedule
 
 LOG_EVERY = 50
@@ -232,7 +233,7 @@ def run_training(training: Training, accelerator: Accelerator) -> None:
     if training.channels_last:
         to_channels_last(objective)
     trainable = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = make_adamw(trainable if training.groups is None else list(training.groups), settings)
+    optimizer = make_optimizer(trainable if training.groups is None else list(training.groups), settings)
     with saving_memory(objective, settings, accelerator):
         state = TrainState(objective, optimizer, accelerator, settings)
         prepared, state.optimizer = accelerator.prepare(objective, optimizer)

@@ -1,23 +1,17 @@
-"""Less memory for large bases: frozen weights in half precision, recomputed activations, 8-bit optimizer state."""
+"""Less memory for large bases: frozen weights in half precision, recomputed activations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from pfstorer_rt.config import TrainConfig
-from pfstorer_rt.errors import MissingBackendError
-from pfstorer_rt.extras import install
 from pfstorer_rt.models.unet import RestorationUNet
 
-ParameterGroup = dict[str, Any]
-"""`params`, and optimizer settings of this group, such as `lr`; `clip` False leaves its gradient unlimited."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,21 +46,3 @@ def frozen_weights_in(module: nn.Module, dtype: torch.dtype | None) -> Iterator[
     finally:
         for parameter, device, original in zip(frozen, devices, originals, strict=True):
             parameter.data = original.to(device)
-
-
-def make_adamw(parameters: Iterable[nn.Parameter] | list[ParameterGroup], config: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimizer of the configuration: torch's AdamW, or bitsandbytes' with 8-bit state.
-
-    parameters: parameters, or groups with their own settings. Raises `MissingBackendError` without bitsandbytes.
-    """
-    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "betas": (0.9, 0.999)}
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
-    try:
-        optim = import_module("bitsandbytes.optim")
-    except ImportError as error:
-        raise MissingBackendError(
-            f"optimizer {config.optimizer} needs bitsandbytes ({error}): {install('gpu')}"
-        ) from error
-    kind = optim.AdamW8bit if config.optimizer == "adamw8bit" else optim.PagedAdamW8bit
-    return kind(parameters, **settings)

@@ -142,6 +142,8 @@ class PersonalizationObjective(ImageObjective):
         elif config.start != "closed":
             for block in self.blocks:
                 block.open()
+        self.token.requires_grad_(config.token_learning_rate > 0)
+        self.known: dict[int, dict[str, LayerReference]] = {}
         for block in self.blocks if config.method == "vico" else ():
             block.gamma.requires_grad_(False).fill_(1.0)
         self.register_buffer("ids", ids, persistent=False)
@@ -152,23 +154,14 @@ class PersonalizationObjective(ImageObjective):
     def forward(self, batch: Batch) -> Losses:
         """Take scaled latents `hq lq noise` (B, C, h, w), `reference` (R, C, h, w), `t` (B,), `self` bool ().
 
-        The blocks attend to the features of all R references side by side.
+        The blocks attend to the features of all R references side by side. `photos` (R,): numbers of the references,
+        each of which stands for the same latent in every batch.
         """
         x0, z_lq, t, noise, n = batch["hq"], batch["lq"], batch["t"], batch["noise"], len(batch["hq"])
         k = min(self.config.gen_rows, n) if self.config.lambda_gen else 0
-        subject = self.text_encoder(self.ids, self.token)
         # The paper puts the reference into the batch of the restored rows. A separate pass gives the same result, and
         # the restored rows need no gradients before the first personalized layer.
-        references = batch["reference"]
-        reference = reference_pass(
-            self.unet,
-            self.structure_encoder,
-            references,
-            subject.expand(len(references), -1, -1),
-            self.blocks.layers,
-            self.config.reference_timestep,
-            self.alphas_cumprod,
-        )
+        reference = self.see(batch["reference"]) if self.token.requires_grad else self.recall(batch)
         rows = torch.cat([torch.arange(n), torch.arange(k)]).to(x0.device)
         x = torch.cat(
             [noisy_latent(x0, z_lq, noise, t, self.alphas_cumprod), add_noise(x0, noise, t, self.alphas_cumprod)[:k]]
@@ -197,6 +190,32 @@ class PersonalizationObjective(ImageObjective):
         loss = diff + self.config.lambda_gen * gen + self.config.lambda_pers * pers
         images = self.image_losses(x[:n], prediction[:n], batch)
         return {"loss": loss + images.pop("image", 0), "diff": diff, "gen": gen, "pers": pers, **images}
+
+    def see(self, references: torch.Tensor) -> dict[str, LayerReference]:
+        """Run references (R, C, h, w) through the base with the subject prompt; returns their features by layer."""
+        subject = self.text_encoder(self.ids, self.token)
+        return reference_pass(
+            self.unet,
+            self.structure_encoder,
+            references,
+            subject.expand(len(references), -1, -1),
+            self.blocks.layers,
+            self.config.reference_timestep,
+            self.alphas_cumprod,
+        )
+
+    @torch.no_grad()
+    def recall(self, batch: Batch) -> dict[str, LayerReference]:
+        """Return the features of a batch's references, which stay the same if the token is not trained."""
+        numbers = batch["photos"].tolist()
+        for number, latent in zip(numbers, batch["reference"], strict=True):
+            if number not in self.known:
+                self.known[number] = self.see(latent[None])
+        parts = [self.known[number] for number in numbers]
+        return {
+            layer: LayerReference(*(torch.cat(tensors) for tensors in zip(*(p[layer] for p in parts), strict=True)))
+            for layer in self.blocks.layers
+        }
 
     def taps(self, reference: Mapping[str, LayerReference] | None) -> dict[str, Tap]:
         """Return the UNet's taps: the blocks on a reference, or without a reference on their own input."""

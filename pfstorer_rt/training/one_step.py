@@ -33,8 +33,8 @@ from pfstorer_rt.training.latents import encode_pool, flip, is_flipped, to_pixel
 from pfstorer_rt.training.loop import Training, log_to, run_training, signature
 from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.lpips import Lpips, normalize
-from pfstorer_rt.training.memory import ParameterGroup
 from pfstorer_rt.training.objectives import RestorerObjective
+from pfstorer_rt.training.optimizers import ParameterGroup
 
 MARGIN = 1
 """Latent pixels around a window that are decoded with it and discarded, to avoid border effects of the decoder."""

@@ -31,8 +31,8 @@ from pfstorer_rt.training.device import accelerated, kernels_for
 from pfstorer_rt.training.framing import read_references, used_references
 from pfstorer_rt.training.image_loss import ImageSpaceLoss, has_image_losses, refusal
 from pfstorer_rt.training.loop import Training, run_training
-from pfstorer_rt.training.memory import ParameterGroup
 from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective, starts_from_prior
+from pfstorer_rt.training.optimizers import ParameterGroup
 from pfstorer_rt.training.pool import BatchMaker, make_pool
 from pfstorer_rt.training.resume import resumed_config, training_mark
 from pfstorer_rt.training.selection import ENOUGH

@@ -114,11 +114,14 @@ class BatchMaker:
         self.pool, self.config = pool, config
 
     def __call__(self, iteration: int, number: int) -> Batch:
-        """Return latents `hq lq noise` (B, C, h, w) and `reference` (R, C, h, w), `t` (B,), `self` bool ()."""
+        """Return latents `hq lq noise` (B, C, h, w) and `reference` (R, C, h, w), `t` (B,), `self` bool ().
+
+        `photos` (R,) are the numbers of the references.
+        """
         seed, batch, pool = self.config.train.seed, self.config.train.batch, self.pool
         rng = np.random.default_rng([seed, 6, number])
-        references = self.draw_references(rng)
-        chosen = torch.from_numpy(rng.choice(self.squares_without(references), batch))
+        photos = self.draw_references(rng)
+        chosen = torch.from_numpy(rng.choice(self.squares_without(photos), batch))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         noise = torch.randn(pool.hq[chosen].shape, generator=generator)
         t = draw_timesteps(batch, self.config.first_step, generator)
@@ -127,7 +130,8 @@ class BatchMaker:
         return {
             "hq": pool.hq[chosen],
             "lq": pool.lq[chosen],
-            "reference": pool.references[torch.from_numpy(references)],
+            "reference": pool.references[torch.from_numpy(photos)],
+            "photos": torch.from_numpy(photos),
             "noise": noise,
             "t": t,
             "self": torch.tensor(use_self),

@@ -40,7 +40,6 @@ from pfstorer_rt.training.latents import encode_pool, flip, to_pixels
 from pfstorer_rt.training.loop import Training, log_to, run_training, signature
 from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.lpips import Lpips
-from pfstorer_rt.training.memory import ParameterGroup
 from pfstorer_rt.training.objectives import RestorerObjective
 from pfstorer_rt.training.one_step import (
     MARGIN,
@@ -51,6 +50,7 @@ from pfstorer_rt.training.one_step import (
     face_of,
     trained_parameters,
 )
+from pfstorer_rt.training.optimizers import ParameterGroup
 from pfstorer_rt.training.tiles import Bytes
 
 GAMMA, SHARPNESS = 0.3, 2.5

@@ -1,6 +1,5 @@
 """Training in less memory has to be the same training."""
 
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -9,11 +8,9 @@ import torch
 from torch import nn
 
 from pfstorer_rt.config import PersonalizeConfig, TrainConfig
-from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.models.base import build_base
 from pfstorer_rt.training.device import accelerated
-from pfstorer_rt.training.loop import Training, run_training
-from pfstorer_rt.training.memory import frozen_weights_in, make_adamw, saving_memory
+from pfstorer_rt.training.memory import frozen_weights_in, saving_memory
 from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective
 
 CPU = TrainConfig(device="cpu", precision="bf16")
@@ -101,57 +98,3 @@ def test_recomputed_activations_give_the_same_gradients(base, method):
     assert recomputed[2] < 0.7 * kept[2]
     after = step(objective, batch, autocast=False)
     assert after[2] > 0.95 * kept[2]  # and it is over with the training
-
-
-class Identity(nn.Module):
-    """Fits y = x with a matrix that is large enough for 8-bit optimizer state."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(64, 64)
-
-    def forward(self, batch):
-        return {"loss": (self.layer(batch["x"]) - batch["x"]).square().mean()}
-
-
-def fit(folder, optimizer, stop=None):
-    """Train; returns (losses, parameters, state of the optimizer)."""
-    config = TrainConfig(iterations=12, device="cpu", precision="fp32", optimizer=optimizer, checkpoint_every=1)
-    objective, losses, file = Identity(), [], folder / "s.pt"
-    groups = [{"params": list(objective.parameters()), "lr": 1e-2}]
-
-    def batches(iteration, _number):
-        if iteration == stop:
-            raise SystemExit
-        return {"x": torch.randn(32, 64, generator=torch.Generator().manual_seed(iteration))}
-
-    folder.mkdir(exist_ok=True)
-    with accelerated(config) as accelerator:
-        training = Training("t", objective, batches, config, file, "m", groups, on_log=lambda i, x: losses.append(x))
-        run_training(training, accelerator)
-    return losses, list(objective.parameters()), torch.load(file, weights_only=True)["optimizer"]["state"]
-
-
-def distance(one, other):
-    return float(torch.cat([(a - b).flatten() for a, b in zip(one, other, strict=True)]).detach().norm())
-
-
-@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-@pytest.mark.parametrize("optimizer", ["adamw8bit", "paged_adamw8bit"])
-def test_the_8_bit_optimizers_train_like_adamw_and_can_be_resumed(tmp_path, optimizer):
-    _, plain, _ = fit(tmp_path / "plain", "adamw")
-    _, whole, state = fit(tmp_path / "whole", optimizer)
-    with pytest.raises(SystemExit):
-        fit(tmp_path / "parts", optimizer, stop=5)
-    _, parts, _ = fit(tmp_path / "parts", optimizer)
-    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
-    start = list(Identity().parameters())
-    assert distance(plain, whole) < 0.25 * distance(plain, start)
-    assert state[0]["__bnb_optimizer_quant_state__"]["state1"].dtype == torch.uint8
-
-
-def test_an_8_bit_optimizer_without_its_package_names_the_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(MissingBackendError, match=r"pip install 'pfstorer-rt\[gpu\]'"):
-        make_adamw(Identity().parameters(), TrainConfig(optimizer="adamw8bit"))

@@ -1,0 +1,99 @@
+"""Optimizers of the trainings: AdamW, its versions with 8-bit state, and Muon."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from pfstorer_rt.config import TrainConfig
+from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.extras import install
+
+ParameterGroup = dict[str, Any]
+"""`params`, and optimizer settings of this group, such as `lr`; `clip` False leaves its gradient unlimited."""
+MUON_RATE, MOMENTUM = 10.0, 0.9
+"""Learning rate of Muon as a multiple of AdamW's, and its momentum, for trainings of a few hundred iterations."""
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter] | list[ParameterGroup], config: TrainConfig
+) -> torch.optim.Optimizer:
+    """Return the optimizer of the configuration.
+
+    parameters: parameters, or groups with their own settings. Raises `MissingBackendError` if an 8-bit optimizer is
+    asked for without bitsandbytes.
+    """
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "betas": (0.9, 0.999)}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    if config.optimizer == "muon":
+        return MuonForMatrices(as_groups(parameters), settings)
+    try:
+        optim = import_module("bitsandbytes.optim")
+    except ImportError as error:
+        raise MissingBackendError(
+            f"optimizer {config.optimizer} needs bitsandbytes ({error}): {install('gpu')}"
+        ) from error
+    kind = optim.AdamW8bit if config.optimizer == "adamw8bit" else optim.PagedAdamW8bit
+    return kind(parameters, **settings)
+
+
+def as_groups(parameters: Iterable[nn.Parameter] | list[ParameterGroup]) -> list[ParameterGroup]:
+    """Return parameter groups; plain parameters become one group."""
+    groups: list[Any] = list(parameters)
+    return groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
+
+
+class MuonForMatrices(torch.optim.Optimizer):
+    """Muon for matrices, AdamW for all other parameters, such as vectors and convolutions.
+
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the update of a matrix by the nearest
+    matrix with orthogonal rows or columns, so few iterations change all directions of its input.
+    """
+
+    def __init__(self, groups: list[ParameterGroup], settings: dict[str, Any]) -> None:
+        """groups: parameter groups. settings: the settings of AdamW for groups without their own."""
+        matrices, others = [], []
+        for group in groups:
+            group = {**settings, **group}
+            own = {k: v for k, v in group.items() if k not in ("params", "betas", "fused")}
+            own |= {"lr": group["lr"] * MUON_RATE, "params": [p for p in group["params"] if is_matrix(p)]}
+            matrices.append(own)
+            others.append({**group, "params": [p for p in group["params"] if not is_matrix(p)]})
+        matrices, others = ([group for group in part if group["params"]] for part in (matrices, others))
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, momentum=MOMENTUM, adjust_lr_fn="original"))
+        if others:
+            self.parts.append(torch.optim.AdamW(others))
+        super().__init__([*matrices, *others], {})
+        self._link()
+
+    def _link(self) -> None:
+        """Use the groups of the parts as the groups of this optimizer, so that a changed learning rate has effect."""
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Any = None) -> Any:
+        """Do one step of both optimizers; closure: None."""
+        assert closure is None
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of both optimizers."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the states of both optimizers."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self._link()
+
+
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix with several rows and columns."""
+    return parameter.ndim == 2 and min(parameter.shape) > 1

@@ -1,0 +1,108 @@
+"""Muon trains matrices, AdamW everything else, and both obey the schedule and can be resumed."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from pfstorer_rt.config import TrainConfig
+from pfstorer_rt.errors import MissingBackendError
+from pfstorer_rt.training.device import accelerated
+from pfstorer_rt.training.loop import Training, run_training
+from pfstorer_rt.training.optimizers import MOMENTUM, MUON_RATE, make_optimizer
+
+
+class Identity(nn.Module):
+    """Fits y = x with a matrix that is large enough for 8-bit optimizer state."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, batch):
+        return {"loss": (self.layer(batch["x"]) - batch["x"]).square().mean()}
+
+
+def numbers(iteration, count=32):
+    return torch.randn(count, 64, generator=torch.Generator().manual_seed(iteration))
+
+
+def fit(folder, optimizer, stop=None):
+    """Train; returns (parameters, state of the optimizer)."""
+    config = TrainConfig(
+        iterations=12, decay=0.5, device="cpu", precision="fp32", optimizer=optimizer, checkpoint_every=1
+    )
+    objective, file = Identity(), folder / "s.pt"
+    groups = [{"params": list(objective.parameters()), "lr": 1e-2}]
+
+    def batches(iteration, _number):
+        if iteration == stop:
+            raise SystemExit
+        return {"x": numbers(iteration)}
+
+    folder.mkdir(exist_ok=True)
+    with accelerated(config) as accelerator:
+        run_training(Training("t", objective, batches, config, file, "m", groups), accelerator)
+    return list(objective.parameters()), torch.load(file, weights_only=True)["optimizer"]
+
+
+def distance(one, other):
+    return float(torch.cat([(a - b).flatten() for a, b in zip(one, other, strict=True)]).detach().norm())
+
+
+def resumed(folder, optimizer):
+    with pytest.raises(SystemExit):
+        fit(folder, optimizer, stop=5)
+    return fit(folder, optimizer)[0]
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "paged_adamw8bit"])
+def test_the_8_bit_optimizers_train_like_adamw_and_can_be_resumed(tmp_path, optimizer):
+    plain, _ = fit(tmp_path / "plain", "adamw")
+    whole, state = fit(tmp_path / "whole", optimizer)
+    parts = resumed(tmp_path / "parts", optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    start = list(Identity().parameters())
+    assert distance(plain, whole) < 0.25 * distance(plain, start)
+    assert state["state"][0]["__bnb_optimizer_quant_state__"]["state1"].dtype == torch.uint8
+
+
+def test_an_8_bit_optimizer_without_its_package_names_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(MissingBackendError, match=r"pip install 'pfstorer-rt\[gpu\]'"):
+        make_optimizer(Identity().parameters(), TrainConfig(optimizer="adamw8bit"))
+
+
+def test_a_resumed_training_with_muon_ends_with_the_same_weights(tmp_path):
+    whole, state = fit(tmp_path / "whole", "muon")
+    assert state["parts"][0]["param_groups"][0]["lr"] < 0.1 * MUON_RATE * 1e-2
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed(tmp_path / "parts", "muon"), strict=True))
+
+
+def test_muon_changes_matrices_by_orthogonal_steps_and_all_others_as_adamw_does():
+    module, reference = Identity(), Identity()
+    module.row = nn.Parameter(torch.randn(1, 64))
+    reference.row = nn.Parameter(module.row.detach().clone())
+    settings = TrainConfig(optimizer="muon", learning_rate=1e-3, weight_decay=0.0)
+    optimizer = make_optimizer(module.parameters(), settings)
+    vectors = torch.optim.AdamW([reference.layer.bias, reference.row], lr=1e-3, weight_decay=0.0)
+    momentum = torch.zeros(64, 64)
+    for i in range(3):
+        for net in (module, reference):
+            net.zero_grad()
+            (net({"x": numbers(i, 512)})["loss"] + (net.row - 1).square().sum()).backward()
+        gradient, before = module.layer.weight.grad.clone(), module.layer.weight.detach().clone()
+        momentum = MOMENTUM * momentum + (1 - MOMENTUM) * gradient
+        optimizer.step()
+        vectors.step()
+        with torch.no_grad():
+            reference.layer.weight.copy_(module.layer.weight)
+        step = (before - module.layer.weight.detach()) / (MUON_RATE * 1e-3)
+        u, _, v = torch.linalg.svd(MOMENTUM * momentum + (1 - MOMENTUM) * gradient)
+        assert torch.linalg.svdvals(step).max() < 1.4  # Newton-Schulz leaves singular values of about 0.7 to 1.2
+        assert float((step * (u @ v)).sum()) / 64 > 0.75  # 1 for the exact matrix u v
+    assert torch.allclose(module.layer.bias, reference.layer.bias, atol=1e-7)
+    assert torch.allclose(module.row, reference.row, atol=1e-7)
