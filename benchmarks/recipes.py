@@ -57,10 +57,18 @@ RECIPES = {
     "paper": Recipe(lambda _: PersonalizeConfig()),
     "1 reference": Recipe(defaults(), 1),
     "3 references": Recipe(defaults(), 3),
-    "longer": Recipe(defaults(train={"iterations": 240})),
+    "10 references": Recipe(defaults(), 10),
     "another": Recipe(defaults(), own=False),
+    **{f"{count} iterations": Recipe(defaults(train={"iterations": count})) for count in (30, 60, 120, 480)},
+    "adamw": Recipe(defaults(train={"optimizer": "adamw"})),
+    "token": Recipe(defaults(token_learning_rate=5e-3)),
+    "self": Recipe(defaults(ref_source="self")),
+    "gen": Recipe(defaults(lambda_gen=0.1)),
 }
-"""`paper` is `personalize --recipe paper`; the others change one thing of the defaults of the base."""
+"""`paper` is `personalize --recipe paper`; the others change one thing of the defaults of the base.
+
+`token` trains the learned token with L_pers, and `gen` has L_gen of the paper.
+"""
 UNLEARNED = ("input", "base", "original")
 
 
@@ -103,9 +111,10 @@ def main(
             if any((row["person"], row["recipe"]) == (person.name, name) for row in rows):
                 continue
             own = name in UNLEARNED or RECIPES[name].own
-            learned_from = photos[place if own else (place + 1) % len(folders)][:REFERENCES]
-            method, seconds = restoring(name, learned_from, loaded)
-            known = [hwc(reference) for reference in crops(learned_from, side)]
+            theirs = photos[place if own else (place + 1) % len(folders)]
+            untested = theirs[:REFERENCES] + theirs[REFERENCES + tests :]
+            method, seconds = restoring(name, untested, loaded)
+            known = [hwc(reference) for reference in crops(theirs[:REFERENCES], side)]
             for sf, number, truth, lq in cases(photos[place][REFERENCES : REFERENCES + tests], side):
                 result = truth if name == "original" else method(lq)
                 values = {key: measure(result, truth) for key, measure in metrics.items()}
