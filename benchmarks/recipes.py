@@ -68,7 +68,8 @@ RECIPES = {
 }
 """`paper` is `personalize --recipe paper`; the others change one thing of the defaults of the base.
 
-`token` trains the learned token with L_pers, and `gen` has L_gen of the paper. `480 iterations` has twice as many crops.
+`token` trains the learned token with L_pers, and `gen` has L_gen of the paper. `480 iterations` has
+twice as many crops.
 """
 UNLEARNED = ("input", "base", "original")
 
