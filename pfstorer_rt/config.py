@@ -395,6 +395,14 @@ class PersonalizeConfig:
         own = {name: value for name, value in base.personalize.items() if name not in training}
         return cls(train=TrainConfig(**{**trained, **(train or {})}), **{**own, **values})
 
+    def longer(self, factor: float) -> PersonalizeConfig:
+        """Return the settings of a training of `factor` times as many iterations, at least one.
+
+        A longer training has more crops in the same ratio, a shorter one the same crops.
+        """
+        train = replace(self.train, iterations=max(1, round(self.train.iterations * factor)))
+        return replace(self, train=train, pool=round(self.pool * max(1.0, factor)))
+
 
 SUPPORTED_SETTINGS = {
     "tap": ("post",),

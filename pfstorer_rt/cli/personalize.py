@@ -16,7 +16,7 @@ from pfstorer_rt.errors import SettingError
 if TYPE_CHECKING:
     from pfstorer_rt.config import BaseConfig, PersonalizeConfig
 
-THOROUGH = 5
+THOROUGH = 2
 """Length of a thorough training, relative to the base's default."""
 TRAIN = ("iterations", "batch", "learning_rate", *TRAINING)
 OWN = (
@@ -72,8 +72,9 @@ class Options:
             config = PersonalizeConfig(train=TrainConfig(**train), **own)
         else:
             config = PersonalizeConfig.for_base(base, train, **own)
-        length = 0 if self.instant else config.train.iterations * (THOROUGH if self.thorough else 1)
-        return replace(config, train=replace(config.train, iterations=length))
+        if self.instant:
+            return replace(config, train=replace(config.train, iterations=0))
+        return config.longer(THOROUGH) if self.thorough else config
 
     def check(self) -> None:
         """Raise `click.UsageError` for options that contradict each other."""
@@ -95,7 +96,7 @@ class Options:
 @click.option(
     "--instant", is_flag=True, help="Learn without training, in seconds. The base needs a prior; portrait has none."
 )
-@click.option("--thorough", is_flag=True, help="Train five times as long as by default, for more likeness.")
+@click.option("--thorough", is_flag=True, help="Train twice as long as by default, for more likeness.")
 @click.option(
     "--recipe",
     type=click.Choice(["base", "paper"]),

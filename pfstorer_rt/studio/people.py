@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ CONSENT = (
     "This person, or the person's legal guardian, has agreed that the face is learned. I know that the identity file "
     "is biometric data and that it stays on this machine until I delete it."
 )
-LENGTHS = {"Usual": 1.0, "Thorough (5 times as long)": 5.0, "Short (a fifth)": 0.2}
+LENGTHS = {"Usual": 1.0, "Thorough (twice as long)": 2.0, "Short (a fifth)": 0.2}
 """Choice -> length of the training, relative to the default of the base."""
 
 
@@ -146,8 +146,8 @@ def learn(
     report("loading the base")
     base = load_base(engines.config.base)  # a second copy: the training changes the precision of its weights
     config = PersonalizeConfig.for_base(base.config)
-    iterations = max(1, round(config.train.iterations * LENGTHS.get(wanted.length, 1.0)))
-    config = replace(config, train=replace(config.train, iterations=iterations))
+    config = config.longer(LENGTHS.get(wanted.length, 1.0))
+    iterations = config.train.iterations
     preview = Preview(workspace, session, engines, read(paths, engines))
 
     def follow(progress: StageProgress) -> None:

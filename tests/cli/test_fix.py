@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.demo import reference_files
 from pfstorer_rt.files import sha256_file
 from pfstorer_rt.identity import Identity, identity_path
+from pfstorer_rt.models.base import load_base
 from pfstorer_rt.models.prior import Prior
 
 PRIOR = {"start": "prior", "masked": False, "references": 3, "p_self": 0.0, "iterations": 2, "batch": 1}
@@ -117,12 +119,17 @@ def test_restore_with_references_alone_learns_the_person(run, known, nano_base_d
 
 
 def test_speeds_have_different_lengths(run, known, photos, people):
-    for flag, iterations in (("--instant", 0), ("--thorough", 10), (None, 2)):
+    default = PersonalizeConfig.for_base(load_base(known).config)
+    pools = {}
+    for flag, iterations in (("--instant", 0), ("--thorough", 4), (None, 2)):
         done = run(
             "personalize", "--identity", "bob", "--base", known, *photos, "--overwrite", *([flag] if flag else [])
         )
         assert done.status == 0, done.err
-        assert Identity.load(identity_path("bob")).settings["train"]["iterations"] == iterations
+        settings = Identity.load(identity_path("bob")).settings
+        assert settings["train"]["iterations"] == iterations
+        pools[flag] = settings["pool"]
+    assert pools == {"--instant": default.pool, "--thorough": 2 * default.pool, None: default.pool}
 
 
 def test_speeds_exclude_each_other(refused, known, photos):
