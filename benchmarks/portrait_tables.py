@@ -141,9 +141,10 @@ Rows in [`people.csv`](../benchmarks/results/people.csv), command `python benchm
 `lab`, {real} pixels. `generated`: two people who do not exist, 512 pixels. {tests} images of each person are heavily
 degraded. Five other images of the person are the references.
 
-**Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 120 iterations with the
-losses L1 (weight 5), ST-LPIPS (3) and distance of dlib's embeddings (5) on decoded images. No loss used the recognizer
-of the column "identity". The base was trained with LPIPS (VGG16). Learning took {seconds} s of one core.
+**Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 240 iterations with one image
+each, Muon, and the losses L1 (weight 5), ST-LPIPS (3) and distance of dlib's embeddings (5) on decoded images. No loss
+used the recognizer of the column "identity". The base was trained with LPIPS (VGG16). Learning took {seconds} s of one
+core.
 
 """
 

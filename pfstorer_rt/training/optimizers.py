@@ -17,6 +17,8 @@ ParameterGroup = dict[str, Any]
 """`params`, and optimizer settings of this group, such as `lr`; `clip` False leaves its gradient unlimited."""
 MUON_RATE, MOMENTUM = 10.0, 0.9
 """Learning rate of Muon as a multiple of AdamW's, and its momentum, for trainings of a few hundred iterations."""
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
+"""Coefficients of Jordan et al. for x, x^3 and x^5: the largest slope at 0."""
 
 
 def make_optimizer(
@@ -48,12 +50,54 @@ def as_groups(parameters: Iterable[nn.Parameter] | list[ParameterGroup]) -> list
     return groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
 
 
-class MuonForMatrices(torch.optim.Optimizer):
-    """Muon for matrices, AdamW for all other parameters, such as vectors and convolutions.
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), for matrices.
 
-    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the update of a matrix by the nearest
-    matrix with orthogonal rows or columns, so few iterations change all directions of its input.
+    The update of a matrix is the nearest matrix with orthonormal rows or columns to its averaged gradient. Few
+    iterations then change all directions of the matrix, and not only those with large gradients. `torch.optim.Muon`
+    computes the same in bf16, which is slow on a CPU without bf16 instructions.
     """
+
+    def __init__(self, groups: list[ParameterGroup]) -> None:
+        """groups: parameter groups with `lr` and `weight_decay`."""
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Do one step; closure: None."""
+        assert closure is None
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                state = self.state[matrix]
+                if not state:
+                    state["average"] = torch.zeros_like(matrix)
+                average = state["average"].lerp_(matrix.grad, 1 - MOMENTUM)
+                update = orthogonalized(matrix.grad.lerp(average, MOMENTUM))  # Nesterov's momentum
+                rows, columns = matrix.shape
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.sub_(update, alpha=group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+
+def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
+    """Return about the nearest matrix with orthonormal rows or columns, fp32.
+
+    Five steps of a Newton-Schulz iteration bring all singular values that are not tiny to 0.7 to 1.2.
+    """
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = (matrix if wide else matrix.T).float()
+    x = x / x.norm().clamp(min=1e-7)
+    linear, cubic, quintic = NEWTON_SCHULZ
+    for _ in range(5):
+        square = x @ x.T
+        polynomial = torch.addmm(square, square, square, beta=cubic, alpha=quintic)
+        x = torch.addmm(x, polynomial, x, beta=linear)
+    return x if wide else x.T
+
+
+class MuonForMatrices(torch.optim.Optimizer):
+    """Muon for matrices, AdamW for all other parameters, such as vectors and convolutions."""
 
     def __init__(self, groups: list[ParameterGroup], settings: dict[str, Any]) -> None:
         """groups: parameter groups. settings: the settings of AdamW for groups without their own."""
@@ -67,7 +111,7 @@ class MuonForMatrices(torch.optim.Optimizer):
         matrices, others = ([group for group in part if group["params"]] for part in (matrices, others))
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
-            self.parts.append(torch.optim.Muon(matrices, momentum=MOMENTUM, adjust_lr_fn="original"))
+            self.parts.append(Muon(matrices))
         if others:
             self.parts.append(torch.optim.AdamW(others))
         super().__init__([*matrices, *others], {})
@@ -77,7 +121,7 @@ class MuonForMatrices(torch.optim.Optimizer):
         """Use the groups of the parts as the groups of this optimizer, so that a changed learning rate has effect."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Do one step of both optimizers; closure: None."""
         assert closure is None
         for part in self.parts:

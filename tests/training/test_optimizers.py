@@ -10,7 +10,7 @@ from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.training.device import accelerated
 from pfstorer_rt.training.loop import Training, run_training
-from pfstorer_rt.training.optimizers import MOMENTUM, MUON_RATE, make_optimizer
+from pfstorer_rt.training.optimizers import MOMENTUM, MUON_RATE, make_optimizer, orthogonalized
 
 
 class Identity(nn.Module):
@@ -106,3 +106,30 @@ def test_muon_changes_matrices_by_orthogonal_steps_and_all_others_as_adamw_does(
         assert float((step * (u @ v)).sum()) / 64 > 0.75  # 1 for the exact matrix u v
     assert torch.allclose(module.layer.bias, reference.layer.bias, atol=1e-7)
     assert torch.allclose(module.row, reference.row, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (24, 24)])
+def test_orthogonalized_is_near_the_polar_factor(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    made = orthogonalized(matrix)
+    values = torch.linalg.svdvals(made)
+    assert values.min() > 0.6 and values.max() < 1.25
+    inner = u.T @ made @ v.T  # in the basis of the singular vectors
+    assert torch.allclose(inner, inner.diag().diag(), atol=1e-4)
+
+
+def test_muon_updates_as_pytorchs_does():
+    muon = getattr(torch.optim, "Muon", None)
+    if muon is None:
+        pytest.skip("needs PyTorch 2.9")
+    mine, theirs = (nn.Parameter(torch.linspace(-1, 1, 600).reshape(20, 30).sin()) for _ in range(2))
+    settings = TrainConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.1)
+    one = make_optimizer([mine], settings)
+    other = muon([theirs], lr=1e-2 * MUON_RATE, weight_decay=0.1, momentum=MOMENTUM, adjust_lr_fn="original")
+    for i in range(3):
+        mine.grad = torch.randn(20, 30, generator=torch.Generator().manual_seed(i))
+        theirs.grad = mine.grad.clone()
+        one.step()
+        other.step()
+    assert torch.allclose(mine, theirs, atol=0.01)  # bf16 there
