@@ -42,13 +42,12 @@ RECIPES = {
     "paper": "PFStorer, recipe of the paper",
     "closed": "PFStorer, gamma = 0 at the start",
     "self": "PFStorer, reference source self",
-    "gen": "PFStorer, L_gen 0.1",
     "token": "PFStorer, trained token",
-    "adamw": "PFStorer, AdamW alone",
     "30 iterations": "PFStorer, 30 iterations",
     "60 iterations": "PFStorer, 60 iterations",
     "120 iterations": "PFStorer, 120 iterations",
     "480 iterations": "PFStorer, 480 iterations",
+    "960 iterations": "PFStorer, 960 iterations",
     "1 reference": "PFStorer, 1 reference",
     "3 references": "PFStorer, 3 references",
     "10 references": "PFStorer, 10 references",
@@ -158,7 +157,13 @@ images are the references, unless the row states another number.
 
 - **PFStorer**: the defaults of `personalize` for `portrait`, as in the table above.
 - **gamma = 0 at the start**: the same with the start of the paper (`start: closed`).
-- **DreamBooth, ViCo**: `personalize --method dreambooth` and `vico`, with the same losses, iterations and photographs.
+- **DreamBooth, ViCo**: `personalize --method dreambooth` and `vico`, with the same losses, optimizer, iterations and
+  photographs.
+- **Parts of the paper**: `--ref-source self` has no photograph's features at run time. The trained token has its own
+  learning rate (5e-3) and L_pers (`token_learning_rate` in `config.json`).
+- **Iterations**: the learning rate falls at the end of each training, so these are not stages of one training. 480
+  iterations are `--thorough`, with 192 crops.
+- **10 references**: five more photographs of the person, which are not restored.
 - **Recipe of the paper**: `personalize --recipe paper`: 500 iterations, no losses on images, L_gen 0.1. It was measured
   on the first person alone.
 - **Identity of another person**: images of one person, restored with the identity of the other person.

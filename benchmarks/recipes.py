@@ -61,15 +61,13 @@ RECIPES = {
     "another": Recipe(defaults(), own=False),
     **{f"{count} iterations": Recipe(defaults(train={"iterations": count})) for count in (30, 60, 120)},
     "480 iterations": Recipe(defaults(train={"iterations": 480}, pool=192)),
-    "adamw": Recipe(defaults(train={"optimizer": "adamw"})),
+    "960 iterations": Recipe(defaults(train={"iterations": 960}, pool=384)),
     "token": Recipe(defaults(token_learning_rate=5e-3)),
     "self": Recipe(defaults(ref_source="self")),
-    "gen": Recipe(defaults(lambda_gen=0.1)),
 }
 """`paper` is `personalize --recipe paper`; the others change one thing of the defaults of the base.
 
-`token` trains the learned token with L_pers, and `gen` has L_gen of the paper. `480 iterations` has
-twice as many crops.
+`token` trains the learned token with L_pers. 480 and 960 iterations have two and four times as many crops.
 """
 UNLEARNED = ("input", "base", "original")
 
