@@ -162,7 +162,7 @@ images are the references, unless the row states another number.
 - **Parts of the paper**: `--ref-source self` has no photograph's features at run time. The trained token has its own
   learning rate (5e-3) and L_pers (`token_learning_rate` in `config.json`).
 - **Iterations**: the learning rate falls at the end of each training, so these are not stages of one training. 480
-  iterations are `--thorough`, with 192 crops.
+  iterations are `--thorough`, with 192 crops; 960 have 384.
 - **10 references**: five more photographs of the person, which are not restored.
 - **Recipe of the paper**: `personalize --recipe paper`: 500 iterations, no losses on images, L_gen 0.1. It was measured
   on the first person alone.

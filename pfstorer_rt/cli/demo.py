@@ -32,7 +32,7 @@ WORDS = (
 @click.option(
     "--iterations",
     type=click.IntRange(1),
-    default=120,
+    default=240,
     show_default=True,
     help="Iterations of the personalization.",
 )
