@@ -178,8 +178,8 @@ clear difference on this base. The trained token takes a fifth more time. DreamB
 third more time, and is clearly worse where the image shows little of the person. With the recipe of the paper, the
 blocks hardly learn on this base. Its learning rate of 5e-5 is for the wider layers of Stable Diffusion. More iterations
 help more than anything else, up to 480. The likeness of `PFStorer` is half of the way from Base to Original, and with
-480 iterations 0.6 of the way. The identity of another person makes the result less similar to the person of the image than
-Base does, and hardly similar to the person of the identity.
+480 iterations 0.6 of the way. The identity of another person makes the result less similar to the person of the image
+than Base does, and hardly similar to the person of the identity.
 
 † dlib's embeddings were a loss of all rows except Input, Base and the recipe of the paper. No row had the recognizer of
 the column "identity" as a loss.
