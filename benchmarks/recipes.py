@@ -60,8 +60,8 @@ RECIPES = {
     "10 references": Recipe(defaults(), 10),
     "another": Recipe(defaults(), own=False),
     **{f"{count} iterations": Recipe(defaults(train={"iterations": count})) for count in (30, 60, 120)},
-    "480 iterations": Recipe(defaults(train={"iterations": 480}, pool=192)),
-    "960 iterations": Recipe(defaults(train={"iterations": 960}, pool=384)),
+    "480 iterations": Recipe(lambda base: PersonalizeConfig.for_base(base.config).longer(2)),
+    "960 iterations": Recipe(lambda base: PersonalizeConfig.for_base(base.config).longer(4)),
     "token": Recipe(defaults(token_learning_rate=5e-3)),
     "self": Recipe(defaults(ref_source="self")),
 }

@@ -104,9 +104,8 @@ class MuonForMatrices(torch.optim.Optimizer):
         matrices, others = [], []
         for group in groups:
             group = {**settings, **group}
-            own = {k: v for k, v in group.items() if k not in ("params", "betas", "fused")}
-            own |= {"lr": group["lr"] * MUON_RATE, "params": [p for p in group["params"] if is_matrix(p)]}
-            matrices.append(own)
+            own = [p for p in group["params"] if is_matrix(p)]
+            matrices.append({**group, "lr": group["lr"] * MUON_RATE, "params": own})
             others.append({**group, "params": [p for p in group["params"] if not is_matrix(p)]})
         matrices, others = ([group for group in part if group["params"]] for part in (matrices, others))
         self.parts: list[torch.optim.Optimizer] = []
