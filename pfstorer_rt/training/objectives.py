@@ -223,13 +223,16 @@ class PersonalizationObjective(ImageObjective):
             return {block.layer: block for block in self.blocks}
         subject = self.positions.subject
         seen = {layer: side_by_side(r, subject if self.config.masked else None) for layer, r in reference.items()}
-        return {block.layer: partial(block, **seen[block.layer]) for block in self.blocks}
+        return {block.layer: partial(block, reference=seen[block.layer]) for block in self.blocks}
 
 
-def side_by_side(reference: LayerReference, subject: int | None) -> dict[str, torch.Tensor]:
-    """Return features (1, R * S, C) of R references as one, with the mask of the subject token, or without a mask."""
-    seen = {"reference": reference.features.flatten(0, 1)[None]}
-    return seen if subject is None else {**seen, "mask": reference.mask(subject).flatten()[None]}
+def side_by_side(reference: LayerReference, subject: int | None) -> torch.Tensor:
+    """Return the features of R references as one, (1, S, C).
+
+    subject: position of the subject token; the features of tokens outside its mask are left out. None keeps all.
+    """
+    features = reference.features.flatten(0, 1)
+    return (features if subject is None else features[reference.mask(subject).flatten()])[None]
 
 
 def starts_from_prior(base: Base, config: PersonalizeConfig) -> bool:

@@ -27,7 +27,7 @@ from pfstorer_rt.plan import DEFAULT_BASE
 from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
 from pfstorer_rt.training.contact_sheet import check_place, save_contact_sheet
 from pfstorer_rt.training.data import Batch, center_crop
-from pfstorer_rt.training.device import accelerated, kernels_for
+from pfstorer_rt.training.device import accelerated, kernels_for, to_channels_last
 from pfstorer_rt.training.framing import read_references, used_references
 from pfstorer_rt.training.image_loss import ImageSpaceLoss, has_image_losses, refusal
 from pfstorer_rt.training.loop import Training, run_training
@@ -87,7 +87,8 @@ def personalize(
     with accelerated(config.train, base) as accelerator:
         make_folder(crops, private=True)
         with accelerator.main_process_first():  # the other processes use the samples of the first one
-            pool = None if done else make_pool(photos, base, config, on_progress, crops, mark)
+            to_channels_last(base.vae)
+            pool = None if done else make_pool(photos, base, config, on_progress, crops, mark, accelerator.autocast)
         face = person_face(photos, base, config)
         objective = make_objective(base, config, accelerator.device, face)
 

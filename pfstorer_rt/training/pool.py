@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,11 +51,13 @@ def make_pool(
     on_progress: OnProgress = ignore_progress,
     work: Path | None = None,
     mark: str = "",
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> LatentPool:
     """Crop, degrade and encode `pool_size` samples, taking the photographs in turn.
 
     photos: (3, H, W) in [0, 1]. The same seed gives the same pool. work: folder that keeps the samples; the next call
-    with the same `mark` uses or completes them. None keeps them in memory.
+    with the same `mark` uses or completes them. None keeps them in memory. autocast: makes the context in which crops
+    are encoded, such as autocasting to bf16.
     """
     level, size, tile = replace(LEVELS[config.level], p_hq=config.p_hq), pool_size(config), base.config.tile
     latent = (2, base.config.latent_channels, base.config.latent_tile, base.config.latent_tile)
@@ -63,7 +66,8 @@ def make_pool(
         arrays |= {"images": (np.uint8, (2, 3, tile, tile)), "maps": (np.float32, (2, 3))}
 
     def encode(image: torch.Tensor) -> torch.Tensor:
-        return base.encode(image[None].to(base.device) * 2 - 1)[0].float().cpu()
+        with autocast():
+            return base.encode(image[None].to(base.device) * 2 - 1)[0].float().cpu()
 
     def make(chunk: int) -> Batch:
         pairs = []
