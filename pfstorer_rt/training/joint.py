@@ -24,7 +24,7 @@ from pfstorer_rt.models.unet import Tap
 from pfstorer_rt.training.data import Batch, draw_timesteps
 from pfstorer_rt.training.image_loss import identity_distances, jitter
 from pfstorer_rt.training.losses import Losses, repeated_error
-from pfstorer_rt.training.lpips import Lpips, normalize
+from pfstorer_rt.training.lpips import Lpips
 from pfstorer_rt.training.one_step import OneStepConfig, OneStepObjective, trained_parameters
 from pfstorer_rt.training.optimizers import ParameterGroup
 from pfstorer_rt.training.prior import ReferenceObjective, block_groups, cut, reference_taps
@@ -35,10 +35,6 @@ Encode = Callable[[torch.Tensor], torch.Tensor]
 Embed = Callable[[torch.Tensor, npt.NDArray[Any]], torch.Tensor]
 """References (B, R, 3, S, S) in [-1, 1] and the positions of their faces (B, R, 2, 3) -> mean embeddings (B, 128)."""
 short_training = partial(TrainConfig, batch=64, warmup=40, weight_decay=0.0, attention="sdpa", checkpoint_every=250)
-EYES = ((0.66, 0.0, 0.0), (0.0, 0.165, -0.38), (0.0, 0.0, 1.0))
-"""Map from the strip of the eyes to the square of the recognizer."""
-STRIP = (64, 256)
-"""Height and width in pixels of the strip, about the resolution of a face that fills a tile of 512 pixels."""
 BETAS = (0.9, 0.98)
 """Of AdamW: the second moment follows the short trainings."""
 
@@ -76,10 +72,6 @@ class JointConfig:
     """Share of the samples with references whose embedding is replaced by the mean, as without the `metrics` extra."""
     inexact: float = 0.02
     """Standard deviation of the noise on the embeddings."""
-    lambda_eyes: float = 0.5
-    """Weight of L1 and LPIPS of the eyes, where errors are most visible."""
-    lambda_repeated: float = 2.0
-    """Weight of the error that repeats from latent pixel to latent pixel, as a grid of dots on hair does."""
     blocks_rate: float = 2.0
     gamma_rate: float = 6.0
     """Learning rates of the blocks with their shifts, and of gamma, as multiples of the rate of the base."""
@@ -92,17 +84,14 @@ class JointObjective(OneStepObjective):
     loss and the loss of the eyes on the first samples, whose faces have known positions.
     """
 
-    eyes: torch.Tensor
-
     def __init__(
         self, base: Base, config: JointConfig, lpips: Lpips, recognizer: nn.Module, known: ReferenceObjective
     ) -> None:
         """Take the blocks and the token of `known`, which has trained them on latents."""
         super().__init__(base, config.base, lpips, recognizer)
-        self.joint, self.blocks, self.shifts = config, known.blocks, known.shifts
+        self.blocks, self.shifts = known.blocks, known.shifts
         self.taps = partial(reference_taps, known)
         self.side = config.base.window * self.factor
-        self.register_buffer("eyes", torch.tensor(EYES), persistent=False)
 
     def forward(self, batch: Batch) -> Losses:
         """Take a batch of `JointBatches`; returns `loss`, its terms, and the identity loss of both kinds of samples."""
@@ -122,18 +111,9 @@ class JointObjective(OneStepObjective):
         losses["id"] = distances.mean()
         losses["eyes"] = self.difference_of_eyes(output[:faces], target[:faces], batch["maps"])
         weights = self.weights(c.lambda_id)
-        weights |= {"eyes": self.joint.lambda_eyes, "repeated": self.joint.lambda_repeated}
         loss = c.lambda_latent * latent + sum(weights[name] * value for name, value in losses.items())
         with_references = {"id_known": distances[:known].mean(), "id_plain": distances[known:].mean()}
         return {"loss": loss, "latent": latent, **losses, **with_references}
-
-    def difference_of_eyes(self, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-        """Return L1 + LPIPS of the eyes of faces at `maps` (B, 2, 3) in images (B, 3, S, S) in [-1, 1]."""
-        made, real = (cut_strips(images, maps @ self.eyes) for images in (output, target))
-        with torch.no_grad():
-            features = normalize(self.lpips.features(real))
-        perceptual = self.lpips.between(normalize(self.lpips.features(made)), features).mean()
-        return F.l1_loss(made, real) + perceptual
 
     def groups(self, base: Base, config: JointConfig) -> list[ParameterGroup]:
         """Return the parameter groups: base, blocks, gamma, shifts, discriminator; switches their gradients on."""
@@ -148,12 +128,6 @@ class JointObjective(OneStepObjective):
             parameters = list(self.discriminator.parameters())
             groups.append({"params": parameters, "lr": config.base.discriminator_rate, "clip": False})
         return for_device(groups, base.device)
-
-
-def cut_strips(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """Cut strips (B, 3, 64, 256) at maps (B, 2, 3) from images (B, 3, S, S)."""
-    grid = F.affine_grid(maps, [len(images), 3, *STRIP], align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def for_first(count: int, tap: Tap) -> Tap:

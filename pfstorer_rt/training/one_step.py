@@ -31,11 +31,15 @@ from pfstorer_rt.training.discriminator import FeatureDiscriminator, discriminat
 from pfstorer_rt.training.image_loss import identity_loss, jitter
 from pfstorer_rt.training.latents import encode_pool, flip, is_flipped, to_pixels
 from pfstorer_rt.training.loop import Training, log_to, run_training, signature
-from pfstorer_rt.training.losses import Losses
+from pfstorer_rt.training.losses import Losses, repeated_error
 from pfstorer_rt.training.lpips import Lpips, normalize
 from pfstorer_rt.training.objectives import RestorerObjective
 from pfstorer_rt.training.optimizers import ParameterGroup
 
+EYES = ((0.66, 0.0, 0.0), (0.0, 0.165, -0.38), (0.0, 0.0, 1.0))
+"""Map from the strip of the eyes to the square of the recognizer."""
+STRIP = (64, 256)
+"""Height and width in pixels of the strip, about the resolution of a face that fills a tile of 512 pixels."""
 MARGIN = 1
 """Latent pixels around a window that are decoded with it and discarded, to avoid border effects of the decoder."""
 
@@ -71,22 +75,29 @@ class OneStepConfig:
     """Weight of the adversarial loss; 0 trains without a discriminator."""
     lambda_id: float = 0.2
     """Weight of the identity loss; 0 needs no recognizer."""
+    lambda_eyes: float = 0.5
+    """Weight of L1 and LPIPS of the eyes, where errors are most visible."""
+    lambda_repeated: float = 2.0
+    """Weight of the error that repeats from latent pixel to latent pixel, as a grid of dots on hair does."""
     discriminator_rate: float = 4e-4
     """Learning rate of the discriminator."""
 
 
 class OneStepObjective(RestorerObjective):
-    """`lambda_latent L_x0 + lambda_pixel L1 + lambda_perceptual LPIPS + lambda_adversarial L_G + lambda_id L_id + L_D`.
+    """The weighted sum of L_x0, L1, LPIPS, L_G, L_id, the loss of the eyes and the repeated error, plus L_D.
 
     L_D trains the discriminator alone, because its input is detached from the restorer. L_G trains the restorer alone,
     because the discriminator's weights are detached there. One backward pass and one optimizer therefore serve both.
     """
+
+    eyes: torch.Tensor
 
     def __init__(self, base: Base, config: OneStepConfig, lpips: Lpips, recognizer: nn.Module | None) -> None:
         super().__init__(base, "x0")
         assert base.cfw is not None
         self.config, self.vae, self.cfw, self.factor = config, base.vae, base.cfw, base.config.factor
         self.lpips, self.recognizer = lpips, recognizer
+        self.register_buffer("eyes", torch.tensor(EYES), persistent=False)
         widths = [stage[-1].out_channels for stage in lpips.stages]  # type: ignore[index]
         self.discriminator = FeatureDiscriminator(widths) if config.lambda_adversarial else None
 
@@ -94,7 +105,8 @@ class OneStepObjective(RestorerObjective):
         """Take latents `hq lq noise` (B, C, h, w), `t` (B,), and windows `hq_window lq_window` (B, 3, P, P) in [-1, 1].
 
         The windows begin at `corner` (2,) of the latents and include the margins. With `hq_tile lq_tile` (1, 3, S, S)
-        and `maps` (1, 2, 3), identity loss and L1 are also computed on the first sample's whole image.
+        and `maps` (1, 2, 3), the losses of faces are computed on the first sample's whole image, and L1 and the
+        repeated error there too.
         """
         c, x0, z_lq, t = self.config, batch["hq"], batch["lq"], batch["t"]
         restored = self.restore(x0, z_lq, batch["noise"], t)
@@ -105,10 +117,14 @@ class OneStepObjective(RestorerObjective):
         inner = (..., slice(border, -border), slice(border, -border))
         output, target = self.decode(part, batch["lq_window"])[inner], batch["hq_window"][inner]
         losses = self.image_losses(output, target)
+        losses["repeated"] = repeated_error(output, target, self.factor)
         if "hq_tile" in batch:
-            whole = self.decode(restored[:1], batch["lq_tile"])
-            losses["id"] = self.identity(whole, batch["hq_tile"], batch["maps"])
-            losses["pixel"] = (losses["pixel"] + F.l1_loss(whole, batch["hq_tile"])) / 2
+            whole, original, maps = self.decode(restored[:1], batch["lq_tile"]), batch["hq_tile"], batch["maps"]
+            losses["pixel"] = (losses["pixel"] + F.l1_loss(whole, original)) / 2
+            losses["repeated"] = (losses["repeated"] + repeated_error(whole, original, self.factor)) / 2
+            if maps.isfinite().all():
+                losses["id"] = self.identity(whole, original, maps)
+                losses["eyes"] = self.difference_of_eyes(whole, original, maps)
         weights = self.weights(c.lambda_id)
         loss = c.lambda_latent * latent + sum(weights[name] * value for name, value in losses.items())
         missing = {name: latent.new_zeros(()) for name in weights if name not in losses}
@@ -142,6 +158,14 @@ class OneStepObjective(RestorerObjective):
             return output.new_zeros(())
         return identity_loss(self.recognizer, output, target, maps)
 
+    def difference_of_eyes(self, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        """Return L1 + LPIPS of the eyes of faces at `maps` (B, 2, 3) in images (B, 3, S, S) in [-1, 1]."""
+        made, real = (cut_strips(images, maps @ self.eyes) for images in (output, target))
+        with torch.no_grad():
+            features = normalize(self.lpips.features(real))
+        perceptual = self.lpips.between(normalize(self.lpips.features(made)), features).mean()
+        return F.l1_loss(made, real) + perceptual
+
     def weights(self, lambda_id: float) -> dict[str, float]:
         """Return the weight of each loss on images."""
         c = self.config
@@ -151,7 +175,15 @@ class OneStepObjective(RestorerObjective):
             "adversarial": c.lambda_adversarial,
             "discriminator": 1.0,
             "id": lambda_id,
+            "eyes": c.lambda_eyes,
+            "repeated": c.lambda_repeated,
         }
+
+
+def cut_strips(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Cut strips (B, 3, 64, 256) at maps (B, 2, 3) from images (B, 3, S, S)."""
+    grid = F.affine_grid(maps, [len(images), 3, *STRIP], align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 class WindowSampler:

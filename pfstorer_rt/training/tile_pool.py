@@ -39,11 +39,13 @@ class PoolConfig:
     versions: int = 0
     """Degraded versions of each tile."""
     mix: tuple[tuple[str, float, float], ...] = (
-        ("heavy", 4.0, 0.55),
-        ("light", 4.0, 0.15),
-        ("heavy", 2.0, 0.1),
-        ("light", 2.0, 0.05),
-        ("light", 1.0, 0.05),
+        ("heavy", 4.0, 0.35),
+        ("heavy", 8.0, 0.2),
+        ("heavy", 12.0, 0.1),
+        ("light", 4.0, 0.1),
+        ("heavy", 2.0, 0.08),
+        ("light", 2.0, 0.04),
+        ("light", 1.0, 0.04),
     )
     """Level, its `sf`, and its share of the versions; the remaining versions are not degraded."""
     faces: bool = False

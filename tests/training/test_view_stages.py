@@ -16,10 +16,10 @@ from pfstorer_rt.progress import CancelledError, ignore_progress
 from pfstorer_rt.training.autoencoder import AutoencoderConfig
 from pfstorer_rt.training.capture import WARM_UP, RecordedStep
 from pfstorer_rt.training.device import accelerated
-from pfstorer_rt.training.joint import EYES, JointBatches, JointConfig, JointObjective, cut_strips, draw_corners
+from pfstorer_rt.training.joint import JointBatches, JointConfig, JointObjective, draw_corners
 from pfstorer_rt.training.loop import Training, run_training
 from pfstorer_rt.training.lpips import Lpips
-from pfstorer_rt.training.one_step import OneStepConfig
+from pfstorer_rt.training.one_step import EYES, OneStepConfig, cut_strips
 from pfstorer_rt.training.people import find_people
 from pfstorer_rt.training.photo_store import GeneratedPeople, Photographs, read_store
 from pfstorer_rt.training.prior import ReferenceObjective, feature_scales
@@ -319,7 +319,7 @@ def test_a_grid_that_the_decoder_adds_increases_the_joint_loss(folders, base, ra
     dots = (torch.arange(batch["hq_image"].shape[-1]) % base.config.factor == 0).float()
     monkeypatch.setattr(objective, "decode", lambda *_: batch["hq_image"] + 0.1 * dots[:, None] * dots)
     losses = objective(batch)
-    objective.joint = replace(JOINT, lambda_repeated=0.0)
+    objective.config = replace(JOINT.base, lambda_repeated=0.0)
     without = objective(batch)
     assert losses["repeated"] > 5e-4
     torch.testing.assert_close(losses["loss"] - without["loss"], 2 * losses["repeated"], rtol=0, atol=1e-5)
