@@ -29,6 +29,8 @@ PADDING = 32
 """The sides of a canvas are multiples of this many pixels."""
 GREY = 1.5 * 2 / 255
 """Smallest difference between the channels of a coloured pixel, in the range of [-1, 1]."""
+LOBES = 3
+"""Lobes of Lanczos's kernel, which shrinks. It keeps more detail than a bicubic kernel with a low-pass filter."""
 MAX_SCALE = 16.0
 """Largest scale from the input image to the result."""
 MAX_ENLARGEMENT = 4.0
@@ -82,8 +84,8 @@ def check_scale(scale: float) -> None:
 class Resized:
     """A resized image, clamped to [-1, 1].
 
-    Bicubic as in PyTorch's `interpolate` with half-pixel centres. antialias: apply a low-pass filter; use True to
-    shrink. StableSR enlarges without it.
+    antialias: apply a low-pass filter; use True to shrink. Without it, the image is enlarged bicubically as in
+    StableSR (PyTorch's `interpolate`).
     """
 
     def __init__(self, source: Rows, height: int, width: int, antialias: bool) -> None:
@@ -93,41 +95,51 @@ class Resized:
         """Return rows start..stop-1, clamped to [-1, 1]."""
         if (self.source.height, self.source.width) == (self.height, self.width):
             return self.source.read(start, stop)
-        rows, weights = cubic_taps(self.source.height, self.height, start, stop, self.antialias)
+        rows, weights = taps(self.source.height, self.height, start, stop, self.antialias)
         first, last = int(rows.min()), int(rows.max())
         band = weighted_sum(self.source.read(first, last + 1), rows - first, weights, 1)
-        band = weighted_sum(band, *cubic_taps(self.source.width, self.width, 0, self.width, self.antialias), 2)
+        band = weighted_sum(band, *taps(self.source.width, self.width, 0, self.width, self.antialias), 2)
         return band.clip(-1, 1, out=band)
 
 
-def cubic_taps(
+def taps(
     length: int, wanted: int, start: int, stop: int, antialias: bool
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Return source indices and weights of output pixels start..stop-1 along one axis, (n, taps) each.
 
-    The kernel is Keys (1981) at half-pixel centres with PyTorch's parameters. Without antialias: a = -0.75 and
-    replicated borders. With antialias: a = -0.5, the kernel is stretched by the reduction factor and is cut and
-    renormalized at the borders.
+    Without antialias: the kernel of Keys (1981) at half-pixel centres, a = -0.75, with replicated borders, as in
+    PyTorch. With antialias: Lanczos's kernel with three lobes, stretched by the reduction factor, cut and renormalized
+    at the borders, as in Pillow.
     """
     scale = length / wanted
-    stretch, a = (max(1.0, scale), -0.5) if antialias else (1.0, -0.75)
+    stretch = max(1.0, scale) if antialias else 1.0
     middle = (np.arange(start, stop) + 0.5) * scale - 0.5
-    reach = math.ceil(2 * stretch)
+    reach = math.ceil((LOBES if antialias else 2) * stretch)
     places = np.floor(middle).astype(np.int64)[:, None] + np.arange(1 - reach, reach + 1)
     d = np.abs((places - middle[:, None]) / stretch)
-    inner = (a + 2) * d**3 - (a + 3) * d**2 + 1
-    outer = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-    weights = np.where(d <= 1, inner, np.where(d < 2, outer, 0.0))
+    weights = lanczos(d) if antialias else keys(d, -0.75)
     if antialias:
         weights = weights * ((places >= 0) & (places < length))
         weights = weights / weights.sum(1, keepdims=True)
     return places.clip(0, length - 1), weights.astype(np.float32)
 
 
+def keys(d: npt.NDArray[np.float64], a: float) -> npt.NDArray[np.float64]:
+    """Return the cubic convolution kernel of Keys (1981) at distances d >= 0."""
+    inner = (a + 2) * d**3 - (a + 3) * d**2 + 1
+    outer = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+    return np.where(d <= 1, inner, np.where(d < 2, outer, 0.0))
+
+
+def lanczos(d: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the Lanczos kernel with `LOBES` lobes at distances d >= 0."""
+    return np.where(d < LOBES, np.sinc(d) * np.sinc(d / LOBES), 0.0)
+
+
 def weighted_sum(
     band: Band, places: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], axis: Literal[1, 2]
 ) -> Band:
-    """Replace rows (axis 1) or columns (axis 2) of a band by weighted sums; places and weights as in `cubic_taps`."""
+    """Replace rows (axis 1) or columns (axis 2) of a band by weighted sums; places and weights as in `taps`."""
     shape = [len(places) if i == axis else n for i, n in enumerate(band.shape)]
     total, part = np.zeros(shape, np.float32), np.empty(shape, np.float32)
     for place, weight in zip(places.T, weights.T, strict=True):

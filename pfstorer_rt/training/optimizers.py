@@ -51,9 +51,9 @@ def as_groups(parameters: Iterable[nn.Parameter] | list[ParameterGroup]) -> list
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), for matrices.
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), for matrices and convolutions.
 
-    The update of a matrix is the nearest matrix with orthonormal rows or columns to its averaged gradient. Few
+    A convolution (O, I, kh, kw) is a matrix (O, I kh kw). The update of a matrix is the nearest matrix with orthonormal rows or columns to its averaged gradient. Few
     iterations then change all directions of the matrix, and not only those with large gradients. `torch.optim.Muon`
     computes the same in bf16, which is slow on a CPU without bf16 instructions.
     """
@@ -74,10 +74,11 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["average"] = torch.zeros_like(matrix)
                 average = state["average"].lerp_(matrix.grad, 1 - MOMENTUM)
-                update = orthogonalized(matrix.grad.lerp(average, MOMENTUM))  # Nesterov's momentum
-                rows, columns = matrix.shape
+                ahead = matrix.grad.lerp(average, MOMENTUM)  # Nesterov's momentum
+                update = orthogonalized(ahead.flatten(1))
+                rows, columns = update.shape
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(update, alpha=group["lr"] * max(1.0, rows / columns) ** 0.5)
+                matrix.sub_(update.view(matrix.shape), alpha=group["lr"] * max(1.0, rows / columns) ** 0.5)
 
 
 def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
@@ -97,7 +98,7 @@ def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class MuonForMatrices(torch.optim.Optimizer):
-    """Muon for matrices, AdamW for all other parameters, such as vectors and convolutions."""
+    """Muon for matrices and convolutions, AdamW for all other parameters, such as vectors."""
 
     def __init__(self, groups: list[ParameterGroup], settings: dict[str, Any]) -> None:
         """groups: parameter groups. settings: the settings of AdamW for groups without their own."""
@@ -138,5 +139,5 @@ class MuonForMatrices(torch.optim.Optimizer):
 
 
 def is_matrix(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix with several rows and columns."""
-    return parameter.ndim == 2 and min(parameter.shape) > 1
+    """Whether a parameter is a matrix, or a convolution, with several rows and columns."""
+    return parameter.ndim >= 2 and min(len(parameter), parameter[0].numel()) > 1

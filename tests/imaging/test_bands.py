@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from pfstorer_rt.errors import PFStorerError
-from pfstorer_rt.imaging.bands import Canvas, ColorFixed, Cropped, Padded, Resized, Result, cubic_taps
+from pfstorer_rt.imaging.bands import Canvas, ColorFixed, Cropped, Padded, Resized, Result, taps
 from pfstorer_rt.imaging.color import color_fix
 from pfstorer_rt.imaging.files import resize_bicubic
 from pfstorer_rt.imaging.rows import TALL, Spool, bands
@@ -37,11 +38,16 @@ def read_by(source, rows):
     return np.concatenate([source.read(y, min(source.height, y + rows)) for y in range(0, source.height, rows)], 1)
 
 
+def pillow_lanczos(image, size):
+    channels = [Image.fromarray(channel).resize(size[::-1], Image.Resampling.LANCZOS) for channel in image]
+    return np.stack(channels).clip(-1, 1)
+
+
 @pytest.mark.parametrize("size", [(50, 31), (21, 13), (75, 40), (200, 90), (5, 3), (1, 1)])
 @pytest.mark.parametrize("antialias", [False, True])
 def test_resizing_by_rows_equals_resizing_the_whole_image(size, antialias):
     image = noise(50, 31)
-    expected = resize_bicubic(tensor(image), size, antialias)[0].numpy()  # PyTorch's own
+    expected = pillow_lanczos(image, size) if antialias else resize_bicubic(tensor(image), size)[0].numpy()
     for rows in (1, 7, 1000):
         found = read_by(Resized(Whole(image), *size, antialias), rows)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)  # its positions are fp32
@@ -61,7 +67,7 @@ def test_an_image_of_the_target_size_is_not_changed():
 
 def test_taps_add_up_to_one():
     for antialias in (False, True):
-        _, weights = cubic_taps(100, 37, 0, 37, antialias)
+        _, weights = taps(100, 37, 0, 37, antialias)
         np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
 
 
@@ -105,7 +111,7 @@ def test_statistics_are_computed_once():
 def test_a_result_is_cropped_and_resized():
     image = noise(40, 30)
     result = Result(Whole(image), Canvas(36, 28, 4, 2, 18, 14), "bad")
-    expected = resize_bicubic(tensor(image)[:, :, :36, :28], (18, 14), antialias=True)[0].numpy()
+    expected = pillow_lanczos(image[:, :36, :28].copy(), (18, 14))
     np.testing.assert_allclose(result.read(3, 9), expected[:, 3:9], atol=2e-6)
 
 

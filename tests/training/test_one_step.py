@@ -150,7 +150,30 @@ def test_the_loss_is_the_weighted_sum(base, pool, lpips):
     (batch,) = batches(base, pool, made.config, 1)
     found = {name: value.item() for name, value in made(batch).items()}
     expected = 0.1 * found["latent"] + 2 * found["pixel"] + found["perceptual"] + 0.5 * found["adversarial"]
-    assert found["loss"] == pytest.approx(expected + found["discriminator"] + 0.2 * found["id"], rel=1e-5)
+    expected += found["discriminator"] + 0.2 * found["id"] + 0.5 * found["eyes"] + 2 * found["repeated"]
+    assert found["loss"] == pytest.approx(expected, rel=1e-5)
+    assert found["repeated"] > 0
+
+
+def test_the_eyes_of_a_whole_tile_have_their_own_loss(base, pool, lpips, monkeypatch):
+    """A strip that is 0.1 too bright costs L1 0.1; the rest of the tile is as in the original."""
+    made = objective(base, lpips)
+    batch = next(b for b in batches(base, pool, replace(made.config, cropped=0.0), 9) if b["maps"].isfinite().all())
+    monkeypatch.setattr(made.lpips, "between", lambda a, b: (a[0] - b[0]).flatten(1).mean(1) * 0)
+    tile = batch["hq_tile"]
+
+    def difference(top, bottom):
+        """The loss when a part of the face's square, in units of half its side, is brighter."""
+        square = batch["maps"][0].double().numpy()
+        corners = np.array([[x, y, 1] for x in (-0.6, 0.6) for y in (top, bottom)]) @ square.T
+        pixels = ((np.sort(corners, 0) + 1) / 2 * tile.shape[-1]).round().astype(int)
+        (left, low), (right, high) = pixels[[0, -1]]
+        brighter = tile.clone()
+        brighter[..., low:high, left:right] += 0.1
+        return made.difference_of_eyes(brighter, tile, batch["maps"]).item()
+
+    assert difference(-0.6, -0.15) == pytest.approx(0.1, abs=0.02)
+    assert difference(0.0, 0.6) == 0
 
 
 def test_a_base_is_trained_in_three_parts_and_shipped(base, pool, lpips, tmp_path):

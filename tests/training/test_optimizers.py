@@ -133,3 +133,18 @@ def test_muon_updates_as_pytorchs_does():
         one.step()
         other.step()
     assert torch.allclose(mine, theirs, atol=0.01)  # bf16 there
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_treats_a_convolution_as_the_matrix_of_its_output_channels(layout):
+    weights = torch.linspace(-1, 1, 540).reshape(10, 6, 3, 3).sin()
+    convolution, matrix = nn.Parameter(weights.to(memory_format=layout)), nn.Parameter(weights.flatten(1))
+    settings = TrainConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.1)
+    optimizers = [make_optimizer([parameter], settings) for parameter in (convolution, matrix)]
+    for i in range(3):
+        matrix.grad = torch.randn(10, 54, generator=torch.Generator().manual_seed(i))
+        convolution.grad = matrix.grad.reshape(10, 6, 3, 3).to(memory_format=layout)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(convolution.flatten(1), matrix)
+    assert (matrix - weights.flatten(1)).norm() > 0.1
