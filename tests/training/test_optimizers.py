@@ -138,7 +138,7 @@ def test_muon_updates_as_pytorchs_does():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_muon_treats_a_convolution_as_the_matrix_of_its_output_channels(layout):
     weights = torch.linspace(-1, 1, 540).reshape(10, 6, 3, 3).sin()
-    convolution, matrix = nn.Parameter(weights.to(memory_format=layout)), nn.Parameter(weights.flatten(1))
+    convolution, matrix = nn.Parameter(weights.clone(memory_format=layout)), nn.Parameter(weights.flatten(1).clone())
     settings = TrainConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.1)
     optimizers = [make_optimizer([parameter], settings) for parameter in (convolution, matrix)]
     for i in range(3):
