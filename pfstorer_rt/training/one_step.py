@@ -61,23 +61,23 @@ class OneStepConfig:
     """Share of the iterations on latent crops; only the other iterations have an identity loss."""
     on_faces: float = 0.6
     """Share of the iterations whose windows lie on a face, if the tile has one."""
-    clean: float = 0.25
+    clean: float = 0.1
     """Share of the iterations whose inputs are the original images, which the base has to leave unchanged."""
     first_step: float = 0.9
     """Share of the samples at timestep 999."""
-    lambda_latent: float = 0.1
+    lambda_latent: float = 0.2
     """Weight of the squared error of the clean latent."""
-    lambda_pixel: float = 1.0
+    lambda_pixel: float = 0.8
     """Weight of L1."""
     lambda_perceptual: float = 1.0
     """Weight of LPIPS."""
-    lambda_adversarial: float = 0.03
+    lambda_adversarial: float = 0.1
     """Weight of the adversarial loss; 0 trains without a discriminator."""
-    lambda_id: float = 0.2
+    lambda_id: float = 0.8
     """Weight of the identity loss; 0 needs no recognizer."""
     lambda_eyes: float = 0.5
     """Weight of L1 and LPIPS of the eyes, where errors are most visible."""
-    lambda_repeated: float = 2.0
+    lambda_repeated: float = 4.0
     """Weight of the error that repeats from latent pixel to latent pixel, as a grid of dots on hair does."""
     discriminator_rate: float = 4e-4
     """Learning rate of the discriminator."""

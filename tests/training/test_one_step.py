@@ -149,8 +149,8 @@ def test_the_loss_is_the_weighted_sum(base, pool, lpips):
     made = objective(base, lpips, lambda_pixel=2.0, lambda_adversarial=0.5)
     (batch,) = batches(base, pool, made.config, 1)
     found = {name: value.item() for name, value in made(batch).items()}
-    expected = 0.1 * found["latent"] + 2 * found["pixel"] + found["perceptual"] + 0.5 * found["adversarial"]
-    expected += found["discriminator"] + 0.2 * found["id"] + 0.5 * found["eyes"] + 2 * found["repeated"]
+    expected = 0.2 * found["latent"] + 2 * found["pixel"] + found["perceptual"] + 0.5 * found["adversarial"]
+    expected += found["discriminator"] + 0.8 * found["id"] + 0.5 * found["eyes"] + 4 * found["repeated"]
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
     assert found["repeated"] > 0
 
