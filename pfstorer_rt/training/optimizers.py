@@ -53,8 +53,9 @@ def as_groups(parameters: Iterable[nn.Parameter] | list[ParameterGroup]) -> list
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), for matrices and convolutions.
 
-    A convolution (O, I, kh, kw) is a matrix (O, I kh kw). The update of a matrix is the nearest matrix with orthonormal rows or columns to its averaged gradient. Few
-    iterations then change all directions of the matrix, and not only those with large gradients. `torch.optim.Muon`
+    A convolution (O, I, kh, kw) is a matrix (O, I kh kw). The update of a matrix is the nearest matrix with orthonormal
+    rows or columns to its averaged gradient. Few iterations then change all directions of the matrix, and not only
+    those with large gradients. `torch.optim.Muon`
     computes the same in bf16, which is slow on a CPU without bf16 instructions.
     """
 
