@@ -89,7 +89,8 @@ Rows in [`heldout.csv`](../benchmarks/results/heldout.csv).
   - `london`: Face Research Lab London Set, only people with an odd number (DeBruine and Jones, CC BY 4.0). The training
     of `portrait` used the people with an even number, with the same camera and light.
   - `lab`: the faces of Caltech-101 (Fei-Fei, Fergus and Perona, CC BY 4.0), at their own size.
-  - `generated`: faces from the generator of half of the training images of `portrait`, with other seeds.
+  - `generated`: faces from the generator of half of the training images of `portrait`, with other seeds: 900,001 to
+    900,015 without 900,010 and 900,012.
 - **Levels**: `heavy` and `light` of `pfstorer-rt degrade`. Both reduce the image to a quarter, and enlarge it
   bicubically to its original size at the end. "Input" is this bicubic enlargement. Each image has its own seed.
 - **Bases**: one step, the defaults of `restore`, without an identity. The faces are larger than the tile of `tiny`
