@@ -157,6 +157,19 @@ def test_gradients_reach_the_base_and_the_blocks(base, people, lpips):
         assert block.gamma.grad.abs().sum() > 0 and block.block.attn2.to_k.weight.grad.abs().sum() > 0
 
 
+def test_a_grid_in_samples_with_references_costs_as_much_as_in_the_others(base, people, lpips, monkeypatch):
+    latents = latents_of(base, people)
+    objective = PriorObjective(base, CONFIG, Lpips(lpips), None, known_of(base, latents))
+    batch = PeopleSampler(people, latents, CONFIG)(0)
+    dots = (torch.arange(batch["hq_crop"].shape[-1]) % base.config.factor == 0).float()
+    monkeypatch.setattr(objective, "decode", lambda *_: batch["hq_crop"] + 0.1 * dots[:, None] * dots)
+    losses = objective.with_references(batch)
+    objective.config = replace(CONFIG.base, lambda_repeated=0.0)
+    without = objective.with_references(batch)
+    assert losses["repeated"] > 5e-4
+    torch.testing.assert_close(losses["loss"] - without["loss"], 4 * losses["repeated"], rtol=0, atol=1e-5)
+
+
 def test_all_references_are_attended(base, people):
     known = known_of(base, latents_of(base, people))
     references = torch.randn(2, 3, 4, 8, 8)
