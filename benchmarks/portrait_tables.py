@@ -158,8 +158,8 @@ COMPARED = """
 Rows in [`recipes.csv`](../benchmarks/results/recipes.csv), command `python benchmarks/recipes.py`. {people} of `lab`,
 {tests} images of each. The images are heavily degraded, and reduced to a quarter or to an eighth in between. Five other
 images are the references, unless the row states another number. These rows were measured with the weights of
-`portrait` before its last two training stages ([model card](../pfstorer_rt/bases/portrait/README.md#training)), so
-their numbers differ a little from those of the table above.
+`portrait` before its last two training stages ([model card](../pfstorer_rt/bases/portrait/README.md#training)).
+The table above was measured with the present weights.
 
 - **PFStorer**: the defaults of `personalize` for `portrait`, as in the table above.
 - **gamma = 0 at the start**: the same with the start of the paper (`start: closed`).
@@ -199,11 +199,12 @@ def portrait_part(
 ) -> str:
     """Return the part of the page: setup, one table for each level and set, and the tables of identities."""
     rows = read(heldout)
-    own = [row for row in rows if row["method"] in ("input", "portrait")]
-    first, others = own[0], [row for row in rows if row["method"] not in ("input", "portrait")]
+    methods = by(rows, "method")
+    own = methods.pop("input") + methods.pop("portrait")
+    others = [row for those in methods.values() for row in those]
     text = HEADER.format(
         count=len({row["picture"] for row in rows}),
-        machine=f"{first['processor']}, {first['threads']} thread, torch {first['torch']}",
+        machine=f"{own[0]['processor']}, {own[0]['threads']} thread, torch {own[0]['torch']}",
         commit=", ".join(by(own, "commit")),
         older=", ".join(by(others, "processor")),
     )

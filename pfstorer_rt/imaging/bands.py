@@ -107,9 +107,8 @@ def taps(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Return source indices and weights of output pixels start..stop-1 along one axis, (n, taps) each.
 
-    Without antialias: the kernel of Keys (1981) at half-pixel centres, a = -0.75, with replicated borders, as in
-    PyTorch. With antialias: Lanczos's kernel with three lobes, stretched by the reduction factor, cut and renormalized
-    at the borders, as in Pillow.
+    Pixel centres are at halves. Without antialias: the kernel of Keys with replicated borders, as in PyTorch. With
+    antialias: Lanczos's kernel, stretched by the reduction factor, cut and renormalized at the borders, as in Pillow.
     """
     scale = length / wanted
     stretch = max(1.0, scale) if antialias else 1.0
@@ -117,15 +116,16 @@ def taps(
     reach = math.ceil((LOBES if antialias else 2) * stretch)
     places = np.floor(middle).astype(np.int64)[:, None] + np.arange(1 - reach, reach + 1)
     d = np.abs((places - middle[:, None]) / stretch)
-    weights = lanczos(d) if antialias else keys(d, -0.75)
+    weights = lanczos(d) if antialias else keys(d)
     if antialias:
         weights = weights * ((places >= 0) & (places < length))
         weights = weights / weights.sum(1, keepdims=True)
     return places.clip(0, length - 1), weights.astype(np.float32)
 
 
-def keys(d: npt.NDArray[np.float64], a: float) -> npt.NDArray[np.float64]:
-    """Return the cubic convolution kernel of Keys (1981) at distances d >= 0."""
+def keys(d: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the cubic convolution kernel of Keys (1981), with PyTorch's a = -0.75, at distances d >= 0."""
+    a = -0.75
     inner = (a + 2) * d**3 - (a + 3) * d**2 + 1
     outer = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
     return np.where(d <= 1, inner, np.where(d < 2, outer, 0.0))

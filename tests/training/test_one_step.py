@@ -159,7 +159,7 @@ def test_the_eyes_of_a_whole_tile_have_their_own_loss(base, pool, lpips, monkeyp
     """A strip that is 0.1 too bright costs L1 0.1; the rest of the tile is as in the original."""
     made = objective(base, lpips)
     batch = next(b for b in batches(base, pool, replace(made.config, cropped=0.0), 9) if b["maps"].isfinite().all())
-    monkeypatch.setattr(made.lpips, "between", lambda a, b: (a[0] - b[0]).flatten(1).mean(1) * 0)
+    monkeypatch.setattr(made.lpips, "between", lambda *_: torch.zeros(1))
     tile = batch["hq_tile"]
 
     def difference(top, bottom):
