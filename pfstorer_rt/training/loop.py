@@ -9,7 +9,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,9 @@ class Training:
     on_log: Callable[[int, dict[str, float]], None] | None = None
     """on_log(iteration, losses): called every 50 iterations and after the last one."""
     on_progress: OnProgress = ignore_progress
+    on_preview: Callable[[int], None] | None = None
+    """on_preview(iteration): called with the averaged weights in the objective, before the last iteration."""
+    preview_every: int = 25
     clock: Callable[[], float] = time.monotonic
     """The time in seconds, for `settings.minutes` and for reports."""
 
@@ -139,6 +143,18 @@ class TrainState:
         """Copy the averaged weights into the model."""
         for name, value in self.average.items():
             self.parameters[name].copy_(value)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averaged weights into the model inside the block."""
+        trained = {name: self.parameters[name].detach().clone() for name in self.average}
+        self.use_average()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in trained.items():
+                    self.parameters[name].copy_(value)
 
     def save(self, path: Path, iteration: int, signature: str, seconds: float) -> None:
         """Write everything to one file, atomically; `seconds` is the duration of the training so far."""
@@ -271,7 +287,7 @@ def _iterate(training: Training, objective: nn.Module, state: TrainState, accele
             if not math.isfinite(loss):
                 raise PFStorerError(f"{title}: the loss is not finite after {done} iterations; use a lower rate")
             seconds = training.clock() - started
-            cancelled = main and _is_cancelled(training, StageProgress(title, done, total, loss, seconds, share))
+            cancelled = main and _is_cancelled(training, state, StageProgress(title, done, total, loss, seconds, share))
             stop = interruption.requested or cancelled  # read once: a stopped training ends with a checkpoint
             last = share >= 1 or stop
             if main and training.on_log and (done % LOG_EVERY == 0 or last):
@@ -294,10 +310,13 @@ def set_rates(optimizer: Any, rates: Sequence[float], factor: float) -> None:
             group["lr"] = rate * factor
 
 
-def _is_cancelled(training: Training, progress: StageProgress) -> bool:
-    """Report the progress; returns whether the callback cancelled the training."""
+def _is_cancelled(training: Training, state: TrainState, progress: StageProgress) -> bool:
+    """Report the progress, with a preview if one is due; returns whether a callback cancelled the training."""
     try:
         training.on_progress(progress)
+        if training.on_preview and progress.done % training.preview_every == 0 and progress.share < 1:
+            with state.averaged():
+                training.on_preview(progress.done)
     except CancelledError:
         return True
     return False

@@ -24,7 +24,7 @@ from pfstorer_rt.imaging.find import find_images, without_results
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.models.reference import reference_features
 from pfstorer_rt.plan import DEFAULT_BASE
-from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
+from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.contact_sheet import check_place, save_contact_sheet
 from pfstorer_rt.training.data import Batch, center_crop
 from pfstorer_rt.training.device import accelerated, kernels_for, to_channels_last
@@ -106,7 +106,9 @@ def personalize(
             checkpoint,
             mark,
             parameter_groups(objective, config),
-            on_progress=on_progress if on_preview is None else with_preview(on_progress, preview_every, show),
+            on_progress=on_progress,
+            on_preview=show if on_preview else None,
+            preview_every=preview_every,
         )
         run_training(training, accelerator)
         base.set_attention("auto", objective)
@@ -119,17 +121,6 @@ def personalize(
         checkpoint.unlink(missing_ok=True)
         shutil.rmtree(crops, ignore_errors=True)  # another process that learned the same person removed them
     return identity
-
-
-def with_preview(on_progress: OnProgress, every: int, show: Callable[[int], None]) -> OnProgress:
-    """Return a callback that reports the progress, and calls `show` after every `every` iterations."""
-
-    def report(progress: StageProgress) -> None:
-        on_progress(progress)
-        if progress.seconds and progress.done % every == 0 and progress.share < 1:
-            show(progress.done)
-
-    return report
 
 
 @contextmanager

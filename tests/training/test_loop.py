@@ -34,7 +34,7 @@ def make_batch(iteration, _number=0):
 
 
 def fit(folder, batches=make_batch, mark="m", rate=0.1, groups=None, hooks=None, **settings):
-    """Train a line; returns its parameters. hooks: `on_log`, `on_progress` and `clock` of `Training`."""
+    """Train a line; returns its parameters. hooks: callbacks, `preview_every` and `clock` of `Training`."""
     config = TrainConfig(**{"iterations": 6, "device": "cpu", "precision": "fp32", "learning_rate": rate, **settings})
     folder.mkdir(exist_ok=True)
     with accelerated(config) as accelerator:
@@ -224,6 +224,22 @@ def test_the_model_ends_with_the_averaged_weights(tmp_path):
     for a, e in zip(averaged, expected, strict=True):
         torch.testing.assert_close(a, e)  # the same sum in another order
     assert not equal(averaged, plain)
+
+
+def test_a_preview_has_the_averaged_weights_and_changes_nothing(tmp_path):
+    models, seen = [], {}
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: models.append(optimizer.param_groups[0]["params"]))
+
+    def preview(iteration):
+        seen[iteration] = [p.detach().clone() for p in models[-1] if p.requires_grad]
+
+    hooks = {"on_preview": preview, "preview_every": 2}
+    watched = fit(tmp_path / "watched", hooks=hooks, ema=0.3, decay=0)
+    handle.remove()
+    assert sorted(seen) == [2, 4]
+    assert equal(watched, fit(tmp_path / "plain", ema=0.3, decay=0))
+    for iteration, weights in seen.items():
+        assert equal(weights, fit(tmp_path / f"short {iteration}", ema=0.3, decay=0, iterations=iteration))
 
 
 def test_large_gradients_are_clipped(tmp_path):
