@@ -42,8 +42,8 @@ def fix(
     """Restore images of a person.
 
     inputs, output: as in `plan_jobs`. person: folder of photographs of the person. A stored identity that was learned
-    from these photographs is used. Otherwise a base with a prior learns the person without training, and nothing is
-    stored; a base without a prior restores without an identity. note: called with a line about the identity and for
+    from these photographs is used. Otherwise a base with a prior for it learns the person without training, and nothing
+    is stored; another base restores without an identity. note: called with a line about the identity and for
     each unsuitable photograph. Raises `BadFileError` when no photograph can be read, before any work.
     """
     config = config or FixConfig()
@@ -59,7 +59,7 @@ def fix(
 def identity_of(person: Path, base: Base, note: Callable[[str], None] = lambda _: None) -> Identity | None:
     """Return the stored identity of the photographs in a folder, or learn it without training.
 
-    Returns None, with a note, when there is no stored identity and the base has no prior.
+    Returns None, with a note, when there is no stored identity and the base has no prior for this.
     """
     from pfstorer_rt.training.personalize import instant_identity
 
@@ -67,10 +67,10 @@ def identity_of(person: Path, base: Base, note: Callable[[str], None] = lambda _
     if found := stored_identity(photos, base, note):
         note(f"identity {found.name}: learned from these photographs before{iterations_of(found)}")
         return found
-    if base.prior is None:
+    if not base.instant:
         note(
-            f"base {base.config.name} has no prior, so the person cannot be learned without training; the images are "
-            "restored without an identity. Learn the person once with `personalize`; then it is used here"
+            f"base {base.config.name} has no prior for learning a person without training; the images are restored "
+            "without an identity. Learn the person once with `personalize`; then it is used here"
         )
         return None
     return instant_identity("person", photos, base, note=note)

@@ -372,7 +372,7 @@ def open_restorer(engine: str | None, options: Options) -> Restorer:
         from pfstorer_rt.models.base import load_base
 
         base = load_base(options.base)
-        identity = identity_of(Path(options.refs), base, note) if base.prior else None
+        identity = identity_of(Path(options.refs), base, note) if base.instant else None
         return Restorer.from_base(base, identity, **options.in_torch)
     return Restorer.from_plan(
         engine, options.backend, options.base, options.trust_plan, options.provider, **options.in_torch

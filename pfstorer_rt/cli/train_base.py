@@ -20,12 +20,13 @@ STAGES = {
     "base": {"preset", "weights", "weighting", "autoencoder_iterations", "crop", "first_step", *CROPS, *LENGTH},
     "wrapping": {*CROPS, *LENGTH},
     "finishing": {"first_step", "lambda_id", "lambda_perceptual", "lambda_pixel", "share", *CROPS, *LENGTH},
+    "reptile": {"iterations", "minutes"},
     "autoencoder": {"preset", "minutes", "tiles", "lpips", *LENGTH},
     "restorer": {"minutes", "tiles", *LENGTH},
     "one-step": {"minutes", "tiles", "lpips", *LENGTH},
     "people": {"people", "minutes", "tiles", "lpips", *LENGTH},
 }
-"""Stage -> parameters that only some stages have. The first three stages use crops, the others tiles."""
+"""Stage -> parameters that only some stages have. The first three stages use crops, the last four tiles."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Options:
         from pfstorer_rt.training.base import BaseTrainConfig
         from pfstorer_rt.training.crops import CropConfig
         from pfstorer_rt.training.finishing import FinishingConfig
+        from pfstorer_rt.training.reptile import ReptileConfig
         from pfstorer_rt.training.tile_stages import TileStageConfig
         from pfstorer_rt.training.wrapping import WrappingConfig
 
@@ -94,6 +96,11 @@ class Options:
             train = changed(config.train, workers=self.workers, **length, **common)
             losses = ("first_step", "lambda_id", "lambda_perceptual", "lambda_pixel", "share")
             return changed(config, train=train, **(self.values(*losses) if self.stage == "finishing" else {}))
+        if self.stage == "reptile":
+            settings = ReptileConfig(
+                seed=self.seed, train={k: v for k, v in common.items() if k not in ("batch", "seed")}
+            )
+            return changed(settings, people=self.iterations, minutes=self.minutes)
         stage = cast(Literal["autoencoder", "restorer", "one-step", "people"], self.stage)
         values = {**common, **length, "minutes": self.minutes}
         return TileStageConfig(
@@ -119,8 +126,9 @@ class Options:
     show_default=True,
     help="What is trained. On crops of the photographs: base (the autoencoder, then the restorer; with --prior the "
     "restorer alone), wrapping (feature wrapping of the decoder), finishing (everything except the autoencoder, with "
-    "losses on decoded images). On tiles composed of the photographs, one after the other: autoencoder, restorer, "
-    "one-step, people (the base and its prior of the personalization).",
+    "losses on decoded images). On people: reptile (the prior of the personalization; PHOTOS are folders with a "
+    "folder or a file for each person). On tiles composed of the photographs, one after the other: autoencoder, "
+    "restorer, one-step, people (the base and its prior of the personalization).",
 )
 @click.option("--prior", help="Base to train further. Required by every stage except base and autoencoder.")
 @click.option(
@@ -144,9 +152,12 @@ class Options:
 @click.option(
     "--iterations",
     type=click.IntRange(1),
-    help="Iterations of the stage; of the restorer in stage base. [default: 8000 on crops; on tiles the stage's]",
+    help="Iterations of the stage; of the restorer in stage base; people in stage reptile. [default: 8000 on crops; "
+    "150 in reptile; on tiles the stage's]",
 )
-@click.option("--minutes", type=Number(0.1), help="Stages on tiles: length in minutes, instead of iterations.")
+@click.option(
+    "--minutes", type=Number(0.1), help="Stages reptile and on tiles: length in minutes, instead of iterations."
+)
 @click.option("--batch", type=click.IntRange(2), help="Samples per iteration. [default: 16 on crops; on tiles 2 to 8]")
 @click.option(
     "--learning-rate",

@@ -69,6 +69,11 @@ class Base:
         """The device of the networks."""
         return torch.device(self.unet.device)
 
+    @property
+    def instant(self) -> bool:
+        """Whether the base has a prior with which a person is learned without training."""
+        return self.prior is not None and self.prior.instant
+
     def modules(self) -> dict[str, nn.Module]:
         """Return the networks by the names of their folders."""
         networks: dict[str, nn.Module] = {

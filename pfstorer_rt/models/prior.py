@@ -1,4 +1,4 @@
-"""The prior of a base: personalization blocks that learned from many people how to use references and embeddings."""
+"""The prior of a base: personalization blocks that were trained on many people, with which an identity starts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from pfstorer_rt.config import BaseConfig
@@ -52,9 +53,14 @@ def first_bias(block: nn.Module) -> nn.Parameter:
 class Prior(nn.Module):
     """The blocks and the token with which the training of an identity starts."""
 
-    def __init__(self, unet: RestorationUNet, config: BaseConfig) -> None:
-        """Build untrained blocks at the base's layers, and a zero token."""
+    def __init__(self, unet: RestorationUNet, config: BaseConfig, instant: bool = True) -> None:
+        """Build untrained blocks at the base's layers, and a zero token.
+
+        instant: whether the blocks use the references of a person without further training (`training.prior`), or are
+        the start of a training (`training.reptile`).
+        """
         super().__init__()
+        self.instant = instant
         self.blocks = build_blocks(unet, config.layers, config.head_size)
         self.token = nn.Parameter(torch.zeros(config.text["hidden_size"]))
         self.shifts = FaceShifts(self.blocks)
@@ -68,22 +74,32 @@ class Prior(nn.Module):
                 first_bias(block).add_(shift[0])
 
     def save(self, folder: Path) -> None:
-        """Write the tensors in fp16 to `FILE` in a new folder."""
+        """Write the tensors in fp16 to `FILE` in a new folder; shifts that are zero are left out."""
         folder.mkdir()
-        tensors = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in self.state_dict().items()}
-        (folder / FILE).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
+        shown = self.state_dict() if any(p.any() for p in self.shifts.parameters()) else self.without_shifts()
+        tensors = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in shown.items()}
+        metadata = {"format": "pt", "instant": str(self.instant)}
+        (folder / FILE).write_bytes(safetensors.torch.save(tensors, metadata))
+
+    def without_shifts(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of the blocks and of the token."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("shifts.")}
 
     @classmethod
     def load(cls, folder: Path, unet: RestorationUNet, config: BaseConfig) -> Prior | None:
         """Read the prior of a base; None without a file. Raises `BadFileError` for tensors that do not fit the base."""
         if not (folder / FILE).is_file():
             return None
-        tensors = safetensors.torch.load_file(folder / FILE)
-        prior = cls(unet, config)
-        wanted = {name: tuple(tensor.shape) for name, tensor in prior.state_dict().items()}
+        with safe_open(folder / FILE, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            instant = (file.metadata() or {}).get("instant") != str(False)
+        prior = cls(unet, config, instant)
+        plain = not any(name.startswith("shifts.") for name in tensors)
+        expected = prior.without_shifts() if plain else prior.state_dict()
+        wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted:
             raise BadFileError(f"{folder.name}/{FILE}: tensors for other layers; expected the layers of this base")
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
             raise BadFileError(f"{folder.name}/{FILE}: values that are not finite")
-        prior.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        prior.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=not plain)
         return prior

@@ -149,13 +149,13 @@ def instant_identity(
 ) -> Identity:
     """Return an identity without training: the blocks of the base's prior, and the features of the references.
 
-    contact_sheet: as in `personalize`. Raises `ValueError` for a base without a prior, and for settings that the prior
-    does not have.
+    contact_sheet: as in `personalize`. Raises `ValueError` for a base without a prior for this, and for settings that
+    the prior does not have.
     """
     config = config or PersonalizeConfig.for_base(base.config)
     config = replace(config, train=replace(config.train, iterations=0))
-    if not starts_from_prior(base, config):
-        reason = f"base {base.config.name!r} has no prior for these settings, so it learns a person only by training"
+    if not (base.instant and starts_from_prior(base, config)):
+        reason = f"base {base.config.name!r} has no prior for learning without training, or none for these settings"
         raise SettingError(f"{reason}; expected at least one iteration", setting="iterations")
     paths, photos = choose_references(references, base, config, note, contact_sheet)
     objective = PersonalizationObjective(base, config, face=person_face(photos, base, config))

@@ -11,10 +11,11 @@ from pfstorer_rt.models.base import Base
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.base import BaseTrainConfig, train_base
 from pfstorer_rt.training.finishing import FinishingConfig, finish_base
+from pfstorer_rt.training.reptile import ReptileConfig, add_prior
 from pfstorer_rt.training.tile_stages import TileStageConfig, train_tile_stage
 from pfstorer_rt.training.wrapping import WrappingConfig, add_wrapping
 
-StageConfig = BaseTrainConfig | WrappingConfig | FinishingConfig | TileStageConfig
+StageConfig = BaseTrainConfig | WrappingConfig | FinishingConfig | ReptileConfig | TileStageConfig
 """Settings of a stage; their type selects the stage."""
 
 
@@ -31,8 +32,10 @@ def train_stage(
 
     `BaseTrainConfig` trains the autoencoder and the restorer, or the restorer of a prior. `WrappingConfig` trains the
     feature wrapping of a prior's decoder. `FinishingConfig` fine-tunes all of a prior except its autoencoder with
-    image-space losses. `TileStageConfig` trains one stage on tiles.
-    sources: photographs, or folders of them; for a stage on tiles also `FOLDER=WEIGHT`. work: folder of the
+    image-space losses. `ReptileConfig` trains the prior of the personalization. `TileStageConfig` trains one stage on
+    tiles.
+    sources: photographs, or folders of them; for a stage on tiles also `FOLDER=WEIGHT`, for `ReptileConfig` folders of
+    people. work: folder of the
     checkpoints. prior: the base that is trained further; it is changed in place. note: called with a
     line if a loss is switched off.
     Raises `ValueError` when a stage that needs a prior has none, and for a weight in a stage on crops.
@@ -43,10 +46,13 @@ def train_stage(
     if isinstance(config, BaseTrainConfig):
         return train_base(paths, out, config, work, prior, on_progress)
     if prior is None:
-        stage = "wrapping" if isinstance(config, WrappingConfig) else "finishing"
+        stages: dict[type[StageConfig], str] = {WrappingConfig: "wrapping", FinishingConfig: "finishing"}
+        stage = stages.get(type(config), "reptile")
         raise SettingError(f"stage {stage!r} needs a prior: the base that it trains further", setting="prior")
     if isinstance(config, WrappingConfig):
         return add_wrapping(paths, prior, out, config, work, on_progress)
+    if isinstance(config, ReptileConfig):
+        return add_prior(paths, prior, out, config, work, on_progress)
     return finish_base(paths, prior, out, config, work, on_progress)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from pfstorer_rt.training.base import AUTOENCODER, RESTORER, BaseTrainConfig
 from pfstorer_rt.training.finishing import FinishingConfig
+from pfstorer_rt.training.reptile import ReptileConfig
 from pfstorer_rt.training.tile_stages import TileStageConfig
 from pfstorer_rt.training.wrapping import WrappingConfig
 
@@ -60,11 +61,20 @@ def test_the_stage_selects_the_settings(asked):
     restorer, *_ = asked("--prior", "portrait", "--stage", "restorer", "--minutes", 2, "--tiles", 20)
     assert isinstance(restorer, TileStageConfig)
     assert (restorer.stage, restorer.tiles, restorer.train["minutes"]) == ("restorer", 20, 2)
+    reptile, *_ = asked("--prior", "portrait", "--stage", "reptile", "--iterations", 5, "--optimizer", "adamw8bit")
+    assert isinstance(reptile, ReptileConfig) and (reptile.people, reptile.minutes) == (5, 0)
+    assert reptile.train["optimizer"] == "adamw8bit"
 
 
 @pytest.mark.parametrize(
     ("stage", "option"),
-    [("wrapping", "--crop=64"), ("base", "--minutes=1"), ("one-step", "--wide=1.5"), ("restorer", "--level=light")],
+    [
+        ("wrapping", "--crop=64"),
+        ("base", "--minutes=1"),
+        ("one-step", "--wide=1.5"),
+        ("restorer", "--level=light"),
+        ("reptile", "--batch=2"),
+    ],
 )
 def test_an_option_of_another_stage_is_refused(refused, tmp_path, stage, option):
     words = (f"{option.partition('=')[0]} is not an option of the stage {stage}",)
@@ -72,7 +82,7 @@ def test_an_option_of_another_stage_is_refused(refused, tmp_path, stage, option)
     refused(2, "train-base", tmp_path, *arguments, words=words)
 
 
-@pytest.mark.parametrize("stage", ["wrapping", "finishing", "restorer", "one-step"])
+@pytest.mark.parametrize("stage", ["wrapping", "finishing", "restorer", "one-step", "reptile"])
 def test_a_stage_that_continues_a_base_needs_it(refused, tmp_path, stage):
     refused(2, "train-base", tmp_path, "-o", tmp_path / "out", "--stage", stage, words=("--prior",))
 
