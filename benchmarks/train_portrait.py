@@ -100,7 +100,7 @@ def main(
     start = replace(ViewStagesConfig(), graphs=graphs)
     if only_joint:
         start = replace(start, autoencoder=None)
-    config = settings(with_minutes(start, minutes, base.prior is None), iterations, batch)
+    config = settings(with_minutes(start, minutes, not base.instant), iterations, batch)
     train_on_views(open_store, base, work, config, *networks, discriminator, partial(report, begun))
     base.save(output, torch.float16)
     click.echo(f"{time.monotonic() - begun:.0f} s: {output} is complete")

@@ -108,7 +108,7 @@ class ReferenceObjective(RestorerObjective):
     """
 
     def __init__(self, base: Base, scales: Mapping[str, float]) -> None:
-        """Start with the prior of the base, or without one as a search; scales: as in `match_features`."""
+        """Start with the prior of the base if it is instant, else as a search; scales: as in `match_features`."""
         super().__init__(base, "x0")
         settings = PersonalizeConfig.for_base(base.config)
         self.blocks = build_blocks(base.unet, base.config.layers, base.config.head_size)
@@ -116,7 +116,7 @@ class ReferenceObjective(RestorerObjective):
         self.token = nn.Parameter(self.text_encoder.word_embedding(tokenize(settings.init_word, base.config)))
         self.shifts = FaceShifts(self.blocks).requires_grad_(False)  # `joint` trains them
         self.register_buffer("subject_ids", ids, persistent=False)
-        if base.prior is None:
+        if base.prior is None or not base.prior.instant:
             match_features(self.blocks, scales)
         else:
             base.prior.copy_to(self.blocks)

@@ -64,7 +64,7 @@ class ViewStagesConfig:
     )
     """None leaves the autoencoder as it is."""
     matching: TrainConfig = field(default_factory=lambda: short_training(minutes=0.5, learning_rate=8e-4, decay=0.4))
-    """Used for a base without a prior; the blocks of a prior have learned this."""
+    """Used for a base without an instant prior, whose blocks have learned this."""
     joint: JointConfig = field(default_factory=JointConfig)
     matching_batches: int = 51
     """Batches of tiles whose latents the blocks are trained on."""
@@ -121,7 +121,7 @@ def train_on_views(
         if config.autoencoder is not None:
             stages.train_autoencoder(config.autoencoder, lpips)
         known = stages.make_blocks()
-        if base.prior is None:
+        if not base.instant:
             stages.train_matching(known)
         stages.train_jointly(known, lpips, recognizer, discriminator)
     keep_prior(base, known)
