@@ -49,8 +49,21 @@ def defaults(**changes: Any) -> Callable[[Base], PersonalizeConfig]:
     return lambda base: PersonalizeConfig.for_base(base.config, **changes)
 
 
+def lasting(iterations: int, **changes: Any) -> Callable[[Base], PersonalizeConfig]:
+    """Return a function that makes the defaults of a base for another number of iterations, with changed fields."""
+
+    def config(base: Base) -> PersonalizeConfig:
+        default = PersonalizeConfig.for_base(base.config, **changes)
+        return default.longer(iterations / default.train.iterations)
+
+    return config
+
+
+LENGTHS = (30, 60, 120, 240, 480)
 RECIPES = {
     "default": Recipe(defaults()),
+    **{f"{count} iterations": Recipe(lasting(count)) for count in LENGTHS},
+    **{f"{count} iterations, no prior": Recipe(lasting(count, start="open")) for count in LENGTHS},
     "dreambooth": Recipe(defaults(method="dreambooth")),
     "vico": Recipe(defaults(method="vico", start="closed")),
     "closed": Recipe(defaults(start="closed")),
@@ -59,15 +72,13 @@ RECIPES = {
     "3 references": Recipe(defaults(), 3),
     "10 references": Recipe(defaults(), 10),
     "another": Recipe(defaults(), own=False),
-    **{f"{count} iterations": Recipe(defaults(train={"iterations": count})) for count in (30, 60, 120)},
-    "480 iterations": Recipe(lambda base: PersonalizeConfig.for_base(base.config).longer(2)),
-    "960 iterations": Recipe(lambda base: PersonalizeConfig.for_base(base.config).longer(4)),
     "token": Recipe(defaults(token_learning_rate=5e-3)),
     "self": Recipe(defaults(ref_source="self")),
 }
 """`paper` is `personalize --recipe paper`; the others change one thing of the defaults of the base.
 
-`token` trains the learned token with L_pers. 480 and 960 iterations have two and four times as many crops.
+`token` trains the learned token with L_pers. A training that is longer than the default has more crops in the same
+ratio. `dreambooth`, `vico` and `closed` do not start from the prior of the base.
 """
 UNLEARNED = ("input", "base", "original")
 

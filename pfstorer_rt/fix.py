@@ -10,15 +10,28 @@ from typing import TYPE_CHECKING
 
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.extras import needed_by
-from pfstorer_rt.files import sha256_file
+from pfstorer_rt.files import sha256_file, work_folder
 from pfstorer_rt.identity import Identity, is_encrypted, list_identities
 from pfstorer_rt.imaging.find import find_images, without_results
 from pfstorer_rt.plan import DEFAULT_BASE
-from pfstorer_rt.runtime.batch import BatchConfig, OnOutcome, OnStep, Outcome, restore_files
+from pfstorer_rt.progress import OnProgress, ignore_progress
+from pfstorer_rt.runtime.batch import (
+    BatchConfig,
+    OnOutcome,
+    OnStep,
+    Outcome,
+    all_existing,
+    check_beside,
+    restore_jobs,
+)
+from pfstorer_rt.runtime.jobs import plan_jobs
 from pfstorer_rt.runtime.restorer import Restorer
 
 if TYPE_CHECKING:
     from pfstorer_rt.models.base import Base
+
+BRIEF = 30
+"""Iterations in which a person is learned on a base whose prior is the start of a training."""
 
 
 @dataclass(frozen=True)
@@ -38,28 +51,52 @@ def fix(
     note: Callable[[str], None] = lambda _: None,
     on_outcome: OnOutcome = lambda _: None,
     on_step: OnStep = lambda *_: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> list[Outcome]:
     """Restore images of a person.
 
     inputs, output: as in `plan_jobs`. person: folder of photographs of the person. A stored identity that was learned
-    from these photographs is used. Otherwise a base with a prior for it learns the person without training, and nothing
-    is stored; another base restores without an identity. note: called with a line about the identity and for
-    each unsuitable photograph. Raises `BadFileError` when no photograph can be read, before any work.
+    from these photographs is used. Otherwise the person is learned as the prior of the base allows, and the identity is
+    not stored; a base without a prior restores without an identity. note: called with a line about the identity and for
+    each unsuitable photograph. on_progress: for the learning. Nothing is learned if all results exist. Raises
+    `BadFileError` when no photograph can be read, and the errors of `plan_jobs`, before any work.
     """
     config = config or FixConfig()
+    batch = config.batch
+    jobs = plan_jobs(inputs, output, batch.naming, overwrite=batch.saving.overwrite)
+    check_beside(jobs, batch)
+    if done := all_existing(jobs, batch.saving):  # learning takes time
+        for outcome in done:
+            on_outcome(outcome)
+        return done
+    with restorer_for(person, config, note, on_progress) as restorer:
+        return restore_jobs(restorer, jobs, batch, on_outcome, on_step)
+
+
+def restorer_for(
+    person: Path,
+    config: FixConfig,
+    note: Callable[[str], None] = lambda _: None,
+    on_progress: OnProgress = ignore_progress,
+) -> Restorer:
+    """Return a restorer with the identity of the photographs in a folder; arguments as in `fix`."""
     with needed_by("fix", "train"):
         from pfstorer_rt.models.base import load_base
 
         base = load_base(config.base)
-        identity = identity_of(person, base, note)
-    with Restorer.from_base(base, identity) as restorer:
-        return restore_files(restorer, inputs, output, config.batch, on_outcome, on_step)
+        return Restorer.from_base(base, identity_of(person, base, note, on_progress))
 
 
-def identity_of(person: Path, base: Base, note: Callable[[str], None] = lambda _: None) -> Identity | None:
-    """Return the stored identity of the photographs in a folder, or learn it without training.
+def identity_of(
+    person: Path,
+    base: Base,
+    note: Callable[[str], None] = lambda _: None,
+    on_progress: OnProgress = ignore_progress,
+) -> Identity | None:
+    """Return the stored identity of the photographs in a folder, or learn it.
 
-    Returns None, with a note, when there is no stored identity and the base has no prior for this.
+    With an instant prior, a person is learned without training, and with another prior in `BRIEF` iterations. Returns
+    None, with a note, when there is no stored identity and the base has no prior.
     """
     from pfstorer_rt.training.personalize import instant_identity
 
@@ -67,13 +104,32 @@ def identity_of(person: Path, base: Base, note: Callable[[str], None] = lambda _
     if found := stored_identity(photos, base, note):
         note(f"identity {found.name}: learned from these photographs before{iterations_of(found)}")
         return found
-    if not base.instant:
+    if base.instant:
+        return instant_identity("person", photos, base, note=note)
+    if base.prior is None:
         note(
-            f"base {base.config.name} has no prior for learning a person without training; the images are restored "
-            "without an identity. Learn the person once with `personalize`; then it is used here"
+            f"base {base.config.name} has no prior, so the person is not learned here; the images are restored without "
+            "an identity. Learn the person once with `personalize`; then it is used here"
         )
         return None
-    return instant_identity("person", photos, base, note=note)
+    return brief_identity(photos, base, note, on_progress)
+
+
+def brief_identity(
+    photos: Sequence[Path], base: Base, note: Callable[[str], None], on_progress: OnProgress
+) -> Identity:
+    """Learn a person in `BRIEF` iterations, or in those of the base if they are fewer."""
+    from pfstorer_rt.config import PersonalizeConfig
+    from pfstorer_rt.training.personalize import personalize
+
+    config = PersonalizeConfig.for_base(base.config)
+    config = config.longer(min(1.0, BRIEF / config.train.iterations))
+    note(
+        f"the person is learned in {config.train.iterations} iterations, and the identity is not stored; `personalize` "
+        "trains longer and stores it, and then it is used here"
+    )
+    with work_folder() as folder:
+        return personalize("person", photos, base, config, folder / "person.safetensors", note, on_progress)
 
 
 def iterations_of(identity: Identity) -> str:

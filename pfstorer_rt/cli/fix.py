@@ -40,8 +40,8 @@ def command(
 ) -> None:
     """Restore images of a person in one command, and write {result}_compare: input and result side by side.
 
-    An identity that `personalize` made from the same photographs is used. Without one, a base that has a prior learns
-    the person without training, and nothing is stored; a base without a prior restores without an identity.
+    An identity that `personalize` made from the same photographs is used. Without one, the person is learned for a
+    short time, and nothing is stored.
 
     \b
     Example:
@@ -51,15 +51,24 @@ def command(
     from pfstorer_rt.cli.outcomes import conclude, show
     from pfstorer_rt.cli.progress import batch_bars
     from pfstorer_rt.config import RestoreConfig
-    from pfstorer_rt.console import note
-    from pfstorer_rt.fix import FixConfig, fix
-    from pfstorer_rt.runtime.batch import BatchConfig, Saving
+    from pfstorer_rt.console import note, stage_bars
+    from pfstorer_rt.fix import FixConfig, restorer_for
+    from pfstorer_rt.runtime.batch import BatchConfig, Saving, all_existing, check_beside, restore_jobs
+    from pfstorer_rt.runtime.jobs import plan_jobs
 
     note_strength(strength)
     batch = BatchConfig(RestoreConfig(strength=strength), saving=Saving(overwrite), compare=True)
-    with batch_bars("restore") as progress:
-        report = partial(show, as_json=as_json, command=click.get_current_context().command)
-        outcomes = fix(inputs, person, output, FixConfig(base, batch), note, report, progress)
+    report = partial(show, as_json=as_json, command=click.get_current_context().command)
+    jobs = plan_jobs(inputs, output, batch.naming, overwrite=overwrite)
+    check_beside(jobs, batch)
+    outcomes = all_existing(jobs, batch.saving)  # before the learning, which takes time
+    for outcome in outcomes:
+        report(outcome)
+    if not outcomes:
+        with stage_bars() as on_progress:
+            restorer = restorer_for(person, FixConfig(base, batch), note, on_progress)
+        with restorer, batch_bars("restore", len(jobs)) as progress:
+            outcomes = restore_jobs(restorer, jobs, batch, report, progress)
     sys.exit(conclude(outcomes, as_json))
 
 

@@ -291,7 +291,7 @@ def command(**parameters: Any) -> None:
     options = Options(**parameters)
     check_options(options)
     from pfstorer_rt.cli.outcomes import conclude, show
-    from pfstorer_rt.runtime.batch import all_skipped
+    from pfstorer_rt.runtime.batch import all_existing
     from pfstorer_rt.runtime.jobs import check_file, is_lossy, output_file, plan_jobs
 
     if options.watch and (file := output_file(options.output)):
@@ -309,7 +309,8 @@ def command(**parameters: Any) -> None:
         note("--quality changes nothing: no result is JPEG or WebP")
     failed = 0
     for engine, batch, plan in zip(options.engines or (None,), batches, plans, strict=True):
-        if done := all_skipped(plan, batch.saving):  # opening an engine takes seconds
+        named = any(job.explicit for job in plan)
+        if not (options.dry_run and named) and (done := all_existing(plan, batch.saving)):  # opening takes seconds
             for outcome in done:
                 show(outcome, options.as_json)
             failed |= conclude(done, options.as_json)

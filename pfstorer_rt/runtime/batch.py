@@ -175,10 +175,21 @@ def restore_jobs(
     return run_jobs(jobs, work, settings.saving, settings.max_pixels, on_outcome, on_step)
 
 
-def all_skipped(jobs: Sequence[Job], saving: Saving) -> list[Outcome]:
-    """Return the outcomes of jobs whose results all exist already; an empty list if there is any work."""
-    done = jobs and all(not job.explicit and _exists(job, saving) for job in jobs)
-    return [Outcome(job, "skipped") for job in jobs] if done else []
+def all_existing(jobs: Sequence[Job], saving: Saving) -> list[Outcome]:
+    """Return the outcomes of jobs whose results all exist already; an empty list if there is any work.
+
+    An image that the caller named fails, and others are skipped.
+    """
+    return [_existing(job, saving) for job in jobs] if all(_exists(job, saving) for job in jobs) else []
+
+
+def _existing(job: Job, saving: Saving) -> Outcome:
+    """Return the outcome of a job whose result exists already."""
+    try:
+        _is_done(job, saving)
+    except PFStorerError as error:
+        return Outcome(job, "failed", error=error)
+    return Outcome(job, "skipped")
 
 
 def forecast_jobs(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pfstorer_rt import fix
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.demo import reference_files
 from pfstorer_rt.files import sha256_file
@@ -104,6 +105,27 @@ def test_fix_restores_without_an_identity_on_a_base_without_a_prior(run, nano_ba
     assert done.status == 0 and "has no prior" in done.err
     run("restore", "--base", nano_base_dir, old, "-o", tmp_path / "plain.png")
     assert (tmp_path / "old_restored.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
+def test_fix_trains_briefly_from_the_start_of_a_training(run, known, alice, save, tmp_path, people, tree, monkeypatch):
+    started = load_base(known)
+    started.prior.instant = False
+    started.save(known, torch.float32)
+    seen = []
+    learn = fix.brief_identity
+    monkeypatch.setattr(fix, "brief_identity", lambda *arguments: seen.append(learn(*arguments)) or seen[-1])
+    before, old = tree(people), save(tmp_path / "old.png")
+    done = run("fix", old, "--person", alice, "--base", known)
+    assert done.status == 0 and "learned in 2 iterations, and the identity is not stored" in done.err
+    assert tree(people) == before
+    (identity,) = seen
+    plain = torch.cat([block.gamma for block in started.prior.blocks]).half()
+    learned = torch.cat([identity.tensors[f"blocks.{i}.gamma"] for i in range(len(started.prior.blocks))])
+    assert identity.settings["train"]["iterations"] == 2 and not torch.equal(plain, learned)
+    again = run("fix", old, "--person", alice, "--base", known)
+    assert again.status == 1 and "exists already" in again.err and "learned" not in again.err, "before the learning"
+    run("restore", "--base", known, old, "-o", tmp_path / "plain.png")
+    assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "old_restored.png").read_bytes()
 
 
 def test_restore_with_references_alone_learns_the_person(run, known, nano_base_dir, save, tmp_path):
