@@ -235,10 +235,10 @@ PRESETS: dict[str, BaseConfig] = {
         text=_byte_text(64),
         personalize={
             **_SMALL_BASE_TRAINING,
-            **{"iterations": 240, "batch": 1, "optimizer": "muon", "ema": 0.98, "first_step": 0.9, "pool": 96},
+            **{"iterations": 75, "batch": 1, "optimizer": "muon", "ema": 0.98, "first_step": 0.9, "pool": 48},
             **{"learning_rate": 1e-3, "gamma_learning_rate": 0.02, "token_learning_rate": 0.0},
             **{"lambda_pixel": 5.0, "lambda_perceptual": 3.0, "lambda_id": 5.0},
-            **{"start": "open", "weighting": "x0", "largest_sf": 8.0},
+            **{"start": "prior", "weighting": "x0", "largest_sf": 8.0},
         },
         cfw={"levels": (1, 2, 3), "widths": (12, 64, 128), "growth": 32, "patch": 4},
         cfw_weight=1.0,

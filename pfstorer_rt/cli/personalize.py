@@ -16,7 +16,7 @@ from pfstorer_rt.errors import SettingError
 if TYPE_CHECKING:
     from pfstorer_rt.config import BaseConfig, PersonalizeConfig
 
-THOROUGH = 2
+THOROUGH = 6
 """Length of a thorough training, relative to the base's default."""
 TRAIN = ("iterations", "batch", "learning_rate", *TRAINING)
 OWN = (
@@ -96,7 +96,7 @@ class Options:
 @click.option(
     "--instant", is_flag=True, help="Learn without training, in seconds. The base needs a prior; portrait has none."
 )
-@click.option("--thorough", is_flag=True, help="Train twice as long as by default, for more likeness.")
+@click.option("--thorough", is_flag=True, help="Train six times as long as by default, for more likeness.")
 @click.option(
     "--recipe",
     type=click.Choice(["base", "paper"]),
@@ -105,7 +105,7 @@ class Options:
     help="Defaults of the training: the base's, or those of the PFStorer paper.",
 )
 @click.option(
-    "--iterations", type=click.IntRange(1), help="Number of training iterations. [default: the base's; portrait: 240]"
+    "--iterations", type=click.IntRange(1), help="Number of training iterations. [default: the base's; portrait: 75]"
 )
 @click.option("--batch", type=click.IntRange(1), help="Samples per iteration. [default: the base's, else 4]")
 @click.option(
