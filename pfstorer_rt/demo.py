@@ -33,8 +33,8 @@ class DemoConfig:
 
     base: str | Path = DEFAULT_BASE
     """Name of a shipped base, or a base directory."""
-    iterations: int = 240
-    """Iterations of the personalization."""
+    iterations: int | None = None
+    """Iterations of the personalization; None selects the base's."""
     level: Literal["light", "heavy"] = "heavy"
     """Strength of the degradation."""
     seed: int = 4
@@ -126,7 +126,8 @@ def learn_and_export(references: list[Path], output: Path, config: DemoConfig, o
     from pfstorer_rt.training.personalize import personalize
 
     base = load_base(config.base)
-    settings = PersonalizeConfig.for_base(base.config, {"iterations": config.iterations})
+    train = {"iterations": config.iterations} if config.iterations else {}
+    settings = PersonalizeConfig.for_base(base.config, train)
     file, plan = output / f"{NAME}.safetensors", output / f"{NAME}.plan"
     identity = personalize(NAME, references, base, settings, file, on_progress=on_progress)
     export_plan(plan, identity, base)

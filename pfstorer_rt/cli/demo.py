@@ -32,9 +32,7 @@ WORDS = (
 @click.option(
     "--iterations",
     type=click.IntRange(1),
-    default=240,
-    show_default=True,
-    help="Iterations of the personalization.",
+    help="Iterations of the personalization. [default: the base's]",
 )
 @click.option(
     "--level",
@@ -46,7 +44,7 @@ WORDS = (
 @click.option("--seed", type=SEED, default=4, show_default=True, help="Random seed of the degradation.")
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as one JSON object.")
 def command(
-    output: Path, base: str, iterations: int, level: Literal["light", "heavy"], seed: int, as_json: bool
+    output: Path, base: str, iterations: int | None, level: Literal["light", "heavy"], seed: int, as_json: bool
 ) -> None:
     """Learn a person from five images, export, restore a degraded sixth image, and show all side by side.
 

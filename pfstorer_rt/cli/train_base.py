@@ -153,7 +153,7 @@ class Options:
     "--iterations",
     type=click.IntRange(1),
     help="Iterations of the stage; of the restorer in stage base; people in stage reptile. [default: 8000 on crops; "
-    "150 in reptile; on tiles the stage's]",
+    "130 in reptile; on tiles the stage's]",
 )
 @click.option(
     "--minutes", type=Number(0.1), help="Stages reptile and on tiles: length in minutes, instead of iterations."

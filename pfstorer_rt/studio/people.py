@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
+from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.errors import PFStorerError, SettingError, one_line
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.faces.dlib import to_uint8
@@ -34,8 +35,12 @@ CONSENT = (
     "This person, or the person's legal guardian, has agreed that the face is learned. I know that the identity file "
     "is biometric data and that it stays on this machine until I delete it."
 )
-LENGTHS = {"Usual": 1.0, "Thorough (twice as long)": 2.0, "Short (a fifth)": 0.2}
-"""Choice -> length of the training, relative to the default of the base."""
+LENGTHS: dict[str, Callable[[PersonalizeConfig], PersonalizeConfig]] = {
+    "Usual": lambda config: config,
+    "Thorough (several times as long)": lambda config: config.thorough(),
+    "Short (two fifths)": lambda config: config.longer(0.4),
+}
+"""Choice -> settings of the training, from the defaults of the base."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,6 @@ def judge_photographs(
 def read(paths: Sequence[Path], engines: Engines) -> list[Reference]:
     """Read and crop photographs as the training does."""
     with needed_by("learning a person", "train"):
-        from pfstorer_rt.config import PersonalizeConfig
         from pfstorer_rt.training.framing import read_references
 
         base = engines.base()
@@ -139,14 +143,13 @@ def learn(
         raise PFStorerError(f"{wanted.name}: this person is known already; choose another name or delete it first")
     notes: list[str] = []
     with needed_by("learning a person", "train"):
-        from pfstorer_rt.config import PersonalizeConfig
         from pfstorer_rt.models.base import load_base
         from pfstorer_rt.training.personalize import personalize
 
     report("loading the base")
     base = load_base(engines.config.base)  # a second copy: the training changes the precision of its weights
     config = PersonalizeConfig.for_base(base.config)
-    config = config.longer(LENGTHS.get(wanted.length, 1.0))
+    config = LENGTHS.get(wanted.length, LENGTHS["Usual"])(config)
     iterations = config.train.iterations
     preview = Preview(workspace, session, engines, read(paths, engines))
 

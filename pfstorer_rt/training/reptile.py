@@ -35,7 +35,7 @@ Weights = dict[str, torch.Tensor]
 class ReptileConfig:
     """Settings of the stage `reptile`."""
 
-    people: int = 150
+    people: int = 130
     """Iterations; each learns one person."""
     minutes: float = 0.0
     """Duration of the training; 0 ends it after `people` instead."""
@@ -48,11 +48,11 @@ class ReptileConfig:
     """Degraded crops of one person."""
     average: float = 0.95
     """Decay of the moving average of the weights of one person."""
-    rate: float = 0.25
-    """How far the prior moves towards the weights of one person, 1 is all the way."""
-    last_rate: float = 0.05
+    rate: float = 0.1
+    """How far the prior moves towards the weights of one person, 1 is all the way. The first people count equally."""
+    last_rate: float = 0.03
     """The same at the end: the prior becomes an average over the last people."""
-    decay: float = 0.25
+    decay: float = 0.2
     """Final share of the training over which the rate falls."""
     reduced: float = 0.7
     """Share of the people whose photographs are reduced to a random size: photographs of users often are small."""
@@ -102,7 +102,7 @@ def add_prior(
     while schedule.share(done) < 1:
         photos = draw_person(people, base.config.tile, config, np.random.default_rng([config.seed, 51, done]))
         learned, loss = learn(photos, base, person, config, done)
-        move(prior, learned, rate_at(schedule.share(done), config))
+        move(prior, learned, max(rate_at(schedule.share(done), config), 1 / (done + 1)))
         done += 1
         save_state(checkpoint, mark, prior, done, config, schedule.seconds)
         person.unlink()

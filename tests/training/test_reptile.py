@@ -58,6 +58,17 @@ def test_the_prior_moves_towards_each_person(base, people, tmp_path, monkeypatch
     assert float(weights(base).std()) < 0.12, "a third of the noise of a person"
 
 
+def test_the_first_people_count_equally(base, people, tmp_path, monkeypatch):
+    def learned(photos, base, checkpoint, config, number):
+        checkpoint.touch()
+        return {n: torch.full_like(v, number) for n, v in base.prior.blocks.state_dict().items()}, 0.0
+
+    monkeypatch.setattr(reptile, "learn", learned)
+    config = replace(CONFIG, people=4, rate=0.1, last_rate=0.1)
+    add_prior([people], base, tmp_path / "out", config, tmp_path / "work")
+    torch.testing.assert_close(weights(base), torch.full_like(weights(base), 1.5), atol=1e-3, rtol=0)  # 0, 1, 2, 3
+
+
 def test_the_rate_falls_at_the_end():
     config = ReptileConfig(rate=0.3, last_rate=0.1, decay=0.5)
     assert [round(rate_at(share, config), 6) for share in (0, 0.5, 0.75, 1)] == [0.3, 0.3, 0.2, 0.1]
