@@ -40,14 +40,16 @@ RECIPES = {
     "dreambooth": "DreamBooth",
     "vico": "ViCo",
     "paper": "PFStorer, recipe of the paper",
-    "closed": "PFStorer, gamma = 0 at the start",
+    "closed": "PFStorer, gamma = 0 at the start, without the prior",
     "self": "PFStorer, reference source self",
     "token": "PFStorer, trained token",
+    "75 iterations, no prior": "PFStorer, 75 iterations without the prior",
+    "240 iterations, no prior": "PFStorer, 240 iterations without the prior",
+    "450 iterations, no prior": "PFStorer, 450 iterations without the prior",
     "30 iterations": "PFStorer, 30 iterations",
-    "60 iterations": "PFStorer, 60 iterations",
     "120 iterations": "PFStorer, 120 iterations",
-    "480 iterations": "PFStorer, 480 iterations",
-    "960 iterations": "PFStorer, 960 iterations",
+    "240 iterations": "PFStorer, 240 iterations",
+    "450 iterations": "PFStorer, 450 iterations",
     "1 reference": "PFStorer, 1 reference",
     "3 references": "PFStorer, 3 references",
     "10 references": "PFStorer, 10 references",
@@ -144,9 +146,10 @@ Rows in [`people.csv`](../benchmarks/results/people.csv), command `python benchm
 `lab`, {real} pixels. `generated`: two people who do not exist, 512 pixels. {tests} images of each person are heavily
 degraded. Five other images of the person are the references.
 
-**Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 240 iterations with one image
-each, Muon, and the losses L1 (weight 5), ST-LPIPS (3) and distance of dlib's embeddings (5) on decoded images. No loss
-used the recognizer of the column "identity". The base was trained with LPIPS (VGG16). Learning took {seconds} s of one
+**Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 75 iterations with one image
+each, from the [prior](training.md#prior-of-the-personalization) of the base. They use Muon and the losses L1 (weight 5),
+ST-LPIPS (3) and distance of dlib's embeddings (5) on decoded images. The prior was trained with these losses on other
+people. No loss used the recognizer of the column "identity". The base was trained with LPIPS (VGG16). Learning took {seconds} s of one
 core.
 
 """
