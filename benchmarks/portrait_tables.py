@@ -147,10 +147,10 @@ Rows in [`people.csv`](../benchmarks/results/people.csv), command `python benchm
 degraded. Five other images of the person are the references.
 
 **Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 75 iterations with one image
-each, from the [prior](training.md#prior-of-the-personalization) of the base. They use Muon and the losses L1 (weight 5),
-ST-LPIPS (3) and distance of dlib's embeddings (5) on decoded images. The prior was trained with these losses on other
-people. No loss used the recognizer of the column "identity". The base was trained with LPIPS (VGG16). Learning took {seconds} s of one
-core.
+each, from the [prior](training.md#prior-of-the-personalization) of the base. They use Muon, and the losses L1 (weight
+5), ST-LPIPS (3) and distance of dlib's embeddings (5) on decoded images. The prior was trained with the same losses on
+other people. No loss used the recognizer of the column "identity". The base was trained with LPIPS (VGG16). Learning
+took {seconds} s of one core.
 
 """
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from safetensors import safe_open
 
@@ -24,6 +24,9 @@ BUILTIN = Path(__file__).parent / "bases"
 """Folder of the bases in the package, one folder per base."""
 NETWORKS = ("unet", "structure_encoder", "vae", "text_encoder", "cfw")
 """Folders of the networks; a base without decoder feature wrapping has no `cfw`."""
+
+PRIOR = Path("personalization") / "model.safetensors"
+"""File of the prior of the personalization in a base directory; not every base has one."""
 
 
 def find_base(path_or_name: str | Path) -> Path:
@@ -94,6 +97,19 @@ def count_parameters(path: Path) -> dict[str, int]:
                 sizes = [math.prod(handle.get_slice(key).get_shape()) for key in handle.keys()]  # noqa: SIM118
             counts[folder.name] = counts.get(folder.name, 0) + sum(sizes)
     return counts
+
+
+def prior_kind(path: Path) -> Literal["none", "start", "instant"]:
+    """Return which prior a base directory has: `instant` and `start` have other values of `Prior.instant`."""
+    if not (path / PRIOR).is_file():
+        return "none"
+    with safe_open(path / PRIOR, "pt") as handle:
+        return "instant" if is_instant(handle.metadata()) else "start"
+
+
+def is_instant(metadata: Mapping[str, str] | None) -> bool:
+    """Whether the metadata of a prior's file belong to an instant prior, as those of earlier versions all are."""
+    return (metadata or {}).get("instant") != str(False)
 
 
 def fingerprint_directory(path: Path) -> str:

@@ -17,6 +17,12 @@ NETWORKS = {
     "text_encoder": "prompt encoder",
     "cfw": "feature wrapping",
 }
+PRIORS = {
+    "none": "none",
+    "start": "start of the training of a person",
+    "instant": "learns a person without training",
+}
+"""Kind of prior -> text."""
 LOSSES = {
     "lambda_gen": "L_gen",
     "lambda_pers": "L_pers",
@@ -79,6 +85,7 @@ def base_lines(report: Mapping[str, Any]) -> dict[str, str]:
         f"learning rate {training['train']['learning_rate']:g}, after {len(config['layers'])} attention layers",
         "loss weights": f"L_diff 1, {', '.join(losses)}"
         + (f"; {share:.0%} of the samples at timestep 999" if share else ""),
+        "prior": PRIORS[report["prior"]],
         "fingerprint": report["fingerprint"],
     }
 

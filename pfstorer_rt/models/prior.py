@@ -10,14 +10,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from pfstorer_rt.base_files import PRIOR, is_instant
 from pfstorer_rt.config import BaseConfig
 from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.models.personalization import PersonalizationBlocks, build_blocks
 from pfstorer_rt.models.unet import RestorationUNet
 
-FOLDER = "personalization"
-"""Folder of the prior in a base directory."""
-FILE = "model.safetensors"
+FOLDER, FILE = PRIOR.parent.name, PRIOR.name
+"""Folder of the prior in a base directory, and its file."""
 EMBEDDING, SPREAD = 128, 0.1
 """Length of a face's embedding (dlib), and standard deviation of its values among people, about."""
 
@@ -92,7 +92,7 @@ class Prior(nn.Module):
             return None
         with safe_open(folder / FILE, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            instant = (file.metadata() or {}).get("instant") != str(False)
+            instant = is_instant(file.metadata())
         prior = cls(unet, config, instant)
         plain = not any(name.startswith("shifts.") for name in tensors)
         expected = prior.without_shifts() if plain else prior.state_dict()

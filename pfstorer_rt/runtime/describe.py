@@ -101,6 +101,7 @@ def describe_base(path: str) -> dict[str, Any]:
         count_parameters,
         find_base,
         fingerprint_directory,
+        prior_kind,
         read_config,
         reading_base,
     )
@@ -115,6 +116,7 @@ def describe_base(path: str) -> dict[str, Any]:
             "fingerprint": fingerprint_directory(folder),
             "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
             "parameters": count_parameters(folder),
+            "prior": prior_kind(folder),
             "personalization": json.loads(json.dumps(asdict(PersonalizeConfig.for_base(config)))),
             "config": json.loads(to_json(config)),
         }

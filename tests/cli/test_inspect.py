@@ -1,9 +1,13 @@
 """`inspect`."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+
+from pfstorer_rt.models.base import load_base
+from pfstorer_rt.models.prior import Prior
 
 
 def test_inspect_shows_a_base(run, nano_base_dir, nano_base):
@@ -24,8 +28,17 @@ def test_inspect_shows_a_base(run, nano_base_dir, nano_base):
         "sampler": "ddpm, steps: 4",
         "personalization": "500 iterations of 4 samples, learning rate 5e-05, after 4 attention layers",
         "loss weights": "L_diff 1, L_gen 0.1, L_pers 0.0005",
+        "prior": "none",
         "fingerprint": nano_base.fingerprint,
     }
+
+
+def test_inspect_names_the_kind_of_a_prior(run, nano_base, tmp_path):
+    for instant, text in ((False, "start of the training of a person"), (True, "learns a person without training")):
+        base = replace(nano_base.copy(), prior=Prior(nano_base.unet, nano_base.config, instant))
+        folder = base.save(tmp_path / f"{instant}")
+        assert load_base(folder).instant is instant
+        assert f"prior: {text}" in " ".join(run("inspect", folder).out.split())
 
 
 def test_inspect_shows_an_identity_by_file_and_by_name(run, people, nano_identity):
