@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pfstorer_rt.training.train_stage import StageConfig
 
 CROPS = {"wide", "variations", "level", "p_hq"}
-LENGTH = {"iterations", "batch", "learning_rate"}
+LENGTH = {"iterations", "batch", "learning_rate", "workers"}
 STAGES = {
     "base": {"preset", "weights", "weighting", "autoencoder_iterations", "crop", "first_step", *CROPS, *LENGTH},
     "wrapping": {*CROPS, *LENGTH},

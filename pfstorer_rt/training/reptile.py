@@ -1,4 +1,4 @@
-"""The prior of the personalization blocks by Reptile (Nichol et al. 2018): a start from which a person is learned soon.
+"""The prior as the start of the training of identities, by Reptile (Nichol et al. 2018).
 
 Each iteration learns one person for a short time, and moves the prior towards the learned weights. What the people have
 in common adds up, and what belongs to one person averages out.
@@ -6,7 +6,7 @@ in common adds up, and what belongs to one person averages out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ class ReptileConfig:
     average: float = 0.95
     """Decay of the moving average of the weights of one person."""
     rate: float = 0.1
-    """How far the prior moves towards the weights of one person, 1 is all the way. The first people count equally."""
+    """How far the prior moves towards the weights of a person, 1 is all the way; the first people of a new prior count
+    equally."""
     last_rate: float = 0.03
     """The same at the end: the prior becomes an average over the last people."""
     decay: float = 0.2
@@ -61,16 +62,15 @@ class ReptileConfig:
 
 
 def people_of(folders: Sequence[Path]) -> list[list[Path]]:
-    """Return the photographs of every person: a folder in `folders` is one person, and so is a file in `folders`.
+    """Return the photographs of every person: a folder in `folders` is one person, and so is an image in `folders`.
 
-    Raises `BadFileError` for a folder without images.
+    An image among `folders` is a person too. Raises `BadFileError` for a folder without images.
     """
     people = []
     for folder in folders:
-        files = set(find_images([folder]))
-        for path in sorted(folder.iterdir()):
-            if path.is_dir() or path in files:
-                people.append(find_images([path]))
+        images = set(find_images([folder]))
+        entries = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+        people += [find_images([path]) for path in entries if path.is_dir() or path in images]
     return people
 
 
@@ -81,14 +81,18 @@ def add_prior(
     config: ReptileConfig,
     work: Path,
     on_progress: OnProgress = ignore_progress,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Base:
     """Train the prior of a base and write the base to `out` in fp16; resumes from `work/reptile.pt`.
 
     folders: see `people_of`. base: its prior is trained further, and a base without one gets it; its networks stay as
-    they are. Raises `BadFileError` without photographs, and the errors of `read_checkpoint`.
+    they are. note: called with a line if the losses on images are not available. Raises `BadFileError` without
+    photographs, and the errors of `read_checkpoint`.
     """
     people = people_of(folders)
+    available(PersonalizeConfig.for_base(base.config), note)
     make_folder(work, private=True)
+    new = base.prior is None
     prior = base.prior = base.prior or untrained_prior(base, config.seed)
     settings = asdict(config)
     del settings["people"], settings["minutes"]
@@ -102,7 +106,7 @@ def add_prior(
     while schedule.share(done) < 1:
         photos = draw_person(people, base.config.tile, config, np.random.default_rng([config.seed, 51, done]))
         learned, loss = learn(photos, base, person, config, done)
-        move(prior, learned, max(rate_at(schedule.share(done), config), 1 / (done + 1)))
+        move(prior, learned, max(rate_at(schedule.share(done), config), 1 / (done + 1) if new else 0.0))
         done += 1
         save_state(checkpoint, mark, prior, done, config, schedule.seconds)
         person.unlink()

@@ -52,7 +52,7 @@ def train_stage(
     if isinstance(config, WrappingConfig):
         return add_wrapping(paths, prior, out, config, work, on_progress)
     if isinstance(config, ReptileConfig):
-        return add_prior(paths, prior, out, config, work, on_progress)
+        return add_prior(paths, prior, out, config, work, on_progress, note)
     return finish_base(paths, prior, out, config, work, on_progress)
 
 

@@ -41,6 +41,7 @@ def weights(base):
 
 def test_a_folder_is_a_person_and_a_file_is_a_person(people):
     assert [[path.name for path in photos] for photos in people_of([people])] == [["0.png", "1.png"], ["bob.png"]]
+    assert people_of([people / "bob.png"]) == [[people / "bob.png"]]
 
 
 def test_the_prior_moves_towards_each_person(base, people, tmp_path, monkeypatch):
@@ -67,6 +68,8 @@ def test_the_first_people_count_equally(base, people, tmp_path, monkeypatch):
     config = replace(CONFIG, people=4, rate=0.1, last_rate=0.1)
     add_prior([people], base, tmp_path / "out", config, tmp_path / "work")
     torch.testing.assert_close(weights(base), torch.full_like(weights(base), 1.5), atol=1e-3, rtol=0)  # 0, 1, 2, 3
+    add_prior([people], base, tmp_path / "more", replace(config, people=1), tmp_path / "more work")
+    torch.testing.assert_close(weights(base), torch.full_like(weights(base), 1.35), atol=1e-3, rtol=0)  # not a new one
 
 
 def test_the_rate_falls_at_the_end():
