@@ -159,39 +159,42 @@ COMPARED = """
 ### Ways to learn a person
 
 Rows in [`recipes.csv`](../benchmarks/results/recipes.csv), command `python benchmarks/recipes.py`. {people} of `lab`,
-{tests} images of each. The images are heavily degraded, and reduced to a quarter or to an eighth in between. Five other
-images are the references, unless the row states another number. These rows were measured with the weights of
-`portrait` before its last two training stages ([model card](../pfstorer_rt/bases/portrait/README.md#training)).
-The table above was measured with the present weights.
+{tests} images of each. The images are heavily degraded, and reduced to a quarter or to an eighth in between. Five
+other images are the references, unless the row states another number.
 
-- **PFStorer**: the defaults of `personalize` for `portrait`, as in the table above.
-- **gamma = 0 at the start**: the same with the start of the paper (`start: closed`).
+- **PFStorer**: the defaults of `personalize` for `portrait`, as in the table above: 75 iterations from the prior.
+- **Iterations**: the learning rate falls at the end of each training, so these are not stages of one training. `fix`
+  trains 30 iterations, and `--thorough` 450. Trainings of more than 75 iterations have more crops in the same ratio.
+- **Without the prior**: gamma = 1 and zeros in the last layers at the start (`start: open`). DreamBooth, ViCo and
+  gamma = 0 at the start do not use the prior either. Compare them with the row of 75 iterations without the prior.
 - **DreamBooth, ViCo**: `personalize --method dreambooth` and `vico`, with the same losses, optimizer, iterations and
   photographs.
+- **gamma = 0 at the start**: the start of the paper (`start: closed`).
 - **Parts of the paper**: `--ref-source self` has no photograph's features at run time. The trained token has its own
   learning rate (5e-3) and L_pers (`token_learning_rate` in `config.json`).
-- **Iterations**: the learning rate falls at the end of each training, so these are not stages of one training. 480
-  iterations are `--thorough`, with 192 crops; 960 have 384.
 - **10 references**: five more photographs of the person, which are not restored.
-- **Recipe of the paper**: `personalize --recipe paper`: 500 iterations, no losses on images, L_gen 0.1. It was measured
-  on the first person alone.
+- **Recipe of the paper**: `personalize --recipe paper`: 500 iterations, no losses on images, L_gen 0.1. It was
+  measured on the first person alone, with the weights of `portrait` before its last two training stages ([model
+  card](../pfstorer_rt/bases/portrait/README.md#training)).
 - **Identity of another person**: images of one person, restored with the identity of the other person.
-- **Likeness**: 100 times the mean cosine similarity of the result and the references of the identity, by the recognizer
-  of the column "identity". Input, Base and Original are compared with the references of their person. `Original` is the
-  undegraded image, so its likeness is what a perfect result has.
-- **Seconds**: processor time of the training, one core. Other processes used the machine, so close times do not differ.
+- **Likeness**: 100 times the mean cosine similarity of the result and the references of the identity, by the
+  recognizer of the column "identity". Input, Base and Original are compared with the references of their person.
+  `Original` is the undegraded image, so its likeness is what a perfect result has.
+- **Seconds**: processor time of the training, one core. Other processes used the machine, so close times do not
+  differ.
 
-Two people are a small sample: differences of two or three points of identity and likeness are noise. So gamma = 0 at
-the start, gamma = 1 throughout (ViCo), a trained token and the features of a reference (`cached` and `self`) make no
-clear difference on this base. The trained token takes a fifth more time. DreamBooth changes the whole UNet, takes a
-third more time, and is clearly worse where the image shows little of the person. With the recipe of the paper, the
-blocks hardly learn on this base. Its learning rate of 5e-5 is for the wider layers of Stable Diffusion. More iterations
-help more than anything else, up to 480. The likeness of `PFStorer` is half of the way from Base to Original, and with
-480 iterations 0.6 of the way. The identity of another person makes the result less similar to the person of the image
-than Base does, and hardly similar to the person of the identity.
+Two people are a small sample: differences of two or three points of identity and likeness are noise. From the prior,
+120 iterations give the likeness of 240 iterations without it, and 30 iterations that of 75. More iterations help more
+than anything else. The likeness of `PFStorer` is 0.43 of the way from Base to Original, with 120 iterations half of
+the way, and with 450 iterations 0.62 of the way (0.65 where the image was reduced to an eighth). DreamBooth changes
+the whole UNet, takes more than half as much time again, and is not better than the blocks without the prior. gamma =
+0 at the start, gamma = 1 throughout (ViCo), a trained token and the features of a reference (`cached` and `self`)
+make no clear difference on this base. With the recipe of the paper, the blocks hardly learn on this base. Its
+learning rate of 5e-5 is for the wider layers of Stable Diffusion. The identity of another person makes the result
+less similar to the person of the image than Base does, and hardly similar to the person of the identity.
 
-† dlib's embeddings were a loss of all rows except Input, Base and the recipe of the paper. No row had the recognizer of
-the column "identity" as a loss.
+† dlib's embeddings were a loss of all rows except Input, Base and the recipe of the paper. No row had the recognizer
+of the column "identity" as a loss.
 """
 
 
