@@ -186,12 +186,14 @@ other images are the references, unless the row states another number.
 Two people are a small sample: differences of two or three points of identity and likeness are noise. From the prior,
 120 iterations give the likeness of 240 iterations without it, and 30 iterations that of 75. More iterations help more
 than anything else. The likeness of `PFStorer` is 0.43 of the way from Base to Original, with 120 iterations half of
-the way, and with 450 iterations 0.62 of the way (0.65 where the image was reduced to an eighth). DreamBooth changes
-the whole UNet, takes more than half as much time again, and is not better than the blocks without the prior. gamma =
-0 at the start, gamma = 1 throughout (ViCo), a trained token and the features of a reference (`cached` and `self`)
-make no clear difference on this base. With the recipe of the paper, the blocks hardly learn on this base. Its
-learning rate of 5e-5 is for the wider layers of Stable Diffusion. The identity of another person makes the result
-less similar to the person of the image than Base does, and hardly similar to the person of the identity.
+the way, and with 450 iterations 0.62 of the way (0.65 where the image was reduced to an eighth). After 450
+iterations, the prior still helps where the image was reduced to an eighth, and not at a quarter. DreamBooth changes
+the whole UNet, takes more than half as much time again, and is not better than the blocks without the prior. With
+gamma = 0 at the start, the blocks learn more slowly. gamma = 1 throughout (ViCo), a trained token and the features of
+a reference (`cached` and `self`) make no clear difference on this base. With the recipe of the paper, the blocks
+hardly learn on this base. Its learning rate of 5e-5 is for the wider layers of Stable Diffusion. The identity of
+another person makes the result less similar to the person of the image than Base does, and hardly similar to the
+person of the identity.
 
 † dlib's embeddings were a loss of all rows except Input, Base and the recipe of the paper. No row had the recognizer
 of the column "identity" as a loss.
