@@ -1,6 +1,6 @@
 """Measure the time to learn a person: `personalize`, `personalize --thorough` and `fix`, start of the process included.
 
-    python benchmarks/personalize_time.py -o benchmarks/results/personalize_time.csv
+    python benchmarks/personalize_time.py --command personalize --command fix -o benchmarks/results/personalize_time.csv
 
 The photographs are those of the demo. Each run is a new process with a new data directory. One row for each command:
 medians of all runs. `fix` also restores one image. OMP_NUM_THREADS sets the threads.
