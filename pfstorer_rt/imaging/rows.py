@@ -212,3 +212,13 @@ def _disk_error(error: OSError) -> PFStorerError:
         f"the temporary file of a large image in {tempfile.gettempdir()} failed ({reason}); free some space or set "
         "TMPDIR to another folder"
     )
+
+
+def resize_alpha(alpha: Rows, height: int, width: int) -> Rows | Pixels:
+    """Resize rows of one channel to the size of a result: rows, or (H, W) pixels in [0, 1]."""
+    from PIL import Image
+
+    if (alpha.height, alpha.width) == (height, width):
+        return alpha
+    whole = Image.fromarray(read_pixels(alpha, 0, alpha.height)[..., 0], "F")
+    return np.clip(np.asarray(whole.resize((width, height), Image.Resampling.BICUBIC), np.float32), 0, 1)

@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
-import numpy as np
-
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.engine.session import out_of_memory
 from pfstorer_rt.errors import PFStorerError, SettingError, one_line
@@ -35,7 +33,7 @@ from pfstorer_rt.imaging.files import (
 )
 from pfstorer_rt.imaging.formats import SAVE_FORMATS, check_side
 from pfstorer_rt.imaging.metadata import Metadata
-from pfstorer_rt.imaging.rows import Pixels, Rows, Spool, read_pixels
+from pfstorer_rt.imaging.rows import Rows, Spool, read_pixels, resize_alpha
 from pfstorer_rt.imaging.sidebyside import SideBySide
 from pfstorer_rt.runtime.jobs import STREAM, Job, Naming, plan_jobs
 from pfstorer_rt.runtime.selection import ApplyTo, Chooser
@@ -180,16 +178,8 @@ def all_existing(jobs: Sequence[Job], saving: Saving) -> list[Outcome]:
 
     An image that the caller named fails, and others are skipped.
     """
-    return [_existing(job, saving) for job in jobs] if all(_exists(job, saving) for job in jobs) else []
-
-
-def _existing(job: Job, saving: Saving) -> Outcome:
-    """Return the outcome of a job whose result exists already."""
-    try:
-        _is_done(job, saving)
-    except PFStorerError as error:
-        return Outcome(job, "failed", error=error)
-    return Outcome(job, "skipped")
+    exist = all(_exists(job, saving) for job in jobs)
+    return [Outcome(job, "failed" if job.explicit else "skipped", error=_refusal(job)) for job in jobs if exist]
 
 
 def forecast_jobs(
@@ -478,13 +468,18 @@ def _exists(job: Job, saving: Saving) -> bool:
     return job.target is not None and not saving.overwrite and os.path.lexists(job.target)
 
 
+def _refusal(job: Job) -> PFStorerError | None:
+    """Return the error for an existing result if the caller named the image, else None."""
+    text = f"{job.target}: exists already; choose another name or allow overwriting"
+    return PFStorerError(text, setting="overwrite") if job.explicit else None
+
+
 def _is_done(job: Job, saving: Saving) -> bool:
     """Whether a result exists; raises `PFStorerError` if it exists and the caller named this image."""
     if not _exists(job, saving):
         return False
-    if job.explicit:
-        message = f"{job.target}: exists already; choose another name or allow overwriting"
-        raise PFStorerError(message, setting="overwrite")
+    if refusal := _refusal(job):
+        raise refusal
     return True
 
 
@@ -499,13 +494,3 @@ def write(job: Job, scan: Scan, rows: Rows, saving: Saving) -> None:
         sys.stdout.buffer.write(encode_image(rows, saving.stream, **kept))
         return
     save_image(job.target, rows, overwrite=saving.overwrite, **kept)
-
-
-def resize_alpha(alpha: Rows, height: int, width: int) -> Rows | Pixels:
-    """Resize rows of one channel to the size of a result: rows, or (H, W) pixels in [0, 1]."""
-    from PIL import Image
-
-    if (alpha.height, alpha.width) == (height, width):
-        return alpha
-    whole = Image.fromarray(read_pixels(alpha, 0, alpha.height)[..., 0], "F")
-    return np.clip(np.asarray(whole.resize((width, height), Image.Resampling.BICUBIC), np.float32), 0, 1)
