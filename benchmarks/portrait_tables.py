@@ -43,13 +43,8 @@ RECIPES = {
     "closed": "PFStorer, gamma = 0 at the start, without the prior",
     "self": "PFStorer, reference source self",
     "token": "PFStorer, trained token",
-    "75 iterations, no prior": "PFStorer, 75 iterations without the prior",
-    "240 iterations, no prior": "PFStorer, 240 iterations without the prior",
-    "450 iterations, no prior": "PFStorer, 450 iterations without the prior",
-    "30 iterations": "PFStorer, 30 iterations",
-    "120 iterations": "PFStorer, 120 iterations",
-    "240 iterations": "PFStorer, 240 iterations",
-    "450 iterations": "PFStorer, 450 iterations",
+    **{f"{n} iterations, no prior": f"PFStorer, {n} iterations without the prior" for n in (75, 240, 450)},
+    **{f"{n} iterations": f"PFStorer, {n} iterations" for n in (30, 120, 240, 450)},
     "1 reference": "PFStorer, 1 reference",
     "3 references": "PFStorer, 3 references",
     "10 references": "PFStorer, 10 references",
@@ -183,17 +178,17 @@ other images are the references, unless the row states another number.
 - **Seconds**: processor time of the training, one core. Other processes used the machine, so close times do not
   differ.
 
-Two people are a small sample: differences of two or three points of identity and likeness are noise. From the prior,
-120 iterations give the likeness of 240 iterations without it, and 30 iterations that of 75. More iterations help more
-than anything else. The likeness of `PFStorer` is 0.43 of the way from Base to Original, with 120 iterations half of
-the way, and with 450 iterations 0.62 of the way (0.65 where the image was reduced to an eighth). After 450
-iterations, the prior still helps where the image was reduced to an eighth, and not at a quarter. DreamBooth changes
-the whole UNet, takes more than half as much time again, and is not better than the blocks without the prior. With
-gamma = 0 at the start, the blocks learn more slowly. gamma = 1 throughout (ViCo), a trained token and the features of
-a reference (`cached` and `self`) make no clear difference on this base. With the recipe of the paper, the blocks
-hardly learn on this base. Its learning rate of 5e-5 is for the wider layers of Stable Diffusion. The identity of
-another person makes the result less similar to the person of the image than Base does, and hardly similar to the
-person of the identity.
+Two people are a small sample: differences of two or three points of identity and likeness are noise. With the prior,
+120 iterations give the same likeness as 240 iterations without it. With the prior, 30 iterations give the same
+likeness as 75 iterations without it. More iterations help more than anything else. The likeness of `PFStorer` is 0.43
+of the way from Base to Original, with 120 iterations half of the way, and with 450 iterations 0.62 of the way (0.65
+where the image was reduced to an eighth). After 450 iterations, the prior still helps where the image was reduced to
+an eighth, and not at a quarter. DreamBooth changes the whole UNet, takes more than half as much time again, and is
+not better than the blocks without the prior. With gamma = 0 at the start, the blocks learn more slowly. gamma = 1
+throughout (ViCo), a trained token and the features of a reference (`cached` and `self`) make no clear difference on
+this base. With the recipe of the paper, the blocks hardly learn on this base. Its learning rate of 5e-5 is for the
+wider layers of Stable Diffusion. The identity of another person makes the result less similar to the person of the
+image than Base does, and hardly similar to the person of the identity.
 
 † dlib's embeddings were a loss of all rows except Input, Base and the recipe of the paper. No row had the recognizer
 of the column "identity" as a loss.

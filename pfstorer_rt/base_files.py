@@ -100,7 +100,7 @@ def count_parameters(path: Path) -> dict[str, int]:
 
 
 def prior_kind(path: Path) -> Literal["none", "start", "instant"]:
-    """Return which prior a base directory has: `instant` and `start` have other values of `Prior.instant`."""
+    """Return the kind of the prior in a base directory: `start` of a training, or `instant`, without training."""
     if not (path / PRIOR).is_file():
         return "none"
     with safe_open(path / PRIOR, "pt") as handle:

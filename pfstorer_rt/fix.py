@@ -24,7 +24,7 @@ from pfstorer_rt.runtime.batch import (
     check_beside,
     restore_jobs,
 )
-from pfstorer_rt.runtime.jobs import plan_jobs
+from pfstorer_rt.runtime.jobs import Job, plan_jobs
 from pfstorer_rt.runtime.restorer import Restorer
 
 if TYPE_CHECKING:
@@ -62,15 +62,26 @@ def fix(
     `BadFileError` when no photograph can be read, and the errors of `plan_jobs`, before any work.
     """
     config = config or FixConfig()
-    batch = config.batch
-    jobs = plan_jobs(inputs, output, batch.naming, overwrite=batch.saving.overwrite)
-    check_beside(jobs, batch)
-    if done := all_existing(jobs, batch.saving):  # learning takes time
-        for outcome in done:
-            on_outcome(outcome)
+    jobs, done = find_work(inputs, output, config.batch, on_outcome)
+    if done:
         return done
     with restorer_for(person, config, note, on_progress) as restorer:
-        return restore_jobs(restorer, jobs, batch, on_outcome, on_step)
+        return restore_jobs(restorer, jobs, config.batch, on_outcome, on_step)
+
+
+def find_work(
+    inputs: Sequence[str | Path], output: str | Path | None, batch: BatchConfig, on_outcome: OnOutcome
+) -> tuple[list[Job], list[Outcome]]:
+    """Return the jobs, and their outcomes if all results exist already, which are reported.
+
+    Learning takes time, so this comes before it. Raises the errors of `plan_jobs`.
+    """
+    jobs = plan_jobs(inputs, output, batch.naming, overwrite=batch.saving.overwrite)
+    check_beside(jobs, batch)
+    done = all_existing(jobs, batch.saving)
+    for outcome in done:
+        on_outcome(outcome)
+    return jobs, done
 
 
 def restorer_for(

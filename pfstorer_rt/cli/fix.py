@@ -52,18 +52,13 @@ def command(
     from pfstorer_rt.cli.progress import batch_bars
     from pfstorer_rt.config import RestoreConfig
     from pfstorer_rt.console import note, stage_bars
-    from pfstorer_rt.fix import FixConfig, restorer_for
-    from pfstorer_rt.runtime.batch import BatchConfig, Saving, all_existing, check_beside, restore_jobs
-    from pfstorer_rt.runtime.jobs import plan_jobs
+    from pfstorer_rt.fix import FixConfig, find_work, restorer_for
+    from pfstorer_rt.runtime.batch import BatchConfig, Saving, restore_jobs
 
     note_strength(strength)
     batch = BatchConfig(RestoreConfig(strength=strength), saving=Saving(overwrite), compare=True)
     report = partial(show, as_json=as_json, command=click.get_current_context().command)
-    jobs = plan_jobs(inputs, output, batch.naming, overwrite=overwrite)
-    check_beside(jobs, batch)
-    outcomes = all_existing(jobs, batch.saving)  # before the learning, which takes time
-    for outcome in outcomes:
-        report(outcome)
+    jobs, outcomes = find_work(inputs, output, batch, report)
     if not outcomes:
         with stage_bars() as on_progress:
             restorer = restorer_for(person, FixConfig(base, batch), note, on_progress)

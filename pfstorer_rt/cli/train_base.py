@@ -97,9 +97,7 @@ class Options:
             losses = ("first_step", "lambda_id", "lambda_perceptual", "lambda_pixel", "share")
             return changed(config, train=train, **(self.values(*losses) if self.stage == "finishing" else {}))
         if self.stage == "reptile":
-            settings = ReptileConfig(
-                seed=self.seed, train={k: v for k, v in common.items() if k not in ("batch", "seed")}
-            )
+            settings = ReptileConfig(seed=self.seed, train=common)
             return changed(settings, people=self.iterations, minutes=self.minutes)
         stage = cast(Literal["autoencoder", "restorer", "one-step", "people"], self.stage)
         values = {**common, **length, "minutes": self.minutes}

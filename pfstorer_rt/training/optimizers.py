@@ -55,8 +55,8 @@ class Muon(torch.optim.Optimizer):
 
     A convolution (O, I, kh, kw) is a matrix (O, I kh kw). The update of a matrix is the nearest matrix with orthonormal
     rows or columns to its averaged gradient. Few iterations then change all directions of the matrix, and not only
-    those with large gradients. `torch.optim.Muon`
-    computes the same in bf16, which is slow on a CPU without bf16 instructions.
+    those with large gradients. `torch.optim.Muon` computes the same in bf16, which is slow on a CPU without bf16
+    instructions.
     """
 
     def __init__(self, groups: list[ParameterGroup]) -> None:

@@ -90,7 +90,7 @@ def add_prior(
     photographs, and the errors of `read_checkpoint`.
     """
     people = people_of(folders)
-    available(PersonalizeConfig.for_base(base.config), note)
+    learning = available(person_settings(base, config), note)
     make_folder(work, private=True)
     new = base.prior is None
     prior = base.prior = base.prior or untrained_prior(base, config.seed)
@@ -105,7 +105,10 @@ def add_prior(
     on_progress(StageProgress("reptile", done, total, time_share=schedule.share(done)))
     while schedule.share(done) < 1:
         photos = draw_person(people, base.config.tile, config, np.random.default_rng([config.seed, 51, done]))
-        learned, loss = learn(photos, base, person, config, done)
+        seed = int(np.random.default_rng([config.seed, 52, done]).integers(1 << 31))
+        learned, loss = learn(
+            photos, base, person, replace(learning, train=replace(learning.train, seed=seed)), f"person {done}"
+        )
         move(prior, learned, max(rate_at(schedule.share(done), config), 1 / (done + 1) if new else 0.0))
         done += 1
         save_state(checkpoint, mark, prior, done, config, schedule.seconds)
@@ -113,6 +116,13 @@ def add_prior(
         on_progress(StageProgress("reptile", done, total, loss, schedule.seconds - before, schedule.share(done)))
     base.save(out, torch.float16)
     return base
+
+
+def person_settings(base: Base, config: ReptileConfig) -> PersonalizeConfig:
+    """Return the settings of the training of one person; each person has another seed."""
+    given = {name: value for name, value in config.train.items() if value is not None}
+    train = {**given, "iterations": config.steps, "ema": config.average}
+    return replace(PersonalizeConfig.for_base(base.config, train=train), start="prior", pool=config.crops)
 
 
 def untrained_prior(base: Base, seed: int) -> Prior:
@@ -139,18 +149,13 @@ def draw_person(
 
 
 def learn(
-    photos: Sequence[torch.Tensor], base: Base, checkpoint: Path, config: ReptileConfig, number: int
+    photos: Sequence[torch.Tensor], base: Base, checkpoint: Path, settings: PersonalizeConfig, mark: str
 ) -> tuple[Weights, float]:
     """Learn a person from the prior of the base; returns the weights of the blocks, and the last loss.
 
-    checkpoint: file of an interrupted call, which is resumed; it remains until the caller removes it. number: of this
-    person, a part of the seed.
+    checkpoint: file of an interrupted call, which is resumed; it remains until the caller removes it. mark: identifies
+    the person in this file.
     """
-    seed = int(np.random.default_rng([config.seed, 52, number]).integers(1 << 31))
-    given = {name: value for name, value in config.train.items() if value is not None}
-    train = {**given, "iterations": config.steps, "ema": config.average, "seed": seed}
-    settings = available(PersonalizeConfig.for_base(base.config, train=train), lambda _: None)
-    settings = replace(settings, start="prior", pool=config.crops)
     losses: list[float] = []
     with accelerated(settings.train, base) as accelerator:
         to_channels_last(base.vae)
@@ -162,7 +167,7 @@ def learn(
             BatchMaker(pool, settings),
             settings.train,
             checkpoint,
-            f"person {number}",
+            mark,
             parameter_groups(objective, settings),
             on_progress=lambda progress: losses.append(progress.loss),
         )

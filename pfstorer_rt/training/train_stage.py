@@ -35,9 +35,8 @@ def train_stage(
     image-space losses. `ReptileConfig` trains the prior of the personalization. `TileStageConfig` trains one stage on
     tiles.
     sources: photographs, or folders of them; for a stage on tiles also `FOLDER=WEIGHT`, for `ReptileConfig` folders of
-    people. work: folder of the
-    checkpoints. prior: the base that is trained further; it is changed in place. note: called with a
-    line if a loss is switched off.
+    people. work: folder of the checkpoints. prior: the base that is trained further; it is changed in place. note:
+    called with a line if a loss is switched off.
     Raises `ValueError` when a stage that needs a prior has none, and for a weight in a stage on crops.
     """
     if isinstance(config, TileStageConfig):

@@ -48,7 +48,7 @@ def test_the_prior_moves_towards_each_person(base, people, tmp_path, monkeypatch
     """Each person has the weights 1 + noise: the prior approaches 1, nearer than the people."""
     noise = np.random.default_rng(0)
 
-    def learned(photos, base, checkpoint, config, number):
+    def learned(photos, base, checkpoint, settings, mark):
         checkpoint.touch()
         state = base.prior.blocks.state_dict()
         return {n: 1 + torch.from_numpy(noise.normal(0, 0.3, v.shape)).float() for n, v in state.items()}, 0.0
@@ -60,9 +60,9 @@ def test_the_prior_moves_towards_each_person(base, people, tmp_path, monkeypatch
 
 
 def test_the_first_people_count_equally(base, people, tmp_path, monkeypatch):
-    def learned(photos, base, checkpoint, config, number):
+    def learned(photos, base, checkpoint, settings, mark):
         checkpoint.touch()
-        return {n: torch.full_like(v, number) for n, v in base.prior.blocks.state_dict().items()}, 0.0
+        return {n: torch.full_like(v, float(mark.split()[1])) for n, v in base.prior.blocks.state_dict().items()}, 0.0
 
     monkeypatch.setattr(reptile, "learn", learned)
     config = replace(CONFIG, people=4, rate=0.1, last_rate=0.1)
@@ -85,7 +85,10 @@ def test_one_person_at_rate_1_becomes_the_prior(base, people, tmp_path):
     other.prior = untrained_prior(other, 0)
     before = weights(other)
     photos = draw_person(people_of([people]), other.config.tile, config, np.random.default_rng([0, 51, 0]))
-    learned, _ = reptile.learn(photos, other, tmp_path / "person.pt", config, 0)
+    settings = reptile.person_settings(other, config)
+    seed = int(np.random.default_rng([0, 52, 0]).integers(1 << 31))
+    settings = replace(settings, train=replace(settings.train, seed=seed))
+    learned, _ = reptile.learn(photos, other, tmp_path / "person.pt", settings, "person 0")
     assert torch.equal(weights(other), before), "learning does not change the prior itself"
     assert any(not torch.equal(learned[name], value) for name, value in other.prior.blocks.state_dict().items())
     assert all(torch.equal(learned[name], value) for name, value in base.prior.blocks.state_dict().items())
