@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,19 +30,44 @@ def random_crop(
     return resize_square(random_square(image, rng, zoom, flip, wide), size)
 
 
+class Square(NamedTuple):
+    """A square of a photograph, in pixels; it may reach beyond the edges."""
+
+    top: int
+    left: int
+    side: int
+    flip: bool
+    """Whether the square is flipped left to right."""
+
+
 def random_square(
     image: torch.Tensor, rng: np.random.Generator, zoom: float = 1.5, flip: bool = True, wide: float = 1.0
 ) -> torch.Tensor:
-    """Crop a random square (3, s, s) out of (3, H, W), without alignment to the face (PFStorer section 4.1).
+    """Crop a square of `draw_square` out of (3, H, W): (3, s, s)."""
+    return cut_square(image, draw_square(image.shape[-2:], rng, zoom, flip, wide))
 
-    The side is the short side divided by U(1 / wide, zoom); the photograph is mirror-padded where the square is larger.
-    flip: half of the squares are flipped left to right.
+
+def draw_square(
+    size: Sequence[int], rng: np.random.Generator, zoom: float = 1.5, flip: bool = True, wide: float = 1.0
+) -> Square:
+    """Draw a random square of a photograph, without alignment to the face (PFStorer section 4.1).
+
+    size: height and width of the photograph. The side is the short side divided by U(1 / wide, zoom). flip: half of the
+    squares are flipped left to right.
     """
-    side = max(1, round(min(image.shape[-2:]) / rng.uniform(1.0 / wide, zoom)))
-    image = mirror_beyond_edges(image, side)
-    top, left = (int(rng.integers(0, n - side + 1)) for n in image.shape[-2:])
-    square = image[:, top : top + side, left : left + side]
-    return square.flip(-1) if flip and rng.random() < 0.5 else square
+    side = max(1, round(min(size) / rng.uniform(1.0 / wide, zoom)))
+    top, left = (int(rng.integers(0, max(n, side) - side + 1)) - max(0, side - n) // 2 for n in size)
+    return Square(top, left, side, flip and bool(rng.random() < 0.5))
+
+
+def cut_square(image: torch.Tensor, square: Square) -> torch.Tensor:
+    """Crop (3, H, W) to (3, side, side); the photograph is mirror-padded where the square is larger."""
+    side = square.side
+    top, left = (
+        start + max(0, side - n) // 2 for start, n in zip((square.top, square.left), image.shape[-2:], strict=True)
+    )
+    cut = mirror_beyond_edges(image, side)[:, top : top + side, left : left + side]
+    return cut.flip(-1) if square.flip else cut
 
 
 def mirror_beyond_edges(image: torch.Tensor, side: int) -> torch.Tensor:

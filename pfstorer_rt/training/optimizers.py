@@ -12,6 +12,7 @@ from torch import nn
 from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.extras import install
+from pfstorer_rt.training.device import has_native_bf16
 
 ParameterGroup = dict[str, Any]
 """`params`, and optimizer settings of this group, such as `lr`; `clip` False leaves its gradient unlimited."""
@@ -33,7 +34,8 @@ def make_optimizer(
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **settings)
     if config.optimizer == "muon":
-        return MuonForMatrices(as_groups(parameters), settings)
+        groups = as_groups(parameters)
+        return MuonForMatrices(groups, settings, fast_type(groups, config))
     try:
         optim = import_module("bitsandbytes.optim")
     except ImportError as error:
@@ -42,6 +44,17 @@ def make_optimizer(
         ) from error
     kind = optim.AdamW8bit if config.optimizer == "adamw8bit" else optim.PagedAdamW8bit
     return kind(parameters, **settings)
+
+
+def fast_type(groups: list[ParameterGroup], config: TrainConfig) -> torch.dtype:
+    """Return the type for products of matrices: bf16 if the device has instructions for it and the training allows it.
+
+    Muon's own implementation uses bf16.
+    """
+    if config.precision not in ("auto", "bf16"):
+        return torch.float32
+    cpu = all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
+    return torch.bfloat16 if has_native_bf16(cpu) else torch.float32
 
 
 def as_groups(parameters: Iterable[nn.Parameter] | list[ParameterGroup]) -> list[ParameterGroup]:
@@ -55,54 +68,64 @@ class Muon(torch.optim.Optimizer):
 
     A convolution (O, I, kh, kw) is a matrix (O, I kh kw). The update of a matrix is the nearest matrix with orthonormal
     rows or columns to its averaged gradient. Few iterations then change all directions of the matrix, and not only
-    those with large gradients. `torch.optim.Muon` computes the same in bf16, which is slow on a CPU without bf16
-    instructions.
+    those with large gradients. `torch.optim.Muon` computes each matrix alone; here all matrices of a shape are one
+    batch, which takes half the time for the small matrices of the blocks.
     """
 
-    def __init__(self, groups: list[ParameterGroup]) -> None:
-        """groups: parameter groups with `lr` and `weight_decay`."""
+    def __init__(self, groups: list[ParameterGroup], dtype: torch.dtype = torch.float32) -> None:
+        """groups: parameter groups with `lr` and `weight_decay`. dtype: type in which updates are orthogonalized."""
         super().__init__(groups, {})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Do one step; closure: None."""
         assert closure is None
         for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[torch.Tensor]] = {}
             for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                state = self.state[matrix]
-                if not state:
-                    state["average"] = torch.zeros_like(matrix)
-                average = state["average"].lerp_(matrix.grad, 1 - MOMENTUM)
-                ahead = matrix.grad.lerp(average, MOMENTUM)  # Nesterov's momentum
-                update = orthogonalized(ahead.flatten(1))
-                rows, columns = update.shape
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(update.view(matrix.shape), alpha=group["lr"] * max(1.0, rows / columns) ** 0.5)
+                if matrix.grad is not None:
+                    by_shape.setdefault((len(matrix), matrix[0].numel()), []).append(matrix)
+            for (rows, columns), matrices in by_shape.items():
+                ahead = torch.stack([self.look_ahead(matrix).flatten(1) for matrix in matrices])
+                rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+                for matrix, update in zip(matrices, orthogonalized(ahead, self.dtype), strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.sub_(update.view(matrix.shape), alpha=rate)
+
+    def look_ahead(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Update the averaged gradient of a matrix and return it with Nesterov's momentum."""
+        assert matrix.grad is not None
+        state = self.state[matrix]
+        if not state:
+            state["average"] = torch.zeros_like(matrix)
+        average: torch.Tensor = state["average"].lerp_(matrix.grad, 1 - MOMENTUM)
+        return matrix.grad.lerp(average, MOMENTUM)
 
 
-def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
-    """Return about the nearest matrix with orthonormal rows or columns, fp32.
+def orthogonalized(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return about the nearest matrices with orthonormal rows or columns, fp32, to matrices (..., rows, columns).
 
-    Five steps of a Newton-Schulz iteration bring all singular values that are not tiny to 0.7 to 1.2.
+    Five steps of a Newton-Schulz iteration, computed in `dtype`, bring all singular values that are not tiny to 0.7 to
+    1.2.
     """
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).float()
-    x = x / x.norm().clamp(min=1e-7)
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = (matrices if wide else matrices.mT).float()
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype)
     linear, cubic, quintic = NEWTON_SCHULZ
     for _ in range(5):
-        square = x @ x.T
-        polynomial = torch.addmm(square, square, square, beta=cubic, alpha=quintic)
-        x = torch.addmm(x, polynomial, x, beta=linear)
-    return x if wide else x.T
+        square = x @ x.mT
+        x = linear * x + (cubic * square + quintic * (square @ square)) @ x
+    return (x if wide else x.mT).float()
 
 
 class MuonForMatrices(torch.optim.Optimizer):
     """Muon for matrices and convolutions, AdamW for all other parameters, such as vectors."""
 
-    def __init__(self, groups: list[ParameterGroup], settings: dict[str, Any]) -> None:
-        """groups: parameter groups. settings: the settings of AdamW for groups without their own."""
+    def __init__(
+        self, groups: list[ParameterGroup], settings: dict[str, Any], dtype: torch.dtype = torch.float32
+    ) -> None:
+        """groups: parameter groups. settings: of AdamW, for groups without their own. dtype: as in `Muon`."""
         matrices, others = [], []
         for group in groups:
             group = {**settings, **group}
@@ -112,7 +135,7 @@ class MuonForMatrices(torch.optim.Optimizer):
         matrices, others = ([group for group in part if group["params"]] for part in (matrices, others))
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
-            self.parts.append(Muon(matrices))
+            self.parts.append(Muon(matrices, dtype))
         if others:
             self.parts.append(torch.optim.AdamW(others))
         super().__init__([*matrices, *others], {})

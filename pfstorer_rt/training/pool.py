@@ -17,11 +17,13 @@ from pfstorer_rt.degradation.degrade import LEVELS, DegradationConfig, degrade
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.chunks import Samples, make_arrays
-from pfstorer_rt.training.data import Batch, center_crop, draw_timesteps, random_square, resize_square
-from pfstorer_rt.training.image_loss import draw_views, face_maps, has_image_losses
+from pfstorer_rt.training.data import Batch, Square, center_crop, cut_square, draw_square, draw_timesteps, resize_square
+from pfstorer_rt.training.image_loss import NO_FACE, draw_views, face_maps, has_image_losses
 
 CHUNK = 8
 """Samples that are made and written at once."""
+FACE = 2 / 3
+"""Side of a face without its border, relative to the recognizer's input square."""
 ZOOM = 1.25
 """Largest magnification of a training crop: most of the face stays inside."""
 
@@ -62,7 +64,9 @@ def make_pool(
     level, size, tile = replace(LEVELS[config.level], p_hq=config.p_hq), pool_size(config), base.config.tile
     latent = (2, base.config.latent_channels, base.config.latent_tile, base.config.latent_tile)
     arrays: dict[str, tuple[type, tuple[int, ...]]] = {"latents": (np.float32, latent)}
+    faces = np.stack([NO_FACE for _ in photos])
     if has_image_losses(config):
+        faces = face_maps([photo.permute(1, 2, 0).numpy() for photo in photos])
         arrays |= {"images": (np.uint8, (2, 3, tile, tile)), "maps": (np.float32, (2, 3))}
 
     def encode(image: torch.Tensor) -> torch.Tensor:
@@ -70,22 +74,24 @@ def make_pool(
             return base.encode(image[None].to(base.device) * 2 - 1)[0].float().cpu()
 
     def make(chunk: int) -> Batch:
-        pairs = []
+        pairs, maps = [], []
         for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, size)):
             rng = np.random.default_rng([config.train.seed, 4, i])
-            square = random_square(photos[i % len(photos)], rng, ZOOM)
+            photo = photos[i % len(photos)]
+            square = draw_square(photo.shape[-2:], rng, ZOOM)
             # Restoration enlarges small images to a tile, so small crops are degraded before they are enlarged.
-            hq = resize_square(square, min(square.shape[-1], tile))
+            hq = resize_square(cut_square(photo, square), min(square.side, tile))
             lq = degrade(hq, reduced(level, config.largest_sf, rng), rng)
             pairs.append(torch.stack([resize_square(image, tile) for image in (hq, lq)]))
-        return {"pairs": torch.stack(pairs)}
+            maps.append(face_in_square(faces[i % len(photos)], photo.shape[-2:], square))
+        return {"pairs": torch.stack(pairs), "maps": torch.from_numpy(np.stack(maps))}
 
     def finish(chunk: Batch) -> dict[str, npt.NDArray[Any]]:
         pairs = chunk["pairs"]
         made = {"latents": torch.stack([torch.stack([encode(image) for image in pair]) for pair in pairs]).numpy()}
         if "images" in arrays:
             made["images"] = pairs.mul(255).round().byte().numpy()
-            made["maps"] = face_maps([hq.transpose(1, 2, 0) / np.float32(255) for hq in made["images"][:, 0]])
+            made["maps"] = chunk["maps"].numpy()
         return made
 
     samples = Samples("crops", arrays, size, min(CHUNK, size), f"{mark} {size}", make, finish)
@@ -96,6 +102,20 @@ def make_pool(
     if "images" not in found:
         return pool
     return pool._replace(images=torch.from_numpy(found["images"]), maps=np.asarray(found["maps"]))
+
+
+def face_in_square(face: npt.NDArray[np.float32], size: Sequence[int], square: Square) -> npt.NDArray[np.float32]:
+    """Return the position (2, 3) of a photograph's face in a square of it, NaN where the square cuts the face.
+
+    face: `face_map` of a photograph of `size` (height and width), NaN without a face.
+    """
+    ratio = np.array([size[1], size[0]]) / square.side
+    found = face * ratio[:, None]
+    found[:, 2] += ratio - 2 * np.array([square.left, square.top]) / square.side - 1
+    if square.flip:  # the face that the recognizer gets is flipped too
+        found = found * [[1, -1, -1], [-1, 1, 1]]
+    reach = np.abs(found[:, 2]) + FACE * np.abs(found[:, :2]).sum(1)
+    return found.astype(np.float32) if (reach <= 1).all() else NO_FACE
 
 
 def reduced(level: DegradationConfig, largest: float, rng: np.random.Generator) -> DegradationConfig:

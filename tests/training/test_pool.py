@@ -1,12 +1,17 @@
 """The pool of degraded crops that an identity is learned from; test_personalize.py covers its batches."""
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
+from skimage.data import astronaut
 
 from pfstorer_rt.config import PersonalizeConfig, TrainConfig
+from pfstorer_rt.faces.recognizer import face_map
 from pfstorer_rt.models.base import build_base
 from pfstorer_rt.training import pool
-from pfstorer_rt.training.data import read_photo, resize_square
-from pfstorer_rt.training.pool import make_pool
+from pfstorer_rt.training.data import Square, cut_square, read_photo, resize_square
+from pfstorer_rt.training.pool import face_in_square, make_pool
 
 
 def test_small_photographs_are_degraded_at_their_own_size(photos):
@@ -40,3 +45,30 @@ def test_crops_are_encoded_in_the_given_context_and_degraded_outside(photos, mon
         one, other = getattr(exact, name), getattr(fast, name)
         assert one.dtype == other.dtype == torch.float32
         assert 0 < (one - other).abs().mean() < 0.02 * one.abs().mean()
+
+
+@pytest.fixture(scope="module")
+def portrait():
+    """A photograph (3, 360, 400) with one face, turned by 15 degrees, and the position of the face."""
+    turned = Image.fromarray(astronaut()).rotate(15, Image.Resampling.BICUBIC, center=(225, 120))
+    pixels = np.ascontiguousarray(np.asarray(turned)[:360, 40:440] / np.float32(255))
+    return torch.from_numpy(pixels).permute(2, 0, 1), face_map(pixels)
+
+
+@pytest.mark.parametrize("square", [(0, 0, 360), (0, 75, 250), (10, 60, 270), (30, 40, 300), (-40, -20, 440)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_face_of_a_crop_is_where_dlib_finds_it(portrait, square, flip):
+    photo, face = portrait
+    square = Square(*square, flip)
+    expected = face_map(resize_square(cut_square(photo, square), 320).permute(1, 2, 0).numpy())
+    found = face_in_square(face, photo.shape[-2:], square)
+    corners = np.array([[-1, -1, 1], [1, -1, 1], [-1, 1, 1], [1, 1, 1]]).T
+    np.testing.assert_allclose(found @ corners, expected @ corners, atol=0.08)  # of 2, the side of the crop
+
+
+def test_a_crop_that_cuts_the_face_has_no_face(portrait):
+    photo, face = portrait
+    size = photo.shape[-2:]
+    assert np.isfinite(face_in_square(face, size, Square(0, 20, 300, False))).all()
+    assert np.isnan(face_in_square(face, size, Square(0, 180, 160, False))).all()
+    assert np.isnan(face_in_square(np.full((2, 3), np.nan, np.float32), size, Square(0, 20, 300, True))).all()
