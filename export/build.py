@@ -18,7 +18,7 @@ from pfstorer_rt.arrays import HostArray
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
 from pfstorer_rt.engine.session import choose_backend
 from pfstorer_rt.errors import MismatchError, MissingBackendError, ParityError, SettingError
-from pfstorer_rt.files import real_path, sha256_bytes, sha256_file, work_folder
+from pfstorer_rt.files import make_folder, real_path, sha256_bytes, sha256_file, work_folder
 from pfstorer_rt.identity import Identity, identity_path
 from pfstorer_rt.models.base import Base, load_base
 from pfstorer_rt.models.components import Component, components, manifest
@@ -116,7 +116,7 @@ def export_plan(
     progress: Progress | None = None,
     check: Callable[[Plan], None] | None = None,
 ) -> Plan:
-    """Fuse, export, check, build and write a plan; a base object is not changed.
+    """Fuse, export, check, build and write a plan; a missing folder is made. A base object is not changed.
 
     identity: name, file or object; None exports the base alone. base: name, directory or object; None selects the
     identity's base. precision: `fp32`, `fp16`, `int8` (ONNX only) or `auto` (fp32 for ONNX, fp16 for TensorRT);
@@ -141,6 +141,7 @@ def export_plan(
     )
     if builder:
         described.tools[target] = builder.library.version
+    make_folder(real_path(output).parent)
     with work_folder(near=real_path(output).parent) as folder:
         exported = export_components(loaded, identity, precision, builder is None, Path(folder), progress)
         del loaded  # a builder needs several times the memory of the weights

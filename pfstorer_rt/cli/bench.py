@@ -65,11 +65,16 @@ def command(
       pfstorer-rt bench --engine alice.plan --json
       pfstorer-rt bench --engine alice.plan --size 512 --csv bench.csv --plot bench.png
     """
+    from pfstorer_rt.files import make_folder
+
     check_plan(engine)
     for path in (table, plot):
         if path:
             check_output(path, overwrite)
     report = measure_plan(engine, BenchConfig(backend, provider, steps, runs, seconds, sizes, trust_plan))
+    for path in (table, plot):
+        if path:
+            make_folder(path.parent)
     if table:
         write_table(table, report)
     if plot:

@@ -77,13 +77,18 @@ def check_new(file: Path, overwrite: bool) -> None:
 
 
 def check_output(file: Path, overwrite: bool) -> None:
-    """Raise `SettingError` before long work if a file cannot be written: as `check_new`, and for its folder."""
+    """Raise `SettingError` before long work if a file cannot be written: as `check_new`, and for its folder.
+
+    A missing folder can be made if the nearest existing folder above it is writable.
+    """
     from pfstorer_rt.files import real_path
 
     check_new(file, overwrite)
     folder = real_path(file).parent
+    while not folder.exists():
+        folder = folder.parent
     if not folder.is_dir():
-        raise SettingError(f"{file}: its folder does not exist; create it first")
+        raise SettingError(f"{file}: {folder} is a file; expected a folder: choose another one")
     if not os.access(folder, os.W_OK):
         raise SettingError(f"{file}: cannot be written (permission denied); choose another folder")
 

@@ -413,7 +413,7 @@ def restore(
     if options.watch:
         echo(f"watching {options.watch}; press Ctrl-C to stop", err=True)
         with batch_bars("restore") as progress:
-            return watch_folder(restorer, options.watch, options.output, batch, options.idle, report, progress)
+            return watch_folder(restorer, options.watch, options.output, batch, options.idle, report, progress, note)
     check_beside(jobs, batch)
     with batch_bars("restore", len(jobs)) as progress:
         return restore_jobs(restorer, jobs, batch, report, progress)

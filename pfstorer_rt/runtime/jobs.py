@@ -74,7 +74,7 @@ def plan_jobs(
     Raises `NoImagesError` when there is no image. Raises `SettingError` when two results would have the same name, when
     a result would replace an input, and for an output that contradicts the inputs or the format.
     """
-    jobs = find_jobs(inputs, output, naming, note)
+    jobs = find_jobs(inputs, output, naming, note, note)
     named = {Path(text) for text in names_of(inputs) if overwrite and Path(text).is_file()} - {
         job.source for job in jobs
     }
@@ -88,13 +88,17 @@ def find_jobs(
     output: str | Path | None = None,
     naming: Naming | None = None,
     note: Note = lambda _: None,
+    note_results: Note = lambda _: None,
 ) -> list[Job]:
-    """Do the work of `plan_jobs`, but accept jobs whose results would replace each other or an input."""
+    """Do the work of `plan_jobs`, but accept jobs whose results would replace each other or an input.
+
+    note_results: receives a line about earlier results that are left out.
+    """
     naming, texts = naming or Naming(), names_of(inputs)
     output = None if output is None else f"{output}"
     if output == "":
         raise SettingError("an empty name of the output; expected a file, a folder or -", setting="output")
-    found = find_inputs(texts, naming.suffix, note)
+    found = find_inputs(texts, naming.suffix, note, note_results)
     single = len(found) == 1 and not any(Path(text).is_dir() for text in texts) and not naming.label
     file = output_file(output)
     if file:
@@ -118,7 +122,7 @@ def find_jobs(
     return jobs
 
 
-def find_inputs(inputs: Sequence[str], suffix: str, note: Note) -> list[tuple[Path | None, Path]]:
+def find_inputs(inputs: Sequence[str], suffix: str, note: Note, note_results: Note) -> list[tuple[Path | None, Path]]:
     """Expand files, folders, glob patterns and `-` to pairs: file (None for `-`), path relative to its folder.
 
     Earlier results and the files beside them are left out. They have a name `*{suffix}.*`, or a mark in their metadata.
@@ -145,7 +149,7 @@ def find_inputs(inputs: Sequence[str], suffix: str, note: Note) -> list[tuple[Pa
             kept = f"{len(results)} earlier results of this program"
             raise NoImagesError(f"no images in {' '.join(inputs)} except {kept}; name one alone to restore it again")
         raise NoImagesError(f"no images in {' '.join(inputs)}; expected files such as .jpg, .png or .tif")
-    note_left_out(results, note)
+    note_left_out(results, note_results)
     return fresh
 
 

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pfstorer_rt.errors import SettingError
+from pfstorer_rt.imaging.find import Note
 from pfstorer_rt.runtime.batch import BatchConfig, OnOutcome, OnStep, Outcome, ignore, restore_jobs
 from pfstorer_rt.runtime.jobs import Job, Naming, NoImagesError, check_file, find_clashes, find_jobs, output_file
 
 if TYPE_CHECKING:
     from pfstorer_rt.runtime.restorer import Restorer
+
+EMPTY = 10.0
+"""Seconds after which an empty file is a failure. A program may create a file some time before it writes it."""
 
 
 def watch_folder(
@@ -24,13 +28,15 @@ def watch_folder(
     idle: float | None = None,
     on_outcome: OnOutcome = ignore,
     on_step: OnStep = ignore,
+    note: Note = ignore,
 ) -> list[Outcome]:
     """Restore images as they arrive in a folder.
 
     An image is restored once its file has not changed for a second, and again when the file changes later: a file that
     was read half-written is tried again, and the result of a replaced image is replaced. Images whose results would
-    have the same name fail until one of them is renamed or removed. idle: return after this many seconds without a new
-    or changed image; None watches until the call is interrupted. Returns the last outcome of each image.
+    have the same name fail until one of them is renamed or removed. An empty file fails after `EMPTY` seconds. idle:
+    return after this many seconds without a new or changed image; None watches until the call is interrupted. note:
+    receives a line for each reason why files are passed over, once. Returns the last outcome of each image.
     """
     settings = settings or BatchConfig()
     if file := output_file(None if output is None else f"{output}"):
@@ -38,7 +44,7 @@ def watch_folder(
     replacing = replace(settings, saving=replace(settings.saving, overwrite=True))
     latest: dict[Path | None, Outcome] = {}
     written: set[Job] = set()
-    for jobs, clashes in _arrivals(folder, output, settings.naming, idle):
+    for jobs, clashes in _arrivals(folder, output, settings.naming, idle, note):
         outcomes = [Outcome(job, "failed", error=error) for job, error in clashes.items()]
         for outcome in outcomes:
             on_outcome(outcome)
@@ -51,18 +57,23 @@ def watch_folder(
 
 
 def _arrivals(
-    folder: str | Path, output: str | Path | None, naming: Naming, idle: float | None
+    folder: str | Path, output: str | Path | None, naming: Naming, idle: float | None, note: Note
 ) -> Iterator[tuple[list[Job], Mapping[Job, SettingError]]]:
     """Yield the jobs of new and changed images once their files are stable, and the jobs that clash with other ones."""
     seen: dict[Path, tuple[int, ...]] = {}
     done: dict[Path, tuple[int, ...]] = {}
     refused: dict[Path, tuple[int, ...]] = {}
+    notes: list[str] = []
     latest = time.monotonic()
     while True:
+        before, notes = notes, []
         try:
-            jobs = find_jobs((folder,), output, naming)
+            jobs = find_jobs((folder,), output, naming, notes.append)
         except NoImagesError:
             jobs = []
+        for text in notes:
+            if text not in before:
+                note(text)
         found = {job.source: job for job in jobs if job.source is not None}
         current = {path: state for path in found if (state := _file_state(path))}
         stable = {path for path, state in current.items() if seen.get(path) == state}
@@ -76,16 +87,17 @@ def _arrivals(
             new = [found[path] for path in ready]
             yield [job for job in new if job not in clashes], {job: clashes[job] for job in new if job in clashes}
             latest = time.monotonic()
-        elif idle is not None and len(stable) == len(current) and time.monotonic() - latest >= idle:
+        elif idle is not None and len(stable) == len(found) and time.monotonic() - latest >= idle:
             return
         seen = current
         time.sleep(1)
 
 
 def _file_state(path: Path) -> tuple[int, ...] | None:
-    """Return numbers that change whenever a file is written or replaced; None for an empty or vanished file."""
+    """Return numbers that change whenever a file is written or replaced; None for a vanished or a new, empty file."""
     try:
         status = path.stat()
     except OSError:
         return None
-    return (status.st_size, status.st_mtime_ns, status.st_ino) if status.st_size else None
+    starting = status.st_size == 0 and 0 <= time.time() - status.st_mtime < EMPTY
+    return None if starting else (status.st_size, status.st_mtime_ns, status.st_ino)

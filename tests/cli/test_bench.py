@@ -24,7 +24,7 @@ def test_bench_writes_csv_plot_and_json(run, nano_plan, tmp_path):
         "--size",
         100,
         "--csv",
-        tmp_path / "b.csv",
+        tmp_path / "new" / "b.csv",
         "--plot",
         tmp_path / "b.png",
         "--json",
@@ -41,7 +41,7 @@ def test_bench_writes_csv_plot_and_json(run, nano_plan, tmp_path):
     large = sizes["image 100x100"]
     assert large["tiles_per_s"] == pytest.approx(9 / large["p50"] * 1e3)  # 128 pixels, tiles 48 apart: 3 x 3
     assert large["megapixels_per_s"] == pytest.approx(0.01 / large["p50"] * 1e3)
-    rows = list(csv.DictReader((tmp_path / "b.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "new" / "b.csv").open()))
     assert [row["measured"] for row in rows] == [*parts, *sizes]
     assert (rows[0]["p90"], rows[0]["p99"]) == ("", "")
     assert float(rows[-1]["p50"]) == large["p50"] and rows[0]["processor"]

@@ -16,9 +16,9 @@ def test_export_refuses_an_existing_output(run, tree, tmp_path, nano_base_dir):
 
 
 def test_export_refuses_an_identity_of_another_base(refused, people, tmp_path, other_base_dir):
-    wrong = ("export", "--identity", "alice", "--base", other_base_dir, "-o", tmp_path / "a.plan")
+    wrong = ("export", "--identity", "alice", "--base", other_base_dir, "-o", tmp_path / "new" / "a.plan")
     refused(2, *wrong, words=["alice", "learned on base"])
-    assert not (tmp_path / "a.plan").exists()
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("arguments", [("--identity", "nobody"), ("--base", "no-base"), ("--identity", "?"), ()])
@@ -27,9 +27,12 @@ def test_export_of_a_missing_identity_or_base_exits_with_2(run, people, tmp_path
     assert done.status == 2 and len(done.errors) == 1 and not (tmp_path / "a.plan").exists()
 
 
-def test_export_into_a_missing_folder_is_refused(run, tmp_path, nano_base_dir):
-    done = run("export", "--base", nano_base_dir, "-o", tmp_path / "no" / "a.plan")
-    assert done.status and len(done.errors) == 1 and "folder" in done.errors[0]
+def test_export_makes_a_missing_folder_but_not_for_a_refused_export(run, people, tmp_path, nano_base_dir):
+    target = tmp_path / "new" / "plans" / "a.plan"
+    assert run("export", "--identity", "nobody", "--base", nano_base_dir, "-o", target).status == 2
+    assert not target.parent.parent.exists()
+    done = run("export", "--base", nano_base_dir, "-o", target)
+    assert done.status == 0 and target.is_file()
 
 
 @pytest.mark.parametrize("arguments", [("--identity", "nobody"), ("--base", "no-base")])

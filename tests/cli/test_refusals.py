@@ -246,7 +246,8 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
         name.mkdir(exist_ok=True)
         refused(2, *command, name, "--overwrite", words=[f"{name}: a folder; choose a file name"])
     for command in (export, (*bench, "--csv"), (*bench, "--plot")):
-        refused(2, *command, tmp_path / "none" / "a.png", words=["its folder does not exist; create it first"])
+        inside = quick_plan.path / "none" / "a.png"
+        refused(2, *command, inside, words=[f"{quick_plan.path} is a file; expected a folder: choose another one"])
     refused(2, *learn, tmp_path / "x.txt", words=["x.txt: expected a file name that ends with .safetensors (-o)"])
     assert tree(tmp_path) == before
 

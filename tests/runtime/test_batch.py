@@ -12,6 +12,7 @@ from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.degradation.degrade import degrade
 from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError
 from pfstorer_rt.imaging.rows import Spool
+from pfstorer_rt.runtime import watch
 from pfstorer_rt.runtime.batch import (
     BatchConfig,
     Saving,
@@ -176,6 +177,23 @@ def test_a_watched_folder_keeps_a_result_that_it_did_not_write(save, tmp_path):
     (tmp_path / "out" / "a_restored.png").write_bytes(b"mine")
     (done,) = watch_folder(Copying(), tmp_path / "in", tmp_path / "out", idle=0)
     assert done.status == "skipped" and (tmp_path / "out" / "a_restored.png").read_bytes() == b"mine"
+
+
+def test_a_watched_folder_reports_empty_files_and_passed_over_files_once(save, tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "EMPTY", 2.0)
+    save("in/a.png")
+    (tmp_path / "in" / "b.png").touch()
+    (tmp_path / "in" / "c.png").symlink_to(tmp_path / "missing.png")
+    notes, seen = [], []
+    watch_folder(
+        Copying(),
+        tmp_path / "in",
+        idle=0,
+        on_outcome=lambda outcome: seen.append((outcome.job.source.name, outcome.status, str(outcome.error))),
+        note=notes.append,
+    )
+    assert [outcome[:2] for outcome in seen] == [("a.png", "done"), ("b.png", "failed")] and "empty" in seen[1][2]
+    assert len(notes) == 1 and "links" in notes[0].replace("(s)", "s") and "c.png" in notes[0]
 
 
 # ---- limits
