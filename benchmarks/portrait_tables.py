@@ -43,8 +43,8 @@ RECIPES = {
     "closed": "PFStorer, gamma = 0 at the start, without the prior",
     "self": "PFStorer, reference source self",
     "token": "PFStorer, trained token",
-    **{f"{n} iterations, no prior": f"PFStorer, {n} iterations without the prior" for n in (75, 240, 450)},
-    **{f"{n} iterations": f"PFStorer, {n} iterations" for n in (30, 120, 240, 450)},
+    **{f"{n} iterations, no prior": f"PFStorer, {n} iterations without the prior" for n in (100, 240, 450)},
+    **{f"{n} iterations": f"PFStorer, {n} iterations" for n in (30, 240, 450)},
     "1 reference": "PFStorer, 1 reference",
     "3 references": "PFStorer, 3 references",
     "10 references": "PFStorer, 10 references",
@@ -141,7 +141,7 @@ Rows in [`people.csv`](../benchmarks/results/people.csv), command `python benchm
 `lab`, {real} pixels. `generated`: two people who do not exist, 512 pixels. {tests} images of each person are heavily
 degraded. Five other images of the person are the references.
 
-**Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 75 iterations with one image
+**Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 100 iterations with one image
 each, from the [prior](training.md#prior-of-the-personalization) of the base. They use Muon, and the losses L1 (weight
 5), ST-LPIPS (3) and distance of dlib's embeddings (5) on decoded images. The prior was trained with the same losses on
 other people. No loss used the recognizer of the column "identity". The base was trained with LPIPS (VGG16). Learning
@@ -157,11 +157,11 @@ Rows in [`recipes.csv`](../benchmarks/results/recipes.csv), command `python benc
 {tests} images of each. The images are heavily degraded, and reduced to a quarter or to an eighth in between. Five
 other images are the references, unless the row states another number.
 
-- **PFStorer**: the defaults of `personalize` for `portrait`, as in the table above: 75 iterations from the prior.
+- **PFStorer**: the defaults of `personalize` for `portrait`, as in the table above: 100 iterations from the prior.
 - **Iterations**: the learning rate falls at the end of each training, so these are not stages of one training. `fix`
-  trains 30 iterations, and `--thorough` 450. Trainings of more than 75 iterations have more crops in the same ratio.
+  trains 30 iterations, and `--thorough` 450. Trainings of more than 100 iterations have more crops in the same ratio.
 - **Without the prior**: gamma = 1 and zeros in the last layers at the start (`start: open`). DreamBooth, ViCo and
-  gamma = 0 at the start do not use the prior either. Compare them with the row of 75 iterations without the prior.
+  gamma = 0 at the start do not use the prior either. Compare them with the row of 100 iterations without the prior.
 - **DreamBooth, ViCo**: `personalize --method dreambooth` and `vico`, with the same losses, optimizer, iterations and
   photographs.
 - **gamma = 0 at the start**: the start of the paper (`start: closed`).

@@ -61,8 +61,8 @@ def lasting(iterations: int, **changes: Any) -> Callable[[Base], PersonalizeConf
 
 RECIPES = {
     "default": Recipe(defaults()),
-    **{f"{count} iterations": Recipe(lasting(count)) for count in (30, 120, 240, 450)},
-    **{f"{count} iterations, no prior": Recipe(lasting(count, start="open")) for count in (75, 240, 450)},
+    **{f"{count} iterations": Recipe(lasting(count)) for count in (30, 240, 450)},
+    **{f"{count} iterations, no prior": Recipe(lasting(count, start="open")) for count in (100, 240, 450)},
     "dreambooth": Recipe(defaults(method="dreambooth")),
     "vico": Recipe(defaults(method="vico", start="closed")),
     "closed": Recipe(defaults(start="closed")),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import click
 
+from pfstorer_rt.cli.imports import fast_imports
 from pfstorer_rt.cli.options import Number, note_strength
 from pfstorer_rt.files import is_name
 from pfstorer_rt.identity import named_identity
@@ -60,6 +62,8 @@ def command(
     report = partial(show, as_json=as_json, command=click.get_current_context().command)
     jobs, outcomes = find_work(inputs, output, batch, report)
     if not outcomes:
+        with fast_imports():
+            import_module("pfstorer_rt.models.base")
         with stage_bars() as on_progress:
             restorer = restorer_for(person, FixConfig(base, batch), note, on_progress)
         with restorer, batch_bars("restore", len(jobs)) as progress:

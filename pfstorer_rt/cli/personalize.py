@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from pfstorer_rt.cli.imports import fast_imports
 from pfstorer_rt.cli.options import TRAINING, Number, check_new, training_options
 from pfstorer_rt.errors import SettingError
 
@@ -103,7 +104,7 @@ class Options:
     help="Defaults of the training: the base's, or those of the PFStorer paper.",
 )
 @click.option(
-    "--iterations", type=click.IntRange(1), help="Number of training iterations. [default: the base's; portrait: 75]"
+    "--iterations", type=click.IntRange(1), help="Number of training iterations. [default: the base's; portrait: 100]"
 )
 @click.option("--batch", type=click.IntRange(1), help="Samples per iteration. [default: the base's, else 4]")
 @click.option(
@@ -216,8 +217,10 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
 
     from pfstorer_rt.base_files import shipped_bases
     from pfstorer_rt.imaging.find import find_images, without_results
-    from pfstorer_rt.models.base import load_base
-    from pfstorer_rt.training.personalize import personalize
+
+    with fast_imports():
+        from pfstorer_rt.models.base import load_base
+        from pfstorer_rt.training.personalize import personalize
 
     photos = without_results(find_images(references, note), note)
     base = load_base(options.base)

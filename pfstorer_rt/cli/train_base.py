@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import click
 from click.core import ParameterSource
 
+from pfstorer_rt.cli.imports import fast_imports
 from pfstorer_rt.cli.options import TRAINING, Number, flag, training_options
 
 if TYPE_CHECKING:
@@ -238,8 +239,10 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **paramet
     options = Options(**parameters)
     check_options(options, click.get_current_context())
     from pfstorer_rt.console import echo, note, stage_bars
-    from pfstorer_rt.models.base import load_base
-    from pfstorer_rt.training.train_stage import train_stage
+
+    with fast_imports():
+        from pfstorer_rt.models.base import load_base
+        from pfstorer_rt.training.train_stage import train_stage
 
     work = work or output.with_name(output.name + ".training")
     prior = load_base(options.prior) if options.prior else None

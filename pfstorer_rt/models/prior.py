@@ -73,10 +73,15 @@ class Prior(nn.Module):
             for block, shift in zip(blocks, self.shifts(face.float()[None].to(self.shifts.mean.device)), strict=True):
                 first_bias(block).add_(shift[0])
 
+    @property
+    def has_shifts(self) -> bool:
+        """Whether the embedding of a face changes the blocks."""
+        return any(bool(p.any()) for p in self.shifts.parameters())
+
     def save(self, folder: Path) -> None:
         """Write the tensors in fp16 to `FILE` in a new folder; shifts that are zero are left out."""
         folder.mkdir()
-        shown = self.state_dict() if any(p.any() for p in self.shifts.parameters()) else self.without_shifts()
+        shown = self.state_dict() if self.has_shifts else self.without_shifts()
         tensors = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in shown.items()}
         metadata = {"format": "pt", "instant": str(self.instant)}
         (folder / FILE).write_bytes(safetensors.torch.save(tensors, metadata))

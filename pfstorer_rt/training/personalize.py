@@ -306,7 +306,8 @@ def person_face(photos: Sequence[torch.Tensor], base: Base, config: PersonalizeC
 
     Also None for photographs without a face, and without the `metrics` extra.
     """
-    return mean_face(embed_photos(photos)) if starts_from_prior(base, config) else None
+    needed = base.prior is not None and base.prior.has_shifts and starts_from_prior(base, config)
+    return mean_face(embed_photos(photos)) if needed else None
 
 
 def mean_face(faces: Sequence[Embedding | None]) -> torch.Tensor | None:
