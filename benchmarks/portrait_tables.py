@@ -161,7 +161,8 @@ other images are the references, unless the row states another number.
 - **Iterations**: the learning rate falls at the end of each training, so these are not stages of one training. `fix`
   trains 30 iterations, and `--thorough` 450. Trainings of more than 100 iterations have more crops in the same ratio.
 - **Without the prior**: gamma = 1 and zeros in the last layers at the start (`start: open`). DreamBooth, ViCo and
-  gamma = 0 at the start do not use the prior either. Compare them with the row of 100 iterations without the prior.
+  gamma = 0 at the start do not use the prior either. Compare them with the row of 100 iterations without the prior. The
+  rows of 240 and 450 iterations without the prior are of an earlier version, with 154 and 288 crops (column `commit`).
 - **DreamBooth, ViCo**: `personalize --method dreambooth` and `vico`, with the same losses, optimizer, iterations and
   photographs.
 - **gamma = 0 at the start**: the start of the paper (`start: closed`).
@@ -179,16 +180,15 @@ other images are the references, unless the row states another number.
   differ.
 
 Two people are a small sample: differences of two or three points of identity and likeness are noise. With the prior,
-120 iterations give the same likeness as 240 iterations without it. With the prior, 30 iterations give the same
-likeness as 75 iterations without it. More iterations help more than anything else. The likeness of `PFStorer` is 0.43
-of the way from Base to Original, with 120 iterations half of the way, and with 450 iterations 0.62 of the way (0.65
-where the image was reduced to an eighth). After 450 iterations, the prior still helps where the image was reduced to
-an eighth, and not at a quarter. DreamBooth changes the whole UNet, takes more than half as much time again, and is
-not better than the blocks without the prior. With gamma = 0 at the start, the blocks learn more slowly. gamma = 1
-throughout (ViCo), a trained token and the features of a reference (`cached` and `self`) make no clear difference on
-this base. With the recipe of the paper, the blocks hardly learn on this base. Its learning rate of 5e-5 is for the
-wider layers of Stable Diffusion. The identity of another person makes the result less similar to the person of the
-image than Base does, and hardly similar to the person of the identity.
+100 iterations give the same likeness as 240 iterations without it, and 30 iterations the same likeness as 100
+iterations without it. More iterations help more than anything else. The likeness of `PFStorer` is 0.48 of the way from
+Base to Original (0.50 where the image was reduced to an eighth), and with 450 iterations 0.60 of the way (0.61). After
+450 iterations, the prior makes no clear difference. DreamBooth changes the whole UNet, takes more than half as much
+time again, and is not better than the blocks without the prior. With gamma = 0 at the start, the blocks learn more
+slowly. gamma = 1 throughout (ViCo), a trained token and the features of a reference (`cached` and `self`) make no
+clear difference on this base. With the recipe of the paper, the blocks hardly learn on this base. Its learning rate of
+5e-5 is for the wider layers of Stable Diffusion. The identity of another person makes the result less similar to the
+person of the image than Base does, and hardly similar to the person of the identity.
 
 † dlib's embeddings were a loss of all rows except Input, Base and the recipe of the paper. No row had the recognizer
 of the column "identity" as a loss.
