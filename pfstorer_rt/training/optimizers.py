@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
     A convolution (O, I, kh, kw) is a matrix (O, I kh kw). The update of a matrix is the nearest matrix with orthonormal
     rows or columns to its averaged gradient. Few iterations then change all directions of the matrix, and not only
     those with large gradients. `torch.optim.Muon` computes each matrix alone; here all matrices of a shape are one
-    batch, which takes half the time for the small matrices of the blocks.
+    batch, which is faster for the small matrices of the blocks.
     """
 
     def __init__(self, groups: list[ParameterGroup], dtype: torch.dtype = torch.float32) -> None:
