@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import click
 from click.core import ParameterSource
 
-from pfstorer_rt.cli.imports import fast_imports
 from pfstorer_rt.cli.options import ATTENTION, SEED, Number, check_plan, flag, note_strength, parse_place
 from pfstorer_rt.console import echo, note
 from pfstorer_rt.imaging.files import MAX_PIXELS
@@ -368,11 +367,10 @@ def open_restorer(engine: str | None, options: Options) -> Restorer:
 
     if engine is None:
         assert options.base is not None
-        with fast_imports():
-            from pfstorer_rt.models.base import load_base
         if options.refs is None or options.identity:
             return Restorer.from_base(options.base, options.identity, **options.in_torch)
         from pfstorer_rt.fix import identity_of
+        from pfstorer_rt.models.base import load_base
 
         base = load_base(options.base)
         identity = identity_of(Path(options.refs), base, note) if base.instant else None
