@@ -68,13 +68,12 @@ def command(
     from pfstorer_rt.files import make_folder
 
     check_plan(engine)
-    for path in (table, plot):
-        if path:
-            check_output(path, overwrite)
+    files = [path for path in (table, plot) if path]
+    for path in files:
+        check_output(path, overwrite)
     report = measure_plan(engine, BenchConfig(backend, provider, steps, runs, seconds, sizes, trust_plan))
-    for path in (table, plot):
-        if path:
-            make_folder(path.parent)
+    for path in files:
+        make_folder(path.parent)
     if table:
         write_table(table, report)
     if plot:

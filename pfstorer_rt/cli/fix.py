@@ -63,7 +63,7 @@ def command(
     jobs, outcomes = find_work(inputs, output, batch, report)
     if not outcomes:
         with fast_imports():
-            import_module("pfstorer_rt.models.base")
+            import_module("pfstorer_rt.models.base")  # `restorer_for` would import it more slowly
         with stage_bars() as on_progress:
             restorer = restorer_for(person, FixConfig(base, batch), note, on_progress)
         with restorer, batch_bars("restore", len(jobs)) as progress:

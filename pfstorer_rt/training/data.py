@@ -26,8 +26,8 @@ def read_photo(path: Path) -> torch.Tensor:
 def random_crop(
     image: torch.Tensor, size: int, rng: np.random.Generator, zoom: float = 1.5, flip: bool = True, wide: float = 1.0
 ) -> torch.Tensor:
-    """Crop a `random_square` and resize it: (3, H, W) in [0, 1] to (3, size, size) in [0, 1]."""
-    return resize_square(random_square(image, rng, zoom, flip, wide), size)
+    """Crop a square of `draw_square` and resize it: (3, H, W) in [0, 1] to (3, size, size) in [0, 1]."""
+    return resize_square(cut_square(image, draw_square(image.shape[-2:], rng, zoom, flip, wide)), size)
 
 
 class Square(NamedTuple):
@@ -38,13 +38,6 @@ class Square(NamedTuple):
     side: int
     flip: bool
     """Whether the square is flipped left to right."""
-
-
-def random_square(
-    image: torch.Tensor, rng: np.random.Generator, zoom: float = 1.5, flip: bool = True, wide: float = 1.0
-) -> torch.Tensor:
-    """Crop a square of `draw_square` out of (3, H, W): (3, s, s)."""
-    return cut_square(image, draw_square(image.shape[-2:], rng, zoom, flip, wide))
 
 
 def draw_square(
