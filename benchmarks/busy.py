@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,19 +132,13 @@ def learning(base: str) -> Callable[[], object]:
     """Return a function that computes one iteration of `personalize`, on noise in place of photographs."""
     import torch
 
-    from pfstorer_rt.config import PersonalizeConfig
+    from pfstorer_rt.config import WITHOUT_IMAGE_LOSSES, PersonalizeConfig
     from pfstorer_rt.models.base import load_base
     from pfstorer_rt.training.personalize import make_objective
     from pfstorer_rt.training.pool import BatchMaker, make_pool
 
     loaded = load_base(base)
-    config = replace(
-        PersonalizeConfig.for_base(loaded.config, {"iterations": 2}),
-        pool=2,
-        lambda_pixel=0.0,
-        lambda_perceptual=0.0,
-        lambda_id=0.0,
-    )
+    config = PersonalizeConfig.for_base(loaded.config, {"iterations": 2}, pool=2, **WITHOUT_IMAGE_LOSSES)
     photos = [torch.rand(3, loaded.config.tile, loaded.config.tile) for _ in range(2)]
     objective = make_objective(loaded, config, torch.device("cpu"))
     batches = BatchMaker(make_pool(photos, loaded, config), config)

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from common import hwc, line, machine
 
-from pfstorer_rt.config import PersonalizeConfig, RestoreConfig, TileConfig
+from pfstorer_rt.config import WITHOUT_IMAGE_LOSSES, PersonalizeConfig, RestoreConfig, TileConfig
 from pfstorer_rt.device import choose_device
 from pfstorer_rt.engine.session import Session
 from pfstorer_rt.engine.torch import open_sessions
@@ -222,8 +222,8 @@ def learning(setting: Setting) -> Iterator[Row]:
         for name, base in setting.bases():
             times: dict[int, float] = {}
             for iterations in (1, 2, 6) if setting.small else (2, 20, 120):  # the first is a warm-up
-                options: dict[str, Any] = {"lambda_pixel": 0.0, "lambda_perceptual": 0.0, "lambda_id": 0.0}
-                config = PersonalizeConfig.for_base(base.config, {"iterations": iterations}, **options)
+                train = {"iterations": iterations}
+                config = PersonalizeConfig.for_base(base.config, train, **WITHOUT_IMAGE_LOSSES)
                 config = replace(config, framing="none", keep_all=True, pool=8)
                 started = time.perf_counter()
                 personalize("bench", photos, base, config, Path(folder) / f"{name}-{iterations}.safetensors")

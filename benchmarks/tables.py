@@ -22,7 +22,7 @@ import torch
 from common import hwc, machine
 from tables_document import write_document
 
-from pfstorer_rt.config import PersonalizeConfig, RestoreConfig
+from pfstorer_rt.config import WITHOUT_IMAGE_LOSSES, PersonalizeConfig, RestoreConfig
 from pfstorer_rt.degradation.degrade import degrade
 from pfstorer_rt.evaluation.registry import Metrics, load_metrics
 from pfstorer_rt.evaluation.sample import Sample
@@ -48,7 +48,7 @@ class Method:
     ablation: bool = False
 
 
-LATENTS = {"first_step": 0.0, "lambda_pixel": 0.0, "lambda_perceptual": 0.0, "lambda_id": 0.0}
+LATENTS = {"first_step": 0.0, **WITHOUT_IMAGE_LOSSES}
 """The papers' objectives, which use latents only; the defaults of a base can add image-space losses."""
 SHORT = {**LATENTS, "iterations": 500}
 """Settings of the ablations' training, with half of the default iterations of `tiny`."""

@@ -235,9 +235,9 @@ PRESETS: dict[str, BaseConfig] = {
         text=_byte_text(64),
         personalize={
             **_SMALL_BASE_TRAINING,
-            **{"iterations": 100, "batch": 1, "optimizer": "muon", "ema": 0.98, "first_step": 0.9, "pool": 48},
+            **{"iterations": 100, "batch": 1, "optimizer": "muon", "ema": 0.98, "first_step": 0.9, "pool": 60},
             **{"learning_rate": 1e-3, "gamma_learning_rate": 0.02, "token_learning_rate": 0.0},
-            **{"lambda_pixel": 5.0, "lambda_perceptual": 3.0, "lambda_id": 5.0},
+            **{"lambda_pixel": 5.0, "lambda_perceptual": 3.0, "lambda_id": 5.0, "lambda_face": 40.0},
             **{"start": "prior", "weighting": "x0", "largest_sf": 8.0},
         },
         cfw={"levels": (1, 2, 3), "widths": (12, 64, 128), "growth": 32, "patch": 4},
@@ -317,9 +317,13 @@ _SHARE = number(lambda v: 0 <= v <= 1, "a share from 0 to 1")
 _WEIGHT = number(lambda v: v >= 0, "0 or more")
 _RATE = number(lambda v: 0 <= v < 1, "0 or more and below 1")
 
+IMAGE_LOSSES = ("lambda_pixel", "lambda_perceptual", "lambda_id", "lambda_face")
+WITHOUT_IMAGE_LOSSES: dict[str, Any] = dict.fromkeys(IMAGE_LOSSES, 0.0)
+"""Weights of a training on latents alone."""
+
 PERSONALIZE_RANGES: dict[str, Range] = {
     **dict.fromkeys(("first_step", "p_self", "p_hq"), _SHARE),
-    **dict.fromkeys(("lambda_gen", "lambda_pers", "lambda_pixel", "lambda_perceptual", "lambda_id"), _WEIGHT),
+    **dict.fromkeys(("lambda_gen", "lambda_pers", *IMAGE_LOSSES), _WEIGHT),
     **dict.fromkeys(("gamma_learning_rate", "token_learning_rate"), _RATE),
     **dict.fromkeys(("gen_rows", "pool"), whole(1)),
     "largest_sf": number(lambda v: 4 <= v <= 16, "a reduction by 4 to 16"),
@@ -362,11 +366,13 @@ class PersonalizeConfig:
     """Number of degraded crops that are made and encoded before the training, which draws its samples from them."""
     lambda_pers: float = 5e-4
     lambda_pixel: float = 0.0
-    """Weight of the pixel error of the decoded images; this loss and the next two use the samples at timestep 999."""
+    """Weight of the pixel error of the decoded images; this loss and the next three use the samples at timestep 999."""
     lambda_perceptual: float = 0.0
     """Weight of the perceptual distance of the decoded images (needs the `metrics` extra)."""
     lambda_id: float = 0.0
     """Weight of the identity loss on the decoded images (needs the `metrics` extra)."""
+    lambda_face: float = 0.0
+    """Weight of the distance between the recognizer's feature maps of the decoded faces (needs the same extra)."""
     gamma_learning_rate: float = 5e-3
     token_learning_rate: float = 5e-3
     """0 leaves the token as it is: L_pers has no effect then, and the features of a reference are computed once."""

@@ -29,6 +29,7 @@ LOSSES = {
     "lambda_pixel": "pixel error",
     "lambda_perceptual": "ST-LPIPS",
     "lambda_id": "identity",
+    "lambda_face": "face features",
 }
 """Weight of a loss -> name of the loss. The weight of L_diff is always 1."""
 

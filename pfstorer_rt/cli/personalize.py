@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TRAIN = ("iterations", "batch", "learning_rate", *TRAINING)
 OWN = (
-    *("method", "lambda_gen", "lambda_pixel", "lambda_perceptual", "lambda_id"),
+    *("method", "lambda_gen", "lambda_pixel", "lambda_perceptual", "lambda_id", "lambda_face"),
     *("first_step", "rank", "ref_source", "framing", "keep_all"),
 )
 """Parameters that are fields of `PersonalizeConfig`."""
@@ -42,6 +42,7 @@ class Options:
     lambda_pixel: float | None
     lambda_perceptual: float | None
     lambda_id: float | None
+    lambda_face: float | None
     rank: int
     ref_source: str
     framing: str
@@ -136,6 +137,11 @@ class Options:
     "--lambda-id",
     type=Number(0),
     help="Weight of the identity loss of decoded images. [default: the base's, else 0]",
+)
+@click.option(
+    "--lambda-face",
+    type=Number(0),
+    help="Weight of the distance between the recognizer's features of decoded faces. [default: the base's, else 0]",
 )
 @click.option(
     "--rank",

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from pfstorer_rt.training.train_stage import StageConfig
 
 CROPS = {"wide", "variations", "level", "p_hq"}
+FINISHING = ("first_step", "lambda_face", "lambda_id", "lambda_perceptual", "lambda_pixel", "share")
 LENGTH = {"iterations", "batch", "learning_rate", "workers"}
 STAGES = {
     "base": {"preset", "weights", "weighting", "autoencoder_iterations", "crop", "first_step", *CROPS, *LENGTH},
     "wrapping": {*CROPS, *LENGTH},
-    "finishing": {"first_step", "lambda_id", "lambda_perceptual", "lambda_pixel", "share", *CROPS, *LENGTH},
+    "finishing": {*FINISHING, *CROPS, *LENGTH},
     "reptile": {"iterations", "minutes"},
     "autoencoder": {"preset", "minutes", "tiles", "lpips", *LENGTH},
     "restorer": {"minutes", "tiles", *LENGTH},
@@ -50,6 +51,7 @@ class Options:
     level: Literal["light", "heavy", "mixed"]
     p_hq: float | None
     first_step: float | None
+    lambda_face: float | None
     lambda_id: float | None
     lambda_perceptual: float | None
     lambda_pixel: float | None
@@ -95,8 +97,7 @@ class Options:
         if self.stage in ("wrapping", "finishing"):
             config = WrappingConfig(crops=crops) if self.stage == "wrapping" else FinishingConfig(crops=crops)
             train = changed(config.train, workers=self.workers, **length, **common)
-            losses = ("first_step", "lambda_id", "lambda_perceptual", "lambda_pixel", "share")
-            return changed(config, train=train, **(self.values(*losses) if self.stage == "finishing" else {}))
+            return changed(config, train=train, **(self.values(*FINISHING) if self.stage == "finishing" else {}))
         if self.stage == "reptile":
             settings = ReptileConfig(seed=self.seed, train=common)
             return changed(settings, people=self.iterations, minutes=self.minutes)
@@ -191,6 +192,11 @@ class Options:
     "--first-step",
     type=Number(0, 1),
     help="Stages base and finishing: share of samples at timestep 999, where restoring starts. [default: 0]",
+)
+@click.option(
+    "--lambda-face",
+    type=Number(0),
+    help="Stage finishing: weight of the distance between the recognizer's features of faces. [default: 0]",
 )
 @click.option("--lambda-id", type=Number(0), help="Stage finishing: weight of the identity loss. [default: 0.3]")
 @click.option("--lambda-perceptual", type=Number(0), help="Stage finishing: weight of ST-LPIPS. [default: 0.2]")

@@ -20,6 +20,8 @@ SIDE = 150
 """Side in pixels of the network's input."""
 BLOCKS = (*[(32, 1)] * 3, (64, 2), *[(64, 1)] * 3, (128, 2), *[(128, 1)] * 2, (256, 2), *[(256, 1)] * 2, (256, 2))
 """Channels and stride of each residual block (dlib's examples/dnn_face_recognition_ex.cpp)."""
+STAGES = (6, 9, 12)
+"""Blocks after which `embed` also returns the map: 17, 8 and 4 pixels a side, for eyes, face parts and the face."""
 MEAN = (122.782, 117.001, 104.298)
 """Mean of red, green and blue in 0..255, which dlib subtracts before it divides by 256."""
 
@@ -57,13 +59,20 @@ class FaceRecognizer(nn.Module):
 
     def forward(self, faces: torch.Tensor) -> torch.Tensor:
         """Embed aligned faces (B, 3, 150, 150) in [0, 1]: (B, 128), not normalised."""
+        return self.embed(faces)[0]
+
+    def embed(self, faces: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Embed aligned faces, with the feature maps (B, C, H, W) after the blocks `STAGES`."""
+        maps = []
         convolutions = iter(self.convolutions)
         x = F.max_pool2d(F.relu(next(convolutions)((faces - self.mean) * (255 / 256))), 3, 2)
-        for _, stride in BLOCKS:
+        for block, (_, stride) in enumerate(BLOCKS):
             residual = next(convolutions)(x)
             residual = next(convolutions)(F.relu(residual))
             x = F.relu(add_padded(residual, x if stride == 1 else F.avg_pool2d(x, 2, 2)))
-        return x.mean((2, 3)) @ self.projection
+            if block in STAGES:
+                maps.append(x)
+        return x.mean((2, 3)) @ self.projection, maps
 
 
 def add_padded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

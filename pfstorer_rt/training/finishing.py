@@ -44,6 +44,8 @@ class FinishingConfig:
     """Weight of ST-LPIPS."""
     lambda_id: float = 0.3
     """Weight of the identity loss."""
+    lambda_face: float = 0.0
+    """Weight of the distance between the recognizer's feature maps."""
     share: float = 0.5
     """Interpolation between the prior's weights (0) and the trained weights (1)."""
 

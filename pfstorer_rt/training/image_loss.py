@@ -44,10 +44,14 @@ class ImageLossWeights(Protocol):
     def lambda_id(self) -> float:
         """Weight of the identity loss."""
 
+    @property
+    def lambda_face(self) -> float:
+        """Weight of the distance between the recognizer's feature maps."""
+
 
 def has_image_losses(config: ImageLossWeights) -> bool:
     """Whether a configuration has image-space losses."""
-    return bool(config.lambda_pixel or config.lambda_perceptual or config.lambda_id)
+    return bool(config.lambda_pixel or config.lambda_perceptual or config.lambda_id or config.lambda_face)
 
 
 def refusal() -> str | None:
@@ -60,12 +64,13 @@ def refusal() -> str | None:
 
 
 class ImageSpaceLoss(nn.Module):
-    """`lambda_pixel L_pixel + lambda_perceptual L_perceptual + lambda_id L_id` of restored latents, decoded.
+    """Weighted sum of L_pixel, L_perceptual, L_id and L_face of restored latents, decoded.
 
     L_pixel: L1 + gradient L1 + `REPEATED` times the repeated error. L_perceptual: ST-LPIPS of a square of `PATCH`
     pixels. L_id: squared distance between the embeddings of the restored face and the original's (the
-    identity-preserving loss of GFPGAN, section 3.4, with dlib's network), over the images with a face. Raises
-    `MissingBackendError` without the `metrics` extra.
+    identity-preserving loss of GFPGAN, section 3.4, with dlib's network). L_face: distance between the feature maps of
+    the same network (`feature_distances`). Both are means over the images with a face. Raises `MissingBackendError`
+    without the `metrics` extra.
     """
 
     def __init__(self, base: Base, config: ImageLossWeights) -> None:
@@ -96,10 +101,11 @@ class ImageSpaceLoss(nn.Module):
         top, left = corner.tolist()
         patches = (self.perceptual.features(z[..., top : top + PATCH, left : left + PATCH]) for z in (output, hq))
         perceptual = self.perceptual.between(*patches).mean()
-        identity = identity_loss(self.recognizer, output, hq, maps)
+        identity, face = face_losses(self.recognizer, output, hq, maps)
         c = self.config
-        total = c.lambda_pixel * pixel + c.lambda_perceptual * perceptual + c.lambda_id * identity
-        return {"image": total, "pixel": pixel, "perceptual": perceptual, "id": identity}
+        total = c.lambda_pixel * pixel + c.lambda_perceptual * perceptual
+        total = total + c.lambda_id * identity + c.lambda_face * face
+        return {"image": total, "pixel": pixel, "perceptual": perceptual, "id": identity, "face": face}
 
     def of_batch(self, restored: torch.Tensor, batch: Batch) -> Losses:
         """Return the losses of the samples at timestep 999, where restoration starts; all 0 without such samples.
@@ -109,33 +115,59 @@ class ImageSpaceLoss(nn.Module):
         """
         first = batch["t"] == LAST
         if not first.any():
-            return dict.fromkeys(("image", "pixel", "perceptual", "id"), restored.new_zeros(()))
+            return dict.fromkeys(("image", "pixel", "perceptual", "id", "face"), restored.new_zeros(()))
         with torch.no_grad():
             features = None if self.base.cfw is None else self.base.features(batch["lq_image"][first])
         return self(restored[first], features, batch["hq_image"][first], batch["maps"][first], batch["corner"])
 
 
 def identity_loss(
-    recognizer: nn.Module, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor
+    recognizer: FaceRecognizer, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor
 ) -> torch.Tensor:
     """Return the mean squared distance of embeddings of (B, 3, H, W) in [-1, 1], over the images with a face.
 
     maps: (B, 2, 3), NaN without a face; 0 without any face.
     """
+    return face_losses(recognizer, output, target, maps)[0]
+
+
+def face_losses(
+    recognizer: FaceRecognizer, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `identity_loss`, and the mean of `feature_distances` over the same images."""
     seen = maps.isfinite().all(2).all(1)
     if not seen.any():
-        return output.new_zeros(())
-    return identity_distances(recognizer, output[seen], target[seen], maps[seen]).mean()
+        return output.new_zeros(()), output.new_zeros(())
+    identity, features = face_distances(recognizer, output[seen], target[seen], maps[seen])
+    return identity.mean(), features.mean()
 
 
 def identity_distances(
-    recognizer: nn.Module, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor
+    recognizer: FaceRecognizer, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor
 ) -> torch.Tensor:
     """Return the squared distance (B,) of the embeddings of faces at `maps` (B, 2, 3) in (B, 3, H, W) in [-1, 1]."""
+    return face_distances(recognizer, output, target, maps)[0]
+
+
+def face_distances(
+    recognizer: FaceRecognizer, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `identity_distances` and `feature_distances`, both (B,), of faces at `maps` (B, 2, 3)."""
     with torch.no_grad():
-        original = recognizer(cut_faces((target + 1) / 2, maps)).float()
-    restored = recognizer(cut_faces((output + 1) / 2, maps)).float()
-    return (restored - original).square().sum(1)
+        original, wanted = recognizer.embed(cut_faces((target + 1) / 2, maps))
+    restored, found = recognizer.embed(cut_faces((output + 1) / 2, maps))
+    return (restored.float() - original.float()).square().sum(1), feature_distances(found, wanted)
+
+
+def feature_distances(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the distance (B,) between feature maps (B, C, H, W) of several layers: LPIPS without learned weights.
+
+    LPIPS (Zhang et al. 2018, section 3): the squared distance of the vectors, scaled to length 1, at each place; mean
+    over the places, and here also over the layers. An embedding has no places. With the maps, a loss also compares the
+    shapes of eyes, nose and mouth.
+    """
+    pairs = [(F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)) for a, b in zip(found, wanted, strict=True)]
+    return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
 
 
 def face_maps(images: Sequence[Pixels]) -> npt.NDArray[np.float32]:

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from pfstorer_rt.config import TrainConfig
+from pfstorer_rt.faces.recognizer import FaceRecognizer
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.unet import Tap
 from pfstorer_rt.training.data import Batch, draw_timesteps
@@ -85,7 +85,7 @@ class JointObjective(OneStepObjective):
     """
 
     def __init__(
-        self, base: Base, config: JointConfig, lpips: Lpips, recognizer: nn.Module, known: ReferenceObjective
+        self, base: Base, config: JointConfig, lpips: Lpips, recognizer: FaceRecognizer, known: ReferenceObjective
     ) -> None:
         """Take the blocks and the token of `known`, which has trained them on latents."""
         super().__init__(base, config.base, lpips, recognizer)

@@ -92,7 +92,7 @@ class OneStepObjective(RestorerObjective):
 
     eyes: torch.Tensor
 
-    def __init__(self, base: Base, config: OneStepConfig, lpips: Lpips, recognizer: nn.Module | None) -> None:
+    def __init__(self, base: Base, config: OneStepConfig, lpips: Lpips, recognizer: FaceRecognizer | None) -> None:
         super().__init__(base, "x0")
         assert base.cfw is not None
         self.config, self.vae, self.cfw, self.factor = config, base.vae, base.cfw, base.config.factor

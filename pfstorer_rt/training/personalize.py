@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pfstorer_rt.config import PersonalizeConfig
+from pfstorer_rt.config import WITHOUT_IMAGE_LOSSES, PersonalizeConfig
 from pfstorer_rt.encryption import passphrase_given
 from pfstorer_rt.errors import PFStorerError, SettingError
 from pfstorer_rt.faces.dlib import Embedding
@@ -191,7 +191,7 @@ def available(config: PersonalizeConfig, note: Callable[[str], None]) -> Persona
     if not has_image_losses(config) or not (missing := refusal()):
         return config
     note(f"training on latents alone, without image-space losses: {missing}")
-    return replace(config, lambda_pixel=0.0, lambda_perceptual=0.0, lambda_id=0.0)
+    return replace(config, **WITHOUT_IMAGE_LOSSES)
 
 
 def make_objective(

@@ -162,7 +162,7 @@ class PriorObjective(OneStepObjective):
         base: Base,
         config: PriorConfig,
         lpips: Lpips,
-        recognizer: nn.Module | None,
+        recognizer: FaceRecognizer | None,
         known: ReferenceObjective,
     ) -> None:
         """Take the blocks and the token of `known`, which has trained them on latents."""

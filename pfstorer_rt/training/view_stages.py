@@ -22,7 +22,7 @@ from torch import nn
 from pfstorer_rt.config import TrainConfig
 from pfstorer_rt.diffusion import LAST
 from pfstorer_rt.errors import BadFileError, MissingBackendError
-from pfstorer_rt.faces.recognizer import cut_faces
+from pfstorer_rt.faces.recognizer import FaceRecognizer, cut_faces
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.progress import OnProgress, ignore_progress
@@ -94,7 +94,7 @@ def train_on_views(
     work: Path,
     config: ViewStagesConfig,
     lpips: Lpips,
-    recognizer: nn.Module,
+    recognizer: FaceRecognizer,
     discriminator: Path | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> None:
@@ -220,7 +220,7 @@ class ViewStages:
         return torch.cat(pairs), torch.cat(references)
 
     def train_jointly(
-        self, known: ReferenceObjective, lpips: Lpips, recognizer: nn.Module, discriminator: Path | None
+        self, known: ReferenceObjective, lpips: Lpips, recognizer: FaceRecognizer, discriminator: Path | None
     ) -> None:
         """Train base, blocks and discriminator together."""
         c, base = self.config.joint, self.base
@@ -270,7 +270,7 @@ class ViewStages:
 
 
 @torch.no_grad()
-def mean_embeddings(recognizer: nn.Module, references: torch.Tensor, faces: npt.NDArray[Any]) -> torch.Tensor:
+def mean_embeddings(recognizer: FaceRecognizer, references: torch.Tensor, faces: npt.NDArray[Any]) -> torch.Tensor:
     """Return the mean embeddings (B, 128) of references (B, R, 3, S, S) in [-1, 1] with faces at (B, R, 2, 3)."""
     maps = torch.from_numpy(faces.reshape(-1, 2, 3).astype(np.float32)).to(references.device)
     found = recognizer(cut_faces((references.flatten(0, 1) + 1) / 2, maps)).float()

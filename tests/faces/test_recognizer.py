@@ -65,6 +65,17 @@ def test_gradient_descent_reduces_the_identity_distance(network):
     assert distances[-1] < 0.5 * distances[0]
 
 
+def test_feature_maps_show_where_faces_differ(network):
+    """Each map has places; a change of the mouth moves the lower half of the map of the finest stage most."""
+    face = torch.from_numpy(np.stack([portrait(150).transpose(2, 0, 1)] * 2))
+    face[1, :, 100:135, 45:105] = 0.5
+    embedding, maps = network.embed(face)
+    assert torch.equal(embedding, network(face))
+    assert [tuple(m.shape[1:]) for m in maps] == [(64, 17, 17), (128, 8, 8), (256, 4, 4)]
+    moved = (maps[0][0] - maps[0][1]).square().sum(0)
+    assert moved[9:].sum() > 4 * moved[:8].sum()
+
+
 @pytest.mark.parametrize("damage", ["cut", "other"])
 def test_a_file_without_the_network_is_refused(tmp_path, damage):
     whole = (face_models() / RECOGNIZER).read_bytes()
