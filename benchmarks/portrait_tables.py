@@ -43,8 +43,9 @@ RECIPES = {
     "closed": "PFStorer, gamma = 0 at the start, without the prior",
     "self": "PFStorer, reference source self",
     "token": "PFStorer, trained token",
-    **{f"{n} iterations, no prior": f"PFStorer, {n} iterations without the prior" for n in (100, 240, 450)},
-    **{f"{n} iterations": f"PFStorer, {n} iterations" for n in (30, 240, 450)},
+    **{f"{n} iterations, no prior": f"PFStorer, {n} iterations without the prior" for n in (100, 450)},
+    "no face features": "PFStorer, without the face features",
+    **{f"{n} iterations": f"PFStorer, {n} iterations" for n in (30, 450)},
     "1 reference": "PFStorer, 1 reference",
     "3 references": "PFStorer, 3 references",
     "10 references": "PFStorer, 10 references",
@@ -143,9 +144,9 @@ degraded. Five other images of the person are the references.
 
 **Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 100 iterations with one image
 each, from the [prior](training.md#prior-of-the-personalization) of the base. They use Muon, and the losses L1 (weight
-5), ST-LPIPS (3) and distance of dlib's embeddings (5) on decoded images. The prior was trained with the same losses on
-other people. No loss used the recognizer of the column "identity". The base was trained with LPIPS (VGG16). Learning
-took {seconds} s of one core.
+5), ST-LPIPS (3), and the distances of dlib's embeddings (5) and of its feature maps (40) on decoded images. The prior
+was trained with the same losses on other people, for the first 241 of them without the feature maps. No loss used the
+recognizer of the column "identity". The base was trained with LPIPS (VGG16). Learning took {seconds} s of one core.
 
 """
 
@@ -161,8 +162,9 @@ other images are the references, unless the row states another number.
 - **Iterations**: the learning rate falls at the end of each training, so these are not stages of one training. `fix`
   trains 30 iterations, and `--thorough` 450. Trainings of more than 100 iterations have more crops in the same ratio.
 - **Without the prior**: gamma = 1 and zeros in the last layers at the start (`start: open`). DreamBooth, ViCo and
-  gamma = 0 at the start do not use the prior either. Compare them with the row of 100 iterations without the prior. The
-  rows of 240 and 450 iterations without the prior are of an earlier version, with 154 and 288 crops (column `commit`).
+  gamma = 0 at the start do not use the prior either. Compare them with the row of 100 iterations without the prior.
+- **Without the face features**: no loss compares the [feature maps](training.md#learning-a-person) of dlib's
+  recognizer (`--lambda-face 0`).
 - **DreamBooth, ViCo**: `personalize --method dreambooth` and `vico`, with the same losses, optimizer, iterations and
   photographs.
 - **gamma = 0 at the start**: the start of the paper (`start: closed`).
@@ -190,7 +192,7 @@ clear difference on this base. With the recipe of the paper, the blocks hardly l
 5e-5 is for the wider layers of Stable Diffusion. The identity of another person makes the result less similar to the
 person of the image than Base does, and hardly similar to the person of the identity.
 
-† dlib's embeddings were a loss of all rows except Input, Base and the recipe of the paper. No row had the recognizer
+† dlib's recognizer was a loss of all rows except Input, Base and the recipe of the paper. No row had the recognizer
 of the column "identity" as a loss.
 """
 

@@ -7,7 +7,7 @@ FOLDER has one folder of photographs per person, none of them in any training. P
 reduction and image. `cosine` compares the result with the original, `likeness` with the references, as the mean over
 them; `original` is the undegraded image. `another` restores the images of a person with the identity of the next one,
 so its `likeness` is the likeness to the wrong person. No loss of any recipe is the recognizer of these columns. All
-recipes except `paper` have ST-LPIPS and the distance of dlib's embeddings as losses. Recipes of a person in the CSV
+recipes except `paper` have ST-LPIPS and dlib's recognizer as losses. Recipes of a person in the CSV
 file are not learned again, so the same command resumes an interrupted run.
 """
 
@@ -61,8 +61,9 @@ def lasting(iterations: int, **changes: Any) -> Callable[[Base], PersonalizeConf
 
 RECIPES = {
     "default": Recipe(defaults()),
-    **{f"{count} iterations": Recipe(lasting(count)) for count in (30, 240, 450)},
-    **{f"{count} iterations, no prior": Recipe(lasting(count, start="open")) for count in (100, 240, 450)},
+    "no face features": Recipe(defaults(lambda_face=0.0)),
+    **{f"{count} iterations": Recipe(lasting(count)) for count in (30, 450)},
+    **{f"{count} iterations, no prior": Recipe(lasting(count, start="open")) for count in (100, 450)},
     "dreambooth": Recipe(defaults(method="dreambooth")),
     "vico": Recipe(defaults(method="vico", start="closed")),
     "closed": Recipe(defaults(start="closed")),

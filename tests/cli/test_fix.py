@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from pfstorer_rt import fix
-from pfstorer_rt.config import PersonalizeConfig
+from pfstorer_rt.config import WITHOUT_IMAGE_LOSSES, PersonalizeConfig
 from pfstorer_rt.demo import reference_files
 from pfstorer_rt.files import sha256_file
 from pfstorer_rt.identity import Identity, identity_path
@@ -164,7 +164,7 @@ def test_the_papers_recipe_starts_closed(run, known, photos, people):
     call = ("personalize", "--identity", "bob", "--base", known, "--recipe", "paper", "--iterations", 1, "--batch", 1)
     assert run(*call, *photos).status == 0
     settings = Identity.load(identity_path("bob")).settings
-    wanted = {"start": "closed", "references": 1, "lambda_gen": 0.1, "lambda_id": 0.0, "masked": True}
+    wanted = {"start": "closed", "references": 1, "lambda_gen": 0.1, "masked": True, **WITHOUT_IMAGE_LOSSES}
     assert {name: settings[name] for name in wanted} == wanted
 
 

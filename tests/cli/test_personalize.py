@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pfstorer_rt.identity import Identity
 from pfstorer_rt.imaging.files import image_size
 
 
@@ -21,6 +22,14 @@ def test_personalize_leaves_only_a_private_identity_file(run, tree, photos, tmp_
     assert "earlier run" not in done.err and "resuming" not in done.err
     assert list(tree(tmp_path / "out")) == ["bob.safetensors"]
     assert stat.S_IMODE((tmp_path / "out" / "bob.safetensors").stat().st_mode) == 0o600
+
+
+def test_the_weights_of_the_losses_are_settings_of_the_identity(run, people, photos, nano_base_dir):
+    weights = {"lambda_gen": 0.5, "lambda_pixel": 1.0, "lambda_perceptual": 2.0, "lambda_id": 3.0, "lambda_face": 4.0}
+    options = [text for name, value in weights.items() for text in ("--" + name.replace("_", "-"), value)]
+    assert learn(run, nano_base_dir, photos, "--identity", "bob", *options).status == 0
+    settings = Identity.load(people / "bob.safetensors").settings
+    assert {name: settings[name] for name in weights} == weights
 
 
 def test_personalize_by_name_saves_to_the_list_and_prints_json(run, people, photos, nano_base_dir):

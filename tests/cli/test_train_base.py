@@ -55,9 +55,10 @@ def test_the_stage_selects_the_settings(asked):
     wrapping, *_ = asked("--prior", "portrait", "--stage", "wrapping", "--level", "mixed", "--optimizer", "adamw8bit")
     assert isinstance(wrapping, WrappingConfig) and wrapping.crops.level == "mixed"
     assert (wrapping.train.optimizer, wrapping.train.iterations) == ("adamw8bit", RESTORER.iterations)
-    finishing, *_ = asked("--prior", "portrait", "--stage", "finishing", "--share", 1, "--lambda-id", 0, "--p-hq", 0.5)
+    chosen = ("--share", 1, "--lambda-face", 3, "--p-hq", 0.5)
+    finishing, *_ = asked("--prior", "portrait", "--stage", "finishing", *chosen)
     assert isinstance(finishing, FinishingConfig) and finishing.crops.p_hq == 0.5
-    assert (finishing.share, finishing.lambda_id, finishing.lambda_pixel) == (1, 0, 0.5)
+    assert (finishing.share, finishing.lambda_face, finishing.lambda_pixel) == (1, 3, 0.5)
     restorer, *_ = asked("--prior", "portrait", "--stage", "restorer", "--minutes", 2, "--tiles", 20)
     assert isinstance(restorer, TileStageConfig)
     assert (restorer.stage, restorer.tiles, restorer.train["minutes"]) == ("restorer", 20, 2)
