@@ -123,7 +123,7 @@ sharpness and a low NIQE. Read these columns together with LMSE and identity.
 SEEN = """
 ### What the images show
 
-From a look at four to eight images of each set:
+Observations on four to eight images of each set:
 
 - **`london`, heavy**: `portrait` keeps the likeness and gives skin and hair a natural texture, but plain backgrounds
   stay spotted and brown eyes can become grey. `tiny` is smooth like paint. Real-ESRGAN has the sharpest edges and clean
@@ -144,7 +144,8 @@ degraded. Five other images of the person are the references.
 
 **Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 100 iterations with one image
 each, from the [prior](training.md#prior-of-the-personalization) of the base. They use Muon, and the losses L1 (weight
-5), ST-LPIPS (3), and the distances of dlib's embeddings (5) and of its feature maps (40) on decoded images. The prior
+5), ST-LPIPS (3), the distance of dlib's embeddings (5), and the distance of the feature maps of dlib's recognizer (40)
+on decoded images. The prior
 was trained with the same losses on other people, for the first 241 of them without the feature maps. No loss used the
 recognizer of the column "identity". The base was trained with LPIPS (VGG16). Learning took {seconds} s of one core.
 
@@ -155,8 +156,8 @@ COMPARED = """
 ### Ways to learn a person
 
 Rows in [`recipes.csv`](../benchmarks/results/recipes.csv), command `python benchmarks/recipes.py`. {people} of `lab`,
-{tests} images of each. The images are heavily degraded, and reduced to a quarter or to an eighth in between. Five
-other images are the references, unless the row states another number.
+{tests} images of each. Each image is heavily degraded twice: one degradation reduces it to a quarter, the other to an
+eighth. Both enlarge it again. Five other images are the references, unless the row states another number.
 
 - **PFStorer**: the defaults of `personalize` for `portrait`, as in the table above: 100 iterations from the prior.
 - **Iterations**: the learning rate falls at the end of each training, so these are not stages of one training. `fix`
@@ -168,8 +169,8 @@ other images are the references, unless the row states another number.
 - **DreamBooth, ViCo**: `personalize --method dreambooth` and `vico`, with the same losses, optimizer, iterations and
   photographs.
 - **gamma = 0 at the start**: the start of the paper (`start: closed`).
-- **Parts of the paper**: `--ref-source self` has no photograph's features at run time. The trained token has its own
-  learning rate (5e-3) and L_pers (`token_learning_rate` in `config.json`).
+- **Parts of the paper**: With `--ref-source self`, restoring uses no features of a photograph. The trained token has
+  its own learning rate (5e-3) and L_pers (`token_learning_rate` in `config.json`).
 - **10 references**: five more photographs of the person, which are not restored.
 - **Recipe of the paper**: `personalize --recipe paper`: 500 iterations, no losses on images, L_gen 0.1. It was
   measured on the first person alone, with the weights of `portrait` before its last two training stages ([model
@@ -178,8 +179,8 @@ other images are the references, unless the row states another number.
 - **Likeness**: 100 times the mean cosine similarity of the result and the references of the identity, by the
   recognizer of the column "identity". Input, Base and Original are compared with the references of their person.
   `Original` is the undegraded image, so its likeness is what a perfect result has.
-- **Seconds**: processor time of the training, one core. Other processes used the machine, so close times do not
-  differ.
+- **Seconds**: processor time of the training, one core. Other processes used the machine, so small
+  differences between the times have no meaning.
 
 Two people are a small sample: differences of two or three points of identity and likeness are noise. With the prior,
 100 iterations give the same likeness as 240 iterations without it, and 30 iterations the same likeness as 100

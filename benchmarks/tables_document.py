@@ -48,7 +48,8 @@ HEADER = """
 - **Images**: centre crops of {tile} x {tile} pixels. The number of the photograph is the seed.
 - **Base**: `tiny` (fingerprint `{base}`); one step unless the row states another number.
 - **Personalization**: {iterations} iterations unless the row states another number.
-- **Hardware**: {machine}. The rows were measured on several machines of this type: do not compare close times.
+- **Hardware**: {machine}. The rows were measured on several machines of this type: small differences between the
+  times have no meaning.
 - **Command**: `python benchmarks/tables.py PEOPLE`, where `PEOPLE` has one folder of photographs for each person.
 
 ### Columns of the tables of `tiny`
@@ -66,7 +67,7 @@ HEADER = """
 † **Training losses.** The last training stage of the base used three losses on decoded images: L1, ST-LPIPS and the
 distance of dlib's embeddings. The personalization method `PFStorer` uses them again. `PFStorer, latents alone`,
 `Base + ViCo`, `Base + DreamBooth` and `500 iterations` are personalized without them. Therefore ST-LPIPS and ID are
-optimistic for `PFStorer`, and L1 favours its PSNR. LMSE and SSIM were no training losses.
+optimistic for `PFStorer`, and L1 favours its PSNR. LMSE and SSIM were not training losses.
 
 ID (dlib) of the input covers only the images in which a face is detected. These are the less degraded ones. Use
 "verified" to compare with the input.

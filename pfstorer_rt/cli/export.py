@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 @click.command()
 @click.option("--identity", help="Identity to include, by name or file.")
-@click.option("--base", help="Base: portrait, or a base directory. [default: the identity's]")
+@click.option("--base", help="Base: portrait, or the base directory of the identity. [default: portrait]")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The plan file to write.")
 @click.option(
     "--target",

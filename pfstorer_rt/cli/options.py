@@ -137,7 +137,7 @@ def training_options(command: Command) -> Command:
         click.option(
             "--optimizer",
             type=click.Choice(get_args(Optimizer)),
-            help="Optimizer; the 8-bit ones need bitsandbytes. [default: the base's for a person, else adamw]",
+            help="Optimizer; the 8-bit ones need bitsandbytes. [default: in personalize the base's, else adamw]",
         ),
     )
     for option in reversed(options):

@@ -94,7 +94,9 @@ class Options:
     help="Method of personalization; vico and dreambooth are for comparison.",
 )
 @click.option(
-    "--instant", is_flag=True, help="Learn without training, in seconds. The base needs a prior; portrait has none."
+    "--instant",
+    is_flag=True,
+    help="Learn without training, in seconds. Needs a base that can do this; portrait cannot.",
 )
 @click.option("--thorough", is_flag=True, help="Train longer, for more likeness: portrait 450 iterations.")
 @click.option(

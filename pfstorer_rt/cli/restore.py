@@ -144,7 +144,9 @@ class Options:
 )
 @click.option("--base", help="Run a base in PyTorch: portrait, or a base directory.")
 @click.option("--identity", help="With --base: identity, by name or file.")
-@click.option("-o", "--output", help="File for one image, folder for several, - for stdout.")
+@click.option(
+    "-o", "--output", help="File for one image, folder for several, - for stdout. [default: beside the input]"
+)
 @click.option(
     "--suffix",
     default="_restored",
@@ -163,7 +165,7 @@ class Options:
     "--refs",
     type=click.Path(exists=True, file_okay=False),
     help="Folder of photographs of the person; reports the distance of every result to them. With a --base that has a "
-    "prior and without --identity, the person is learned from them without training.",
+    "prior for this (portrait has none) and without --identity, the person is learned from them without training.",
 )
 @click.option(
     "--watch", type=click.Path(exists=True, file_okay=False), help="Restore images as they arrive in this folder."
