@@ -145,9 +145,9 @@ degraded. Five other images of the person are the references.
 **Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 100 iterations with one image
 each, from the [prior](training.md#prior-of-the-personalization) of the base. They use Muon, and the losses L1 (weight
 5), ST-LPIPS (3), the distance of dlib's embeddings (5), and the distance of the feature maps of dlib's recognizer (40)
-on decoded images. The prior
-was trained with the same losses on other people, for the first 241 of them without the feature maps. No loss used the
-recognizer of the column "identity". The base was trained with LPIPS (VGG16). Learning took {seconds} s of one core.
+on decoded images. The prior was trained on 294 other people with the same losses, on the first 241 of them without the
+feature maps. No loss used the recognizer of the column "identity". The base was trained with LPIPS (VGG16).
+Learning took {seconds} s of one core.
 
 """
 
