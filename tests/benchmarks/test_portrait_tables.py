@@ -23,8 +23,17 @@ def test_recipes_have_one_table_for_each_reduction(tables):
     ]
     first, second = tables.recipes_part(rows).split("Reduced to ")[1:]
     assert first.startswith("a quarter") and "2 people" in tables.recipes_part(rows)
-    assert "| PFStorer | 2.00 | 2.000 | 2.00 | 2.0 | 60.0 | 50.0 | 2.000 | 80 to 90 |" in first
+    assert "| PFStorer | 2.00 | 2.000 | 2.00 | 2.0 | 60.0 | 50.0 | 2.000 | - | 80 to 90 |" in first
     assert second.startswith("an eighth") and "| Input |" in second and "| PFStorer |" not in second
+
+
+def test_the_closed_gap_is_the_place_of_the_likeness_between_base_and_original(tables):
+    likeness = {("a", "base"): 0.2, ("a", "original"): 0.8, ("a", "default"): 0.5, ("a", "another"): 0.1}
+    likeness |= {("b", "base"): 0.0, ("b", "original"): 0.4, ("b", "paper"): 0.1}
+    rows = [{"person": p, "recipe": r, "likeness": str(value)} for (p, r), value in likeness.items()]
+    closed = {recipe: tables.gap_closed(recipe, rows) for recipe in ("base", "original", "default", "paper", "another")}
+    assert closed == {"base": "0 %", "original": "100 %", "default": "50 %", "paper": "25 %", "another": "-"}
+    assert tables.gap_closed("vico", rows) == "-"
 
 
 def test_a_table_counts_faces_and_leaves_empty_cells_out_of_the_means(tables):
