@@ -181,12 +181,12 @@ eighth. Both enlarge it again. Five other images are the references, unless the 
   recognizer of the column "identity". Input, Base and Original are compared with the references of their person.
   `Original` is the undegraded image, so its likeness is what a perfect result has.
 - **Gap closed**: the likeness on a scale from Base (0 %) to Original (100 %), for the people of the row.
-- **Seconds**: processor time of the training, one core. Other processes used the machine, so small
-  differences between the times have no meaning.
+- **Seconds**: processor time of the training, one core. Other processes used the machine, so small differences
+  between the times have no meaning.
 
 Two people are a small sample: differences of two or three points of identity and likeness are noise. More iterations,
 the prior and the face features help most. With the prior, 30 iterations give at least the likeness of 100 iterations
-without it; after 450 iterations, the prior adds no more than two or three points. The face features also reduce the
+without it; after 450 iterations, the prior adds two or three points of likeness. The face features also reduce the
 error of the landmarks, most where the image shows least. DreamBooth changes the whole UNet, takes about 1.6 times as
 long, and is not better than the blocks without the prior. With gamma = 0 at the start, the blocks learn more slowly.
 gamma = 1 throughout (ViCo), a trained token and the features of a reference (`cached` and `self`) make no clear
