@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -223,8 +223,8 @@ def learning(setting: Setting) -> Iterator[Row]:
             times: dict[int, float] = {}
             for iterations in (1, 2, 6) if setting.small else (2, 20, 120):  # the first is a warm-up
                 train = {"iterations": iterations}
-                config = PersonalizeConfig.for_base(base.config, train, **WITHOUT_IMAGE_LOSSES)
-                config = replace(config, framing="none", keep_all=True, pool=8)
+                options = {"framing": "none", "keep_all": True, "pool": 8, **WITHOUT_IMAGE_LOSSES}
+                config = PersonalizeConfig.for_base(base.config, train, **options)
                 started = time.perf_counter()
                 personalize("bench", photos, base, config, Path(folder) / f"{name}-{iterations}.safetensors")
                 times[iterations] = time.perf_counter() - started

@@ -318,6 +318,7 @@ _WEIGHT = number(lambda v: v >= 0, "0 or more")
 _RATE = number(lambda v: 0 <= v < 1, "0 or more and below 1")
 
 IMAGE_LOSSES = ("lambda_pixel", "lambda_perceptual", "lambda_id", "lambda_face")
+"""Weights of the losses on decoded images."""
 WITHOUT_IMAGE_LOSSES: dict[str, Any] = dict.fromkeys(IMAGE_LOSSES, 0.0)
 """Weights of a training on latents alone."""
 

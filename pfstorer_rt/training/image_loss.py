@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pfstorer_rt.config import IMAGE_LOSSES
 from pfstorer_rt.diffusion import LAST
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, RECOGNIZER, face_models
@@ -51,7 +52,7 @@ class ImageLossWeights(Protocol):
 
 def has_image_losses(config: ImageLossWeights) -> bool:
     """Whether a configuration has image-space losses."""
-    return bool(config.lambda_pixel or config.lambda_perceptual or config.lambda_id or config.lambda_face)
+    return any(getattr(config, name) for name in IMAGE_LOSSES)
 
 
 def refusal() -> str | None:

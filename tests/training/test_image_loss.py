@@ -44,8 +44,7 @@ def test_the_weight_of_the_feature_maps_multiplies_their_distance(images, face):
     def losses(**weights):
         images.config = config(**weights)
         latent = images.base.encode(blurred)
-        features = None if images.base.cfw is None else images.base.features(blurred)
-        return images(latent, features, image, position, torch.zeros(2, dtype=torch.long))
+        return images(latent, None, image, position, torch.zeros(2, dtype=torch.long))
 
     assert losses(lambda_pixel=1.0)["face"].item() > 0
     alone, with_identity = losses(lambda_face=3.0), losses(lambda_face=3.0, lambda_id=2.0)
@@ -57,17 +56,16 @@ def test_images_without_a_face_have_no_distance_of_maps(images, face):
     image, position = face
     images.config = config(lambda_face=1.0)
     latent = images.base.encode(image)
-    features = None if images.base.cfw is None else images.base.features(image)
     none = torch.full((1, 2, 3), float("nan"))
-    assert images(latent, features, image, none, torch.zeros(2, dtype=torch.long))["image"].item() == 0
+    assert images(latent, None, image, none, torch.zeros(2, dtype=torch.long))["image"].item() == 0
     both = images(
         latent.repeat(2, 1, 1, 1),
-        None if features is None else {k: v.repeat(2, 1, 1, 1) for k, v in features.items()},
+        None,
         image.repeat(2, 1, 1, 1),
         torch.cat([position, none]),
         torch.zeros(2, dtype=torch.long),
     )
-    alone = images(latent, features, image, position, torch.zeros(2, dtype=torch.long))
+    alone = images(latent, None, image, position, torch.zeros(2, dtype=torch.long))
     torch.testing.assert_close(both["face"], alone["face"], rtol=1e-4, atol=1e-6)
 
 
