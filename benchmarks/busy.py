@@ -5,7 +5,8 @@
 Each round times every task alone, and then beside a process that keeps one core busy. One row per task: `alone_s` and
 `busy_s` are medians of seconds, `ratio` is the median over the rounds of busy / alone. `personalize` is one iteration
 of learning. The other tasks restore one image of the base's tile size. `spin_count` is the environment variable
-GOMP_SPINCOUNT, which the package sets when it is unset; `default` leaves OpenMP's own value.
+GOMP_SPINCOUNT, which the package sets when it is unset; `default` leaves OpenMP's own value. OMP_NUM_THREADS sets the
+threads of PyTorch.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TASKS = ("personalize", "torch", "onnxruntime", "openvino")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--runs", default=3, show_default=True, help="Runs of a task in each half of a round.")
 @click.option("--task", "tasks", multiple=True, default=TASKS, type=click.Choice(TASKS))
-@click.option("--spin-count", "counts", multiple=True, default=("1000", "default"), show_default=True)
+@click.option("--spin-count", "counts", multiple=True, default=("5000", "default"), show_default=True)
 @click.option("--plan", type=click.Path(exists=True), help="An ONNX plan; by default the base is exported.")
 @click.option("--worker", hidden=True)
 def main(
@@ -83,7 +84,7 @@ def export(base: str, output: Path) -> str:
 
 def run_worker(options: list[str], count: str) -> dict[str, float]:
     """Measure one task in a process of its own, because OpenMP reads its settings once."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    environment = {k: v for k, v in os.environ.items() if k == "OMP_NUM_THREADS" or not k.startswith(("OMP_", "GOMP_"))}
     if count != "default":
         environment["GOMP_SPINCOUNT"] = count
     else:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # this number of rounds before it sleeps. The default is millions of rounds: on a machine with another busy process, the
 # spinning threads take the processor time of the thread for which they wait (benchmarks/busy.py).
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 # ONNX Runtime reads this when it is loaded. Its builds with telemetry would write events to the user's cache folder.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

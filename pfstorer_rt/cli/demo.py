@@ -9,7 +9,9 @@ from typing import Literal
 
 import click
 
+from pfstorer_rt.cli.imports import fast_imports
 from pfstorer_rt.cli.options import SEED
+from pfstorer_rt.cli.threads import free_cores_only
 from pfstorer_rt.console import echo
 
 WORDS = (
@@ -53,7 +55,9 @@ def command(
       pfstorer-rt demo -o demo
     """
     from pfstorer_rt.console import stage_bars
-    from pfstorer_rt.demo import DemoConfig, run_demo, show
+
+    with free_cores_only(), fast_imports():
+        from pfstorer_rt.demo import DemoConfig, run_demo, show
 
     config = DemoConfig(base, iterations, level, seed)
     with stage_bars() as on_progress:

@@ -12,6 +12,7 @@ import click
 
 from pfstorer_rt.cli.imports import fast_imports
 from pfstorer_rt.cli.options import Number, note_strength
+from pfstorer_rt.cli.threads import free_cores_only
 from pfstorer_rt.files import is_name
 from pfstorer_rt.identity import named_identity
 
@@ -62,7 +63,7 @@ def command(
     report = partial(show, as_json=as_json, command=click.get_current_context().command)
     jobs, outcomes = find_work(inputs, output, batch, report)
     if not outcomes:
-        with fast_imports():
+        with free_cores_only(), fast_imports():
             import_module("pfstorer_rt.models.base")  # `restorer_for` would import it more slowly
         with stage_bars() as on_progress:
             restorer = restorer_for(person, FixConfig(base, batch), note, on_progress)

@@ -12,6 +12,7 @@ import click
 
 from pfstorer_rt.cli.imports import fast_imports
 from pfstorer_rt.cli.options import TRAINING, Number, check_new, training_options
+from pfstorer_rt.cli.threads import free_cores_only
 from pfstorer_rt.errors import SettingError
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
     from pfstorer_rt.base_files import shipped_bases
     from pfstorer_rt.imaging.find import find_images, without_results
 
-    with fast_imports():
+    with free_cores_only(), fast_imports():
         from pfstorer_rt.models.base import load_base
         from pfstorer_rt.training.personalize import personalize
 

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from pfstorer_rt.cli.imports import fast_imports
 from pfstorer_rt.cli.options import TRAINING, Number, flag, training_options
+from pfstorer_rt.cli.threads import free_cores_only
 
 if TYPE_CHECKING:
     from pfstorer_rt.training.train_stage import StageConfig
@@ -246,7 +247,7 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **paramet
     check_options(options, click.get_current_context())
     from pfstorer_rt.console import echo, note, stage_bars
 
-    with fast_imports():
+    with free_cores_only(), fast_imports():
         from pfstorer_rt.models.base import load_base
         from pfstorer_rt.training.train_stage import train_stage
 

@@ -104,7 +104,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return about the nearest matrices with orthonormal rows or columns, fp32, to matrices (..., rows, columns).
+    """Return about the nearest matrices with orthonormal rows or columns, fp32, to matrices (B, rows, columns).
 
     Five steps of a Newton-Schulz iteration, computed in `dtype`, bring all singular values that are not tiny to 0.7 to
     1.2.
@@ -115,7 +115,7 @@ def orthogonalized(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -
     linear, cubic, quintic = NEWTON_SCHULZ
     for _ in range(5):
         square = x @ x.mT
-        x = linear * x + (cubic * square + quintic * (square @ square)) @ x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=cubic, alpha=quintic), x, beta=linear)
     return (x if wide else x.mT).float()
 
 

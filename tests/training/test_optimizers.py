@@ -112,7 +112,7 @@ def test_muon_changes_matrices_by_orthogonal_steps_and_all_others_as_adamw_does(
 def test_orthogonalized_is_near_the_polar_factor(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    made = orthogonalized(matrix)
+    made = orthogonalized(matrix[None])[0]
     values = torch.linalg.svdvals(made)
     assert values.min() > 0.6 and values.max() < 1.25
     inner = u.T @ made @ v.T  # in the basis of the singular vectors
