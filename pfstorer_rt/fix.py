@@ -22,9 +22,11 @@ from pfstorer_rt.runtime.batch import (
     Outcome,
     all_existing,
     check_beside,
+    engine_notes,
     restore_jobs,
 )
 from pfstorer_rt.runtime.jobs import Job, plan_jobs
+from pfstorer_rt.runtime.recipe import check_strength
 from pfstorer_rt.runtime.restorer import Restorer
 
 if TYPE_CHECKING:
@@ -57,26 +59,35 @@ def fix(
 
     inputs, output: as in `plan_jobs`. person: folder of photographs of the person. A stored identity that was learned
     from these photographs is used. Otherwise the person is learned as the prior of the base allows, and the identity is
-    not stored; a base without a prior restores without an identity. note: called with a line about the identity and for
-    each unsuitable photograph. on_progress: for the learning. Nothing is learned if all results exist. Raises
-    `BadFileError` when no photograph can be read, and the errors of `plan_jobs`, before any work.
+    not stored; a base without a prior restores without an identity. note: called with a line about the identity, for
+    inputs that are passed over, and for each unsuitable photograph. on_progress: for the learning. Nothing is learned
+    if all results exist. Raises `BadFileError` when no photograph can be read, and the errors of `find_work`, before
+    any work.
     """
     config = config or FixConfig()
-    jobs, done = find_work(inputs, output, config.batch, on_outcome)
+    jobs, done = find_work(inputs, output, config.batch, on_outcome, note)
     if done:
         return done
     with restorer_for(person, config, note, on_progress) as restorer:
+        for text in engine_notes(restorer, config.batch):
+            note(text)
         return restore_jobs(restorer, jobs, config.batch, on_outcome, on_step)
 
 
 def find_work(
-    inputs: Sequence[str | Path], output: str | Path | None, batch: BatchConfig, on_outcome: OnOutcome
+    inputs: Sequence[str | Path],
+    output: str | Path | None,
+    batch: BatchConfig,
+    on_outcome: OnOutcome,
+    note: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Job], list[Outcome]]:
     """Return the jobs, and their outcomes if all results exist already, which are reported.
 
-    Learning takes time, so this comes before it. Raises the errors of `plan_jobs`.
+    Learning takes time, so this comes before it. note: called with a line for files that are passed over. Raises
+    the errors of `plan_jobs`, and `SettingError` for a strength out of range.
     """
-    jobs = plan_jobs(inputs, output, batch.naming, overwrite=batch.saving.overwrite)
+    check_strength(batch.restore.strength)
+    jobs = plan_jobs(inputs, output, batch.naming, note, batch.saving.overwrite)
     check_beside(jobs, batch)
     done = all_existing(jobs, batch.saving)
     for outcome in done:

@@ -39,7 +39,8 @@ def command(inputs: tuple[str, ...], output: str, level: str, seed: int, overwri
     from pfstorer_rt.cli.outcomes import conclude, show
     from pfstorer_rt.cli.progress import batch_bars
     from pfstorer_rt.console import note
-    from pfstorer_rt.runtime.batch import Saving, degrade_files
+    from pfstorer_rt.runtime.batch import Saving
+    from pfstorer_rt.runtime.degrading import degrade_files
 
     report = partial(show, as_json=as_json, command=click.get_current_context().command)
     with batch_bars("degrade") as progress:

@@ -111,7 +111,7 @@ def command(
         seed,
         save_inputs,
         dict(split_seconds(text) for text in seconds),
-        tuple(keys.split(",")) if keys else None,
+        tuple(key.strip() for key in keys.split(",")) if keys else None,
         MetricFiles(arcface, arcface_range, alexnet, musiq, lpips, landmarks, niqe),
         output,
         overwrite,

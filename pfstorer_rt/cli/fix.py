@@ -56,17 +56,19 @@ def command(
     from pfstorer_rt.config import RestoreConfig
     from pfstorer_rt.console import note, stage_bars
     from pfstorer_rt.fix import FixConfig, find_work, restorer_for
-    from pfstorer_rt.runtime.batch import BatchConfig, Saving, restore_jobs
+    from pfstorer_rt.runtime.batch import BatchConfig, Saving, engine_notes, restore_jobs
 
     note_strength(strength)
     batch = BatchConfig(RestoreConfig(strength=strength), saving=Saving(overwrite), compare=True)
     report = partial(show, as_json=as_json, command=click.get_current_context().command)
-    jobs, outcomes = find_work(inputs, output, batch, report)
+    jobs, outcomes = find_work(inputs, output, batch, report, note)
     if not outcomes:
         with free_cores_only(), fast_imports():
             import_module("pfstorer_rt.models.base")  # `restorer_for` would import it more slowly
         with stage_bars() as on_progress:
             restorer = restorer_for(person, FixConfig(base, batch), note, on_progress)
+        for text in engine_notes(restorer, batch):
+            note(text)
         with restorer, batch_bars("restore", len(jobs)) as progress:
             outcomes = restore_jobs(restorer, jobs, batch, report, progress)
     sys.exit(conclude(outcomes, as_json))

@@ -127,7 +127,7 @@ def encrypt_command(names: tuple[str, ...]) -> None:
         passphrase = click.prompt("passphrase", hide_input=True, confirmation_prompt=True, err=True)
     if passphrase is None:
         raise SettingError(f"no passphrase, and no terminal to ask for it; set {VARIABLE}")
-    for name in names:
+    for name in dict.fromkeys(names):
         encrypt_identity(name, passphrase)
         echo(f"{name}: encrypted")
 
@@ -143,7 +143,7 @@ def decrypt_command(names: tuple[str, ...]) -> None:
     """
     from pfstorer_rt.runtime.identities import decrypt_identity
 
-    for name in names:
+    for name in dict.fromkeys(names):
         decrypt_identity(name)
         echo(f"{name}: decrypted")
 
@@ -162,10 +162,10 @@ def rm_command(names: tuple[str, ...], yes: bool) -> None:
     """
     from pfstorer_rt.runtime.identities import delete_identity, find_kept
 
-    for name in names:
+    for name in dict.fromkeys(names):
         for text in find_kept(name).notes:  # an unknown name is an error before anything is deleted
             note(text)
-    for name in names:
+    for name in dict.fromkeys(names):
         if yes or confirmed(name):
             delete_identity(name)
             echo(f"{name}: deleted")

@@ -309,6 +309,10 @@ def command(**parameters: Any) -> None:
     jobs = [job for plan in plans for job in plan]
     if quality_given and jobs and not any(is_lossy(job, options.kind or "png") for job in jobs):
         note("--quality changes nothing: no result is JPEG or WebP")
+    if any(job.target is None for job in jobs):
+        for name in ("compare", "preview"):
+            if getattr(options, name):
+                note(f"--{name} changes nothing for a result on standard output: there is no place beside it")
     failed = 0
     for engine, batch, plan in zip(options.engines or (None,), batches, plans, strict=True):
         named = any(job.explicit for job in plan)
@@ -324,6 +328,8 @@ def command(**parameters: Any) -> None:
 
 def check_options(options: Options) -> None:
     """Raise `click.UsageError` for options that contradict each other."""
+    from pfstorer_rt.runtime.jobs import STREAM
+
     engines, watch = options.engines, options.watch
     both, neither = bool(engines and options.base), not engines and options.base is None
     if neither or (both and options.backend != "torch"):  # with backend torch, a plan may name its base's folder
@@ -336,6 +342,8 @@ def check_options(options: Options) -> None:
         raise click.UsageError("several --engine files have one name, and so would their results; rename one")
     if bool(options.inputs) == bool(watch):
         raise click.UsageError("give INPUTS..., or a folder to --watch")
+    if STREAM in options.inputs and len(engines) > 1:
+        raise click.UsageError("- goes with one --engine: standard input can be read only once")
     if watch and (len(engines) > 1 or options.dry_run):
         raise click.UsageError("--watch goes with one --engine, and not with --dry-run")
     if options.idle is not None and not watch:
@@ -385,7 +393,7 @@ def open_restorer(engine: str | None, options: Options) -> Restorer:
 def run(restorer: Restorer, batch: BatchConfig, jobs: Sequence[Job], options: Options) -> int:
     """Restore, watch or forecast with one engine; returns the exit status."""
     from pfstorer_rt.cli.outcomes import conclude, show
-    from pfstorer_rt.runtime.batch import face_chooser, forecast_jobs, without_effect
+    from pfstorer_rt.runtime.batch import engine_notes, forecast_jobs, without_effect
 
     note_strength(options.strength)
     restorer.recipe(batch.restore)  # refuses settings that do not fit this engine
@@ -393,9 +401,7 @@ def run(restorer: Restorer, batch: BatchConfig, jobs: Sequence[Job], options: Op
         note(f"{flag(setting)}{'' if value is True else f' {value:g}'} changes nothing: {reason}")
     if options.apply_to != "matching" and restorer.manifest.identity_name is None:
         note("--apply-to changes nothing: this engine contains no identity")
-    if restorer.note:
-        note(restorer.note)
-    for text in face_chooser(restorer, batch).notes():
+    for text in engine_notes(restorer, batch):
         note(text)
     echo(f"engine: {restorer.backend} ({restorer.provider})", err=True)
     report = partial(show, as_json=options.as_json)

@@ -37,8 +37,9 @@ def evaluate(
     seconds: method -> seconds per image, or name of an image (or its path without suffix) -> seconds.
     metrics: metrics to measure; None loads all. progress: called with (done, total) images.
     An image without a result, or with a result that cannot be measured, becomes a row with the reason and counts as
-    not verified; other images are not affected. Raises `BadFileError` when a folder is missing or empty, or when
-    no result of a method can be measured, and `ValueError` for a method named "input" or "original".
+    not verified; other images are not affected. Raises `BadFileError` when a folder is missing or empty, when a person
+    has no references, or when no result of a method can be measured, and `ValueError` for a method named "input" or
+    "original".
     """
     methods = outputs if isinstance(outputs, Mapping) else {outputs.name or "output": outputs}
     reserved = sorted({INPUT, ORIGINAL} & set(methods))
@@ -49,12 +50,13 @@ def evaluate(
     folders = {**({INPUT: inputs} if inputs else {}), **methods}
     results = {method: match(originals, folder) for method, folder in folders.items()}
     people = People(refs)
+    references = {name: people.of(name) for name in originals}
     shown = set(evenly(list(originals), THUMBNAILS))
     rows: list[Row] = []
     for done, (name, path) in enumerate(originals.items()):
         found = {method: results[method][name] for method in results}
         times = {method: image_seconds(known, name) for method, known in (seconds or {}).items()}
-        rows += measure_image(name, path, found, people.of(name), metrics, times, name in shown)
+        rows += measure_image(name, path, found, references[name], metrics, times, name in shown)
         if progress:
             progress(done + 1, len(originals))
     refuse_empty(rows, folders)

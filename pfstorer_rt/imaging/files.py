@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError, one_li
 from pfstorer_rt.extras import install
 from pfstorer_rt.files import atomic_write, open_plain, show_path
 from pfstorer_rt.imaging.formats import SAVE_FORMATS, check_side, format_names, is_heif, readable
-from pfstorer_rt.imaging.metadata import Metadata, orientation, read_metadata, save_options
+from pfstorer_rt.imaging.metadata import Metadata, orientation, read_metadata, save_options, without_pillow_limit
 from pfstorer_rt.imaging.profiles import srgb_profile, to_srgb, wide_to_srgb
 from pfstorer_rt.imaging.rows import TALL, Pixels, Rows, Spool, bands, from_pixels, read_ahead, read_pixels, to_pixels
 
@@ -45,8 +44,6 @@ _JPEG_END = b"\xff\xd9"  # marker EOI
 # Preserve restored detail: no chroma subsampling, and keep colours under transparent alpha. TIFF stays uncompressed:
 # the compressed writer of Pillow fails on the EXIF directory of the camera.
 _QUALITY: dict[str, dict[str, Any]] = {"JPEG": {"subsampling": 0}, "WEBP": {"exact": True}}
-
-_guard_lock = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +115,10 @@ def image_size(source: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> 
     with _open(source) as (handle, name):
         image = _identify(handle, name)
         _check_pixels(*image.size, name, max_pixels)
-        return (image.height, image.width) if orientation(image) < 5 else image.size
+        width, height = image.size
+        if image.format == "TIFF":  # some versions of Pillow swap them at once, as `load` does
+            width, height = (cast(Any, image).tag_v2[tag] for tag in (256, 257))
+        return (height, width) if orientation(image) < 5 else (width, height)
 
 
 def _check_pixels(width: int, height: int, name: str, max_pixels: int) -> None:
@@ -273,7 +273,7 @@ def _open_path(path: str | os.PathLike[str], name: str) -> BinaryIO:
 
 def _identify(handle: BinaryIO, name: str) -> Image.Image:
     try:
-        with _without_pillow_limit():
+        with without_pillow_limit():
             return Image.open(handle, formats=tuple(readable()))
     except Exception as error:  # many exception types; UnidentifiedImageError is the usual one
         handle.seek(0)
@@ -285,22 +285,11 @@ def _identify(handle: BinaryIO, name: str) -> Image.Image:
         raise BadFileError(message) from error
 
 
-@contextlib.contextmanager
-def _without_pillow_limit() -> Iterator[None]:
-    # Pillow's limit is a global below `max_pixels`. `max_pixels` is checked directly after opening.
-    with _guard_lock:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-
-
 def _load(image: Image.Image, handle: BinaryIO, notes: list[str]) -> Image.Image:
     """Decode the first frame of an image. A JPEG that is cut off gets an end marker, so that libjpeg fills the rest."""
     if (frames := _count_frames(image)) > 1 and image.format != "MPO":  # phones store previews and depth maps in MPO
         notes.append(f"{frames} frames: the first was used")
-    if any("16" in str(tile[3]) for tile in getattr(image, "tile", ())):  # Pillow reads 16-bit colour as 8-bit
+    if any("16" in _raw_mode(tile[3]) for tile in getattr(image, "tile", ())):  # Pillow reads 16-bit colour as 8-bit
         notes.append(_DEEP)
     try:
         image.load()
@@ -366,9 +355,15 @@ def _upright(image: Image.Image, turn: int, start: int, stop: int) -> Image.Imag
     """Return rows start..stop-1 of the image in its EXIF orientation."""
     length = image.height if turn < 5 else image.width
     first, last = (length - stop, length - start) if turn in (3, 4, 7, 8) else (start, stop)
-    with _without_pillow_limit():  # Pillow before 13 checks it in `crop` too
+    with without_pillow_limit():  # Pillow before 13 checks it in `crop` too
         strip = image.crop((0, first, image.width, last) if turn < 5 else (first, 0, last, image.height))
     return strip.transpose(_TURNS[turn]) if turn in _TURNS else strip
+
+
+def _raw_mode(arguments: Any) -> str:
+    """Return the raw mode in the arguments of one of Pillow's decoders, such as RGB;16B; empty without one."""
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return first if isinstance(first, str) else ""
 
 
 def _count_frames(image: Image.Image) -> int:

@@ -11,7 +11,8 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from pfstorer_rt.files import open_plain
 from pfstorer_rt.imaging.formats import readable
+
+_limit_lock = threading.Lock()
 
 ORIENTATION = 0x0112
 _XMP, _IPTC = 700, 33723
@@ -103,10 +106,22 @@ def orientation(image: Image.Image) -> int:
     return turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
 
 
+@contextlib.contextmanager
+def without_pillow_limit() -> Iterator[None]:
+    """Open and crop images above Pillow's limit, a global below `max_pixels`, which is checked after opening."""
+    with _limit_lock:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
 def is_marked(path: str | os.PathLike[str]) -> bool:
     """Whether an image file is a result of this program, by its mark; False for a file that cannot be read."""
     with (
         contextlib.suppress(Exception),
+        without_pillow_limit(),
         open_plain(path) as file,  # `open` waits for ever at a pipe
         Image.open(file, formats=tuple(readable())) as image,
     ):

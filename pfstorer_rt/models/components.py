@@ -50,11 +50,6 @@ class Component:
         """Whether the component runs at every sampling step, on tiles of one size."""
         return not self.scales
 
-    @property
-    def has_strength(self) -> bool:
-        """Whether the input `strength` scales the identity."""
-        return "strength" in self.inputs
-
     def with_module(self, module: nn.Module) -> Component:
         """Return the component with another module that has the same inputs and outputs."""
         return replace(self, module=module)

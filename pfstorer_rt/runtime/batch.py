@@ -1,4 +1,4 @@
-"""Restore or degrade many images; a second thread reads the next image and writes the last result meanwhile.
+"""Process many images; a second thread reads the next image and writes the last result meanwhile.
 
 Nothing is printed here. `on_outcome` is called once for every image, in order, from the thread that reads and writes.
 An exception from it ends the batch after all finished images have been written. `on_step` is called from the caller's
@@ -33,7 +33,7 @@ from pfstorer_rt.imaging.files import (
 )
 from pfstorer_rt.imaging.formats import SAVE_FORMATS, check_side
 from pfstorer_rt.imaging.metadata import Metadata
-from pfstorer_rt.imaging.rows import Rows, Spool, read_pixels, resize_alpha
+from pfstorer_rt.imaging.rows import Rows, resize_alpha
 from pfstorer_rt.imaging.sidebyside import SideBySide
 from pfstorer_rt.runtime.jobs import STREAM, Job, Naming, plan_jobs
 from pfstorer_rt.runtime.selection import ApplyTo, Chooser
@@ -219,25 +219,6 @@ def _read_rows(path: Path, max_pixels: int) -> Rows:
     return scan_image(path, max_pixels).pixels
 
 
-def degrade_files(
-    inputs: Sequence[str | Path],
-    output: str | Path,
-    level: str = "heavy",
-    seed: int = 0,
-    saving: Saving | None = None,
-    on_outcome: OnOutcome = ignore,
-    on_step: OnStep = ignore,
-    note: Callable[[str], None] = ignore,
-) -> list[Outcome]:
-    """Degrade files and folders like old and bad photographs; the size is kept.
-
-    inputs, output: as in `plan_jobs`. level: `light` or `heavy`. seed: seed of the first image; the next has seed + 1.
-    """
-    jobs = plan_jobs(inputs, output, Naming(suffix="_degraded"), note)
-    saving = replace(saving or Saving(), mark=False)
-    return run_jobs(jobs, _Degrading(level, seed), saving, MAX_PIXELS, on_outcome, on_step)
-
-
 class NoEffect(NamedTuple):
     """A setting that has no effect with an engine."""
 
@@ -264,6 +245,11 @@ def face_chooser(restorer: Restorer, settings: BatchConfig) -> Chooser:
     return Chooser(restorer.manifest, settings.restore, settings.apply_to, known)
 
 
+def engine_notes(restorer: Restorer, settings: BatchConfig) -> list[str]:
+    """Return the notes on the device of an engine, and on the faces on which its identity acts."""
+    return [note for note in (restorer.note, *face_chooser(restorer, settings).notes()) if note]
+
+
 class _Restoring:
     """Restores the images of a batch, and writes the files beside a result."""
 
@@ -280,7 +266,7 @@ class _Restoring:
     def process(self, number: int, job: Job, rows: Rows, step: Callable[[int, int], None]) -> Rows:
         """Restore an image, after its preview."""
         config, chosen = self.settings.restore, self._chooser.choose(rows)
-        if self.settings.preview and self.restorer.recipe(config).steps > 1:
+        if self.settings.preview and job.target and self.restorer.recipe(config).steps > 1:
             first = replace(config, steps=1)
             passes = self.restorer.passes(rows, first).chosen(chosen)
             self._write_beside(job, "preview", self.restorer.restore_rows(rows, first, passes=passes))
@@ -334,31 +320,6 @@ class _Restoring:
         metadata = Metadata().marked() if saving.mark else Metadata()
         save_image(path, rows, metadata=metadata, overwrite=saving.overwrite, quality=saving.quality)
         return {word: str(path)}
-
-
-class _Degrading:
-    """Degrades the images of a batch, each with its own seed."""
-
-    def __init__(self, level: str, seed: int) -> None:
-        self.level, self.seed = level, seed
-
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size of the image."""
-        return height, width
-
-    def process(self, number: int, job: Job, rows: Rows, step: Callable[[int, int], None]) -> Rows:
-        """Degrade an image."""
-        import torch
-
-        from pfstorer_rt.degradation.degrade import degrade
-
-        image = torch.from_numpy(read_pixels(rows, 0, rows.height)).permute(2, 0, 1).contiguous()
-        degraded = degrade(image, self.level, self.seed + number)
-        return Spool.of((degraded.clamp(0, 1) * 255 + 0.5).to(torch.uint8).numpy())
-
-    def details(self, job: Job, source: Rows, result: Rows) -> Details:
-        """Nothing to add."""
-        return Details({}, ())
 
 
 def run_jobs(

@@ -10,7 +10,15 @@ from pathlib import Path
 
 from pfstorer_rt.encryption import passphrase_of_user, seal
 from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError
-from pfstorer_rt.files import atomic_write, cache_home, keeps_modes, remove_leftovers, sha256_file, show_path
+from pfstorer_rt.files import (
+    atomic_write,
+    cache_home,
+    keeps_modes,
+    real_path,
+    remove_leftovers,
+    sha256_file,
+    show_path,
+)
 from pfstorer_rt.identity import (
     Identity,
     identities_dir,
@@ -103,7 +111,7 @@ def encrypt_identity(name: str | Path, passphrase: str) -> None:
     _replace(path, seal(path.read_bytes(), passphrase))
     for folder in networks:
         shutil.rmtree(folder)
-    if path.parent == identities_dir():
+    if _is_named(path):
         kept_plan(path).unlink(missing_ok=True)
 
 
@@ -146,7 +154,7 @@ def find_kept(name: str | Path) -> Kept:
     """
     path = identity_path(name)
     checkpoint, crops = training_files(path)
-    named = path.parent == identities_dir()  # other folders can contain files of other programs
+    named = _is_named(path)  # other folders can contain files of other programs
     if path.is_file() and not named:
         read_metadata(path, read_content(path))
     present = [checkpoint] if checkpoint.is_file() and (named or _is_checkpoint(checkpoint)) else []
@@ -166,6 +174,11 @@ def delete_identity(name: str | Path) -> Kept:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     remove_leftovers(kept.files[-1].parent)
     return kept
+
+
+def _is_named(path: Path) -> bool:
+    """Whether the file of an identity is in the data directory, by any spelling of its path."""
+    return real_path(path.parent) == real_path(identities_dir())
 
 
 def _is_checkpoint(path: Path) -> bool:

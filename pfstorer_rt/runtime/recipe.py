@@ -15,6 +15,7 @@ OVERLAP = {"parity": 2, "fast": 4}
 """Default overlap of neighbouring tiles: 1/n of a tile."""
 LARGEST_WEIGHT = 10.0
 """Largest absolute value of `strength` and `cfw_weight`; larger values only overflow."""
+EXPECTED = f"expected -{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,23 @@ def _check_diffusion(recipe: Recipe) -> None:
         raise SettingError(f"eta {recipe.eta}: expected 0 to 1", setting="eta")
 
 
+def check_strength(strength: float) -> None:
+    """Raise `SettingError` for a strength out of range."""
+    if not abs(strength) <= LARGEST_WEIGHT:
+        message = f"strength {strength}: {EXPECTED}; 0 is the base, 1 is as trained"
+        raise SettingError(message, setting="strength")
+
+
 def _check_networks(recipe: Recipe, manifest: Manifest) -> None:
     strength, weight = recipe.strength, recipe.cfw_weight
-    most = f"expected -{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
-    if not abs(strength) <= LARGEST_WEIGHT:
-        message = f"strength {strength}: {most}; 0 is the base, 1 is as trained"
-        raise SettingError(message, setting="strength")
+    check_strength(strength)
     if strength != 1.0 and not manifest.strength and manifest.identity_name:
         raise SettingError(
             f"strength {strength}: the identity of this engine has no gated blocks to scale; set strength to 1",
             setting="strength",
         )
     if not abs(weight) <= LARGEST_WEIGHT:
-        raise SettingError(f"cfw_weight {weight}: {most}; 0 is the plain decoder", setting="cfw_weight")
+        raise SettingError(f"cfw_weight {weight}: {EXPECTED}; 0 is the plain decoder", setting="cfw_weight")
     if weight and not manifest.cfw:
         raise SettingError(
             f"cfw_weight {weight}: this engine has no controllable feature wrapping; set cfw_weight to 0, or import "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from pfstorer_rt.degradation.degrade import LEVELS, DegradationConfig, degrade
-from pfstorer_rt.errors import BadFileError, SettingError
+from pfstorer_rt.errors import SettingError
 from pfstorer_rt.files import make_folder
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.progress import OnProgress, ignore_progress
@@ -140,14 +139,3 @@ def degrade_bytes(tile: Bytes, config: DegradationConfig | None, rng: np.random.
     degraded = degrade(image.contiguous(), config, rng).permute(1, 2, 0)
     made: Bytes = (degraded * 255).round().byte().numpy()
     return made
-
-
-def open_pool(work: Path) -> Arrays:
-    """Open the finished tiles of a pool that `make_pool` made in `work`, as memory maps.
-
-    Raises `BadFileError` when `work` has no pool.
-    """
-    if not (work / "pool.json").exists():
-        raise BadFileError(f"{work}: no pool of tiles here (no pool.json); make one first")
-    done = json.loads((work / "pool.json").read_text())["done"]
-    return {file.stem: np.load(file, mmap_mode="r")[:done] for file in sorted(work.glob("*.npy"))}

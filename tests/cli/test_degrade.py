@@ -54,3 +54,11 @@ def test_a_repeated_degrade_completes_the_results(run, save, tree, tmp_path):
     assert run("degrade", tmp_path / "in", "-o", tmp_path / "out").status == 0
     assert run("degrade", tmp_path / "in", "-o", tmp_path / "at once").status == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "at once")
+
+
+def test_a_named_image_is_not_replaced(run, save, tmp_path):
+    images = [save(tmp_path / name, 48, 48, seed=i) for i, name in enumerate(("a.png", "a_degraded.png"))]
+    before = images[1].read_bytes()
+    done = run("degrade", *images, "-o", tmp_path, "--overwrite")
+    assert done.status == 2 and "written over an input" in done.err
+    assert images[1].read_bytes() == before

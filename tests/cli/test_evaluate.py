@@ -15,7 +15,7 @@ def folders(save, tmp_path, monkeypatch):
     for seed, name in enumerate("ab"):
         save(tmp_path / "hq" / f"{name}.png", seed=seed)
         save(tmp_path / "out" / f"{name}_restored.png", seed=seed + 5)
-    return ["--refs", tmp_path / "refs", "--hq", tmp_path / "hq", "--metrics", "psnr,ssim,musiq"]
+    return ["--refs", tmp_path / "refs", "--hq", tmp_path / "hq", "--metrics", "psnr, ssim,musiq"]
 
 
 def test_the_table_has_a_column_for_each_method(run, folders, tmp_path):

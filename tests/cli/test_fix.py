@@ -182,3 +182,22 @@ def test_a_name_in_place_of_the_folder_of_photographs_is_explained(refused, peop
     call = "`pfstorer-rt restore --base portrait --identity alice INPUTS`"
     refused(2, "fix", "a.png", "--person", "alice", words=["alice: an identity, expected a folder", call])
     refused(2, "fix", "a.png", "--person", "bob", words=["bob: no such folder; expected a folder of photographs"])
+
+
+def test_fix_mentions_inputs_that_are_passed_over(run, known, alice, save, tmp_path):
+    save(tmp_path / "scans" / "a.png")
+    save(tmp_path / "scans" / "b_restored.png")
+    (tmp_path / "scans" / "c.psd").write_bytes(b"")
+    done = run("fix", tmp_path / "scans", "--person", alice, "--base", known, "-o", tmp_path / "out")
+    assert done.status == 0 and "c.psd" in done.err and "b_restored.png: left out" in done.err
+
+
+def test_fix_has_the_notes_of_the_engine(run, known, alice, save, tmp_path):
+    done = run("fix", save(tmp_path / "old.png"), "--person", alice, "--base", known)
+    assert "the identity acts on every face of an image" in done.err, "the photographs show no face"
+
+
+def test_fix_refuses_a_strength_before_learning(run, known, alice, save, tmp_path):
+    done = run("fix", save(tmp_path / "old.png"), "--person", alice, "--base", known, "--strength", "11")
+    assert done.status == 2 and "expected -10 to 10" in done.err and "identity" not in done.err.splitlines()[0]
+    assert not (tmp_path / "old_restored.png").exists()

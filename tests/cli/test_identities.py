@@ -270,3 +270,20 @@ def test_verify_lists_all_files_of_an_identity_and_what_a_deletion_left(run, peo
     assert left.status == 1 and "no identity, but a part is left" in left.out and "alice.training.pt" in left.out
     assert run("identities", "rm", "alice", "--yes").status == 0
     assert run("identities", "verify", "alice").status == 2
+
+
+@pytest.mark.parametrize("spelling", ["relative", "link"])
+def test_rm_and_encrypt_by_path_know_a_named_identity(run, people, tmp_path, monkeypatch, spelling):
+    (people / "alice.plan").write_bytes(b"the weights of alice")
+    if spelling == "relative":
+        monkeypatch.chdir(people)
+        path = "alice.safetensors"
+    else:
+        (tmp_path / "link").symlink_to(people)
+        path = tmp_path / "link" / "alice.safetensors"
+    monkeypatch.setenv("PFSTORER_PASSPHRASE", "a long passphrase")
+    assert run("identities", "encrypt", path).status == 0
+    assert not (people / "alice.plan").exists(), "the plan contains the weights"
+    (people / "alice.plan").write_bytes(b"the weights of alice")
+    assert run("identities", "rm", path, path, "--yes").status == 0, "a path may be given twice"
+    assert not (people / "alice.plan").exists() and not (people / "alice.safetensors").exists()

@@ -284,3 +284,10 @@ def test_int8_is_refused_for_tensorrt_before_loading_a_base(refused, tmp_path, t
         tmp_path / "a.plan",
         words=["int8", "ONNX", "fp16"],
     )
+
+
+def test_standard_input_goes_with_one_engine(refused, tmp_path):
+    engines = [tmp_path / name for name in ("a.plan", "b.plan")]
+    for engine in engines:
+        engine.touch()
+    refused(2, "restore", "-", "--engine", engines[0], "--engine", engines[1], words=["one --engine"])

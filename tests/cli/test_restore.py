@@ -67,6 +67,12 @@ def test_glob_patterns_are_expanded(restore, save, tree, tmp_path):
     assert restore(tmp_path / "in" / "a?.png", "-o", tmp_path / "out").status == 0
     assert restore(tmp_path / "in" / "[x].png", "-o", tmp_path / "x.png").status == 0, "a real name with brackets"
     assert sorted(tree(tmp_path / "out")) == ["a1_restored.png", "a2_restored.png"]
+    (tmp_path / "in" / "notes.txt").write_text("holiday")
+    (tmp_path / "in" / "old.psd").write_bytes(b"")
+    save(tmp_path / "in" / "sub" / "c.png")
+    every = restore(tmp_path / "in" / "**", "-o", tmp_path / "all")
+    assert every.status == 0 and "old.psd" in every.err
+    assert sorted(tree(tmp_path / "all")) == [f"{name}_restored.png" for name in ("[x]", "a1", "a2", "b", "c")]
     none = restore(tmp_path / "in" / "c*.png")
     assert none.status == 2 and "no images" in none.errors[0]
     save(tmp_path / "results" / "a_restored.png")

@@ -230,3 +230,9 @@ def test_a_place_changes_nothing_without_an_identity(run, restore, save, base_pl
     assert word in run(*call, "--apply-to", "10,12,20,20").err
     assert word not in run(*call, "--overwrite").err
     assert word not in restore(image, "--overwrite", "--apply-to", "10,12,20,20").err
+
+
+def test_files_beside_standard_output_are_noted(restore, save, tmp_path):
+    done = restore(save(tmp_path / "a.png"), "-o", "-", "--compare")
+    assert done.status == 0 and "--compare changes nothing" in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png"]

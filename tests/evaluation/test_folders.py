@@ -185,8 +185,10 @@ def test_each_person_has_references(put, tmp_path, metrics):
     assert figures == {"ann/0": pytest.approx(0, abs=1e-6), "bob/0": None}
     assert any(note.startswith("bob: identity was not measured") for note in report.notes)
     put("hq/cyd/0.png", face)
+    measured = []
     with pytest.raises(BadFileError, match="no references of cyd/0; expected a folder cyd"):
-        evaluate(tmp_path / "refs", tmp_path / "hq", {}, metrics=ids)
+        evaluate(tmp_path / "refs", tmp_path / "hq", {}, metrics=ids, progress=lambda *step: measured.append(step))
+    assert not measured, "refused before the first measurement"
     put("refs/r.png", face)  # for people without a folder
     rows = evaluate(tmp_path / "refs", tmp_path / "hq", {}, metrics=ids).rows
     figures = {row.image: row.figures["id_dlib"] for row in rows}

@@ -157,3 +157,8 @@ def test_the_size_is_known_without_decoding(tmp_path):
     with pytest.raises(BadFileError, match="raise the limit") as refusal:
         images.image_size(tmp_path / "a.png", 100)
     assert refusal.value.setting == "max_pixels"
+
+
+@pytest.mark.parametrize("width", [720, 540])  # 2160 and 1620 bytes a row
+def test_8_bit_images_have_no_note_on_deeper_channels(width):
+    assert load_image(stream(Image.new("RGB", (width, 2)), "BMP")).notes == ()

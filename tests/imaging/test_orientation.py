@@ -72,6 +72,8 @@ def test_a_rotated_image_is_read_by_rows(turn):
     data = io.BytesIO()
     Image.fromarray(values).save(data, "TIFF", exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(data)))
+    data.seek(0)
+    assert images.image_size(data) == expected.shape[:2]
     scan = images.scan_image(data)
     assert len(list(bands(*expected.shape[:2]))) > 1
     assert np.array_equal(np.round(scan.pixels.pixels(0, scan.pixels.height) * 255), expected[..., :3])

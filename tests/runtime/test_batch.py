@@ -16,10 +16,10 @@ from pfstorer_rt.runtime import watch
 from pfstorer_rt.runtime.batch import (
     BatchConfig,
     Saving,
-    degrade_files,
     restore_files,
     without_effect,
 )
+from pfstorer_rt.runtime.degrading import degrade_files
 from pfstorer_rt.runtime.jobs import Naming, NoImagesError, plan_jobs
 from pfstorer_rt.runtime.watch import watch_folder
 
