@@ -43,9 +43,11 @@ class StudioConfig:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        """Raise `SettingError` for a host that other machines can reach without a token, and for a short token."""
+        """Raise `SettingError` for a host that other machines can reach without a token, and for an unusable token."""
         if self.token is not None and len(self.token) < SHORTEST_TOKEN:
             raise SettingError(f"a token of {len(self.token)} characters: expected {SHORTEST_TOKEN} or more")
+        if self.token is not None and not is_text(self.token):
+            raise SettingError("a token with bytes that are not UTF-8: expected text; choose another token")
         if self.token is None and not is_loopback(self.host):
             raise SettingError(
                 f"host {self.host}: other machines can reach this address; expected a token too, which every visitor "
@@ -59,3 +61,12 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def is_text(token: str) -> bool:
+    """Whether a token is Unicode text; Python keeps bytes of the shell that are not as lone surrogates."""
+    try:
+        token.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -78,9 +78,11 @@ def reading(found: Likeness | None, dropped: bool = False) -> str:
     """Return the likeness in words and as a number. dropped: it is compared with dropped photographs."""
     if found is None:
         return ""
-    against = "your photographs" if dropped else "the photographs that were learned"
-    number = f"Distance to {against}: {found.distance:.2f}. Below 0.60 is usually the same person."
-    aside = "" if found.distance is None else f" <span>{number}</span>"
+    aside = ""
+    if found.distance is not None:  # None without a face in the result
+        against = "your photographs" if dropped else "the photographs that were learned"
+        number = f"Distance to {against}: {found.distance:.2f}. Below 0.60 is usually the same person."
+        aside = f" <span>{number}</span>"
     return f'<div class="likeness {found.level}"><strong>{escape(found.text)}</strong>{aside}</div>'
 
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import SimpleCookie
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 from starlette.requests import cookie_parser
 
@@ -84,7 +84,7 @@ class Guard:
         if self.config.token is None:
             return True
         # `SimpleCookie` raises an error for some names, and other pages of this machine can set cookies of any name.
-        return same(cookie_parser(headers.get(b"cookie", "")).get(COOKIE, ""), self.config.token)
+        return same(cookie_parser(headers.get(b"cookie", "")).get(COOKIE, ""), cookie_value(self.config.token))
 
     def enters(self, scope: Scope) -> bool:
         """Whether a request brings the right token in its address."""
@@ -95,7 +95,7 @@ class Guard:
 
     def cookie(self) -> bytes:
         """Return the cookie of a visitor who entered the token; scripts and other sites cannot use it."""
-        cookie = SimpleCookie({COOKIE: self.config.token or ""})
+        cookie = SimpleCookie({COOKIE: cookie_value(self.config.token or "")})
         cookie[COOKIE].update({"path": "/", "httponly": "1", "samesite": "Strict"})
         return cookie[COOKIE].OutputString().encode("latin-1")
 
@@ -128,6 +128,11 @@ def host_of(address: str) -> str | None:
         return urlsplit(address).hostname
     except ValueError:
         return None
+
+
+def cookie_value(token: str) -> str:
+    """Return a token as the value of a cookie, which may have ASCII characters only."""
+    return quote(token, safe="")
 
 
 def same(given: str, token: str) -> bool:

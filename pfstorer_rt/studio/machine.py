@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,25 +35,40 @@ def diagnosis() -> list[tuple[str, Rows]]:
     return tables
 
 
-def describe_plans(plans: Sequence[Path]) -> Rows:
-    """Return (name, description) of every plan, or one row where there is none."""
+def name_plans(plans: Sequence[Path]) -> dict[str, Path]:
+    """Return the plans by the name of their file, with a number where a name occurs twice."""
+    found: dict[str, Path] = {}
+    for path in plans:
+        name, number = path.name, 1
+        while name in found:
+            number += 1
+            name = f"{path.name} ({number})"
+        found[name] = path
+    return found
+
+
+def describe_plans(plans: Mapping[str, Path]) -> Rows:
+    """Return (name, description) of every plan of `name_plans`, or one row where there is none."""
     if not plans:
         return [("None", "The studio makes a plan for each person, unless PyTorch uses a GPU.")]
     rows: Rows = []
-    for path in plans:
+    for name, path in plans.items():
         try:
             manifest = Plan.open(path).manifest
             person = f"person {manifest.identity_name}" if manifest.identity_name else "no person"
             text = f"{person}, base {manifest.base_name}, {manifest.target} {manifest.precision}"
-            rows.append((path.name, f"{text}, {path.stat().st_size / 1e6:.0f} MB"))
+            rows.append((name, f"{text}, {path.stat().st_size / 1e6:.0f} MB"))
         except PFStorerError as error:
-            rows.append((path.name, one_line(error)))
+            rows.append((name, one_line(error)))
     return rows
 
 
 def benchmark(workspace: Workspace, session: Session, plans: Sequence[Path], name: str | None, report: Report) -> str:
-    """Time a plan for a minute at most; returns the address of the plot. Raises `SettingError` without a plan."""
-    path = next((path for path in plans if path.name == name), None)
+    """Time a plan for a minute at most; returns the address of the plot. Raises `SettingError` without a plan.
+
+    name: one of `name_plans`.
+    """
+    path = name_plans(plans).get(name or "")
     if path is None:
         raise SettingError("no plan is chosen: learn a person first, the studio then makes a plan")
     config = BenchConfig(runs=5, seconds=5.0, sizes=(512, 1024))

@@ -42,8 +42,8 @@ class MachineTab:
 
     def refreshed(self) -> Updates:
         """Return updates of everything that lists plans."""
-        plans = self.engines.plans()
-        names = [path.name for path in plans]
+        plans = machine.name_plans(self.engines.plans())
+        names = list(plans)
         return {
             self.listed: fragments.table("", machine.describe_plans(plans)),
             self.plan: gr.update(choices=names, value=names[0] if names else None),

@@ -14,7 +14,7 @@ from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.errors import PFStorerError, SettingError, one_line
 from pfstorer_rt.extras import needed_by
 from pfstorer_rt.faces.dlib import to_uint8
-from pfstorer_rt.identity import Identity, list_identities, list_unfinished, named_identity, training_files
+from pfstorer_rt.identity import Identity, list_identities, list_unfinished, named_identity
 from pfstorer_rt.imaging.files import save_image
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.progress import StageProgress
@@ -261,8 +261,3 @@ def chosen(name: str | None) -> str:
     if not name:
         raise SettingError("nobody is chosen: choose a person first")
     return name
-
-
-def is_unfinished(name: str) -> bool:
-    """Whether a training of this name was interrupted."""
-    return training_files(named_identity(name))[0].exists()

@@ -157,20 +157,31 @@ class RestoreTab:
             yield from self.find_faces(session, person)
 
     def on_references(self, files: list[str] | None, person: str, request: gr.Request) -> Iterator[Updates]:
-        """Take photographs of the person, find the person's face in the pictures, and compare the results again."""
+        """Take photographs of the person, compare the results again, and find the person's face in the pictures."""
         session = self.session(request)
         yield {self.line: fragments.status("reading the photographs")}
-        text = restoring.take_references(self.workspace, session, files or [])
+        try:
+            text = restoring.take_references(self.workspace, session, files or [])
+        except Exception:  # the photographs before are forgotten all the same
+            yield from self.compare_again(session)
+            raise
+        yield from self.compare_again(session)
         if session.inputs:
             yield from self.find_faces(session, person)
-        if session.outcomes:
+        yield {self.line: fragments.status(text)}
+
+    def compare_again(self, session: Session) -> Iterator[Updates]:
+        """Measure the likeness of all results again, and show it."""
+        try:
             yield from follow(
                 session,
-                lambda report: restoring.compare_results(self.workspace, session, report),
+                lambda report: restoring.compare_results(self.workspace, session, self.engines, report),
                 lambda state: {self.line: fragments.progress(state)},
             )
-            yield from self.show_or_input(session, next(iter(session.outcomes)))
-        yield {self.line: fragments.status(text), **self.all_results(session)}
+        except Exception:  # also a cancellation: a likeness that was measured before is not shown any more
+            yield from self.finish(session, None)
+            raise
+        yield from self.finish(session, None)
 
     def on_restore(
         self, person: str, strength: float, seed: float, steps: float, scale: float, request: gr.Request

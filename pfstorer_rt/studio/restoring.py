@@ -16,7 +16,7 @@ from pfstorer_rt.faces.likeness import Likeness, read_likeness
 from pfstorer_rt.faces.references import FARTHER, NO_FACE, References
 from pfstorer_rt.imaging.files import load_image, save_image, scan_image
 from pfstorer_rt.runtime.batch import BatchConfig, Outcome, Saving, restore_jobs
-from pfstorer_rt.runtime.jobs import Job, plan_jobs
+from pfstorer_rt.runtime.jobs import Job, Naming, plan_jobs
 from pfstorer_rt.runtime.package import package_results
 from pfstorer_rt.studio.engines import Engines
 from pfstorer_rt.studio.work import Report
@@ -30,6 +30,8 @@ EXPECTED = (PFStorerError, OSError, MemoryError)
 """Errors that the page explains; all others are defects."""
 FACES_OF = 24
 """Number of pictures in which faces are searched at once."""
+LIKENESS = ("id_distance", "id_distance_input")
+"""Entries of a report about the likeness."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,30 @@ def take_pictures(workspace: Workspace, session: Session, files: Sequence[str]) 
 
 
 def take_references(workspace: Workspace, session: Session, files: Sequence[str]) -> str:
-    """Measure the faces of photographs of the person; returns a sentence. Without files, forgets the old ones."""
-    session.references = None
+    """Measure the faces of photographs of the person; returns a sentence. Without files, forgets the old ones.
+
+    Results lose the likeness that was measured before; `compare_results` measures it again. Raises `PFStorerError`.
+    """
+    use_references(session, None)
     if not files:
         return ""
     folder = session.folder / "references"
     for path in workspace.take(files, folder):
         workspace.check_pixels(path)
-    session.references = References.read(folder)
-    faces = len(session.references.faces)
+    references = References.read(folder)
+    use_references(session, references)
+    faces = len(references.faces)
     return f"The likeness is compared with {faces} face{'s' if faces > 1 else ''}."
+
+
+def use_references(session: Session, references: References | None) -> None:
+    """Compare with other photographs from now on; None: with the identity.
+
+    The page labels every distance by the photographs in use. Distances to other photographs are therefore deleted.
+    """
+    if references is not session.references:
+        session.references = references
+        session.outcomes = {path: without_likeness(outcome) for path, outcome in session.outcomes.items()}
 
 
 def known_face(session: Session, engines: Engines, choice: str) -> References | None:
@@ -155,10 +171,8 @@ def restore(
         references=known_face(session, engines, choice),
         max_pixels=workspace.limits.pixels,
     )
-    jobs = [
-        Job(path, plan_jobs([path], session.folder / "results")[0].target, False)
-        for path in ([only] if only else session.inputs)
-    ]
+    targets = result_files(session)
+    jobs = [Job(path, targets[path], False) for path in ([only] if only else session.inputs)]
 
     def follow(job: Job, done: int, total: int) -> None:
         assert job.source is not None
@@ -168,6 +182,7 @@ def restore(
 
     def keep(outcome: Outcome) -> None:
         assert outcome.job.source is not None
+        session.choices[outcome.job.source] = choice
         session.outcomes[outcome.job.source] = replace(outcome, notes=(*outcome.notes, *([note] if note else [])))
 
     with engines.use(choice) as restorer:
@@ -175,17 +190,56 @@ def restore(
     return [session.outcomes[job.source] for job in jobs if job.source is not None]
 
 
-def compare_results(workspace: Workspace, session: Session, report: Report) -> None:
-    """Measure the likeness of existing results again, after photographs of the person were dropped."""
+def result_files(session: Session) -> dict[Path, Path]:
+    """Return the file of the result of every picture; pictures such as `a.png` and `a.gif` get different ones."""
+    folder, found, used = session.folder / "results", {}, set()
+    for path in session.inputs:
+        number, (job,) = 1, plan_jobs([path], folder)
+        # Some disks, and some readers of the zip, take `A.png` and `a.png` as one file.
+        while job.target is None or job.target.name.casefold() in used:
+            number += 1
+            (job,) = plan_jobs([path], folder, Naming(label=f"_{number}"))
+        used.add(job.target.name.casefold())
+        found[path] = job.target
+    return found
+
+
+def compare_results(workspace: Workspace, session: Session, engines: Engines, report: Report) -> None:
+    """Measure the likeness of existing results again, after photographs of the person were dropped or removed.
+
+    Without photographs, each result is compared with the identity that restored it, if that has a mean embedding.
+    """
     done = [(path, one) for path, one in session.outcomes.items() if one.status == "done" and one.job.target]
+    people: dict[str, References | None] = {}
     for number, (path, outcome) in enumerate(done):
-        if session.references is None or outcome.job.target is None:
-            return
-        report(f"comparing {path.name} with the photographs", number / len(done))
-        source, result = (scan_image(file, workspace.limits.pixels).pixels for file in (path, outcome.job.target))
-        facts = session.references.facts(source, result)
-        notes = [note for note in outcome.notes if not is_about_likeness(note)] + facts.pop("notes", [])
-        session.outcomes[path] = replace(outcome, notes=tuple(notes), details={**outcome.details, **facts})
+        choice = session.choices[path]
+        if choice not in people:
+            people[choice] = person_of(session, engines, choice)
+        person, target = people[choice], outcome.job.target
+        if person is None or target is None:
+            session.outcomes[path] = without_likeness(outcome)
+            continue
+        report(f"comparing {path.name} with the person", number / len(done))
+        source, result = (scan_image(file, workspace.limits.pixels).pixels for file in (path, target))
+        facts = person.facts(source, result)
+        kept = without_likeness(outcome)
+        notes = (*kept.notes, *facts.pop("notes", []))
+        session.outcomes[path] = replace(kept, notes=notes, details={**kept.details, **facts})
+
+
+def person_of(session: Session, engines: Engines, choice: str) -> References | None:
+    """Return what `known_face` returns; None for a person whose file cannot be read any more."""
+    try:
+        return known_face(session, engines, choice)
+    except PFStorerError:  # deleted or renamed after the restoration
+        return None
+
+
+def without_likeness(outcome: Outcome) -> Outcome:
+    """Return an outcome as if its likeness had not been measured."""
+    notes = tuple(note for note in outcome.notes if not is_about_likeness(note))
+    details = {key: value for key, value in outcome.details.items() if key not in LIKENESS}
+    return replace(outcome, notes=notes, details=details)
 
 
 def is_about_likeness(note: str) -> bool:

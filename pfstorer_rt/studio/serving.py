@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 from pfstorer_rt.errors import PFStorerError, one_line
 from pfstorer_rt.extras import needed_by
@@ -101,4 +102,4 @@ def listen(host: str, port: int) -> socket.socket:
 def address(config: StudioConfig, port: int) -> str:
     """Return the address of the page, with the token where there is one."""
     host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"http://{host}:{port}/" + (f"?token={config.token}" if config.token else "")
+    return f"http://{host}:{port}/" + (f"?token={quote(config.token, safe='')}" if config.token else "")

@@ -34,6 +34,8 @@ class Session:
     """Copies of the dropped pictures."""
     outcomes: dict[Path, Outcome] = field(default_factory=dict)
     """Input -> its outcome."""
+    choices: dict[Path, str] = field(default_factory=dict)
+    """Input -> the choice of the engine that restored it."""
     references: References | None = None
     """Photographs of the person that were dropped for the likeness."""
     comparison: Comparison | None = None

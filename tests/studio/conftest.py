@@ -53,6 +53,19 @@ def engines(home, quick_base):
 
 
 @pytest.fixture
+def known_alice(home, make_nano_identity, face):
+    """Alice with the embedding of the face."""
+    import torch
+
+    from pfstorer_rt.faces.finding import embed_all
+
+    identity = make_nano_identity()
+    identity.tensors["face"] = torch.from_numpy(embed_all(face)[0].embedding).half()
+    identity.save(home / "identities" / "alice.safetensors")
+    return "identity:alice"
+
+
+@pytest.fixture
 def drop(workspace, make_image, tmp_path):
     """Function (names) -> paths of uploaded pictures, as the page passes them on."""
 

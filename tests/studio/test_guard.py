@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 from pfstorer_rt.errors import SettingError
 from pfstorer_rt.studio.config import Limits, StudioConfig
 from pfstorer_rt.studio.guard import COOKIE, POLICY, Guard
-from pfstorer_rt.studio.serving import make_app
+from pfstorer_rt.studio.serving import address, make_app
 from pfstorer_rt.studio.workspace import open_workspace
 
 TOKEN = "correct horse"
@@ -143,6 +143,23 @@ def test_the_token_opens_the_page_and_leaves_the_address(locked):
     assert locked.get("/").status_code == 200
 
 
+TOKENS = ["abc+defgh", "secret#12345", "aaaa&bbbb", "100%25secure", 'a; b=c,"d\\', "/path/?x=1"]
+TOKENS += ["gr\xfc\xdfe dich", "\u5bc6\u7801" * 4]
+
+
+@pytest.mark.parametrize("token", TOKENS)
+def test_the_printed_address_opens_the_page(application, token):
+    config = StudioConfig(host="0.0.0.0", token=token)
+    link = address(config, 7860).removeprefix("http://0.0.0.0:7860")
+    assert link.isascii() and " " not in link
+    with TestClient(Guard(application[0].app, config, application[1]), base_url="http://studio.example") as client:
+        assert client.get(link, follow_redirects=False).status_code == 303
+        assert client.get("/theme.css").status_code == 200
+        client.cookies.clear()
+        assert client.get("/", params={"token": token}).status_code == 200, "typed"
+        assert client.get("/theme.css", headers={"cookie": f"{COOKIE}=wrong"}).status_code == 401
+
+
 @pytest.mark.parametrize("cookie", ["other:app=1", "a/b=1; c", "expires=1", '"', "=", "\xff=\xfe"])
 def test_cookies_of_other_pages_do_no_harm(locked, cookie):
     locked.get("/", params={"token": TOKEN})
@@ -157,4 +174,6 @@ def test_other_machines_need_a_token():
         StudioConfig(host="0.0.0.0")
     with pytest.raises(SettingError, match="expected 8 or more"):
         StudioConfig(token="short")
+    with pytest.raises(SettingError, match="bytes that are not UTF-8: expected text; choose another token"):
+        StudioConfig(token="gr\udcfc\udcdfe dich")
     assert StudioConfig(host="0.0.0.0", token=TOKEN) and StudioConfig(host="::1") and StudioConfig(host="127.0.0.2")

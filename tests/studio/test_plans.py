@@ -1,17 +1,22 @@
 """The plan that the studio makes for a person: when it is made, used, and deleted."""
 
 import shutil
+from types import SimpleNamespace
 
+import gradio as gr
 import numpy as np
 import pytest
 
 from pfstorer_rt.encryption import MAGIC
-from pfstorer_rt.errors import ParityError
+from pfstorer_rt.errors import ParityError, SettingError
 from pfstorer_rt.identity import Identity, kept_plan, named_identity
 from pfstorer_rt.plan import Plan
 from pfstorer_rt.progress import CancelledError
 from pfstorer_rt.runtime.identities import encrypt_identity, find_kept, rename_identity
-from pfstorer_rt.studio import plans
+from pfstorer_rt.studio import machine, plans
+from pfstorer_rt.studio.config import StudioConfig
+from pfstorer_rt.studio.engines import Engines
+from pfstorer_rt.studio.machine_tab import MachineTab
 from pfstorer_rt.studio.plans import ensure_plan, find_plan
 
 
@@ -43,6 +48,26 @@ def test_a_person_gets_a_plan_once(alice, quick_base, engines, nano_identity):
     seen.clear()
     ensure_plan("alice", quick_base, lambda text, *_: seen.append(text))
     assert seen == []
+
+
+def test_plans_of_one_name_can_each_be_timed(planned, workspace, session, quick_base, tmp_path, monkeypatch):
+    given = tmp_path / "given" / "alice.plan"
+    given.parent.mkdir()
+    given.write_bytes(b"another plan")
+    engines = Engines(StudioConfig(base=quick_base, plans=(given,)))
+    timed = []
+    monkeypatch.setattr(machine, "measure_plan", lambda path, *_: timed.append(path))
+    monkeypatch.setattr(machine, "draw", lambda target, _: target.touch())
+    with gr.Blocks():
+        tab = MachineTab(workspace, engines)
+    shown = tab.refreshed()
+    choices = shown[tab.plan]["choices"]
+    for name in choices:
+        list(tab.on_time(name, SimpleNamespace(session_hash="a page")))
+        assert f'<th scope="row">{name}</th>' in shown[tab.listed], "the list has the names of the choices"
+    assert timed == [given, planned] and choices == ["alice.plan", "alice.plan (2)"]
+    with pytest.raises(SettingError, match="no plan is chosen"):
+        list(tab.on_time(None, SimpleNamespace(session_hash="a page")))
 
 
 def test_a_plan_of_other_weights_is_not_used(planned, make_nano_identity):

@@ -100,6 +100,33 @@ def test_the_zip_has_results_and_a_report_without_folders(workspace, session, en
     assert str(session.folder) not in text
 
 
+def test_results_of_one_stem_keep_apart(workspace, session, engines, drop, make_image):
+    names = ["IMG_1.png", "IMG_1.gif", "img_1.PNG", "IMG_1_2.png", "IMG_1.jpg"]
+    heights = dict(zip(names, range(40, 60, 4), strict=True))
+    files = [drop(name, seed=seed, pixels=make_image(heights[name], 40))[0] for seed, name in enumerate(names)]
+    paths, _ = restoring.take_pictures(workspace, session, files)
+    outcomes = restore(workspace, session, engines)
+    for path, outcome in zip(paths, outcomes, strict=True):
+        addresses = restoring.before_and_after(workspace, session, path)
+        before, after = (workspace.published(address.removeprefix("pictures/")) for address in addresses)
+        assert after == outcome.job.target and Image.open(before).size == Image.open(after).size, path.name
+        assert Image.open(after).height == heights[path.name], "the picture's own result"
+    address = restoring.package(workspace, session)
+    with zipfile.ZipFile(workspace.published(address.removeprefix("pictures/"))) as archive:
+        entries = json.loads(archive.read("report.json"))
+        packed = {entry["input"]: Image.open(archive.open(entry["output"])).height for entry in entries}
+    assert packed == heights
+    assert [outcome.job.target.name for outcome in outcomes] == [
+        "IMG_1_restored.png",
+        "IMG_1_2_restored.png",
+        "img_1_3_restored.png",
+        "IMG_1_2_2_restored.png",
+        "IMG_1_restored.jpg",
+    ]
+    (again,) = restore(workspace, session, engines, only=paths[1])
+    assert again.job == outcomes[1].job, "one picture alone keeps the name of its result"
+
+
 def test_a_damaged_picture_is_left_out_by_name(workspace, session, drop):
     bad = workspace.uploads / "bad picture.png"
     bad.write_bytes(b"no picture")
@@ -129,19 +156,6 @@ def test_faces_and_likeness(workspace, session, engines, drop, face):
     assert found is not None and found.text
 
 
-@pytest.fixture
-def known_alice(home, make_nano_identity, face):
-    """Alice with the embedding of the face."""
-    import torch
-
-    from pfstorer_rt.faces.finding import embed_all
-
-    identity = make_nano_identity()
-    identity.tensors["face"] = torch.from_numpy(embed_all(face)[0].embedding).half()
-    identity.save(home / "identities" / "alice.safetensors")
-    return "identity:alice"
-
-
 def test_without_photographs_the_person_is_known_from_the_identity(
     workspace, session, engines, drop, face, known_alice, monkeypatch
 ):
@@ -152,9 +166,13 @@ def test_without_photographs_the_person_is_known_from_the_identity(
     (outcome,) = restore(workspace, session, engines, known_alice)
     assert outcome.details["id_distance_input"] < 0.05, "the same face"
     restoring.take_references(workspace, session, drop("good.png", pixels=face[:, ::-1].copy()))
-    restoring.compare_results(workspace, session, silent)
+    restoring.compare_results(workspace, session, engines, silent)
     again = session.outcomes[session.inputs[0]].details["id_distance_input"]
     assert again > outcome.details["id_distance_input"], "compared with the dropped photograph"
+    restoring.take_references(workspace, session, [])
+    assert restoring.likeness(session.outcomes[session.inputs[0]]) is None, "measured with forgotten photographs"
+    restoring.compare_results(workspace, session, engines, silent)
+    assert session.outcomes[session.inputs[0]] == outcome, "compared with the identity again"
 
 
 def test_without_the_extra_metrics_there_are_no_faces(workspace, session, engines, drop, without_dlib):
