@@ -210,7 +210,8 @@ PRESETS: dict[str, BaseConfig] = {
         steps=1,
         licence="research, non-commercial",
     ),
-    # The shipped base, for images of 512 pixels: an autoencoder of factor 16 gives 32x32 latents. Size: 38 MB in fp16.
+    # The shipped base, for images of 512 pixels: an autoencoder of factor 16 gives 32x32 latents. Size: 38 MB in fp16
+    # without its prior.
     # The encoder's first level has no attention: on 1024 tokens it takes more time than all convolutions of the level.
     "portrait": BaseConfig(
         name="portrait",

@@ -24,7 +24,7 @@ from pfstorer_rt.training.device import accelerated
 from pfstorer_rt.training.loop import MakeBatch, Training, log_to, run_training, signature
 from pfstorer_rt.training.objectives import AutoencoderObjective, RestorerObjective
 
-AUTOENCODER = TrainConfig(iterations=6000, batch=16, learning_rate=1e-3, warmup=100, decay=0.5, ema=0.998)
+AUTOENCODER = TrainConfig(iterations=6000, batch=16, learning_rate=4e-4, warmup=100, decay=0.5, ema=0.998)
 RESTORER = TrainConfig(iterations=8000, batch=16, learning_rate=5e-4, warmup=200, decay=0.4, ema=0.999)
 
 
