@@ -344,6 +344,8 @@ def check_options(options: Options) -> None:
         raise click.UsageError("give INPUTS..., or a folder to --watch")
     if STREAM in options.inputs and len(engines) > 1:
         raise click.UsageError("- goes with one --engine: standard input can be read only once")
+    if STREAM in options.inputs and sys.stdin is not None and sys.stdin.isatty():
+        raise click.UsageError("standard input is a terminal, expected an image: write `< old.jpg` or name a file")
     if watch and (len(engines) > 1 or options.dry_run):
         raise click.UsageError("--watch goes with one --engine, and not with --dry-run")
     if options.idle is not None and not watch:

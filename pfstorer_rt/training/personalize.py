@@ -40,6 +40,9 @@ from pfstorer_rt.training.selection import ENOUGH
 TUNING_RATE = 0.1
 """Learning rate of pretrained weights, relative to the rate of new blocks."""
 
+MOST = 100
+"""Largest number of photographs: more are a wrong folder, and take hours and gigabytes of memory."""
+
 OnPreview = Callable[[int, Identity], None]
 """on_preview(iteration, identity): the identity as it is after this many iterations."""
 
@@ -172,9 +175,15 @@ def choose_references(
     """Return the paths and framed photographs, (3, H, W) in [0, 1], that an identity is learned from.
 
     references, note, contact_sheet: as in `personalize`. Results of this program and unsuitable photographs are left
-    out, with a note for each. Raises `BadFileError` if no photograph is found or none can be read.
+    out, with a note for each. Raises `BadFileError` if no photograph is found or none can be read, and `SettingError`
+    for more than `MOST`.
     """
     paths = without_results(find_images(references, note), note)
+    if len(paths) > MOST:
+        raise SettingError(
+            f"{len(paths)} photographs of the person: expected at most {MOST}; 3-5 good ones are enough, so put these "
+            "in a folder of their own"
+        )
     if contact_sheet:
         check_place(contact_sheet, paths)
     found = read_references(paths, config, base.config.tile, note)

@@ -111,3 +111,11 @@ def test_a_contact_sheet_among_the_photographs_is_refused(run, people, tree, pho
     done = learn(run, nano_base_dir, photos, "--identity", "bob", "--contact-sheet", photos[0].parent / "sheet.png")
     assert done.status == 2 and "reference photographs" in done.errors[0] and "--contact-sheet" in done.errors[0]
     assert tree(tmp_path) == before
+
+
+def test_a_folder_of_very_many_photographs_is_refused(refused, nano_base_dir, save, people, tmp_path):
+    first = save(tmp_path / "all" / "0.png")
+    for i in range(1, 101):
+        (first.parent / f"{i}.png").write_bytes(first.read_bytes())
+    call = ("personalize", "--identity", "bob", "--base", nano_base_dir, first.parent)
+    refused(2, *call, words=["101 photographs", "expected at most 100", "folder of their own"])

@@ -3,6 +3,8 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -291,3 +293,14 @@ def test_standard_input_goes_with_one_engine(refused, tmp_path):
     for engine in engines:
         engine.touch()
     refused(2, "restore", "-", "--engine", engines[0], "--engine", engines[1], words=["one --engine"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_is_no_input_image(tmp_path):
+    import pty
+
+    (tmp_path / "a.plan").touch()
+    _, terminal = pty.openpty()
+    call = [sys.executable, "-m", "pfstorer_rt.cli", "restore", "-", "--engine", tmp_path / "a.plan"]
+    done = subprocess.run(call, stdin=terminal, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "standard input is a terminal" in done.stderr
