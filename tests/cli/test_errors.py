@@ -54,7 +54,7 @@ def test_a_flag_that_the_command_does_not_have_is_not_named(run, refused, save, 
     image = save(tmp_path / "a.png")
     line = refused(2, "degrade", image, "-o", image, "--overwrite")
     assert line.endswith("would be written over an input; use a suffix or another folder")
-    monkeypatch.setattr("pfstorer_rt.runtime.batch.MAX_PIXELS", 100)
+    monkeypatch.setattr("pfstorer_rt.runtime.degrading.MAX_PIXELS", 100)
     (failed,) = run("degrade", image, "-o", tmp_path / "b.png").errors
     assert failed.endswith("expected at most 100; make the image smaller or raise the limit")
     assert refused(2, "degrade", image, "-o").endswith("(pfstorer-rt degrade --help)")
