@@ -156,9 +156,15 @@ def brief_identity(
 
 def iterations_of(identity: Identity) -> str:
     """Return the end of a sentence with the iterations of a training; empty if the settings do not state them."""
+    count = iterations(identity)
+    return "" if count is None else f", in {count} iteration{'' if count == 1 else 's'}"
+
+
+def iterations(identity: Identity) -> int | None:
+    """Return the iterations of the training of an identity; None if the settings do not state them."""
     train = identity.settings.get("train")
     count = train.get("iterations") if isinstance(train, dict) else None
-    return f", in {count} iterations" if isinstance(count, int) else ""
+    return count if isinstance(count, int) else None
 
 
 def stored_identity(
@@ -166,6 +172,7 @@ def stored_identity(
 ) -> Identity | None:
     """Return the identity in the user's data directory that was learned on a base from exactly these photographs.
 
+    Among several, the one with the longest training.
     Photographs that learning leaves out may be among `photos`, whether the identity was learned from them or not.
     note: called with a line for each encrypted identity that cannot be opened.
     """
@@ -178,11 +185,11 @@ def stored_identity(
     if candidates and wanted not in candidates.values():  # finding the faces takes seconds
         used, _ = choose_references(photos, base, PersonalizeConfig.for_base(base.config))
         wanted = {digests[path] for path in used}
-    for file, known in candidates.items():
-        if known == wanted:
-            with suppress(BadFileError):  # its tensors are damaged
-                return Identity.load(file)
-    return None
+    found = []
+    for file in (file for file, known in candidates.items() if known == wanted):
+        with suppress(BadFileError):  # its tensors are damaged
+            found.append(Identity.load(file))
+    return max(found, key=lambda identity: iterations(identity) or 0, default=None)
 
 
 def _stored(base_fingerprint: str, note: Callable[[str], None]) -> Iterator[tuple[Path, tuple[str, ...]]]:

@@ -201,3 +201,10 @@ def test_fix_refuses_a_strength_before_learning(run, known, alice, save, tmp_pat
     done = run("fix", save(tmp_path / "old.png"), "--person", alice, "--base", known, "--strength", "11")
     assert done.status == 2 and "expected -10 to 10" in done.err and "identity" not in done.err.splitlines()[0]
     assert not (tmp_path / "old_restored.png").exists()
+
+
+def test_fix_uses_the_longest_training(run, known, alice, photos, save, tmp_path, people):
+    for name, count in (("al", 1), ("bob", 2)):
+        assert run("personalize", "--identity", name, "--base", known, "--iterations", count, *photos).status == 0
+    done = run("fix", save(tmp_path / "old.png"), "--person", alice, "--base", known)
+    assert "identity bob" in done.err and "in 2 iterations" in done.err
