@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 # GNU OpenMP, which PyTorch uses on Linux, reads this when it is loaded. A thread that waits for another one spins for
 # this number of rounds before it sleeps. The default is millions of rounds: on a machine with another busy process, the
-# spinning threads take the processor time of the thread for which they wait (benchmarks/busy.py).
+# spinning threads take the processor time of the thread for which they wait. With 1,000 rounds, threads that are needed
+# again at once already sleep, and a training takes a quarter longer on an idle machine (benchmarks/busy.py).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 

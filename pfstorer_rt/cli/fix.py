@@ -67,10 +67,11 @@ def command(
             import_module("pfstorer_rt.models.base")  # `restorer_for` would import it more slowly
         with stage_bars() as on_progress:
             restorer = restorer_for(person, FixConfig(base, batch), note, on_progress)
-        for text in engine_notes(restorer, batch):
-            note(text)
-        with restorer, batch_bars("restore", len(jobs)) as progress:
-            outcomes = restore_jobs(restorer, jobs, batch, report, progress)
+        with restorer:
+            for text in engine_notes(restorer, batch):
+                note(text)
+            with batch_bars("restore", len(jobs)) as progress:
+                outcomes = restore_jobs(restorer, jobs, batch, report, progress)
     sys.exit(conclude(outcomes, as_json))
 
 

@@ -155,10 +155,11 @@ def find_inputs(inputs: Sequence[str], suffix: str, note: Note, note_results: No
 
 def _matching(pattern: str, note: Note) -> list[Path]:
     """Return the images that match a glob pattern, sorted; a pattern such as scans/* matches other files too."""
+    suffixes = image_suffixes()
     paths = [path for path in map(Path, sorted(glob.glob(pattern, recursive=True))) if not path.is_dir()]
     if unread := [path for path in paths if is_unread_image(path)]:
         note(describe_unread(unread))
-    return [path for path in paths if path.suffix.lower() in image_suffixes()]
+    return [path for path in paths if path.suffix.lower() in suffixes]
 
 
 def output_file(output: str | None) -> Path | None:
