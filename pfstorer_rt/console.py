@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # rich is imported where bars are drawn, so that commands wit
     from rich.progress import Progress, TaskID, TextColumn
 
 LINES = 10
-"""Number of progress lines per stage if stderr is not a terminal."""
+"""Number of progress lines per stage if stderr is not a terminal; a shorter stage has no lines."""
 
 
 def open_closed_streams() -> None:
@@ -115,7 +115,8 @@ class StageBars:
                 console.print(f"{stage}: {how}")
         state = f"{count(progress)}  {self.speed(progress)}".rstrip()
         self.bars.update(self.tasks[stage], completed=progress.share, state=state)
-        if not console.is_terminal and lines > self.lines[stage]:
+        long = progress.total is None or progress.total >= LINES
+        if not console.is_terminal and long and lines > self.lines[stage]:
             console.print(f"{stage}: {state}")
         self.lines[stage] = lines
 

@@ -20,10 +20,10 @@ from pfstorer_rt.runtime.batch import (
     OnOutcome,
     OnStep,
     Outcome,
-    all_existing,
     check_beside,
     engine_notes,
     restore_jobs,
+    without_work,
 )
 from pfstorer_rt.runtime.jobs import Job, plan_jobs
 from pfstorer_rt.runtime.recipe import check_strength
@@ -61,8 +61,8 @@ def fix(
     from these photographs is used. Otherwise the person is learned as the prior of the base allows, and the identity is
     not stored; a base without a prior restores without an identity. note: called with a line about the identity, for
     inputs that are passed over, and for each unsuitable photograph. on_progress: for the learning. Nothing is learned
-    if all results exist. Raises `BadFileError` when no photograph can be read, and the errors of `find_work`, before
-    any work.
+    if no image can be restored. Raises `BadFileError` when no photograph can be read, and the errors of `find_work`,
+    before any work.
     """
     config = config or FixConfig()
     jobs, done = find_work(inputs, output, config.batch, on_outcome, note)
@@ -81,7 +81,7 @@ def find_work(
     on_outcome: OnOutcome,
     note: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Job], list[Outcome]]:
-    """Return the jobs, and their outcomes if all results exist already, which are reported.
+    """Return the jobs, and their outcomes if no image can be restored, which are reported.
 
     Learning takes time, so this comes before it. note: called with a line for files that are passed over. Raises
     the errors of `plan_jobs`, and `SettingError` for a strength out of range.
@@ -89,7 +89,7 @@ def find_work(
     check_strength(batch.restore.strength)
     jobs = plan_jobs(inputs, output, batch.naming, note, batch.saving.overwrite)
     check_beside(jobs, batch)
-    done = all_existing(jobs, batch.saving)
+    done = without_work(jobs, batch)
     for outcome in done:
         on_outcome(outcome)
     return jobs, done

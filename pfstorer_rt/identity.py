@@ -376,6 +376,10 @@ def no_such_identity(path: Path) -> str:
     name = path.stem if named else show_path(path)
     if named and any(file.exists() for file in training_files(path)):
         return f"{name}: its training is not finished; repeat the call that learns it to resume"
+    if named and Path(name).is_file():
+        return f"{name}: a file, but no identity of this name; an identity file ends with .safetensors"
+    if not named:
+        return f"{name}: no such identity file; expected a file, or the name of an identity without a folder"
     return f"{name}: no such identity; {known_identities()}"
 
 

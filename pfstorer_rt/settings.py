@@ -52,7 +52,7 @@ def check_settings(config: Any, ranges: Mapping[str, Range] = MappingProxyType({
     kind: Any = type(config)
     for name, (valid, expected) in {**_types(kind), **ranges}.items():
         if not valid(value := getattr(config, name)):
-            raise SettingError(f"{name.replace('_', ' ')} {value!r:.80}: expected {expected}")
+            raise SettingError(f"{name.replace('_', ' ')} {value!r:.80}: expected {expected}", setting=name)
 
 
 @cache

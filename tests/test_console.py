@@ -31,7 +31,11 @@ def test_a_resumed_stage_is_named_and_its_speed_is_that_of_this_run(shown):
 
 
 def test_a_stage_without_losses_shows_none(shown):
-    assert shown(("pairs", 0, 4), ("pairs", 4, 4, math.nan, 2.0)) == ["pairs: 4/4  2.00/s"]
+    assert shown(("pairs", 0, 40), ("pairs", 40, 40, math.nan, 2.0)) == ["pairs: 40/40  20.00/s"]
+
+
+def test_a_stage_of_few_photographs_has_no_lines(shown):
+    assert shown(*(("photographs", i, 5) for i in range(6))) == []
 
 
 def test_a_chunk_of_several_tenths_is_one_line(shown):

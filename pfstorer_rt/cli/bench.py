@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from pfstorer_rt.cli.options import Number, check_output, check_plan
+from pfstorer_rt.cli.options import NewFile, Number, check_output, check_plan
 from pfstorer_rt.console import echo
 from pfstorer_rt.runtime.bench import SIZES, BenchConfig, BenchReport, measure_plan
 
@@ -39,8 +39,8 @@ from pfstorer_rt.runtime.bench import SIZES, BenchConfig, BenchReport, measure_p
     show_default=True,
     help="Side of a square image in pixels; repeat the option for several.",
 )
-@click.option("--csv", "table", type=click.Path(path_type=Path), help="Also write the table to this CSV file.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Also draw the table as a PNG.")
+@click.option("--csv", "table", type=NewFile(), help="Also write the table to this CSV file.")
+@click.option("--plot", type=NewFile(), help="Also draw the table as a PNG.")
 @click.option("--overwrite", is_flag=True, help="Replace the files of --csv and --plot.")
 @click.option("--trust-plan", is_flag=True, help="Run a TensorRT plan (executable code) that was built elsewhere.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -7,7 +7,7 @@ from functools import partial
 
 import click
 
-from pfstorer_rt.cli.options import SEED
+from pfstorer_rt.cli.options import SEED, check_stdout
 
 
 @click.command()
@@ -36,6 +36,7 @@ def command(inputs: tuple[str, ...], output: str, level: str, seed: int, overwri
     Example:
       pfstorer-rt degrade clean/ -o bad/ --level heavy --seed 1
     """
+    check_stdout(inputs, output)
     from pfstorer_rt.cli.outcomes import conclude, show
     from pfstorer_rt.cli.progress import batch_bars
     from pfstorer_rt.console import note

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pfstorer_rt.cli.imports import fast_imports
-from pfstorer_rt.cli.options import check_output
+from pfstorer_rt.cli.options import NewFile, check_output
 from pfstorer_rt.console import echo
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 @click.command()
 @click.option("--identity", help="Identity to include, by name or file.")
 @click.option("--base", help="Base: portrait, or the base directory of the identity. [default: portrait]")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The plan file to write.")
+@click.option("-o", "--output", required=True, type=NewFile(), help="The plan file to write.")
 @click.option(
     "--target",
     type=click.Choice(["auto", "onnx", "tensorrt", "tensorrt-rtx"]),

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from pfstorer_rt.cli.imports import fast_imports
-from pfstorer_rt.cli.options import Number, note_strength
+from pfstorer_rt.cli.options import Number, check_stdout, note_strength
 from pfstorer_rt.cli.threads import free_cores_only
 from pfstorer_rt.files import is_name
 from pfstorer_rt.identity import named_identity
@@ -51,6 +51,7 @@ def command(
       pfstorer-rt fix old.jpg --person photos/alice/
     """
     check_person(person, base)
+    check_stdout(inputs, output)
     from pfstorer_rt.cli.outcomes import conclude, show
     from pfstorer_rt.cli.progress import batch_bars
     from pfstorer_rt.config import RestoreConfig

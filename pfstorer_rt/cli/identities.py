@@ -120,13 +120,15 @@ def encrypt_command(names: tuple[str, ...]) -> None:
     """
     from pfstorer_rt.encryption import VARIABLE, passphrase_given
     from pfstorer_rt.errors import SettingError
-    from pfstorer_rt.runtime.identities import encrypt_identity
+    from pfstorer_rt.runtime.identities import check_plain, encrypt_identity
 
     passphrase = passphrase_given()
     if passphrase is None and sys.stdin.isatty():
         passphrase = click.prompt("passphrase", hide_input=True, confirmation_prompt=True, err=True)
     if passphrase is None:
         raise SettingError(f"no passphrase, and no terminal to ask for it; set {VARIABLE}")
+    for name in dict.fromkeys(names):
+        check_plain(name)  # an error comes before anything is encrypted
     for name in dict.fromkeys(names):
         encrypt_identity(name, passphrase)
         echo(f"{name}: encrypted")
@@ -141,8 +143,10 @@ def decrypt_command(names: tuple[str, ...]) -> None:
     Example:
       pfstorer-rt identities decrypt alice
     """
-    from pfstorer_rt.runtime.identities import decrypt_identity
+    from pfstorer_rt.runtime.identities import check_encrypted, decrypt_identity
 
+    for name in dict.fromkeys(names):
+        check_encrypted(name)  # an error comes before anything is decrypted
     for name in dict.fromkeys(names):
         decrypt_identity(name)
         echo(f"{name}: decrypted")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pfstorer_rt.console import echo
+from pfstorer_rt.console import counted, echo
 
 NETWORKS = {
     "unet": "UNet",
@@ -91,9 +91,15 @@ def base_lines(report: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def amount(number: object, noun: str) -> str:
+    """Return a number with its noun; the metadata of an identity may lack the number."""
+    return counted(number, noun) if isinstance(number, int) else f"an unknown number of {noun}s"
+
+
 def identity_lines(report: Mapping[str, Any]) -> dict[str, str]:
     """Return the summary of an identity: name -> text."""
-    training = report["settings"].get("train", {})
+    training = report["settings"].get("train")
+    training = training if isinstance(training, dict) else {}
     gammas = [values["mean"] for values in report["gamma"].values() if "mean" in values]
     strongest = {"gamma": f"mean {min(gammas):.3g} to {max(gammas):.3g} in {len(gammas)} layers"} if gammas else {}
     return {
@@ -103,7 +109,7 @@ def identity_lines(report: Mapping[str, Any]) -> dict[str, str]:
         "base": f"{report['base']} (fingerprint {report['base_fingerprint'][:12]})",
         "method": report["method"],
         "photographs": str(len(report["references"])),
-        "training": f"{training.get('iterations', 'unknown')} iterations of {training.get('batch', 'unknown')} samples",
+        "training": f"{amount(training.get('iterations'), 'iteration')} of {amount(training.get('batch'), 'sample')}",
         **strongest,
         "fingerprint": report["fingerprint"],
     }

@@ -4,7 +4,8 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -13,6 +14,19 @@ import click
 from pfstorer_rt.config import Attention, Optimizer, Precision
 from pfstorer_rt.console import note
 from pfstorer_rt.errors import Rebuild, SettingError, one_line
+
+
+class NewFile(click.Path):
+    """A file to write; `click.Path` drops a slash at the end, which marks a folder."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path; fails for an empty name and for a folder."""
+        if not os.fspath(value) or os.fspath(value).endswith(("/", os.sep)):
+            self.fail(f"{str(value)!r} is not a file; give a file name.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class Number(click.FloatRange):
@@ -143,6 +157,13 @@ def training_options(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def check_stdout(inputs: Sequence[str], output: str | None) -> None:
+    """Raise `click.UsageError` if a result would be written to a terminal."""
+    to_stdout = output == "-" or (output is None and "-" in inputs)
+    if to_stdout and sys.stdout is not None and sys.stdout.isatty():
+        raise click.UsageError("standard output is a terminal; write `> result.png`, or name a file with -o")
 
 
 def note_strength(strength: float) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from pfstorer_rt.cli.imports import fast_imports
-from pfstorer_rt.cli.options import TRAINING, Number, check_new, training_options
+from pfstorer_rt.cli.options import TRAINING, NewFile, Number, check_new, training_options
 from pfstorer_rt.cli.threads import free_cores_only
 from pfstorer_rt.errors import SettingError
 
@@ -174,14 +174,14 @@ class Options:
 )
 @click.option(
     "--contact-sheet",
-    type=click.Path(path_type=Path),
+    type=NewFile(),
     help="Image file to write: shows which photographs are used, how they are cropped, and why others are left out.",
 )
 @training_options
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=NewFile(),
     help="Identity file. [default: NAME in the user's data directory]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing identity.")
@@ -233,6 +233,11 @@ def command(references: tuple[str, ...], name: str, **parameters: Any) -> None:
 
     photos = without_results(find_images(references, note), note)
     base = load_base(options.base)
+    if options.instant and not base.instant:
+        raise click.UsageError(
+            f"--instant: base {base.config.name} has no prior for learning without training; leave the option out, or "
+            "use `fix` for a short training"
+        )
     config = options.config(base.config)
     make_folder(target.parent)
     with stage_bars() as on_progress:

@@ -200,14 +200,17 @@ def name_of_command(arguments: list[str] | None) -> str:
     return next(iter(sys.argv[1:] if arguments is None else arguments), "")
 
 
-RESUMED = ("personalize", "restore", "fix", "degrade", "train-base", "demo")
-"""Commands that keep finished work and continue after it when they are called again."""
+RESUME = "Run the same command again to resume."
+NEXT = {
+    **dict.fromkeys(("personalize", "restore", "degrade", "train-base", "demo"), RESUME),
+    "fix": "Finished images are kept; the same command learns the person again and restores the others.",
+}
+"""Command -> what remains after Ctrl-C, for the commands that keep finished work."""
 
 
 def interrupted(error: BaseException, arguments: list[str] | None) -> str:
     """Return the message for Ctrl-C, with the state that the interrupted call reported."""
-    resumed = name_of_command(arguments) in RESUMED
-    hint = "Run the same command again to resume." if resumed else "Unfinished files were removed."
+    hint = NEXT.get(name_of_command(arguments), "Unfinished files were removed.")
     return f"Interrupted{f' ({error})' if str(error) else ''}. {hint}"
 
 

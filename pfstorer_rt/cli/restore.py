@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import click
 from click.core import ParameterSource
 
-from pfstorer_rt.cli.options import ATTENTION, SEED, Number, check_plan, flag, note_strength, parse_place
+from pfstorer_rt.cli.options import ATTENTION, SEED, Number, check_plan, check_stdout, flag, note_strength, parse_place
 from pfstorer_rt.console import echo, note
 from pfstorer_rt.imaging.files import MAX_PIXELS
 
@@ -154,7 +154,10 @@ class Options:
     help="End of the names of results. Images of a folder with this end are earlier results and are skipped.",
 )
 @click.option(
-    "--format", "kind", type=click.Choice(list(FORMATS)), help="File format of all results. [default: the input's]"
+    "--format",
+    "kind",
+    type=click.Choice(list(FORMATS)),
+    help="File format of all results. [default: the input's; png on standard output]",
 )
 @click.option(
     "--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Quality of JPEG and WebP results."
@@ -346,6 +349,8 @@ def check_options(options: Options) -> None:
         raise click.UsageError("- goes with one --engine: standard input can be read only once")
     if STREAM in options.inputs and sys.stdin is not None and sys.stdin.isatty():
         raise click.UsageError("standard input is a terminal, expected an image: write `< old.jpg` or name a file")
+    if not options.dry_run:
+        check_stdout(options.inputs, options.output)
     if watch and (len(engines) > 1 or options.dry_run):
         raise click.UsageError("--watch goes with one --engine, and not with --dry-run")
     if options.idle is not None and not watch:

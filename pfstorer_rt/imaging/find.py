@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,9 @@ class Listing:
     closed: list[Path] = field(default_factory=list)
     """Folders that cannot be listed."""
     links: list[Path] = field(default_factory=list)
-    """Links to folders, which are not followed, and links of images to missing files."""
+    """Links to folders, which are not followed."""
+    broken: list[Path] = field(default_factory=list)
+    """Links of images to missing files."""
 
     def report(self, note: Note) -> None:
         """Report what was passed over, in a line for each reason."""
@@ -45,9 +48,11 @@ class Listing:
             note(f"{show_path(folder)}: this folder cannot be read and was passed over; check its permissions")
         if self.links:
             note(
-                f"{len(self.links)} link(s) to folders or to missing files were passed over: {some_names(self.links)}; "
-                "name these folders to read them"
+                f"{len(self.links)} link(s) to folders were passed over: {some_names(self.links)}; name these folders "
+                "to read them"
             )
+        if self.broken:
+            note(f"{len(self.broken)} link(s) to missing files were passed over: {some_names(self.broken)}")
 
 
 def survey(folder: Path, recursive: bool = True) -> Listing:
@@ -67,9 +72,9 @@ def survey(folder: Path, recursive: bool = True) -> Listing:
         files, images = {p for p in paths if p.is_file()}, [p for p in paths if p.suffix.lower() in suffixes]
         found.images += [path for path in images if path in files]
         found.unread += [path for path in files if is_unread_image(path)]
-        missing = [path for path in images if path not in files]
-        found.links += [path for path in (*missing, *(Path(place, n) for n in folders)) if path.is_symlink()]
-    for paths in (found.images, found.unread, found.links):
+        found.broken += [path for path in images if path not in files and path.is_symlink()]
+        found.links += [path for path in (Path(place, n) for n in folders) if path.is_symlink()]
+    for paths in (found.images, found.unread, found.links, found.broken):
         paths.sort()
     return found
 
@@ -86,7 +91,7 @@ def list_images(folder: Path, recursive: bool = True, note: Note | None = None) 
 
 
 def find_images(sources: str | Path | Sequence[str | Path], note: Note | None = None) -> list[Path]:
-    """List the image files among `sources` (files, or folders searched recursively), sorted by path.
+    """List the image files among `sources` (files, folders searched recursively, glob patterns), sorted by path.
 
     A source file may have any suffix. note: as in `list_images`.
     Raises `BadFileError` if a source is missing or no image is found, `SettingError` for an empty name.
@@ -94,13 +99,30 @@ def find_images(sources: str | Path | Sequence[str | Path], note: Note | None = 
     found: set[Path] = set()
     paths = [Path(name) for name in names_of(sources)]
     for source in paths:
-        if not source.exists():
+        if source.is_dir():
+            found.update(list_images(source, note=note))
+        elif source.exists():
+            found.add(source)
+        elif glob.has_magic(str(source)):
+            found.update(matching(str(source), note))
+        else:
             raise BadFileError(f"{show_path(source)}: no such file or folder")
-        found.update(list_images(source, note=note) if source.is_dir() else [source])
     if not found:
         shown = ", ".join(map(show_path, paths))
         raise BadFileError(f"no images in {shown}; expected files such as .jpg, .png or .tif")
     return sorted(found)
+
+
+def matching(pattern: str, note: Note | None = None) -> list[Path]:
+    """Return the images that match a glob pattern, sorted; a pattern such as scans/* matches other files too.
+
+    note: receives a line about images of formats that are not read.
+    """
+    suffixes = image_suffixes()
+    paths = [path for path in map(Path, sorted(glob.glob(pattern, recursive=True))) if not path.is_dir()]
+    if note and (unread := [path for path in paths if is_unread_image(path)]):
+        note(describe_unread(unread))
+    return [path for path in paths if path.suffix.lower() in suffixes]
 
 
 def names_of(sources: str | Path | Sequence[str | Path]) -> list[str]:

@@ -178,8 +178,26 @@ def all_existing(jobs: Sequence[Job], saving: Saving) -> list[Outcome]:
 
     An image that the caller named fails, and others are skipped.
     """
-    exist = all(_exists(job, saving) for job in jobs)
-    return [Outcome(job, "failed" if job.explicit else "skipped", error=_refusal(job)) for job in jobs if exist]
+    return [_existing(job) for job in jobs] if all(_exists(job, saving) for job in jobs) else []
+
+
+def without_work(jobs: Sequence[Job], settings: BatchConfig) -> list[Outcome]:
+    """Return the outcomes of jobs whose results exist or whose images cannot be read; an empty list if there is work.
+
+    For a check before long preparations.
+    """
+    outcomes = []
+    for job in jobs:
+        if _exists(job, settings.saving):
+            outcomes.append(_existing(job))
+            continue
+        try:
+            if job.source is not None:
+                image_size(job.source, settings.max_pixels)
+            return []
+        except PFStorerError as error:
+            outcomes.append(Outcome(job, "failed", error=error))
+    return outcomes
 
 
 def forecast_jobs(
@@ -427,6 +445,10 @@ def check_result(job: Job, height: int, width: int, saving: Saving, max_pixels: 
 def _exists(job: Job, saving: Saving) -> bool:
     """Whether there is a result that must not be replaced."""
     return job.target is not None and not saving.overwrite and os.path.lexists(job.target)
+
+
+def _existing(job: Job) -> Outcome:
+    return Outcome(job, "failed" if job.explicit else "skipped", error=_refusal(job))
 
 
 def _refusal(job: Job) -> PFStorerError | None:

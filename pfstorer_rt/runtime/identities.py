@@ -98,16 +98,37 @@ def _check_base(identity: Identity) -> Check:
     return Check(found == identity.base_fingerprint, text)
 
 
-def encrypt_identity(name: str | Path, passphrase: str) -> None:
-    """Encrypt the file of an identity; delete the studio's plan and compiled networks, which are not encrypted.
+def check_plain(name: str | Path) -> Path:
+    """Return the file of an identity that is complete and not encrypted.
 
-    Raises `SettingError` if the file is encrypted already, and as `Identity.load`.
+    Raises `SettingError` if it is encrypted, and as `Identity.load`.
     """
     path = identity_path(name)
     if is_encrypted(path):
         raise SettingError(f"{show_path(path)}: encrypted already; decrypt it first to change the passphrase")
-    networks, _ = _compiled_networks(path)
     Identity.load(path)
+    return path
+
+
+def check_encrypted(name: str | Path) -> tuple[Path, bytes]:
+    """Return the file of an encrypted identity and its decrypted content.
+
+    Raises `SettingError` if it is not encrypted, `BadFileError` for another passphrase.
+    """
+    path = identity_path(name)
+    content = read_content(path)
+    if content is None:
+        raise SettingError(f"{show_path(path)}: not encrypted; nothing was changed")
+    return path, content
+
+
+def encrypt_identity(name: str | Path, passphrase: str) -> None:
+    """Encrypt the file of an identity; delete the studio's plan and compiled networks, which are not encrypted.
+
+    Raises the errors of `check_plain`.
+    """
+    path = check_plain(name)
+    networks, _ = _compiled_networks(path)
     _replace(path, seal(path.read_bytes(), passphrase))
     for folder in networks:
         shutil.rmtree(folder)
@@ -118,12 +139,9 @@ def encrypt_identity(name: str | Path, passphrase: str) -> None:
 def decrypt_identity(name: str | Path) -> None:
     """Decrypt the file of an identity with the user's passphrase.
 
-    Raises `SettingError` if it is not encrypted, `BadFileError` for another passphrase.
+    Raises the errors of `check_encrypted`.
     """
-    path = identity_path(name)
-    content = read_content(path)
-    if content is None:
-        raise SettingError(f"{show_path(path)}: not encrypted; nothing was changed")
+    path, content = check_encrypted(name)
     _replace(path, content)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pfstorer_rt.errors import SettingError
 from pfstorer_rt.files import real_path
-from pfstorer_rt.imaging.find import RESULT_SUFFIX, Note, is_result, list_images, names_of, note_left_out
-from pfstorer_rt.imaging.formats import SAVE_FORMATS, describe_unread, image_suffixes, is_unread_image
+from pfstorer_rt.imaging.find import RESULT_SUFFIX, Note, is_result, list_images, matching, names_of, note_left_out
+from pfstorer_rt.imaging.formats import SAVE_FORMATS
 from pfstorer_rt.imaging.metadata import is_marked
 
 STREAM = "-"
@@ -137,7 +137,7 @@ def find_inputs(inputs: Sequence[str], suffix: str, note: Note, note_results: No
         elif path.is_dir():
             found.extend((p, p.relative_to(path)) for p in list_images(path, note=note))
         elif not path.exists() and glob.has_magic(text):
-            found.extend((p, Path(p.name)) for p in _matching(text, note))
+            found.extend((p, Path(p.name)) for p in matching(text, note))
         else:
             found.append((path, Path(path.name)))
     found = list(dict.fromkeys(found))
@@ -151,15 +151,6 @@ def find_inputs(inputs: Sequence[str], suffix: str, note: Note, note_results: No
         raise NoImagesError(f"no images in {' '.join(inputs)}; expected files such as .jpg, .png or .tif")
     note_left_out(results, note_results)
     return fresh
-
-
-def _matching(pattern: str, note: Note) -> list[Path]:
-    """Return the images that match a glob pattern, sorted; a pattern such as scans/* matches other files too."""
-    suffixes = image_suffixes()
-    paths = [path for path in map(Path, sorted(glob.glob(pattern, recursive=True))) if not path.is_dir()]
-    if unread := [path for path in paths if is_unread_image(path)]:
-        note(describe_unread(unread))
-    return [path for path in paths if path.suffix.lower() in suffixes]
 
 
 def output_file(output: str | None) -> Path | None:

@@ -13,6 +13,7 @@ from pfstorer_rt.errors import SettingError
 from pfstorer_rt.faces.dlib import to_uint8
 from pfstorer_rt.files import real_path, show_path
 from pfstorer_rt.imaging.files import save_image
+from pfstorer_rt.imaging.formats import SAVE_FORMATS
 from pfstorer_rt.training.framing import Reference
 
 COLUMNS = 5
@@ -29,7 +30,13 @@ GAP = 10
 
 
 def check_place(path: Path, photographs: Sequence[Path]) -> None:
-    """Raise `ValueError` for a sheet in a folder of photographs, where it would become a photograph of the next run."""
+    """Raise `SettingError` for a sheet that cannot be written, before the photographs are read.
+
+    In a folder of photographs, it would become a photograph of the next run.
+    """
+    if path.suffix.lower() not in SAVE_FORMATS:
+        found, known = path.suffix or "no suffix", " ".join(SAVE_FORMATS)
+        raise SettingError(f"{show_path(path)}: {found}; expected one of {known}", setting="contact_sheet")
     if real_path(path).parent in {real_path(photograph).parent for photograph in photographs}:
         raise SettingError(
             f"{show_path(path)}: this folder contains reference photographs; expected another folder for the sheet",

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from pfstorer_rt.config import TrainConfig
-from pfstorer_rt.device import choose_device
+from pfstorer_rt.device import DeviceChoice, choose_device
 from pfstorer_rt.errors import MissingBackendError
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.ops import training_backend
@@ -39,17 +39,23 @@ def kernels_for(settings: TrainConfig, device: torch.device) -> str:
     return training_backend(device) if settings.attention == "auto" else settings.attention
 
 
+def training_device(settings: TrainConfig) -> DeviceChoice:
+    """Choose the device of a training; raises `MissingBackendError` if it is missing or cannot use the precision."""
+    chosen = choose_device(settings.device)
+    if chosen.device.type == "cpu" and settings.precision == "fp16":
+        raise MissingBackendError("fp16 training needs a GPU; on a CPU use bf16 or fp32", setting="precision")
+    return chosen
+
+
 def make_accelerator(settings: TrainConfig) -> Accelerator:
     """Start accelerate for a device and a precision; use it inside `own_accelerate_state`.
 
     A GPU that does not work is logged, and the CPU is used. Raises `MissingBackendError` if the GPU was asked for.
     """
-    chosen = choose_device(settings.device)
+    chosen = training_device(settings)
     if chosen.refused:
         logging.getLogger(__name__).warning("%s; training on the CPU", chosen.refused)
     cpu = chosen.device.type == "cpu"
-    if cpu and settings.precision == "fp16":
-        raise MissingBackendError("fp16 training needs a GPU; on a CPU use precision bf16 or fp32")
     wanted: str = settings.precision
     if wanted == "auto":
         wanted = "bf16" if has_native_bf16(cpu) else "fp32"

@@ -17,9 +17,11 @@ from pfstorer_rt.errors import BadFileError
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, mean_distance
 from pfstorer_rt.faces.finding import Face, face_finder
 from pfstorer_rt.files import show_path
+from pfstorer_rt.imaging.files import resize_bicubic
 from pfstorer_rt.imaging.rows import Pixels
+from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
 from pfstorer_rt.training.data import center_crop, read_photo
-from pfstorer_rt.training.selection import NO_FACE, Finding, candidate, judge
+from pfstorer_rt.training.selection import NO_FACE, Candidate, Finding, candidate, judge
 
 SQUARE = 2.0
 """Side of the crop divided by the side of the face's box; a portrait has about this ratio."""
@@ -31,6 +33,8 @@ LONG = 1.25
 """Largest aspect ratio of a portrait; random crops of a longer photograph would miss the face."""
 FEW = 4
 """A face whose side is smaller than the tile's side divided by this has too few pixels for a good likeness."""
+MOST = 3.0
+"""Largest short side of a framed photograph, in tiles; random crops are reduced to one tile. It limits the memory."""
 
 FindFaces = Callable[[Pixels], list[Face]]
 """find(pixels): the faces of an image (H, W, 3) in [0, 1], the largest first."""
@@ -46,12 +50,24 @@ class Reference(NamedTuple):
     """Reason why the photograph is not used; empty for a photograph that is used."""
 
 
+class _Measured(NamedTuple):
+    """What is kept of a photograph after it was read at full size."""
+
+    faces: list[Face]
+    face: Face | None
+    """The person's face."""
+    candidate: Candidate
+    framed: torch.Tensor
+    """(3, h, w) in [0, 1]."""
+
+
 def read_references(
     paths: Sequence[Path],
     config: PersonalizeConfig,
     tile: int,
     note: Callable[[str], None],
     find: FindFaces | None = None,
+    on_progress: OnProgress = ignore_progress,
 ) -> list[Reference]:
     """Read photographs, crop them around the person's face, and choose which of them are used.
 
@@ -59,42 +75,57 @@ def read_references(
     such photographs, the largest face. A photograph without a face gets a centre crop. Photographs that cannot be read
     are left out. With `config.framing` "none",
     or without the `metrics` extra, photographs stay whole. Unsuitable photographs are left out as `selection.judge`
-    finds, unless `config.keep_all`; without faces, only copies are. note: called with a line for each unsuitable
+    finds, unless `config.keep_all`; without faces, only copies are. Only one photograph is in memory at its full size.
+    note: called with a line for each unsuitable
     photograph. find: None selects dlib's detector. Raises `BadFileError` if no photograph can be read.
     """
-    paths, photos = read_photos(paths, note)
     find = find or face_finder() if config.framing == "face" else None
     if find is None and config.framing == "face":
         note(f"photographs are used without cropping to the face; to crop snapshots: {INSTALL_METRICS}")
-    found = [find(photo.permute(1, 2, 0).numpy()) if find else [] for photo in photos]
-    alone = [faces[0].embedding for faces in found if len(faces) == 1]
-    chosen = [choose_face(faces, alone) for faces in found]
-    findings = judge([candidate(*each) for each in zip(paths, photos, chosen, strict=True)], search=find is not None)
-    references = []
-    for path, photo, faces, face, finding in zip(paths, photos, found, chosen, findings, strict=True):
-        left_out = finding.reason if finding and finding.leave_out and not config.keep_all else ""
-        for remark in [f"left out: {left_out}"] if left_out else _remarks(faces, face, finding, tile):
-            note(f"{show_path(path)}: {remark}")
-        references.append(Reference(path, frame_photo(photo, face) if find else photo, left_out))
-    return references
 
+    def measure(path: Path, photo: torch.Tensor, faces: list[Face], face: Face | None) -> _Measured:
+        framed = frame_photo(photo, face) if find else photo
+        return _Measured(faces, face, candidate(path, photo, face), limit_size(framed, round(MOST * tile)))
 
-def read_photos(paths: Sequence[Path], note: Callable[[str], None]) -> tuple[list[Path], list[torch.Tensor]]:
-    """Read photographs as (3, H, W) in [0, 1], and leave out files that cannot be read, with a note for each.
-
-    Raises the `BadFileError` of the first file if none can be read.
-    """
-    photos, errors = {}, []
-    for path in paths:
+    found: dict[Path, _Measured] = {}
+    errors = []
+    for number, path in enumerate(paths):
+        on_progress(StageProgress("photographs", number, len(paths)))
         try:
-            photos[path] = read_photo(path)
+            photo = read_photo(path)
         except BadFileError as error:
             errors.append(error)
-    if errors and not photos:
+            continue
+        faces = find(photo.permute(1, 2, 0).numpy()) if find else []
+        found[path] = measure(path, photo, faces, faces[0] if faces else None)
+    on_progress(StageProgress("photographs", len(paths), len(paths)))
+    if errors and not found:
         raise errors[0]
     for reason in errors:
         note(f"left out: {reason}")
-    return list(photos), list(photos.values())
+    alone = [measured.faces[0].embedding for measured in found.values() if len(measured.faces) == 1]
+    for path, measured in found.items():
+        face = choose_face(measured.faces, alone)
+        if face is not measured.face:  # not the largest face of a group: its crop is made from the file again
+            found[path] = measure(path, read_photo(path), measured.faces, face)
+    findings = judge([measured.candidate for measured in found.values()], search=find is not None)
+    references = []
+    for (path, measured), finding in zip(found.items(), findings, strict=True):
+        left_out = finding.reason if finding and finding.leave_out and not config.keep_all else ""
+        for remark in [f"left out: {left_out}"] if left_out else _remarks(measured.faces, measured.face, finding, tile):
+            note(f"{show_path(path)}: {remark}")
+        references.append(Reference(path, measured.framed, left_out))
+    return references
+
+
+def limit_size(photo: torch.Tensor, side: int) -> torch.Tensor:
+    """Reduce (3, H, W) in [0, 1] until its short side is at most `side` pixels."""
+    height, width = photo.shape[-2:]
+    ratio = side / min(height, width)
+    if ratio >= 1:
+        return photo
+    size = max(side, round(height * ratio)), max(side, round(width * ratio))
+    return (resize_bicubic(photo[None] * 2 - 1, size, antialias=True)[0] + 1) / 2
 
 
 def used_references(references: Sequence[Reference]) -> list[Reference]:

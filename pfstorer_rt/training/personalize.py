@@ -27,7 +27,7 @@ from pfstorer_rt.plan import DEFAULT_BASE
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.contact_sheet import check_place, save_contact_sheet
 from pfstorer_rt.training.data import Batch, center_crop
-from pfstorer_rt.training.device import accelerated, kernels_for, to_channels_last
+from pfstorer_rt.training.device import accelerated, kernels_for, to_channels_last, training_device
 from pfstorer_rt.training.framing import read_references, used_references
 from pfstorer_rt.training.image_loss import ImageSpaceLoss, has_image_losses, refusal
 from pfstorer_rt.training.loop import Training, run_training
@@ -79,11 +79,12 @@ def personalize(
     target = output or named
     base = base if isinstance(base, Base) else load_base(base)
     config = available(config or PersonalizeConfig.for_base(base.config), note)
+    training_device(config.train)  # its errors come before the photographs are read
     if not config.train.iterations:
         identity = instant_identity(name, references, base, config, note, contact_sheet)
         identity.save(target, passphrase_given())
         return identity
-    paths, photos = choose_references(references, base, config, note, contact_sheet)
+    paths, photos = choose_references(references, base, config, note, contact_sheet, on_progress)
     checkpoint, crops = training_files(target)
     mark = training_mark(config, base.fingerprint, paths)
     config, done = resumed_config(config, checkpoint, mark, finish, note)
@@ -171,6 +172,7 @@ def choose_references(
     config: PersonalizeConfig,
     note: Callable[[str], None] = lambda _: None,
     contact_sheet: Path | None = None,
+    on_progress: OnProgress = ignore_progress,
 ) -> tuple[list[Path], list[torch.Tensor]]:
     """Return the paths and framed photographs, (3, H, W) in [0, 1], that an identity is learned from.
 
@@ -186,7 +188,7 @@ def choose_references(
         )
     if contact_sheet:
         check_place(contact_sheet, paths)
-    found = read_references(paths, config, base.config.tile, note)
+    found = read_references(paths, config, base.config.tile, note, on_progress=on_progress)
     if contact_sheet:
         save_contact_sheet(contact_sheet, found)
     used = used_references(found)

@@ -10,7 +10,7 @@ import click
 import pytest
 
 from pfstorer_rt.cli.options import explain, export_command
-from pfstorer_rt.cli.program import COMMANDS, cli
+from pfstorer_rt.cli.program import COMMANDS, cli, interrupted
 from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError, Rebuild, SettingError, one_line
 
 
@@ -48,6 +48,27 @@ def test_an_error_prints_one_line_and_sets_the_exit_status(refused, monkeypatch,
     monkeypatch.setitem(COMMANDS, "fail", ("fail", ""))
     monkeypatch.setitem(sys.modules, "pfstorer_rt.cli.fail", SimpleNamespace(command=command))
     assert refused(status, "fail") == line
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("personalize", "Run the same command again to resume."),
+        ("fix", "Finished images are kept; the same command learns the person again and restores the others."),
+        ("export", "Unfinished files were removed."),
+    ],
+)
+def test_an_interrupted_command_names_what_remains(name, advice):
+    assert interrupted(KeyboardInterrupt("iteration 3"), [name]) == f"Interrupted (iteration 3). {advice}"
+
+
+@pytest.mark.parametrize(
+    "call", [("degrade", "a.png", "-o", "-"), ("restore", "--base", "portrait", "-o", "-", "a.png")]
+)
+def test_images_are_not_written_to_a_terminal(call, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    with pytest.raises(click.UsageError, match="standard output is a terminal"):
+        cli.main(call, standalone_mode=False)
 
 
 def test_a_flag_that_the_command_does_not_have_is_not_named(run, refused, save, tmp_path, monkeypatch):

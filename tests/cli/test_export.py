@@ -51,3 +51,10 @@ def test_slow_imports_do_without_bitsandbytes_and_the_collector(monkeypatch):
         assert gc.isenabled() and "bitsandbytes" not in sys.modules
     finally:
         gc.unfreeze()
+
+
+@pytest.mark.parametrize("output", ["plans/", "./"])
+def test_export_to_a_folder_is_refused(refused, tmp_path, monkeypatch, nano_base_dir, output):
+    monkeypatch.chdir(tmp_path)
+    refused(2, "export", "--base", nano_base_dir, "-o", output, words=["not a file; give a file name"])
+    assert not list(tmp_path.glob("plans*"))

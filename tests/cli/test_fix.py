@@ -208,3 +208,19 @@ def test_fix_uses_the_longest_training(run, known, alice, photos, save, tmp_path
         assert run("personalize", "--identity", name, "--base", known, "--iterations", count, *photos).status == 0
     done = run("fix", save(tmp_path / "old.png"), "--person", alice, "--base", known)
     assert "identity bob" in done.err and "in 2 iterations" in done.err
+
+
+def test_fix_learns_nothing_for_images_that_cannot_be_read(run, known, alice, save, tmp_path, monkeypatch):
+    monkeypatch.setattr(fix, "restorer_for", lambda *_: pytest.fail("learned"))
+    save(tmp_path / "old_restored.png")
+    save(tmp_path / "old.png")
+    (tmp_path / "text.jpg").write_bytes(b"no image")
+    inputs = [tmp_path / name for name in ("missing.png", "text.jpg", "old.png")]
+    done = run("fix", *inputs, "--person", alice, "--base", known)
+    assert done.status == 1 and len(done.errors) == 2 and "exists, skipped" in done.out
+    assert "missing.png" in done.errors[0] and "text.jpg" in done.errors[1]
+
+
+def test_fix_restores_the_images_that_can_be_read(run, known, alice, save, tmp_path):
+    done = run("fix", tmp_path / "missing.png", save(tmp_path / "old.png"), "--person", alice, "--base", known)
+    assert done.status == 1 and len(done.errors) == 1 and (tmp_path / "old_restored.png").is_file()

@@ -287,3 +287,23 @@ def test_rm_and_encrypt_by_path_know_a_named_identity(run, people, tmp_path, mon
     (people / "alice.plan").write_bytes(b"the weights of alice")
     assert run("identities", "rm", path, path, "--yes").status == 0, "a path may be given twice"
     assert not (people / "alice.plan").exists() and not (people / "alice.safetensors").exists()
+
+
+def test_encrypt_and_decrypt_check_all_names_first(run, refused, people, tree, monkeypatch):
+    monkeypatch.setenv("PFSTORER_PASSPHRASE", "correct horse battery staple")
+    before = tree(people)
+    refused(2, "identities", "encrypt", "alice", "nobody", words=["nobody"])
+    assert tree(people) == before
+    assert run("identities", "encrypt", "alice").status == 0
+    before = tree(people)
+    refused(2, "identities", "decrypt", "alice", "nobody", words=["nobody"])
+    refused(2, "identities", "encrypt", "alice", words=["encrypted already"])
+    assert tree(people) == before
+
+
+def test_a_path_that_is_no_identity_is_not_listed_as_a_name(refused, people, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(2, "identities", "show", "./alice", words=["no such identity file", "without a folder"])
+    (tmp_path / "old.jpg").write_bytes(b"x")
+    refused(2, "identities", "rm", "old.jpg", "--yes", words=["a file, but no identity", ".safetensors"])
+    assert (tmp_path / "old.jpg").exists()

@@ -119,3 +119,27 @@ def test_a_folder_of_very_many_photographs_is_refused(refused, nano_base_dir, sa
         (first.parent / f"{i}.png").write_bytes(first.read_bytes())
     call = ("personalize", "--identity", "bob", "--base", nano_base_dir, first.parent)
     refused(2, *call, words=["101 photographs", "expected at most 100", "folder of their own"])
+
+
+def test_photographs_by_a_pattern(run, people, photos, nano_base_dir):
+    done = learn(run, nano_base_dir, [photos[0].parent / "*.png"], "--identity", "bob")
+    assert done.status == 0 and f"learned from {len(photos)} photographs" in done.out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--learning-rate", -1, "(--learning-rate)"),
+        ("--precision", "fp16", "(--precision)"),
+        ("--contact-sheet", "sheet.xyz", "(--contact-sheet)"),
+        ("--output", "new/", "'new/' is not a file"),
+    ],
+)
+def test_a_refused_option_is_named_before_a_photograph_is_read(
+    refused, people, tree, photos, nano_base_dir, monkeypatch, tmp_path, option, value, words
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pfstorer_rt.training.framing.read_photo", lambda path: pytest.fail("read"))
+    before = tree(tmp_path)
+    refused(2, "personalize", "--identity", "bob", "--base", nano_base_dir, *photos, option, value, words=[words])
+    assert tree(tmp_path) == before

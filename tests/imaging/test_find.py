@@ -106,8 +106,21 @@ def test_links_that_are_passed_over_are_named(tmp_path):
     (tmp_path / "good.png").symlink_to(tmp_path / "a.png")
     notes = []
     assert [path.name for path in list_images(tmp_path, note=notes.append)] == ["a.png", "good.png"]
-    (note,) = notes
-    assert note.startswith("2 link(s)") and "lost.jpg, up;" in note
+    folders, files = notes
+    assert folders.startswith("1 link(s) to folders") and "up; name these folders" in folders
+    assert files.startswith("1 link(s) to missing files") and files.endswith("lost.jpg")
+
+
+def test_a_glob_pattern_names_its_images(tmp_path):
+    for name in ("a.png", "b.jpg", "notes.txt", "raw.nef"):
+        (tmp_path / name).write_bytes(b"x")
+    notes = []
+    assert [path.name for path in find_images([tmp_path / "*"], notes.append)] == ["a.png", "b.jpg"]
+    assert "raw.nef" in notes[0]
+    (tmp_path / "[x].png").write_bytes(b"x")
+    assert [path.name for path in find_images([tmp_path / "[x].png"])] == ["[x].png"], "a file of this name"
+    with pytest.raises(BadFileError, match="no images in"):
+        find_images([tmp_path / "*.tif"])
 
 
 def test_a_pipe_among_the_inputs_is_not_waited_for(tmp_path):

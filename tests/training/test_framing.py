@@ -1,4 +1,5 @@
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from skimage import data
 
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.faces.finding import Face, face_finder
+from pfstorer_rt.training import framing
 from pfstorer_rt.training.framing import choose_face, frame_face, read_references
 
 PORTRAIT = data.astronaut()[:256, 96:352]
@@ -45,7 +47,44 @@ def test_a_snapshot_is_cropped_to_its_face(read):
 def test_portraits_and_photographs_with_framing_none_stay_whole(read):
     whole = torch.from_numpy(PORTRAIT / np.float32(255)).permute(2, 0, 1)
     assert torch.allclose(read(Image.fromarray(PORTRAIT))[0], whole, rtol=0, atol=1e-6)
-    assert read(snapshot((500, 1050, 300)), framing="none")[0].shape == (3, 900, 1400)
+    assert read(snapshot((250, 120, 300), height=500, width=560), framing="none")[0].shape == (3, 500, 560)
+
+
+def test_a_large_photograph_is_reduced_to_three_tiles(read):
+    """A random crop has at least 1 / 1.25 of the short side, and is reduced to one tile of 192 pixels."""
+    photo, _ = read(snapshot((500, 1050, 300)), framing="none")
+    assert photo.shape == (3, 3 * 192, 896)
+    whole = np.asarray(snapshot((500, 1050, 300)).resize((896, 3 * 192), Image.Resampling.BOX)) / 255
+    assert np.abs(photo.permute(1, 2, 0).numpy() - whole).mean() < 0.02
+
+
+def test_photographs_are_counted_while_they_are_read(tmp_path):
+    paths, seen = [tmp_path / f"{i}.png" for i in range(3)], []
+    for i, path in enumerate(paths[:2]):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (90, 100, 3), dtype=np.uint8)).save(path)
+    paths[2].write_bytes(b"no image")
+    notes = []
+    read_references(paths, PersonalizeConfig(), 192, notes.append, lambda pixels: [], seen.append)
+    assert [(p.stage, p.done, p.total) for p in seen] == [("photographs", i, 3) for i in range(4)]
+    assert notes[0].startswith(f"left out: {paths[2]}")
+
+
+def test_one_photograph_is_in_memory_at_full_size(tmp_path, monkeypatch):
+    paths, alive = [tmp_path / f"{i}.png" for i in range(4)], []
+    for i, path in enumerate(paths):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (900, 900, 3), dtype=np.uint8)).save(path)
+    read_photo, most = framing.read_photo, []
+
+    def counted(path):
+        photo = read_photo(path)
+        alive.append(weakref.ref(photo.untyped_storage()))
+        most.append(sum(reference() is not None for reference in alive))
+        return photo
+
+    monkeypatch.setattr(framing, "read_photo", counted)
+    faces = [Face(100.0, 100.0, 300.0, np.zeros(1)), Face(500.0, 500.0, 200.0, np.ones(1))]
+    read_references(paths, PersonalizeConfig(), 192, lambda _: None, lambda pixels: list(faces))
+    assert max(most) <= 2
 
 
 def test_the_largest_of_several_faces_is_used_and_reported(read):
@@ -91,12 +130,12 @@ def test_faces_that_are_small_in_a_large_photograph_are_found(read):
 def test_a_small_or_missing_face_is_reported(read):
     assert "the face is" in read(snapshot((400, 600, 110), height=700, width=1000))[1][0]
     photo, notes = read(snapshot())
-    assert photo.shape == (3, 900, 900) and notes == ["no face found; using the centre crop"]
+    assert photo.shape == (3, 576, 576) and notes == ["no face found; using the centre crop"]
 
 
 def test_photographs_stay_whole_without_a_face_model(read, without_dlib):
     photo, notes = read(snapshot((500, 1050, 300)))
-    assert photo.shape == (3, 900, 1400) and "pfstorer-rt[metrics]" in notes[0]
+    assert photo.shape == (3, 576, 896) and "pfstorer-rt[metrics]" in notes[0]
 
 
 def test_crops_are_inside_the_photograph_and_contain_the_face():
