@@ -89,6 +89,10 @@ def command(
             "--compute-capability, --workspace, --timing-cache and --verbose-engine go with --target "
             "tensorrt or tensorrt-rtx"
         )
+    if timing_cache and target == "tensorrt-rtx":
+        raise click.UsageError(
+            "--timing-cache goes with --target tensorrt; TensorRT-RTX times no kernels when it builds"
+        )
     if precision == "int8" and target != "onnx":
         raise click.UsageError("--precision int8 is for ONNX plans on CPUs; use fp16 for TensorRT")
     with fast_imports():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pfstorer_rt.base_files import find_base, fingerprint_directory
 from pfstorer_rt.errors import PFStorerError, SettingError
 from pfstorer_rt.extras import needed_by
+from pfstorer_rt.files import show_path
 from pfstorer_rt.identity import Identity, kept_plan, list_identities, named_identity
 from pfstorer_rt.plan import Plan
 from pfstorer_rt.runtime.restorer import Restorer
@@ -53,7 +54,10 @@ class Engines:
     def choices(self) -> list[tuple[str, str]]:
         """Return (label, choice) of the identities on this base, the plans, and the base alone."""
         found = [(f"{name}", f"identity:{name}") for name in self.people()]
-        found += [(f"{plan.stem} (plan)", f"plan:{number}") for number, plan in enumerate(self.config.plans)]
+        stems = [plan.stem for plan in self.config.plans]
+        for number, plan in enumerate(self.config.plans):
+            name = plan.stem if stems.count(plan.stem) == 1 else show_path(plan)
+            found.append((f"{name} (plan)", f"plan:{number}"))
         return [*found, ("Anybody: without a learned person", NOBODY)]
 
     def people(self) -> list[str]:

@@ -114,8 +114,11 @@ def test_an_old_checkpoint_format_is_read_and_a_text_file_is_refused(tmp_path, r
 
 
 def test_tensorrt_options_need_a_tensorrt_target(refused, tmp_path):
+    words = ["goes with --target tensorrt;"]
+    call = ("export", "--base", "portrait", "-o", tmp_path / "a.plan")
+    refused(2, *call, "--target", "tensorrt-rtx", "--timing-cache", tmp_path / "times", words=words)
     for option in (["--compute-capability", "8.9"], ["--verbose-engine"], ["--workspace", "64"]):
-        refused(2, "export", "--base", "portrait", "-o", tmp_path / "a.plan", *option, words=("--target tensorrt",))
+        refused(2, *call, *option, words=("--target tensorrt",))
 
 
 def test_an_untrusted_tensorrt_plan_is_refused(refused, base_plan, save, tmp_path, monkeypatch, without_gpu):

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,6 +57,13 @@ def test_the_strength_changes_one_picture_and_keeps_the_others(workspace, sessio
 def test_choices(engines, alice, home):
     (home / "identities" / "bad.safetensors").write_bytes(b"x")
     assert engines.choices() == [("alice", "identity:alice"), ("Anybody: without a learned person", NOBODY)]
+
+
+def test_plans_of_one_name_have_different_labels(engines, monkeypatch, tmp_path):
+    plans = (tmp_path / "a" / "bob.plan", tmp_path / "b" / "bob.plan", tmp_path / "carol.plan")
+    monkeypatch.setattr(engines, "config", replace(engines.config, plans=plans))
+    labels = [label for label, choice in engines.choices() if choice.startswith("plan:")]
+    assert labels == [f"{plans[0]} (plan)", f"{plans[1]} (plan)", "carol (plan)"]
 
 
 @pytest.mark.parametrize("choice", ["plan:0", "identity:../../x", "anything", "identity:bob"])
