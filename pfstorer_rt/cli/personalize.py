@@ -99,7 +99,7 @@ class Options:
     is_flag=True,
     help="Learn without training, in seconds. Needs a base that can do this; portrait cannot.",
 )
-@click.option("--thorough", is_flag=True, help="Train longer, for more likeness: portrait 450 iterations.")
+@click.option("--thorough", is_flag=True, help="Train longer, for more likeness: portrait 440 iterations.")
 @click.option(
     "--recipe",
     type=click.Choice(["base", "paper"]),
@@ -108,7 +108,7 @@ class Options:
     help="Defaults of the training: the base's, or those of the PFStorer paper.",
 )
 @click.option(
-    "--iterations", type=click.IntRange(1), help="Number of training iterations. [default: the base's; portrait: 100]"
+    "--iterations", type=click.IntRange(1), help="Number of training iterations. [default: the base's; portrait: 110]"
 )
 @click.option("--batch", type=click.IntRange(1), help="Samples per iteration. [default: the base's, else 4]")
 @click.option(

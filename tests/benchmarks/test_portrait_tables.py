@@ -46,3 +46,25 @@ def test_a_table_counts_faces_and_leaves_empty_cells_out_of_the_means(tables):
     first, second = tables.table(rows).splitlines()[2:]
     assert first.startswith("| Input | 2.00 |") and first.endswith("| 1 of 1 |")
     assert second.startswith("| `portrait` | 25.00 |") and second.endswith("| 0.500 | 1 of 2 |")
+
+
+def test_small_faces_have_a_row_for_each_base_and_way_of_learning(tables):
+    found = {**dict.fromkeys(tables.SMALL_COLUMNS, "2.0"), "set": "real", "image": "0"}
+    rows = [
+        {**found, "base": base, "learning": learning, "method": method, "identity": identity, "learn_cpu_s": seconds}
+        for base, learning, seconds in (
+            ("portrait", "default", "50"),
+            ("portrait", "thorough", "300"),
+            ("tiny", "default", "600"),
+        )
+        for method, identity in (("Input", "0.1"), ("Base", "0.2"), ("PFStorer", "0.5"))
+    ]
+    lines = [text.split(" | ")[1:] for text in tables.small_part(rows).splitlines() if text.startswith("| real")]
+    assert [(cells[0], cells[-2], cells[-1].rstrip(" |")) for cells in lines] == [
+        ("Input", "10.0", ""),
+        ("`portrait`, no identity", "20.0", ""),
+        ("`portrait`", "50.0", "50"),
+        ("`portrait`, `--thorough`", "50.0", "300"),
+        ("`tiny`, no identity", "20.0", ""),
+        ("`tiny`", "50.0", "600"),
+    ]

@@ -15,7 +15,6 @@ PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").
 PAGES += [
     "kernels/README.md",
     "pfstorer_rt/bases/portrait/README.md",
-    "checkpoints/README.md",
     "CHANGELOG.md",
     "MODEL_LICENSE.md",
 ]
