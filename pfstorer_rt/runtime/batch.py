@@ -182,9 +182,9 @@ def all_existing(jobs: Sequence[Job], saving: Saving) -> list[Outcome]:
 
 
 def without_work(jobs: Sequence[Job], settings: BatchConfig) -> list[Outcome]:
-    """Return the outcomes of jobs whose results exist or whose images cannot be read; an empty list if there is work.
+    """Return the outcomes of jobs if none can be done; an empty list if there is work, for a check before long work.
 
-    For a check before long preparations.
+    A result may exist or may not be written in its folder, or an image cannot be read.
     """
     outcomes = []
     for job in jobs:
@@ -192,6 +192,8 @@ def without_work(jobs: Sequence[Job], settings: BatchConfig) -> list[Outcome]:
             outcomes.append(_existing(job))
             continue
         try:
+            if job.target is not None:
+                check_target(job.target)
             if job.source is not None:
                 image_size(job.source, settings.max_pixels)
             return []

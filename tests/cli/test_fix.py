@@ -224,3 +224,10 @@ def test_fix_learns_nothing_for_images_that_cannot_be_read(run, known, alice, sa
 def test_fix_restores_the_images_that_can_be_read(run, known, alice, save, tmp_path):
     done = run("fix", tmp_path / "missing.png", save(tmp_path / "old.png"), "--person", alice, "--base", known)
     assert done.status == 1 and len(done.errors) == 1 and (tmp_path / "old_restored.png").is_file()
+
+
+def test_fix_learns_nothing_if_the_result_cannot_be_written(run, known, alice, save, tmp_path, monkeypatch):
+    monkeypatch.setattr(fix, "restorer_for", lambda *_: pytest.fail("learned"))
+    old = save(tmp_path / "old.png")
+    done = run("fix", old, "--person", alice, "--base", known, "-o", tmp_path / f"{'x' * 300}.png")
+    assert done.status == 1 and len(done.errors) == 1 and "name too long" in done.errors[0].lower()
