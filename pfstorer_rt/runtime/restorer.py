@@ -32,7 +32,7 @@ from pfstorer_rt.imaging.rows import (
     read_whole,
     to_pixels,
 )
-from pfstorer_rt.imaging.tone import keep_hue
+from pfstorer_rt.imaging.tone import SkinToned, keep_hue
 from pfstorer_rt.plan import COMPONENTS, DEFAULT_BASE, Manifest, Plan
 from pfstorer_rt.runtime.coarse import Guided, Passes, choose_scale, may_be_coarse, on_canvas, reduced_to
 from pfstorer_rt.runtime.layout import CodecTiles, Layout
@@ -182,6 +182,7 @@ class Restorer:
         plan = passes or self.passes(source, config)
         check_temporary_space(plan.temporary_bytes)
         toned, passed = None if plan.fine.recipe.colorize else keep_hue(source), 0
+        shown = SkinToned(source) if toned else source
 
         def done(n: int) -> None:
             nonlocal passed
@@ -189,11 +190,12 @@ class Restorer:
             if step:
                 step(min(passed, plan.total), plan.total)  # tiles that are repeated with less memory count again
 
-        images: Sequence[Rows] = [on_canvas(source, plan.fine.canvas)]
+        images: Sequence[Rows] = [on_canvas(shown, plan.fine.canvas)]
         if plan.coarse is not None:
             canvas = plan.coarse.canvas
-            coarse = self._restore_selected([on_canvas(source, canvas)], plan.coarse, plan.selection, toned, done)
-            images = [Guided(images[0], rows, reduced_to(source, canvas)) for rows in coarse]
+            tinted = SkinToned if toned else None
+            coarse = self._restore_selected([on_canvas(shown, canvas)], plan.coarse, plan.selection, tinted, done)
+            images = [Guided(images[0], rows, reduced_to(shown, canvas)) for rows in coarse]
         return self._restore_selected(images, plan.fine, plan.selection, toned, done)[-1]
 
     def passes(self, source: Rows, config: RestoreConfig | None = None) -> Passes:

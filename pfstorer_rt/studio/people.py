@@ -41,6 +41,8 @@ LENGTHS: dict[str, Callable[[PersonalizeConfig], PersonalizeConfig]] = {
     "Short (two fifths)": lambda config: config.longer(0.4),
 }
 """Choice -> settings of the training, from the defaults of the base."""
+STAGES = {"photographs": ("reading photographs", 0.0, 0.03), "crops": ("preparing crops", 0.03, 0.1)}
+"""Stage before the training -> its text, and the shares of the progress bar where it starts and ends."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,8 @@ def learn(
     preview = Preview(workspace, session, engines, read(paths, engines))
 
     def follow(progress: StageProgress) -> None:
-        what = "preparing crops" if progress.stage == "crops" else "learning"
-        share = progress.share * 0.1 if progress.stage == "crops" else 0.1 + 0.9 * progress.share
-        report(f"{what}: {progress.done} of {progress.total}", share)
+        what, start, end = STAGES.get(progress.stage, ("learning", 0.1, 1.0))
+        report(f"{what}: {progress.done} of {progress.total}", start + (end - start) * progress.share)
 
     def show(iteration: int, identity: Identity) -> None:
         share = 0.1 + 0.9 * iteration / iterations

@@ -18,7 +18,8 @@ from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, mean_distance
 from pfstorer_rt.faces.finding import Face, face_finder
 from pfstorer_rt.files import show_path
 from pfstorer_rt.imaging.files import resize_bicubic
-from pfstorer_rt.imaging.rows import Pixels
+from pfstorer_rt.imaging.rows import Pixels, Spool, read_whole
+from pfstorer_rt.imaging.tone import SkinToned, keep_hue
 from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
 from pfstorer_rt.training.data import center_crop, read_photo
 from pfstorer_rt.training.selection import NO_FACE, Candidate, Finding, candidate, judge
@@ -126,6 +127,14 @@ def limit_size(photo: torch.Tensor, side: int) -> torch.Tensor:
         return photo
     size = max(side, round(height * ratio)), max(side, round(width * ratio))
     return (resize_bicubic(photo[None] * 2 - 1, size, antialias=True)[0] + 1) / 2
+
+
+def in_tones_of_skin(photo: torch.Tensor) -> torch.Tensor:
+    """Return (3, H, W) in [0, 1] as restoring shows it to the networks: a grey or toned photograph in skin tones."""
+    rows = Spool.of((photo * 2 - 1).numpy())
+    if keep_hue(rows) is None:
+        return photo
+    return torch.from_numpy((read_whole(SkinToned(rows)) + 1) / 2)
 
 
 def used_references(references: Sequence[Reference]) -> list[Reference]:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pfstorer_rt.imaging.rows import Spool, from_pixels, to_pixels
-from pfstorer_rt.imaging.tone import Toned, find_tone, keep_hue
+from pfstorer_rt.imaging.tone import SkinToned, Toned, find_tone, keep_hue
 
 WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -34,6 +34,17 @@ def test_a_result_with_other_hues_gets_the_one_hue(grey, make_image):
         values = toned[..., channel].ravel()[order]
         assert (np.diff(values) > -2 / 255).all()
     assert np.abs(toned @ WEIGHTS - strange @ WEIGHTS).max() < 0.03  # its own light and dark
+
+
+def test_skin_tones_have_the_luma_of_the_image(make_image):
+    pixels = make_image(40, 56)
+    pixels[:2], pixels[2:4] = 0.0, 1.0
+    toned = to_pixels(SkinToned(Spool.of(from_pixels(pixels))).read(0, 40))
+    assert np.abs(toned @ WEIGHTS - pixels @ WEIGHTS).max() < 1e-3
+    assert np.abs(toned[:2]).max() < 1e-6 and np.abs(toned[2:4] - 1).max() < 1e-6, "black and white stay"
+    red, green, blue = toned[4:].transpose(2, 0, 1)
+    assert (red > green).all() and (green > blue).all()
+    assert (red - blue).max() == pytest.approx(0.3325 * 32 / 27 / 2, abs=0.01), "at 2 / 3 of white"
 
 
 def test_a_colour_image_has_no_tone(face):

@@ -11,7 +11,8 @@ from pfstorer_rt.errors import MismatchError, PFStorerError
 from pfstorer_rt.imaging.bands import Canvas, plan_canvas
 from pfstorer_rt.imaging.color import adain_color_fix, wavelet_color_fix
 from pfstorer_rt.imaging.files import to_tensor
-from pfstorer_rt.imaging.rows import to_pixels
+from pfstorer_rt.imaging.rows import Spool, from_pixels, to_pixels
+from pfstorer_rt.imaging.tone import SkinToned
 from pfstorer_rt.models.base import build_base
 from pfstorer_rt.plan import COMPONENTS
 from pfstorer_rt.runtime.batch import restore_files
@@ -39,8 +40,17 @@ def test_a_grey_image_gives_a_grey_result_unless_colours_are_wanted(restorer, ma
     grey = np.repeat(make_image(64, 70)[..., :1], 3, -1)
     plain, coloured = restorer.restore(grey, CONFIG), restorer.restore(grey, replace(CONFIG, colorize=True))
     assert np.ptp(plain, axis=-1).max() == 0 and np.ptp(coloured, axis=-1).max() > 1e-3
+
+
+def test_the_networks_see_a_grey_image_in_skin_tones(restorer, make_image):
+    grey = np.repeat(make_image(64, 70)[..., :1], 3, -1)
+    skin = to_pixels(SkinToned(Spool.of(from_pixels(grey))).read(0, 64))
+    coloured = restorer.restore(skin, replace(CONFIG, colorize=True))
     luma = coloured @ np.array([0.299, 0.587, 0.114], np.float32)
-    assert np.abs(plain[..., 0] - luma).max() < 0.02, "clamped colours alone differ"
+    assert np.abs(restorer.restore(grey, CONFIG)[..., 0] - luma).max() < 0.02, "clamped colours alone differ"
+    sepia = np.stack([grey[..., 0], 0.9 * grey[..., 0], 0.7 * grey[..., 0]], -1)
+    toned = restorer.restore(sepia, CONFIG)
+    assert (toned[..., 0] + 1e-3 >= toned[..., 1]).all() and (toned[..., 1] + 1e-3 >= toned[..., 2]).all()
 
 
 @pytest.mark.parametrize(
