@@ -18,6 +18,8 @@ from pfstorer_rt.extras import needed_by
 MAGIC = b"pfstorer-encrypted-1\n"
 VARIABLE = "PFSTORER_PASSPHRASE"
 """Environment variable with the passphrase."""
+SHORTEST = 8
+"""Characters of the shortest passphrase that `identities encrypt` accepts."""
 _SALT, _NONCE, _TAG = 16, 12, 16
 _COST, _MEMORY = 1 << 17, 192 << 20
 

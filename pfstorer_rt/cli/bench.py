@@ -33,7 +33,7 @@ from pfstorer_rt.runtime.bench import SIZES, BenchConfig, BenchReport, measure_p
 @click.option(
     "--size",
     "sizes",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 16_384),
     multiple=True,
     default=SIZES,
     show_default=True,
@@ -68,6 +68,8 @@ def command(
     from pfstorer_rt.files import make_folder
 
     check_plan(engine)
+    if plot and plot.suffix.lower() != ".png":
+        raise click.UsageError(f"--plot {plot}: expected a name that ends with .png")
     files = [path for path in (table, plot) if path]
     for path in files:
         check_output(path, overwrite)

@@ -118,7 +118,7 @@ def encrypt_command(names: tuple[str, ...]) -> None:
     Example:
       pfstorer-rt identities encrypt alice
     """
-    from pfstorer_rt.encryption import VARIABLE, passphrase_given
+    from pfstorer_rt.encryption import SHORTEST, VARIABLE, passphrase_given
     from pfstorer_rt.errors import SettingError
     from pfstorer_rt.runtime.identities import check_plain, encrypt_identity
 
@@ -127,6 +127,8 @@ def encrypt_command(names: tuple[str, ...]) -> None:
         passphrase = click.prompt("passphrase", hide_input=True, confirmation_prompt=True, err=True)
     if passphrase is None:
         raise SettingError(f"no passphrase, and no terminal to ask for it; set {VARIABLE}")
+    if len(passphrase) < SHORTEST:
+        raise SettingError(f"a passphrase of {len(passphrase)} characters; expected {SHORTEST} or more")
     for name in dict.fromkeys(names):
         check_plain(name)  # an error comes before anything is encrypted
     for name in dict.fromkeys(names):

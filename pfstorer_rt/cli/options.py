@@ -166,6 +166,12 @@ def check_stdout(inputs: Sequence[str], output: str | None) -> None:
         raise click.UsageError("standard output is a terminal; write `> result.png`, or name a file with -o")
 
 
+def note_weight(weight: float | None) -> None:
+    """Print a note about a weight of the feature wrapping outside its range."""
+    if weight is not None and not 0 <= weight <= 1:
+        note(f"--cfw-weight {weight:g}: expected 0 to 1; other values give false colours")
+
+
 def note_strength(strength: float) -> None:
     """Print a note about a strength far from the trained one."""
     if not -1 <= strength <= 2:

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import click
 from click.core import ParameterSource
 
-from pfstorer_rt.cli.options import ATTENTION, SEED, Number, check_plan, check_stdout, flag, note_strength, parse_place
+from pfstorer_rt.cli.options import (
+    ATTENTION,
+    SEED,
+    Number,
+    check_plan,
+    check_stdout,
+    flag,
+    note_strength,
+    note_weight,
+    parse_place,
+)
 from pfstorer_rt.console import echo, note
 from pfstorer_rt.imaging.files import MAX_PIXELS
 
@@ -403,6 +413,7 @@ def run(restorer: Restorer, batch: BatchConfig, jobs: Sequence[Job], options: Op
     from pfstorer_rt.runtime.batch import engine_notes, forecast_jobs, without_effect
 
     note_strength(options.strength)
+    note_weight(options.cfw_weight)
     restorer.recipe(batch.restore)  # refuses settings that do not fit this engine
     for setting, value, reason in without_effect(restorer, batch):
         note(f"{flag(setting)}{'' if value is True else f' {value:g}'} changes nothing: {reason}")

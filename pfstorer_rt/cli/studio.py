@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from pfstorer_rt.cli.options import check_plan
+
 
 @click.command()
 @click.option("--base", default="portrait", show_default=True, help="Base: portrait, or a base directory.")
@@ -34,7 +36,9 @@ def command(base: str, engines: tuple[Path, ...], host: str, port: int, token: s
     Example:
       pfstorer-rt studio
     """
+    from pfstorer_rt.base_files import find_base
     from pfstorer_rt.console import echo
+    from pfstorer_rt.plan import Plan
     from pfstorer_rt.studio.config import StudioConfig
     from pfstorer_rt.studio.serving import serve
 
@@ -45,4 +49,8 @@ def command(base: str, engines: tuple[Path, ...], host: str, port: int, token: s
 
             webbrowser.open(address)
 
+    find_base(base)  # its error comes before the page is served
+    for engine in engines:
+        check_plan(str(engine))
+        Plan.open(engine)
     serve(StudioConfig(base, engines, host, port, token), ready)

@@ -320,8 +320,10 @@ def _decode(image: Image.Image, name: str, notes: list[str]) -> Scan:
     profile = image.info.get("icc_profile") or None
     wide = image.mode == "F" or image.mode.startswith("I")
     if wide:
-        _check_range(image, name)
+        highest = _check_range(image, name)
         notes.append(_DEEP)
+        if highest <= 1 / 16:
+            notes.append(f"its brightest value is {highest:.1%} of white: rescale a file with 12-bit values in 16 bits")
     levels, managed = to_srgb("L" if wide else image.mode, image, profile, notes)
     metadata, turn = read_metadata(image, srgb_profile() if managed else None, notes), orientation(image)
     width, height = image.size if turn < 5 else image.size[::-1]
@@ -374,13 +376,17 @@ def _count_frames(image: Image.Image) -> int:
     return frames
 
 
-def _check_range(image: Image.Image, name: str) -> None:
-    """Reject grey images of more than 8 bits whose values do not define black and white."""
+def _check_range(image: Image.Image, name: str) -> float:
+    """Return the highest value of a grey image of more than 8 bits; white is 1.
+
+    Raises `BadFileError` for values that do not define black and white.
+    """
     top, values = _top(image), np.asarray(image)
     low, high = float(values.min()), float(values.max())  # NaN if any value is NaN
     if not 0 <= low <= high <= top:
         found = f"values from {low:g} to {high:g}"
         raise BadFileError(f"{name}: {found}; expected 0 to {top}: rescale it")
+    return high / top
 
 
 def _top(image: Image.Image) -> int:

@@ -35,7 +35,8 @@ class Naming:
     suffix: str = RESULT_SUFFIX
     """End of the stem. Images of a folder with this suffix are earlier results and are left out."""
     extension: str | None = None
-    """Extension of every result, such as `.webp`; None keeps the input's extension if its format can be written."""
+    """Extension of every result, such as `.webp`; None keeps the input's extension, or selects PNG if its format cannot
+    be written or holds no metadata."""
     label: str = ""
     """Part of every name, to distinguish the results of several engines."""
 
@@ -49,7 +50,8 @@ class Naming:
 
     def name(self, relative: Path) -> Path:
         """Return the path of a result, relative to the folder of results."""
-        own = relative.suffix.lower() if relative.suffix.lower() in SAVE_FORMATS else ".png"
+        own = relative.suffix.lower()
+        own = own if own in SAVE_FORMATS and own != ".bmp" else ".png"
         return relative.with_name(relative.stem + self.label + self.suffix + (self.extension or own))
 
 

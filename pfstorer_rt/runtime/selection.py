@@ -161,8 +161,8 @@ class Chooser:
             yield f"the identity acts on every face of an image; to limit it to the person, {INSTALL_METRICS}"
         elif self.known is None:
             yield (
-                "the identity acts on every face of an image, because this engine has no embedding of the person's "
-                "face; give reference photographs, or learn the person again with the metrics extra"
+                "the identity acts on every face of an image, because no embedding of the person's face is known: no "
+                "face was found in the photographs of the person, or they were learned without the metrics extra"
             )
         elif self.apart > SAME_PERSON:
             yield (
@@ -210,12 +210,12 @@ class Chooser:
         """Return the number of the face that resembles the person, or None and a remark."""
         nearest = nearest_face(faces, () if self.known is None else (self.known,))
         if nearest is None:
-            return None, ""
+            return None, "no face found"
         number, distance = nearest
         if distance <= SAME_PERSON:
             return number, ""
         found = "the face does not resemble" if len(faces) == 1 else f"none of {len(faces)} faces resembles"
-        return None, f"{found} the person (distance {distance:.2f}; expected at most {SAME_PERSON})"
+        return None, f"{found} the person (distance {distance:.3f}; expected at most {SAME_PERSON})"
 
     def _select(self, source: Rows, chosen: Area, others: Sequence[Area]) -> Choice:
         """Select one face, if the identity of this engine can be limited to a part of the image."""

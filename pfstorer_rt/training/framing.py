@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from pfstorer_rt.config import PersonalizeConfig
-from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.errors import BadFileError, SettingError
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, mean_distance
 from pfstorer_rt.faces.finding import Face, face_finder
 from pfstorer_rt.files import show_path
@@ -22,7 +22,7 @@ from pfstorer_rt.imaging.rows import Pixels, Spool, read_whole
 from pfstorer_rt.imaging.tone import SkinToned, keep_hue
 from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
 from pfstorer_rt.training.data import center_crop, read_photo
-from pfstorer_rt.training.selection import NO_FACE, Candidate, Finding, candidate, judge
+from pfstorer_rt.training.selection import NO_FACE, Candidate, Finding, candidate, judge, mixed_people
 
 SQUARE = 2.0
 """Side of the crop divided by the side of the face's box; a portrait has about this ratio."""
@@ -78,7 +78,8 @@ def read_references(
     or without the `metrics` extra, photographs stay whole. Unsuitable photographs are left out as `selection.judge`
     finds, unless `config.keep_all`; without faces, only copies are. Only one photograph is in memory at its full size.
     note: called with a line for each unsuitable
-    photograph. find: None selects dlib's detector. Raises `BadFileError` if no photograph can be read.
+    photograph. find: None selects dlib's detector. Raises `BadFileError` if no photograph can be read,
+    and `SettingError` if they show several people and none is in most of them, unless `config.keep_all`.
     """
     find = find or face_finder() if config.framing == "face" else None
     if find is None and config.framing == "face":
@@ -109,7 +110,14 @@ def read_references(
         face = choose_face(measured.faces, alone)
         if face is not measured.face:  # not the largest face of a group: its crop is made from the file again
             found[path] = measure(path, read_photo(path), measured.faces, face)
-    findings = judge([measured.candidate for measured in found.values()], search=find is not None)
+    candidates = [measured.candidate for measured in found.values()]
+    if not config.keep_all and (people := mixed_people(candidates)):
+        shown = " / ".join(", ".join(path.name for path in group[:3]) for group in people[:3])
+        raise SettingError(
+            f"the photographs show several people, and none of them is in most photographs (such as {shown}); keep the "
+            "photographs of one person"
+        )
+    findings = judge(candidates, search=find is not None)
     references = []
     for (path, measured), finding in zip(found.items(), findings, strict=True):
         left_out = finding.reason if finding and finding.leave_out and not config.keep_all else ""

@@ -132,6 +132,23 @@ def _other_people(embeddings: dict[int, Embedding | None]) -> dict[int, float]:
     return far
 
 
+def mixed_people(candidates: Sequence[Candidate]) -> list[list[Path]]:
+    """Return the photographs of each person if no person is in most of them; an empty list for one person.
+
+    A person here is at least two faces, each within `SAME_PERSON` of another of them.
+    """
+    faces = {i: one.embedding for i, one in enumerate(candidates)}
+    faces = {i: embedding for i, embedding in faces.items() if embedding is not None}
+    if 2 * len(_other_people(faces)) < len(faces):
+        return []
+    groups: list[list[int]] = []
+    for i in faces:
+        near = [group for group in groups if any(_distance(faces, i, j) <= SAME_PERSON for j in group)]
+        groups = [group for group in groups if group not in near] + [[i, *(j for group in near for j in group)]]
+    people = [sorted(group) for group in groups if len(group) > 1]
+    return [[candidates[i].path for i in group] for group in sorted(people)] if len(people) > 1 else []
+
+
 def _doubtful(embeddings: dict[int, Embedding | None]) -> dict[int, tuple[float, float]]:
     """Return {number: (distance to the others, distance among the others)} of faces unlike the others.
 

@@ -51,9 +51,13 @@ def test_bench_writes_csv_plot_and_json(run, nano_plan, tmp_path):
 
 @pytest.mark.parametrize("option", ["--csv", "--plot"])
 def test_bench_overwrites_no_file(refused, nano_plan, tmp_path, option):
-    (tmp_path / "notes").write_text("precious")
-    refused(2, "bench", "--engine", nano_plan.path, option, tmp_path / "notes", words=("--overwrite",))
-    assert (tmp_path / "notes").read_text() == "precious"
+    (tmp_path / "notes.png").write_text("precious")
+    refused(2, "bench", "--engine", nano_plan.path, option, tmp_path / "notes.png", words=("--overwrite",))
+    assert (tmp_path / "notes.png").read_text() == "precious"
+
+
+def test_a_plot_is_a_png(refused, nano_plan, tmp_path):
+    refused(2, "bench", "--engine", nano_plan.path, "--plot", tmp_path / "b.jpg", words=("ends with .png",))
 
 
 @pytest.mark.parametrize(

@@ -307,3 +307,10 @@ def test_a_path_that_is_no_identity_is_not_listed_as_a_name(refused, people, tmp
     (tmp_path / "old.jpg").write_bytes(b"x")
     refused(2, "identities", "rm", "old.jpg", "--yes", words=["a file, but no identity", ".safetensors"])
     assert (tmp_path / "old.jpg").exists()
+
+
+def test_a_short_passphrase_is_refused(refused, people, tree, monkeypatch):
+    monkeypatch.setenv("PFSTORER_PASSPHRASE", "abc")
+    before = tree(people)
+    refused(2, "identities", "encrypt", "alice", words=["a passphrase of 3 characters", "8 or more"])
+    assert tree(people) == before

@@ -236,3 +236,9 @@ def test_files_beside_standard_output_are_noted(restore, save, tmp_path):
     done = restore(save(tmp_path / "a.png"), "-o", "-", "--compare")
     assert done.status == 0 and "--compare changes nothing" in done.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png"]
+
+
+@pytest.mark.parametrize(("weight", "noted"), [("7", True), ("-0.5", True), ("0.5", False)])
+def test_a_weight_outside_its_range_gets_a_note(run, nano_base_dir, save, tmp_path, weight, noted):
+    done = run("restore", "--base", nano_base_dir, save(tmp_path / "a.png"), "--cfw-weight", weight)
+    assert ("expected 0 to 1; other values give false colours" in done.err) == noted

@@ -162,3 +162,11 @@ def test_the_size_is_known_without_decoding(tmp_path):
 @pytest.mark.parametrize("width", [720, 540])  # 2160 and 1620 bytes a row
 def test_8_bit_images_have_no_note_on_deeper_channels(width):
     assert load_image(stream(Image.new("RGB", (width, 2)), "BMP")).notes == ()
+
+
+def test_a_file_of_12_bit_values_in_16_bits_gets_a_note(tmp_path):
+    values = np.linspace(0, 4095, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "scan.tif")
+    assert any("brightest value is 6.2% of white" in note for note in load_image(tmp_path / "scan.tif").notes)
+    Image.fromarray(values * 16).save(tmp_path / "whole.tif")
+    assert not any("brightest" in note for note in load_image(tmp_path / "whole.tif").notes)

@@ -122,11 +122,12 @@ def test_an_image_without_the_person_gets_a_note_and_keeps_its_behaviour(choose)
     found = choose([STRANGER, STRANGER])
     assert found.selection is None and "none of 2 faces resembles the person (distance 1.13" in found.notes[0]
     assert "the face does not resemble" in choose([STRANGER]).notes[0]
+    assert choose([]).notes == ("no face found; the identity acts on the whole image",) and choose([]).selection is None
 
 
 @pytest.mark.parametrize(
     ("embeddings", "settings"),
-    [([ALICE], {}), ([], {}), ([STRANGER, ALICE], {"strength": 0}), ([STRANGER, ALICE], {"apply_to": "all"})],
+    [([ALICE], {}), ([STRANGER, ALICE], {"strength": 0}), ([STRANGER, ALICE], {"apply_to": "all"})],
 )
 def test_the_whole_image_is_restored_without_a_note(choose, embeddings, settings):
     found = choose(embeddings, **settings)

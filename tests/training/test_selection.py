@@ -1,6 +1,7 @@
 """Which reference photographs are used for learning, and which are left out."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from pfstorer_rt.faces.finding import Face
 from pfstorer_rt.imaging.files import load_image
 from pfstorer_rt.training.contact_sheet import GAP, SIDE, check_place, save_contact_sheet
 from pfstorer_rt.training.framing import read_references, used_references
-from pfstorer_rt.training.selection import Candidate, judge
+from pfstorer_rt.training.selection import Candidate, judge, mixed_people
 
 PORTRAIT = Image.fromarray(data.astronaut()[:256, 96:352])
 
@@ -116,8 +117,8 @@ def test_without_any_face_all_photographs_are_used(read):
     assert notes == [f"{name}: no face found; using the centre crop" for name in good(3)]
 
 
-@pytest.mark.parametrize("people", [(0, 1), (0, 0, 1, 1), (0, 1, 2)])
-def test_people_without_a_majority_are_all_used(read, people):
+@pytest.mark.parametrize("people", [(0, 1), (0, 1, 2)])
+def test_few_people_without_a_majority_are_all_used(read, people):
     references, notes = read({f"{i}.png": (picture(i), float(person)) for i, person in enumerate(people)})
     assert len(names(references)) == len(people)
     assert all("may show another person" in note and "left out" not in note for note in notes) and notes
@@ -161,3 +162,34 @@ def test_a_contact_sheet_among_the_photographs_is_refused(tmp_path):
     check_place(tmp_path / "sheet.png", [tmp_path / "alice" / "0.png"])
     with pytest.raises(SettingError, match="another folder"):
         check_place(tmp_path / "alice" / "0.png", [tmp_path / "alice" / "0.png"])
+
+
+def person(name, *numbers):
+    """Candidates with embeddings of one number."""
+    return [Candidate(Path(f"{name}{i}.png"), 9, np.zeros((2, 2)), np.full(1, n), 1.0) for i, n in enumerate(numbers)]
+
+
+def test_several_people_of_equal_number_are_named():
+    alice, bob = person("alice", 0.0, 0.1, 0.2), person("bob", 2.0, 2.1, 2.2)
+    assert [[path.stem for path in group] for group in mixed_people([alice[0], *bob, *alice[1:]])] == [
+        ["alice0", "alice1", "alice2"],
+        ["bob0", "bob1", "bob2"],
+    ]
+    assert mixed_people(alice) == mixed_people([*alice, bob[0]]) == [], "most photographs show one person"
+    assert mixed_people(person("child", 0.0, 0.5, 1.0, 1.5, 2.0)) == [], "a person who changes over the years"
+    assert mixed_people(person("far", 0.0, 1.0, 2.0, 3.0)) == [], "no two faces are alike"
+
+
+def test_photographs_of_several_people_are_refused(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    for i, path in enumerate(paths):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (90, 100, 3), dtype=np.uint8)).save(path)
+    embeddings = [0.0, 0.1, 2.0, 2.1]
+
+    def read(**settings):
+        faces = iter([[Face(10.0, 10.0, 50.0, np.full(1, n))] for n in embeddings])
+        return read_references(paths, PersonalizeConfig(**settings), 192, lambda _: None, lambda _: next(faces))
+
+    with pytest.raises(SettingError, match=r"several people.*0.png, 1.png / 2.png, 3.png"):
+        read()
+    assert len(read(keep_all=True)) == 4
