@@ -72,6 +72,12 @@ SMALL_COLUMNS = {
     "identity": ("identity ↑", 1),
 }
 """Column of small_faces.csv -> title and digits; `identity` is shown as a hundredfold."""
+GREY = {
+    "colour": "in colour, result turned grey",
+    "grey": "grey",
+    "unchanged": "grey, without the tones of skin (`--colorize`), result turned grey",
+}
+GREY_COLUMNS = {name: SMALL_COLUMNS[name] for name in ("psnr", "lpips", "lmse_98", "identity")}
 LEARNING = {"default": "", "thorough": ", `--thorough`"}
 LEVELS = {"heavy": "heavy degradation", "light": "light degradation", "clean": "undegraded images as input"}
 SETS = {
@@ -208,6 +214,17 @@ of the column "identity" as a loss.
 """
 
 
+WITHOUT_COLOUR = """
+### Grey images
+
+Rows in [`grey.csv`](../benchmarks/results/grey.csv), command `python benchmarks/grey.py`. The people, references and
+images are those of [With identities](#with-identities), but the degraded images and the originals are turned grey.
+`restore` [shows the networks grey images in the tones of skin](restore.md#inputs-and-outputs). Without this, weak lips
+and noses disappear. The restoration of the same image in colour is the limit.
+
+"""
+
+
 SMALL = """
 ### Small faces
 
@@ -227,6 +244,7 @@ def portrait_part(
     people: Path = RESULTS / "people.csv",
     recipes: Path = RESULTS / "recipes.csv",
     small: Path = RESULTS / "small_faces.csv",
+    grey: Path = RESULTS / "grey.csv",
 ) -> str:
     """Return the part of the page: setup, one table for each level and set, and the tables of identities."""
     rows = read(heldout)
@@ -243,7 +261,14 @@ def portrait_part(
         text += f"\n### `portrait`, {title}\n"
         for name, mine in by([row for row in rows if row["level"] == level], "set").items():
             text += f"\n{heading(name, mine)}:\n\n{table(mine)}"
-    return text + SEEN + people_part(read(people)) + recipes_part(read(recipes)) + small_part(read(small))
+    return (
+        text
+        + SEEN
+        + people_part(read(people))
+        + recipes_part(read(recipes))
+        + small_part(read(small))
+        + grey_part(read(grey))
+    )
 
 
 def heading(name: str, rows: Sequence[Row]) -> str:
@@ -300,6 +325,17 @@ def small_part(rows: Sequence[Row]) -> str:
                 lines.append(line([name, f"`{base}`{LEARNING[learning]}", *cells(own, SMALL_COLUMNS), seconds]))
     text = SMALL.format(tests=len({row["image"] for row in rows}), side=192)
     return text + "\n".join(lines) + "\n"
+
+
+def grey_part(rows: Sequence[Row]) -> str:
+    """Return the section of grey images: a table of means over people and images, by method and input."""
+    heads = ["images", "", "input", *(title for title, _ in GREY_COLUMNS.values())]
+    lines = [line(heads), line(["---"] * len(heads))]
+    for name, mine in by(rows, "set").items():
+        for method, those in by(mine, "method").items():
+            kinds = by(those, "input")
+            lines += [line([name, method, title, *cells(kinds[kind], GREY_COLUMNS)]) for kind, title in GREY.items()]
+    return WITHOUT_COLOUR + "\n".join(lines) + "\n"
 
 
 def recipes_part(rows: Sequence[Row]) -> str:

@@ -1,5 +1,4 @@
-"""Images of one hue, such as grey and sepia photographs: the networks see them in the tones of skin, and the result has
-the hue of the image.
+"""Grey, toned and pale images: the networks see them in the tones of skin, and the result has the hue of the image.
 
 The bases are trained on colour photographs. In grey, they take weak lips and noses for skin and remove them.
 """
@@ -8,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from pfstorer_rt.imaging.bands import Grey, is_grey
+from pfstorer_rt.imaging.bands import Grey, Resized, is_grey
 from pfstorer_rt.imaging.rows import Band, Rows, bands, read_ahead
 
 Tone = npt.NDArray[np.float64]
@@ -21,8 +20,12 @@ Tone = npt.NDArray[np.float64]
 ONE_HUE = 1.5 * 2 / 255
 """Largest RMS deviation of a channel from its tone, in the range of [-1, 1]. JPEG files of toned images had up to 1.0
 levels of 255; 150 colour portraits had at least 3.7."""
-
-
+PALE, COLOURFUL = 2.5 * 2 / 255, 3.7 * 2 / 255
+"""The same deviation, up to which an image is shown in the tones of skin, and from which it is shown as it is; between
+them, the change becomes smaller. It is measured in an image of `REDUCED` pixels: scans of grey photographs have noise of
+many hues, which the reduction removes."""
+REDUCED = 64
+"""Short side in pixels."""
 SKIN = np.array([0.16, -0.048, -0.1725], np.float32)
 """How much more red, green and blue skin has than grey of the same luma, in the range of [-1, 1], for `SkinToned`."""
 
@@ -39,7 +42,28 @@ class SkinToned:
     def read(self, start: int, stop: int) -> Band:
         """Return rows start..stop-1."""
         luma = luma_of(self.source.read(start, stop)).clip(-1, 1)
-        return np.stack([luma + share * (1 - luma**2) * (1 + luma) for share in SKIN]).astype(np.float32)
+        return (luma + skin(luma)).astype(np.float32)
+
+
+def skin(luma: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the difference (3, n, W) of skin from grey of a luma (n, W) in [-1, 1]."""
+    shades: npt.NDArray[Any] = SKIN[:, None, None] * (1 - luma**2) * (1 + luma)
+    return shades
+
+
+class Shifted:
+    """An image whose tone is moved towards that of skin; the deviations of its pixels from the tone stay."""
+
+    def __init__(self, source: Rows, tone: Tone, weight: float) -> None:
+        """weight: 1 replaces the tone by that of skin, -1 undoes it."""
+        self.source, self.tone, self.weight, self.height, self.width = source, tone, weight, source.height, source.width
+
+    def read(self, start: int, stop: int) -> Band:
+        """Return rows start..stop-1, clamped to [-1, 1]."""
+        band = self.source.read(start, stop)
+        luma = luma_of(band).clip(-1, 1)
+        shifted = band + self.weight * (skin(luma) - shades_of(self.tone, luma))
+        return shifted.clip(-1, 1).astype(np.float32)
 
 
 class Toned:
@@ -51,12 +75,19 @@ class Toned:
     def read(self, start: int, stop: int) -> Band:
         """Return rows start..stop-1, clamped to [-1, 1]."""
         luma = luma_of(self.source.read(start, stop))
-        channels = [luma + a + b * luma + c * luma**2 for a, b, c in self.tone]
-        return np.stack(channels).clip(-1, 1).astype(np.float32)
+        return (luma + shades_of(self.tone, luma)).clip(-1, 1).astype(np.float32)
 
 
-def find_tone(source: Rows) -> Tone | None:
-    """Fit the tone of an image by least squares; None for an image with several hues. The image is read once."""
+def shades_of(tone: Tone, luma: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the difference (3, n, W) of the channels from a luma (n, W)."""
+    return np.stack([a + b * luma + c * luma**2 for a, b, c in tone])
+
+
+def fit_tone(source: Rows) -> tuple[Tone, float]:
+    """Fit the tone of an image by least squares; returns it, and the largest RMS deviation of a channel from it.
+
+    The image is read once.
+    """
 
     def sums(start: int, stop: int) -> tuple[npt.NDArray[np.float64], ...]:
         band = source.read(start, stop).astype(np.float64)
@@ -69,15 +100,39 @@ def find_tone(source: Rows) -> Tone | None:
     moments, products, squares = (np.sum(part, 0) for part in zip(*parts, strict=True))
     tone: Tone = products @ np.linalg.pinv(moments)
     remaining = (squares - (tone * products).sum(1)) / (source.height * source.width)
-    return tone if remaining.max() <= ONE_HUE**2 else None
+    return tone, float(np.sqrt(max(0.0, remaining.max())))
 
 
-def keep_hue(source: Rows) -> Callable[[Rows], Rows] | None:
-    """Return what gives a result the hue of a grey or toned image; None for an image with several hues."""
+def unchanged(rows: Rows) -> Rows:
+    """Return the argument."""
+    return rows
+
+
+class SkinTones(NamedTuple):
+    """An image as the networks see it, and the way back."""
+
+    shown: Rows
+    back: Callable[[Rows], Rows] = unchanged
+    """Gives a result of the networks the hue of the image."""
+    again: Callable[[Rows], Rows] = unchanged
+    """Gives a result of the networks the tones of `shown`, for a second pass."""
+
+
+def in_skin_tones(source: Rows) -> SkinTones:
+    """Show a grey, toned or pale image in the tones of skin, and a colourful image as it is."""
     if is_grey(source):
-        return Grey
-    tone = find_tone(source)
-    return None if tone is None else partial(Toned, tone=tone)
+        return SkinTones(SkinToned(source), Grey, SkinToned)
+    tone, deviation = fit_tone(source)
+    if deviation <= ONE_HUE:
+        return SkinTones(SkinToned(source), partial(Toned, tone=tone), SkinToned)
+    ratio = REDUCED / min(source.height, source.width)
+    if ratio < 1:
+        small = Resized(source, round(source.height * ratio), round(source.width * ratio), antialias=True)
+        tone, deviation = fit_tone(small)
+    weight = min(1.0, (COLOURFUL - deviation) / (COLOURFUL - PALE))
+    if weight <= 0:
+        return SkinTones(source)
+    return SkinTones(Shifted(source, tone, weight), partial(Shifted, tone=tone, weight=-weight))
 
 
 def luma_of(band: npt.NDArray[Any]) -> npt.NDArray[Any]:

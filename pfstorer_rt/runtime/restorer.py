@@ -32,7 +32,7 @@ from pfstorer_rt.imaging.rows import (
     read_whole,
     to_pixels,
 )
-from pfstorer_rt.imaging.tone import SkinToned, keep_hue
+from pfstorer_rt.imaging.tone import SkinTones, in_skin_tones
 from pfstorer_rt.plan import COMPONENTS, DEFAULT_BASE, Manifest, Plan
 from pfstorer_rt.runtime.coarse import Guided, Passes, choose_scale, may_be_coarse, on_canvas, reduced_to
 from pfstorer_rt.runtime.layout import CodecTiles, Layout
@@ -181,8 +181,8 @@ class Restorer:
         """
         plan = passes or self.passes(source, config)
         check_temporary_space(plan.temporary_bytes)
-        toned, passed = None if plan.fine.recipe.colorize else keep_hue(source), 0
-        shown = SkinToned(source) if toned else source
+        shown, back, again = SkinTones(source) if plan.fine.recipe.colorize else in_skin_tones(source)
+        passed = 0
 
         def done(n: int) -> None:
             nonlocal passed
@@ -193,10 +193,9 @@ class Restorer:
         images: Sequence[Rows] = [on_canvas(shown, plan.fine.canvas)]
         if plan.coarse is not None:
             canvas = plan.coarse.canvas
-            tinted = SkinToned if toned else None
-            coarse = self._restore_selected([on_canvas(shown, canvas)], plan.coarse, plan.selection, tinted, done)
+            coarse = self._restore_selected([on_canvas(shown, canvas)], plan.coarse, plan.selection, again, done)
             images = [Guided(images[0], rows, reduced_to(shown, canvas)) for rows in coarse]
-        return self._restore_selected(images, plan.fine, plan.selection, toned, done)[-1]
+        return self._restore_selected(images, plan.fine, plan.selection, back, done)[-1]
 
     def passes(self, source: Rows, config: RestoreConfig | None = None) -> Passes:
         """Return the passes of an image; with coarse to fine, the scale of the first depends on the largest face."""
@@ -225,7 +224,7 @@ class Restorer:
         images: Sequence[Rows],
         layout: Layout,
         selection: Selection | None,
-        toned: Callable[[Rows], Rows] | None,
+        back: Callable[[Rows], Rows],
         done: Done,
     ) -> list[Rows]:
         """Restore an image in one pass; returns the result, after the result of the base if there is a selection.
@@ -233,7 +232,7 @@ class Restorer:
         images: the image, or one for the base and one for the identity.
         """
         if selection is None:
-            return [self._restore_pass(images[-1], layout, toned, self._restore_square, done)]
+            return [self._restore_pass(images[-1], layout, back, self._restore_square, done)]
         traces: dict[Tile, list[Array]] = {square: [] for square in layout.squares}
 
         def by_base(style: Rows, layout: Layout, square: Tile, done: Done) -> Rows:
@@ -243,14 +242,14 @@ class Restorer:
             part, trace = find_part(layout, square, selection), traces.pop(square)
             return self._restore_part(style, part, trace, done) if part else style
 
-        base = self._restore_pass(images[0], base_layout(layout), toned, by_base, done)
-        person = self._restore_pass(images[-1], layout, toned, by_identity, done)
+        base = self._restore_pass(images[0], base_layout(layout), back, by_base, done)
+        person = self._restore_pass(images[-1], layout, back, by_identity, done)
         return [base, Mixed(base, person, selection)]
 
     def _restore_pass(
-        self, image: Rows, layout: Layout, toned: Callable[[Rows], Rows] | None, restore: RestoreSquare, done: Done
+        self, image: Rows, layout: Layout, back: Callable[[Rows], Rows], restore: RestoreSquare, done: Done
     ) -> Rows:
-        """Restore an image of the size of a canvas without its padding; toned: gives the result its hue.
+        """Restore an image of the size of a canvas without its padding; back: gives the result its hue.
 
         Several squares are restored from the same seed each, and blended (StableSR's tiled inference script).
         """
@@ -264,7 +263,7 @@ class Restorer:
             for start, rows in blend_by_rows(squares, patches, style.height, style.width):
                 restored.write(start, rows)
         complaint = f"{self.backend} returned values that are not finite; use another backend"
-        return Result(toned(restored) if toned else restored, layout.canvas, complaint)
+        return Result(back(restored), layout.canvas, complaint)
 
     def _restore_part(self, style: Rows, part: Part, trace: Sequence[Array], done: Done) -> Rows:
         """Restore the part of a square on which the identity acts; trace: the predictions of the base."""

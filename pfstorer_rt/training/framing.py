@@ -19,7 +19,7 @@ from pfstorer_rt.faces.finding import Face, face_finder
 from pfstorer_rt.files import show_path
 from pfstorer_rt.imaging.files import resize_bicubic
 from pfstorer_rt.imaging.rows import Pixels, Spool, read_whole
-from pfstorer_rt.imaging.tone import SkinToned, keep_hue
+from pfstorer_rt.imaging.tone import in_skin_tones
 from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
 from pfstorer_rt.training.data import center_crop, read_photo
 from pfstorer_rt.training.selection import NO_FACE, Candidate, Finding, candidate, judge, mixed_people
@@ -138,11 +138,10 @@ def limit_size(photo: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def in_tones_of_skin(photo: torch.Tensor) -> torch.Tensor:
-    """Return (3, H, W) in [0, 1] as restoring shows it to the networks: a grey or toned photograph in skin tones."""
+    """Return (3, H, W) in [0, 1] as restoring shows it to the networks: a photograph without colours in skin tones."""
     rows = Spool.of((photo * 2 - 1).numpy())
-    if keep_hue(rows) is None:
-        return photo
-    return torch.from_numpy((read_whole(SkinToned(rows)) + 1) / 2)
+    shown = in_skin_tones(rows).shown
+    return photo if shown is rows else torch.from_numpy((read_whole(shown) + 1) / 2)
 
 
 def used_references(references: Sequence[Reference]) -> list[Reference]:

@@ -68,3 +68,13 @@ def test_small_faces_have_a_row_for_each_base_and_way_of_learning(tables):
         ("`tiny`, no identity", "20.0", ""),
         ("`tiny`", "50.0", "600"),
     ]
+
+
+def test_grey_images_have_a_row_for_each_input(tables):
+    found = {**dict.fromkeys(tables.GREY_COLUMNS, "2.0"), "set": "real", "method": "Base"}
+    rows = [
+        {**found, "input": kind, "identity": value}
+        for kind, value in (("grey", "0.4"), ("colour", "0.5"), ("unchanged", "0.2"))
+    ]
+    lines = [text for text in tables.grey_part(rows).splitlines() if text.startswith("| real")]
+    assert [text.rstrip(" |").split(" | ")[-1] for text in lines] == ["50.0", "40.0", "20.0"]

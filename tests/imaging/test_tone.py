@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pfstorer_rt.imaging.rows import Spool, from_pixels, to_pixels
-from pfstorer_rt.imaging.tone import SkinToned, Toned, find_tone, keep_hue
+from pfstorer_rt.imaging.tone import SkinToned, Toned, fit_tone, in_skin_tones
 
 WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -20,13 +20,14 @@ def grey(make_image):
 
 def test_the_tone_of_a_sepia_image_gives_the_image_back(grey):
     source = Spool.of(from_pixels(sepia(grey)))
-    tone = find_tone(source)
+    tone, deviation = fit_tone(source)
+    assert deviation * 255 / 2 < 1.5
     toned = to_pixels(Toned(source, tone).read(0, 40))
     assert np.sqrt(np.mean((toned - sepia(grey)) ** 2)) * 255 < 1.5
 
 
 def test_a_result_with_other_hues_gets_the_one_hue(grey, make_image):
-    kept = keep_hue(Spool.of(from_pixels(sepia(grey))))
+    kept = in_skin_tones(Spool.of(from_pixels(sepia(grey)))).back
     strange = make_image(40, 56, seed=3)
     toned = to_pixels(kept(Spool.of(from_pixels(strange))).read(0, 40))
     order = np.argsort(toned[..., 1].ravel())
@@ -47,11 +48,37 @@ def test_skin_tones_have_the_luma_of_the_image(make_image):
     assert (red - blue).max() == pytest.approx(0.3325 * 32 / 27 / 2, abs=0.01), "at 2 / 3 of white"
 
 
-def test_a_colour_image_has_no_tone(face):
-    assert keep_hue(Spool.of(from_pixels(face))) is None
+def test_a_colourful_image_is_shown_as_it_is(face):
+    source = Spool.of(from_pixels(face))
+    assert in_skin_tones(source).shown is source and in_skin_tones(source).back(source) is source
+
+
+@pytest.mark.parametrize(("levels", "share"), [(2.2, 1.0), (3.1, 0.5), (7.0, 0.0)])
+def test_the_tone_of_a_pale_image_is_moved_and_moved_back(grey, levels, share):
+    noise = np.random.default_rng(0).normal(size=(*grey.shape, 3))
+    noise -= (noise @ WEIGHTS)[..., None]
+    noise *= levels / 255 / np.sqrt((noise**2).mean((0, 1)).max())
+    pixels = (0.1 + 0.8 * grey[..., None] + noise).astype(np.float32)
+    source = Spool.of(from_pixels(pixels))
+    found = in_skin_tones(source)
+    shown = to_pixels(found.shown.read(0, 40))
+    assert np.abs(shown @ WEIGHTS - pixels @ WEIGHTS).max() < 2e-3, "the luma stays"
+    whole = to_pixels(SkinToned(source).read(0, 40)) - (pixels @ WEIGHTS)[..., None]
+    assert (shown - pixels).mean((0, 1)) == pytest.approx(share * whole.mean((0, 1)), abs=4e-3)
+    assert np.abs(to_pixels(found.back(found.shown).read(0, 40)) - pixels).max() < 2e-3
+
+
+def test_the_noise_of_a_scan_is_no_colour(make_image):
+    grey = make_image(256, 200) @ WEIGHTS
+    noise = np.random.default_rng(0).normal(0, 8 / 255, (256, 200, 3))
+    source = Spool.of(from_pixels((0.2 + 0.6 * grey[..., None] + noise).clip(0, 1).astype(np.float32)))
+    assert fit_tone(source)[1] * 255 / 2 > 5
+    red, _, blue = in_skin_tones(source).shown.read(0, 256) - source.read(0, 256)
+    assert red.mean() > 0.1 and blue.mean() < -0.1
 
 
 def test_a_tint_of_a_part_of_the_image_is_a_second_hue(grey):
     tinted = sepia(grey)
     tinted[:12, :12, 0] *= 0.7
-    assert find_tone(Spool.of(from_pixels(tinted))) is None
+    _, deviation = fit_tone(Spool.of(from_pixels(tinted)))
+    assert deviation * 255 / 2 > 1.5
