@@ -2,8 +2,8 @@
 
     python benchmarks/grey.py real=FOLDER generated=FOLDER --lpips FILE --recognizer FILE --landmarks FILE -o grey.csv
 
-Folders, references, test images and seeds are those of `benchmarks/people.py`. The degraded images and the originals are
-turned grey. `colour` restores the degraded image in colour and turns the result grey. `grey` is the default of
+Folders, references, test images and seeds are those of `benchmarks/people.py`. The degraded images and the originals
+are turned grey. `colour` restores the degraded image in colour and turns the result grey. `grey` is the default of
 `restore`. `unchanged` shows the networks the grey image, as `restore --colorize` does, and turns the result grey. One
 row per person, image, method and input. People in the CSV file are not measured again.
 """

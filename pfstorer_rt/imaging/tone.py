@@ -22,8 +22,8 @@ ONE_HUE = 1.5 * 2 / 255
 levels of 255; 150 colour portraits had at least 3.7."""
 PALE, COLOURFUL = 2.5 * 2 / 255, 3.7 * 2 / 255
 """The same deviation, up to which an image is shown in the tones of skin, and from which it is shown as it is; between
-them, the change becomes smaller. It is measured in an image of `REDUCED` pixels: scans of grey photographs have noise of
-many hues, which the reduction removes."""
+them, the change becomes smaller. It is measured in an image of `REDUCED` pixels: scans of grey photographs have noise
+of many hues, which the reduction removes."""
 REDUCED = 64
 """Short side in pixels."""
 SKIN = np.array([0.16, -0.048, -0.1725], np.float32)
