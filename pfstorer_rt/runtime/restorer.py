@@ -32,7 +32,7 @@ from pfstorer_rt.imaging.rows import (
     read_whole,
     to_pixels,
 )
-from pfstorer_rt.imaging.tone import SkinTones, in_skin_tones
+from pfstorer_rt.imaging.shown import Shown, shown_to_networks
 from pfstorer_rt.plan import COMPONENTS, DEFAULT_BASE, Manifest, Plan
 from pfstorer_rt.runtime.coarse import Guided, Passes, choose_scale, may_be_coarse, on_canvas, reduced_to
 from pfstorer_rt.runtime.layout import CodecTiles, Layout
@@ -181,7 +181,7 @@ class Restorer:
         """
         plan = passes or self.passes(source, config)
         check_temporary_space(plan.temporary_bytes)
-        shown, back, again = SkinTones(source) if plan.fine.recipe.colorize else in_skin_tones(source)
+        shown, back, again = Shown(source) if plan.fine.recipe.colorize else shown_to_networks(source)
         passed = 0
 
         def done(n: int) -> None:

@@ -19,7 +19,7 @@ from pfstorer_rt.faces.finding import Face, face_finder
 from pfstorer_rt.files import show_path
 from pfstorer_rt.imaging.files import resize_bicubic
 from pfstorer_rt.imaging.rows import Pixels, Spool, read_whole
-from pfstorer_rt.imaging.tone import in_skin_tones
+from pfstorer_rt.imaging.shown import shown_to_networks
 from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
 from pfstorer_rt.training.data import center_crop, read_photo
 from pfstorer_rt.training.selection import NO_FACE, Candidate, Finding, candidate, judge, mixed_people
@@ -137,10 +137,10 @@ def limit_size(photo: torch.Tensor, side: int) -> torch.Tensor:
     return (resize_bicubic(photo[None] * 2 - 1, size, antialias=True)[0] + 1) / 2
 
 
-def in_tones_of_skin(photo: torch.Tensor) -> torch.Tensor:
+def as_restored(photo: torch.Tensor) -> torch.Tensor:
     """Return (3, H, W) in [0, 1] as restoring shows it to the networks: a photograph without colours in skin tones."""
     rows = Spool.of((photo * 2 - 1).numpy())
-    shown = in_skin_tones(rows).shown
+    shown = shown_to_networks(rows).rows
     return photo if shown is rows else torch.from_numpy((read_whole(shown) + 1) / 2)
 
 

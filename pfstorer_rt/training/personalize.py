@@ -28,7 +28,7 @@ from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.contact_sheet import check_place, save_contact_sheet
 from pfstorer_rt.training.data import Batch, center_crop
 from pfstorer_rt.training.device import accelerated, kernels_for, to_channels_last, training_device
-from pfstorer_rt.training.framing import in_tones_of_skin, read_references, used_references
+from pfstorer_rt.training.framing import as_restored, read_references, used_references
 from pfstorer_rt.training.image_loss import ImageSpaceLoss, has_image_losses, refusal
 from pfstorer_rt.training.loop import Training, run_training
 from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective, starts_from_prior
@@ -194,7 +194,7 @@ def choose_references(
     used = used_references(found)
     if len(used) < ENOUGH:
         note(f"{len(used)} photograph(s); 3-5 photographs give a better likeness")
-    return [reference.path for reference in used], [in_tones_of_skin(reference.photo) for reference in used]
+    return [reference.path for reference in used], [as_restored(reference.photo) for reference in used]
 
 
 def available(config: PersonalizeConfig, note: Callable[[str], None]) -> PersonalizeConfig:

@@ -6,6 +6,8 @@ import pytest
 from pfstorer_rt.config import RestoreConfig, TileConfig
 from pfstorer_rt.imaging.bands import Resized
 from pfstorer_rt.imaging.rows import Spool, from_pixels, read_pixels
+from pfstorer_rt.imaging.shown import shown_to_networks
+from pfstorer_rt.imaging.tone import unchanged
 from pfstorer_rt.plan import Manifest
 from pfstorer_rt.runtime import coarse
 from pfstorer_rt.runtime.coarse import Guided, Passes, choose_scale
@@ -96,8 +98,9 @@ def test_an_image_without_faces_has_one_pass_of_plain_tiles(restorer, make_image
     assert np.array_equal(restorer.restore(pixels, replace(ON, coarse="auto")), restorer.restore(pixels, OFF))
 
 
-def test_the_fine_pass_receives_the_coarse_result(restorer, make_image):
-    pixels, seen = make_image(130, 150), []
+def test_the_fine_pass_receives_the_coarse_result(restorer, face):
+    pixels, seen = np.ascontiguousarray(face[60:190, 50:200]), []
+    assert shown_to_networks(Spool.of(from_pixels(pixels))).back is unchanged, "the networks see the image as it is"
     source = Spool.of(from_pixels(pixels))
     passes = restorer.passes(source, ON)
     result = restorer.restore_rows(source, ON, lambda done, total: seen.append((done, total)), passes)

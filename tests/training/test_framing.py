@@ -10,7 +10,7 @@ from skimage import data
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.faces.finding import Face, face_finder
 from pfstorer_rt.training import framing
-from pfstorer_rt.training.framing import choose_face, frame_face, in_tones_of_skin, read_references
+from pfstorer_rt.training.framing import as_restored, choose_face, frame_face, read_references
 
 PORTRAIT = data.astronaut()[:256, 96:352]
 
@@ -60,10 +60,10 @@ def test_a_large_photograph_is_reduced_to_three_tiles(read):
 
 def test_grey_photographs_are_learned_in_skin_tones():
     photo = torch.rand((3, 20, 30), generator=torch.Generator().manual_seed(0))
-    assert in_tones_of_skin(photo) is photo
+    assert as_restored(photo) is photo
     weights = torch.tensor([0.299, 0.587, 0.114])
     grey = torch.einsum("c,chw->hw", weights, photo).expand(3, -1, -1)
-    toned = in_tones_of_skin(grey)
+    toned = as_restored(grey)
     assert (torch.einsum("c,chw->hw", weights, toned) - grey[0]).abs().max() < 1e-3
     assert (toned[0] > toned[1]).all() and (toned[1] > toned[2]).all()
 

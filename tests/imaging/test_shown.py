@@ -1,0 +1,69 @@
+"""What the networks see of dark, faded and grey images."""
+
+import numpy as np
+import pytest
+
+from pfstorer_rt.imaging.rows import Spool, from_pixels, to_pixels
+from pfstorer_rt.imaging.shown import Levels, luma_span, shown_to_networks
+
+WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def rows_of(pixels):
+    return Spool.of(from_pixels(np.ascontiguousarray(pixels, np.float32)))
+
+
+def pixels_of(rows):
+    return to_pixels(rows.read(0, rows.height))
+
+
+@pytest.fixture
+def full(face):
+    """A colour photograph from black to white."""
+    low, high = face.min(), face.max()
+    return (face - low) / (high - low)
+
+
+def test_levels_are_moved(full):
+    assert pixels_of(Levels(rows_of(0.2 + 0.4 * full), 2.5, -1 + 2.5 * 0.6)) == pytest.approx(full, abs=1e-5)
+
+
+def test_an_image_with_contrast_and_colours_is_shown_as_it_is(full):
+    source = rows_of(full)
+    shown = shown_to_networks(source)
+    assert shown.rows is source and shown.back(source) is source and shown.again(source) is source
+
+
+@pytest.mark.parametrize(("gain", "offset"), [(0.35, 0.0), (0.4, 0.4), (0.45, 0.55), (0.5, 0.2)])
+def test_a_flat_image_gets_full_contrast_and_its_result_does_not(full, gain, offset):
+    pixels = gain * full + offset
+    shown = shown_to_networks(rows_of(pixels))
+    low, high = luma_span(shown.rows)
+    assert (low, high) == (pytest.approx(-1, abs=0.02), pytest.approx(1, abs=0.02))
+    inside = np.abs(pixels_of(shown.rows) - 0.5) < 0.49
+    back = pixels_of(shown.back(shown.rows))
+    assert np.abs(back - pixels)[inside].max() < 1e-4
+    flat = shown.back(rows_of(np.full_like(full, 1.0)))
+    assert pixels_of(flat).max() == pytest.approx((pixels @ WEIGHTS).max(), abs=0.02), "white is the old maximum"
+
+
+def test_a_flat_grey_image_gets_contrast_and_skin_tones(full):
+    grey = np.repeat(0.3 + 0.4 * (full @ WEIGHTS)[..., None], 3, 2)
+    shown = shown_to_networks(rows_of(grey))
+    seen = pixels_of(shown.rows)
+    assert seen.max() - seen.min() > 0.9 and (seen[..., 0] - seen[..., 2]).mean() > 0.05
+    back = pixels_of(shown.back(shown.rows))
+    assert np.ptp(back, axis=-1).max() < 1e-6 and np.abs(back - grey).max() < 2e-3
+    assert np.abs(pixels_of(shown.again(rows_of(grey))) @ WEIGHTS - grey[..., 0]).max() < 1e-3
+
+
+def test_noise_is_no_contrast():
+    rng = np.random.default_rng(0)
+    pixels = 0.5 + 0.1 * np.linspace(-1, 1, 256)[:, None, None] + 0.12 * rng.standard_normal((256, 256, 1))
+    low, high = luma_span(rows_of(np.repeat(pixels.clip(0, 1), 3, 2)))
+    assert (high - low) / 2 < 0.7 < np.ptp(pixels.clip(0, 1))
+
+
+def test_an_image_of_one_colour_is_shown_as_it_is():
+    source = rows_of(np.full((20, 30, 3), (0.5, 0.2, 0.1)))
+    assert np.isfinite(pixels_of(shown_to_networks(source).rows)).all()
