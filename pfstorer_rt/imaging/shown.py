@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pfstorer_rt.imaging.bands import Resized
 from pfstorer_rt.imaging.rows import Band, Rows, bands
-from pfstorer_rt.imaging.tone import in_skin_tones, luma_of, unchanged
+from pfstorer_rt.imaging.tone import in_skin_tones, luma_of, reduced, unchanged
 
 FLAT = 0.55
 """An image whose luma spans less than this share of black to white gets full contrast. 350 photographs and their
 heavily degraded versions span at least 0.56."""
 ROOM = 0.15
-"""How far the span may exceed that of the image reduced to `REDUCED` pixels: noise has extreme values too."""
-REDUCED = 64
-"""Short side in pixels."""
+"""How far the span may exceed that of the reduced image: noise has extreme values too."""
 
 
 class Shown(NamedTuple):
@@ -46,12 +43,13 @@ class Levels:
 
 def shown_to_networks(source: Rows) -> Shown:
     """Return a flat image with full contrast, an image without colours in skin tones, and any other image as it is."""
-    low, high = luma_span(source)
+    small = reduced(source)
+    low, high = luma_span(source, small)
     if not 0 < high - low < 2 * FLAT:
-        return Shown(*in_skin_tones(source))
+        return Shown(*in_skin_tones(source, small))
     gain = 2 / (high - low)
     offset = -1 - gain * low
-    inner = in_skin_tones(Levels(source, gain, offset))
+    inner = in_skin_tones(Levels(source, gain, offset), Levels(small, gain, offset))
 
     def back(rows: Rows) -> Rows:
         return Levels(inner.back(rows), 1 / gain, -offset / gain)
@@ -59,15 +57,16 @@ def shown_to_networks(source: Rows) -> Shown:
     return Shown(inner.shown, back, inner.again)
 
 
-def luma_span(source: Rows) -> tuple[float, float]:
-    """Return the lowest and highest luma of an image in [-1, 1], without the outliers of noise."""
-    low, high = _span(source)
-    ratio = REDUCED / min(source.height, source.width)
-    if ratio < 1:
-        small = Resized(source, round(source.height * ratio), round(source.width * ratio), antialias=True)
-        darkest, brightest = _span(small)
-        low, high = max(low, darkest - 2 * ROOM), min(high, brightest + 2 * ROOM)
-    return low, high
+def luma_span(source: Rows, small: Rows) -> tuple[float, float]:
+    """Return the lowest and highest luma of an image in [-1, 1], without the outliers of noise.
+
+    small: `reduced(source)`. If its span is not flat, it is the result, and the image is not read.
+    """
+    low, high = _span(small)
+    if small is source or high - low >= 2 * FLAT:
+        return low, high
+    darkest, brightest = _span(source)
+    return max(darkest, low - 2 * ROOM), min(brightest, high + 2 * ROOM)
 
 
 def _span(source: Rows) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pfstorer_rt.imaging.bands import Grey, Resized, is_grey
-from pfstorer_rt.imaging.rows import Band, Rows, bands, read_ahead
+from pfstorer_rt.imaging.rows import Band, Rows, Spool, bands, read_ahead, read_whole
 
 Tone = npt.NDArray[np.float64]
 """(3, 3): coefficients 1, y, y² of the difference of every channel from the luma y in [-1, 1]."""
@@ -22,7 +22,7 @@ ONE_HUE = 1.5 * 2 / 255
 levels of 255; 150 colour portraits had at least 3.7."""
 PALE, COLOURFUL = 2.5 * 2 / 255, 3.7 * 2 / 255
 """The same deviation, up to which an image is shown in the tones of skin, and from which it is shown as it is; between
-them, the change becomes smaller. It is measured in an image of `REDUCED` pixels: scans of grey photographs have noise
+them, the change becomes smaller. It is measured in the `reduced` image: scans of grey photographs have noise
 of many hues, which the reduction removes."""
 REDUCED = 64
 """Short side in pixels."""
@@ -118,21 +118,30 @@ class SkinTones(NamedTuple):
     """Gives a result of the networks the tones of `shown`, for a second pass."""
 
 
-def in_skin_tones(source: Rows) -> SkinTones:
-    """Show a grey, toned or pale image in the tones of skin, and a colourful image as it is."""
+def reduced(source: Rows) -> Rows:
+    """Reduce an image to a short side of `REDUCED` pixels, in memory."""
+    ratio = REDUCED / min(source.height, source.width)
+    if ratio >= 1:
+        return source
+    small = Resized(source, round(source.height * ratio), round(source.width * ratio), antialias=True)
+    return Spool.of(read_whole(small))
+
+
+def in_skin_tones(source: Rows, small: Rows) -> SkinTones:
+    """Show a grey, toned or pale image in the tones of skin, and a colourful image as it is.
+
+    small: `reduced(source)`. A colourful image is not read.
+    """
+    overall, deviation = fit_tone(small)
+    weight = min(1.0, (COLOURFUL - deviation) / (COLOURFUL - PALE))
+    if weight <= 0:
+        return SkinTones(source)
     if is_grey(source):
         return SkinTones(SkinToned(source), Grey, SkinToned)
     tone, deviation = fit_tone(source)
     if deviation <= ONE_HUE:
         return SkinTones(SkinToned(source), partial(Toned, tone=tone), SkinToned)
-    ratio = REDUCED / min(source.height, source.width)
-    if ratio < 1:
-        small = Resized(source, round(source.height * ratio), round(source.width * ratio), antialias=True)
-        tone, deviation = fit_tone(small)
-    weight = min(1.0, (COLOURFUL - deviation) / (COLOURFUL - PALE))
-    if weight <= 0:
-        return SkinTones(source)
-    return SkinTones(Shifted(source, tone, weight), partial(Shifted, tone=tone, weight=-weight))
+    return SkinTones(Shifted(source, overall, weight), partial(Shifted, tone=overall, weight=-weight))
 
 
 def luma_of(band: npt.NDArray[Any]) -> npt.NDArray[Any]:
