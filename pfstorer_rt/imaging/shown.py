@@ -6,27 +6,16 @@ image again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 from pfstorer_rt.imaging.rows import Band, Rows, bands
-from pfstorer_rt.imaging.tone import in_skin_tones, luma_of, reduced, unchanged
+from pfstorer_rt.imaging.tone import Shown, in_skin_tones, luma_of, reduced
 
 FLAT = 0.55
 """An image whose luma spans less than this share of black to white gets full contrast. 350 photographs and their
 heavily degraded versions span at least 0.56."""
+LEAST = 0.05
+"""An image of a smaller span, such as a blank page, is shown as it is: contrast would be noise."""
 ROOM = 0.15
 """How far the span may exceed that of the reduced image: noise has extreme values too."""
-
-
-class Shown(NamedTuple):
-    """An image as the networks see it, and the way back."""
-
-    rows: Rows
-    back: Callable[[Rows], Rows] = unchanged
-    """Gives a result of the networks the contrast and the hue of the image."""
-    again: Callable[[Rows], Rows] = unchanged
-    """Gives a result of the networks the tones of `rows`, for a second pass."""
 
 
 class Levels:
@@ -45,8 +34,8 @@ def shown_to_networks(source: Rows) -> Shown:
     """Return a flat image with full contrast, an image without colours in skin tones, and any other image as it is."""
     small = reduced(source)
     low, high = luma_span(source, small)
-    if not 0 < high - low < 2 * FLAT:
-        return Shown(*in_skin_tones(source, small))
+    if not 2 * LEAST < high - low < 2 * FLAT:
+        return in_skin_tones(source, small)
     gain = 2 / (high - low)
     offset = -1 - gain * low
     inner = in_skin_tones(Levels(source, gain, offset), Levels(small, gain, offset))
@@ -54,7 +43,7 @@ def shown_to_networks(source: Rows) -> Shown:
     def back(rows: Rows) -> Rows:
         return Levels(inner.back(rows), 1 / gain, -offset / gain)
 
-    return Shown(inner.shown, back, inner.again)
+    return Shown(inner.rows, back, inner.again)
 
 
 def luma_span(source: Rows, small: Rows) -> tuple[float, float]:

@@ -108,14 +108,14 @@ def unchanged(rows: Rows) -> Rows:
     return rows
 
 
-class SkinTones(NamedTuple):
+class Shown(NamedTuple):
     """An image as the networks see it, and the way back."""
 
-    shown: Rows
+    rows: Rows
     back: Callable[[Rows], Rows] = unchanged
-    """Gives a result of the networks the hue of the image."""
+    """Gives a result of the networks the contrast and the hue of the image."""
     again: Callable[[Rows], Rows] = unchanged
-    """Gives a result of the networks the tones of `shown`, for a second pass."""
+    """Gives a result of the networks the tones of `rows`, for a second pass."""
 
 
 def reduced(source: Rows) -> Rows:
@@ -127,7 +127,7 @@ def reduced(source: Rows) -> Rows:
     return Spool.of(read_whole(small))
 
 
-def in_skin_tones(source: Rows, small: Rows) -> SkinTones:
+def in_skin_tones(source: Rows, small: Rows) -> Shown:
     """Show a grey, toned or pale image in the tones of skin, and a colourful image as it is.
 
     small: `reduced(source)`. A colourful image is not read.
@@ -135,13 +135,13 @@ def in_skin_tones(source: Rows, small: Rows) -> SkinTones:
     overall, deviation = fit_tone(small)
     weight = min(1.0, (COLOURFUL - deviation) / (COLOURFUL - PALE))
     if weight <= 0:
-        return SkinTones(source)
+        return Shown(source)
     if is_grey(source):
-        return SkinTones(SkinToned(source), Grey, SkinToned)
+        return Shown(SkinToned(source), Grey, SkinToned)
     tone, deviation = fit_tone(source)
     if deviation <= ONE_HUE:
-        return SkinTones(SkinToned(source), partial(Toned, tone=tone), SkinToned)
-    return SkinTones(Shifted(source, overall, weight), partial(Shifted, tone=overall, weight=-weight))
+        return Shown(SkinToned(source), partial(Toned, tone=tone), SkinToned)
+    return Shown(Shifted(source, overall, weight), partial(Shifted, tone=overall, weight=-weight))
 
 
 def luma_of(band: npt.NDArray[Any]) -> npt.NDArray[Any]:

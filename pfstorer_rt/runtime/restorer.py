@@ -32,7 +32,8 @@ from pfstorer_rt.imaging.rows import (
     read_whole,
     to_pixels,
 )
-from pfstorer_rt.imaging.shown import Shown, shown_to_networks
+from pfstorer_rt.imaging.shown import shown_to_networks
+from pfstorer_rt.imaging.tone import Shown
 from pfstorer_rt.plan import COMPONENTS, DEFAULT_BASE, Manifest, Plan
 from pfstorer_rt.runtime.coarse import Guided, Passes, choose_scale, may_be_coarse, on_canvas, reduced_to
 from pfstorer_rt.runtime.layout import CodecTiles, Layout

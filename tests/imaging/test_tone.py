@@ -52,7 +52,7 @@ def test_skin_tones_have_the_luma_of_the_image(make_image):
 def test_a_colourful_image_is_shown_as_it_is(face):
     source = Spool.of(from_pixels(face))
     assert (
-        in_skin_tones(source, reduced(source)).shown is source
+        in_skin_tones(source, reduced(source)).rows is source
         and in_skin_tones(source, reduced(source)).back(source) is source
     )
 
@@ -65,11 +65,11 @@ def test_the_tone_of_a_pale_image_is_moved_and_moved_back(grey, levels, share):
     pixels = (0.1 + 0.8 * grey[..., None] + noise).astype(np.float32)
     source = Spool.of(from_pixels(pixels))
     found = in_skin_tones(source, reduced(source))
-    shown = to_pixels(found.shown.read(0, 40))
+    shown = to_pixels(found.rows.read(0, 40))
     assert np.abs(shown @ WEIGHTS - pixels @ WEIGHTS).max() < 2e-3, "the luma stays"
     whole = to_pixels(SkinToned(source).read(0, 40)) - (pixels @ WEIGHTS)[..., None]
     assert (shown - pixels).mean((0, 1)) == pytest.approx(share * whole.mean((0, 1)), abs=4e-3)
-    assert np.abs(to_pixels(found.back(found.shown).read(0, 40)) - pixels).max() < 2e-3
+    assert np.abs(to_pixels(found.back(found.rows).read(0, 40)) - pixels).max() < 2e-3
 
 
 def test_the_noise_of_a_scan_is_no_colour(make_image):
@@ -77,7 +77,7 @@ def test_the_noise_of_a_scan_is_no_colour(make_image):
     noise = np.random.default_rng(0).normal(0, 8 / 255, (256, 200, 3))
     source = Spool.of(from_pixels((0.2 + 0.6 * grey[..., None] + noise).clip(0, 1).astype(np.float32)))
     assert fit_tone(source)[1] * 255 / 2 > 5
-    red, _, blue = in_skin_tones(source, reduced(source)).shown.read(0, 256) - source.read(0, 256)
+    red, _, blue = in_skin_tones(source, reduced(source)).rows.read(0, 256) - source.read(0, 256)
     assert red.mean() > 0.1 and blue.mean() < -0.1
 
 
