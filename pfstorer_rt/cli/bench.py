@@ -68,11 +68,11 @@ def command(
     from pfstorer_rt.files import make_folder
 
     check_plan(engine)
-    if plot and plot.suffix.lower() != ".png":
-        raise click.UsageError(f"--plot {plot}: expected a name that ends with .png")
     files = [path for path in (table, plot) if path]
     for path in files:
         check_output(path, overwrite)
+    if plot and plot.suffix.lower() != ".png":
+        raise click.UsageError(f"--plot {plot}: expected a name that ends with .png")
     report = measure_plan(engine, BenchConfig(backend, provider, steps, runs, seconds, sizes, trust_plan))
     for path in files:
         make_folder(path.parent)
