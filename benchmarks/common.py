@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import platform
 import re
 import subprocess
@@ -38,6 +39,11 @@ def machine() -> dict[str, Any]:
         "onnxruntime": version("onnxruntime"),
         "commit": commit.strip(),
     }
+
+
+def rounded(value: float | None) -> float | str:
+    """Return a value for the CSV file, empty if it is unknown or infinite."""
+    return "" if value is None or not math.isfinite(value) else round(value, 4)
 
 
 def write(output: Path, rows: list[dict[str, Any]]) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import click
 import numpy as np
-from common import hwc, machine, read, write
+from common import hwc, machine, read, rounded, write
 from heldout import cosine_to, metric
-from people import REFERENCES, SEED, crops, learned
+from people import REFERENCES, SEED, crops, learned, people_of
 
 from pfstorer_rt.config import PersonalizeConfig, RestoreConfig
 from pfstorer_rt.degradation.degrade import degrade
@@ -55,25 +55,22 @@ def main(
         "identity": cosine_to(recognizer),
     }
     loaded, rows = load_base(base), read(output)
-    for text in sets:
-        name, folder = text.split("=", 1)
-        for person in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
-            if any((row["set"], row["person"]) == (name, person.name) for row in rows):
-                continue
-            paths = find_images([person])
-            personal, seconds = learned(paths[:REFERENCES], loaded, PersonalizeConfig.for_base(loaded.config))
-            methods = {"Base": Restorer.from_base(loaded), "PFStorer": personal}
-            for number, truth in enumerate(crops(paths[REFERENCES : REFERENCES + tests], side)):
-                lq = hwc(degrade(truth, "heavy", SEED + number))
-                for method, restorer in methods.items():
-                    for kind in INPUTS:
-                        result = grey(restored(restorer, lq, kind))
-                        values = {column: value(result, grey(hwc(truth))) for column, value in metrics.items()}
-                        values = {column: "" if value is None else round(value, 4) for column, value in values.items()}
-                        about = {"set": name, "person": person.name, "image": number, "method": method, "input": kind}
-                        rows.append({**about, **values, "learn_cpu_s": seconds, "side": len(lq), **machine()})
-            write(output, rows)
-            click.echo(f"{name} {person.name}")
+    for name, person in people_of(sets):
+        if any((row["set"], row["person"]) == (name, person.name) for row in rows):
+            continue
+        paths = find_images([person])
+        personal, seconds = learned(paths[:REFERENCES], loaded, PersonalizeConfig.for_base(loaded.config))
+        methods = {"Base": Restorer.from_base(loaded), "PFStorer": personal}
+        for number, truth in enumerate(crops(paths[REFERENCES : REFERENCES + tests], side)):
+            lq = hwc(degrade(truth, "heavy", SEED + number))
+            for method, restorer in methods.items():
+                for kind in INPUTS:
+                    result = grey(restored(restorer, lq, kind))
+                    values = {column: rounded(value(result, grey(hwc(truth)))) for column, value in metrics.items()}
+                    about = {"set": name, "person": person.name, "image": number, "method": method, "input": kind}
+                    rows.append({**about, **values, "learn_cpu_s": seconds, "side": len(lq), **machine()})
+        write(output, rows)
+        click.echo(f"{name} {person.name}")
 
 
 def grey(pixels: Pixels) -> Pixels:

@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 import torch
-from common import hwc, machine, read, replace_table, write
+from common import hwc, machine, read, replace_table, rounded, write
 from heldout import cosine_to, metric, save_sheet
 from portrait_tables import people_table as table
 
@@ -73,24 +73,29 @@ def main(
         "cosine": cosine_to(recognizer),
     }
     loaded = load_base(base)
+    for name, person in people_of(sets, people):
+        if any((row["set"], row["person"]) == (name, person.name) for row in rows):
+            continue
+        shown = []
+        for number, results, seconds in restored(person, loaded, tests, side):
+            truth = results.pop("truth")
+            for method, result in results.items():
+                values = {key: rounded(metric(result, truth)) for key, metric in metrics.items()}
+                about = {"set": name, "person": person.name, "image": number, "method": METHODS[method]}
+                rows.append({**about, **values, "learn_cpu_s": seconds, "side": len(truth), **machine()})
+            shown.append([*results.values(), truth])
+        write(output, rows)
+        if sheet is not None:
+            save_sheet(sheet / f"{name}_{person.name}.jpg", shown[:4])
+        click.echo(f"{name} {person.name}: learned in {seconds} s of processor time")
+
+
+def people_of(sets: Sequence[str], most: int | None = None) -> Iterator[tuple[str, Path]]:
+    """Yield the name of a set and the folder of a person; sets: NAME=FOLDER. most: people of each set, None is all."""
     for text in sets:
         name, folder = text.split("=", 1)
-        for person in sorted(path for path in Path(folder).iterdir() if path.is_dir())[:people]:
-            if any((row["set"], row["person"]) == (name, person.name) for row in rows):
-                continue
-            shown = []
-            for number, results, seconds in restored(person, loaded, tests, side):
-                truth = results.pop("truth")
-                for method, result in results.items():
-                    values = {key: metric(result, truth) for key, metric in metrics.items()}
-                    about = {"set": name, "person": person.name, "image": number, "method": METHODS[method]}
-                    values = {key: "" if value is None else round(value, 4) for key, value in values.items()}
-                    rows.append({**about, **values, "learn_cpu_s": seconds, "side": len(truth), **machine()})
-                shown.append([*results.values(), truth])
-            write(output, rows)
-            if sheet is not None:
-                save_sheet(sheet / f"{name}_{person.name}.jpg", shown[:4])
-            click.echo(f"{name} {person.name}: learned in {seconds} s of processor time")
+        for person in sorted(path for path in Path(folder).iterdir() if path.is_dir())[:most]:
+            yield name, person
 
 
 def restored(person: Path, base: Base, tests: int, side: int) -> Iterator[tuple[int, dict[str, Any], int]]:

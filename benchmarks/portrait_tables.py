@@ -155,9 +155,9 @@ PERSONAL = """
 ### With identities
 
 Rows in [`people.csv`](../benchmarks/results/people.csv), command `python benchmarks/people.py`. `real`: two people of
-`lab`, {real} pixels. `generated`: two people who do not exist (seeds 900,800 and
-900,801 of the generator, 11 images each), 512 pixels. {tests} images of each person are heavily
-degraded. Five other images of the person are the references.
+`lab`, {real} pixels. `generated`: two people who do not exist (seeds 900,800 and 900,801 of the generator, 11 images
+each), 512 pixels. {tests} images of each person are heavily degraded. Five other images of the person are the
+references.
 
 **Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 110 iterations with one image
 each, from the [prior](training.md#prior-of-the-personalization) of the base. They use Muon, and the losses L1 (weight
@@ -219,7 +219,8 @@ WITHOUT_COLOUR = """
 ### Grey images
 
 Rows in [`grey.csv`](../benchmarks/results/grey.csv), command `python benchmarks/grey.py`. The people, references and
-images are those of [With identities](#with-identities), but the degraded images and the originals are turned grey.
+test images are the same as in [With identities](#with-identities). Here the degraded images and the originals are
+turned grey.
 `restore` [shows the networks grey images in the tones of skin](restore.md#inputs-and-outputs). Without this, weak lips
 and noses disappear. The restoration of the same image in colour is the limit.
 
@@ -230,8 +231,8 @@ SMALL = """
 ### Small faces
 
 Rows in [`small_faces.csv`](../benchmarks/results/small_faces.csv), command `python benchmarks/small_faces.py`. The
-people and the references are those of [With identities](#with-identities). {tests} images of each are reduced to {side}
-pixels, so that the faces are smaller than {side} pixels, and heavily degraded. `tiny` is the [former base](tiny.md),
+people and the references are the same as in [With identities](#with-identities). The {tests} test images of each person
+are reduced to {side} pixels, so that the faces are smaller, and heavily degraded. `tiny` is the [former base](tiny.md),
 which was trained for this size. `portrait` enlarges the images to a tile.
 
 On photographs, `portrait` gives at least the likeness of `tiny` in a tenth of the time, with better LPIPS and

@@ -13,14 +13,13 @@ file are not learned again, so the same command resumes an interrupted run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-from common import hwc, machine, read, write
+from common import hwc, machine, read, rounded, write
 from heldout import cosine_to, metric
 from people import REFERENCES, SEED, crops, learned
 
@@ -141,11 +140,6 @@ def mean(values: Sequence[float | None]) -> float | None:
     """Return the mean of the known values, or None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def rounded(value: float | None) -> float | str:
-    """Return a value for the CSV file, empty if it is unknown or infinite."""
-    return "" if value is None or not math.isfinite(value) else round(value, 4)
 
 
 def restoring(name: str, paths: Sequence[Path], base: Base) -> tuple[Callable[[Pixels], Pixels], int]:

@@ -13,9 +13,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from common import hwc, machine, read, write
+from common import hwc, machine, read, rounded, write
 from heldout import cosine_to, metric
-from people import REFERENCES, SEED, crops, learned
+from people import REFERENCES, SEED, crops, learned, people_of
 
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.degradation.degrade import degrade
@@ -56,26 +56,21 @@ def main(
     config = PersonalizeConfig.for_base(loaded.config)
     method = "thorough" if thorough else "default"
     rows = read(output)
-    for text in sets:
-        name, folder = text.split("=", 1)
-        for person in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
-            key = {"set": name, "person": person.name, "base": loaded.config.name, "learning": method}
-            if any(all(row[column] == value for column, value in key.items()) for row in rows):
-                continue
-            paths = find_images([person])
-            personal, seconds = learned(paths[:REFERENCES], loaded, config.thorough() if thorough else config)
-            plain = Restorer.from_base(loaded)
-            for number, truth in enumerate(crops(paths[REFERENCES : REFERENCES + tests], side)):
-                lq = hwc(degrade(truth, "heavy", SEED + number))
-                images = {"Input": lq, "Base": plain.restore(lq), "PFStorer": personal.restore(lq)}
-                for shown, image in images.items():
-                    values = {column: value(image, hwc(truth)) for column, value in metrics.items()}
-                    values = {column: "" if value is None else round(value, 4) for column, value in values.items()}
-                    rows.append(
-                        {**key, "image": number, "method": shown, **values, "learn_cpu_s": seconds, **machine()}
-                    )
-            write(output, rows)
-            click.echo(f"{name} {person.name}: learned in {seconds} s of processor time")
+    for name, person in people_of(sets):
+        key = {"set": name, "person": person.name, "base": loaded.config.name, "learning": method}
+        if any(all(row[column] == value for column, value in key.items()) for row in rows):
+            continue
+        paths = find_images([person])
+        personal, seconds = learned(paths[:REFERENCES], loaded, config.thorough() if thorough else config)
+        plain = Restorer.from_base(loaded)
+        for number, truth in enumerate(crops(paths[REFERENCES : REFERENCES + tests], side)):
+            lq = hwc(degrade(truth, "heavy", SEED + number))
+            images = {"Input": lq, "Base": plain.restore(lq), "PFStorer": personal.restore(lq)}
+            for shown, image in images.items():
+                values = {column: rounded(value(image, hwc(truth))) for column, value in metrics.items()}
+                rows.append({**key, "image": number, "method": shown, **values, "learn_cpu_s": seconds, **machine()})
+        write(output, rows)
+        click.echo(f"{name} {person.name}: learned in {seconds} s of processor time")
 
 
 if __name__ == "__main__":
