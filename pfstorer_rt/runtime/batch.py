@@ -188,7 +188,7 @@ def without_work(jobs: Sequence[Job], settings: BatchConfig) -> list[Outcome]:
     """
     outcomes = []
     for job in jobs:
-        if _exists(job, settings.saving):
+        if job.refusal or _exists(job, settings.saving):
             outcomes.append(_existing(job))
             continue
         try:
@@ -216,6 +216,8 @@ def forecast_jobs(
     work, forecaster = _Restoring(restorer, settings), Forecaster(restorer, settings.restore)
 
     def forecast(job: Job) -> Outcome:
+        if job.refusal:
+            return Outcome(job, "failed", error=job.refusal)
         if job.target is not None and job.target.exists() and not job.explicit and not settings.saving.overwrite:
             return Outcome(job, "skipped")
         assert job.source is not None
@@ -419,6 +421,8 @@ def check_beside(jobs: Sequence[Job], settings: BatchConfig) -> None:
 
 def read(job: Job, saving: Saving, max_pixels: int) -> Scan | None:
     """Read a job's image and make the folder of its result; None when the job is already done."""
+    if job.refusal:
+        raise job.refusal
     if _is_done(job, saving):
         return None
     if job.target is not None:
@@ -450,7 +454,8 @@ def _exists(job: Job, saving: Saving) -> bool:
 
 
 def _existing(job: Job) -> Outcome:
-    return Outcome(job, "failed" if job.explicit else "skipped", error=_refusal(job))
+    error = job.refusal or _refusal(job)
+    return Outcome(job, "failed" if error else "skipped", error=error)
 
 
 def _refusal(job: Job) -> PFStorerError | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pfstorer_rt.errors import SettingError
@@ -26,6 +26,8 @@ class Job:
     target: Path | None
     explicit: bool
     """Whether the caller named this image alone. An existing result is then an error; otherwise it is skipped."""
+    refusal: SettingError | None = None
+    """Why this job cannot be done beside the others; it fails, and the others are done."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,18 @@ def plan_jobs(
     the sub-folders of the inputs are kept. `-` is standard output. None writes results beside their inputs, and the
     result of standard input to standard output. note: receives a line for each reason why files were passed over.
     overwrite: whether results replace existing files; a named file is replaced only if it has the mark of a result.
-    Raises `NoImagesError` when there is no image. Raises `SettingError` when two results would have the same name, when
-    a result would replace an input, and for an output that contradicts the inputs or the format.
+    A job has a `refusal` if its result would have the name of another result or of an input. Raises `NoImagesError` when
+    there is no image. Raises `SettingError` for an output that contradicts the inputs or the format, and if every job
+    would have a refusal.
     """
     jobs = find_jobs(inputs, output, naming, note, note)
     named = {Path(text) for text in names_of(inputs) if overwrite and Path(text).is_file()} - {
         job.source for job in jobs
     }
-    for error in find_clashes(jobs, {path for path in named if not is_marked(path)}).values():
-        raise error
-    return jobs
+    clashes = find_clashes(jobs, {path for path in named if not is_marked(path)})
+    if clashes and len(clashes) == len(jobs):
+        raise next(iter(clashes.values()))
+    return [replace(job, refusal=clashes.get(job)) for job in jobs]
 
 
 def find_jobs(

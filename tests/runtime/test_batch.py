@@ -328,6 +328,21 @@ def test_outputs_that_contradict_the_inputs_are_refused(save, tmp_path, monkeypa
         plan_jobs(inputs, output, naming)
 
 
+def test_images_whose_results_would_have_one_name_fail_and_the_others_are_done(save, tmp_path):
+    for name in ("in/a.png", "in/b.png", "in/a.bmp"):
+        save(name)
+    outcomes = restore_files(Copying(), [tmp_path / "in"], tmp_path / "out")
+    assert [(outcome.job.source.name, outcome.status) for outcome in outcomes] == [
+        ("a.bmp", "failed"),
+        ("a.png", "failed"),
+        ("b.png", "done"),
+    ]
+    assert "a.bmp and" in str(outcomes[0].error) and "would all be written to" in str(outcomes[0].error)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b_restored.png"]
+    again = restore_files(Idle(), [tmp_path / "in"], tmp_path / "out")
+    assert [outcome.status for outcome in again] == ["failed", "failed", "skipped"]
+
+
 def test_a_single_path_is_an_input(save, tmp_path):
     source = save("in/a.png")
     for given in (source, str(source), tmp_path / "in"):
