@@ -18,6 +18,7 @@ from pfstorer_rt.files import make_folder
 from pfstorer_rt.imaging.find import find_images
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.chunks import Arrays, Samples, make_arrays
+from pfstorer_rt.training.color_jitter import draw_jitter
 from pfstorer_rt.training.data import Batch
 from pfstorer_rt.training.image_loss import face_maps
 from pfstorer_rt.training.loop import signature
@@ -47,6 +48,8 @@ class PoolConfig:
         ("light", 1.0, 0.04),
     )
     """Level, its `sf`, and its share of the versions; the remaining versions are not degraded."""
+    jitter: float = 0.5
+    """Share of the tiles whose colours, contrast and brightness are changed at random."""
     faces: bool = False
     """Find the faces of the tiles, for the identity loss."""
     seed: int = 0
@@ -116,6 +119,9 @@ def make_tile(composer: TileComposer, config: PoolConfig, number: int) -> dict[s
     made: dict[str, npt.NDArray[Any]] = {"hq": tile, "maps": np.full((2, 3), np.nan, np.float32)}
     if config.faces:
         made["maps"] = face_maps([tile / np.float32(255)])[0]
+    if config.jitter:
+        jitter = draw_jitter(1, config.jitter, rng)
+        made["hq"] = tile = to_bytes(jitter.apply(to_image(tile)[None])[0])
     if config.versions:
         made["lq"] = np.stack([degrade_bytes(tile, draw_degradation(config, rng), rng) for _ in range(config.versions)])
     return made
@@ -133,9 +139,15 @@ def draw_degradation(config: PoolConfig, rng: np.random.Generator) -> Degradatio
 
 def degrade_bytes(tile: Bytes, config: DegradationConfig | None, rng: np.random.Generator) -> Bytes:
     """Degrade (H, W, 3) uint8; config None returns a tile unchanged."""
-    if config is None:
-        return tile
-    image = torch.from_numpy(tile.copy()).permute(2, 0, 1).float() / 255
-    degraded = degrade(image.contiguous(), config, rng).permute(1, 2, 0)
-    made: Bytes = (degraded * 255).round().byte().numpy()
+    return tile if config is None else to_bytes(degrade(to_image(tile), config, rng))
+
+
+def to_image(tile: Bytes) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) in [0, 1]."""
+    return (torch.from_numpy(tile.copy()).permute(2, 0, 1).float() / 255).contiguous()
+
+
+def to_bytes(image: torch.Tensor) -> Bytes:
+    """(3, H, W) in [0, 1] -> (H, W, 3) uint8."""
+    made: Bytes = (image.permute(1, 2, 0) * 255).round().byte().numpy()
     return made

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from pfstorer_rt.degradation.batched import degrade_batch
 from pfstorer_rt.degradation.levels import LEVELS, DegradationConfig
+from pfstorer_rt.training.color_jitter import draw_jitter
 from pfstorer_rt.training.photo_store import PhotoStore
 from pfstorer_rt.training.views import ViewRange, draw_shifts, draw_view_maps, faces_in_views, sample_views
 
@@ -34,6 +35,8 @@ TARGET = ViewRange(0.55, 1.7, rotated=0.3, shift=1.0)
 REFERENCE = ViewRange(0.8, 1.2, rotated=0.2, shift=0.6)
 REAL_REFERENCE = ViewRange(0.85, 1.2, rotated=0.3, shift=0.6)
 SINGLE = ViewRange(0.52, 1.3, rotated=0.3, shift=1.0)
+JITTER = 0.5
+"""Share of the tiles whose colours, contrast and brightness are changed at random; references keep theirs."""
 SAME_IMAGE = 0.1
 """Share of the generated targets whose references are views of the same image."""
 
@@ -109,6 +112,7 @@ class ViewBatches:
         # The sizes of the degradation differ in every call, so a search for the fastest convolution would not end.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
             hq, others, faces, other_faces = self.originals(references, rng)
+            hq = draw_jitter(len(hq), JITTER, rng).apply(hq)
             lq = degrade_batch(hq, self.levels(clean, rng), rng, GROUP)
         return Views(hq * 2 - 1, lq * 2 - 1, others * 2 - 1, faces, other_faces)
 

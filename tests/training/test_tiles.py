@@ -56,7 +56,7 @@ def test_rotation_keeps_the_size_and_mirrors_beyond_the_edges():
 
 def test_a_pool_holds_tiles_and_degraded_versions(tmp_path):
     source = photographs(tmp_path / "a", 100, mode="plain")
-    config = PoolConfig(count=20, tile=64, versions=2, mix=(("heavy", 4.0, 1.0),))
+    config = PoolConfig(count=20, tile=64, versions=2, mix=(("heavy", 4.0, 1.0),), jitter=0.0)
     made = make_pool([source], config, tmp_path / "pool", workers=0)
     assert made["hq"].shape == (20, 64, 64, 3) and made["lq"].shape == (20, 2, 64, 64, 3)
     assert np.array_equal(made["hq"][7], TileComposer([source], 64, 0)(7)[0])
@@ -70,6 +70,15 @@ def test_the_rest_of_the_mix_is_not_degraded(tmp_path):
     made = make_pool([source], config, tmp_path / "pool", workers=0)
     same = (made["lq"] == made["hq"][:, None]).all((2, 3, 4))
     assert 0.2 < same.mean() < 0.8
+
+
+def test_an_original_and_its_versions_have_the_same_change_of_colours(tmp_path):
+    source = photographs(tmp_path / "a", 100)
+    config = PoolConfig(count=16, tile=64, versions=2, mix=(), jitter=1.0)
+    made = make_pool([source], config, tmp_path / "pool", workers=0)
+    plain = np.stack([TileComposer([source], 64, 0)(k)[0] for k in range(16)])
+    changed = (made["hq"] != plain).any((1, 2, 3))
+    assert changed.mean() > 0.3 and (made["lq"] == made["hq"][:, None]).all()
 
 
 def test_sources_are_read_as_folders_with_weights(tmp_path):
