@@ -76,8 +76,8 @@ def plan_jobs(
     result of standard input to standard output. note: receives a line for each reason why files were passed over.
     overwrite: whether results replace existing files; a named file is replaced only if it has the mark of a result.
     A job has a `refusal` if its result would have the name of another result or of an input.
-    Raises `NoImagesError` when there is no image. Raises `SettingError` for an output that contradicts the inputs or the
-    format, and if every job would have a refusal.
+    Raises `NoImagesError` when there is no image. Raises `SettingError` for an output that contradicts the inputs or
+    the format, and if every job would have a refusal.
     """
     jobs = find_jobs(inputs, output, naming, note, note)
     named = {Path(text) for text in names_of(inputs) if overwrite and Path(text).is_file()} - {
