@@ -324,7 +324,7 @@ WITHOUT_IMAGE_LOSSES: dict[str, Any] = dict.fromkeys(IMAGE_LOSSES, 0.0)
 """Weights of a training on latents alone."""
 
 PERSONALIZE_RANGES: dict[str, Range] = {
-    **dict.fromkeys(("first_step", "p_self", "p_hq", "jitter"), _SHARE),
+    **dict.fromkeys(("first_step", "p_self", "p_hq"), _SHARE),
     **dict.fromkeys(("lambda_gen", "lambda_pers", *IMAGE_LOSSES), _WEIGHT),
     **dict.fromkeys(("gamma_learning_rate", "token_learning_rate"), _RATE),
     **dict.fromkeys(("gen_rows", "pool"), whole(1)),
@@ -384,8 +384,6 @@ class PersonalizeConfig:
     largest_sf: float = 4.0
     """The degradation reduces each crop by a random factor from 4, the factor of `level`, to this one."""
     p_hq: float = 0.03
-    jitter: float = 0.0
-    """Share of the crops whose colours, contrast and brightness are changed at random."""
     framing: Literal["face", "none"] = "face"
     """face: crop around small or off-centre faces (needs the `metrics` extra); none: centre crop."""
     keep_all: bool = False

@@ -46,6 +46,10 @@ class BadFileError(PFStorerError):
     """A file that is missing, damaged, of the wrong kind, or from a newer version."""
 
 
+class ExistsError(PFStorerError):
+    """An output file that exists already and may not be replaced."""
+
+
 class MismatchError(PFStorerError):
     """Two files that do not belong together, such as an identity and another base."""
 

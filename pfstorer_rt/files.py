@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import platformdirs
 
-from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError
+from pfstorer_rt.errors import BadFileError, ExistsError, PFStorerError, SettingError
 from pfstorer_rt.temporary import KEPT, sweep, sweep_once, temporary_file, temporary_folder
 
 if TYPE_CHECKING:
@@ -108,15 +108,16 @@ def show_path(path: str | os.PathLike[str]) -> str:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str], mode: int | None = None, overwrite: bool = True) -> Iterator[BinaryIO]:
     """Write a file atomically: the target has either its old content or the complete new content.
 
     Yields a binary file with a temporary name in the folder of the target. A normal exit from the block flushes,
     fsyncs and renames the file. Any exception, including KeyboardInterrupt, removes the file and leaves an existing
     target unchanged. Symbolic links are followed.
     mode: permission bits, set before the first write (0o600 for biometric data); None uses the umask.
-    Raises PFStorerError if the file cannot be written. An OSError about another file inside the block propagates
-    unchanged.
+    overwrite: whether an existing target is replaced; if not, a target that another process writes meanwhile stays too.
+    Raises ExistsError for a target that may not be replaced, and PFStorerError if it cannot be written. An OSError
+    about another file inside the block propagates unchanged.
     """
     target = real_path(path)
     try:
@@ -132,7 +133,7 @@ def atomic_write(path: str | os.PathLike[str], mode: int | None = None) -> Itera
         os.fsync(handle.fileno())
         if os.name == "nt":  # Windows cannot rename open files; elsewhere an open file stays locked
             handle.close()
-        os.replace(temporary, target)
+        _publish(temporary, target, overwrite)
         handle.close()
     except BaseException as error:
         _discard(temporary, handle)
@@ -335,6 +336,29 @@ def _refuse_special(target: Path) -> None:
     # os.replace would replace /dev/null, or a pipe with readers, by a plain file.
     if target.exists() and not target.is_file():
         raise PFStorerError(f"{show_path(target)}: not a plain file; choose another output name")
+
+
+def exists_already(path: str | os.PathLike[str]) -> ExistsError:
+    """Return the error for an existing file that may not be replaced."""
+    return ExistsError(
+        f"{show_path(path)}: exists already; choose another name or allow overwriting", setting="overwrite"
+    )
+
+
+def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
+    """Give a finished file its name."""
+    if not overwrite:
+        try:
+            os.link(temporary, target)  # fails if the target exists
+        except FileExistsError:
+            raise exists_already(target) from None
+        except OSError:  # a file system without hard links, such as exFAT
+            if os.path.lexists(target):
+                raise exists_already(target) from None
+        else:
+            temporary.unlink()
+            return
+    os.replace(temporary, target)
 
 
 def _discard(temporary: Path, handle: BinaryIO) -> None:

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from pfstorer_rt import files
-from pfstorer_rt.errors import BadFileError, PFStorerError
+from pfstorer_rt.errors import BadFileError, ExistsError, PFStorerError
 
 
 def names(folder):
@@ -287,3 +287,21 @@ def test_a_link_to_itself_is_no_folder_and_no_crash(tmp_path):
     assert files.inside(tmp_path / "root", "loop") == loop
     with pytest.raises(PFStorerError, match="cannot be written"), files.atomic_write(loop / "a"):
         pass
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_another_process_writes_meanwhile_stays(tmp_path, monkeypatch, links):
+    """os.replace would replace it; exFAT has no hard links."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no links")))
+    target = tmp_path / "a.bin"
+    with (
+        pytest.raises(ExistsError, match=r"a\.bin: exists already"),
+        files.atomic_write(target, overwrite=False) as handle,
+    ):
+        handle.write(b"slower")
+        target.write_bytes(b"faster")
+    assert target.read_bytes() == b"faster" and [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+    with files.atomic_write(tmp_path / "b.bin", mode=0o600, overwrite=False) as handle:
+        handle.write(b"new")
+    assert (tmp_path / "b.bin").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 2

@@ -1,7 +1,9 @@
 """The structure: allowed imports, installed packages, and the lengths of files and functions."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -265,3 +267,14 @@ def test_the_architecture_page_lists_every_file():
             listed.add(f"{folder}/{found[1]}")
     on_disk = {str(path.relative_to(ROOT)) for path in MODULES.values() if path.name != "__init__.py"}
     assert listed == on_disk, f"missing: {sorted(on_disk - listed)}, stale: {sorted(listed - on_disk)}"
+
+
+def test_the_networks_are_imported_without_bitsandbytes(tmp_path):
+    """It would download compiled code and run it, where the package `kernels` is installed."""
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text("print('imported')\n")
+    code = "import sys, pfstorer_rt.models.base; print('bitsandbytes' in sys.modules)"
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

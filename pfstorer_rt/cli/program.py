@@ -162,11 +162,14 @@ def file_hint(arguments: list[str] | None) -> str:
 
 _signals: list[int] = []
 """Signals that arrived during the command and ask it to stop."""
+_failed: list[int] = []
+"""The exit status of a command that has printed its error: a further Ctrl-C would print a traceback."""
 
 
 def watch_signals() -> None:
     """Let SIGTERM stop a command as Ctrl-C does, so that unfinished files are removed, and record both."""
     _signals.clear()
+    _failed.clear()
     if threading.current_thread() is not threading.main_thread():
         return
     signal.signal(signal.SIGTERM, _stop)
@@ -176,7 +179,8 @@ def watch_signals() -> None:
 
 def _stop(number: int, frame: object) -> None:
     _signals.append(number)
-    raise KeyboardInterrupt
+    if not _failed:
+        raise KeyboardInterrupt
 
 
 def judge(error: BaseException, arguments: list[str] | None) -> tuple[str, int]:
@@ -218,18 +222,17 @@ def fail(message: str, status: int) -> None:
     """Print one line on stderr and exit."""
     from pfstorer_rt.console import echo
 
+    _failed.append(status)
     echo(f"Error: {' '.join(message.split())}", err=True)
     sys.exit(status)
 
 
 def quiet_libraries() -> None:
     """Keep libraries from writing to the terminal; call it before they are imported."""
-    import logging
     import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # bitsandbytes downloads and runs kernels where it finds `kernels`
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.filterwarnings("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it, and it logs its kernels

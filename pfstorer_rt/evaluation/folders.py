@@ -12,6 +12,7 @@ from pfstorer_rt.evaluation.registry import Metrics, Sample, load_metrics
 from pfstorer_rt.evaluation.report import INPUT, ORIGINAL, Report, Row
 from pfstorer_rt.imaging.files import load_image
 from pfstorer_rt.imaging.find import by_name, images_of
+from pfstorer_rt.imaging.formats import some_names
 
 ENDINGS = ("", "_restored", "_degraded_restored", "_degraded", "_out")
 """Suffixes that the name of a result may add to the name of its original."""
@@ -61,7 +62,8 @@ def evaluate(
             progress(done + 1, len(originals))
     refuse_empty(rows, folders)
     named = {"references": str(refs), "originals": str(hq), **{f"folder of {m}": str(f) for m, f in folders.items()}}
-    return Report(rows, metrics, [*people.notes(metrics), *row_notes(rows)], named)
+    unused = (note for method, folder in folders.items() for note in unused_notes(method, folder, results[method]))
+    return Report(rows, metrics, [*people.notes(metrics), *unused, *row_notes(rows)], named)
 
 
 def measure_image(
@@ -120,6 +122,13 @@ def refuse_empty(rows: Sequence[Row], folders: Mapping[str, Path]) -> None:
 def row_notes(rows: Sequence[Row]) -> Iterator[str]:
     """Return a line for each row with a note."""
     return (f"{row.method}: {row.image}: {row.note}" for row in rows if row.note)
+
+
+def unused_notes(method: str, folder: Path, matched: Mapping[str, Path | None]) -> list[str]:
+    """Return a line about the images of a method's folder that are the result of no original."""
+    left = [path for path in images_of(folder) if path not in matched.values()]
+    text = f"{method}: {len(left)} image(s) without an original of this name were left out: {some_names(left)}"
+    return [text] if left else []
 
 
 def image_seconds(seconds: float | Seconds | None, name: str) -> float | None:

@@ -255,7 +255,8 @@ METRICS: tuple[Metric, ...] = (
         better="up",
         unit="%",
         meaning=(
-            f"share of results with an ID (dlib) below {SAME_PERSON}, dlib's threshold; no face counts as not accepted"
+            f"share of results with an ID (dlib) below {SAME_PERSON}, dlib's threshold; a result without a face is not "
+            "verified"
         ),
         licence=DLIB_LICENCE,
         packages=DLIB,

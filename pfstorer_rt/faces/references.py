@@ -77,9 +77,10 @@ class References:
         before, person = self._nearest(self._faces(source))
         faces = self._faces(result)
         after, _ = self._nearest([min(faces, key=lambda face: _apart(face, person))] if faces and person else faces)
+        before, after = _round(before), _round(after)
         if after is None:
-            return {"id_distance": None, "id_distance_input": _round(before), "notes": [NO_FACE]}
-        facts: dict[str, Any] = {"id_distance": _round(after), "id_distance_input": _round(before)}
+            return {"id_distance": None, "id_distance_input": before, "notes": [NO_FACE]}
+        facts: dict[str, Any] = {"id_distance": after, "id_distance_input": before}
         if before is not None and after > before:
             facts["notes"] = [
                 f"{FARTHER}: {after:.3f}, the input has {before:.3f}; try another strength, number of steps or seed"

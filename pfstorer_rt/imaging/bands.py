@@ -33,7 +33,7 @@ LOBES = 3
 """Lobes of Lanczos's kernel, which shrinks. It keeps more detail than a bicubic kernel with a low-pass filter."""
 MAX_SCALE = 16.0
 """Largest scale from the input image to the result."""
-MAX_ENLARGEMENT = 4.0
+MAX_ENLARGEMENT = 8.0
 """Largest enlargement of an image that is smaller than a tile; padding adds the rest."""
 
 
@@ -59,7 +59,7 @@ class Canvas:
 def plan_canvas(height: int, width: int, tile: int, scale: float) -> Canvas:
     """Enlarge until the short side equals a tile, then pad to multiples of 32 and to at least one tile.
 
-    The enlargement is limited to a factor of 4 (or `scale`): 3 x 5000 must not become 192 x 320000.
+    The enlargement is limited to a factor of 8 (or `scale`): 3 x 5000 must not become 512 x 853333.
     Raises `ValueError` as `check_scale` does.
     """
     check_scale(scale)

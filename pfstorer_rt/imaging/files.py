@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError, one_line
 from pfstorer_rt.extras import install
-from pfstorer_rt.files import atomic_write, open_plain, show_path
+from pfstorer_rt.files import atomic_write, exists_already, open_plain, show_path
 from pfstorer_rt.imaging.formats import SAVE_FORMATS, check_side, format_names, is_heif, readable
 from pfstorer_rt.imaging.metadata import Metadata, orientation, read_metadata, save_options, without_pillow_limit
 from pfstorer_rt.imaging.profiles import srgb_profile, to_srgb, wide_to_srgb
@@ -142,16 +142,16 @@ def save_image(
     """Write an image atomically, in the format given by the suffix of the path.
 
     Arguments as for `encode_image`.
-    Raises PFStorerError if the suffix is unknown, the file exists and `overwrite` is False, a pixel is not finite,
-    the format does not support the size, or the write fails.
+    Raises ExistsError if the file exists and `overwrite` is False, and PFStorerError if the suffix is unknown, a pixel
+    is not finite, the format does not support the size, or the write fails.
     """
     name, suffix = show_path(path), Path(path).suffix.lower()
     if suffix not in SAVE_FORMATS:
         known = " ".join(SAVE_FORMATS)
         raise PFStorerError(f"{name}: cannot write {suffix or 'a name without a suffix'}; use one of {known}")
     if not overwrite and os.path.lexists(path) and not os.path.isdir(path):
-        raise PFStorerError(f"{name}: exists already; choose another name or allow overwriting", setting="overwrite")
-    with atomic_write(path) as handle:
+        raise exists_already(path)
+    with atomic_write(path, overwrite=overwrite) as handle:
         try:
             _encode(cast(BinaryIO, _Sink(handle)), SAVE_FORMATS[suffix], pixels, alpha, metadata, quality)
         except PFStorerError as error:

@@ -1,19 +1,28 @@
-"""What the networks see of an image: full contrast for dark and faded images, skin tones for images without colours.
+"""What the networks see of an image: full contrast, skin tones in an image without colours, and a weaker tint.
 
-The bases are trained on photographs with black, white and colours. The result gets the contrast and the hue of the
-image again.
+The bases are trained on photographs with black, white and usual colours. The result gets the contrast and the hue of
+the image again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from pfstorer_rt.imaging.balance import Balanced, balancing_factors
 from pfstorer_rt.imaging.rows import Band, Rows, bands
-from pfstorer_rt.imaging.tone import Shown, in_skin_tones, luma_of, reduced
+from pfstorer_rt.imaging.tone import Shown, in_skin_tones, reduced, unchanged
 
 FLAT = 0.55
-"""An image whose luma spans less than this share of black to white gets full contrast. 350 photographs and their
-heavily degraded versions span at least 0.56."""
+"""An image whose values span less than this share of black to white gets full contrast. The luma of 350 photographs and
+their heavily degraded versions spans at least 0.56."""
 LEAST = 0.05
 """An image of a smaller span, such as a blank page, is shown as it is: contrast would be noise."""
+NO_TINT = 0.06
+"""An image stays as it is if the factors of its channels differ less than this from 1."""
 ROOM = 0.15
 """How far the span may exceed that of the reduced image: noise has extreme values too."""
 
@@ -30,24 +39,49 @@ class Levels:
         return band.astype("float32")
 
 
+class Change(NamedTuple):
+    """A change of an image, and the way back."""
+
+    show: Callable[[Rows], Rows] = unchanged
+    back: Callable[[Rows], Rows] = unchanged
+
+
 def shown_to_networks(source: Rows) -> Shown:
-    """Return a flat image with full contrast, an image without colours in skin tones, and any other image as it is."""
+    """Return an image in skin tones if it has no colours, else with a weaker tint; a flat image gets full contrast."""
     small = reduced(source)
-    low, high = luma_span(source, small)
+    contrast = full_contrast(source, small)
+    tones = in_skin_tones(contrast.show(source), contrast.show(small))
+    if tones is not None:
+        return Shown(tones.rows, lambda rows: contrast.back(tones.back(rows)), tones.again)
+    tint = weaker_tint(small)
+    contrast = full_contrast(tint.show(source), tint.show(small))
+    return Shown(contrast.show(tint.show(source)), lambda rows: tint.back(contrast.back(rows)))
+
+
+def full_contrast(source: Rows, small: Rows) -> Change:
+    """Return the change that gives a flat image full contrast; small: `reduced(source)`."""
+    low, high = span_of(source, small)
     if not 2 * LEAST < high - low < 2 * FLAT:
-        return in_skin_tones(source, small)
+        return Change()
     gain = 2 / (high - low)
     offset = -1 - gain * low
-    inner = in_skin_tones(Levels(source, gain, offset), Levels(small, gain, offset))
-
-    def back(rows: Rows) -> Rows:
-        return Levels(inner.back(rows), 1 / gain, -offset / gain)
-
-    return Shown(inner.rows, back, inner.again)
+    return Change(
+        partial(Levels, gain=gain, offset=offset),
+        partial(Levels, gain=1 / gain, offset=-offset / gain),
+    )
 
 
-def luma_span(source: Rows, small: Rows) -> tuple[float, float]:
-    """Return the lowest and highest luma of an image in [-1, 1], without the outliers of noise.
+def weaker_tint(small: Rows) -> Change:
+    """Return the change that weakens the tint of an image; small: `reduced` of it."""
+    factors = balancing_factors(small)
+    if abs(factors - 1).max() < NO_TINT:
+        return Change()
+    inverse = (1 / factors).astype(np.float32)
+    return Change(partial(Balanced, factors=factors), partial(Balanced, factors=inverse))
+
+
+def span_of(source: Rows, small: Rows) -> tuple[float, float]:
+    """Return the lowest and highest value of an image in [-1, 1], over its channels, without the outliers of noise.
 
     small: `reduced(source)`. If its span is not flat, it is the result, and the image is not read.
     """
@@ -61,6 +95,6 @@ def luma_span(source: Rows, small: Rows) -> tuple[float, float]:
 def _span(source: Rows) -> tuple[float, float]:
     low, high = 1.0, -1.0
     for span in bands(source.height, source.width):
-        luma = luma_of(source.read(*span))
-        low, high = min(low, float(luma.min())), max(high, float(luma.max()))
+        band = source.read(*span)
+        low, high = min(low, float(band.min())), max(high, float(band.max()))
     return low, high

@@ -127,15 +127,15 @@ def reduced(source: Rows) -> Rows:
     return Spool.of(read_whole(small))
 
 
-def in_skin_tones(source: Rows, small: Rows) -> Shown:
-    """Show a grey, toned or pale image in the tones of skin, and a colourful image as it is.
+def in_skin_tones(source: Rows, small: Rows) -> Shown | None:
+    """Show a grey, toned or pale image in the tones of skin; None for a colourful image.
 
     small: `reduced(source)`. A colourful image is not read.
     """
     overall, deviation = fit_tone(small)
     weight = min(1.0, (COLOURFUL - deviation) / (COLOURFUL - PALE))
     if weight <= 0:
-        return Shown(source)
+        return None
     if is_grey(source):
         return Shown(SkinToned(source), Grey, SkinToned)
     tone, deviation = fit_tone(source)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.engine.session import out_of_memory
-from pfstorer_rt.errors import PFStorerError, SettingError, one_line
-from pfstorer_rt.files import check_target, make_folder, show_path
+from pfstorer_rt.errors import ExistsError, PFStorerError, SettingError, one_line
+from pfstorer_rt.files import check_target, exists_already, make_folder, show_path
 from pfstorer_rt.imaging.bands import result_size
 from pfstorer_rt.imaging.files import (
     MAX_PIXELS,
@@ -356,10 +356,11 @@ def run_jobs(
 
     def finish(job: Job, started: float, scan: Scan, rows: Rows) -> None:
         try:
-            if _exists(job, saving):
+            try:
+                write(job, scan, rows, saving)
+            except ExistsError:
                 report(Outcome(job, "skipped", notes=("another process wrote the result meanwhile",)))
                 return
-            write(job, scan, rows, saving)
             entries, notes = work.details(job, scan.pixels, rows)
         except Exception as error:
             report(Outcome(job, "failed", error=failure(error)))
@@ -460,8 +461,7 @@ def _existing(job: Job) -> Outcome:
 
 def _refusal(job: Job) -> PFStorerError | None:
     """Return the error for an existing result if the caller named the image, else None."""
-    text = f"{job.target}: exists already; choose another name or allow overwriting"
-    return PFStorerError(text, setting="overwrite") if job.explicit else None
+    return exists_already(job.target) if job.explicit and job.target else None
 
 
 def _is_done(job: Job, saving: Saving) -> bool:

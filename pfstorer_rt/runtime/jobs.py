@@ -152,7 +152,7 @@ def find_inputs(inputs: Sequence[str], suffix: str, note: Note, note_results: No
     results = [path for path, name in found if path is not None and (path, name) not in fresh]
     if not fresh:
         if results:
-            kept = f"{len(results)} earlier results of this program"
+            kept = f"{len(results)} earlier result(s) of this program"
             raise NoImagesError(f"no images in {' '.join(inputs)} except {kept}; name one alone to restore it again")
         raise NoImagesError(f"no images in {' '.join(inputs)}; expected files such as .jpg, .png or .tif")
     note_left_out(results, note_results)

@@ -17,7 +17,6 @@ from pfstorer_rt.degradation.degrade import LEVELS, DegradationConfig, degrade
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.progress import OnProgress, ignore_progress
 from pfstorer_rt.training.chunks import Samples, make_arrays
-from pfstorer_rt.training.color_jitter import draw_jitter
 from pfstorer_rt.training.data import Batch, Square, center_crop, cut_square, draw_square, draw_timesteps, resize_square
 from pfstorer_rt.training.image_loss import NO_FACE, draw_views, face_maps, has_image_losses
 
@@ -82,8 +81,6 @@ def make_pool(
             square = draw_square(photo.shape[-2:], rng, ZOOM)
             # Restoration enlarges small images to a tile, so small crops are degraded before they are enlarged.
             hq = resize_square(cut_square(photo, square), min(square.side, tile))
-            if config.jitter:
-                hq = draw_jitter(1, config.jitter, rng).apply(hq[None])[0]
             lq = degrade(hq, reduced(level, config.largest_sf, rng), rng)
             pairs.append(torch.stack([resize_square(image, tile) for image in (hq, lq)]))
             maps.append(face_in_square(faces[i % len(photos)], photo.shape[-2:], square))

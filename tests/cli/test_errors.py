@@ -134,6 +134,18 @@ def test_an_interruption_that_a_library_turns_into_another_error_stays_an_interr
     assert refused(130, "fail") == "Error: Interrupted. Unfinished files were removed."
 
 
+def test_a_second_ctrl_c_does_not_interrupt_the_end_of_the_program(run, monkeypatch, signals):
+    @click.command()
+    def command():
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setitem(COMMANDS, "fail", ("fail", ""))
+    monkeypatch.setitem(sys.modules, "pfstorer_rt.cli.fail", SimpleNamespace(command=command))
+    assert run("fail").status == 130
+    signal.raise_signal(signal.SIGTERM)
+    assert run("fail").status == 130, "the next command is interrupted again"
+
+
 INTERRUPTED_IMPORT = """
 import os, signal, sys
 
@@ -148,7 +160,7 @@ main(["--help"])
 """
 
 
-@pytest.mark.parametrize("module", ["pfstorer_rt.cli.program", "click", "pfstorer_rt.encryption", "logging"])
+@pytest.mark.parametrize("module", ["pfstorer_rt.cli.program", "click", "pfstorer_rt.encryption"])
 @pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "background"])
 def test_an_interruption_during_the_first_imports_prints_one_line(module, ignored):
     def prepare():

@@ -42,13 +42,11 @@ def test_a_missing_identity_or_base_is_refused_before_the_slow_imports(run, peop
     assert "no such" in run("export", *arguments, "-o", tmp_path / "a.plan").errors[0]
 
 
-def test_slow_imports_do_without_bitsandbytes_and_the_collector(monkeypatch):
-    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+def test_slow_imports_do_without_the_collector():
     try:
-        with pytest.raises(ImportError), fast_imports():
+        with fast_imports():
             assert not gc.isenabled()
-            import bitsandbytes  # noqa: F401
-        assert gc.isenabled() and "bitsandbytes" not in sys.modules
+        assert gc.isenabled()
     finally:
         gc.unfreeze()
 

@@ -77,7 +77,7 @@ def test_glob_patterns_are_expanded(restore, save, tree, tmp_path):
     assert none.status == 2 and "no images" in none.errors[0]
     save(tmp_path / "results" / "a_restored.png")
     none = restore(tmp_path / "results", "-o", tmp_path / "o")
-    assert none.status == 2 and "1 earlier results of this program" in none.errors[0]
+    assert none.status == 2 and "1 earlier result(s) of this program" in none.errors[0]
 
 
 @pytest.mark.parametrize("names", [("a.gif", "a.png"), ("x/a.png", "y/a.png")])

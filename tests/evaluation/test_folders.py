@@ -62,6 +62,13 @@ def test_several_methods_inputs_and_seconds(folders, simple, put):
     assert done == [(1, 2), (2, 2)]
 
 
+def test_results_without_an_original_are_named(folders, simple, put):
+    assert not [note for note in evaluate(*folders, metrics=simple).notes if "original" in note]
+    put("out/misnamed.png")
+    (note,) = evaluate(*folders, metrics=simple).notes
+    assert note == "out: 1 image(s) without an original of this name were left out: misnamed.png"
+
+
 def test_files_are_matched_by_name(put, tmp_path):
     hq = {name: put(f"hq/{name}.jpg") for name in ("a", "a_restored", "b", "c", "d", "s/e")}
     expected = {

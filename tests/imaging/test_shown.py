@@ -1,10 +1,10 @@
-"""What the networks see of dark, faded and grey images."""
+"""What the networks see of dark, faded, grey and tinted images."""
 
 import numpy as np
 import pytest
 
 from pfstorer_rt.imaging.rows import Spool, from_pixels, to_pixels
-from pfstorer_rt.imaging.shown import Levels, luma_span, shown_to_networks
+from pfstorer_rt.imaging.shown import Levels, shown_to_networks, span_of
 from pfstorer_rt.imaging.tone import reduced
 
 WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)
@@ -62,7 +62,7 @@ def test_noise_is_no_contrast():
     rng = np.random.default_rng(0)
     pixels = 0.5 + 0.1 * np.linspace(-1, 1, 256)[:, None, None] + 0.12 * rng.standard_normal((256, 256, 1))
     source = rows_of(np.repeat(pixels.clip(0, 1), 3, 2))
-    low, high = luma_span(source, reduced(source))
+    low, high = span_of(source, reduced(source))
     assert (high - low) / 2 < 0.7 < np.ptp(pixels.clip(0, 1))
 
 
@@ -71,3 +71,34 @@ def test_a_blank_image_gets_no_contrast(noise):
     page = 0.6 + noise * np.random.default_rng(0).random((20, 30, 1))
     shown = pixels_of(shown_to_networks(rows_of(np.repeat(page, 3, 2))).rows)
     assert np.abs(shown @ WEIGHTS - page[..., 0]).max() < 1e-3
+
+
+TINTS = {"warm": (1.0, 0.8, 0.6), "blue": (0.65, 0.87, 1.0), "green": (0.8, 1.0, 0.75), "sunset": (1.0, 0.4, 0.1)}
+
+
+@pytest.mark.parametrize("tint", TINTS)
+def test_a_tinted_image_is_shown_with_a_weaker_tint_and_gets_it_back(full, tint):
+    pixels = 0.98 * full * np.array(TINTS[tint], np.float32)
+    shown = shown_to_networks(rows_of(pixels))
+    seen = pixels_of(shown.rows)
+
+    def strength(image):
+        white = np.quantile(image, 0.98, axis=(0, 1))
+        return np.log(white.max() / white.min())
+
+    assert 0.3 * strength(pixels) < strength(seen) < 0.75 * strength(pixels)
+    inside = (seen < 0.999).all(-1)
+    assert inside.mean() > 0.9 and np.abs(pixels_of(shown.back(shown.rows)) - pixels)[inside].max() < 1e-3
+    factors = np.median(seen[inside] / np.maximum(pixels[inside], 1e-3), axis=0)
+    assert factors.max() < 1.51, "noise is not amplified"
+
+
+def test_a_faded_and_tinted_image_gets_contrast_and_a_weaker_tint(full):
+    pixels = 0.3 + 0.45 * full * np.array([1.1, 0.95, 0.7], np.float32)
+    shown = shown_to_networks(rows_of(pixels))
+    seen = pixels_of(shown.rows)
+    luma = seen @ WEIGHTS
+    assert luma.max() - luma.min() > 0.9
+    back = pixels_of(shown.back(shown.rows))
+    inside = ((seen > 0.001) & (seen < 0.999)).all(-1)
+    assert inside.mean() > 0.7 and np.abs(back - pixels)[inside].max() < 1e-3
