@@ -7,7 +7,7 @@ the image again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -52,10 +52,16 @@ def shown_to_networks(source: Rows) -> Shown:
     contrast = full_contrast(source, small)
     tones = in_skin_tones(contrast.show(source), contrast.show(small))
     if tones is not None:
-        return Shown(tones.rows, lambda rows: contrast.back(tones.back(rows)), tones.again)
+        return Shown(tones.rows, in_turn(tones.back, contrast.back), tones.again)
     tint = weaker_tint(small)
     contrast = full_contrast(tint.show(source), tint.show(small))
-    return Shown(contrast.show(tint.show(source)), lambda rows: tint.back(contrast.back(rows)))
+    return Shown(contrast.show(tint.show(source)), in_turn(contrast.back, tint.back))
+
+
+def in_turn(*changes: Callable[[Rows], Rows]) -> Callable[[Rows], Rows]:
+    """Return a function that makes one change after the other."""
+    made = [change for change in changes if change is not unchanged]
+    return (lambda rows: reduce(lambda changed, change: change(changed), made, rows)) if made else unchanged
 
 
 def full_contrast(source: Rows, small: Rows) -> Change:

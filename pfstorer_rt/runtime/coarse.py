@@ -16,7 +16,7 @@ from pfstorer_rt.faces.finding import find_largest, reduced
 from pfstorer_rt.imaging.bands import Canvas, Resized
 from pfstorer_rt.imaging.rows import TALL, Band, Rows, Spool, bands, read_ahead, spooled_bytes
 from pfstorer_rt.runtime.layout import Layout
-from pfstorer_rt.runtime.part import find_parts
+from pfstorer_rt.runtime.part import base_layout, find_parts
 from pfstorer_rt.runtime.selection import Choice as FaceChoice
 from pfstorer_rt.runtime.selection import Selection
 
@@ -43,6 +43,20 @@ class Passes:
     """Notes for the user on the choice of the scale and of the faces."""
     selection: Selection | None = None
     """The faces on which the identity acts; None is the whole image."""
+    limit: float | None = None
+    """Largest side in pixels of a face in the image that one pass restores; None if no larger face was found."""
+
+    @property
+    def last(self) -> Layout:
+        """Return the layout of the last pass: without the identity, if the person's face is larger than the limit.
+
+        Such a face has its likeness from the coarse pass. A tile of the last pass shows a part of the face, on which
+        the identity leaves a woven pattern.
+        """
+        faces = self.selection.chosen if self.selection else ()
+        if self.limit is None or any(min(face.width, face.height) <= self.limit for face in faces):
+            return self.fine
+        return base_layout(self.fine)
 
     def chosen(self, choice: FaceChoice) -> Passes:
         """Return the passes with the identity limited to the chosen faces."""
@@ -81,6 +95,8 @@ class Choice:
 
     scale: float | None = None
     notes: tuple[str, ...] = ()
+    limit: float | None = None
+    """As in `Passes`."""
 
 
 def may_be_coarse(layout: Layout, tile: int) -> bool:
@@ -107,7 +123,9 @@ def choose_scale(source: Rows, layout: Layout, tile: int) -> Choice:
     if not forced and (side <= LARGEST_FACE * tile or (face is None and finder)):
         return Choice()
     ratio = max(coarse_ratio(side, layout, tile), least)
-    return Choice(ratio * enlargement, tuple(notes_on(face, side, tile, finder)))
+    limit = LARGEST_FACE * tile / enlargement
+    notes = tuple(notes_on(face, side, tile, finder))
+    return Choice(ratio * enlargement, notes, limit if face is not None and face > limit else None)
 
 
 def coarse_ratio(side: float, layout: Layout, tile: int) -> float:

@@ -196,7 +196,7 @@ class Restorer:
             canvas = plan.coarse.canvas
             coarse = self._restore_selected([on_canvas(shown, canvas)], plan.coarse, plan.selection, again, done)
             images = [Guided(images[0], rows, reduced_to(shown, canvas)) for rows in coarse]
-        return self._restore_selected(images, plan.fine, plan.selection, back, done)[-1]
+        return self._restore_selected(images, plan.last, plan.selection, back, done)[-1]
 
     def passes(self, source: Rows, config: RestoreConfig | None = None) -> Passes:
         """Return the passes of an image; with coarse to fine, the scale of the first depends on the largest face."""
@@ -205,7 +205,7 @@ class Restorer:
         if choice.scale is None:
             return Passes(fine)
         first = replace(config or RestoreConfig(), scale=choice.scale)
-        return Passes(fine, self.layout(source.height, source.width, first), choice.notes)
+        return Passes(fine, self.layout(source.height, source.width, first), choice.notes, limit=choice.limit)
 
     def needs_content(self, height: int, width: int, config: RestoreConfig | None = None) -> bool:
         """Whether `passes` depends on the content of an image of height x width pixels."""

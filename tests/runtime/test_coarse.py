@@ -12,7 +12,9 @@ from pfstorer_rt.plan import Manifest
 from pfstorer_rt.runtime import coarse
 from pfstorer_rt.runtime.coarse import Guided, Passes, choose_scale
 from pfstorer_rt.runtime.layout import Layout
+from pfstorer_rt.runtime.part import base_layout
 from pfstorer_rt.runtime.recipe import Recipe
+from pfstorer_rt.runtime.selection import Area, Selection
 
 MANIFEST = Manifest("onnx", "fp32", 512, 16, 32, "v_prediction", "ddim", 1, "portrait", "0" * 64)
 ON = RestoreConfig(steps=2, sampler="ddpm", coarse="on")
@@ -110,6 +112,33 @@ def test_the_fine_pass_receives_the_coarse_result(restorer, face):
     expected = restorer.restore_rows(guided, OFF)
     assert np.array_equal(read_pixels(result, 0, 130), read_pixels(expected, 0, 130))
     assert not np.array_equal(restorer.restore(pixels, ON), restorer.restore(pixels, OFF))
+
+
+def test_the_identity_acts_in_the_coarse_pass_on_a_face_larger_than_a_tile(face_of):
+    assert face_of(1000).limit == 0.8 * 512 and face_of(400, 800, 800, scale=2).limit == 0.4 * 512
+    assert face_of(300, coarse="on").limit is None and face_of(300).limit is None
+    passes = Passes(layout(2000, 1500), layout(2000, 1500, scale=0.4), limit=410)
+    assert passes.last.recipe.strength == 0 and passes.coarse.recipe.strength == 1
+    assert replace(passes, limit=None).last is passes.fine
+
+    def chosen(*sides):
+        faces = tuple(Area(0, 0, side, side) for side in sides)
+        return replace(passes, selection=Selection(2000, 1500, faces)).last.recipe.strength
+
+    assert chosen(900) == 0 and chosen(300) == 1 and chosen(900, 300) == 1, "a small face has its likeness from a tile"
+
+
+def test_the_last_pass_has_the_strength_of_the_passes(personal, face):
+    pixels = np.ascontiguousarray(face[60:190, 50:200])
+    source = Spool.of(from_pixels(pixels))
+    both = replace(personal.passes(source, ON), limit=None)
+
+    def restored(passes):
+        return read_pixels(personal.restore_rows(source, ON, passes=passes), 0, 130)
+
+    first = restored(replace(both, limit=9))
+    assert np.abs(first - restored(both)).max() > 0, "the identity acts in the last pass too"
+    assert np.abs(first - restored(replace(both, limit=9, coarse=base_layout(both.coarse)))).max() > 0
 
 
 def test_strength_0_equals_the_base_in_both_passes(restorer, personal, make_image):

@@ -111,14 +111,14 @@ def untiled(base, pixels, seed, kind, init="lq"):
 @pytest.mark.parametrize("init", ["lq", "noise"])
 def test_one_tile_equals_the_untiled_pipeline_bit_for_bit(restorer, nano_base, make_image, init):
     pixels = make_image(64, 64)
-    found = restorer.restore(pixels, replace(CONFIG, seed=7, init=init))
+    found = restorer.restore(pixels, replace(CONFIG, seed=7, init=init, colorize=True))
     assert np.array_equal(found, untiled(nano_base, pixels, 7, adain_color_fix, init))
 
 
 def test_color_fix_is_adain_for_one_tile_and_wavelet_for_several(restorer, nano_base, make_image):
     pixels = make_image(64, 64)
     for name, fix in (("wavelet", wavelet_color_fix), ("none", lambda content, style: content)):
-        found = restorer.restore(pixels, replace(CONFIG, color_fix=name))
+        found = restorer.restore(pixels, replace(CONFIG, color_fix=name, colorize=True))
         assert np.array_equal(found, untiled(nano_base, pixels, 0, fix))
     for size, chosen in (((64, 64), "adain"), ((64, 96), "wavelet")):
         results = {
@@ -181,8 +181,8 @@ def test_canvas_sizes_of_known_images():
     assert plan_canvas(100, 70, 64, 1.0) == Canvas(100, 70, 28, 26, 100, 70)  # padded to 32
     assert plan_canvas(100, 70, 64, 2.0) == Canvas(200, 140, 24, 20, 200, 140)
     assert plan_canvas(100, 80, 64, 0.5) == Canvas(80, 64, 16, 0, 50, 40)  # never under a tile
-    assert plan_canvas(1, 1, 64, 1.0) == Canvas(4, 4, 60, 60, 1, 1)  # no more than four times
-    assert plan_canvas(3, 500, 64, 1.0) == Canvas(12, 2000, 52, 16, 3, 500)
+    assert plan_canvas(1, 1, 64, 1.0) == Canvas(8, 8, 56, 56, 1, 1)  # no more than eight times
+    assert plan_canvas(3, 500, 64, 1.0) == Canvas(24, 4000, 40, 0, 3, 500)
     for scale in (0.0, -1.0, 17.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="above 0"):
             plan_canvas(64, 64, 64, scale)
