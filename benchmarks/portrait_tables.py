@@ -72,12 +72,8 @@ SMALL_COLUMNS = {
     "identity": ("identity ↑", 1),
 }
 """Column of small_faces.csv -> title and digits; `identity` is shown as a hundredfold."""
-GREY = {
-    "colour": "in colour, result turned grey",
-    "grey": "grey",
-    "unchanged": "grey, without the tones of skin (`--colorize`), result turned grey",
-}
-GREY_COLUMNS = {name: SMALL_COLUMNS[name] for name in ("psnr", "lpips", "lmse_98", "identity")}
+TONE_INPUTS = {"usual": "without the change", "changed": "changed", "unaltered": "changed, `--colorize`"}
+TONE_COLUMNS = {name: SMALL_COLUMNS[name] for name in ("psnr", "lpips", "lmse_98", "identity")}
 LEARNING = {"default": "", "thorough": ", `--thorough`"}
 LEVELS = {"heavy": "heavy degradation", "light": "light degradation", "clean": "undegraded images as input"}
 SETS = {
@@ -174,7 +170,8 @@ COMPARED = """
 
 Rows in [`recipes.csv`](../benchmarks/results/recipes.csv), command `python benchmarks/recipes.py`. {people} of `lab`,
 {tests} images of each. Each image is heavily degraded twice: one degradation reduces it to a quarter, the other to an
-eighth. Both enlarge it again. Five other images are the references, unless the row states another number.
+eighth. Both enlarge it again. Five other images are the references, unless the row states another number. `portrait`
+had the weights before its last training stage ([model card](../pfstorer_rt/bases/portrait/README.md#training)).
 
 - **PFStorer**: the defaults of `personalize` for `portrait`, as in the table above: 110 iterations from the prior.
 - **Iterations**: the learning rate falls at the end of each training, so these are not stages of one training. `fix`
@@ -190,8 +187,7 @@ eighth. Both enlarge it again. Five other images are the references, unless the 
   its own learning rate (5e-3) and L_pers (`token_learning_rate` in `config.json`).
 - **10 references**: five more photographs of the person, which are not restored.
 - **Recipe of the paper**: `personalize --recipe paper`: 500 iterations, no losses on images, L_gen 0.1. It was
-  measured on the first person alone, with the weights of `portrait` before its last two training stages ([model
-  card](../pfstorer_rt/bases/portrait/README.md#training)).
+  measured on the first person alone, with the weights of `portrait` before its last three training stages.
 - **Identity of another person**: images of one person, restored with the identity of the other person.
 - **Likeness**: 100 times the mean cosine similarity of the result and the references of the identity, by the
   recognizer of the column "identity". Input, Base and Original are compared with the references of their person.
@@ -215,14 +211,14 @@ of the column "identity" as a loss.
 """
 
 
-WITHOUT_COLOUR = """
-### Grey images
+TONES = """
+### Grey, tinted, faded and dark images
 
-Rows in [`grey.csv`](../benchmarks/results/grey.csv), command `python benchmarks/grey.py`. The people, references and
-test images are the same as in [With identities](#with-identities). Here the degraded images and the originals are
-turned grey.
-`restore` [shows the networks grey images in the tones of skin](restore.md#inputs-and-outputs). Without this, weak lips
-and noses disappear. The restoration of the same image in colour is the limit.
+Rows in [`tones.csv`](../benchmarks/results/tones.csv), command `python benchmarks/tones.py`. The people, references and
+test images are the same as in [With identities](#with-identities). Each degraded image is changed, restored, and
+changed back; a grey result is compared with the grey original. The result of the image without the change is the limit.
+`restore` [gives the networks usual tones](restore.md#inputs-and-outputs), and `--colorize` gives them the image as it
+is.
 
 """
 
@@ -233,7 +229,8 @@ SMALL = """
 Rows in [`small_faces.csv`](../benchmarks/results/small_faces.csv), command `python benchmarks/small_faces.py`. The
 people and the references are the same as in [With identities](#with-identities). The {tests} test images of each person
 are reduced to {side} pixels, so that the faces are smaller, and heavily degraded. `tiny` is the [former base](tiny.md),
-which was trained for this size. `portrait` enlarges the images to a tile.
+which was trained for this size. `portrait` enlarges the images to a tile; it had the weights before its last training
+stage.
 
 On photographs, `portrait` gives at least the likeness of `tiny` in a tenth of the time, with better LPIPS and
 landmarks. On generated faces, `tiny` keeps more of the likeness, also than `portrait` with `--thorough`, which was
@@ -248,7 +245,7 @@ def portrait_part(
     people: Path = RESULTS / "people.csv",
     recipes: Path = RESULTS / "recipes.csv",
     small: Path = RESULTS / "small_faces.csv",
-    grey: Path = RESULTS / "grey.csv",
+    tones: Path = RESULTS / "tones.csv",
 ) -> str:
     """Return the part of the page: setup, one table for each level and set, and the tables of identities."""
     rows = read(heldout)
@@ -271,7 +268,7 @@ def portrait_part(
         + people_part(read(people))
         + recipes_part(read(recipes))
         + small_part(read(small))
-        + grey_part(read(grey))
+        + tones_part(read(tones))
     )
 
 
@@ -331,15 +328,19 @@ def small_part(rows: Sequence[Row]) -> str:
     return text + "\n".join(lines) + "\n"
 
 
-def grey_part(rows: Sequence[Row]) -> str:
-    """Return the section of grey images: a table of means over people and images, by method and input."""
-    heads = ["images", "", "input", *(title for title, _ in GREY_COLUMNS.values())]
+def tones_part(rows: Sequence[Row]) -> str:
+    """Return the section of changed images: a table of means over people and images, by method, change and input."""
+    heads = ["images", "", "change", "input", *(title for title, _ in TONE_COLUMNS.values())]
     lines = [line(heads), line(["---"] * len(heads))]
     for name, mine in by(rows, "set").items():
         for method, those in by(mine, "method").items():
-            kinds = by(those, "input")
-            lines += [line([name, method, title, *cells(kinds[kind], GREY_COLUMNS)]) for kind, title in GREY.items()]
-    return WITHOUT_COLOUR + "\n".join(lines) + "\n"
+            for change, found in by(those, "change").items():
+                kinds = by(found, "input")
+                lines += [
+                    line([name, method, change, title, *cells(kinds[kind], TONE_COLUMNS)])
+                    for kind, title in TONE_INPUTS.items()
+                ]
+    return TONES + "\n".join(lines) + "\n"
 
 
 def recipes_part(rows: Sequence[Row]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:  # rich is imported where bars are drawn, so that commands wit
     from rich.console import Console
     from rich.progress import Progress, TaskID, TextColumn
 
+RECENT = 20
+"""Losses in the mean that is shown: single samples differ much in their loss."""
 LINES = 10
 """Number of progress lines per stage if stderr is not a terminal; a shorter stage has no lines."""
 
@@ -103,6 +106,7 @@ class StageBars:
         self.tasks: dict[str, TaskID] = {}
         self.first: dict[str, StageProgress] = {}
         self.lines: dict[str, int] = {}
+        self.losses: dict[str, deque[float]] = {}
 
     def __call__(self, progress: StageProgress) -> None:
         """Show one progress report. A stage is resumed if its first report contains finished work."""
@@ -110,6 +114,7 @@ class StageBars:
         if stage not in self.tasks:
             self.tasks[stage] = self.bars.add_task(stage, total=1.0, state="")
             self.first[stage], self.lines[stage] = progress, lines
+            self.losses[stage] = deque(maxlen=RECENT)
             if progress.done:
                 how = "finished by an earlier run" if progress.share >= 1 else f"resuming from {count(progress)}"
                 console.print(f"{stage}: {how}")
@@ -121,8 +126,11 @@ class StageBars:
         self.lines[stage] = lines
 
     def speed(self, progress: StageProgress) -> str:
-        """Return the loss, if the stage has a loss, and the iterations or samples per second of this run."""
-        loss = "" if math.isnan(progress.loss) else f"loss {progress.loss:.4f}  "
+        """Return the mean of the last losses, if the stage has a loss, and the iterations or samples per second."""
+        losses = self.losses[progress.stage]
+        if not math.isnan(progress.loss):
+            losses.append(progress.loss)
+        loss = f"loss {sum(losses) / len(losses):.4f}  " if losses else ""
         rate = (progress.done - self.first[progress.stage].done) / progress.seconds if progress.seconds else 0.0
         return f"{loss}{rate:.2f}/s" if rate else ""
 

@@ -25,6 +25,12 @@ def test_without_a_terminal_a_stage_is_a_few_lines(shown):
     assert lines[0] == "restorer: 3/30  loss 0.5000  2.00/s" and lines[-1].startswith("restorer: 30/30  ")
 
 
+def test_the_loss_is_the_mean_of_the_last_samples(shown):
+    losses = [1000.0] * 30 + [1.0, 3.0] * 10
+    lines = shown(("person", 0, 50), *(("person", i + 1, 50, loss, i / 2) for i, loss in enumerate(losses)))
+    assert lines[-1].startswith("person: 50/50  loss 2.0000  ")
+
+
 def test_a_resumed_stage_is_named_and_its_speed_is_that_of_this_run(shown):
     lines = shown(("restorer", 15, 30), ("restorer", 18, 30, 0.5, 1.5))
     assert lines == ["restorer: resuming from 15/30", "restorer: 18/30  loss 0.5000  2.00/s"]

@@ -167,12 +167,14 @@ _failed: list[int] = []
 
 
 def watch_signals() -> None:
-    """Let SIGTERM stop a command as Ctrl-C does, so that unfinished files are removed, and record both."""
+    """Let SIGTERM and a closed terminal stop a command as Ctrl-C does, so that unfinished files are removed."""
     _signals.clear()
     _failed.clear()
     if threading.current_thread() is not threading.main_thread():
         return
     signal.signal(signal.SIGTERM, _stop)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores SIGHUP
+        signal.signal(signal.SIGHUP, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a command in the background ignores SIGINT
         signal.signal(signal.SIGINT, _stop)
 

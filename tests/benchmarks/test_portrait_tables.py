@@ -70,11 +70,13 @@ def test_small_faces_have_a_row_for_each_base_and_way_of_learning(tables):
     ]
 
 
-def test_grey_images_have_a_row_for_each_input(tables):
-    found = {**dict.fromkeys(tables.GREY_COLUMNS, "2.0"), "set": "real", "method": "Base"}
+def test_changed_images_have_a_row_for_each_change_and_input(tables):
+    found = {**dict.fromkeys(tables.TONE_COLUMNS, "2.0"), "set": "real", "method": "Base"}
     rows = [
-        {**found, "input": kind, "identity": value}
-        for kind, value in (("grey", "0.4"), ("colour", "0.5"), ("unchanged", "0.2"))
+        {**found, "change": change, "input": kind, "identity": value}
+        for change in ("grey", "blue")
+        for kind, value in (("changed", "0.4"), ("usual", "0.5"), ("unaltered", "0.2"))
     ]
-    lines = [text for text in tables.grey_part(rows).splitlines() if text.startswith("| real")]
-    assert [text.rstrip(" |").split(" | ")[-1] for text in lines] == ["50.0", "40.0", "20.0"]
+    lines = [text for text in tables.tones_part(rows).splitlines() if text.startswith("| real")]
+    assert [text.split(" | ")[2] for text in lines] == ["grey"] * 3 + ["blue"] * 3
+    assert [text.rstrip(" |").split(" | ")[-1] for text in lines] == ["50.0", "40.0", "20.0"] * 2

@@ -17,7 +17,7 @@ from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError,
 @pytest.fixture
 def signals():
     """The handlers of signals are set back after the test."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -132,6 +132,18 @@ def test_an_interruption_that_a_library_turns_into_another_error_stays_an_interr
     monkeypatch.setitem(COMMANDS, "fail", ("fail", ""))
     monkeypatch.setitem(sys.modules, "pfstorer_rt.cli.fail", SimpleNamespace(command=command))
     assert refused(130, "fail") == "Error: Interrupted. Unfinished files were removed."
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
+def test_a_closed_terminal_interrupts_a_command_without_nohup(run, monkeypatch, signals, ignored):
+    @click.command()
+    def command():
+        signal.raise_signal(signal.SIGHUP)
+
+    monkeypatch.setitem(COMMANDS, "fail", ("fail", ""))
+    monkeypatch.setitem(sys.modules, "pfstorer_rt.cli.fail", SimpleNamespace(command=command))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    assert run("fail").status == (0 if ignored else 130)
 
 
 def test_a_second_ctrl_c_does_not_interrupt_the_end_of_the_program(run, monkeypatch, signals):
