@@ -102,3 +102,9 @@ def test_a_faded_and_tinted_image_gets_contrast_and_a_weaker_tint(full):
     back = pixels_of(shown.back(shown.rows))
     inside = ((seen > 0.001) & (seen < 0.999)).all(-1)
     assert inside.mean() > 0.7 and np.abs(back - pixels)[inside].max() < 1e-3
+
+
+def test_an_image_of_many_colours_has_no_tint():
+    """The whites of its channels are at different places, so the brightest luma is darker than each of them."""
+    source = rows_of(np.random.default_rng(0).random((64, 64, 3)))
+    assert shown_to_networks(source).rows is source
