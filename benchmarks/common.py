@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +21,28 @@ import torch
 
 from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.runtime.bench import processor
+
+Command = Callable[..., Any]
+NETWORKS = ("lpips", "recognizer", "landmarks")
+
+
+def measuring(side: int) -> Callable[[Command], Command]:
+    """Return a decorator that gives a command the options of a measurement on people; side: default of `--side`."""
+    file = click.Path(exists=True, path_type=Path)
+    options = [
+        click.option("-o", "--output", required=True, type=click.Path(path_type=Path)),
+        click.option("--base", default="portrait", show_default=True),
+        click.option("--tests", default=6, show_default=True, help="Number of images of each person."),
+        click.option("--side", default=side, show_default=True),
+        *(click.option(f"--{name}", required=True, type=file) for name in NETWORKS),
+    ]
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def hwc(image: torch.Tensor) -> Pixels:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-from common import hwc, machine, read, rounded, write
+from common import hwc, machine, measuring, read, rounded, write
 from heldout import cosine_to, metric
 from people import REFERENCES, SEED, crops, learned
 
@@ -84,15 +84,9 @@ UNLEARNED = ("input", "base", "original")
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-@click.option("--base", default="portrait", show_default=True)
+@measuring(side=512)
 @click.option("--recipe", "names", multiple=True, type=click.Choice(list(RECIPES)), help="[default: all]")
 @click.option("--people", default=2, show_default=True, help="Number of people, the first by name.")
-@click.option("--tests", default=6, show_default=True, help="Number of images of each person.")
-@click.option("--side", default=512, show_default=True)
-@click.option("--lpips", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--landmarks", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--recognizer", required=True, type=click.Path(exists=True, path_type=Path))
 def main(
     folder: Path,
     output: Path,

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from common import hwc, machine, read, rounded, write
+from common import hwc, machine, measuring, read, rounded, write
 from heldout import cosine_to, metric
 from people import REFERENCES, SEED, crops, learned, people_of
 
@@ -26,14 +26,8 @@ from pfstorer_rt.runtime.restorer import Restorer
 
 @click.command()
 @click.argument("sets", nargs=-1, required=True, metavar="NAME=FOLDER...")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-@click.option("--base", default="portrait", show_default=True)
+@measuring(side=192)
 @click.option("--thorough", is_flag=True)
-@click.option("--tests", default=6, show_default=True, help="Number of images of each person.")
-@click.option("--side", default=192, show_default=True)
-@click.option("--lpips", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--recognizer", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--landmarks", required=True, type=click.Path(exists=True, path_type=Path))
 def main(
     sets: tuple[str, ...],
     output: Path,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import click
 import numpy as np
-from common import hwc, machine, read, rounded, write
+from common import hwc, machine, measuring, read, rounded, write
 from heldout import cosine_to, metric
 from people import REFERENCES, SEED, crops, learned, people_of
 
@@ -73,13 +73,7 @@ INPUTS = ("usual", "changed", "unaltered")
 
 @click.command()
 @click.argument("sets", nargs=-1, required=True, metavar="NAME=FOLDER...")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-@click.option("--base", default="portrait", show_default=True)
-@click.option("--tests", default=6, show_default=True, help="Number of images of each person.")
-@click.option("--side", default=512, show_default=True)
-@click.option("--lpips", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--recognizer", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--landmarks", required=True, type=click.Path(exists=True, path_type=Path))
+@measuring(side=512)
 def main(
     sets: tuple[str, ...],
     output: Path,

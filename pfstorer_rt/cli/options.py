@@ -84,10 +84,12 @@ def check_plan(name: str) -> None:
 
 def check_new(file: Path, overwrite: bool) -> None:
     """Raise `SettingError` if a file to write is a folder, or exists and may not be replaced."""
+    from pfstorer_rt.files import exists_already
+
     if file.is_dir():
         raise SettingError(f"{file}: a folder; choose a file name")
     if file.exists() and not overwrite:
-        raise SettingError(f"{file}: exists already; choose another name or allow overwriting", setting="overwrite")
+        raise SettingError(str(exists_already(file)), setting="overwrite")
 
 
 def check_output(file: Path, overwrite: bool) -> None:

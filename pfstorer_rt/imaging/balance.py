@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pfstorer_rt.imaging.rows import Band, Rows, read_whole
+from pfstorer_rt.imaging.rows import Rows, read_whole
 from pfstorer_rt.imaging.tone import luma_of
 
 BRIGHT = 0.98
@@ -22,19 +22,6 @@ DARKEST = 0.05
 """Smallest white of a channel."""
 LARGEST = 1.5
 """Largest factor of a channel, so that its noise is not amplified further; its inverse is the smallest one."""
-
-
-class Balanced:
-    """An image with factors of its channels, in the range of [-1, 1], where -1 is black."""
-
-    def __init__(self, source: Rows, factors: npt.NDArray[np.float32]) -> None:
-        self.source, self.factors, self.height, self.width = source, factors, source.height, source.width
-
-    def read(self, start: int, stop: int) -> Band:
-        """Return rows start..stop-1, clamped to [-1, 1]."""
-        factors = self.factors[:, None, None]
-        band: Band = (self.source.read(start, stop) * factors + (factors - 1)).clip(-1, 1)
-        return band.astype(np.float32)
 
 
 def balancing_factors(small: Rows) -> npt.NDArray[np.float32]:

@@ -7,12 +7,13 @@ the image again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, reduce
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from pfstorer_rt.imaging.balance import Balanced, balancing_factors
+from pfstorer_rt.imaging.balance import balancing_factors
 from pfstorer_rt.imaging.rows import Band, Rows, bands
 from pfstorer_rt.imaging.tone import Shown, in_skin_tones, reduced, unchanged
 
@@ -27,10 +28,14 @@ ROOM = 0.15
 """How far the span may exceed that of the reduced image: noise has extreme values too."""
 
 
+Scale = float | npt.NDArray[np.floating[Any]]
+"""One number, or one for each channel (3, 1, 1)."""
+
+
 class Levels:
     """An image with other black and white: values v become `gain` * v + `offset`."""
 
-    def __init__(self, source: Rows, gain: float, offset: float) -> None:
+    def __init__(self, source: Rows, gain: Scale, offset: Scale) -> None:
         self.source, self.gain, self.offset, self.height, self.width = source, gain, offset, source.height, source.width
 
     def read(self, start: int, stop: int) -> Band:
@@ -45,6 +50,11 @@ class Change(NamedTuple):
     show: Callable[[Rows], Rows] = unchanged
     back: Callable[[Rows], Rows] = unchanged
 
+    @classmethod
+    def of_levels(cls, gain: Scale, offset: Scale) -> Change:
+        """Return the change of `Levels`."""
+        return cls(partial(Levels, gain=gain, offset=offset), partial(Levels, gain=1 / gain, offset=-offset / gain))
+
 
 def shown_to_networks(source: Rows) -> Shown:
     """Return an image in skin tones if it has no colours, else with a weaker tint; a flat image gets full contrast."""
@@ -54,14 +64,17 @@ def shown_to_networks(source: Rows) -> Shown:
     if tones is not None:
         return Shown(tones.rows, in_turn(tones.back, contrast.back), tones.again)
     tint = weaker_tint(small)
-    contrast = full_contrast(tint.show(source), tint.show(small))
-    return Shown(contrast.show(tint.show(source)), in_turn(contrast.back, tint.back))
+    if tint.show is not unchanged:
+        source, small = tint.show(source), tint.show(small)
+        contrast = full_contrast(source, small)
+    return Shown(contrast.show(source), in_turn(contrast.back, tint.back))
 
 
-def in_turn(*changes: Callable[[Rows], Rows]) -> Callable[[Rows], Rows]:
+def in_turn(first: Callable[[Rows], Rows], second: Callable[[Rows], Rows]) -> Callable[[Rows], Rows]:
     """Return a function that makes one change after the other."""
-    made = [change for change in changes if change is not unchanged]
-    return (lambda rows: reduce(lambda changed, change: change(changed), made, rows)) if made else unchanged
+    if first is unchanged or second is unchanged:
+        return second if first is unchanged else first
+    return lambda rows: second(first(rows))
 
 
 def full_contrast(source: Rows, small: Rows) -> Change:
@@ -70,20 +83,15 @@ def full_contrast(source: Rows, small: Rows) -> Change:
     if not 2 * LEAST < high - low < 2 * FLAT:
         return Change()
     gain = 2 / (high - low)
-    offset = -1 - gain * low
-    return Change(
-        partial(Levels, gain=gain, offset=offset),
-        partial(Levels, gain=1 / gain, offset=-offset / gain),
-    )
+    return Change.of_levels(gain, -1 - gain * low)
 
 
 def weaker_tint(small: Rows) -> Change:
     """Return the change that weakens the tint of an image; small: `reduced` of it."""
-    factors = balancing_factors(small)
+    factors = balancing_factors(small)[:, None, None]
     if abs(factors - 1).max() < NO_TINT:
         return Change()
-    inverse = (1 / factors).astype(np.float32)
-    return Change(partial(Balanced, factors=factors), partial(Balanced, factors=inverse))
+    return Change.of_levels(factors, factors - 1)  # -1 is black
 
 
 def span_of(source: Rows, small: Rows) -> tuple[float, float]:

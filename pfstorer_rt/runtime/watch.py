@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pfstorer_rt.errors import SettingError
 from pfstorer_rt.imaging.find import Note
 from pfstorer_rt.runtime.batch import BatchConfig, OnOutcome, OnStep, Outcome, ignore, restore_jobs
 from pfstorer_rt.runtime.jobs import Job, Naming, NoImagesError, check_file, find_clashes, find_jobs, output_file
@@ -44,12 +43,9 @@ def watch_folder(
     replacing = replace(settings, saving=replace(settings.saving, overwrite=True))
     latest: dict[Path | None, Outcome] = {}
     written: set[Job] = set()
-    for jobs, clashes in _arrivals(folder, output, settings.naming, idle, note):
-        outcomes = [Outcome(job, "failed", error=error) for job, error in clashes.items()]
-        for outcome in outcomes:
-            on_outcome(outcome)
+    for jobs in _arrivals(folder, output, settings.naming, idle, note):
         fresh, changed = [job for job in jobs if job not in written], [job for job in jobs if job in written]
-        outcomes += restore_jobs(restorer, fresh, settings, on_outcome, on_step)
+        outcomes = restore_jobs(restorer, fresh, settings, on_outcome, on_step)
         outcomes += restore_jobs(restorer, changed, replacing, on_outcome, on_step)
         latest |= {outcome.job.source: outcome for outcome in outcomes}
         written |= {outcome.job for outcome in outcomes if outcome.status == "done"}
@@ -58,8 +54,8 @@ def watch_folder(
 
 def _arrivals(
     folder: str | Path, output: str | Path | None, naming: Naming, idle: float | None, note: Note
-) -> Iterator[tuple[list[Job], Mapping[Job, SettingError]]]:
-    """Yield the jobs of new and changed images once their files are stable, and the jobs that clash with other ones."""
+) -> Iterator[list[Job]]:
+    """Yield the jobs of new and changed images once their files are stable; a job that clashes has a refusal."""
     seen: dict[Path, tuple[int, ...]] = {}
     done: dict[Path, tuple[int, ...]] = {}
     refused: dict[Path, tuple[int, ...]] = {}
@@ -84,8 +80,7 @@ def _arrivals(
         if ready:
             refused |= {path: current[path] for path in ready if path in clashing}
             done |= {path: current[path] for path in ready if path not in clashing}
-            new = [found[path] for path in ready]
-            yield [job for job in new if job not in clashes], {job: clashes[job] for job in new if job in clashes}
+            yield [replace(found[path], refusal=clashes.get(found[path])) for path in ready]
             latest = time.monotonic()
         elif idle is not None and len(stable) == len(found) and time.monotonic() - latest >= idle:
             return

@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-LUMA = np.array([0.299, 0.587, 0.114])
-"""ITU-R BT.601."""
+from pfstorer_rt.imaging.bands import Grey
+
+LUMA = Grey.WEIGHTS.astype(np.float64)
+"""Weights (3,) of the channels in the luma."""
 TINTED, GREY = 0.3, 0.12
 """Shares of the changed images with a tint, and without colours or with weak ones."""
 FADED, GAMMA = 0.2, 0.2
@@ -37,9 +39,9 @@ class ColorJitter(NamedTuple):
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         """Change images (B, 3, H, W) in [0, 1]."""
-        to = [part.to(images.device) for part in self]
-        matrix, offset, exponent, span, black = (t[(...,) + (None,) * (4 - t.ndim)] if t.ndim < 3 else t for t in to)
-        changed = torch.einsum("bij,bjhw->bihw", matrix, images) + offset
+        matrix, offset, *numbers = (part.to(images.device) for part in self)
+        exponent, span, black = (part[:, None, None, None] for part in numbers)
+        changed = torch.einsum("bij,bjhw->bihw", matrix, images) + offset[..., None, None]
         return (changed.clamp(0, 1) ** exponent * span + black).clamp(0, 1)
 
 

@@ -172,7 +172,9 @@ main(["--help"])
 """
 
 
-@pytest.mark.parametrize("module", ["pfstorer_rt.cli.program", "click", "pfstorer_rt.encryption"])
+@pytest.mark.parametrize(
+    "module", ["pfstorer_rt.cli.program", "click", "pfstorer_rt.encryption", "pfstorer_rt.console"]
+)
 @pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "background"])
 def test_an_interruption_during_the_first_imports_prints_one_line(module, ignored):
     def prepare():

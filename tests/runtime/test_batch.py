@@ -352,7 +352,7 @@ def test_a_single_path_is_an_input(save, tmp_path):
 
 def test_a_folder_without_images_and_a_suffix_with_a_path_are_errors_of_the_caller(save, tmp_path):
     save("in/a_restored.png")
-    with pytest.raises(NoImagesError, match="1 earlier result") as refusal:
+    with pytest.raises(NoImagesError, match=r"1 earlier result\(s\) of this program") as refusal:
         plan_jobs([tmp_path / "in"])
     assert isinstance(refusal.value, ValueError) and isinstance(refusal.value, PFStorerError)
     with pytest.raises(ValueError, match="suffix 'x/y'"):
