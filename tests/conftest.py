@@ -22,6 +22,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported: without a GPU they run in the interpreter
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """The handlers of signals are set back after each test: a command in this process leaves its own."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def private_home(tmp_path_factory):
     """A data directory for the tests, so that a user's identities are not used."""

@@ -14,15 +14,6 @@ from pfstorer_rt.cli.program import COMMANDS, cli, interrupted
 from pfstorer_rt.errors import BadFileError, MissingBackendError, PFStorerError, Rebuild, SettingError, one_line
 
 
-@pytest.fixture
-def signals():
-    """The handlers of signals are set back after the test."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
@@ -121,7 +112,7 @@ def test_the_error_for_an_unknown_command_names_the_most_similar_one(refused):
     assert "mean" not in refused(2, "xyz")
 
 
-def test_an_interruption_that_a_library_turns_into_another_error_stays_an_interruption(refused, monkeypatch, signals):
+def test_an_interruption_that_a_library_turns_into_another_error_stays_an_interruption(refused, monkeypatch):
     @click.command()
     def command():
         try:
@@ -135,7 +126,7 @@ def test_an_interruption_that_a_library_turns_into_another_error_stays_an_interr
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
-def test_a_closed_terminal_interrupts_a_command_without_nohup(run, monkeypatch, signals, ignored):
+def test_a_closed_terminal_interrupts_a_command_without_nohup(run, monkeypatch, ignored):
     @click.command()
     def command():
         signal.raise_signal(signal.SIGHUP)
@@ -146,7 +137,7 @@ def test_a_closed_terminal_interrupts_a_command_without_nohup(run, monkeypatch, 
     assert run("fail").status == (0 if ignored else 130)
 
 
-def test_a_second_ctrl_c_does_not_interrupt_the_end_of_the_program(run, monkeypatch, signals):
+def test_a_second_ctrl_c_does_not_interrupt_the_end_of_the_program(run, monkeypatch):
     @click.command()
     def command():
         signal.raise_signal(signal.SIGTERM)

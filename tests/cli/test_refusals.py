@@ -18,14 +18,7 @@ from pfstorer_rt.training.device import accelerated
 from pfstorer_rt.training.loop import Training, run_training
 
 
-@pytest.fixture
-def signals():
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-def test_sigterm_removes_temporary_files(run, signals, monkeypatch, tmp_path, nano_base_dir):
+def test_sigterm_removes_temporary_files(run, monkeypatch, tmp_path, nano_base_dir):
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path / "home"))
     work, out = tmp_path / "home" / "cache" / "work", tmp_path / "out"
     out.mkdir()
