@@ -78,7 +78,7 @@ def main(output: Path, engine: Path, backends: tuple[str, ...], runs: int) -> No
 def measure(plan: Path, backend: str, image: Path) -> dict[str, float]:
     """Restore an image in a new process, and several in another one."""
     folder = f"{image.parent}"
-    call = [sys.executable, "-m", "pfstorer_rt.cli", "restore", "--engine", f"{plan}", "--backend", backend]
+    call = [sys.executable, "-m", "pfstorer_rt", "restore", "--engine", f"{plan}", "--backend", backend]
     whole = start([*call, f"{image}", "-o", f"{folder}/new.png", "--overwrite"], folder)
     again = number(folder, sys.executable, "-c", WARM, f"{plan}", backend)
     return {"wall_s": whole["wall_s"], "cpu_s": whole["cpu_s"], "restore_s": again}

@@ -63,7 +63,7 @@ def size(path: Path) -> float:
 
 def measure(folder: Path, precision: str, keep: bool) -> dict[str, object]:
     """Export with a precision and restore a tile with the plan."""
-    plan, restored, cli = folder / f"{precision}.plan", folder / "restored.png", ("-m", "pfstorer_rt.cli")
+    plan, restored, cli = folder / f"{precision}.plan", folder / "restored.png", ("-m", "pfstorer_rt")
     named = ("--identity", folder / "sd21.safetensors", "--base", folder / "sd21")
     export = watch(*cli, "export", *named, "--precision", precision, "--overwrite", "-o", plan)
     use = ("--engine", plan, "--backend", "onnxruntime", "--steps", "2", "--overwrite", "-o", restored)

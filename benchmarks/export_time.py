@@ -48,7 +48,7 @@ def exports(python: str, identities: tuple[Path, Path], precision: str) -> list[
     """Export two identities, one after the other, with a new data and cache directory; returns their measurements."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PFSTORER_HOME"] = f"{folder}/home"
-        call = [python, "-m", "pfstorer_rt.cli", "export", "--target", "onnx", "--precision", precision, "--overwrite"]
+        call = [python, "-m", "pfstorer_rt", "export", "--target", "onnx", "--precision", precision, "--overwrite"]
         return [start([*call, "--identity", f"{one.resolve()}", "-o", "new.plan"], folder) for one in identities]
 
 

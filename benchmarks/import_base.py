@@ -76,7 +76,7 @@ def main(output: Path, keep: Path | None) -> None:
             command = [
                 sys.executable,
                 "-m",
-                "pfstorer_rt.cli",
+                "pfstorer_rt",
                 "import-base",
                 str(folder / "stablesr_000117.ckpt"),
                 "--prediction-type",

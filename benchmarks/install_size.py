@@ -100,9 +100,9 @@ def main(engine: Path, output: Path) -> None:
         restore = ("restore", "--engine", str(engine), "--backend", "onnxruntime", "--steps", "1", str(image))
         imported = {
             "import pfstorer_rt": imports("-c", "import pfstorer_rt"),
-            "pfstorer-rt --help": imports("-m", "pfstorer_rt.cli", "--help"),
+            "pfstorer-rt --help": imports("-m", "pfstorer_rt", "--help"),
             "import pfstorer_rt.runtime.restorer": imports("-c", "import pfstorer_rt.runtime.restorer"),
-            "pfstorer-rt restore, one picture": imports("-m", "pfstorer_rt.cli", *restore, "-o", f"{folder}/out.png"),
+            "pfstorer-rt restore, one picture": imports("-m", "pfstorer_rt", *restore, "-o", f"{folder}/out.png"),
         }
     report = {
         "machine": machine(),

@@ -50,7 +50,7 @@ def main(output: Path, megapixels: tuple[float, ...], engine: str | None, backen
             source = Path(folder) / "huge.png"
             side = round((size * 1e6) ** 0.5)
             save_image(source, Waves(side), overwrite=True)
-            call = [sys.executable, "-m", "pfstorer_rt.cli", "restore", "--engine", plan, "--backend", backend]
+            call = [sys.executable, "-m", "pfstorer_rt", "restore", "--engine", plan, "--backend", backend]
             call += ["--steps", str(steps), "--json", str(source), "-o", f"{folder}/out.png", "--overwrite"]
             said = json.loads(subprocess.run([*call, "--dry-run"], capture_output=True, check=True).stdout)
             started, peak = time.perf_counter(), 0

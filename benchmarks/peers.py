@@ -169,7 +169,7 @@ def cold(name: str, engine: str | None, base: str, size: int) -> dict[str, Any]:
         save_image(Path(folder) / "a.png", sample(size)[1])
         started, peak = time.perf_counter(), 0
         process = psutil.Popen(
-            [sys.executable, "-m", "pfstorer_rt.cli", "restore", *chosen, f"{folder}/a.png", "-o", f"{folder}/b.png"],
+            [sys.executable, "-m", "pfstorer_rt", "restore", *chosen, f"{folder}/a.png", "-o", f"{folder}/b.png"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -53,9 +53,7 @@ def measured(name: str, base: str) -> dict[str, float]:
             shutil.copy(path, person)
         image = shutil.copy(photographs[0].with_name("original.jpg"), folder)
         rest = [image, "--person"] if name == "fix" else ["--identity", "person", *name.split()[1:]]
-        return start(
-            [sys.executable, "-m", "pfstorer_rt.cli", name.split()[0], "--base", base, *rest, f"{person}"], folder
-        )
+        return start([sys.executable, "-m", "pfstorer_rt", name.split()[0], "--base", base, *rest, f"{person}"], folder)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ RECIPES = {
     "token": "PFStorer, trained token",
     **{f"{n} iterations, no prior": f"PFStorer, {n} iterations without the prior" for n in (110, 440)},
     "no face features": "PFStorer, without the face features",
+    "no color loss": "PFStorer, without the colour loss",
     **{f"{n} iterations": f"PFStorer, {n} iterations" for n in (30, 440)},
     "1 reference": "PFStorer, 1 reference",
     "3 references": "PFStorer, 3 references",

@@ -61,6 +61,7 @@ def lasting(iterations: int, **changes: Any) -> Callable[[Base], PersonalizeConf
 RECIPES = {
     "default": Recipe(defaults()),
     "no face features": Recipe(defaults(lambda_face=0.0)),
+    "no color loss": Recipe(defaults(lambda_color=0.0)),
     **{f"{count} iterations": Recipe(lasting(count)) for count in (30, 440)},
     **{f"{count} iterations, no prior": Recipe(lasting(count, start="open")) for count in (110, 440)},
     "dreambooth": Recipe(defaults(method="dreambooth")),

@@ -55,7 +55,7 @@ def main(output: Path, engine: Path, backends: tuple[str, ...], python: str, nam
         Image.fromarray(noise).save(image)
         for backend in backends:
             plan = str(engine.resolve())
-            call = [python, "-m", "pfstorer_rt.cli", "restore", "--engine", plan, "--backend", backend]
+            call = [python, "-m", "pfstorer_rt", "restore", "--engine", plan, "--backend", backend]
             call += [str(image), "-o", f"{folder}/new.png", "--overwrite"]
             measured = [start(call, folder) for _ in range(runs + 1)][1:]  # the first run fills the caches
             found = {key: round(statistics.median(one[key] for one in measured), 2) for key in measured[0]}

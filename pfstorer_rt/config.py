@@ -238,7 +238,8 @@ PRESETS: dict[str, BaseConfig] = {
             **_SMALL_BASE_TRAINING,
             **{"iterations": 110, "batch": 1, "optimizer": "muon", "ema": 0.98, "first_step": 0.9, "pool": 64},
             **{"learning_rate": 1e-3, "gamma_learning_rate": 0.02, "token_learning_rate": 0.0},
-            **{"lambda_pixel": 5.0, "lambda_perceptual": 3.0, "lambda_id": 5.0, "lambda_face": 40.0},
+            **{"lambda_pixel": 5.0, "lambda_color": 100.0, "lambda_perceptual": 3.0},
+            **{"lambda_id": 5.0, "lambda_face": 40.0},
             **{"start": "prior", "weighting": "x0", "largest_sf": 11.0},
         },
         cfw={"levels": (1, 2, 3), "widths": (12, 64, 128), "growth": 32, "patch": 4},
@@ -318,7 +319,7 @@ _SHARE = number(lambda v: 0 <= v <= 1, "a share from 0 to 1")
 _WEIGHT = number(lambda v: v >= 0, "0 or more")
 _RATE = number(lambda v: 0 <= v < 1, "0 or more and below 1")
 
-IMAGE_LOSSES = ("lambda_pixel", "lambda_perceptual", "lambda_id", "lambda_face")
+IMAGE_LOSSES = ("lambda_pixel", "lambda_color", "lambda_perceptual", "lambda_id", "lambda_face")
 """Weights of the losses on decoded images."""
 WITHOUT_IMAGE_LOSSES: dict[str, Any] = dict.fromkeys(IMAGE_LOSSES, 0.0)
 """Weights of a training on latents alone."""
@@ -368,7 +369,9 @@ class PersonalizeConfig:
     """Number of degraded crops that are made and encoded before the training, which draws its samples from them."""
     lambda_pers: float = 5e-4
     lambda_pixel: float = 0.0
-    """Weight of the pixel error of the decoded images; this loss and the next three use the samples at timestep 999."""
+    """Weight of the pixel error of the decoded images; this loss and the next four use the samples at timestep 999."""
+    lambda_color: float = 0.0
+    """Weight of the error of the decoded images averaged over squares: colours and brightness, without detail."""
     lambda_perceptual: float = 0.0
     """Weight of the perceptual distance of the decoded images (needs the `metrics` extra)."""
     lambda_id: float = 0.0

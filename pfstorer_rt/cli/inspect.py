@@ -27,6 +27,7 @@ LOSSES = {
     "lambda_gen": "L_gen",
     "lambda_pers": "L_pers",
     "lambda_pixel": "pixel error",
+    "lambda_color": "colours",
     "lambda_perceptual": "ST-LPIPS",
     "lambda_id": "identity",
     "lambda_face": "face features",

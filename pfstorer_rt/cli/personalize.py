@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TRAIN = ("iterations", "batch", "learning_rate", *TRAINING)
 OWN = (
-    *("method", "lambda_gen", "lambda_pixel", "lambda_perceptual", "lambda_id", "lambda_face"),
+    *("method", "lambda_gen", "lambda_pixel", "lambda_color", "lambda_perceptual", "lambda_id", "lambda_face"),
     *("first_step", "rank", "ref_source", "framing", "keep_all"),
 )
 """Parameters that are fields of `PersonalizeConfig`."""
@@ -41,6 +41,7 @@ class Options:
     lambda_gen: float | None
     first_step: float | None
     lambda_pixel: float | None
+    lambda_color: float | None
     lambda_perceptual: float | None
     lambda_id: float | None
     lambda_face: float | None
@@ -130,6 +131,11 @@ class Options:
     "--lambda-pixel",
     type=Number(0),
     help="Weight of the pixel error of decoded images. [default: the base's, else 0]",
+)
+@click.option(
+    "--lambda-color",
+    type=Number(0),
+    help="Weight of the colour loss of decoded images. [default: the base's, else 0]",
 )
 @click.option(
     "--lambda-perceptual",

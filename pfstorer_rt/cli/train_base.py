@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pfstorer_rt.training.train_stage import StageConfig
 
 CROPS = {"wide", "variations", "level", "p_hq"}
-FINISHING = ("first_step", "lambda_face", "lambda_id", "lambda_perceptual", "lambda_pixel", "share")
+FINISHING = ("first_step", "lambda_color", "lambda_face", "lambda_id", "lambda_perceptual", "lambda_pixel", "share")
 LENGTH = {"iterations", "batch", "learning_rate", "workers"}
 STAGES = {
     "base": {"preset", "weights", "weighting", "autoencoder_iterations", "crop", "first_step", *CROPS, *LENGTH},
@@ -52,6 +52,7 @@ class Options:
     level: Literal["light", "heavy", "mixed"]
     p_hq: float | None
     first_step: float | None
+    lambda_color: float | None
     lambda_face: float | None
     lambda_id: float | None
     lambda_perceptual: float | None
@@ -194,6 +195,7 @@ class Options:
     type=Number(0, 1),
     help="Stages base and finishing: share of samples at timestep 999, where restoring starts. [default: 0]",
 )
+@click.option("--lambda-color", type=Number(0), help="Stage finishing: weight of the colour loss. [default: 0]")
 @click.option(
     "--lambda-face",
     type=Number(0),
@@ -229,7 +231,7 @@ def command(photos: tuple[Path, ...], output: Path, work: Path | None, **paramet
     """Train a base on photographs. One call trains one stage; the default stage makes a new base.
 
     On tiles, a folder of photographs may have a weight: FOLDER=WEIGHT is its share of the tiles.
-    Run the same command again to resume an interrupted training. `accelerate launch -m pfstorer_rt.cli train-base ...`
+    Run the same command again to resume an interrupted training. `accelerate launch -m pfstorer_rt train-base ...`
     trains on several devices.
 
     \b

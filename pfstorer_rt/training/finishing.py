@@ -40,6 +40,8 @@ class FinishingConfig:
     """Share of the samples at timestep 999, where sampling starts; only these have losses on the decoded image."""
     lambda_pixel: float = 0.5
     """Weight of the decoded image's error."""
+    lambda_color: float = 0.0
+    """Weight of the decoded image's error, averaged over squares."""
     lambda_perceptual: float = 0.2
     """Weight of ST-LPIPS."""
     lambda_id: float = 0.3

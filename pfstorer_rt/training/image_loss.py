@@ -1,4 +1,4 @@
-"""Image-space losses of restored latents: pixels, perceptual distance and identity of the decoded image."""
+"""Image-space losses of restored latents: pixels, colours, perceptual distance and identity of the decoded image."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from pfstorer_rt.imaging.rows import Pixels
 from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.cfw import Features
 from pfstorer_rt.training.data import Batch
-from pfstorer_rt.training.losses import Losses, gradient_loss, repeated_error
+from pfstorer_rt.training.losses import Losses, color_loss, gradient_loss, repeated_error
 
 PATCH = 96
 """Side in pixels of the crop for the perceptual distance, which on whole tiles would double the time of a step."""
 REPEATED = 2.0
 """Weight of the repeated error in L_pixel. The other losses accept a faint grid of dots, one in each latent pixel."""
+TERMS = ("image", "pixel", "color", "perceptual", "id", "face")
+"""The weighted sum and its terms."""
 NO_FACE = np.full((2, 3), np.nan, np.float32)
 
 
@@ -36,6 +38,10 @@ class ImageLossWeights(Protocol):
     @property
     def lambda_pixel(self) -> float:
         """Weight of L1 + gradient L1 + the repeated error."""
+
+    @property
+    def lambda_color(self) -> float:
+        """Weight of the colour loss."""
 
     @property
     def lambda_perceptual(self) -> float:
@@ -65,10 +71,10 @@ def refusal() -> str | None:
 
 
 class ImageSpaceLoss(nn.Module):
-    """Weighted sum of L_pixel, L_perceptual, L_id and L_face of restored latents, decoded.
+    """Weighted sum of L_pixel, L_color, L_perceptual, L_id and L_face of restored latents, decoded.
 
-    L_pixel: L1 + gradient L1 + `REPEATED` times the repeated error. L_perceptual: ST-LPIPS of a square of `PATCH`
-    pixels. L_id: squared distance between the embeddings of the restored face and the original's (the
+    L_pixel: L1 + gradient L1 + `REPEATED` times the repeated error. L_color: `color_loss`. L_perceptual: ST-LPIPS of a
+    square of `PATCH` pixels. L_id: squared distance between the embeddings of the restored face and the original's (the
     identity-preserving loss of GFPGAN, section 3.4, with dlib's network). L_face: distance between the feature maps of
     the same network (`feature_distances`). Both are means over the images with a face. Raises `MissingBackendError`
     without the `metrics` extra.
@@ -99,14 +105,15 @@ class ImageSpaceLoss(nn.Module):
         output = self.base.decode(restored, features).float()
         repeated = repeated_error(output, hq, self.base.config.factor)
         pixel = F.l1_loss(output, hq) + gradient_loss(output, hq) + REPEATED * repeated
+        color = color_loss(output, hq)
         top, left = corner.tolist()
         patches = (self.perceptual.features(z[..., top : top + PATCH, left : left + PATCH]) for z in (output, hq))
         perceptual = self.perceptual.between(*patches).mean()
         identity, face = face_losses(self.recognizer, output, hq, maps)
         c = self.config
-        total = c.lambda_pixel * pixel + c.lambda_perceptual * perceptual
+        total = c.lambda_pixel * pixel + c.lambda_color * color + c.lambda_perceptual * perceptual
         total = total + c.lambda_id * identity + c.lambda_face * face
-        return {"image": total, "pixel": pixel, "perceptual": perceptual, "id": identity, "face": face}
+        return {"image": total, "pixel": pixel, "color": color, "perceptual": perceptual, "id": identity, "face": face}
 
     def of_batch(self, restored: torch.Tensor, batch: Batch) -> Losses:
         """Return the losses of the samples at timestep 999, where restoration starts; all 0 without such samples.
@@ -116,7 +123,7 @@ class ImageSpaceLoss(nn.Module):
         """
         first = batch["t"] == LAST
         if not first.any():
-            return dict.fromkeys(("image", "pixel", "perceptual", "id", "face"), restored.new_zeros(()))
+            return dict.fromkeys(TERMS, restored.new_zeros(()))
         with torch.no_grad():
             features = None if self.base.cfw is None else self.base.features(batch["lq_image"][first])
         return self(restored[first], features, batch["hq_image"][first], batch["maps"][first], batch["corner"])

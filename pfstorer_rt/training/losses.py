@@ -8,6 +8,8 @@ import torch.nn.functional as F
 Losses = dict[str, torch.Tensor]
 CELLS = 4
 """Cells along each side over which `repeated_error` averages."""
+SQUARE = 16
+"""Side in pixels of the squares over which `color_loss` averages."""
 
 
 def gradient_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -15,6 +17,16 @@ def gradient_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     dx = (output.diff(dim=-1) - target.diff(dim=-1)).abs().mean()
     dy = (output.diff(dim=-2) - target.diff(dim=-2)).abs().mean()
     return dx + dy
+
+
+def color_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of (B, C, H, W) averaged over squares of `SQUARE` pixels, with an overlap of one half.
+
+    It compares colours and brightness without detail: an image smaller than a square is averaged as a whole. Source:
+    the colour loss of DPED (Ignatov et al. 2017, section 3.1), with means of squares instead of a Gaussian blur.
+    """
+    side = min(SQUARE, *output.shape[-2:])
+    return F.avg_pool2d(output - target, side, max(1, side // 2)).abs().mean()
 
 
 def repeated_error(output: torch.Tensor, target: torch.Tensor, cell: int) -> torch.Tensor:

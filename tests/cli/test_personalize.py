@@ -25,7 +25,8 @@ def test_personalize_leaves_only_a_private_identity_file(run, tree, photos, tmp_
 
 
 def test_the_weights_of_the_losses_are_settings_of_the_identity(run, people, photos, nano_base_dir):
-    weights = {"lambda_gen": 0.5, "lambda_pixel": 1.0, "lambda_perceptual": 2.0, "lambda_id": 3.0, "lambda_face": 4.0}
+    names = ("lambda_gen", "lambda_pixel", "lambda_color", "lambda_perceptual", "lambda_id", "lambda_face")
+    weights = {name: float(number) for number, name in enumerate(names, 1)}
     options = [text for name, value in weights.items() for text in ("--" + name.replace("_", "-"), value)]
     assert learn(run, nano_base_dir, photos, "--identity", "bob", *options).status == 0
     settings = Identity.load(people / "bob.safetensors").settings

@@ -297,6 +297,6 @@ def test_a_terminal_is_no_input_image(tmp_path):
 
     (tmp_path / "a.plan").touch()
     _, terminal = pty.openpty()
-    call = [sys.executable, "-m", "pfstorer_rt.cli", "restore", "-", "--engine", tmp_path / "a.plan"]
+    call = [sys.executable, "-m", "pfstorer_rt", "restore", "-", "--engine", tmp_path / "a.plan"]
     done = subprocess.run(call, stdin=terminal, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "standard input is a terminal" in done.stderr

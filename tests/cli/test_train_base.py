@@ -55,10 +55,11 @@ def test_the_stage_selects_the_settings(asked):
     wrapping, *_ = asked("--prior", "portrait", "--stage", "wrapping", "--level", "mixed", "--optimizer", "adamw8bit")
     assert isinstance(wrapping, WrappingConfig) and wrapping.crops.level == "mixed"
     assert (wrapping.train.optimizer, wrapping.train.iterations) == ("adamw8bit", RESTORER.iterations)
-    chosen = ("--share", 1, "--lambda-face", 3, "--p-hq", 0.5)
+    chosen = ("--share", 1, "--lambda-face", 3, "--lambda-color", 2, "--p-hq", 0.5)
     finishing, *_ = asked("--prior", "portrait", "--stage", "finishing", *chosen)
     assert isinstance(finishing, FinishingConfig) and finishing.crops.p_hq == 0.5
-    assert (finishing.share, finishing.lambda_face, finishing.lambda_pixel) == (1, 3, 0.5)
+    weights = (finishing.lambda_face, finishing.lambda_color, finishing.lambda_pixel)
+    assert (finishing.share, *weights) == (1, 3, 2, 0.5)
     restorer, *_ = asked("--prior", "portrait", "--stage", "restorer", "--minutes", 2, "--tiles", 20)
     assert isinstance(restorer, TileStageConfig)
     assert (restorer.stage, restorer.tiles, restorer.train["minutes"]) == ("restorer", 20, 2)

@@ -85,8 +85,8 @@ def check_make(words):
 
 
 def check_accelerate(words):
-    """`accelerate launch -m pfstorer_rt.cli COMMAND ...`."""
-    assert words[:3] == ["launch", "-m", "pfstorer_rt.cli"]
+    """`accelerate launch -m pfstorer_rt COMMAND ...`."""
+    assert words[:3] == ["launch", "-m", "pfstorer_rt"]
     parse(words[3:])
 
 

@@ -52,6 +52,14 @@ def test_the_weight_of_the_feature_maps_multiplies_their_distance(images, face):
     assert with_identity["image"].item() == pytest.approx(3 * alone["face"].item() + 2 * alone["id"].item())
 
 
+def test_the_weight_of_the_colours_multiplies_their_error(images, face):
+    image, position = face
+    images.config = config(lambda_color=3.0)
+    found = images(images.base.encode(image), None, image, position, torch.zeros(2, dtype=torch.long))
+    assert found["color"].item() > 0.001
+    assert found["image"].item() == pytest.approx(3 * found["color"].item())
+
+
 def test_images_without_a_face_have_no_distance_of_maps(images, face):
     image, position = face
     images.config = config(lambda_face=1.0)

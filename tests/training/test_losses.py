@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pfstorer_rt.training.losses import repeated_error
+from pfstorer_rt.training.losses import color_loss, repeated_error
 
 
 @pytest.mark.parametrize("size", [(64, 96), (70, 100), (16, 24)])  # also no multiple of the cells, and fewer cells
@@ -20,3 +20,20 @@ def test_other_errors_do_not_repeat():
     assert repeated_error(image + noise, image, 8).item() < 0.3 * noise.abs().mean()
     wave = torch.sin(2 * torch.pi * torch.arange(96) * 3 / 32)  # three periods in four cells
     assert repeated_error(image + wave, image, 8).item() < 1e-6
+
+
+def test_the_colour_loss_compares_means_of_squares():
+    generator = torch.Generator().manual_seed(0)
+    image, other = torch.rand(2, 2, 3, 40, 56, generator=generator)
+    steps = [[slice(top, top + 16) for top in range(0, size - 15, 8)] for size in (40, 56)]
+    expected = [(other - image)[..., rows, columns].mean((-2, -1)).abs() for rows in steps[0] for columns in steps[1]]
+    assert color_loss(other, image).item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
+    dots = torch.ones(40, 56)
+    dots[::2] = -1
+    assert color_loss(image + dots, image).item() < 1e-6, "detail inside the squares"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (15, 16)])
+def test_the_colour_loss_of_a_small_image_is_the_difference_of_its_colours(size):
+    image = torch.zeros(1, 3, *size)
+    assert color_loss(image + 0.25, image).item() == pytest.approx(0.25)

@@ -456,7 +456,7 @@ def launch(launcher, base, photos, tmp_path):
     base.save(tmp_path / "base")
     words = ["personalize", "--identity", "bob", "--base", tmp_path / "base", "--iterations", 2, "--batch", 1]
     words += ["--precision", "fp32"]
-    command = [*launcher, "-m", "pfstorer_rt.cli", *words, *photos, "-o", tmp_path / "bob.safetensors"]
+    command = [*launcher, "-m", "pfstorer_rt", *words, *photos, "-o", tmp_path / "bob.safetensors"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PFSTORER_HOME": str(tmp_path / "home")}
     done = subprocess.run(
         [sys.executable, *map(str, command)],

@@ -76,7 +76,7 @@ def log(tmp_path):
 def address(base, data, log):
     """The address of a running studio."""
     environment = {**os.environ, "PFSTORER_HOME": str(data)}
-    command = [sys.executable, "-m", "pfstorer_rt.cli", "studio", "--no-open", "--base", str(base), "--port", "0"]
+    command = [sys.executable, "-m", "pfstorer_rt", "studio", "--no-open", "--base", str(base), "--port", "0"]
     with log.open("w") as stderr:
         process = subprocess.Popen(command, env=environment, stderr=stderr)
     try:
