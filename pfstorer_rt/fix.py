@@ -147,8 +147,8 @@ def brief_identity(
     config = PersonalizeConfig.for_base(base.config)
     config = config.longer(min(1.0, BRIEF / config.train.iterations))
     note(
-        f"the person is learned in {config.train.iterations} iterations, and the identity is not stored; `personalize` "
-        "trains longer and stores it, and then it is used here"
+        f"the person is learned in {config.train.iterations} iterations, and the identity is not stored; to train "
+        "longer and store it, use `personalize` first: `fix` then uses its identity"
     )
     with work_folder() as folder:
         return personalize("person", photos, base, config, folder / "person.safetensors", note, on_progress)

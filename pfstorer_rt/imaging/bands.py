@@ -35,6 +35,8 @@ MAX_SCALE = 16.0
 """Largest scale from the input image to the result."""
 MAX_ENLARGEMENT = 8.0
 """Largest enlargement of an image that is smaller than a tile; padding adds the rest."""
+MAX_TILES = 16
+"""Longest side, in tiles, to which an image is enlarged."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,13 @@ class Canvas:
 def plan_canvas(height: int, width: int, tile: int, scale: float) -> Canvas:
     """Enlarge until the short side equals a tile, then pad to multiples of 32 and to at least one tile.
 
-    The enlargement is limited to a factor of 8 (or `scale`): 3 x 5000 must not become 512 x 853333.
+    The enlargement is limited to a factor of 8 and to a long side of 16 tiles (or to `scale`): 3 x 5000 must not become
+    512 x 853333.
     Raises `ValueError` as `check_scale` does.
     """
     check_scale(scale)
-    s = max(scale, min(tile / min(height, width), max(MAX_ENLARGEMENT, scale)))
+    short, long = sorted((height, width))
+    s = max(scale, min(tile / short, MAX_TILES * tile / long, MAX_ENLARGEMENT))
     h, w = max(1, round(height * s)), max(1, round(width * s))
     bottom, right = pad_to_multiple(max(h, tile), max(w, tile), PADDING)
     out = result_size(height, width, scale)

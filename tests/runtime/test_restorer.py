@@ -182,7 +182,9 @@ def test_canvas_sizes_of_known_images():
     assert plan_canvas(100, 70, 64, 2.0) == Canvas(200, 140, 24, 20, 200, 140)
     assert plan_canvas(100, 80, 64, 0.5) == Canvas(80, 64, 16, 0, 50, 40)  # never under a tile
     assert plan_canvas(1, 1, 64, 1.0) == Canvas(8, 8, 56, 56, 1, 1)  # no more than eight times
-    assert plan_canvas(3, 500, 64, 1.0) == Canvas(24, 4000, 40, 0, 3, 500)
+    assert plan_canvas(3, 100, 64, 1.0) == Canvas(24, 800, 40, 0, 3, 100)
+    assert plan_canvas(3, 500, 64, 1.0) == Canvas(6, 1024, 58, 0, 3, 500)  # a long side of no more than 16 tiles
+    assert plan_canvas(3, 2000, 64, 1.0) == Canvas(3, 2000, 61, 16, 3, 2000)
     for scale in (0.0, -1.0, 17.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="above 0"):
             plan_canvas(64, 64, 64, scale)
