@@ -158,9 +158,9 @@ references.
 
 **Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 110 iterations with one image
 each, from the [prior](training.md#prior-of-the-personalization) of the base. They use Muon, and the losses L1 (weight
-5), ST-LPIPS (3), the distance of dlib's embeddings (5), and the distance of the feature maps of dlib's recognizer (40)
-on decoded images. The prior was trained on 294 other people with the same losses, on the first 241 of them without the
-feature maps. No loss used the recognizer of the column "identity". The base was trained with LPIPS (VGG16).
+5), colours (100), ST-LPIPS (3), the distance of dlib's embeddings (5), and the distance of the feature maps of dlib's
+recognizer (40) on decoded images. The prior was trained on 375 other people without the loss of the colours, on the
+first 241 of them also without the feature maps. No loss used the recognizer of the column "identity". The base was trained with LPIPS (VGG16).
 Learning took {seconds} s of one core.
 
 """
@@ -171,8 +171,7 @@ COMPARED = """
 
 Rows in [`recipes.csv`](../benchmarks/results/recipes.csv), command `python benchmarks/recipes.py`. {people} of `lab`,
 {tests} images of each. Each image is heavily degraded twice: one degradation reduces it to a quarter, the other to an
-eighth. Both enlarge it again. Five other images are the references, unless the row states another number. `portrait`
-had the weights before its last training stage ([model card](../pfstorer_rt/bases/portrait/README.md#training)).
+eighth. Both enlarge it again. Five other images are the references, unless the row states another number.
 
 - **PFStorer**: the defaults of `personalize` for `portrait`, as in the table above: 110 iterations from the prior.
 - **Iterations**: the learning rate falls at the end of each training, so these are not stages of one training. `fix`
@@ -181,6 +180,8 @@ had the weights before its last training stage ([model card](../pfstorer_rt/base
   gamma = 0 at the start do not use the prior either. Compare them with the row of 110 iterations without the prior.
 - **Without the face features**: no loss compares the [feature maps](training.md#learning-a-person) of dlib's
   recognizer (`--lambda-face 0`).
+- **Without the colour loss**: no loss compares the [mean colours of squares](training.md#learning-a-person)
+  (`--lambda-color 0`).
 - **DreamBooth, ViCo**: `personalize --method dreambooth` and `vico`, with the same losses, optimizer, iterations and
   photographs.
 - **gamma = 0 at the start**: the start of the paper (`start: closed`).
