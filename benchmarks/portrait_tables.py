@@ -200,13 +200,14 @@ eighth. Both enlarge it again. Five other images are the references, unless the 
 
 Two people are a small sample: differences of two or three points of identity and likeness are noise. More iterations,
 the prior and the face features help most. With the prior, 30 iterations give more likeness than 110 iterations without
-it; after 440 iterations, the prior adds two or three points of likeness. The face features also reduce the error of the
-landmarks, most where the image shows least. The colour loss increases PSNR by 0.2 dB and reduces LPIPS. DreamBooth changes the whole UNet, takes about twice as
-long, and is not better than the blocks without the prior. With gamma = 0 at the start, the blocks learn more slowly.
-gamma = 1 throughout (ViCo), a trained token and the features of a reference (`cached` and `self`) make no clear
-difference on this base. With the recipe of the paper, the blocks hardly learn on this base. Its learning rate of 5e-5
-is for the wider layers of Stable Diffusion. The identity of another person makes the result less similar to the person
-of the image than Base does, and hardly similar to the person of the identity.
+it; after 440 iterations, the prior adds two or three points of likeness. The face features also reduce the error of
+the landmarks, most where the image shows least. The colour loss increases PSNR by 0.2 dB and reduces LPIPS. DreamBooth
+changes the whole UNet, takes about twice as long, and is not better than the blocks without the prior. With gamma = 0
+at the start, the blocks learn more slowly. gamma = 1 throughout (ViCo), a trained token and the features of a
+reference (`cached` and `self`) make no clear difference on this base. With the recipe of the paper, the blocks hardly
+learn on this base. Its learning rate of 5e-5 is for the wider layers of Stable Diffusion. The identity of another
+person makes the result less similar to the person of the image than Base does, and hardly similar to the person of the
+identity.
 
 † dlib's recognizer was a loss of all rows except Input, Base and the recipe of the paper. No row had the recognizer
 of the column "identity" as a loss.
