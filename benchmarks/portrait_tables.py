@@ -232,10 +232,9 @@ SMALL = """
 Rows in [`small_faces.csv`](../benchmarks/results/small_faces.csv), command `python benchmarks/small_faces.py`. The
 people and the references are the same as in [With identities](#with-identities). The {tests} test images of each person
 are reduced to {side} pixels, so that the faces are smaller, and heavily degraded. `tiny` is the [former base](tiny.md),
-which was trained for this size. `portrait` enlarges the images to a tile; it had the weights before its last training
-stage.
+which was trained for this size. `portrait` enlarges the images to a tile.
 
-On photographs, `portrait` gives at least the likeness of `tiny` in a tenth of the time, with better LPIPS and
+On photographs, `portrait` gives more likeness than `tiny` in a tenth of the time, with better LPIPS and
 landmarks. On generated faces, `tiny` keeps more of the likeness, also than `portrait` with `--thorough`, which was
 measured on these people alone; `portrait` has the better LPIPS. `tiny` has the higher PSNR. This is too little for a
 second base, so `tiny` is no longer shipped.
