@@ -63,7 +63,7 @@ def test_all_but_the_autoencoder_is_trained(wrapped, finished):
     assert before.keys() == after.keys()
     assert {name for name in before if same(before[name], after[name])} == {"vae"}
     header, *rows = (folder / "work" / "finishing.csv").read_text().splitlines()
-    assert header == "iteration,loss,diff,pixel,perceptual,id,face" and rows[-1].startswith("4,")
+    assert header == "iteration,loss,diff,pixel,color,perceptual,id,face" and rows[-1].startswith("4,")
 
 
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(photos, wrapped, finished, tmp_path):
