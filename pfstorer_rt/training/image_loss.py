@@ -113,7 +113,7 @@ class ImageSpaceLoss(nn.Module):
         c = self.config
         total = c.lambda_pixel * pixel + c.lambda_color * color + c.lambda_perceptual * perceptual
         total = total + c.lambda_id * identity + c.lambda_face * face
-        return {"image": total, "pixel": pixel, "color": color, "perceptual": perceptual, "id": identity, "face": face}
+        return dict(zip(TERMS, (total, pixel, color, perceptual, identity, face), strict=True))
 
     def of_batch(self, restored: torch.Tensor, batch: Batch) -> Losses:
         """Return the losses of the samples at timestep 999, where restoration starts; all 0 without such samples.
