@@ -176,7 +176,9 @@ def note_weight(weight: float | None) -> None:
 
 def note_strength(strength: float) -> None:
     """Print a note about a strength far from the trained one."""
-    if not -1 <= strength <= 2:
+    from pfstorer_rt.runtime.recipe import LARGEST_WEIGHT
+
+    if not -1 <= strength <= 2 and abs(strength) <= LARGEST_WEIGHT:  # a larger one is refused
         note(f"--strength {strength:g}: identities are trained at 1; values outside -1 ... 2 distort the face")
 
 

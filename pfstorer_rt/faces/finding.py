@@ -53,6 +53,9 @@ class Face(NamedTuple):
     embedding: Embedding
 
 
+FindFaces = Callable[[Pixels], Sequence[Face]]
+"""find(pixels): the faces of an image (H, W, 3) in [0, 1], the largest first, with their embeddings."""
+
 _remembered: dict[tuple[bytes, tuple[int, ...], str, tuple[int, ...]], tuple[Box, ...]] = {}
 """Boxes by the digest, shape and type of an image and the sides of its search; the oldest image is the first."""
 
@@ -155,6 +158,24 @@ def at_landmark_side(pixels: Pixels) -> Pixels:
     scale = LANDMARK_SIDE / max(height, width)
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     return np.asarray(resize(pixels, size, order=1, anti_aliasing=scale < 1), dtype=np.float32)
+
+
+def find_turned(find: FindFaces, pixels: Pixels) -> tuple[int, list[Face]]:
+    """Return the faces of an image (H, W, 3) in [0, 1], and the quarter turns clockwise after which they are upright.
+
+    The image is turned only if it has no face as it is. The faces are in pixels of the turned image. Among several
+    orientations, the one with the largest face counts. Without a face in any orientation, the result is (0, []).
+    """
+    found = {0: list(find(pixels))}
+    if not found[0]:
+        found |= {turns: list(find(np.ascontiguousarray(np.rot90(pixels, -turns)))) for turns in (1, 2, 3)}
+    turns = max(found, key=lambda turns: max((face.side for face in found[turns]), default=0.0))
+    return turns, found[turns]
+
+
+def turned_by(turns: int) -> str:
+    """Return 1 to 3 quarter turns clockwise in words, for notes."""
+    return f"turned by {('90 degrees clockwise', '180 degrees', '90 degrees anticlockwise')[turns - 1]}"
 
 
 def nearest_face(faces: Sequence[Face], known: Sequence[Embedding]) -> tuple[int, float] | None:

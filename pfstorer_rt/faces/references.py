@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,17 @@ import numpy as np
 
 from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding
-from pfstorer_rt.faces.finding import Face, face_finder, nearest_face, reduced
+from pfstorer_rt.faces.finding import Face, FindFaces, face_finder, find_turned, nearest_face, reduced
 from pfstorer_rt.files import show_path
 from pfstorer_rt.imaging.files import load_image
 from pfstorer_rt.imaging.find import list_images
-from pfstorer_rt.imaging.rows import Pixels, Rows
+from pfstorer_rt.imaging.rows import Rows
 
 FARTHER = "farther from the references than the input"
 NO_FACE = "no face found in the result"
 """Beginnings of the notes of `References.facts`."""
-FindFaces = Callable[[Pixels], Sequence[Face]]
-"""find(pixels): the faces of an image (H, W, 3) in [0, 1], the largest first."""
+CHANGE = 0.02
+"""A smaller increase of the distance gets no note: a shift of the face by a pixel has the same effect."""
 
 
 class References:
@@ -47,7 +47,7 @@ class References:
             raise BadFileError(f"{folder}: no images directly in this folder; expected photographs of the person")
         for file in files:
             try:
-                found = find(load_image(file).pixels)
+                found = find_turned(find, load_image(file).pixels)[1]
             except BadFileError as error:
                 notes.append(f"reference skipped: {error}")
                 continue
@@ -81,7 +81,7 @@ class References:
         if after is None:
             return {"id_distance": None, "id_distance_input": before, "notes": [NO_FACE]}
         facts: dict[str, Any] = {"id_distance": after, "id_distance_input": before}
-        if before is not None and after > before:
+        if before is not None and after > before + CHANGE:
             facts["notes"] = [
                 f"{FARTHER}: {after:.3f}, the input has {before:.3f}; try another strength, number of steps or seed"
             ]

@@ -52,6 +52,10 @@ _MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383}
 """Largest side of the formats in pixels."""
 
 
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\x00", b"MM\x00*")
+"""First bytes of JPEG, PNG, GIF and TIFF files."""
+
+
 @lru_cache(maxsize=1)
 def readable() -> dict[str, tuple[str, ...]]:
     """Return {Pillow's format name: lower-case suffixes} of the formats that are read on this machine.
@@ -82,6 +86,18 @@ def is_unread_image(path: Path) -> bool:
     """Whether the suffix is a suffix of images that are not read on this machine."""
     known = {*_UNREAD, *_HEIF, *(suffix for _, suffixes in _OPTIONAL.values() for suffix in suffixes)}
     return path.suffix.lower() in known - set(image_suffixes())
+
+
+def is_image_without_suffix(path: Path) -> bool:
+    """Whether a file without a suffix begins as an image of a common format does."""
+    if path.suffix:
+        return False
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return head.startswith(_SIGNATURES) or head[8:12] == b"WEBP"
 
 
 def describe_unread(paths: Sequence[Path]) -> str:

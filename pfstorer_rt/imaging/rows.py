@@ -97,6 +97,20 @@ class Spool:
         except OSError as error:
             raise _disk_error(error) from error
 
+    def write_columns(self, start: int, columns: Array) -> None:
+        """Store (C, H, n) at column `start`; raises `PFStorerError` if the disk is full."""
+        if self._array is not None:
+            self._array[:, :, start : start + columns.shape[2]] = columns
+            return
+        columns = np.ascontiguousarray(columns, self.dtype)
+        try:
+            for y in range(self.height):
+                for channel in range(self.channels):
+                    self._file.seek(y * self._row + (channel * self.width + start) * self.dtype.itemsize)
+                    self._file.write(columns[channel, y].data)
+        except OSError as error:
+            raise _disk_error(error) from error
+
     def read(self, start: int, stop: int) -> Band:
         """Return a copy of rows start..stop-1, (C, n, W) float32 in [-1, 1]."""
         band = self._unit(start, stop)

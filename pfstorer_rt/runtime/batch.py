@@ -35,6 +35,7 @@ from pfstorer_rt.imaging.formats import SAVE_FORMATS, check_side
 from pfstorer_rt.imaging.metadata import Metadata
 from pfstorer_rt.imaging.rows import Rows, resize_alpha
 from pfstorer_rt.imaging.sidebyside import SideBySide
+from pfstorer_rt.imaging.turned import turned
 from pfstorer_rt.runtime.jobs import STREAM, Job, Naming, plan_jobs
 from pfstorer_rt.runtime.selection import ApplyTo, Chooser
 
@@ -279,6 +280,7 @@ class _Restoring:
         self.restorer, self.settings = restorer, settings
         self._chooser = face_chooser(restorer, settings)
         self._passes: dict[Job, Passes] = {}
+        self._turns: dict[Job, int] = {}  # as in `Choice`
         self._left: dict[Job, list[str]] = {}  # notes on existing files that were kept
 
     def size(self, height: int, width: int) -> tuple[int, int]:
@@ -288,12 +290,14 @@ class _Restoring:
     def process(self, number: int, job: Job, rows: Rows, step: Callable[[int, int], None]) -> Rows:
         """Restore an image, after its preview."""
         config, chosen = self.settings.restore, self._chooser.choose(rows)
+        self._turns[job], rows = chosen.turns, turned(rows, chosen.turns)
         if self.settings.preview and job.target and self.restorer.recipe(config).steps > 1:
             first = replace(config, steps=1)
             passes = self.restorer.passes(rows, first).chosen(chosen)
-            self._write_beside(job, "preview", self.restorer.restore_rows(rows, first, passes=passes))
+            preview = self.restorer.restore_rows(rows, first, passes=passes)
+            self._write_beside(job, "preview", turned(preview, -chosen.turns))
         self._passes[job] = passes = self.restorer.passes(rows, config).chosen(chosen)
-        return self.restorer.restore_rows(rows, config, step, passes)
+        return turned(self.restorer.restore_rows(rows, config, step, passes), -chosen.turns)
 
     def passes(self, height: int, width: int, read: Callable[[], Rows]) -> Passes | None:
         """Return the passes of an image if they depend on its content, which `read` returns."""
@@ -301,12 +305,13 @@ class _Restoring:
         if not (self._chooser.depends_on_content or restorer.needs_content(height, width, config)):
             return None
         rows = read()
-        return restorer.passes(rows, config).chosen(self._chooser.choose(rows))
+        chosen = self._chooser.choose(rows)
+        return restorer.passes(turned(rows, chosen.turns), config).chosen(chosen)
 
     def details(self, job: Job, source: Rows, result: Rows) -> Details:
         """Return the settings in use, the number of tiles, and the distances to the references."""
         config, restorer = self.settings.restore, self.restorer
-        passes = self._passes.pop(job)
+        passes, turns = self._passes.pop(job), self._turns.pop(job)
         facts, recipe = passes.facts(), passes.fine.recipe
         entries: dict[str, object] = {
             "seed": config.seed,
@@ -321,7 +326,7 @@ class _Restoring:
         if self.settings.compare:
             entries |= self._write_beside(job, "compare", SideBySide(source, result))
         if self.settings.references:
-            measured = self.settings.references.facts(source, result)
+            measured = self.settings.references.facts(turned(source, turns), turned(result, turns))
             notes += measured.pop("notes", ())
             entries |= measured
         return Details(entries, [*notes, *self._left.pop(job, ())])

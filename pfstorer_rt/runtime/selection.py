@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +12,17 @@ import numpy.typing as npt
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.errors import MissingBackendError, SettingError
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding, face_models, identity_distance
-from pfstorer_rt.faces.finding import SEARCHED, Face, embed_box, find_boxes, nearest_face, reduced
+from pfstorer_rt.faces.finding import (
+    SEARCHED,
+    Face,
+    FindFaces,
+    embed_box,
+    find_boxes,
+    find_turned,
+    nearest_face,
+    reduced,
+    turned_by,
+)
 from pfstorer_rt.imaging.rows import Band, Pixels, Rows
 from pfstorer_rt.plan import Manifest
 from pfstorer_rt.settings import is_finite
@@ -106,11 +116,10 @@ class Choice:
     """A selection, or None for the whole image; and notes for the user."""
 
     selection: Selection | None = None
+    """In pixels of the image after its turns."""
     notes: tuple[str, ...] = ()
-
-
-FindFaces = Callable[[Pixels], Sequence[Face]]
-"""find(pixels): the faces of an image (H, W, 3) in [0, 1], the largest first, with their embeddings."""
+    turns: int = 0
+    """Quarter turns clockwise after which the faces of the image are upright."""
 
 
 class Chooser:
@@ -174,12 +183,24 @@ class Chooser:
         """Choose the faces of an image; raises `SettingError` for a rectangle outside the image."""
         if not self.acts or self.apply_to == "all":
             return Choice()
+        size = source.height, source.width
         if isinstance(self.apply_to, Area):
             _check_inside(self.apply_to, source)
-            return self._with_remark(source, self._select(source, self.apply_to, ()))
+            return self._with_remark(source, self._select(size, self.apply_to, ()))
         if not self.searches:
             return Choice()
-        faces, areas = self._found_in(source)
+        assert self.find is not None
+        pixels, scale = reduced(source)
+        turns, faces = find_turned(self.find, pixels)
+        if not turns:
+            return self._among(faces, scale, size)
+        found = self._among(faces, scale, size[::-1] if turns % 2 else size)
+        note = f"a face was found with the image {turned_by(turns)}, so it is restored in this orientation"
+        return replace(found, notes=(f"{note}; the result has the orientation of the input", *found.notes), turns=turns)
+
+    def _among(self, faces: Sequence[Face], scale: float, size: tuple[int, int]) -> Choice:
+        """Choose among faces in an image of `size` (height, width), found after a reduction by `scale`."""
+        areas = _areas(faces, scale)
         if self.apply_to == "largest":
             nearest, remark = (0 if faces else None), "no face found"
         else:
@@ -188,21 +209,15 @@ class Chooser:
             return Choice(None, (f"{remark}; the identity acts on the whole image",) if remark else ())
         if len(faces) == 1:
             return Choice()
-        return self._select(source, areas[nearest], areas[:nearest] + areas[nearest + 1 :])
-
-    def _found_in(self, source: Rows) -> tuple[list[Face], list[Area]]:
-        """Return the faces of an image, and their rectangles in its pixels."""
-        assert self.find is not None
-        pixels, scale = reduced(source)
-        faces = list(self.find(pixels))
-        return faces, [Area(*(n / scale for n in (face.left, face.top, face.side, face.side))) for face in faces]
+        return self._select(size, areas[nearest], areas[:nearest] + areas[nearest + 1 :])
 
     def _with_remark(self, source: Rows, choice: Choice) -> Choice:
         """Add a note to the choice of a rectangle in which no face is found."""
         if self.find is None or choice.selection is None:
             return choice
         (chosen,) = choice.selection.chosen
-        if any(face.meets(chosen) for face in self._found_in(source)[1]):
+        pixels, scale = reduced(source)
+        if any(face.meets(chosen) for face in _areas(self.find(pixels), scale)):
             return choice
         return Choice(choice.selection, ("no face found in the rectangle; the identity acts there",))
 
@@ -217,16 +232,22 @@ class Chooser:
         found = "the face does not resemble" if len(faces) == 1 else f"none of {len(faces)} faces resembles"
         return None, f"{found} the person (distance {distance:.3f}; expected at most {SAME_PERSON})"
 
-    def _select(self, source: Rows, chosen: Area, others: Sequence[Area]) -> Choice:
+    def _select(self, size: tuple[int, int], chosen: Area, others: Sequence[Area]) -> Choice:
         """Select one face, if the identity of this engine can be limited to a part of the image."""
         if not self.gated:
             note = "this identity has no gated blocks, so it cannot be limited to one face: it acts on the whole image"
             return Choice(None, (note,))
         notes: tuple[str, ...] = ()
         if others:
-            place = f"{chosen.width:.0f} pixels wide, {chosen.left:.0f} from the left and {chosen.top:.0f} from the top"
+            left, top = max(0.0, chosen.left), max(0.0, chosen.top)
+            place = f"{chosen.width:.0f} pixels wide, {left:.0f} from the left and {top:.0f} from the top"
             notes = (f"{len(others) + 1} faces found; the identity acts on the face that is {place}",)
-        return Choice(Selection(source.height, source.width, (chosen,), tuple(others)), notes)
+        return Choice(Selection(*size, (chosen,), tuple(others)), notes)
+
+
+def _areas(faces: Sequence[Face], scale: float) -> list[Area]:
+    """Return the rectangles of faces in the pixels of an image that was reduced by `scale`."""
+    return [Area(*(n / scale for n in (face.left, face.top, face.side, face.side))) for face in faces]
 
 
 def _faces(pixels: Pixels) -> list[Face]:

@@ -14,11 +14,11 @@ import torch
 
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.errors import BadFileError, SettingError
-from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, mean_distance
-from pfstorer_rt.faces.finding import Face, face_finder
+from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding, identity_distance, mean_distance
+from pfstorer_rt.faces.finding import Face, FindFaces, face_finder, find_turned, turned_by
 from pfstorer_rt.files import show_path
 from pfstorer_rt.imaging.files import resize_bicubic
-from pfstorer_rt.imaging.rows import Pixels, Spool, read_whole
+from pfstorer_rt.imaging.rows import Spool, read_whole
 from pfstorer_rt.imaging.shown import shown_to_networks
 from pfstorer_rt.progress import OnProgress, StageProgress, ignore_progress
 from pfstorer_rt.training.data import center_crop, read_photo
@@ -37,9 +37,6 @@ FEW = 4
 MOST = 3.0
 """Largest short side of a framed photograph, in tiles; random crops are reduced to one tile. It limits the memory."""
 
-FindFaces = Callable[[Pixels], list[Face]]
-"""find(pixels): the faces of an image (H, W, 3) in [0, 1], the largest first."""
-
 
 class Reference(NamedTuple):
     """A reference photograph."""
@@ -57,6 +54,8 @@ class _Measured(NamedTuple):
     faces: list[Face]
     face: Face | None
     """The person's face."""
+    turns: int
+    """Quarter turns clockwise after which the faces are upright."""
     candidate: Candidate
     framed: torch.Tensor
     """(3, h, w) in [0, 1]."""
@@ -72,22 +71,24 @@ def read_references(
 ) -> list[Reference]:
     """Read photographs, crop them around the person's face, and choose which of them are used.
 
-    Among several faces, the person is the face most similar to the faces in the photographs with one face; without
-    such photographs, the largest face. A photograph without a face gets a centre crop. Photographs that cannot be read
-    are left out. With `config.framing` "none",
-    or without the `metrics` extra, photographs stay whole. Unsuitable photographs are left out as `selection.judge`
-    finds, unless `config.keep_all`; without faces, only copies are. Only one photograph is in memory at its full size.
-    note: called with a line for each unsuitable
-    photograph. find: None selects dlib's detector. Raises `BadFileError` if no photograph can be read,
-    and `SettingError` if they show several people and none is in most of them, unless `config.keep_all`.
+    Among several faces, the person is the face most similar to the faces in the photographs with one face; without such
+    photographs, the person who is in every photograph, else the largest face. A photograph with faces in another
+    orientation alone is turned. A photograph without a face gets a centre crop. Photographs that cannot be read are
+    left out. With `config.framing` "none", or without the `metrics` extra, photographs stay whole. Unsuitable
+    photographs are left out as `selection.judge` finds, unless `config.keep_all`; without faces, only copies are. Only
+    one photograph is in memory at its full size. note: called with a line for each unsuitable photograph. find: None
+    selects dlib's detector. Raises `BadFileError` if no photograph can be read, and `SettingError` if the person is not
+    clear, unless `config.keep_all`: they show several people and none is in most of them, or several are in all of them
+    and none is alone in one.
     """
     find = find or face_finder() if config.framing == "face" else None
     if find is None and config.framing == "face":
         note(f"photographs are used without cropping to the face; to crop snapshots: {INSTALL_METRICS}")
 
-    def measure(path: Path, photo: torch.Tensor, faces: list[Face], face: Face | None) -> _Measured:
+    def measure(path: Path, photo: torch.Tensor, faces: list[Face], face: Face | None, turns: int) -> _Measured:
+        photo = photo.rot90(-turns, (1, 2))
         framed = frame_photo(photo, face) if find else photo
-        return _Measured(faces, face, candidate(path, photo, face), limit_size(framed, round(MOST * tile)))
+        return _Measured(faces, face, turns, candidate(path, photo, face), limit_size(framed, round(MOST * tile)))
 
     found: dict[Path, _Measured] = {}
     errors = []
@@ -98,18 +99,25 @@ def read_references(
         except BadFileError as error:
             errors.append(error)
             continue
-        faces = find(photo.permute(1, 2, 0).numpy()) if find else []
-        found[path] = measure(path, photo, faces, faces[0] if faces else None)
+        turns, faces = find_turned(find, photo.permute(1, 2, 0).numpy()) if find else (0, [])
+        found[path] = measure(path, photo, faces, faces[0] if faces else None, turns)
     on_progress(StageProgress("photographs", len(paths), len(paths)))
     if errors and not found:
         raise errors[0]
     for reason in errors:
         note(f"left out: {reason}")
     alone = [measured.faces[0].embedding for measured in found.values() if len(measured.faces) == 1]
+    if not alone and not config.keep_all:
+        alone = common_faces([measured.faces for measured in found.values() if measured.faces])
+        if len(alone) > 1:
+            raise SettingError(
+                f"{len(alone)} people are in every photograph, and none of them is alone in one; add a photograph that "
+                "shows the person alone, or crop one"
+            )
     for path, measured in found.items():
         face = choose_face(measured.faces, alone)
         if face is not measured.face:  # not the largest face of a group: its crop is made from the file again
-            found[path] = measure(path, read_photo(path), measured.faces, face)
+            found[path] = measure(path, read_photo(path), measured.faces, face, measured.turns)
     candidates = [measured.candidate for measured in found.values()]
     if not config.keep_all and (people := mixed_people(candidates)):
         shown = " / ".join(", ".join(path.name for path in group[:3]) for group in people[:3])
@@ -121,7 +129,7 @@ def read_references(
     references = []
     for (path, measured), finding in zip(found.items(), findings, strict=True):
         left_out = finding.reason if finding and finding.leave_out and not config.keep_all else ""
-        for remark in [f"left out: {left_out}"] if left_out else _remarks(measured.faces, measured.face, finding, tile):
+        for remark in [f"left out: {left_out}"] if left_out else _remarks(measured, finding, tile):
             note(f"{show_path(path)}: {remark}")
         references.append(Reference(path, measured.framed, left_out))
     return references
@@ -149,6 +157,19 @@ def used_references(references: Sequence[Reference]) -> list[Reference]:
     return [reference for reference in references if not reference.left_out]
 
 
+def common_faces(photos: Sequence[Sequence[Face]]) -> list[Embedding]:
+    """Return an embedding of each person who is in every one of at least two photographs with these faces."""
+    if len(photos) < 2:
+        return []
+    fewest = min(range(len(photos)), key=lambda i: len(photos[i]))
+    others = [[face.embedding for face in faces] for i, faces in enumerate(photos) if i != fewest]
+
+    def is_everywhere(face: Face) -> bool:
+        return all(min(identity_distance(face.embedding, e) or 0.0 for e in faces) <= SAME_PERSON for faces in others)
+
+    return [face.embedding for face in photos[fewest] if is_everywhere(face)]
+
+
 def choose_face(faces: Sequence[Face], alone: Sequence[Embedding]) -> Face | None:
     """Return the face most similar to the embeddings in `alone`; the first face when `alone` is empty."""
     if not faces or not alone:
@@ -156,15 +177,21 @@ def choose_face(faces: Sequence[Face], alone: Sequence[Embedding]) -> Face | Non
     return min(faces, key=lambda face: mean_distance(face.embedding, alone) or 0.0)
 
 
-def _remarks(faces: Sequence[Face], face: Face | None, finding: Finding | None, tile: int) -> list[str]:
+def _remarks(measured: _Measured, finding: Finding | None, tile: int) -> list[str]:
     """Return remarks on a photograph that is used."""
+    faces, face = measured.faces, measured.face
     remarks = [finding.reason] if finding else []
+    if measured.turns:
+        remarks.append(
+            f"a face was found with the photograph {turned_by(measured.turns)}; it is used in this orientation"
+        )
     if face is None:
         return [f"{remark}; using the centre crop" if remark == NO_FACE else remark for remark in remarks]
     if len(faces) > 1:
-        place = f"{face.side:.0f} pixels wide, {face.left:.0f} from the left and {face.top:.0f} from the top"
+        place = f"{face.side:.0f} pixels wide, {max(0.0, face.left):.0f} from the left and "
+        place += f"{max(0.0, face.top):.0f} from the top"
         remarks.append(f"{len(faces)} faces found; using the one that is {place}")
-    if face.side < tile / FEW:
+    if round(face.side) < tile // FEW:
         remarks.append(f"the face is {face.side:.0f} pixels wide; {tile // FEW} or more give a better likeness")
     return remarks
 

@@ -23,7 +23,7 @@ from pfstorer_rt.models.base import Base
 from pfstorer_rt.models.unet import Tap
 from pfstorer_rt.training.data import Batch, draw_timesteps
 from pfstorer_rt.training.image_loss import identity_distances, jitter
-from pfstorer_rt.training.losses import Losses, repeated_error
+from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.lpips import Lpips
 from pfstorer_rt.training.one_step import OneStepConfig, OneStepObjective, trained_parameters
 from pfstorer_rt.training.optimizers import ParameterGroup
@@ -104,7 +104,7 @@ class JointObjective(OneStepObjective):
         output = self.decode(restored + batch["towards"] * (hq - restored), batch["lq_image"], batch["weight"])
         losses = self.image_losses(*(cut(image, batch["corners"], self.side) for image in (output, target)))
         losses["pixel"] = (losses["pixel"] + F.l1_loss(output, target)) / 2
-        losses["repeated"] = repeated_error(output, target, self.factor)
+        losses |= self.losses_of_means(output, target)
         assert self.recognizer is not None
         faces = len(batch["maps"])
         distances = identity_distances(self.recognizer, output[:faces], target[:faces], batch["maps"])

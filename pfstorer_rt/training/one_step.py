@@ -31,7 +31,7 @@ from pfstorer_rt.training.discriminator import FeatureDiscriminator, discriminat
 from pfstorer_rt.training.image_loss import identity_loss, jitter
 from pfstorer_rt.training.latents import encode_pool, flip, is_flipped, to_pixels
 from pfstorer_rt.training.loop import Training, log_to, run_training, signature
-from pfstorer_rt.training.losses import Losses, repeated_error
+from pfstorer_rt.training.losses import Losses, color_loss, repeated_error
 from pfstorer_rt.training.lpips import Lpips, normalize
 from pfstorer_rt.training.objectives import RestorerObjective
 from pfstorer_rt.training.optimizers import ParameterGroup
@@ -69,6 +69,8 @@ class OneStepConfig:
     """Weight of the squared error of the clean latent."""
     lambda_pixel: float = 0.8
     """Weight of L1."""
+    lambda_color: float = 1.5
+    """Weight of the colour loss."""
     lambda_perceptual: float = 1.0
     """Weight of LPIPS."""
     lambda_adversarial: float = 0.1
@@ -84,7 +86,7 @@ class OneStepConfig:
 
 
 class OneStepObjective(RestorerObjective):
-    """The weighted sum of L_x0, L1, LPIPS, L_G, L_id, the loss of the eyes and the repeated error, plus L_D.
+    """The weighted sum of L_x0, L1, LPIPS, L_G, L_id, and the losses of eyes, colours and repeated errors, plus L_D.
 
     L_D trains the discriminator alone, because its input is detached from the restorer. L_G trains the restorer alone,
     because the discriminator's weights are detached there. One backward pass and one optimizer therefore serve both.
@@ -105,8 +107,8 @@ class OneStepObjective(RestorerObjective):
         """Take latents `hq lq noise` (B, C, h, w), `t` (B,), and windows `hq_window lq_window` (B, 3, P, P) in [-1, 1].
 
         The windows begin at `corner` (2,) of the latents and include the margins. With `hq_tile lq_tile` (1, 3, S, S)
-        and `maps` (1, 2, 3), the losses of faces are computed on the first sample's whole image, and L1 and the
-        repeated error there too.
+        and `maps` (1, 2, 3), the losses of faces are computed on the first sample's whole image, and L1, the
+        colour loss and the repeated error there too.
         """
         c, x0, z_lq, t = self.config, batch["hq"], batch["lq"], batch["t"]
         restored = self.restore(x0, z_lq, batch["noise"], t)
@@ -117,11 +119,11 @@ class OneStepObjective(RestorerObjective):
         inner = (..., slice(border, -border), slice(border, -border))
         output, target = self.decode(part, batch["lq_window"])[inner], batch["hq_window"][inner]
         losses = self.image_losses(output, target)
-        losses["repeated"] = repeated_error(output, target, self.factor)
+        losses |= self.losses_of_means(output, target)
         if "hq_tile" in batch:
             whole, original, maps = self.decode(restored[:1], batch["lq_tile"]), batch["hq_tile"], batch["maps"]
-            losses["pixel"] = (losses["pixel"] + F.l1_loss(whole, original)) / 2
-            losses["repeated"] = (losses["repeated"] + repeated_error(whole, original, self.factor)) / 2
+            everywhere = {"pixel": F.l1_loss(whole, original), **self.losses_of_means(whole, original)}
+            losses |= {name: (losses[name] + value) / 2 for name, value in everywhere.items()}
             if maps.isfinite().all():
                 losses["id"] = self.identity(whole, original, maps)
                 losses["eyes"] = self.difference_of_eyes(whole, original, maps)
@@ -140,7 +142,7 @@ class OneStepObjective(RestorerObjective):
         return image.float()
 
     def image_losses(self, output: torch.Tensor, target: torch.Tensor) -> Losses:
-        """Return the losses between images (B, 3, P, P) in [-1, 1]."""
+        """Return L1, LPIPS and the adversarial losses between images (B, 3, P, P) in [-1, 1]."""
         made = normalize(self.lpips.features(output))
         with torch.no_grad():
             real = normalize(self.lpips.features(target))
@@ -151,6 +153,11 @@ class OneStepObjective(RestorerObjective):
             judged = self.discriminator([m.detach() for m in made])
             losses["discriminator"] = discriminator_loss(self.discriminator(real), judged)
         return losses
+
+    def losses_of_means(self, output: torch.Tensor, target: torch.Tensor) -> Losses:
+        """Return the colour loss and the repeated error between images (B, 3, H, W) in [-1, 1]."""
+        repeated = repeated_error(output, target, self.factor)
+        return {"color": color_loss(output, target), "repeated": repeated}
 
     def identity(self, output: torch.Tensor, target: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
         """Return `identity_loss` of faces at `maps` (B, 2, 3); 0 without a recognizer."""
@@ -171,6 +178,7 @@ class OneStepObjective(RestorerObjective):
         c = self.config
         return {
             "pixel": c.lambda_pixel,
+            "color": c.lambda_color,
             "perceptual": c.lambda_perceptual,
             "adversarial": c.lambda_adversarial,
             "discriminator": 1.0,

@@ -18,7 +18,7 @@ from pfstorer_rt.encryption import passphrase_given
 from pfstorer_rt.errors import PFStorerError, SettingError
 from pfstorer_rt.faces.dlib import Embedding
 from pfstorer_rt.faces.finding import face_embedder
-from pfstorer_rt.files import make_folder, sha256_file
+from pfstorer_rt.files import make_folder, sha256_file, show_path
 from pfstorer_rt.identity import Identity, named_identity, training_files
 from pfstorer_rt.imaging.find import find_images, without_results
 from pfstorer_rt.models.base import Base, load_base
@@ -84,8 +84,14 @@ def personalize(
         identity = instant_identity(name, references, base, config, note, contact_sheet)
         identity.save(target, passphrase_given())
         return identity
-    paths, photos = choose_references(references, base, config, note, contact_sheet, on_progress)
     checkpoint, crops = training_files(target)
+    if finish and not checkpoint.exists():  # reading the photographs takes seconds
+        raise SettingError(
+            f"{show_path(checkpoint)}: no checkpoint of an interrupted training, so there is nothing to finish; train "
+            "without this setting",
+            setting="finish",
+        )
+    paths, photos = choose_references(references, base, config, note, contact_sheet, on_progress)
     mark = training_mark(config, base.fingerprint, paths)
     config, done = resumed_config(config, checkpoint, mark, finish, note)
     with accelerated(config.train, base) as accelerator:

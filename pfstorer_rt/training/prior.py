@@ -38,7 +38,7 @@ from pfstorer_rt.training.device import accelerated, kernels_for, to_channels_la
 from pfstorer_rt.training.image_loss import jitter
 from pfstorer_rt.training.latents import encode_pool, flip, to_pixels
 from pfstorer_rt.training.loop import Training, log_to, run_training, signature
-from pfstorer_rt.training.losses import Losses, repeated_error
+from pfstorer_rt.training.losses import Losses
 from pfstorer_rt.training.lpips import Lpips
 from pfstorer_rt.training.objectives import RestorerObjective
 from pfstorer_rt.training.one_step import (
@@ -196,7 +196,7 @@ class PriorObjective(OneStepObjective):
         windows = (cut(image, batch["corners"] * self.factor, p.window * self.factor) for image in (output, target))
         losses = self.image_losses(*windows)
         losses["pixel"] = (losses["pixel"] + F.l1_loss(output, target)) / 2
-        losses["repeated"] = repeated_error(output, target, self.factor)
+        losses |= self.losses_of_means(output, target)
         losses["id"] = self.identity(output, target, batch["maps"])
         weights = self.weights(p.lambda_id)
         loss = p.lambda_latent * latent + sum(weights[name] * value for name, value in losses.items())

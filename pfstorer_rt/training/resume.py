@@ -7,8 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from pfstorer_rt.config import PersonalizeConfig, TrainConfig
-from pfstorer_rt.errors import SettingError
-from pfstorer_rt.files import show_path
 from pfstorer_rt.training.loop import read_checkpoint, signature
 from pfstorer_rt.training.pool import pool_size
 from pfstorer_rt.training.schedule import Schedule
@@ -27,15 +25,10 @@ def resumed_config(
     """Check the checkpoint of an interrupted training.
 
     Returns the settings with which it continues, and whether all their iterations are done. finish: end at the
-    checkpoint. A checkpoint with at least as many iterations as `config` also ends there. Raises
-    `ValueError` if there is nothing to finish, and the errors of `read_checkpoint`.
+    checkpoint. A checkpoint with at least as many iterations as `config` also ends there. Raises the errors of
+    `read_checkpoint`.
     """
     if not checkpoint.exists():
-        if finish:
-            raise SettingError(
-                f"{show_path(checkpoint)}: no checkpoint of an interrupted training; train from the start",
-                setting="finish",
-            )
         return config, False
     state = read_checkpoint(checkpoint, mark)
     done, planned, wanted = int(state["iteration"]), int(state["iterations"]), config.train.iterations

@@ -125,6 +125,24 @@ def test_an_image_without_the_person_gets_a_note_and_keeps_its_behaviour(choose)
     assert choose([]).notes == ("no face found; the identity acts on the whole image",) and choose([]).selection is None
 
 
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_face_that_is_upright_after_a_turn_is_found(turns):
+    """The image has a mark in its upper left corner when it is upright; the face is found only there."""
+    upright = np.full((90, 60, 3), -1, np.float32)
+    upright[:10, :10] = 1
+    place = Face(20, 30, 25, ALICE)
+
+    def find(pixels):
+        return [place, Face(0, 0, 12, STRANGER)] if pixels[:10, :10].mean() > 0.9 else []
+
+    source = Spool.of(np.ascontiguousarray(np.rot90(upright, turns).transpose(2, 0, 1)))
+    found = Chooser(ENGINE, RestoreConfig(), find=find).choose(source)
+    assert found.turns == turns and "face was found with the image turned by" in found.notes[0]
+    assert ("anticlockwise" in found.notes[0]) == (turns == 3)
+    assert found.selection == Selection(90, 60, (Area(20, 30, 25, 25),), (Area(0, 0, 12, 12),))
+    assert not Chooser(ENGINE, RestoreConfig(), find=find).choose(Spool.of(upright.transpose(2, 0, 1))).turns
+
+
 @pytest.mark.parametrize(
     ("embeddings", "settings"),
     [([ALICE], {}), ([STRANGER, ALICE], {"strength": 0}), ([STRANGER, ALICE], {"apply_to": "all"})],

@@ -8,9 +8,10 @@ from PIL import Image
 from skimage import data
 
 from pfstorer_rt.config import PersonalizeConfig
+from pfstorer_rt.errors import SettingError
 from pfstorer_rt.faces.finding import Face, face_finder
 from pfstorer_rt.training import framing
-from pfstorer_rt.training.framing import as_restored, choose_face, frame_face, read_references
+from pfstorer_rt.training.framing import as_restored, choose_face, common_faces, frame_face, read_references
 
 PORTRAIT = data.astronaut()[:256, 96:352]
 
@@ -93,7 +94,7 @@ def test_one_photograph_is_in_memory_at_full_size(tmp_path, monkeypatch):
 
     monkeypatch.setattr(framing, "read_photo", counted)
     faces = [Face(100.0, 100.0, 300.0, np.zeros(1)), Face(500.0, 500.0, 200.0, np.ones(1))]
-    read_references(paths, PersonalizeConfig(), 192, lambda _: None, lambda pixels: list(faces))
+    read_references(paths, PersonalizeConfig(keep_all=True), 192, lambda _: None, lambda pixels: list(faces))
     assert max(most) <= 2
 
 
@@ -113,6 +114,46 @@ def test_the_face_that_appears_in_other_photographs_is_used():
     alone = [np.full(1, 1.0), np.full(1, 1.2)]
     assert choose_face(made_up(5.0, 1.1, 3.0), alone).embedding == 1.1
     assert choose_face(made_up(5.0, 1.1), []).embedding == 5.0 and choose_face([], alone) is None
+
+
+def test_the_person_of_groups_is_the_one_in_every_photograph():
+    groups = [made_up(5.0, 1.0, 3.0), made_up(7.0, 1.1), made_up(1.2, 9.0, 3.0, 8.0)]
+    assert common_faces(groups) == [1.1]
+    assert common_faces(groups[:1]) == [] and common_faces([*groups, made_up(20.0)]) == []
+    assert common_faces([groups[0], groups[2]]) == [1.0, 3.0], "two people are in both"
+
+
+def read_groups(tmp_path, groups, **settings):
+    """Read one photograph for each list of faces; returns the embeddings of the faces that are used."""
+    paths, found = [tmp_path / f"{i}.png" for i in range(len(groups))], iter(groups)
+    for i, path in enumerate(paths):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (90, 100, 3), dtype=np.uint8)).save(path)
+    notes = []
+    read_references(paths, PersonalizeConfig(**settings), 192, notes.append, lambda pixels: next(found))
+    return [int(note.split(" from the left")[0].split()[-1]) // 10 for note in notes if "faces found" in note]
+
+
+def test_groups_of_the_same_people_are_refused(tmp_path):
+    assert read_groups(tmp_path, [made_up(5.0, 1.0), made_up(7.0, 8.0, 1.1)]) == [1, 2]
+    same = [made_up(5.0, 1.0), made_up(1.1, 5.1)]
+    with pytest.raises(SettingError, match="2 people are in every photograph"):
+        read_groups(tmp_path, same)
+    assert read_groups(tmp_path, same, keep_all=True) == [0, 0]
+
+
+def test_a_turned_photograph_is_used_upright(tmp_path):
+    """The faces are found where the upper left corner is white; the note names the turn."""
+    upright = np.zeros((90, 60, 3), np.uint8)
+    upright[:20, :20] = 255
+    path, notes = tmp_path / "turned.png", []
+    Image.fromarray(np.rot90(upright)).save(path)
+
+    def find(pixels):
+        return made_up(1.0) if pixels[:10, :10].mean() > 0.9 else []
+
+    (found,) = read_references([path], PersonalizeConfig(), 192, notes.append, find)
+    assert found.photo.shape == (3, 60, 60) and found.photo[:, :10, :10].mean() > 0.9
+    assert "with the photograph turned by 90 degrees clockwise; it is used in this orientation" in notes[0]
 
 
 def test_a_photograph_of_another_person_is_reported(tmp_path):

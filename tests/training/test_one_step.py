@@ -151,8 +151,9 @@ def test_the_loss_is_the_weighted_sum(base, pool, lpips):
     found = {name: value.item() for name, value in made(batch).items()}
     expected = 0.2 * found["latent"] + 2 * found["pixel"] + found["perceptual"] + 0.5 * found["adversarial"]
     expected += found["discriminator"] + 0.8 * found["id"] + 0.5 * found["eyes"] + 4 * found["repeated"]
+    expected += 1.5 * found["color"]
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
-    assert found["repeated"] > 0
+    assert found["repeated"] > 0 and found["color"] > 0
 
 
 def test_the_eyes_of_a_whole_tile_have_their_own_loss(base, pool, lpips, monkeypatch):
@@ -184,7 +185,7 @@ def test_a_base_is_trained_in_three_parts_and_shipped(base, pool, lpips, tmp_pat
     finish_in_one_step(pool, base, tmp_path / "one", config, lpips, None)
     assert all(torch.equal(value, encoder[name]) for name, value in base.vae.encoder.state_dict().items())
     assert not torch.equal(base.vae.decoder.conv_out.weight, before)
-    assert (tmp_path / "one" / "one_step.csv").read_text().startswith("iteration,loss,latent,pixel,perceptual,adv")
+    assert (tmp_path / "one" / "one_step.csv").read_text().startswith("iteration,loss,latent,pixel,color,perceptual")
     base.save(tmp_path / "base", torch.float16)
     assert load_base(tmp_path / "base").fingerprint == base.fingerprint
 

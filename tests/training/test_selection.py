@@ -38,7 +38,8 @@ def read(tmp_path):
             image.save(tmp_path / name)
             people.append([] if person is None else [Face(100.0, 100.0, 120.0, np.full(1, person))])
         order = list(zip(photographs, people, strict=True))[:: -1 if reverse else 1]
-        faces = iter([found for _, found in order])
+        # a photograph without a face is searched in four orientations
+        faces = iter([face for _, found in order for face in ([found] if found else [[]] * 4)])
         paths = [tmp_path / name for name, _ in order]
         find = (lambda pixels: next(faces)) if search else None
         references = read_references(paths, PersonalizeConfig(**settings), 192, notes.append, find)

@@ -106,7 +106,7 @@ def test_three_stages_make_a_base_with_a_prior_and_resume(folders, base, random_
         assert torch.load(tmp_path / "work" / f"{stage}.pt", weights_only=True)["iteration"] == 2
         assert len((tmp_path / "work" / f"{stage}.csv").read_text().splitlines()) == 2
     header = (tmp_path / "work" / "joint.csv").read_text().splitlines()[0]
-    terms = "latent,pixel,perceptual,adversarial,discriminator,repeated,id,eyes"
+    terms = "latent,pixel,perceptual,adversarial,discriminator,color,repeated,id,eyes"
     assert header == f"iteration,loss,{terms},id_known,id_plain"
 
 
