@@ -44,7 +44,7 @@ def command(
     """Restore images of a person in one command, and write {result}_compare: input and result side by side.
 
     An identity that `personalize` made from the same photographs is used. Without one, the person is learned for a
-    short time, and nothing is stored. This needs a base with a prior, such as portrait.
+    short time, and the identity is not stored. This needs a base with a prior for a short training, such as portrait.
 
     \b
     Example:

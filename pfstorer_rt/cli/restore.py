@@ -178,7 +178,7 @@ class Options:
     "--refs",
     type=click.Path(exists=True, file_okay=False),
     help="Folder of photographs of the person; reports the distance of every result to them. With a --base that has a "
-    "prior for this (portrait has none) and without --identity, the person is learned from them without training.",
+    "instant prior (portrait has none) and without --identity, the person is learned from them without training.",
 )
 @click.option(
     "--watch", type=click.Path(exists=True, file_okay=False), help="Restore images as they arrive in this folder."

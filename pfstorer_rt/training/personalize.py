@@ -18,7 +18,7 @@ from pfstorer_rt.encryption import passphrase_given
 from pfstorer_rt.errors import PFStorerError, SettingError
 from pfstorer_rt.faces.dlib import Embedding
 from pfstorer_rt.faces.finding import face_embedder
-from pfstorer_rt.files import make_folder, sha256_file, show_path
+from pfstorer_rt.files import make_folder, sha256_file
 from pfstorer_rt.identity import Identity, named_identity, training_files
 from pfstorer_rt.imaging.find import find_images, without_results
 from pfstorer_rt.models.base import Base, load_base
@@ -34,7 +34,7 @@ from pfstorer_rt.training.loop import Training, run_training
 from pfstorer_rt.training.objectives import DreamBoothObjective, PersonalizationObjective, starts_from_prior
 from pfstorer_rt.training.optimizers import ParameterGroup
 from pfstorer_rt.training.pool import BatchMaker, make_pool
-from pfstorer_rt.training.resume import resumed_config, training_mark
+from pfstorer_rt.training.resume import check_finish, resumed_config, training_mark
 from pfstorer_rt.training.selection import ENOUGH
 
 TUNING_RATE = 0.1
@@ -85,12 +85,7 @@ def personalize(
         identity.save(target, passphrase_given())
         return identity
     checkpoint, crops = training_files(target)
-    if finish and not checkpoint.exists():  # reading the photographs takes seconds
-        raise SettingError(
-            f"{show_path(checkpoint)}: no checkpoint of an interrupted training, so there is nothing to finish; train "
-            "without this setting",
-            setting="finish",
-        )
+    check_finish(checkpoint, finish)
     paths, photos = choose_references(references, base, config, note, contact_sheet, on_progress)
     mark = training_mark(config, base.fingerprint, paths)
     config, done = resumed_config(config, checkpoint, mark, finish, note)

@@ -7,6 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from pfstorer_rt.config import PersonalizeConfig, TrainConfig
+from pfstorer_rt.errors import SettingError
+from pfstorer_rt.files import show_path
 from pfstorer_rt.training.loop import read_checkpoint, signature
 from pfstorer_rt.training.pool import pool_size
 from pfstorer_rt.training.schedule import Schedule
@@ -17,6 +19,16 @@ def training_mark(config: PersonalizeConfig, fingerprint: str, paths: Sequence[P
     settings = asdict(config)
     del settings["train"]["iterations"], settings["keep_all"]  # `paths` are the photographs that are used
     return signature([settings, fingerprint], list(paths))
+
+
+def check_finish(checkpoint: Path, finish: bool) -> None:
+    """Raise `ValueError` if a training is to be finished that has no checkpoint; a check before long work."""
+    if finish and not checkpoint.exists():
+        raise SettingError(
+            f"{show_path(checkpoint)}: no checkpoint of an interrupted training, so there is nothing to finish; train "
+            "without this setting",
+            setting="finish",
+        )
 
 
 def resumed_config(
