@@ -222,6 +222,8 @@ def test_a_strength_far_from_the_trained_one_gets_a_note(restore, save, tmp_path
     image = save(tmp_path / "a.png")
     assert "note: --strength 5: " in restore(image, "--strength", 5, "-o", tmp_path / "b.png").err
     assert "--strength" not in restore(image, "--strength", 1.5, "-o", tmp_path / "c.png").err
+    refused = restore(image, "--strength", 40, "-o", tmp_path / "d.png")
+    assert refused.status == 2 and "note: --strength" not in refused.err
 
 
 def test_a_place_changes_nothing_without_an_identity(run, restore, save, base_plan, tmp_path):

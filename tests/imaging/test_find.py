@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pfstorer_rt.errors import BadFileError, SettingError
 from pfstorer_rt.imaging.files import encode_image
@@ -75,6 +76,17 @@ def test_images_that_are_not_read_are_named_in_one_line(tmp_path):
     assert [path.name for path in find_images([tmp_path], notes.append)] == ["a.jpg"]
     (note,) = notes
     assert note.startswith("5 image(s)") and "b.CR2, c.psd, d.nef and 2 more" in note and "convert" in note
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "GIF", "WEBP"])
+def test_images_without_an_extension_are_named_in_one_line(tmp_path, kind):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "scan", format=kind)
+    (tmp_path / "README").write_text("text")
+    (tmp_path / "empty").touch()
+    notes = []
+    assert list_images(tmp_path, note=notes.append) == [tmp_path / "a.png"]
+    assert notes == ["1 image(s) without a file extension were passed over: scan; add one, such as .jpg"]
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):

@@ -11,8 +11,9 @@ from PIL import Image
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.degradation.degrade import degrade
 from pfstorer_rt.errors import BadFileError, PFStorerError, SettingError
+from pfstorer_rt.faces.finding import Face
 from pfstorer_rt.imaging.rows import Spool
-from pfstorer_rt.runtime import watch
+from pfstorer_rt.runtime import selection, watch
 from pfstorer_rt.runtime.batch import (
     BatchConfig,
     Saving,
@@ -357,3 +358,41 @@ def test_a_folder_without_images_and_a_suffix_with_a_path_are_errors_of_the_call
     assert isinstance(refusal.value, ValueError) and isinstance(refusal.value, PFStorerError)
     with pytest.raises(ValueError, match="suffix 'x/y'"):
         Naming(suffix="x/y")
+
+
+class Marking(Copying):
+    """Makes the row below the upper edge of its image red."""
+
+    manifest = SimpleNamespace(identity_name="alice", strength=True, face=[0.0] * 128)
+
+    def restore_rows(self, rows, config, step=None, passes=None):
+        band = rows.read(0, rows.height)
+        band[:, 0] = np.array([1, -1, -1])[:, None]
+        return Spool.of(band)
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_an_image_is_restored_upright_and_turned_back(turns, tmp_path, monkeypatch):
+    """The face is found where the upper left corner is white; then the upper edge becomes red."""
+    upright = np.zeros((24, 40, 3), np.uint8)
+    upright[:6, :6] = 255
+    seen = []
+
+    def find(pixels):
+        return [Face(0, 0, 6, np.zeros(128))] if pixels[1:5, 1:5].mean() > 0.9 else []
+
+    def facts(source, result):
+        seen.extend((source, result))
+        return {}
+
+    monkeypatch.setattr(selection, "_faces", find)
+    monkeypatch.setattr(selection, "face_models", lambda: tmp_path)
+    Image.fromarray(np.rot90(upright, turns)).save(tmp_path / "a.png")
+    references = SimpleNamespace(mean=np.zeros(128), facts=facts)
+    settings = BatchConfig(preview=True, references=references)
+    restore_files(Marking(), [tmp_path / "a.png"], tmp_path / "b.png", settings)
+    expected = upright.copy()
+    expected[0] = [255, 0, 0]
+    for name in ("b.png", "b_preview.png"):
+        np.testing.assert_array_equal(pixels(tmp_path / name), np.rot90(expected, turns))
+    assert [rows.read(0, 1)[0, 0, 20] for rows in seen] == [-1, 1], "both are upright"
