@@ -191,7 +191,8 @@ class Chooser:
             return Choice()
         assert self.find is not None
         pixels, scale = reduced(source)
-        turns, faces = find_turned(self.find, pixels)
+        known = () if self.known is None or self.apply_to == "largest" else (self.known,)
+        turns, faces = find_turned(self.find, pixels, known)
         if not turns:
             return self._among(faces, scale, size)
         found = self._among(faces, scale, size[::-1] if turns % 2 else size)

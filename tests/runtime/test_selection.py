@@ -135,12 +135,18 @@ def test_a_face_that_is_upright_after_a_turn_is_found(turns):
     def find(pixels):
         return [place, Face(0, 0, 12, STRANGER)] if pixels[:10, :10].mean() > 0.9 else []
 
+    def find_stranger(pixels):
+        return [face._replace(embedding=STRANGER) for face in find(pixels)]
+
     source = Spool.of(np.ascontiguousarray(np.rot90(upright, turns).transpose(2, 0, 1)))
     found = Chooser(ENGINE, RestoreConfig(), find=find).choose(source)
     assert found.turns == turns and "face was found with the image turned by" in found.notes[0]
     assert ("anticlockwise" in found.notes[0]) == (turns == 3)
     assert found.selection == Selection(90, 60, (Area(20, 30, 25, 25),), (Area(0, 0, 12, 12),))
     assert not Chooser(ENGINE, RestoreConfig(), find=find).choose(Spool.of(upright.transpose(2, 0, 1))).turns
+    refused = Chooser(ENGINE, RestoreConfig(), find=find_stranger).choose(source)
+    assert not refused.turns and "no face found" in refused.notes[0], "what is not the person may be no face at all"
+    assert Chooser(ENGINE, RestoreConfig(), "largest", find=find_stranger).choose(source).turns == turns
 
 
 @pytest.mark.parametrize(

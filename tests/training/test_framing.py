@@ -142,7 +142,7 @@ def test_groups_of_the_same_people_are_refused(tmp_path):
 
 
 def test_a_turned_photograph_is_used_upright(tmp_path):
-    """The faces are found where the upper left corner is white; the note names the turn."""
+    """Faces are found where the upper left corner is white; the note names the turn, and a small face is not used."""
     upright = np.zeros((90, 60, 3), np.uint8)
     upright[:20, :20] = 255
     path, notes = tmp_path / "turned.png", []
@@ -153,6 +153,12 @@ def test_a_turned_photograph_is_used_upright(tmp_path):
 
     (found,) = read_references([path], PersonalizeConfig(), 192, notes.append, find)
     assert found.photo.shape == (3, 60, 60) and found.photo[:, :10, :10].mean() > 0.9
+    small = [face._replace(side=14.0) for face in made_up(1.0)]  # of 60 pixels
+
+    (kept,) = read_references(
+        [path], PersonalizeConfig(), 192, notes.append, lambda pixels: small if pixels[:10, :10].mean() > 0.9 else []
+    )
+    assert kept.photo[:, :10, :10].mean() < 0.9 and "no face found" in notes[1]
     assert "with the photograph turned by 90 degrees clockwise; it is used in this orientation" in notes[0]
 
 
