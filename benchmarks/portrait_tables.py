@@ -159,9 +159,9 @@ references.
 **Recipe** of the rows `PFStorer`: the defaults of `personalize` for `portrait`. These are 110 iterations with one image
 each, from the [prior](training.md#prior-of-the-personalization) of the base. They use Muon, and the losses L1 (weight
 5), colours (100), ST-LPIPS (3), the distance of dlib's embeddings (5), and the distance of the feature maps of dlib's
-recognizer (40) on decoded images. The prior was trained on 375 other people without the loss of the colours, on the
-first 241 of them also without the feature maps. No loss used the recognizer of the column "identity". The base was
-trained with LPIPS (VGG16). Learning took {seconds} s of one core.
+recognizer (40) on decoded images. The prior was trained on 427 other people, on the first 375 of them without the loss
+of the colours, and on the first 241 without the feature maps. No loss used the recognizer of the column "identity". The
+base was trained with LPIPS (VGG16). Learning took {seconds} s of one core.
 
 """
 
@@ -234,10 +234,10 @@ people and the references are the same as in [With identities](#with-identities)
 are reduced to {side} pixels, so that the faces are smaller, and heavily degraded. `tiny` is the [former base](tiny.md),
 which was trained for this size. `portrait` enlarges the images to a tile.
 
-On photographs, `portrait` gives more likeness than `tiny` in a tenth of the time, with better LPIPS and
-landmarks. On generated faces, `tiny` keeps more of the likeness, also than `portrait` with `--thorough`, which was
-measured on these people alone; `portrait` has the better LPIPS. `tiny` has the higher PSNR. This is too little for a
-second base, so `tiny` is no longer shipped.
+On photographs, `portrait` gives more likeness than `tiny` in a tenth of the time, with better LPIPS and landmarks. On
+generated faces, `tiny` keeps more of the likeness, also than `portrait` with `--thorough`, which was measured on
+these people alone, with a prior of 375 people; `portrait` has the better LPIPS. `tiny` has the higher PSNR. This is
+too little for a second base, so `tiny` is no longer shipped.
 
 """
 

@@ -21,7 +21,7 @@ class UpsideDown:
 def turned(source: Rows, turns: int) -> Rows:
     """Return an image turned clockwise by a number of quarter turns.
 
-    An odd number of turns reads the whole image at once, and copies it: its rows become columns. Raises `PFStorerError`
+    An odd number of turns reads and copies the whole image immediately: its rows become columns. Raises `PFStorerError`
     if the temporary file of a large image cannot be written.
     """
     turns %= 4
