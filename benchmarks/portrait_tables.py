@@ -200,9 +200,9 @@ eighth. Both enlarge it again. Five other images are the references, unless the 
 
 Two people are a small sample: differences of two or three points of identity and likeness are noise. More iterations,
 the prior and the face features help most. With the prior, 30 iterations give more likeness than 110 iterations without
-it; after 440 iterations, the prior adds two or three points of likeness. The face features also reduce the error of
+it; after 440 iterations, the prior adds two points of likeness. The face features also reduce the error of
 the landmarks, most where the image shows least. The colour loss increases PSNR by 0.2 dB and reduces LPIPS. DreamBooth
-changes the whole UNet, takes about twice as long, and is not better than the blocks without the prior. With gamma = 0
+changes the whole UNet, takes 1.6 times as long, and is not better than the blocks without the prior. With gamma = 0
 at the start, the blocks learn more slowly. gamma = 1 throughout (ViCo), a trained token and the features of a
 reference (`cached` and `self`) make no clear difference on this base. With the recipe of the paper, the blocks hardly
 learn on this base. Its learning rate of 5e-5 is for the wider layers of Stable Diffusion. The identity of another
@@ -221,7 +221,7 @@ Rows in [`tones.csv`](../benchmarks/results/tones.csv), command `python benchmar
 test images are the same as in [With identities](#with-identities). Each degraded image is changed, restored, and
 changed back; a grey result is compared with the grey original. The result of the image without the change is the limit.
 `restore` [gives the networks usual tones](restore.md#inputs-and-outputs), and `--colorize` gives them the image as it
-is.
+is. These rows have the prior of 375 people, before the last 52.
 
 """
 
@@ -236,8 +236,8 @@ which was trained for this size. `portrait` enlarges the images to a tile.
 
 On photographs, `portrait` gives more likeness than `tiny` in a tenth of the time, with better LPIPS and landmarks. On
 generated faces, `tiny` keeps more of the likeness, also than `portrait` with `--thorough`, which was measured on
-these people alone, with a prior of 375 people; `portrait` has the better LPIPS. `tiny` has the higher PSNR. This is
-too little for a second base, so `tiny` is no longer shipped.
+these people alone; `portrait` has the better LPIPS. `tiny` has the higher PSNR. This is too little for a second base,
+so `tiny` is no longer shipped. The rows of `portrait` have the prior of 375 people, before the last 52.
 
 """
 
