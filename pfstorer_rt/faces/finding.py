@@ -174,15 +174,16 @@ def find_turned(find: FindFaces, pixels: Pixels, known: Sequence[Embedding] = ()
     if not found[0]:
         for turns in (1, 2, 3):
             faces = list(find(np.ascontiguousarray(np.rot90(pixels, -turns))))
-            if known:
-                nearest = nearest_face(faces, known)
-                certain = nearest is not None and nearest[1] <= SAME_PERSON
-            else:
-                certain = bool(faces) and faces[0].side >= CERTAIN * min(pixels.shape[:2])
-            if certain:
+            large = bool(faces) and faces[0].side >= CERTAIN * min(pixels.shape[:2])
+            if is_among(known, faces) if known else large:
                 found[turns] = faces
     turns = max(found, key=lambda turns: max((face.side for face in found[turns]), default=0.0))
     return turns, found[turns]
+
+
+def describe_place(left: float, top: float, side: float) -> str:
+    """Return the place of a face in pixels in words, for notes; a face may begin outside of the image."""
+    return f"{side:.0f} pixels wide, {max(0.0, left):.0f} from the left and {max(0.0, top):.0f} from the top"
 
 
 def turned_by(turns: int) -> str:
@@ -201,6 +202,12 @@ def nearest_face(faces: Sequence[Face], known: Sequence[Embedding]) -> tuple[int
         return None
     distance, number = min(measured)
     return number, distance
+
+
+def is_among(known: Sequence[Embedding], faces: Sequence[Face]) -> bool:
+    """Whether one of the faces is the person with the known embeddings."""
+    nearest = nearest_face(faces, known)
+    return nearest is not None and nearest[1] <= SAME_PERSON
 
 
 def shrunk(pixels: Pixels, side: int) -> tuple[Pixels, float]:

@@ -11,13 +11,7 @@ from pathlib import Path
 
 from pfstorer_rt.errors import BadFileError, SettingError
 from pfstorer_rt.files import show_path
-from pfstorer_rt.imaging.formats import (
-    describe_unread,
-    image_suffixes,
-    is_image_without_suffix,
-    is_unread_image,
-    some_names,
-)
+from pfstorer_rt.imaging.formats import begins_as_image, describe_unread, image_suffixes, is_unread_image, some_names
 from pfstorer_rt.imaging.metadata import is_marked
 
 RESULT_SUFFIX = "_restored"
@@ -39,8 +33,8 @@ class Listing:
     images: list[Path] = field(default_factory=list)
     unread: list[Path] = field(default_factory=list)
     """Images of formats that are not read on this machine."""
-    unnamed: list[Path] = field(default_factory=list)
-    """Images whose names have no suffix."""
+    without_suffix: list[Path] = field(default_factory=list)
+    """Files of any kind whose names have no suffix."""
     closed: list[Path] = field(default_factory=list)
     """Folders that cannot be listed."""
     links: list[Path] = field(default_factory=list)
@@ -52,10 +46,10 @@ class Listing:
         """Report what was passed over, in a line for each reason."""
         if self.unread:
             note(describe_unread(self.unread))
-        if self.unnamed:
+        if unnamed := [path for path in self.without_suffix if begins_as_image(path)]:
             note(
-                f"{len(self.unnamed)} image(s) without a file extension were passed over: {some_names(self.unnamed)}; "
-                "add one, such as .jpg"
+                f"{len(unnamed)} image(s) without a file extension were passed over: {some_names(unnamed)}; add one, "
+                "such as .jpg"
             )
         for folder in self.closed:
             note(f"{show_path(folder)}: this folder cannot be read and was passed over; check its permissions")
@@ -85,10 +79,10 @@ def survey(folder: Path, recursive: bool = True) -> Listing:
         files, images = {p for p in paths if p.is_file()}, [p for p in paths if p.suffix.lower() in suffixes]
         found.images += [path for path in images if path in files]
         found.unread += [path for path in files if is_unread_image(path)]
-        found.unnamed += [path for path in files if is_image_without_suffix(path)]
+        found.without_suffix += [path for path in files if not path.suffix]
         found.broken += [path for path in images if path not in files and path.is_symlink()]
         found.links += [path for path in (Path(place, n) for n in folders) if path.is_symlink()]
-    for paths in (found.images, found.unread, found.unnamed, found.links, found.broken):
+    for paths in (found.images, found.unread, found.without_suffix, found.links, found.broken):
         paths.sort()
     return found
 

@@ -88,10 +88,8 @@ def is_unread_image(path: Path) -> bool:
     return path.suffix.lower() in known - set(image_suffixes())
 
 
-def is_image_without_suffix(path: Path) -> bool:
-    """Whether a file without a suffix begins as an image of a common format does."""
-    if path.suffix:
-        return False
+def begins_as_image(path: Path) -> bool:
+    """Whether a file begins as an image of a common format does."""
     try:
         with path.open("rb") as file:
             head = file.read(12)

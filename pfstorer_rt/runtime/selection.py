@@ -16,6 +16,7 @@ from pfstorer_rt.faces.finding import (
     SEARCHED,
     Face,
     FindFaces,
+    describe_place,
     embed_box,
     find_boxes,
     find_turned,
@@ -240,8 +241,7 @@ class Chooser:
             return Choice(None, (note,))
         notes: tuple[str, ...] = ()
         if others:
-            left, top = max(0.0, chosen.left), max(0.0, chosen.top)
-            place = f"{chosen.width:.0f} pixels wide, {left:.0f} from the left and {top:.0f} from the top"
+            place = describe_place(chosen.left, chosen.top, chosen.width)
             notes = (f"{len(others) + 1} faces found; the identity acts on the face that is {place}",)
         return Choice(Selection(*size, (chosen,), tuple(others)), notes)
 

@@ -14,8 +14,16 @@ import torch
 
 from pfstorer_rt.config import PersonalizeConfig
 from pfstorer_rt.errors import BadFileError, SettingError
-from pfstorer_rt.faces.dlib import INSTALL_METRICS, SAME_PERSON, Embedding, identity_distance, mean_distance
-from pfstorer_rt.faces.finding import Face, FindFaces, face_finder, find_turned, turned_by
+from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding, mean_distance
+from pfstorer_rt.faces.finding import (
+    Face,
+    FindFaces,
+    describe_place,
+    face_finder,
+    find_turned,
+    is_among,
+    turned_by,
+)
 from pfstorer_rt.files import show_path
 from pfstorer_rt.imaging.files import resize_bicubic
 from pfstorer_rt.imaging.rows import Spool, read_whole
@@ -162,12 +170,8 @@ def common_faces(photos: Sequence[Sequence[Face]]) -> list[Embedding]:
     if len(photos) < 2:
         return []
     fewest = min(range(len(photos)), key=lambda i: len(photos[i]))
-    others = [[face.embedding for face in faces] for i, faces in enumerate(photos) if i != fewest]
-
-    def is_everywhere(face: Face) -> bool:
-        return all(min(identity_distance(face.embedding, e) or 0.0 for e in faces) <= SAME_PERSON for faces in others)
-
-    return [face.embedding for face in photos[fewest] if is_everywhere(face)]
+    people = [face.embedding for face in photos[fewest]]
+    return [person for person in people if all(is_among([person], faces) for faces in photos)]
 
 
 def choose_face(faces: Sequence[Face], alone: Sequence[Embedding]) -> Face | None:
@@ -188,8 +192,7 @@ def _remarks(measured: _Measured, finding: Finding | None, tile: int) -> list[st
     if face is None:
         return [f"{remark}; using the centre crop" if remark == NO_FACE else remark for remark in remarks]
     if len(faces) > 1:
-        place = f"{face.side:.0f} pixels wide, {max(0.0, face.left):.0f} from the left and "
-        place += f"{max(0.0, face.top):.0f} from the top"
+        place = describe_place(face.left, face.top, face.side)
         remarks.append(f"{len(faces)} faces found; using the one that is {place}")
     if round(face.side) < tile // FEW:
         remarks.append(f"the face is {face.side:.0f} pixels wide; {tile // FEW} or more give a better likeness")

@@ -185,7 +185,8 @@ def test_a_base_is_trained_in_three_parts_and_shipped(base, pool, lpips, tmp_pat
     finish_in_one_step(pool, base, tmp_path / "one", config, lpips, None)
     assert all(torch.equal(value, encoder[name]) for name, value in base.vae.encoder.state_dict().items())
     assert not torch.equal(base.vae.decoder.conv_out.weight, before)
-    assert (tmp_path / "one" / "one_step.csv").read_text().startswith("iteration,loss,latent,pixel,color,perceptual")
+    log = (tmp_path / "one" / "one_step.csv").read_text()
+    assert log.startswith("iteration,loss,latent,pixel,color,perceptual,adv")
     base.save(tmp_path / "base", torch.float16)
     assert load_base(tmp_path / "base").fingerprint == base.fingerprint
 
