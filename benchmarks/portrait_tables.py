@@ -40,7 +40,7 @@ RECIPES = {
     "base": "Base",
     "dreambooth": "DreamBooth",
     "vico": "ViCo",
-    "paper": "PFStorer, recipe of the paper",
+    "paper": "PFStorer, recipe of the paper ‡",
     "closed": "PFStorer, gamma = 0 at the start, without the prior",
     "self": "PFStorer, reference source self",
     "token": "PFStorer, trained token",
@@ -75,6 +75,15 @@ SMALL_COLUMNS = {
 """Column of small_faces.csv -> title and digits; `identity` is shown as a hundredfold."""
 TONE_INPUTS = {"usual": "without the change", "changed": "changed", "unaltered": "changed, `--colorize`"}
 TONE_COLUMNS = {name: SMALL_COLUMNS[name] for name in ("psnr", "lpips", "lmse_98", "identity")}
+SCRATCH_COLUMNS = {name: PEOPLE[name] for name in ("psnr", "lpips", "cosine")}
+SCRATCH_SETTINGS = {
+    ("none", "default"): "no scratches",
+    ("none", "remove_scratches"): "no scratches, `--remove-scratches`",
+    ("scratches", "input"): "scratches, input",
+    ("scratches", "default"): "scratches",
+    ("scratches", "remove_scratches"): "scratches, `--remove-scratches`",
+}
+"""Damage and setting of a row of scratches.csv -> title."""
 LEARNING = {"default": "", "thorough": ", `--thorough`"}
 LEVELS = {"heavy": "heavy degradation", "light": "light degradation", "clean": "undegraded images as input"}
 SETS = {
@@ -211,6 +220,8 @@ identity.
 
 † dlib's recognizer was a loss of all rows except Input, Base and the recipe of the paper. No row had the recognizer
 of the column "identity" as a loss.
+
+‡ One person, with the weights of the base before its last three stages of training.
 """
 
 
@@ -219,9 +230,10 @@ TONES = """
 
 Rows in [`tones.csv`](../benchmarks/results/tones.csv), command `python benchmarks/tones.py`. The people, references and
 test images are the same as in [With identities](#with-identities). Each degraded image is changed, restored, and
-changed back; a grey result is compared with the grey original. The result of the image without the change is the limit.
+changed back; a grey result is compared with the grey original. The rows "without the change" show the result of the
+image as it was.
 `restore` [gives the networks usual tones](restore.md#inputs-and-outputs), and `--colorize` gives them the image as it
-is. These rows have the prior of 375 people, before the last 52.
+is.
 
 """
 
@@ -235,9 +247,21 @@ are reduced to {side} pixels, so that the faces are smaller, and heavily degrade
 which was trained for this size. `portrait` enlarges the images to a tile.
 
 On photographs, `portrait` gives more likeness than `tiny` in a tenth of the time, with better LPIPS and landmarks. On
-generated faces, `tiny` keeps more of the likeness, also than `portrait` with `--thorough`, which was measured on
-these people alone; `portrait` has the better LPIPS. `tiny` has the higher PSNR. This is too little for a second base,
-so `tiny` is no longer shipped. The rows of `portrait` have the prior of 375 people, before the last 52.
+generated faces, `tiny` keeps more of the likeness than `portrait`, and also more than `portrait` with `--thorough`;
+`portrait` has the better LPIPS. `--thorough` was measured on generated faces alone. `tiny` has the higher PSNR. This is
+too little for a second base, so `tiny` is no longer shipped. The rows of `portrait` have the prior of 375 people,
+before the last 52.
+
+"""
+
+
+SCRATCHES = """
+### Scratches
+
+Rows in [`scratches.csv`](../benchmarks/results/scratches.csv), command `python benchmarks/scratches.py`: the base
+without an identity, on images of `lab` (real) and `generated`. Four scratches, fourteen spots and a crease are drawn on
+each degraded image, bright ones or dark ones. The training of the network for scratches used other code to draw them,
+and other images. Both kinds of scratches are synthetic. `--remove-scratches` hardly changes images without scratches.
 
 """
 
@@ -248,6 +272,7 @@ def portrait_part(
     recipes: Path = RESULTS / "recipes.csv",
     small: Path = RESULTS / "small_faces.csv",
     tones: Path = RESULTS / "tones.csv",
+    scratches: Path = RESULTS / "scratches.csv",
 ) -> str:
     """Return the part of the page: setup, one table for each level and set, and the tables of identities."""
     rows = read(heldout)
@@ -271,6 +296,7 @@ def portrait_part(
         + recipes_part(read(recipes))
         + small_part(read(small))
         + tones_part(read(tones))
+        + scratches_part(read(scratches))
     )
 
 
@@ -343,6 +369,18 @@ def tones_part(rows: Sequence[Row]) -> str:
                     for kind, title in TONE_INPUTS.items()
                 ]
     return TONES + "\n".join(lines) + "\n"
+
+
+def scratches_part(rows: Sequence[Row]) -> str:
+    """Return the section of scratches: a table of means over the images, by set, level, damage and setting."""
+    heads = ["images", "level", "", *(title for title, _ in SCRATCH_COLUMNS.values())]
+    lines = [line(heads), line(["---"] * len(heads))]
+    for name, mine in by(rows, "set").items():
+        for level, those in by(mine, "level").items():
+            for (damage, setting), title in SCRATCH_SETTINGS.items():
+                found = [row for row in those if (row["damage"], row["setting"]) == (damage, setting)]
+                lines.append(line([name, level, title, *cells(found, SCRATCH_COLUMNS)]))
+    return SCRATCHES + "\n".join(lines) + "\n"
 
 
 def recipes_part(rows: Sequence[Row]) -> str:

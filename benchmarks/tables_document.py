@@ -10,6 +10,7 @@ people: there is one table for each set of people, with all methods that were me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -20,6 +21,8 @@ from common import by, line, number, read, values
 from portrait_tables import portrait_part
 
 Row = dict[str, Any]
+LARGEST_PSNR = "99.0"
+"""Value in the rows of `tables.py` for equal images."""
 COLUMNS = {
     "psnr": ("PSNR dB ↑", 2),
     "ssim": ("SSIM ↑", 3),
@@ -79,6 +82,7 @@ ID (dlib) of the input covers only the images in which a face is detected. These
 
 def write_document(path: Path, rows: list[Row], source: Path) -> None:
     """Write the part of `portrait`, then for `tiny` one section per level, with one table for each set of people."""
+    rows = [{**r, "psnr": "inf" if r["psnr"] == LARGEST_PSNR else r["psnr"]} for r in rows]
     first = rows[0]
     people = {r["person"] for r in rows}
     photographs = {(r["person"], r["picture"]) for r in rows}
@@ -157,6 +161,8 @@ def spread(found: Sequence[float], digits: int) -> str:
     """Return mean and standard error as text."""
     if not found:
         return "-"
+    if any(map(math.isinf, found)):
+        return "∞"
     error = f" ± {stdev(found) / len(found) ** 0.5:.{digits}f}" if len(found) > 1 else ""
     return f"{fmean(found):+.{digits}f}{error}"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from pfstorer_rt.settings import Range, check_settings, number, whole
+from pfstorer_rt.settings import Range, check_settings, known_fields, number, whole
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Optimizer = Literal["adamw", "muon", "adamw8bit", "paged_adamw8bit"]
@@ -16,6 +16,7 @@ Weighting = Literal["prediction", "x0"]
 Attention = Literal["auto", "sdpa", "triton", "xformers", "math", "reference"]
 """Backends of `pfstorer_rt.ops`; `auto` selects the first that this device supports."""
 Method = Literal["pfstorer", "vico", "dreambooth"]
+Counts = tuple[int, ...]
 ConfigT = TypeVar("ConfigT")
 
 
@@ -50,8 +51,7 @@ class BaseConfig:
     layers: tuple[str, ...]
     """Modules of the UNet that a personalization block follows, in execution order."""
     cfw: dict[str, Any] | None = None
-    """Keyword arguments of `ControllableFeatureWrapping`, or `TinyFeatureWrapping` for an AutoencoderTiny; None has no
-    feature wrapping."""
+    """Keyword arguments of the feature wrapping that fits the class of the VAE; None has no feature wrapping."""
     cfw_weight: float = 0.0
     """Default weight of the LQ image's features in the decoder."""
     head_size: int = 64
@@ -98,7 +98,7 @@ def _unet(channels: int, widths: tuple[int, ...], heads: tuple[int, ...], contex
     }
 
 
-def _tiny_vae(width: int, encoder: tuple[int, ...], decoder: tuple[int, ...], channels: int) -> dict[str, Any]:
+def _tiny_vae(width: int, encoder: Counts, decoder: Counts, channels: int) -> dict[str, Any]:
     return {
         "class": "AutoencoderTiny",
         "latent_channels": channels,
@@ -109,9 +109,7 @@ def _tiny_vae(width: int, encoder: tuple[int, ...], decoder: tuple[int, ...], ch
     }
 
 
-def _patch_vae(
-    widths: tuple[int, ...], encoder: tuple[int, ...], decoder: tuple[int, ...], channels: int
-) -> dict[str, Any]:
+def _patch_vae(widths: Counts, encoder: Counts, decoder: Counts, channels: int) -> dict[str, Any]:
     return {
         "class": "PatchAutoencoder",
         "patch": 4,
@@ -301,8 +299,7 @@ class TrainConfig:
     attention: Attention = "auto"
     """Backend of attention, gates and norms; `auto` selects the fastest for training on the device."""
     optimizer: Optimizer = "adamw"
-    """AdamW; Muon for matrices, with AdamW for the rest; or bitsandbytes' AdamW with 8-bit state in a quarter of the
-    memory (`paged` moves state out of a full GPU)."""
+    """AdamW; Muon for matrices and AdamW for the rest; or bitsandbytes' 8-bit AdamW (paged: state in host memory)."""
     gradient_checkpointing: bool = False
     """Recompute the UNet's activations in the backward pass instead of storing them."""
     seed: int = 0
@@ -401,7 +398,8 @@ class PersonalizeConfig:
     @classmethod
     def for_base(cls, base: BaseConfig, train: Mapping[str, Any] | None = None, **values: Any) -> PersonalizeConfig:
         """Return the defaults of a base with some values changed; `train` has fields of `TrainConfig`."""
-        training = {f.name for f in fields(TrainConfig)}
+        training = known_fields(TrainConfig, train or {})
+        known_fields(cls, values)
         trained = {name: value for name, value in base.personalize.items() if name in training}
         own = {name: value for name, value in base.personalize.items() if name not in training}
         return cls(train=TrainConfig(**{**trained, **(train or {})}), **{**own, **values})
@@ -478,6 +476,8 @@ class RestoreConfig:
     """`auto`: adain for one tile, wavelet for several."""
     colorize: bool = False
     """Whether the result of a grey or sepia image may have other colours."""
+    remove_scratches: bool = False
+    """Whether scratches, dust and creases are removed first."""
     coarse: Literal["auto", "on", "off"] = "auto"
     """Whether the image is restored at a reduced scale first; `auto`: if a face is larger than 0.8 of a tile."""
     init: Literal["lq", "noise"] = "lq"

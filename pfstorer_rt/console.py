@@ -22,6 +22,8 @@ RECENT = 20
 """Losses in the mean that is shown: single samples differ much in their loss."""
 LINES = 10
 """Number of progress lines per stage if stderr is not a terminal; a shorter stage has no lines."""
+SILENCE = 60.0
+"""Longest time in seconds between two of these lines, for slow stages."""
 
 
 def open_closed_streams() -> None:
@@ -106,6 +108,8 @@ class StageBars:
         self.tasks: dict[str, TaskID] = {}
         self.first: dict[str, StageProgress] = {}
         self.lines: dict[str, int] = {}
+        self.printed: dict[str, float] = {}
+        """Seconds of a stage at its last line."""
         self.losses: dict[str, deque[float]] = {}
 
     def __call__(self, progress: StageProgress) -> None:
@@ -113,7 +117,7 @@ class StageBars:
         stage, lines, console = progress.stage, math.floor(LINES * progress.share), self.bars.console
         if stage not in self.tasks:
             self.tasks[stage] = self.bars.add_task(stage, total=1.0, state="")
-            self.first[stage], self.lines[stage] = progress, lines
+            self.first[stage], self.lines[stage], self.printed[stage] = progress, lines, progress.seconds
             self.losses[stage] = deque(maxlen=RECENT)
             if progress.done:
                 how = "finished by an earlier run" if progress.share >= 1 else f"resuming from {count(progress)}"
@@ -121,8 +125,10 @@ class StageBars:
         state = f"{count(progress)}  {self.speed(progress)}".rstrip()
         self.bars.update(self.tasks[stage], completed=progress.share, state=state)
         long = progress.total is None or progress.total >= LINES
-        if not console.is_terminal and long and lines > self.lines[stage]:
+        due = lines > self.lines[stage] or progress.seconds - self.printed[stage] >= SILENCE
+        if not console.is_terminal and long and due:
             console.print(f"{stage}: {state}")
+            self.printed[stage] = progress.seconds
         self.lines[stage] = lines
 
     def speed(self, progress: StageProgress) -> str:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -408,9 +409,22 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 
 def _write_error(path: str | os.PathLike[str], error: OSError) -> PFStorerError:
+    if error.errno is None and re.search(r"\d+ requested and \d+ written", str(error)):  # NumPy names no cause
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     reason = (error.strerror or str(error)).lower()
     advice = _ADVICE.get(error.errno or 0, "check the path and the disk")
     return PFStorerError(f"{show_path(path)}: cannot be written ({reason}); {advice}")
+
+
+def write_to_stdout(data: bytes) -> None:
+    """Write bytes to standard output; raises PFStorerError if it cannot be written, BrokenPipeError if nobody reads."""
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _write_error("standard output", error) from error
 
 
 def make_folder(path: Path, private: bool = False) -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from functools import cache
 from numbers import Integral, Real
 from types import MappingProxyType, NoneType, UnionType
@@ -42,6 +43,15 @@ def is_finite(value: Any) -> bool:
         return is_real(value) and math.isfinite(value)
     except OverflowError:  # a whole number of more than 308 digits
         return False
+
+
+def known_fields(kind: Any, names: Iterable[str]) -> set[str]:
+    """Return the names of a dataclass's fields; raises `SettingError` if one of `names` is not among them."""
+    known = {field.name for field in fields(kind)}
+    for name in names:
+        if name not in known:
+            raise SettingError(f"setting {name!r}: expected one of {', '.join(sorted(known))}", setting=name)
+    return known
 
 
 def check_settings(config: Any, ranges: Mapping[str, Range] = MappingProxyType({})) -> None:

@@ -5,7 +5,8 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from pfstorer_rt.config import PersonalizeConfig, RestoreConfig, TileConfig, TrainConfig
+from pfstorer_rt.config import PRESETS, PersonalizeConfig, RestoreConfig, TileConfig, TrainConfig
+from pfstorer_rt.errors import SettingError
 
 
 @pytest.mark.parametrize(
@@ -98,3 +99,10 @@ def test_a_seed_that_is_no_whole_number_is_refused(value):
 
 def test_numbers_of_numpy_are_accepted():
     assert RestoreConfig(seed=np.int64(3), strength=np.float32(0.5), steps=np.uint8(4)).seed == 3
+
+
+@pytest.mark.parametrize(("train", "values"), [({"iterationz": 2}, {}), ({}, {"nosuch": 1}), ({"method": "vico"}, {})])
+def test_an_unknown_setting_is_named(train, values):
+    with pytest.raises(SettingError, match=r"expected one of .*(iterations|lambda_id)") as caught:
+        PersonalizeConfig.for_base(PRESETS["portrait"], train, **values)
+    assert caught.value.setting in {*train, *values}

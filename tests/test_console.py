@@ -25,6 +25,11 @@ def test_without_a_terminal_a_stage_is_a_few_lines(shown):
     assert lines[0] == "restorer: 3/30  loss 0.5000  2.00/s" and lines[-1].startswith("restorer: 30/30  ")
 
 
+def test_a_slow_stage_has_a_line_each_minute(shown):
+    lines = shown(("person", 0, 1000), *(("person", i, 1000, 0.5, 25.0 * i) for i in range(1, 10)))
+    assert [line.split("/")[0] for line in lines] == ["person: 3", "person: 6", "person: 9"]
+
+
 def test_the_loss_is_the_mean_of_the_last_samples(shown):
     losses = [1000.0] * 30 + [1.0, 3.0] * 10
     lines = shown(("person", 0, 50), *(("person", i + 1, 50, loss, i / 2) for i, loss in enumerate(losses)))

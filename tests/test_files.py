@@ -2,7 +2,10 @@ import errno
 import hashlib
 import os
 import stat
+import sys
 import zipfile
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,11 +76,26 @@ def test_a_full_disk_in_a_work_folder_is_reported(tmp_path, monkeypatch):
     import numpy as np
 
     monkeypatch.setenv("PFSTORER_HOME", str(tmp_path))
-    words = r"work: cannot be written .*check the path and the disk"
+    words = r"work: cannot be written \(no space left on device\); free some space"
     with pytest.raises(PFStorerError, match=words), files.work_folder():
         np.zeros(50_000).tofile("/dev/full")
     with pytest.raises(OSError, match="truncated"), files.work_folder():
         raise OSError("image file is truncated")
+
+
+def test_a_full_disk_behind_standard_output_is_reported(monkeypatch):
+    for number, error, words in (
+        (errno.ENOSPC, PFStorerError, r"standard output: cannot be written \(no space left on device\)"),
+        (errno.EPIPE, BrokenPipeError, "Broken pipe"),
+    ):
+        stream = SimpleNamespace(write=lambda data: None, flush=partial(fail, number))
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=stream))
+        with pytest.raises(error, match=words):
+            files.write_to_stdout(b"x")
+
+
+def fail(number):
+    raise OSError(number, os.strerror(number))
 
 
 def test_a_failed_fsync_is_reported(tmp_path, full_disk):

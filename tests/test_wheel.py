@@ -76,7 +76,7 @@ def test_the_wheel_holds_every_file_under_its_installed_name(wheel):
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
         and (
-            path.suffix in (".py", ".css", ".html", ".js")
+            path.suffix in (".py", ".css", ".html", ".js", ".onnx")
             or path.name == "py.typed"
             or {"bases", "demo_images"} & set(path.parts)
         )

@@ -119,7 +119,8 @@ def command(
     with count_bar("evaluate") as progress:
         report = run_evaluation(config, progress)
     show(report, as_json)
-    sys.exit(1 if any(row.failed for row in report.rows) else 0)
+    refused = keys is not None and report.metrics.refused  # without --metrics, metrics without their files are left out
+    sys.exit(1 if refused or any(row.failed for row in report.rows) else 0)
 
 
 def name_folders(outputs: Sequence[str]) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from pfstorer_rt.cli.imports import fast_imports
-from pfstorer_rt.cli.options import Number, check_stdout, note_strength
+from pfstorer_rt.cli.options import REMOVE_SCRATCHES, Number, check_stdout, note_strength
 from pfstorer_rt.cli.threads import free_cores_only
 from pfstorer_rt.files import is_name
 from pfstorer_rt.identity import named_identity
@@ -30,6 +30,7 @@ from pfstorer_rt.identity import named_identity
 @click.option(
     "--strength", type=Number(), default=1.0, show_default=True, help="Strength of the identity: 0 is the base alone."
 )
+@click.option("--remove-scratches", is_flag=True, help=REMOVE_SCRATCHES)
 @click.option("--overwrite", is_flag=True, help="Replace existing results.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
 def command(
@@ -38,6 +39,7 @@ def command(
     output: str | None,
     base: str,
     strength: float,
+    remove_scratches: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -60,7 +62,8 @@ def command(
     from pfstorer_rt.runtime.batch import BatchConfig, Saving, engine_notes, restore_jobs
 
     note_strength(strength)
-    batch = BatchConfig(RestoreConfig(strength=strength), saving=Saving(overwrite), compare=True)
+    config = RestoreConfig(strength=strength, remove_scratches=remove_scratches)
+    batch = BatchConfig(config, saving=Saving(overwrite), compare=True)
     report = partial(show, as_json=as_json, command=click.get_current_context().command)
     jobs, outcomes = find_work(inputs, output, batch, report, note)
     if not outcomes:

@@ -83,7 +83,8 @@ def base_lines(report: Mapping[str, Any]) -> dict[str, str]:
         + ", ".join(f"{NETWORKS.get(name, name)} {millions(parameters[name])}" for name in networks),
         "tile": f"{tile} x {tile} pixels, in latent space {side} x {side} (factor {factor})",
         "sampler": f"{config['sampler']}, steps: {config['steps']}",
-        "personalization": f"{training['train']['iterations']} iterations of {training['train']['batch']} samples, "
+        "personalization": f"{training['train']['iterations']} iterations of "
+        f"{counted(training['train']['batch'], 'sample')}, "
         f"learning rate {training['train']['learning_rate']:g}, after {len(config['layers'])} attention layers",
         "loss weights": f"L_diff 1, {', '.join(losses)}"
         + (f"; {share:.0%} of the samples at timestep 999" if share else ""),
@@ -133,9 +134,16 @@ def plan_lines(report: Mapping[str, Any]) -> dict[str, str]:
         "largest error": f"{max(errors):.1e} standard deviations of PyTorch's output" if errors else "not measured",
         "tile": f"{report['tile']} x {report['tile']} pixels",
         "sampler": f"{report['sampler']}, steps: {report['steps']}",
-        "strength": "adjustable" if report["strength"] else "fixed",
-        "trusted": "yes" if report["trusted"] else "no: it contains code, and was not built by you on this machine",
+        **({"strength": "adjustable" if report["strength"] else "fixed"} if report["identity_name"] else {}),
+        "trusted": trust(report),
     }
+
+
+def trust(report: Mapping[str, Any]) -> str:
+    """Return whether a plan is run without `--trust-plan`, and why."""
+    if not report["trusted"]:
+        return "no: it contains code, and was not built by you on this machine"
+    return "yes: it contains no code" if report["target"] == "onnx" else "yes: it was built by you on this machine"
 
 
 def megabytes(count: int) -> str:

@@ -15,6 +15,9 @@ from pfstorer_rt.config import Attention, Optimizer, Precision
 from pfstorer_rt.console import note
 from pfstorer_rt.errors import Rebuild, SettingError, one_line
 
+REMOVE_SCRATCHES = "First remove scratches, dust and creases of a printed photograph."
+"""Help of `--remove-scratches`."""
+
 
 class NewFile(click.Path):
     """A file to write; `click.Path` drops a slash at the end, which marks a folder."""

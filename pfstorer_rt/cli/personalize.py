@@ -82,6 +82,8 @@ class Options:
         """Raise `click.UsageError` for options that contradict each other."""
         if self.instant + self.thorough + (self.iterations is not None) > 1:
             raise click.UsageError("give one of --instant, --thorough and --iterations")
+        if self.thorough and self.recipe == "paper":
+            raise click.UsageError("--thorough is for the recipe of the base; with --recipe paper, give --iterations")
 
 
 @click.command()

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from pfstorer_rt.cli.options import (
     ATTENTION,
+    REMOVE_SCRATCHES,
     SEED,
     Number,
     check_plan,
@@ -75,6 +76,7 @@ class Options:
     cfw_weight: float | None
     scale: float
     colorize: bool
+    remove_scratches: bool
     color_fix: Literal["auto", "adain", "wavelet", "none"]
     coarse: Literal["auto", "on", "off"]
     init: Literal["lq", "noise"]
@@ -122,6 +124,7 @@ class Options:
             strength=self.strength,
             scale=self.scale,
             colorize=self.colorize,
+            remove_scratches=self.remove_scratches,
             cfw_weight=self.cfw_weight,
             color_fix=self.color_fix,
             coarse=self.coarse,
@@ -177,8 +180,8 @@ class Options:
 @click.option(
     "--refs",
     type=click.Path(exists=True, file_okay=False),
-    help="Folder of photographs of the person; reports the distance of every result to them. With a --base that has a "
-    "instant prior (portrait has none) and without --identity, the person is learned from them without training.",
+    help="Folder of photographs of the person; reports the distance of every result to them. With a --base that can "
+    "learn without training (portrait cannot) and without --identity, the person is learned from them.",
 )
 @click.option(
     "--watch", type=click.Path(exists=True, file_okay=False), help="Restore images as they arrive in this folder."
@@ -217,6 +220,7 @@ class Options:
     "--scale", type=Number(), default=1.0, show_default=True, help="Size of the result relative to the input."
 )
 @click.option("--colorize", is_flag=True, help="Let the result of a grey or sepia image have other colours.")
+@click.option("--remove-scratches", is_flag=True, help=REMOVE_SCRATCHES)
 @click.option(
     "--color-fix",
     type=click.Choice(["auto", "adain", "wavelet", "none"]),

@@ -20,10 +20,10 @@ Seconds = Mapping[str, float]
 
 
 def evaluate(
-    refs: Path,
-    hq: Path,
-    outputs: Path | Mapping[str, Path],
-    inputs: Path | None = None,
+    refs: str | Path,
+    hq: str | Path,
+    outputs: str | Path | Mapping[str, str | Path],
+    inputs: str | Path | None = None,
     *,
     seconds: Mapping[str, float | Seconds] | None = None,
     metrics: Metrics | None = None,
@@ -42,13 +42,15 @@ def evaluate(
     has no references, or when no result of a method can be measured, and `ValueError` for a method named "input" or
     "original".
     """
-    methods = outputs if isinstance(outputs, Mapping) else {outputs.name or "output": outputs}
+    refs, hq = Path(refs), Path(hq)
+    named = outputs if isinstance(outputs, Mapping) else {Path(outputs).name or "output": outputs}
+    methods = {name: Path(folder) for name, folder in named.items()}
     reserved = sorted({INPUT, ORIGINAL} & set(methods))
     if reserved:
         raise SettingError(f"the method name {reserved[0]!r} is reserved for a reference row; choose another name")
     metrics = metrics or load_metrics()
     originals = by_name(hq)
-    folders = {**({INPUT: inputs} if inputs else {}), **methods}
+    folders = {**({INPUT: Path(inputs)} if inputs else {}), **methods}
     results = {method: match(originals, folder) for method, folder in folders.items()}
     people = People(refs)
     references = {name: people.of(name) for name in originals}

@@ -100,10 +100,11 @@ def load_metrics(keys: Sequence[str] | None = None, files: MetricFiles | None = 
 
 
 def describe_version(metric: Metric, files: MetricFiles) -> str:
-    """Return the versions of a metric's packages and the digest of its weight file."""
+    """Return the versions of a metric's packages, the digest of its weight file, and the range of its input."""
     words = [f"{name} {package_version(name)}" for name in metric.packages]
     paths = [path for name in metric.files if (path := getattr(files, name)) is not None]
-    return ", ".join([*words, *(f"{path.name} sha256 {sha256_file(path)[:12]}" for path in paths)])
+    words += [f"{path.name} sha256 {sha256_file(path)[:12]}" for path in paths]
+    return ", ".join([*words, *([f"input {files.arcface_range}"] if "arcface" in metric.files else [])])
 
 
 def package_version(name: str) -> str:

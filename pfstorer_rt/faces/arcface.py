@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pfstorer_rt.errors import BadFileError, one_line
+from pfstorer_rt.errors import BadFileError, SettingError, one_line
 from pfstorer_rt.faces.dlib import Embedding, Points, load_dlib
 from pfstorer_rt.faces.finding import at_landmark_side, find_largest, landmarks_at_side
 from pfstorer_rt.imaging.rows import Pixels
@@ -19,6 +19,9 @@ TEMPLATE = np.array(
     [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)]
 )
 """Positions of both eyes, the nose and the corners of the mouth, (x, y) in pixels of 112 x 112."""
+ALIKE = 0.97
+"""Largest cosine similarity of the embeddings of an image that is white on the left and one that is white below.
+MobileFace V2, whose input ends at 255, has 0.65 with its own range, and 0.98 or more with the others."""
 
 
 def arcface_embedder(path: Path, scaling: tuple[float, float] = (2.0, -1.0)) -> Callable[[Pixels], Embedding | None]:
@@ -40,9 +43,11 @@ def arcface_embedder(path: Path, scaling: tuple[float, float] = (2.0, -1.0)) -> 
 def aligned_embedder(path: Path, scaling: tuple[float, float] = (2.0, -1.0)) -> Callable[[Pixels, Points], Embedding]:
     """Return a function of an image (H, W, 3) in [0, 1] and points of `find_five_points` -> embedding of length 1.
 
-    scaling: as in `arcface_embedder`. Raises `BadFileError` for another file.
+    scaling: as in `arcface_embedder`. Raises `BadFileError` for another file, and `SettingError` for a scaling with
+    which the recognizer distinguishes nothing.
     """
     session = open_recognizer(path)
+    check_scaling(session, scaling)
     name = session.get_inputs()[0].name
 
     def embed(pixels: Pixels, points: Points) -> Embedding:
@@ -76,6 +81,26 @@ def open_recognizer(path: Path) -> Any:
     if len(shape) != 2 or shape[1] < 2:
         raise BadFileError(f"{path}: its output has shape {shape}; expected one embedding, (1, N)")
     return session
+
+
+def check_scaling(session: Any, scaling: tuple[float, float]) -> None:
+    """Raise `SettingError` if two unlike images have nearly the same embedding.
+
+    A recognizer for values up to 255 finds every face equal to every other if the values end at 1.
+    """
+    left, bottom = np.zeros((2, 1, 3, SIDE, SIDE))
+    left[..., : SIDE // 2] = bottom[:, :, SIDE // 2 :] = 1
+    vectors = []
+    for image in (left, bottom):
+        inputs = {session.get_inputs()[0].name: (image * scaling[0] + scaling[1]).astype(np.float32)}
+        vectors.append(np.asarray(session.run(None, inputs)[0], np.float64).ravel())
+    cosine = float(vectors[0] @ vectors[1] / max(np.prod([np.linalg.norm(v) for v in vectors]), 1e-12))
+    if cosine > ALIKE:
+        raise SettingError(
+            f"the recognizer gives two unlike images nearly the same embedding (cosine {cosine:.3f}); its input "
+            "probably has another range of values",
+            setting="arcface_range",
+        )
 
 
 def five_points(points: Points) -> Points:

@@ -19,6 +19,7 @@ from pfstorer_rt.imaging.rows import Rows
 FARTHER = "farther from the references than the input"
 NO_FACE = "no face found in the result"
 """Beginnings of the notes of `References.facts`."""
+OTHER_SETTINGS = "try another strength, number of steps or seed"
 CHANGE = 0.02
 """A smaller increase of the distance gets no note: a shift of the face by a pixel has the same effect."""
 
@@ -69,9 +70,10 @@ class References:
         """
         return self._nearest(self._faces(rows))[0]
 
-    def facts(self, source: Rows, result: Rows) -> dict[str, Any]:
+    def facts(self, source: Rows, result: Rows, advice: str = OTHER_SETTINGS) -> dict[str, Any]:
         """Return entries of a report, with a note when the result is farther from the references than the input is.
 
+        advice: what the user can do then.
         The face of the result is the one at the place of the person's face in the input.
         """
         before, person = self._nearest(self._faces(source))
@@ -82,9 +84,7 @@ class References:
             return {"id_distance": None, "id_distance_input": before, "notes": [NO_FACE]}
         facts: dict[str, Any] = {"id_distance": after, "id_distance_input": before}
         if before is not None and after > before + CHANGE:
-            facts["notes"] = [
-                f"{FARTHER}: {after:.3f}, the input has {before:.3f}; try another strength, number of steps or seed"
-            ]
+            facts["notes"] = [f"{FARTHER}: {after:.3f}, the input has {before:.3f}; {advice}"]
         return facts
 
     def _faces(self, rows: Rows) -> list[Face]:

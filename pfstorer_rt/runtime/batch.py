@@ -1,8 +1,7 @@
 """Process many images; a second thread reads the next image and writes the last result meanwhile.
 
 Nothing is printed here. `on_outcome` is called once for every image, in order, from the thread that reads and writes.
-An exception from it ends the batch after all finished images have been written. `on_step` is called from the caller's
-thread.
+An exception from it ends the batch after all finished images are written. The caller's thread calls `on_step`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from pfstorer_rt.config import RestoreConfig
 from pfstorer_rt.engine.session import out_of_memory
 from pfstorer_rt.errors import ExistsError, PFStorerError, SettingError, one_line
-from pfstorer_rt.files import check_target, exists_already, make_folder, show_path
+from pfstorer_rt.files import check_target, exists_already, make_folder, show_path, write_to_stdout
 from pfstorer_rt.imaging.bands import result_size
 from pfstorer_rt.imaging.files import (
     MAX_PIXELS,
@@ -255,9 +254,14 @@ def without_effect(restorer: Restorer, settings: BatchConfig) -> list[NoEffect]:
     config, found = settings.restore, []
     if config.strength != 1.0 and restorer.manifest.identity_name is None:
         found.append(NoEffect("strength", config.strength, "this engine contains no identity"))
-    if config.eta and (sampler := restorer.recipe(config).sampler) != "ddim":
-        found.append(NoEffect("eta", config.eta, f"only the sampler ddim uses it, and this sampler is {sampler}"))
-    if settings.preview and restorer.recipe(config).steps == 1:
+    recipe = restorer.recipe(config)
+    if config.eta and recipe.sampler != "ddim":
+        found.append(
+            NoEffect("eta", config.eta, f"only the sampler ddim uses it, and this sampler is {recipe.sampler}")
+        )
+    elif config.eta and recipe.steps == 1:
+        found.append(NoEffect("eta", config.eta, "no noise is added after the last step, and there is one step"))
+    if settings.preview and recipe.steps == 1:
         found.append(NoEffect("preview", True, "the result itself takes one step"))
     return found
 
@@ -281,7 +285,7 @@ class _Restoring:
         self._chooser = face_chooser(restorer, settings)
         self._passes: dict[Job, Passes] = {}
         self._turns: dict[Job, int] = {}  # as in `Choice`
-        self._left: dict[Job, list[str]] = {}  # notes on existing files that were kept
+        self._notes: dict[Job, list[str]] = {}
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Return (height, width) of the result of an image."""
@@ -289,8 +293,12 @@ class _Restoring:
 
     def process(self, number: int, job: Job, rows: Rows, step: Callable[[int, int], None]) -> Rows:
         """Restore an image, after its preview."""
-        config, chosen = self.settings.restore, self._chooser.choose(rows)
-        self._turns[job], rows = chosen.turns, turned(rows, chosen.turns)
+        config = self.settings.restore
+        prepared = self.restorer.prepared(rows, config)
+        if config.remove_scratches and prepared is rows:
+            self._notes.setdefault(job, []).append("no scratches were found")
+        chosen = self._chooser.choose(prepared)
+        self._turns[job], rows = chosen.turns, turned(prepared, chosen.turns)
         if self.settings.preview and job.target and self.restorer.recipe(config).steps > 1:
             first = replace(config, steps=1)
             passes = self.restorer.passes(rows, first).chosen(chosen)
@@ -304,7 +312,7 @@ class _Restoring:
         restorer, config = self.restorer, self.settings.restore
         if not (self._chooser.depends_on_content or restorer.needs_content(height, width, config)):
             return None
-        rows = read()
+        rows = restorer.prepared(read(), config)
         chosen = self._chooser.choose(rows)
         return restorer.passes(turned(rows, chosen.turns), config).chosen(chosen)
 
@@ -326,10 +334,11 @@ class _Restoring:
         if self.settings.compare:
             entries |= self._write_beside(job, "compare", SideBySide(source, result))
         if self.settings.references:
-            measured = self.settings.references.facts(turned(source, turns), turned(result, turns))
+            known = {} if restorer.manifest.identity_name else {"advice": "use a plan with an identity of the person"}
+            measured = self.settings.references.facts(turned(source, turns), turned(result, turns), **known)
             notes += measured.pop("notes", ())
             entries |= measured
-        return Details(entries, [*notes, *self._left.pop(job, ())])
+        return Details(entries, [*notes, *self._notes.pop(job, ())])
 
     def _write_beside(self, job: Job, word: str, rows: Rows) -> dict[str, str]:
         """Write `{result}_{word}`; an existing file stays unless results may be overwritten."""
@@ -337,12 +346,12 @@ class _Restoring:
             return {}
         path, saving = _beside(job.target, word), self.settings.saving
         if path.exists() and not saving.overwrite:
-            self._left.setdefault(job, []).append(f"{path} exists already and was left as it is")
+            self._notes.setdefault(job, []).append(f"{path} exists already and was left as it is")
             return {}
         try:
             check_side(SAVE_FORMATS[path.suffix.lower()], rows.width, rows.height)
         except PFStorerError as error:
-            self._left.setdefault(job, []).append(f"{path} was not written: {error}")
+            self._notes.setdefault(job, []).append(f"{path} was not written: {error}")
             return {}
         metadata = Metadata().marked() if saving.mark else Metadata()
         save_image(path, rows, metadata=metadata, overwrite=saving.overwrite, quality=saving.quality)
@@ -486,6 +495,6 @@ def write(job: Job, scan: Scan, rows: Rows, saving: Saving) -> None:
     if scan.alpha is not None:
         kept["alpha"] = resize_alpha(scan.alpha, rows.height, rows.width)
     if job.target is None:
-        sys.stdout.buffer.write(encode_image(rows, saving.stream, **kept))
+        write_to_stdout(encode_image(rows, saving.stream, **kept))
         return
     save_image(job.target, rows, overwrite=saving.overwrite, **kept)

@@ -154,6 +154,8 @@ def find_inputs(inputs: Sequence[str], suffix: str, note: Note, note_results: No
         if results:
             kept = f"{len(results)} earlier result(s) of this program"
             raise NoImagesError(f"no images in {' '.join(inputs)} except {kept}; name one alone to restore it again")
+        if not inputs:
+            raise NoImagesError("no inputs; expected files or folders of images")
         raise NoImagesError(f"no images in {' '.join(inputs)}; expected files such as .jpg, .png or .tif")
     note_left_out(results, note_results)
     return fresh

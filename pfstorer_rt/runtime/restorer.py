@@ -40,6 +40,7 @@ from pfstorer_rt.runtime.layout import CodecTiles, Layout
 from pfstorer_rt.runtime.memory import run_codec
 from pfstorer_rt.runtime.part import Inserted, Part, Predict, base_layout, blended, find_part, recorded
 from pfstorer_rt.runtime.recipe import Recipe
+from pfstorer_rt.runtime.scratches import without_scratches
 from pfstorer_rt.runtime.selection import Mixed, Selection
 from pfstorer_rt.runtime.tiled_networks import Codec, Done, TiledDenoiser, crop
 from pfstorer_rt.tiling import Tile, blend_by_rows, ramp_weights
@@ -55,7 +56,7 @@ RestoreSquare = Callable[[Rows, Layout, Tile, Done], Rows]
 
 
 class Restorer:
-    """Restores images with one engine; a context manager that frees the engine.
+    """Restores images with one engine; a context manager that frees the engine, as `close` does.
 
     Attributes: `manifest`, the description of the engine; `sessions`, its open components by name; `backend`, the
     library that runs them; `provider`, the device or execution provider of this library; `note`, the reason why a GPU
@@ -72,9 +73,9 @@ class Restorer:
 
     @property
     def sessions(self) -> dict[str, Session]:
-        """Return the open components by name; raises `SettingError` after the end of the `with` block."""
+        """Return the open components by name; raises `SettingError` after `close`."""
         if not self._sessions:
-            raise SettingError("this restorer is closed; use it inside its `with` block, or open it again")
+            raise SettingError("this restorer is closed; open the plan or the base again")
         return self._sessions
 
     @classmethod
@@ -151,6 +152,10 @@ class Restorer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engine; the end of a `with` block does this too."""
         self._sessions = {}
         self._stack.close()
 
@@ -162,7 +167,8 @@ class Restorer:
         Raises `ValueError` for other pixels and for a setting out of range, `PFStorerError` if the engine returns NaN.
         """
         check_pixels(pixels)
-        result = self.restore_rows(Spool.of(from_pixels(pixels)), config, step)
+        source = self.prepared(Spool.of(from_pixels(pixels)), config)
+        result = self.restore_rows(source, config, step)
         return to_pixels(read_whole(result))
 
     def restore_rows(
@@ -174,7 +180,7 @@ class Restorer:
     ) -> Rows:
         """Restore an image by rows, so that memory depends on the size of a tile and not of the image.
 
-        passes: the result of `passes` for the same image and settings; None computes it.
+        source: a `prepared` image. passes: the result of `passes` for the same image and settings; None computes it.
         The networks have finished when this returns. Colour fix and resizing run while rows are read from the result,
         which raises `PFStorerError` for values that are not finite. Raises `PFStorerError` before the first tile if the
         disk has too little space for the temporary files of a large image.
@@ -197,6 +203,10 @@ class Restorer:
             coarse = self._restore_selected([on_canvas(shown, canvas)], plan.coarse, plan.selection, again, done)
             images = [Guided(images[0], rows, reduced_to(shown, canvas)) for rows in coarse]
         return self._restore_selected(images, plan.last, plan.selection, back, done)[-1]
+
+    def prepared(self, source: Rows, config: RestoreConfig | None = None) -> Rows:
+        """Return an image as `restore_rows` takes it: without scratches, if they are to be removed."""
+        return without_scratches(source) if config and config.remove_scratches else source
 
     def passes(self, source: Rows, config: RestoreConfig | None = None) -> Passes:
         """Return the passes of an image; with coarse to fine, the scale of the first depends on the largest face."""

@@ -69,6 +69,7 @@ class RestoreTab:
                 maximum=1000,
             )
             self.scale = gr.Slider(1, 4, 1, step=0.5, label="Size of the result, relative to the input")
+            self.scratches = gr.Checkbox(label="Remove scratches and dust first", elem_id="scratches")
         with gr.Row():
             self.restore = gr.Button("Restore", variant="primary", elem_id="restore")
             self.cancel = gr.Button("Cancel", interactive=False, elem_id="cancel-restore")
@@ -91,7 +92,7 @@ class RestoreTab:
             self.line, self.viewer, self.shown, self.several, self.reading, self.results, self.zip, self.faces,
             self.cancel, self.restore, self.strength,
         ]  # fmt: skip
-        dials = [self.person, self.strength, self.seed, self.steps, self.scale]
+        dials = [self.person, self.strength, self.seed, self.steps, self.scale, self.scratches]
         guarded, browsing = handled(self.workspace, self.line, self.stopped), handled(self.workspace, self.line)
         self.folder.upload(self.on_folder, [self.files, self.folder], self.files, **QUIET)
         self.files.change(self.on_cancel, None, None, queue=False, **QUIET)
@@ -184,10 +185,17 @@ class RestoreTab:
         yield from self.finish(session, None)
 
     def on_restore(
-        self, person: str, strength: float, seed: float, steps: float, scale: float, request: gr.Request
+        self,
+        person: str,
+        strength: float,
+        seed: float,
+        steps: float,
+        scale: float,
+        scratches: bool,
+        request: gr.Request,
     ) -> Iterator[Updates]:
         """Restore all pictures."""
-        dials = restoring.Dials(strength, int(seed or 0), int(steps or 0), scale)
+        dials = restoring.Dials(strength, int(seed or 0), int(steps or 0), scale, scratches)
         yield from self.restore_some(self.session(request), person, dials, None)
 
     def on_strength(
@@ -198,13 +206,14 @@ class RestoreTab:
         seed: float,
         steps: float,
         scale: float,
+        scratches: bool,
         request: gr.Request,
     ) -> Iterator[Updates]:
         """Restore the shown picture again."""
         session = self.session(request)
         only = next((path for path in session.inputs if path.name == shown and path in session.outcomes), None)
         if only is not None:
-            dials = restoring.Dials(strength, int(seed or 0), int(steps or 0), scale)
+            dials = restoring.Dials(strength, int(seed or 0), int(steps or 0), scale, scratches)
             yield from self.restore_some(session, person, dials, only)
 
     def restore_some(

@@ -43,11 +43,16 @@ class Dials:
     steps: int = 0
     """0 selects the default of the base or plan."""
     scale: float = 1.0
+    remove_scratches: bool = False
 
     def config(self) -> RestoreConfig:
         """Return the settings of the library."""
         return RestoreConfig(
-            steps=int(self.steps) or None, seed=int(self.seed), strength=float(self.strength), scale=float(self.scale)
+            steps=int(self.steps) or None,
+            seed=int(self.seed),
+            strength=float(self.strength),
+            scale=float(self.scale),
+            remove_scratches=bool(self.remove_scratches),
         )
 
 

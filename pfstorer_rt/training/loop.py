@@ -32,6 +32,8 @@ from pfstorer_rt.training.memory import saving_memory
 from pfstorer_rt.training.optimizers import ParameterGroup, make_optimizer
 from pfstorer_rt.training.schedule import Schedule
 
+CHECKPOINT_SECONDS = 120.0
+"""Longest time between two checkpoints: on a slow machine, `checkpoint_every` iterations take many minutes."""
 LOG_EVERY = 50
 """Iterations between two calls of `Training.on_log`."""
 
@@ -239,10 +241,10 @@ class Pending:
 def run_training(training: Training, accelerator: Accelerator) -> None:
     """Minimise the loss over the batches of iterations 0 ... `iterations` - 1, or for `minutes`, in place.
 
-    accelerator: from `accelerated`. The state is saved every `settings.checkpoint_every` iterations and when
-    interrupted: Ctrl-C raises `KeyboardInterrupt` after the iteration, and `CancelledError` in `on_progress` is raised
-    again. The same call then resumes from the checkpoint and ends with the same weights as one uninterrupted call on
-    the same device. At the end, the averaged weights replace the model's weights if `settings.ema` is above 0.
+    accelerator: from `accelerated`. The state is saved every `settings.checkpoint_every` iterations, every two minutes,
+    and when interrupted: Ctrl-C raises `KeyboardInterrupt` after the iteration, and `CancelledError` in `on_progress`
+    is raised again. The same call then resumes from the checkpoint and ends with the same weights as one uninterrupted
+    call on the same device. At the end, the averaged weights replace the model's weights if `settings.ema` is above 0.
     """
     objective, settings = training.objective, training.settings
     nn.Module.to(objective, accelerator.device)
@@ -272,7 +274,7 @@ def _iterate(training: Training, objective: nn.Module, state: TrainState, accele
         step = RecordedStep(step, training.recorder)
     if main:
         training.on_progress(StageProgress(title, done, total, time_share=schedule.share(done)))
-    pending = Pending(training.recorder is not None)
+    pending, saved = Pending(training.recorder is not None), started
     batches = prefetch(
         lambda i: training.make_batch(i, i * processes + rank), done, total or sys.maxsize, settings.workers
     )
@@ -292,8 +294,10 @@ def _iterate(training: Training, objective: nn.Module, state: TrainState, accele
             last = share >= 1 or stop
             if main and training.on_log and (done % LOG_EVERY == 0 or last):
                 training.on_log(done, {k: v.item() for k, v in losses.items()})
-            if main and (done % settings.checkpoint_every == 0 or last):
+            late = training.clock() - saved >= CHECKPOINT_SECONDS
+            if main and (done % settings.checkpoint_every == 0 or late or last):
                 state.save(training.checkpoint, done, training.mark, schedule.seconds)
+                saved = training.clock()
             if stop:
                 of = f" of {total}" if total else f", {share:.0%} of the time"
                 raise (CancelledError if cancelled else KeyboardInterrupt)(f"stopped after iteration {done}{of}")

@@ -80,3 +80,28 @@ def test_changed_images_have_a_row_for_each_change_and_input(tables):
     lines = [text for text in tables.tones_part(rows).splitlines() if text.startswith("| real")]
     assert [text.split(" | ")[2] for text in lines] == ["grey"] * 3 + ["blue"] * 3
     assert [text.rstrip(" |").split(" | ")[-1] for text in lines] == ["50.0", "40.0", "20.0"] * 2
+
+
+def test_scratches_have_a_row_for_each_damage_and_setting(tables):
+    rows = [
+        {
+            "set": "real",
+            "level": level,
+            "damage": damage,
+            "setting": setting,
+            "psnr": "20",
+            "lpips": "0.3",
+            "cosine": value,
+        }
+        for level in ("light", "heavy")
+        for damage, setting, value in (
+            ("scratches", "remove_scratches", "0.5"),
+            ("scratches", "default", "0.3"),
+            ("none", "default", "0.6"),
+            ("none", "remove_scratches", "0.59"),
+            ("scratches", "input", "0.1"),
+        )
+    ]
+    lines = [text for text in tables.scratches_part(rows).splitlines() if text.startswith("| real")]
+    assert [text.split(" | ")[1] for text in lines] == ["light"] * 5 + ["heavy"] * 5
+    assert [text.rstrip(" |").split(" | ")[-1] for text in lines] == ["60.0", "59.0", "10.0", "30.0", "50.0"] * 2

@@ -51,6 +51,16 @@ def test_fix_writes_the_result_and_a_comparison(run, known, alice, save, tmp_pat
     assert (tmp_path / "plain.png").read_bytes() != (old.parent / "old_restored.png").read_bytes()
 
 
+def test_fix_removes_scratches_on_demand(run, known, alice, save, tmp_path, monkeypatch):
+    from pfstorer_rt.runtime import restorer
+
+    seen = []
+    monkeypatch.setattr(restorer, "without_scratches", lambda rows: seen.append(rows) or rows)
+    for name, flags in (("a.png", ()), ("b.png", ("--remove-scratches",))):
+        call = ("fix", save(tmp_path / name), "--person", alice, "--base", known, *flags)
+        assert run(*call).status == 0 and len(seen) == len(flags)
+
+
 def test_fix_stores_no_identity(run, known, alice, save, tmp_path, people, tree):
     before = tree(people)
     assert run("fix", save(tmp_path / "old.png"), "--person", alice, "--base", known).status == 0
@@ -158,6 +168,8 @@ def test_speeds_exclude_each_other(refused, known, photos):
     refused(
         2, "personalize", "--identity", "bob", "--base", known, *photos, "--instant", "--thorough", words=["one of"]
     )
+    call = ("personalize", "--identity", "bob", "--base", known, *photos, "--recipe", "paper", "--thorough")
+    refused(2, *call, words=["--thorough is for the recipe of the base"])
 
 
 def test_the_papers_recipe_starts_closed(run, known, photos, people):

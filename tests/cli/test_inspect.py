@@ -62,6 +62,15 @@ def test_inspect_shows_a_plan(run, nano_plan):
     lines = run("inspect", nano_plan.path).out.splitlines()
     assert len(lines) == 12 and "identity:      alice (method pfstorer)" in lines, "a summary"
     assert "strength:      adjustable" in lines
+    assert "trusted:       yes: it contains no code" in lines
+
+
+def test_inspect_shows_no_strength_of_a_plan_without_an_identity(run, nano_base, tmp_path):
+    from pfstorer_rt.export import export_plan
+
+    export_plan(tmp_path / "base.plan", None, nano_base)
+    lines = run("inspect", tmp_path / "base.plan").out.splitlines()
+    assert "identity:      none" in lines and not any(line.startswith("strength") for line in lines)
 
 
 def cut_plan(path, plan, base):

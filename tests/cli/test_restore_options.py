@@ -244,3 +244,27 @@ def test_files_beside_standard_output_are_noted(restore, save, tmp_path):
 def test_a_weight_outside_its_range_gets_a_note(run, nano_base_dir, save, tmp_path, weight, noted):
     done = run("restore", "--base", nano_base_dir, save(tmp_path / "a.png"), "--cfw-weight", weight)
     assert ("expected 0 to 1; other values give false colours" in done.err) == noted
+
+
+def test_scratches_are_removed_before_the_restoration(restore, tmp_path, monkeypatch):
+    from pfstorer_rt.imaging.rows import Spool
+    from pfstorer_rt.runtime import restorer
+
+    plain = np.full((64, 70, 3), 90, np.uint8)
+    plain[::7] = 120
+    marked = plain.copy()
+    marked[30:33] = 255
+    for name, image in (("plain.png", plain), ("marked.png", marked)):
+        Image.fromarray(image).save(tmp_path / name)
+    clean = Spool.of(plain.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)
+    monkeypatch.setattr(restorer, "without_scratches", lambda rows: clean)
+    results = []
+    for number, call in enumerate([("plain.png",), ("marked.png", "--remove-scratches"), ("marked.png",)]):
+        target = tmp_path / f"{number}.png"
+        assert restore(tmp_path / call[0], *call[1:], "-o", target).status == 0
+        results.append(np.asarray(Image.open(target)))
+    assert np.array_equal(results[0], results[1]) and not np.array_equal(results[0], results[2])
+    monkeypatch.setattr(restorer, "without_scratches", lambda rows: rows)
+    done = restore(tmp_path / "plain.png", "--remove-scratches", "-o", tmp_path / "3.png", "--json")
+    assert json.loads(done.out)["notes"] == ["no scratches were found"]
+    assert np.array_equal(results[0], np.asarray(Image.open(tmp_path / "3.png")))

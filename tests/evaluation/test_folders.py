@@ -41,6 +41,7 @@ def test_figures_are_computed_from_the_files(folders, simple, tmp_path):
     row = next(row for row in report.rows if (row.method, row.image) == ("out", "a"))
     assert row.figures["psnr"] == pytest.approx(psnr(*read), abs=1e-6) and row.thumbnail[:2] == b"\xff\xd8"
     assert report.methods == ["out", "original"] and pfstorer_rt.evaluate is evaluate
+    assert evaluate(*map(str, folders), metrics=simple).rows == report.rows
 
 
 def test_several_methods_inputs_and_seconds(folders, simple, put):

@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from skimage.transform import resize
 
-from pfstorer_rt.errors import BadFileError
+from pfstorer_rt.errors import BadFileError, SettingError
 from pfstorer_rt.evaluation.registry import MetricFiles, Sample, load_metrics
 from pfstorer_rt.faces import arcface
 from pfstorer_rt.faces.finding import at_landmark_side, find_largest, landmarks_at_side
@@ -97,6 +97,18 @@ def test_the_identity_to_the_original_uses_the_face_of_the_original(face, make_i
     assert loaded.measure(Sample(result), Sample(original))["id_original_arcface"] == pytest.approx(expected, abs=0.01)
     nobody = Sample(make_image(64, 64))
     assert loaded.measure(nobody, nobody)["id_original_arcface"] is None
+
+
+def test_a_range_with_which_all_images_are_alike_is_refused(recognizer):
+    path = recognizer()
+    model = onnx.load(path)
+    model.graph.initializer.append(numpy_helper.from_array(np.full(32, 1e6, np.float32), "offset"))
+    model.graph.node[-1].output[0] = "sum"
+    model.graph.node.append(helper.make_node("Add", ["sum", "offset"], ["embedding"]))
+    onnx.save(model, path)
+    with pytest.raises(SettingError, match=r"nearly the same embedding \(cosine 1\.000\)") as caught:
+        load_metrics(["id_arcface"], MetricFiles(arcface=path))
+    assert caught.value.setting == "arcface_range"
 
 
 def test_images_without_a_face_have_no_figure(recognizer, make_image, face):

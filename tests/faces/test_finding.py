@@ -98,6 +98,8 @@ def test_a_result_farther_from_the_references_than_the_input_gets_a_note(tmp_pat
     facts = references.facts(source=white, result=grey)
     assert (facts["id_distance_input"], facts["id_distance"]) == (0, 0.5)
     assert "farther from the references than the input" in facts["notes"][0]
+    assert facts["notes"][0].endswith("; try another strength, number of steps or seed")
+    assert references.facts(white, grey, "use a plan")["notes"][0].endswith("; use a plan")
     assert "notes" not in references.facts(source=grey, result=white)
     almost = Spool.of(np.full((3, 8, 8), 0.97, np.float32))  # a distance of 0.015
     assert "notes" not in references.facts(source=white, result=almost)

@@ -40,6 +40,9 @@ class Copying:
             raise SettingError(f"scale {config.scale}: expected 1 or 8")
         return SimpleNamespace(steps=config.steps or self.steps, sampler=self.sampler)
 
+    def prepared(self, rows, config):
+        return rows
+
     def passes(self, rows, config):
         found = SimpleNamespace(fine=SimpleNamespace(recipe=self.recipe(config)), facts=lambda: {"tiles": 1}, notes=())
         return SimpleNamespace(chosen=lambda choice: found)

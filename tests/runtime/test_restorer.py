@@ -328,6 +328,10 @@ def test_a_closed_restorer_is_refused_before_any_work(nano_base, make_image, tmp
     for use in (restorer.restore, lambda pixels: restorer.recipe(), lambda pixels: restorer.layout(64, 64)):
         with pytest.raises(ValueError, match="this restorer is closed"):
             use(make_image(64, 64))
+    second = Restorer.from_base(nano_base, device="cpu")
+    second.close()
+    with pytest.raises(PFStorerError, match="this restorer is closed; open the plan or the base again"):
+        second.recipe()
     with pytest.raises(PFStorerError, match="this restorer is closed"):
         restore_files(restorer, tmp_path / "missing.png", tmp_path / "out.png")
 

@@ -118,6 +118,17 @@ def test_the_identity_acts_on_the_face_that_resembles_the_person(choose):
     assert "3 faces found" in found.notes[0] and "60 from the left" in found.notes[0]
 
 
+def test_the_identity_acts_on_several_faces_that_certainly_are_the_person(choose):
+    sure, unsure = np.full(128, 0.49 / 128**0.5), np.full(128, 0.51 / 128**0.5)
+    found = choose([STRANGER, sure, ALICE, unsure])
+    assert found.selection.chosen == (Area(120, 30, 40, 40), Area(60, 30, 40, 40))
+    assert found.selection.others == (Area(0, 30, 40, 40), Area(180, 30, 40, 40))
+    (note,) = found.notes
+    assert "4 faces found; the identity acts on 2 of them, of which the nearest is 40 pixels wide, 120 from" in note
+    assert choose([sure, ALICE]) == choose([ALICE]), "everybody in the image is the person"
+    assert choose([unsure, unsure]).selection.chosen == (Area(0, 30, 40, 40),)
+
+
 def test_an_image_without_the_person_gets_a_note_and_keeps_its_behaviour(choose):
     found = choose([STRANGER, STRANGER])
     assert found.selection is None and "none of 2 faces resembles the person (distance 1.13" in found.notes[0]
@@ -222,8 +233,10 @@ def test_what_the_choice_needs_is_named(monkeypatch):
 def test_faces_of_all_sizes_are_found_in_pixels_of_the_image(face):
     small = np.pad(face[::2, ::2][:, ::-1], ((64, 64), (0, 0), (0, 0)))
     crowd = Spool.of(from_pixels(np.concatenate([small, face], 1)))
-    chosen = Chooser(replace(ENGINE, face=[]), RestoreConfig(), known=embed_largest(face)).choose(crowd).selection
+    chosen = Chooser(ENGINE, RestoreConfig(), "largest").choose(crowd).selection
     assert chosen.chosen[0].left > 128 > chosen.others[0].left
+    both = Chooser(replace(ENGINE, face=[]), RestoreConfig(), known=embed_largest(face)).choose(crowd)
+    assert both.selection is None and not both.notes, "both faces are the person"
 
 
 def test_a_batch_restores_the_person_of_the_references_and_leaves_the_stranger(personal, face, tmp_path):

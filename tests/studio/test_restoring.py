@@ -44,6 +44,10 @@ def test_all_pictures_are_restored_as_the_library_does(workspace, session, engin
     assert np.abs(load_image(outcomes[0].job.target).pixels - expected).max() < 1 / 255
 
 
+def test_scratches_are_removed_on_demand():
+    assert [Dials(remove_scratches=wanted).config().remove_scratches for wanted in (False, True)] == [False, True]
+
+
 def test_the_strength_changes_one_picture_and_keeps_the_others(workspace, session, engines, drop, alice):
     paths, _ = restoring.take_pictures(workspace, session, drop("a.png", "b.png"))
     restore(workspace, session, engines, alice)

@@ -110,6 +110,13 @@ def test_a_killed_training_resumes_from_its_last_checkpoint(tmp_path, at):
     assert equal(fit(tmp_path / "parts", ema=0.5, checkpoint_every=3), whole)
 
 
+def test_a_slow_training_is_saved_every_two_minutes(tmp_path):
+    seconds = iter(range(0, 10_000, 25))  # each look at the clock takes 25 seconds
+    with pytest.raises(SystemExit):
+        fit(tmp_path, stopping(5, die), checkpoint_every=100, hooks={"clock": lambda: next(seconds)})
+    assert 0 < torch.load(tmp_path / "state.pt", weights_only=True)["iteration"] <= 5
+
+
 def test_a_finished_training_is_not_trained_further(tmp_path):
     whole = fit(tmp_path / "a")
     assert equal(fit(tmp_path / "a", stopping(0, die)), whole)
