@@ -198,7 +198,7 @@ eighth. Both enlarge it again. Five other images are the references, unless the 
   its own learning rate (5e-3) and L_pers (`token_learning_rate` in `config.json`).
 - **10 references**: five more photographs of the person, which are not restored.
 - **Recipe of the paper**: `personalize --recipe paper`: 500 iterations, no losses on images, L_gen 0.1. It was
-  measured on the first person alone, with the weights of `portrait` before its last three training stages.
+  measured on the first person alone.
 - **Identity of another person**: images of one person, restored with the identity of the other person.
 - **Likeness**: 100 times the mean cosine similarity of the result and the references of the identity, by the
   recognizer of the column "identity". Input, Base and Original are compared with the references of their person.
@@ -221,7 +221,7 @@ identity.
 † dlib's recognizer was a loss of all rows except Input, Base and the recipe of the paper. No row had the recognizer
 of the column "identity" as a loss.
 
-‡ One person, with the weights of the base before its last three stages of training.
+‡ One of the two people.
 """
 
 
@@ -249,8 +249,7 @@ which was trained for this size. `portrait` enlarges the images to a tile.
 On photographs, `portrait` gives more likeness than `tiny` in a tenth of the time, with better LPIPS and landmarks. On
 generated faces, `tiny` keeps more of the likeness than `portrait`, and also more than `portrait` with `--thorough`;
 `portrait` has the better LPIPS. `--thorough` was measured on generated faces alone. `tiny` has the higher PSNR. This is
-too little for a second base, so `tiny` is no longer shipped. The rows of `portrait` have the prior of 375 people,
-before the last 52.
+too little for a second base, so `tiny` is no longer shipped.
 
 """
 
@@ -259,9 +258,10 @@ SCRATCHES = """
 ### Scratches
 
 Rows in [`scratches.csv`](../benchmarks/results/scratches.csv), command `python benchmarks/scratches.py`: the base
-without an identity, on images of `lab` (real) and `generated`. Four scratches, fourteen spots and a crease are drawn on
-each degraded image, bright ones or dark ones. The training of the network for scratches used other code to draw them,
-and other images. Both kinds of scratches are synthetic. `--remove-scratches` hardly changes images without scratches.
+without an identity, on images of `lab` (real) and `generated`; the level `clean` is not degraded. Four scratches,
+fourteen spots and a crease are drawn on each image, bright ones or dark ones. The training of the network for scratches
+used other code to draw them, and other images. Both kinds of scratches are synthetic. `--remove-scratches` hardly
+changes degraded images without scratches. In a sharp photograph, it removes some details (level `clean`).
 
 """
 

@@ -2,9 +2,9 @@
 
     python benchmarks/scratches.py real=FOLDER generated=FOLDER --lpips FILE --recognizer FILE -o scratches.csv
 
-The images are cropped and degraded as in `heldout.py`. Then lines, spots and a crease are drawn on them. The code that
-draws them is not that of the training (`pfstorer_rt.degradation.scratches`). Rows without damage show what the setting
-changes in an image that has no scratches.
+The images are cropped and degraded as in `heldout.py`; the level `clean` is not degraded. Then lines, spots and a
+crease are drawn on them, by other code than in the training (`pfstorer_rt.degradation.scratches`). Rows without damage
+show what the setting changes in an image that has no scratches.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(
     metrics = {"psnr": metric("psnr"), "lpips": metric("lpips", lpips=lpips), "cosine": cosine_to(recognizer)}
     restorer = Restorer.from_base(load_base(base))
     sheets: dict[tuple[str, str], list[list[Pixels]]] = {}
-    for case in (case for text in sets for case in read_cases(*text.split("=", 1), ("light", "heavy"), count)):
+    for case in (case for text in sets for case in read_cases(*text.split("=", 1), ("clean", "light", "heavy"), count)):
         original = np.ascontiguousarray(case.original.permute(1, 2, 0).numpy())
         for damage in ("none", "scratches"):
             if (*case.key, damage) in done:

@@ -25,7 +25,7 @@ MULTIPLE = 16
 """Both sides of the network's input are multiples of this many pixels."""
 LONGEST = 2048
 """Longest side of the image that the network sees; larger images are reduced for it."""
-UNCERTAIN, CERTAIN = 0.2, 0.5
+UNCERTAIN, CERTAIN = 0.25, 0.6
 """Opacities up to which a pixel is left as it is, and from which it is replaced."""
 
 FindDamage = Callable[[HostArray], tuple[HostArray, HostArray]]
