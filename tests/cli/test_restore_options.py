@@ -157,7 +157,9 @@ def test_settings_without_effect_are_noted(run, save, base_plan, tmp_path):
         "note: --strength 0.5",
         "note: --eta 0.5",
     ]
-    assert "note:" not in run(*fixed, "--eta", 0.5, "--sampler", "ddim", "--overwrite").err
+    ddim = (*fixed, "--eta", 0.5, "--sampler", "ddim", "--overwrite")
+    assert "note: --eta 0.5 changes nothing: no noise is added after the last step" in run(*ddim).err
+    assert "note:" not in run(*ddim, "--steps", 2).err
 
 
 def test_an_input_is_not_overwritten_through_another_path(restore, save, tmp_path, monkeypatch):
