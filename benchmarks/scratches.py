@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from common import machine, read, write
+from common import hwc, machine, read, write
 from heldout import Case, cosine_to, metric, read_cases, save_sheet
 from PIL import Image, ImageDraw
 
@@ -25,6 +25,7 @@ from pfstorer_rt.runtime.restorer import Restorer
 
 FINER = 4
 """Marks are drawn at this multiple of the resolution."""
+SETTINGS = {"default": RestoreConfig(), "remove_scratches": RestoreConfig(remove_scratches=True)}
 
 
 @click.command()
@@ -44,7 +45,7 @@ def main(
     restorer = Restorer.from_base(load_base(base))
     sheets: dict[tuple[str, str], list[list[Pixels]]] = {}
     for case in (case for text in sets for case in read_cases(*text.split("=", 1), ("clean", "light", "heavy"), count)):
-        original = np.ascontiguousarray(case.original.permute(1, 2, 0).numpy())
+        original = hwc(case.original)
         for damage in ("none", "scratches"):
             if (*case.key, damage) in done:
                 continue
@@ -61,9 +62,6 @@ def main(
     if sheet:
         for (name, level), images in sheets.items():
             save_sheet(sheet / f"{name}_{level}.jpg", images[:4])
-
-
-SETTINGS = {"default": RestoreConfig(), "remove_scratches": RestoreConfig(remove_scratches=True)}
 
 
 def scratched(case: Case) -> Pixels:

@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 import torch
-from common import hwc, machine
+from common import LARGEST_PSNR, hwc, machine
 from tables_document import write_document
 
 from pfstorer_rt.config import WITHOUT_IMAGE_LOSSES, PersonalizeConfig, RestoreConfig
@@ -124,7 +124,7 @@ def measure(person: Person, name: str, level: str, metrics: Metrics, shared: Row
             result = hwc(lq) if name == "Input" else restorer.restore(hwc(lq), method.restore)
             took = time.perf_counter() - start
             figures = metrics.measure(Sample(result), Sample(hwc(hq)), person.known)
-            rounded = {key: "" if (v := figures[key]) is None else round(min(v, 99.0), 4) for key in METRICS}
+            rounded = {key: "" if (v := figures[key]) is None else round(min(v, LARGEST_PSNR), 4) for key in METRICS}
             rows.append(
                 {
                     "person": person.name,

@@ -17,12 +17,10 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 import click
-from common import by, line, number, read, values
+from common import LARGEST_PSNR, by, line, number, read, values
 from portrait_tables import portrait_part
 
 Row = dict[str, Any]
-LARGEST_PSNR = "99.0"
-"""Value in the rows of `tables.py` for equal images."""
 COLUMNS = {
     "psnr": ("PSNR dB ↑", 2),
     "ssim": ("SSIM ↑", 3),
@@ -82,7 +80,7 @@ ID (dlib) of the input covers only the images in which a face is detected. These
 
 def write_document(path: Path, rows: list[Row], source: Path) -> None:
     """Write the part of `portrait`, then for `tiny` one section per level, with one table for each set of people."""
-    rows = [{**r, "psnr": "inf" if r["psnr"] == LARGEST_PSNR else r["psnr"]} for r in rows]
+    rows = [{**r, "psnr": "inf" if r["psnr"] == str(LARGEST_PSNR) else r["psnr"]} for r in rows]
     first = rows[0]
     people = {r["person"] for r in rows}
     photographs = {(r["person"], r["picture"]) for r in rows}

@@ -47,14 +47,17 @@ def aligned_embedder(path: Path, scaling: tuple[float, float] = (2.0, -1.0)) -> 
     which the recognizer distinguishes nothing.
     """
     session = open_recognizer(path)
-    check_scaling(session, scaling)
     name = session.get_inputs()[0].name
 
-    def embed(pixels: Pixels, points: Points) -> Embedding:
-        planes = align(at_landmark_side(pixels), points).transpose(2, 0, 1)[None] * scaling[0] + scaling[1]
-        vector = np.asarray(session.run(None, {name: planes.astype(np.float32)})[0], dtype=np.float64).ravel()
+    def embed_planes(planes: npt.NDArray[np.float64]) -> Embedding:
+        inputs = {name: (planes * scaling[0] + scaling[1]).astype(np.float32)}
+        vector = np.asarray(session.run(None, inputs)[0], dtype=np.float64).ravel()
         return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
+    def embed(pixels: Pixels, points: Points) -> Embedding:
+        return embed_planes(align(at_landmark_side(pixels), points).transpose(2, 0, 1)[None])
+
+    check_embedder(embed_planes)
     return embed
 
 
@@ -83,18 +86,14 @@ def open_recognizer(path: Path) -> Any:
     return session
 
 
-def check_scaling(session: Any, scaling: tuple[float, float]) -> None:
-    """Raise `SettingError` if two unlike images have nearly the same embedding.
+def check_embedder(embed: Callable[[npt.NDArray[np.float64]], Embedding]) -> None:
+    """Raise `SettingError` if two unlike images (1, 3, 112, 112) in [0, 1] have nearly the same embedding.
 
     A recognizer for values up to 255 finds every face equal to every other if the values end at 1.
     """
     left, bottom = np.zeros((2, 1, 3, SIDE, SIDE))
     left[..., : SIDE // 2] = bottom[:, :, SIDE // 2 :] = 1
-    vectors = []
-    for image in (left, bottom):
-        inputs = {session.get_inputs()[0].name: (image * scaling[0] + scaling[1]).astype(np.float32)}
-        vectors.append(np.asarray(session.run(None, inputs)[0], np.float64).ravel())
-    cosine = float(vectors[0] @ vectors[1] / max(np.prod([np.linalg.norm(v) for v in vectors]), 1e-12))
+    cosine = float(embed(left) @ embed(bottom))
     if cosine > ALIKE:
         raise SettingError(
             f"the recognizer gives two unlike images nearly the same embedding (cosine {cosine:.3f}); its input "

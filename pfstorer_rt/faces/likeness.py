@@ -11,6 +11,8 @@ VERY_LIKELY = 0.45
 """Largest distance of `very likely the same person`; photographs of one person taken alike are usually within it."""
 LOST = 0.03
 """Growth of the distance by which the likeness counts as lower than in the input image."""
+OTHER_SETTINGS = "try another strength, number of steps or seed"
+"""What the user can do about it."""
 Level = Literal["good", "fair", "poor", "unknown"]
 
 
@@ -33,7 +35,7 @@ def read_likeness(after: float | None, before: float | None = None) -> Likeness:
     if after is None:
         return Likeness("unknown", "No face was found in the result, so the likeness cannot be measured.", None)
     if before is not None and after > before + LOST and after > VERY_LIKELY:
-        text = "The likeness is lower than in the input: try another strength, number of steps or seed."
+        text = f"The likeness is lower than in the input: {OTHER_SETTINGS}."
         return Likeness("poor", text, after)
     if after <= VERY_LIKELY:
         return Likeness("good", "Very likely the same person.", after)

@@ -11,6 +11,7 @@ import numpy as np
 from pfstorer_rt.errors import BadFileError, MissingBackendError
 from pfstorer_rt.faces.dlib import INSTALL_METRICS, Embedding
 from pfstorer_rt.faces.finding import Face, FindFaces, face_finder, find_turned, nearest_face, reduced
+from pfstorer_rt.faces.likeness import OTHER_SETTINGS
 from pfstorer_rt.files import show_path
 from pfstorer_rt.imaging.files import load_image
 from pfstorer_rt.imaging.find import list_images
@@ -19,7 +20,6 @@ from pfstorer_rt.imaging.rows import Rows
 FARTHER = "farther from the references than the input"
 NO_FACE = "no face found in the result"
 """Beginnings of the notes of `References.facts`."""
-OTHER_SETTINGS = "try another strength, number of steps or seed"
 CHANGE = 0.02
 """A smaller increase of the distance gets no note: a shift of the face by a pixel has the same effect."""
 

@@ -108,6 +108,14 @@ def unchanged(rows: Rows) -> Rows:
     return rows
 
 
+def one_hue(source: Rows) -> Callable[[Rows], Rows] | None:
+    """Return the function that gives images the hue of a grey or toned image; None for an image of several hues."""
+    if is_grey(source):
+        return Grey
+    tone, deviation = fit_tone(source)
+    return partial(Toned, tone=tone) if deviation <= ONE_HUE else None
+
+
 class Shown(NamedTuple):
     """An image as the networks see it, and the way back."""
 
@@ -136,11 +144,8 @@ def in_skin_tones(source: Rows, small: Rows) -> Shown | None:
     weight = min(1.0, (COLOURFUL - deviation) / (COLOURFUL - PALE))
     if weight <= 0:
         return None
-    if is_grey(source):
-        return Shown(SkinToned(source), Grey, SkinToned)
-    tone, deviation = fit_tone(source)
-    if deviation <= ONE_HUE:
-        return Shown(SkinToned(source), partial(Toned, tone=tone), SkinToned)
+    if (back := one_hue(source)) is not None:
+        return Shown(SkinToned(source), back, SkinToned)
     return Shown(Shifted(source, overall, weight), partial(Shifted, tone=overall, weight=-weight))
 
 

@@ -334,8 +334,8 @@ class _Restoring:
         if self.settings.compare:
             entries |= self._write_beside(job, "compare", SideBySide(source, result))
         if self.settings.references:
-            known = {} if restorer.manifest.identity_name else {"advice": "use a plan with an identity of the person"}
-            measured = self.settings.references.facts(turned(source, turns), turned(result, turns), **known)
+            advice = {} if restorer.manifest.identity_name else {"advice": "use a plan with an identity of the person"}
+            measured = self.settings.references.facts(turned(source, turns), turned(result, turns), **advice)
             notes += measured.pop("notes", ())
             entries |= measured
         return Details(entries, [*notes, *self._notes.pop(job, ())])

@@ -14,9 +14,10 @@ import numpy as np
 
 from pfstorer_rt.arrays import HostArray
 from pfstorer_rt.engine.onnxruntime import OnnxRuntimeSession
-from pfstorer_rt.imaging.bands import Grey, Resized, is_grey
+from pfstorer_rt.imaging.bands import Resized
 from pfstorer_rt.imaging.rows import Band, Rows, Spool, read_whole
-from pfstorer_rt.imaging.tone import ONE_HUE, Toned, fit_tone
+from pfstorer_rt.imaging.tone import one_hue
+from pfstorer_rt.tiling import axis_offsets
 
 WEIGHTS = Path(__file__).with_name("scratches.onnx")
 TILE, MARGIN = 512, 64
@@ -61,15 +62,9 @@ def without_scratches(source: Rows, find: FindDamage | None = None) -> Rows:
     opacity, fill = find_damage(small, find or shipped_network())
     if not opacity.any():
         return source
-    return WithoutScratches(source, opacity, read_whole(in_tone(Spool.of(fill), source)))
-
-
-def in_tone(fill: Rows, source: Rows) -> Rows:
-    """Return the filled image in grey or in one hue, if the image has no other colours."""
-    if is_grey(source):
-        return Grey(fill)
-    tone, deviation = fit_tone(source)
-    return Toned(fill, tone) if deviation <= ONE_HUE else fill
+    if (hue := one_hue(source)) is not None:
+        fill = read_whole(hue(Spool.of(fill)))
+    return WithoutScratches(source, opacity, fill)
 
 
 def find_damage(image: Band, find: FindDamage) -> tuple[Band, Band]:
@@ -89,8 +84,8 @@ def find_damage(image: Band, find: FindDamage) -> tuple[Band, Band]:
 
 def starts(length: int) -> list[int]:
     """Return the first pixels of tiles that cover an axis; neighbours overlap by two margins or more."""
-    last = max(0, length - TILE)
-    return [*range(0, last, TILE - 2 * MARGIN), last]
+    side = min(TILE, length)
+    return axis_offsets(length, side, min(2 * MARGIN, side - 1))
 
 
 @cache

@@ -195,7 +195,7 @@ class RestoreTab:
         request: gr.Request,
     ) -> Iterator[Updates]:
         """Restore all pictures."""
-        dials = restoring.Dials(strength, int(seed or 0), int(steps or 0), scale, scratches)
+        dials = restoring.Dials(strength, seed, steps, scale, scratches)
         yield from self.restore_some(self.session(request), person, dials, None)
 
     def on_strength(
@@ -213,7 +213,7 @@ class RestoreTab:
         session = self.session(request)
         only = next((path for path in session.inputs if path.name == shown and path in session.outcomes), None)
         if only is not None:
-            dials = restoring.Dials(strength, int(seed or 0), int(steps or 0), scale, scratches)
+            dials = restoring.Dials(strength, seed, steps, scale, scratches)
             yield from self.restore_some(session, person, dials, only)
 
     def restore_some(

@@ -39,17 +39,18 @@ class Dials:
     """The settings that the page offers."""
 
     strength: float = 1.0
-    seed: int = 0
-    steps: int = 0
-    """0 selects the default of the base or plan."""
+    seed: float | None = 0
+    """None, an empty field, is 0."""
+    steps: float | None = 0
+    """0 and None select the default of the base or plan."""
     scale: float = 1.0
     remove_scratches: bool = False
 
     def config(self) -> RestoreConfig:
         """Return the settings of the library."""
         return RestoreConfig(
-            steps=int(self.steps) or None,
-            seed=int(self.seed),
+            steps=int(self.steps or 0) or None,
+            seed=int(self.seed or 0),
             strength=float(self.strength),
             scale=float(self.scale),
             remove_scratches=bool(self.remove_scratches),

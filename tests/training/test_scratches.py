@@ -79,7 +79,7 @@ def test_the_objective_is_smallest_for_the_undamaged_image():
     )
 
 
-def test_an_interrupted_training_continues_and_a_finished_one_is_read(tiles, tmp_path, monkeypatch):
+def test_an_interrupted_training_continues_and_a_finished_one_is_read(tiles, tmp_path):
     whole = train_scratches(tiles, tmp_path / "whole", CONFIG).state_dict()
     seen = 0
 
